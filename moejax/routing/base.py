@@ -1,0 +1,148 @@
+"""Routing: the one contract between a router and a dispatcher.
+
+A router decides, for one group of T tokens, which (token, expert) pairs are
+computed, in which slot and with what weight. It returns a `Routing`; a
+dispatcher takes it and never asks which router made it. Everything here is a
+function on one group; a batch of groups is `jax.vmap` of it, which gives every
+array a leading G.
+
+Letters: T tokens of one group, E experts, K choices per token, C slots per
+expert, N assignments (T*K for token choice, E*C for expert choice).
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int, Key
+
+from moejax.types import pytree, static_field
+
+Priority = Literal["arrival", "gate", "random"]
+Overflow = Literal["drop", "next_best", "none"]
+Renormalize = Literal["none", "before_drop", "after_drop"]
+
+
+@pytree
+class RouterStats:
+  """What the router did, as sums, so that groups, devices and steps just add.
+
+  Ratios (drop fraction, entropy per token, max-load ratio, dead experts) are
+  made from these sums once, in `moejax.train.metrics`, never averaged.
+  """
+
+  num_valid: Float[Array, "*g"]
+  """Tokens that are not padding."""
+  chosen: Float[Array, "*g E"]
+  """Assignments the router asked for, before capacity."""
+  load: Float[Array, "*g E"]
+  """Assignments that were kept, and so computed."""
+  importance: Float[Array, "*g E"]
+  """Sum over valid tokens of the router's probability."""
+  entropy: Float[Array, "*g"]
+  """Sum over valid tokens of the entropy of the router's probabilities, in nats."""
+  dropped_tokens: Float[Array, "*g"]
+  """Valid tokens of which no assignment was kept."""
+
+
+@pytree
+class Routing:
+  """Who goes where, for one group (or, after `vmap`, for G groups).
+
+  Dropped assignments stand in the arrays with `kept` False and `gate` 0, so
+  every dispatcher adds exactly zero for them.
+  """
+
+  token: Int[Array, "*g N"]
+  """The assignment's token, in [0, T)."""
+  expert: Int[Array, "*g N"]
+  """The expert that serves it, in [0, E)."""
+  slot: Int[Array, "*g N"]
+  """Position in the expert's queue: in [0, C) where kept, C elsewhere (T if dropless)."""
+  gate: Float[Array, "*g N"]
+  """float32 combine weight; differentiable; 0 where not kept."""
+  kept: Bool[Array, "*g N"]
+  """Whether the assignment is computed. Never for padding."""
+  order: Int[Array, "*g N"]
+  """Assignment indices sorted by (expert, slot), kept ones first, dropped ones last."""
+  load: Int[Array, "*g E"]
+  """Kept assignments per expert: the lengths of the runs in `order`."""
+  probs: Float[Array, "*g T E"]
+  """The router's probabilities, for losses and analysis; differentiable."""
+  stats: RouterStats
+  capacity: int | None = static_field()
+  """C, slots per expert; None when dropless."""
+  num_selected: int | None = static_field()
+  """K where assignments are token-major (`token == arange(T*K) // K`), else None."""
+
+  @property
+  def num_tokens(self) -> int:
+    return self.probs.shape[-2]
+
+  @property
+  def num_experts(self) -> int:
+    return self.probs.shape[-1]
+
+  @property
+  def num_slots(self) -> int:
+    """C, or T when dropless (a token visits an expert at most once)."""
+    return self.num_tokens if self.capacity is None else self.capacity
+
+  def dispatch_mask(self) -> Bool[Array, "T E C"]:
+    """Dense form of one group, for tests, pictures and interop. Large."""
+    shape = (self.num_tokens, self.num_experts, self.num_slots)
+    mask = jnp.zeros(shape, bool)
+    return mask.at[self.token, self.expert, self.slot].max(self.kept, mode="drop")
+
+  def combine_weights(self) -> Float[Array, "T E C"]:
+    """Dense form of one group: the gate at each kept (token, expert, slot)."""
+    shape = (self.num_tokens, self.num_experts, self.num_slots)
+    gate = jnp.where(self.kept, self.gate, 0.0)
+    weights = jnp.zeros(shape, jnp.float32)
+    return weights.at[self.token, self.expert, self.slot].add(gate, mode="drop")
+
+
+@pytree
+class RouterInputs:
+  """What a router may look at, for one group. Absent things are None."""
+
+  logits: Float[Array, "*g T E"]
+  """float32 router logits."""
+  valid: Bool[Array, "*g T"]
+  """False for padding, which is never routed, takes no slot, counts in no loss."""
+  key: Key[Array, "*g"] | None = None
+  """Randomness of this group; None in evaluation, where routing is deterministic."""
+  token_ids: Int[Array, "*g T"] | None = None
+  """Vocabulary ids, for routers that look at the token and not at its embedding."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RouterOptions:
+  """Static choices of a router; a layer makes it from its own config."""
+
+  num_experts: int
+  num_selected: int = 1
+  capacity: int | None = None
+  """C, from `capacity.capacity_of`; None is dropless."""
+  renormalize: Renormalize = "none"
+  """Whether the K gates of a token are scaled to sum 1, and before or after drops."""
+  priority: Priority = "arrival"
+  overflow: Overflow = "drop"
+  second_policy: Literal["all", "random", "sample"] = "all"
+  """top2 only: GShard's fate of the second choice."""
+
+
+RouterFn = Callable[[RouterInputs, RouterOptions], Routing]
+
+
+def entropy(probs: Float[Array, "... E"]) -> Float[Array, "..."]:
+  """Entropy in nats of each distribution; 0 log 0 = 0, with a finite gradient."""
+  safe = jnp.where(probs > 0, probs, 1.0)
+  return -jnp.sum(probs * jnp.log(safe), axis=-1)
+
+
+def sum_groups(stats: RouterStats) -> RouterStats:
+  """Adds up the leading group axis of every field."""
+  return jax.tree.map(lambda a: jnp.sum(a, axis=0), stats)
