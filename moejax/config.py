@@ -1,0 +1,195 @@
+"""The experiment's configuration: typed, flat enough to read, checked once.
+
+`configs/*.py:get_config()` returns a `Config`; absl flags override any leaf
+(`--config.moe.num_experts=16`). Overriding does not re-run `__post_init__`, so
+nothing is derived here: `moejax.config_check.validate` is called once after
+parsing, and whoever needs a derived number computes it from these fields.
+
+No `from __future__ import annotations` here: the flag parser reads the types.
+`float | None` fields take `none` on the command line.
+"""
+
+from dataclasses import dataclass, field
+
+SCHEMA_VERSION = 1
+"""Raised when a field is renamed or changes meaning; see config_io.MIGRATIONS."""
+
+
+@dataclass(kw_only=True, slots=True)
+class DataConfig:
+  """Where text comes from and how it becomes batches."""
+
+  name: str = "python_stdlib"
+  """python_stdlib (embedded), text (your own, with path), or a TFDS name such as lm1b."""
+  path: str = ""
+  """name=text: a folder, a file, .jsonl, each also .gz .xz .zst."""
+  cache_dir: str = ""
+  """Prepared datasets and token caches; empty is ~/.cache/moejax."""
+  text_field: str = "text"
+  tokenizer: str = "bytes"
+  """bytes, or bpe (trained on the train split, stored with the run)."""
+  vocab_size: int = 2048
+  """Of a bpe tokenizer; bytes has its own."""
+  sequence_length: int = 256
+  validation_fraction: float = 0.05
+  test_fraction: float = 0.05
+  """Of documents, by a hash of their content. TFDS sets keep their own splits."""
+  max_documents: int = 0
+  """Read at most so many documents of each split; 0 is all."""
+  num_workers: int = 0
+  """Grain worker processes; 0 reads in threads of this process."""
+  prefetch: int = 4
+  """Batches made ahead."""
+
+
+@dataclass(kw_only=True, slots=True)
+class ModelConfig:
+  """The decoder-only Transformer around the MoE layers."""
+
+  num_layers: int = 4
+  width: int = 128
+  """D."""
+  num_heads: int = 4
+  num_kv_heads: int = 0
+  """Grouped-query attention; 0 is num_heads."""
+  head_dim: int = 0
+  """0 is width / num_heads."""
+  hidden: int = 512
+  """Hidden width of the dense feed-forward layers."""
+  activation: str = "gelu"
+  """relu, gelu or swiglu; of dense layers and experts alike."""
+  vocab_size: int = 0
+  """V; 0 is the tokenizer's."""
+  tie_embeddings: bool = True
+  qk_norm: bool = False
+  attention_bias: bool = False
+  """Biases on the query, key and value projections (Qwen style)."""
+  sliding_window: int = 0
+  """A token sees so many tokens back, itself included; 0 is all."""
+  rope_theta: float = 10_000.0
+  norm_eps: float = 1e-6
+  init_scale: float = 1.0
+  """Multiplies the fan-in truncated-normal standard deviation of every matrix."""
+  dtype: str = "float32"
+  """Compute: float32 or bfloat16. Router, norms and loss are float32 always."""
+  param_dtype: str = "float32"
+  remat: str = "none"
+  """none, full (recompute the block), or dots (keep matrix products)."""
+  scan_layers: bool = True
+  """False unrolls: slower to compile, easier to read in a profile."""
+  max_position: int = 0
+  """Longest context for generation; 0 is data.sequence_length."""
+
+
+@dataclass(kw_only=True, slots=True)
+class MoEConfig:
+  """The MoE layers: how many, which router, what happens to overflow."""
+
+  num_experts: int = 8
+  """E, before segmentation."""
+  num_selected: int = 1
+  """K, before segmentation."""
+  hidden: int = 512
+  """F of one expert, before segmentation."""
+  segments: int = 1
+  """m: each expert becomes m of width F/m, and m*K are chosen (DeepSeekMoE)."""
+  num_shared: int = 0
+  """Shared experts, of width F/m each, that every token visits."""
+  router: str = "switch"
+  dispatcher: str = "auto"
+  """auto, einsum, gather or grouped."""
+  every: int = 2
+  """Every n-th layer is an MoE layer; 1 is all."""
+  offset: int = 1
+  """The first MoE layer after the prefix is layer dense_prefix + offset (0-based)."""
+  dense_prefix: int = 0
+  """So many first layers are dense whatever `every` says."""
+  dense_twin: bool = False
+  """Replace each MoE layer by a dense one of equal active FLOPs: hidden K*F + shared."""
+  capacity_factor: float | None = 1.25
+  """Slots per expert = ceil(factor*K*T/E); none is dropless."""
+  eval_capacity_factor: float | None = None
+  capacity_convention: str = "per_assignment"
+  """per_assignment multiplies by K; per_token (Flaxformer, AXLearn, Praxis) does not."""
+  min_capacity: int = 1
+  group_size: int = 0
+  """T, tokens per routing group; 0 is one sequence. Capacity and balance are per group."""
+  renormalize: str = "none"
+  """Scale a token's K gates to sum 1: none, before_drop or after_drop."""
+  priority: str = "arrival"
+  """Who gets a slot first: arrival, gate or random."""
+  overflow: str = "drop"
+  second_policy: str = "all"
+  """Router top2: the second expert is taken always (all), or at random with
+  probability min(1, 2*g2) (random), or sampled from the rest (sample)."""
+  jitter: float = 0.0
+  """Switch input jitter: the router sees x * uniform(1-j, 1+j) in training."""
+  balance_weight: float = 0.01
+  balance_scope: str = "group"
+  """group: per routing group, exact under accumulation; batch: over the whole batch."""
+  z_weight: float = 0.001
+  router_init_scale: float = 0.1
+  """Switch, section 2.4, uses 0.1 of the usual scale."""
+
+
+@dataclass(kw_only=True, slots=True)
+class OptimizerConfig:
+  name: str = "adamw"
+  """adamw, adafactor or lion."""
+  learning_rate: float = 1e-3
+  """At the peak of the schedule."""
+  schedule: str = "cosine"
+  """After warmup: cosine, linear, inverse_sqrt, or constant_decay (constant, then
+  linear over the last decay_fraction)."""
+  warmup_steps: int = 100
+  final_fraction: float = 0.1
+  """Learning rate at the end, as a fraction of the peak."""
+  decay_fraction: float = 0.2
+  beta1: float = 0.9
+  beta2: float = 0.95
+  epsilon: float = 1e-8
+  weight_decay: float = 0.1
+  """Decoupled; on matrices only, not on norms, biases or embeddings."""
+  clip_norm: float = 1.0
+  """Global gradient norm; 0 is off."""
+
+
+@dataclass(kw_only=True, slots=True)
+class TrainConfig:
+  num_steps: int = 1000
+  batch_size: int = 16
+  """Sequences per optimizer step, over all devices and accumulation."""
+  accumulation: int = 1
+  """Microbatches per optimizer step."""
+  seed: int = 0
+  log_every: int = 10
+  eval_every: int = 250
+  eval_batches: int = 16
+  """Batches of the validation split per evaluation while training; 0 is all."""
+  checkpoint_every: int = 250
+  keep_last: int = 2
+  keep_best: int = 1
+  max_bad_steps: int = 10
+  """Stop after so many non-finite steps in a row."""
+  tensorboard: bool = True
+
+
+@dataclass(kw_only=True, slots=True)
+class MeshConfig:
+  """Devices per axis; one of them may be -1 and takes what is left."""
+
+  data: int = -1
+  fsdp: int = 1
+  expert: int = 1
+  tensor: int = 1
+
+
+@dataclass(kw_only=True, slots=True)
+class Config:
+  schema_version: int = SCHEMA_VERSION
+  data: DataConfig = field(default_factory=DataConfig)
+  model: ModelConfig = field(default_factory=ModelConfig)
+  moe: MoEConfig = field(default_factory=MoEConfig)
+  optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+  train: TrainConfig = field(default_factory=TrainConfig)
+  mesh: MeshConfig = field(default_factory=MeshConfig)
