@@ -1,0 +1,29 @@
+"""What every test runs under: eight fake devices, and nothing implicit.
+
+Set before anything builds an array: eight CPU devices, so that every sharding is
+exercised; dtype promotion is an error and so is rank promotion, because both
+hide mistakes that a large run pays for; and every jaxtyping signature of
+`moejax` is checked at run time, shapes included.
+"""
+
+import os
+
+# The fake devices share few cores: one thread each is fastest and most even.
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import jax
+from absl import flags
+from jaxtyping import install_import_hook
+
+NUM_DEVICES = 8
+
+jax.config.update("jax_num_cpu_devices", NUM_DEVICES)
+jax.config.update("jax_numpy_dtype_promotion", "strict")
+jax.config.update("jax_numpy_rank_promotion", "raise")
+
+# Must precede the first import of moejax, by a test or by another hook.
+install_import_hook("moejax", "beartype.beartype")
+
+# Grain's worker processes refuse to start while absl's flags are unparsed.
+flags.FLAGS.mark_as_parsed()
