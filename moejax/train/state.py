@@ -1,0 +1,88 @@
+"""The train state: a plain dict of arrays, and where each of them lives.
+
+    step       int32 scalar: optimizer steps taken, skipped ones included
+    params     the model's parameters
+    opt_state  the optimizer's moments and counts
+    key        typed PRNG key of the run; step n uses fold_in(key, n)
+    bad_steps  int32 scalars `total` and `in_a_row`: steps skipped as non-finite
+
+Everything that decides the next step is in here or, for the data, is a function
+of `step`: this is why a resumed run is bit-identical to one never stopped.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+from jaxtyping import Array, Key
+
+from moejax.parallel import rules
+from moejax.train.optimizer import Optimizer
+from moejax.types import Params
+
+State = dict[str, Any]
+
+
+def initial_state(model: Any, optimizer: Optimizer, key: Key[Array, ""]) -> State:
+  """The state before the first step. Pure: jit it with the state's shardings."""
+  init_key, run_key = jax.random.split(key)
+  params = model.init(init_key)
+  return {
+    "step": jnp.zeros((), jnp.int32),
+    "params": params,
+    "opt_state": optimizer.init(params),
+    "key": run_key,
+    "bad_steps": {
+      "total": jnp.zeros((), jnp.int32),
+      "in_a_row": jnp.zeros((), jnp.int32),
+    },
+  }
+
+
+def param_shardings(model: Any, mesh: Mesh) -> Any:
+  """The sharding of each parameter, from the model's logical axes."""
+  return rules.shardings(mesh, model.logical_axes(), model.shapes())
+
+
+def state_shapes(model: Any, optimizer: Optimizer, mesh: Mesh) -> State:
+  """The state as ShapeDtypeStructs with shardings: what a restore aims at."""
+  with jax.set_mesh(mesh):
+    shapes = jax.eval_shape(
+      lambda key: initial_state(model, optimizer, key), jax.random.key(0)
+    )
+  params = param_shardings(model, mesh)
+  everywhere = rules.replicated(mesh)
+  shardings = jax.tree.map(lambda _: everywhere, shapes)
+  shardings["params"] = params
+  shardings["opt_state"] = rules.like_parameters(
+    mesh, shapes["opt_state"], shapes["params"], params
+  )
+  return jax.tree.map(
+    lambda s, sharding: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=sharding),
+    shapes,
+    shardings,
+  )
+
+
+def shardings_of(shapes: Any) -> Any:
+  """The shardings in a tree of ShapeDtypeStructs or arrays."""
+  return jax.tree.map(lambda s: s.sharding, shapes)
+
+
+def make_state(model: Any, optimizer: Optimizer, mesh: Mesh, seed: int) -> State:
+  """Initialises straight into the shardings: no device ever holds it all."""
+  shardings = shardings_of(state_shapes(model, optimizer, mesh))
+  init = jax.jit(
+    lambda key: initial_state(model, optimizer, key), out_shardings=shardings
+  )
+  with jax.set_mesh(mesh):
+    return init(jax.random.key(seed))
+
+
+def replace_params(state: State, optimizer: Optimizer, params: Params) -> State:
+  """The state of a new run that starts from another one's parameters."""
+  opt_state = jax.jit(optimizer.init, out_shardings=shardings_of(state["opt_state"]))(
+    params
+  )
+  return {**state, "params": params, "opt_state": opt_state}

@@ -1,0 +1,232 @@
+"""One optimizer step, and one evaluation step, each a single compiled function.
+
+The loss that is minimised is, over the valid tokens of the whole global batch,
+
+    (sum of cross-entropy + sum over aux terms of weight * aux sum) / valid tokens
+
+Every part is a sum over tokens divided by one number that is known before the
+forward pass, so microbatches simply add: accumulation gives the gradients of the
+large batch to float32 rounding. The reported loss is the cross-entropy alone, in
+nats per token; aux terms are reported unweighted under their own names.
+
+Letters: A microbatches, B sequences of the global batch, S tokens of a sequence.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jaxtyping import Array, Float, Int, Key
+
+from moejax.config import Config
+from moejax.parallel import rules
+from moejax.parallel.mesh import TOKEN_AXES
+from moejax.train import state as state_lib
+from moejax.train.optimizer import Optimizer
+from moejax.train.state import State
+from moejax.types import Params
+
+Batch = dict[str, Any]
+"""inputs, targets, segment_ids (0 is padding), positions: each int32 [B, S]."""
+
+MODEL_KEYS = ("inputs", "targets", "segment_ids", "positions")
+
+Metrics = dict[str, Any]
+
+
+def cross_entropy(
+  logits: Float[Array, "B S V"], targets: Int[Array, "B S"]
+) -> Float[Array, "B S"]:
+  """Negative log-likelihood of each target, in nats, in float32."""
+  logits = logits.astype(jnp.float32)
+  chosen = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
+  return jax.nn.logsumexp(logits, axis=-1) - chosen
+
+
+def forward_sums(
+  model: Any, params: Params, batch: Batch, **kwargs: Any
+) -> dict[str, Any]:
+  """Sums over the valid tokens of a batch.
+
+  Args:
+    model: a decoder (see `moejax.models.decoder`).
+    params: its parameters.
+    batch: arrays [B, S]; targets count where `segment_ids` > 0.
+    **kwargs: passed to the model: key, train, capacity_factor.
+
+  Returns:
+    loss (sum of cross-entropy), tokens (how many), aux (dict of sums), stats
+    (RouterStats with a leading axis of MoE layers).
+  """
+  out = model(
+    params,
+    batch["inputs"],
+    segment_ids=batch["segment_ids"],
+    positions=batch["positions"],
+    **kwargs,
+  )
+  valid = batch["segment_ids"] > 0
+  losses = jnp.where(valid, cross_entropy(out.logits, batch["targets"]), 0.0)
+  return {
+    "loss": jnp.sum(losses),
+    "tokens": jnp.sum(valid, dtype=jnp.float32),
+    "aux": dict(out.aux),
+    "stats": out.stats,
+  }
+
+
+def loss_gradients(
+  model: Any, params: Params, batch: Batch, key: Key[Array, ""], *, accumulation: int
+) -> tuple[dict[str, Any], Params]:
+  """Sums over the global batch, and the gradient of the mean training loss.
+
+  Microbatches are consecutive runs of sequences, so that a routing group that
+  spans several sequences holds the same ones whatever the accumulation.
+  """
+  valid = jnp.sum(batch["segment_ids"] > 0, dtype=jnp.float32)
+  total = jnp.maximum(valid, 1.0)
+  weights = model.aux_weights
+
+  def loss_of(params: Params, batch: Batch, key: Key[Array, ""]):
+    sums = forward_sums(model, params, batch, key=key, train=True)
+    aux = sum(weights[name] * value for name, value in sums["aux"].items())
+    return (sums["loss"] + aux) / total, sums
+
+  gradients_of = jax.grad(loss_of, has_aux=True)
+  if accumulation == 1:
+    gradients, sums = gradients_of(params, batch, jax.random.fold_in(key, 0))
+    return sums, jax.tree.map(lambda g: g.astype(jnp.float32), gradients)
+
+  def add(carry: Any, inputs: tuple[Int[Array, ""], Batch]):
+    index, microbatch = inputs
+    new = gradients_of(params, microbatch, jax.random.fold_in(key, index))
+    return jax.tree.map(lambda a, b: a + b.astype(a.dtype), carry, new), None
+
+  microbatches = jax.tree.map(lambda x: _split(x, accumulation), batch)
+  first = jax.tree.map(lambda x: x[0], microbatches)
+  shapes = jax.eval_shape(gradients_of, params, first, key)
+  # Sums in float32 whatever the parameters' type: small terms must not vanish.
+  zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, jnp.float32), shapes)
+  indices = jnp.arange(accumulation, dtype=jnp.int32)
+  (gradients, sums), _ = jax.lax.scan(add, zeros, (indices, microbatches))
+  return sums, gradients
+
+
+def _split(x: Int[Array, "B S"], parts: int) -> Int[Array, "A b S"]:
+  """Cuts B into A consecutive microbatches, each again over all devices.
+
+  The tokens change devices here, a few bytes each; their activations never do.
+  """
+  x = x.reshape(parts, x.shape[0] // parts, *x.shape[1:])
+  if jax.sharding.get_abstract_mesh().empty:
+    return x
+  return jax.lax.with_sharding_constraint(x, PartitionSpec(None, TOKEN_AXES))
+
+
+def train_step(
+  model: Any, optimizer: Optimizer, accumulation: int, state: State, batch: Batch
+) -> tuple[State, Metrics]:
+  """One step, not compiled; see `make_train_step`.
+
+  A non-finite loss or gradient leaves parameters and optimizer as they were, by
+  a select, so that the compiled step has no branch; it is counted.
+  """
+  step, params = state["step"], state["params"]
+  key = jax.random.fold_in(state["key"], step)
+  sums, gradients = loss_gradients(model, params, batch, key, accumulation=accumulation)
+  norm = optax.tree.norm(gradients)
+  learning_rate = optimizer.schedule(step)
+  updated = optimizer.apply(
+    gradients,
+    state["opt_state"],
+    params,
+    learning_rate=learning_rate,
+    gradient_norm=norm,
+  )
+  finite = jnp.isfinite(sums["loss"]) & jnp.isfinite(norm)
+  new_params, opt_state = jax.tree.map(
+    lambda new, old: jnp.where(finite, new, old), updated, (params, state["opt_state"])
+  )
+  bad = (~finite).astype(jnp.int32)
+  bad_steps = {
+    "total": state["bad_steps"]["total"] + bad,
+    "in_a_row": (state["bad_steps"]["in_a_row"] + 1) * bad,
+  }
+  new_state = {
+    "step": step + 1,
+    "params": new_params,
+    "opt_state": opt_state,
+    "key": state["key"],
+    "bad_steps": bad_steps,
+  }
+  metrics = {
+    **sums,
+    "grad_norm": norm,
+    "learning_rate": learning_rate,
+    "bad_total": bad_steps["total"],
+    "bad_in_a_row": bad_steps["in_a_row"],
+  }
+  return new_state, metrics
+
+
+def make_train_step(
+  model: Any, optimizer: Optimizer, config: Config, mesh: Mesh
+) -> Callable[[State, Batch], tuple[State, Metrics]]:
+  """Compiles the step for a mesh; the state given to it is consumed (donated).
+
+  Returns:
+    (state, batch) -> (state, metrics). Metrics are replicated arrays: sums as in
+    `forward_sums`, and grad_norm, learning_rate, bad_total, bad_in_a_row.
+  """
+  shardings = state_lib.shardings_of(state_lib.state_shapes(model, optimizer, mesh))
+  accumulation = config.train.accumulation
+
+  def step(state: State, batch: Batch) -> tuple[State, Metrics]:
+    return train_step(model, optimizer, accumulation, state, batch)
+
+  return jax.jit(
+    step,
+    in_shardings=(shardings, rules.batch_sharding(mesh)),
+    out_shardings=(shardings, rules.replicated(mesh)),
+    donate_argnums=0,
+  )
+
+
+def make_eval_step(
+  model: Any, mesh: Mesh, capacity_factor: float | None
+) -> Callable[[Params, Batch], dict[str, Any]]:
+  """Compiles the evaluation of one batch: deterministic, no randomness, no jitter.
+
+  Args:
+    model: a decoder.
+    mesh: where it runs.
+    capacity_factor: of this evaluation; None is dropless.
+
+  Returns:
+    (params, batch) -> sums as in `forward_sums`, replicated.
+  """
+
+  def step(params: Params, batch: Batch) -> dict[str, Any]:
+    return forward_sums(
+      model, params, batch, train=False, capacity_factor=capacity_factor
+    )
+
+  return jax.jit(
+    step,
+    in_shardings=(state_lib.param_shardings(model, mesh), rules.batch_sharding(mesh)),
+    out_shardings=rules.replicated(mesh),
+  )
+
+
+def to_devices(batch: dict[str, Any], sharding: NamedSharding) -> Batch:
+  """Puts this process's rows of a batch where the compiled steps expect them.
+
+  Keys that no model reads (`domain`) stay behind.
+  """
+  return {
+    name: jax.make_array_from_process_local_data(sharding, batch[name])
+    for name in MODEL_KEYS
+  }

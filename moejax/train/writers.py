@@ -1,0 +1,157 @@
+"""Where metrics go: metrics.jsonl and TensorBoard.
+
+metrics.jsonl holds one object per line, in order of `step`, which counts the
+optimizer steps done. A crash may tear the last line; opening the file for a run
+that resumes at step n drops it and every line after step n, so that no step is
+there twice. TensorBoard gets a bounded number of series whatever the number of
+layers and experts: scalars over all layers, and one histogram per layer.
+"""
+
+import json
+import math
+import os
+import pathlib
+from typing import Any, Protocol
+
+import numpy as np
+
+METRICS_FILE = "metrics.jsonl"
+
+MAX_HISTOGRAMS = 16
+"""Layers with a histogram of their own, evenly spaced when there are more."""
+
+
+class Writer(Protocol):
+  """Something that keeps the numbers of a step."""
+
+  def write(self, step: int, values: dict[str, Any]) -> None:
+    """Keeps one step's values: scalars, or a dict `moe` of per-layer lists."""
+    ...
+
+  def flush(self) -> None:
+    """Makes everything written so far survive a crash."""
+    ...
+
+  def close(self) -> None: ...
+
+
+class JsonlWriter:
+  """Appends to metrics.jsonl, one write per line."""
+
+  def __init__(self, workdir: pathlib.Path, *, resume_step: int):
+    """Opens the file and cuts what a run that resumes at `resume_step` will redo."""
+    self.path = pathlib.Path(workdir) / METRICS_FILE
+    cut(self.path, resume_step)
+    self._file = self.path.open("a", encoding="utf-8")
+
+  def write(self, step: int, values: dict[str, Any]) -> None:
+    self._file.write(json.dumps(finite({"step": step, **values})) + "\n")
+    self._file.flush()
+
+  def flush(self) -> None:
+    self._file.flush()
+    os.fsync(self._file.fileno())
+
+  def close(self) -> None:
+    self.flush()
+    self._file.close()
+
+
+def finite(value: Any) -> Any:
+  """NaN and infinities become None: json would write words no parser must accept."""
+  if isinstance(value, dict):
+    return {k: finite(v) for k, v in value.items()}
+  if isinstance(value, list | tuple):
+    return [finite(v) for v in value]
+  if isinstance(value, float) and not math.isfinite(value):
+    return None
+  return value
+
+
+def read(path: pathlib.Path) -> list[dict[str, Any]]:
+  """The lines of a metrics file; one that a crash tore is left out."""
+  lines = []
+  if path.exists():
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+      try:
+        entry = json.loads(line)
+      except json.JSONDecodeError:
+        continue
+      if isinstance(entry, dict) and isinstance(entry.get("step"), int):
+        lines.append(entry)
+  return lines
+
+
+def cut(path: pathlib.Path, last_step: int) -> None:
+  """Drops the lines after `last_step` and torn ones; atomic, absent is fine."""
+  if not path.exists():
+    return
+  kept = [entry for entry in read(path) if entry["step"] <= last_step]
+  temporary = path.with_name(path.name + ".tmp")
+  with temporary.open("w", encoding="utf-8") as f:
+    f.writelines(json.dumps(entry) + "\n" for entry in kept)
+    f.flush()
+    os.fsync(f.fileno())
+  os.replace(temporary, path)
+
+
+class TensorBoardWriter:
+  """Scalars, and per MoE layer a histogram whose buckets are the experts."""
+
+  def __init__(self, workdir: pathlib.Path, *, resume_step: int):
+    # Not at the top: without TensorBoard a run needs none of it.
+    import tensorboardX
+
+    self._writer = tensorboardX.SummaryWriter(
+      str(pathlib.Path(workdir) / "tensorboard"),
+      purge_step=resume_step + 1 if resume_step else None,
+    )
+
+  def write(self, step: int, values: dict[str, Any]) -> None:
+    for name, value in values.items():
+      if isinstance(value, int | float) and not isinstance(value, bool):
+        self._writer.add_scalar(name, value, step)
+    if layers := values.get("moe"):
+      self._write_layers(step, layers)
+
+  def _write_layers(self, step: int, layers: dict[str, Any]) -> None:
+    for name, per_layer in layers.items():
+      if not name.startswith("load"):
+        self._writer.add_scalar(f"moe_mean/{name}", float(np.mean(per_layer)), step)
+        self._writer.add_scalar(f"moe_max/{name}", float(np.max(per_layer)), step)
+    load = layers.get("load", [])
+    count = min(len(load), MAX_HISTOGRAMS)
+    for layer in np.unique(np.linspace(0, len(load) - 1, count).round().astype(int)):
+      self._histogram(f"load/moe_layer_{layer:03d}", np.asarray(load[layer]), step)
+
+  def _histogram(self, tag: str, load: np.ndarray, step: int) -> None:
+    """Bucket e is expert e, its height the expert's share times the mean load's."""
+    experts = np.arange(len(load), dtype=np.float64)
+    weight = load * len(load)
+    self._writer.add_histogram_raw(
+      tag,
+      min=0.0,
+      max=float(len(load)),
+      num=float(weight.sum()),
+      sum=float((experts * weight).sum()),
+      sum_squares=float((experts**2 * weight).sum()),
+      bucket_limits=(experts + 1.0).tolist(),
+      bucket_counts=weight.tolist(),
+      global_step=step,
+    )
+
+  def flush(self) -> None:
+    self._writer.flush()
+
+  def close(self) -> None:
+    self._writer.close()
+
+
+def make_writers(
+  workdir: pathlib.Path, *, resume_step: int, tensorboard: bool
+) -> list[Writer]:
+  """The writers of process 0; the others get none."""
+  writers: list[Writer] = [JsonlWriter(workdir, resume_step=resume_step)]
+  if tensorboard:
+    writers.append(TensorBoardWriter(workdir, resume_step=resume_step))
+  return writers
