@@ -1,0 +1,139 @@
+"""Parameter counts: anchored on published models, then on the model's own tree."""
+
+import dataclasses
+import math
+
+import jax
+import pytest
+
+from moejax.config import Config, ModelConfig, MoEConfig
+from moejax.plan import parameters
+from tests.plan import published
+
+
+def _count(config: Config) -> tuple[dict[str, int], dict[str, int]]:
+  return parameters.count_parameters(config, parameters.resolve_vocab_size(config))
+
+
+@pytest.mark.parametrize(
+  ("make", "expected"),
+  [
+    (published.mixtral_8x7b, 46_702_792_704),
+    (published.qwen3_30b_a3b, 30_532_122_624),
+    (published.deepseek_moe_16b, 16_375_728_128),
+    (published.llama2_7b, 6_738_415_616),
+    (published.qwen2_0_5b, 494_032_768),
+  ],
+)
+def test_totals_are_exactly_the_published_ones(make, expected):
+  """A preset of a published model has its published count, to the last parameter."""
+  total, _ = _count(make())
+  assert total["total"] == expected
+
+
+def test_olmoe_is_its_published_count_with_its_own_qk_norm_added():
+  """OLMoE's QK-norm has D scales for queries and D for keys in each of 16 layers."""
+  total, _ = _count(published.olmoe_1b_7b())
+  assert total["total"] + 16 * 2 * 2048 == 6_919_161_856
+
+
+@pytest.mark.parametrize(
+  ("make", "billions"),
+  [
+    (published.mixtral_8x7b, 12.9),
+    (published.olmoe_1b_7b, 1.3),
+    (published.deepseek_moe_16b, 2.8),
+  ],
+)
+def test_active_parameters_round_to_the_published_ones(make, billions):
+  """Makers give one decimal of the active count, the embedding table included."""
+  _, active = _count(make())
+  assert round(active["total"] / 1e9, 1) == billions
+
+
+def test_active_parameters_of_mixtral_by_hand():
+  """All but 6 of 8 experts of 3 matrices in 32 layers."""
+  total, active = _count(published.mixtral_8x7b())
+  assert total["total"] - active["total"] == 32 * 6 * 3 * 4096 * 14_336
+  assert active["total"] == 12_879_925_248
+
+
+def test_dense_models_are_all_active():
+  """Without an MoE layer every parameter is used by every token."""
+  total, active = _count(published.llama2_7b())
+  assert total == active
+
+
+def test_segmenting_experts_changes_only_the_router():
+  """m*E experts of width F/m, m*K chosen: same expert weights, m times the router."""
+  coarse = Config(moe=MoEConfig(num_experts=4, num_selected=2, hidden=64))
+  fine = dataclasses.replace(coarse, moe=dataclasses.replace(coarse.moe, segments=4))
+  (total, active), (fine_total, fine_active) = _count(coarse), _count(fine)
+  assert fine_total["router"] == 4 * total["router"]
+  for part in set(parameters.PARTS) - {"router"}:
+    assert fine_total[part] == total[part]
+    assert fine_active[part] == active[part]
+
+
+_VARIANTS = {
+  "default": Config(),
+  "fine_grained_shared": Config(
+    model=ModelConfig(activation="swiglu", tie_embeddings=False),
+    moe=MoEConfig(
+      num_experts=4, num_selected=2, segments=4, num_shared=2, router="top_k"
+    ),
+  ),
+  "grouped_queries_biased": Config(
+    model=ModelConfig(num_kv_heads=2, head_dim=16, attention_bias=True, qk_norm=True),
+    moe=MoEConfig(num_experts=3, router="top_k", num_selected=1),
+  ),
+  "dense_prefix": Config(
+    model=ModelConfig(num_layers=5, hidden=96),
+    moe=MoEConfig(every=2, offset=1, dense_prefix=1),
+  ),
+  "all_layers": Config(moe=MoEConfig(every=1, offset=0)),
+  "twin": Config(
+    moe=MoEConfig(
+      num_experts=4,
+      num_selected=2,
+      segments=4,
+      num_shared=3,
+      router="top_k",
+      dense_twin=True,
+    )
+  ),
+}
+
+
+@pytest.mark.parametrize("name", _VARIANTS)
+def test_formula_equals_the_models_own_parameter_tree(name):
+  """The closed formula and the tree the decoder would allocate agree in the sum."""
+  from moejax.models.decoder import Decoder
+
+  config = _VARIANTS[name]
+  vocab_size = parameters.resolve_vocab_size(config)
+  model = Decoder(config.model, config.moe, vocab_size=vocab_size)
+  leaves = jax.tree.leaves(model.shapes())
+  total, _ = parameters.count_parameters(config, vocab_size)
+  assert sum(math.prod(leaf.shape) for leaf in leaves) == total["total"]
+
+
+def test_moe_layers_are_where_the_model_has_them():
+  """Both readings of prefix, offset and every name the same layers."""
+  from moejax.models.decoder import Decoder
+
+  for every, offset, prefix in [(1, 0, 0), (2, 1, 0), (2, 0, 1), (3, 2, 1)]:
+    moe = MoEConfig(every=every, offset=offset, dense_prefix=prefix)
+    config = Config(model=ModelConfig(num_layers=7), moe=moe)
+    model = Decoder(config.model, config.moe, vocab_size=264)
+    assert tuple(model.moe_layers) == parameters.moe_layer_indices(config)
+
+
+def test_vocabulary_without_data():
+  """bytes has its own size, bpe the configured one, and the model's flag wins."""
+  config = Config()
+  assert parameters.resolve_vocab_size(config) == 264
+  config.data.tokenizer = "bpe"
+  assert parameters.resolve_vocab_size(config) == config.data.vocab_size
+  config.model.vocab_size = 512
+  assert parameters.resolve_vocab_size(config) == 512
