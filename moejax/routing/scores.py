@@ -1,0 +1,85 @@
+"""Scores: from router logits to probabilities, and from scores to choices.
+
+Everything is float32. A choice is an index and has no gradient; a gate is read
+out of the probabilities at the chosen indices and has one.
+
+Letters: T tokens of one group, D width, E experts, K choices per token.
+Sources: Switch, arXiv:2101.03961, section 2.4 (input jitter).
+"""
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int, Key
+
+_MAX_PASSES = 8
+"""Above so many choices a partial sort is cheaper than one pass per choice."""
+
+_SMALL_E = 16
+"""Up to so many experts XLA:CPU's argmax beats two plain reductions."""
+
+
+def jitter(
+  x: Float[Array, "... T D"], key: Key[Array, ""], amount: float
+) -> Float[Array, "... T D"]:
+  """Multiplies the router's input by uniform noise in [1 - amount, 1 + amount].
+
+  Only the router sees the result: the experts get the clean tokens (Switch,
+  section 2.4). In training only.
+  """
+  noise = jax.random.uniform(key, x.shape, jnp.float32, 1.0 - amount, 1.0 + amount)
+  return x * noise.astype(x.dtype)
+
+
+def softmax(logits: Float[Array, "... E"]) -> Float[Array, "... E"]:
+  """Probabilities over experts, in float32 whatever comes in."""
+  return jax.nn.softmax(logits.astype(jnp.float32), axis=-1)
+
+
+def choose(scores: Float[Array, "T E"], num_selected: int) -> Int[Array, "T K"]:
+  """The K best experts of each token, best first; ties go to the lowest index.
+
+  An index below E whatever the scores, so that a non-finite step cannot write
+  outside an array. -inf marks an expert that is only taken when nothing else is
+  left.
+  """
+  scores = jax.lax.stop_gradient(scores.astype(jnp.float32))
+  num_experts = scores.shape[-1]
+  if num_selected > _MAX_PASSES:
+    return jax.lax.top_k(scores, num_selected)[1].astype(jnp.int32)
+  # K passes over [T,E]: half the time of jax.lax.top_k on CPU at E <= 64.
+  # -inf means "taken" below, so a refused expert is lowered only to the smallest number.
+  scores = jnp.maximum(scores, jnp.finfo(jnp.float32).min)
+  index = jnp.arange(num_experts, dtype=jnp.int32)[None, :]
+  chosen = []
+  for _ in range(num_selected):
+    if num_experts <= _SMALL_E:
+      best = jnp.argmax(scores, axis=-1).astype(jnp.int32)
+    else:
+      top = jnp.max(scores, axis=-1, keepdims=True)
+      best = jnp.min(jnp.where(scores == top, index, num_experts - 1), axis=-1)
+    chosen.append(best)
+    scores = jnp.where(index == best[:, None], -jnp.inf, scores)
+  return jnp.stack(chosen, axis=-1)
+
+
+@jax.custom_vjp
+def pick(values: Float[Array, "T E"], expert: Int[Array, "T K"]) -> Float[Array, "T K"]:
+  """values[t, expert[t, k]], with a backward that is not a scatter."""
+  return jnp.take_along_axis(values, expert, axis=-1, mode="promise_in_bounds")
+
+
+def _pick_forward(values, expert):
+  # The empty array carries E and the dtype to the backward without keeping values.
+  return pick(values, expert), (expert, jnp.zeros((0, values.shape[-1]), values.dtype))
+
+
+def _pick_backward(residuals, g):
+  expert, like = residuals
+  index = jnp.arange(like.shape[-1], dtype=expert.dtype)[None, :]
+  grad = jnp.zeros((g.shape[0], like.shape[-1]), like.dtype)
+  for k in range(expert.shape[-1]):
+    grad = grad + jnp.where(index == expert[:, k : k + 1], g[:, k : k + 1], 0.0)
+  return grad, None
+
+
+pick.defvjp(_pick_forward, _pick_backward)
