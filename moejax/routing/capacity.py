@@ -64,7 +64,7 @@ def capacity_of(
         f"--config.moe.capacity_convention={convention} is unknown: use per_assignment "
         "or per_token."
       )
-  # Exact in the factor as written: in floats 1.1 * 10 is above 11 and would give 12 slots.
+  # Exact in the factor as written: in floats 1.1 * 10 is above 11, and would give 12.
   slots = Fraction(repr(float(factor))) * per_token * num_tokens / num_experts
   return min(num_tokens, max(min_capacity, math.ceil(slots)))
 
