@@ -33,7 +33,7 @@ PEAK_FLOPS = {
   "TPU v6e": 918e12,
   "TPU7x": 2307e12,
 }
-"""Dense bfloat16 FLOP/s of one device, by the start of its `device_kind`; makers' figures.
+"""Dense bfloat16 FLOP/s of one device by the start of its `device_kind`, from its maker.
 
 Utilisation is measured against these whatever the compute type, so that a float32
 run shows what it leaves unused."""
@@ -108,8 +108,8 @@ def loss_metrics(
   """
   tokens = max(float(sums["tokens"]), 1.0)
   out = {"loss": float(sums["loss"]) / tokens}
-  if num_bytes:
-    out["bits_per_byte"] = float(sums["loss"]) / math.log(2) / num_bytes
+  if sums["bytes"] > 0:
+    out["bits_per_byte"] = float(sums["loss"]) / math.log(2) / float(sums["bytes"])
   for name, value in sums["aux"].items():
     out[name] = float(value) / tokens
   if has_experts(sums["stats"]):

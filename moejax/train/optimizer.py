@@ -42,7 +42,7 @@ class Optimizer:
   def init(self, params: Params) -> Any:
     """The optimizer's state: a tree of arrays that Orbax can restore."""
     with jax.numpy_dtype_promotion("standard"):  # optax mixes weak and strong types
-      return self.transform.init(params)
+      return self.transform.init(_float32(params))
 
   def apply(
     self,
@@ -59,10 +59,15 @@ class Optimizer:
         # max(norm, clip) in the denominator: no division by zero, scale 1 below.
         scale = self.clip_norm / jnp.maximum(gradient_norm, self.clip_norm)
         gradients = jax.tree.map(lambda g: g * scale.astype(g.dtype), gradients)
-      updates, opt_state = self.transform.update(gradients, opt_state, params)
+      updates, opt_state = self.transform.update(gradients, opt_state, _float32(params))
       updates = jax.tree.map(lambda u: -learning_rate * u, updates)
       params = optax.apply_updates(params, updates)  # pyright: ignore[reportAssignmentType]
     return params, opt_state
+
+
+def _float32(params: Params) -> Params:
+  """The moments are float32 whatever the type the parameters are stored in."""
+  return jax.tree.map(lambda p: p.astype(jnp.float32), params)
 
 
 def _adamw(config: OptimizerConfig) -> optax.GradientTransformation:

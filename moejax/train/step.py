@@ -17,6 +17,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, Int, Key
@@ -47,7 +48,12 @@ def cross_entropy(
 
 
 def forward_sums(
-  model: Any, params: Params, batch: Batch, **kwargs: Any
+  model: Any,
+  params: Params,
+  batch: Batch,
+  *,
+  token_bytes: Float[Array, "V"] | None = None,
+  **kwargs: Any,
 ) -> dict[str, Any]:
   """Sums over the valid tokens of a batch.
 
@@ -55,11 +61,13 @@ def forward_sums(
     model: a decoder (see `moejax.models.decoder`).
     params: its parameters.
     batch: arrays [B, S]; targets count where `segment_ids` > 0.
+    token_bytes: bytes of text each vocabulary id stands for; None if not known.
     **kwargs: passed to the model: key, train, capacity_factor.
 
   Returns:
-    loss (sum of cross-entropy), tokens (how many), aux (dict of sums), stats
-    (RouterStats with a leading axis of MoE layers).
+    loss (sum of cross-entropy), tokens (how many), bytes (that they stand for, 0
+    if not known), aux (dict of sums), stats (RouterStats with a leading axis of
+    MoE layers, or None without any).
   """
   out = model(
     params,
@@ -70,16 +78,26 @@ def forward_sums(
   )
   valid = batch["segment_ids"] > 0
   losses = jnp.where(valid, cross_entropy(out.logits, batch["targets"]), 0.0)
+  num_bytes = jnp.zeros((), jnp.float32)
+  if token_bytes is not None:
+    num_bytes = jnp.sum(jnp.where(valid, token_bytes[batch["targets"]], 0.0))
   return {
     "loss": jnp.sum(losses),
     "tokens": jnp.sum(valid, dtype=jnp.float32),
+    "bytes": num_bytes,
     "aux": dict(out.aux),
     "stats": out.stats,
   }
 
 
 def loss_gradients(
-  model: Any, params: Params, batch: Batch, key: Key[Array, ""], *, accumulation: int
+  model: Any,
+  params: Params,
+  batch: Batch,
+  key: Key[Array, ""],
+  *,
+  accumulation: int = 1,
+  token_bytes: Float[Array, "V"] | None = None,
 ) -> tuple[dict[str, Any], Params]:
   """Sums over the global batch, and the gradient of the mean training loss.
 
@@ -91,7 +109,9 @@ def loss_gradients(
   weights = model.aux_weights
 
   def loss_of(params: Params, batch: Batch, key: Key[Array, ""]):
-    sums = forward_sums(model, params, batch, key=key, train=True)
+    sums = forward_sums(
+      model, params, batch, token_bytes=token_bytes, key=key, train=True
+    )
     aux = sum(weights[name] * value for name, value in sums["aux"].items())
     return (sums["loss"] + aux) / total, sums
 
@@ -127,7 +147,13 @@ def _split(x: Int[Array, "B S"], parts: int) -> Int[Array, "A b S"]:
 
 
 def train_step(
-  model: Any, optimizer: Optimizer, accumulation: int, state: State, batch: Batch
+  model: Any,
+  optimizer: Optimizer,
+  state: State,
+  batch: Batch,
+  *,
+  accumulation: int = 1,
+  token_bytes: Float[Array, "V"] | None = None,
 ) -> tuple[State, Metrics]:
   """One step, not compiled; see `make_train_step`.
 
@@ -136,7 +162,9 @@ def train_step(
   """
   step, params = state["step"], state["params"]
   key = jax.random.fold_in(state["key"], step)
-  sums, gradients = loss_gradients(model, params, batch, key, accumulation=accumulation)
+  sums, gradients = loss_gradients(
+    model, params, batch, key, accumulation=accumulation, token_bytes=token_bytes
+  )
   norm = optax.tree.norm(gradients)
   learning_rate = optimizer.schedule(step)
   updated = optimizer.apply(
@@ -173,7 +201,12 @@ def train_step(
 
 
 def make_train_step(
-  model: Any, optimizer: Optimizer, config: Config, mesh: Mesh
+  model: Any,
+  optimizer: Optimizer,
+  config: Config,
+  mesh: Mesh,
+  *,
+  token_bytes: Float[np.ndarray, "V"] | None = None,
 ) -> Callable[[State, Batch], tuple[State, Metrics]]:
   """Compiles the step for a mesh; the state given to it is consumed (donated).
 
@@ -182,10 +215,16 @@ def make_train_step(
     `forward_sums`, and grad_norm, learning_rate, bad_total, bad_in_a_row.
   """
   shardings = state_lib.shardings_of(state_lib.state_shapes(model, optimizer, mesh))
-  accumulation = config.train.accumulation
 
   def step(state: State, batch: Batch) -> tuple[State, Metrics]:
-    return train_step(model, optimizer, accumulation, state, batch)
+    return train_step(
+      model,
+      optimizer,
+      state,
+      batch,
+      accumulation=config.train.accumulation,
+      token_bytes=None if token_bytes is None else jnp.asarray(token_bytes),
+    )
 
   return jax.jit(
     step,
@@ -196,7 +235,11 @@ def make_train_step(
 
 
 def make_eval_step(
-  model: Any, mesh: Mesh, capacity_factor: float | None
+  model: Any,
+  mesh: Mesh,
+  capacity_factor: float | None,
+  *,
+  token_bytes: Float[np.ndarray, "V"] | None = None,
 ) -> Callable[[Params, Batch], dict[str, Any]]:
   """Compiles the evaluation of one batch: deterministic, no randomness, no jitter.
 
@@ -204,6 +247,7 @@ def make_eval_step(
     model: a decoder.
     mesh: where it runs.
     capacity_factor: of this evaluation; None is dropless.
+    token_bytes: see `forward_sums`.
 
   Returns:
     (params, batch) -> sums as in `forward_sums`, replicated.
@@ -211,7 +255,12 @@ def make_eval_step(
 
   def step(params: Params, batch: Batch) -> dict[str, Any]:
     return forward_sums(
-      model, params, batch, train=False, capacity_factor=capacity_factor
+      model,
+      params,
+      batch,
+      token_bytes=None if token_bytes is None else jnp.asarray(token_bytes),
+      train=False,
+      capacity_factor=capacity_factor,
     )
 
   return jax.jit(

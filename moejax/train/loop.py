@@ -1,0 +1,194 @@
+"""The training loop.
+
+    set up -> steps, with evaluation and checkpoints now and then -> finish
+
+A step is named by the number of steps done after it: `step` 100 in metrics.jsonl
+and checkpoint 100 both mean that one hundred batches were used. The data, the
+randomness and the learning rate of a step depend on the state alone, so a run
+that was stopped and one that was not are the same, bit for bit.
+
+Extending a finished run by a larger num_steps goes on from its last state. The
+schedules that know the end of the run (cosine, linear, constant_decay) are then
+those of the longer run from there on: the rate jumps back up. inverse_sqrt does
+not.
+"""
+
+import pathlib
+from collections.abc import Iterator
+from typing import Any, TextIO
+
+import jax
+import numpy as np
+
+from moejax.config import Config
+from moejax.parallel import rules
+from moejax.train import finish, validation
+from moejax.train import setup as setup_lib
+from moejax.train import step as step_lib
+from moejax.train.progress import Reporter, make_reporter
+from moejax.train.setup import Run
+from moejax.train.signals import StopRequest
+from moejax.train.step_log import StepLog
+
+
+def train(
+  config: Config,
+  workdir: pathlib.Path,
+  *,
+  init_from: str = "",
+  stream: TextIO | None = None,
+) -> dict[str, Any]:
+  """Trains, or goes on training, the run in a directory.
+
+  Args:
+    config: validated.
+    workdir: holds or will hold config.json, metrics.jsonl, checkpoints and the rest.
+    init_from: directory of a run whose parameters a new run starts from.
+    stream: where progress goes; standard output if None.
+
+  Returns:
+    `step` (steps done), `status` (done, already_done or stopped) and `exit_code`
+    (0, or 128 + signal when stopped); after a finished run also what eval.json has.
+
+  Raises:
+    UserError: something the user can mend, before the first step.
+    TrainingStopped: `train.max_bad_steps` non-finite steps in a row.
+  """
+  workdir = pathlib.Path(workdir)
+  run = setup_lib.set_up(config, workdir, init_from)
+  reporter = make_reporter(
+    config.train.num_steps,
+    run.start_step,
+    process_index=jax.process_index(),
+    stream=stream,
+  )
+  stop = StopRequest()
+  try:
+    if run.start_step >= config.train.num_steps:
+      return finish.already_done(run, reporter)
+    if run.resumed:
+      reporter.message(f"Resuming {workdir} at step {run.start_step}.")
+    with stop, jax.set_mesh(run.mesh):
+      step = fit(run, reporter, stop)
+    run.checkpointer.wait()
+    if stop.signal is None:
+      return finish.finish(run, reporter)
+    reporter.message(
+      f"Stopped at step {step} of {config.train.num_steps}; checkpoint saved in "
+      f"{workdir / 'checkpoints'}. The same command goes on from there."
+    )
+    return {"step": step, "status": "stopped", "exit_code": stop.exit_code}
+  finally:
+    reporter.close()
+    run.checkpointer.close()
+
+
+def fit(run: Run, reporter: Reporter, stop: StopRequest) -> int:
+  """Takes the run's remaining steps. Returns the number of steps done.
+
+  On the way it keeps `run.state` up to date, so that a caller always has the
+  state that belongs to the returned step.
+  """
+  config, start, end = run.config.train, run.start_step, run.config.train.num_steps
+  train_step = step_lib.make_train_step(
+    run.model, run.optimizer, run.config, run.mesh, token_bytes=run.token_bytes
+  )
+  evaluate = make_evaluate(run)
+  sharding = rules.batch_sharding(run.mesh)
+  log = StepLog(run, reporter)
+  batches = train_batches(run)
+  step = start
+  reporter.update(step, {})
+  try:
+    while step < end:
+      batch = step_lib.to_devices(next(batches), sharding)
+      run.state, device_metrics = train_step(run.state, batch)
+      step += 1
+      # Step n-1's metrics are read after step n was started: the device never
+      # waits for the host.
+      log.add(step, device_metrics)
+      leaving = step == end or _agreed(stop, step, config.log_every)
+      # A run told to leave may have seconds: it saves and does not evaluate.
+      evaluates = step == end or (_every(step, config.eval_every) and not leaving)
+      saves = _every(step, config.checkpoint_every) or leaving
+      if not (evaluates or saves):
+        continue
+      log.settle(keep=evaluates)
+      loss = log.evaluation(step, evaluate()) if evaluates else None
+      if saves:
+        log.flush()
+        _save(run, step, loss)
+      if leaving:
+        break
+      log.resume()
+  finally:
+    log.close()
+    _close(batches)
+  return step
+
+
+def train_batches(run: Run) -> Iterator[dict[str, np.ndarray]]:
+  """This process's rows of every global batch from the run's first step on."""
+  return run.dataset.train_batches(
+    run.config.train.batch_size,
+    run.config.train.seed,
+    start_step=run.start_step,
+    process_index=jax.process_index(),
+    process_count=jax.process_count(),
+  )
+
+
+def make_evaluate(run: Run):
+  """() -> validation metrics of the run's current parameters, or None without data."""
+  config = run.config
+  if not run.dataset.num_tokens("validation"):
+    return lambda limit=0: None
+  eval_step = step_lib.make_eval_step(
+    run.model, run.mesh, config.moe.eval_capacity_factor, token_bytes=run.token_bytes
+  )
+
+  def evaluate(limit: int = config.train.eval_batches) -> dict[str, Any] | None:
+    batches = run.dataset.eval_batches(
+      "validation",
+      config.train.batch_size // config.train.accumulation,
+      limit=limit,
+      process_index=jax.process_index(),
+      process_count=jax.process_count(),
+    )
+    return validation.evaluate(eval_step, run.state["params"], batches, run.mesh)
+
+  return evaluate
+
+
+def _save(run: Run, step: int, loss: float | None) -> None:
+  position = {"step": step, "seed": run.config.train.seed}
+  run.checkpointer.save(step, run.state, position=position, metric=loss)
+
+
+def _every(step: int, interval: int) -> bool:
+  return interval > 0 and step % interval == 0
+
+
+def _agreed(stop: StopRequest, step: int, interval: int) -> bool:
+  """Whether any process was asked to stop: all must leave at the same step.
+
+  Asking the others waits for them, so with several processes it is done only
+  every `interval` steps.
+  """
+  if jax.process_count() == 1:
+    return stop.signal is not None
+  if not _every(step, interval):
+    return False
+  from jax.experimental import multihost_utils
+
+  asked = np.asarray(0 if stop.signal is None else stop.signal, np.int32)
+  signals = np.asarray(multihost_utils.process_allgather(asked))
+  if signals.max() > 0 and stop.signal is None:
+    stop.signal = int(signals.max())
+  return stop.signal is not None
+
+
+def _close(iterator: Any) -> None:
+  close = getattr(iterator, "close", None)
+  if close is not None:
+    close()

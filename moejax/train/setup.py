@@ -1,0 +1,120 @@
+"""Everything a run needs before its first step, made in the order that fails early.
+
+The device mesh first (flags alone can be wrong), then the data, then the run's
+directory, then the model, and the state last, since it is what costs memory.
+"""
+
+import dataclasses
+import pathlib
+from typing import Any
+
+import jax
+import numpy as np
+from absl import logging
+from jax.sharding import Mesh
+from jaxtyping import Float
+
+from moejax import config_check, data
+from moejax.config import Config
+from moejax.models.decoder import Decoder
+from moejax.parallel.mesh import make_mesh
+from moejax.plan import flops
+from moejax.train import checkpoint
+from moejax.train import state as state_lib
+from moejax.train import workdir as workdir_lib
+from moejax.train.optimizer import Optimizer, make_optimizer
+from moejax.train.state import State
+
+
+@dataclasses.dataclass(kw_only=True)
+class Run:
+  """What `loop.fit` works on. `state` is the only thing that changes."""
+
+  config: Config
+  workdir: pathlib.Path
+  mesh: Mesh
+  dataset: Any
+  token_bytes: Float[np.ndarray, "V"]
+  """Bytes of text that each vocabulary id stands for."""
+  model: Decoder
+  optimizer: Optimizer
+  checkpointer: Any
+  state: State
+  start_step: int
+  resumed: bool
+  flops_per_token: float
+  """Model FLOPs of training one token, forward and backward."""
+
+
+def set_up(config: Config, workdir: pathlib.Path, init_from: str = "") -> Run:
+  """Builds or restores a run.
+
+  Args:
+    config: validated.
+    workdir: the run's directory; made if missing.
+    init_from: directory of a run whose parameters a new run starts from. A run
+      that resumes has its own and does not look there.
+
+  Raises:
+    ConfigError, UserError: anything the user can mend; nothing is half-written.
+  """
+  config_check.validate_devices(config, jax.device_count())
+  mesh = make_mesh(config.mesh)
+  dataset = data.load(config.data, workdir=workdir)
+  dataset.check_batch_size(config.train.batch_size)
+  workdir_lib.prepare(workdir, config, dataset.fingerprint)
+
+  vocab_size = dataset.tokenizer.vocab_size
+  model = Decoder(config.model, config.moe, vocab_size=vocab_size)
+  optimizer = make_optimizer(
+    config.optimizer, num_steps=config.train.num_steps, axes=model.logical_axes()
+  )
+  checkpointer = checkpoint.Checkpointer(
+    workdir / checkpoint.DIRECTORY,
+    keep_last=config.train.keep_last,
+    keep_best=config.train.keep_best,
+    config=config,
+    metadata={
+      "dataset_fingerprint": dataset.fingerprint,
+      "corpus_fingerprint": dataset.corpus_fingerprint,
+    },
+    logical_axes=model.logical_axes(),
+  )
+  state, start = _state(config, model, optimizer, mesh, checkpointer, init_from)
+  return Run(
+    config=config,
+    workdir=workdir,
+    mesh=mesh,
+    dataset=dataset,
+    token_bytes=dataset.tokenizer.bytes_per_token.astype(np.float32),
+    model=model,
+    optimizer=optimizer,
+    checkpointer=checkpointer,
+    state=state,
+    start_step=start,
+    resumed=start > 0,
+    flops_per_token=flops.flops_per_token(config, model.vocab_size)["total"],
+  )
+
+
+def _state(
+  config: Config,
+  model: Decoder,
+  optimizer: Optimizer,
+  mesh: Mesh,
+  checkpointer: Any,
+  init_from: str,
+) -> tuple[State, int]:
+  if checkpointer.latest() is not None:
+    target = state_lib.state_shapes(model, optimizer, mesh)
+    state, _ = checkpointer.restore(target)
+    return state, int(state["step"])
+  if init_from:
+    # Before the state is made: a wrong directory should not cost a compilation.
+    shapes = state_lib.state_shapes(model, optimizer, mesh)["params"]
+    params = checkpoint.init_from(init_from, shapes)
+    logging.info("Starting from the parameters of %s.", init_from)
+  state = state_lib.make_state(model, optimizer, mesh, config.train.seed)
+  if init_from:
+    state = state_lib.replace_params(state, optimizer, params)
+  return state, 0

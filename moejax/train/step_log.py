@@ -1,0 +1,143 @@
+"""What a run knows about its own steps, and tells: read one step late."""
+
+import dataclasses
+import time
+from typing import Any
+
+import jax
+
+from moejax.train import metrics, writers
+from moejax.train.progress import Reporter
+from moejax.train.setup import Run
+from moejax.train.step import Metrics
+
+
+class TrainingStopped(Exception):
+  """The run cannot go on: too many non-finite steps in a row."""
+
+
+@dataclasses.dataclass
+class _Speed:
+  """Tokens and seconds of training since the last logged step, pauses left out."""
+
+  tokens: float = 0.0
+  seconds: float = 0.0
+  since: float | None = None
+
+  def add(self, tokens: float) -> None:
+    now = time.monotonic()
+    # The first step after a start has no beginning to measure from: it compiles.
+    if self.since is not None:
+      self.tokens += tokens
+      self.seconds += now - self.since
+    self.since = now
+
+  def reset(self) -> None:
+    self.tokens = self.seconds = 0.0
+
+
+class StepLog:
+  """Reads metrics one step late and passes them on; stops a run that diverged."""
+
+  def __init__(self, run: Run, reporter: Reporter):
+    self._run, self._reporter = run, reporter
+    self._pending: tuple[int, Any] | None = None
+    # Held back while an evaluation can still join it.
+    self._line: tuple[int, dict[str, Any]] | None = None
+    self._speed = _Speed()
+    self._device_kind = jax.devices()[0].device_kind
+    self._writers: list[writers.Writer] = []
+    if jax.process_index() == 0:
+      self._writers = writers.make_writers(
+        run.workdir,
+        resume_step=run.start_step,
+        tensorboard=run.config.train.tensorboard,
+      )
+
+  def add(self, step: int, device_metrics: Metrics) -> None:
+    """Takes the metrics of the step just started; reads those of the one before."""
+    previous, self._pending = self._pending, (step, device_metrics)
+    if previous is not None:
+      self._read(*previous)
+
+  def settle(self, *, keep: bool) -> None:
+    """Reads what is pending. `keep`: this step gets a line whatever log_every says."""
+    if self._pending is not None:
+      pending, self._pending = self._pending, None
+      self._read(*pending, keep=keep)
+
+  def flush(self) -> None:
+    """Makes every line durable, before a checkpoint of the same step can be."""
+    self._write_line()
+    for writer in self._writers:
+      writer.flush()
+
+  def resume(self) -> None:
+    """Starts the clock again after an evaluation or a checkpoint."""
+    self._speed.since = time.monotonic()
+
+  def evaluation(self, step: int, values: dict[str, Any] | None) -> float | None:
+    """Adds validation metrics to the step's own; returns the validation loss."""
+    if values is None:
+      return None
+    named = {f"validation_{k}": v for k, v in values.items() if k != "moe"}
+    self._line = (step, {**self._line[1], **named} if self._line else named)
+    self._reporter.update(step, named)
+    return values["loss"]
+
+  def close(self) -> None:
+    self._write_line()
+    for writer in self._writers:
+      writer.close()
+
+  def _read(self, step: int, device_metrics: Metrics, *, keep: bool = False) -> None:
+    sums = jax.device_get(device_metrics)
+    self._speed.add(float(sums["tokens"]))
+    config = self._run.config.train
+    in_a_row = int(sums["bad_in_a_row"])
+    shown: dict[str, Any] = {}
+    if keep or step % config.log_every == 0 or step == config.num_steps or in_a_row:
+      shown = self._values(sums)
+      self._line = (step, shown)
+      self._speed.reset()
+      if not keep:
+        self._write_line()
+    self._reporter.update(step, shown)
+    if in_a_row >= config.max_bad_steps:
+      raise TrainingStopped(self._verdict(step, in_a_row))
+
+  def _values(self, sums: Metrics) -> dict[str, Any]:
+    values: dict[str, Any] = metrics.loss_metrics(sums)
+    values["grad_norm"] = float(sums["grad_norm"])
+    values["learning_rate"] = float(sums["learning_rate"])
+    values["skipped_steps"] = int(sums["bad_total"])
+    values |= metrics.speed_metrics(
+      self._speed.tokens,
+      self._speed.seconds,
+      flops_per_token=self._run.flops_per_token,
+      num_devices=self._run.mesh.size,
+      device_kind=self._device_kind,
+    )
+    if metrics.has_experts(sums["stats"]):
+      layers = metrics.layer_metrics(sums["stats"])
+      values["moe"] = metrics.layers_for_log(layers)
+    return values
+
+  def _write_line(self) -> None:
+    if self._line is not None:
+      step, values = self._line
+      for writer in self._writers:
+        writer.write(step, values)
+      self._line = None
+
+  def _verdict(self, step: int, in_a_row: int) -> str:
+    self._run.checkpointer.wait()
+    latest = self._run.checkpointer.latest()
+    where = self._run.workdir / "checkpoints"
+    good = "none was saved yet" if latest is None else f"{where / str(latest)}"
+    return (
+      f"The loss or a gradient was not finite in {in_a_row} steps in a row "
+      f"(--config.train.max_bad_steps), up to step {step}. Last good checkpoint: {good}. "
+      "Lower --config.optimizer.learning_rate or --config.optimizer.clip_norm and start "
+      "again, in a new --workdir with --init_from if from there."
+    )

@@ -1,0 +1,56 @@
+"""The validation loss of a run: token-weighted over a fixed set of batches."""
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import jax
+import numpy as np
+
+from moejax.parallel import rules
+from moejax.train import metrics
+from moejax.train import step as step_lib
+from moejax.types import Params
+
+EvalStep = Callable[[Params, step_lib.Batch], dict[str, Any]]
+
+
+def evaluate(
+  eval_step: EvalStep,
+  params: Params,
+  batches: Iterable[dict[str, np.ndarray]],
+  mesh: jax.sharding.Mesh,
+) -> dict[str, Any] | None:
+  """Adds up the batches' sums, then divides once.
+
+  Args:
+    eval_step: from `step.make_eval_step`.
+    params: on the devices of `mesh`.
+    batches: this process's rows of every batch.
+    mesh: the run's.
+
+  Returns:
+    loss, bits_per_byte where known, aux terms, dropped_fraction, num_tokens and
+    `moe` (per layer); None if there was not one valid token.
+  """
+  sharding = rules.batch_sharding(mesh)
+  total, pending = None, None
+  for batch in batches:
+    sums = eval_step(params, step_lib.to_devices(batch, sharding))
+    # The sums of one batch are fetched while the next is computed. They are
+    # added in float64: thousands of batches would lose digits in float32.
+    total, pending = _add(total, pending), sums
+  total = _add(total, pending)
+  if total is None or total["tokens"] == 0:
+    return None
+  values: dict[str, Any] = metrics.loss_metrics(total)
+  values["num_tokens"] = int(total["tokens"])
+  if metrics.has_experts(total["stats"]):
+    values["moe"] = metrics.layers_for_log(metrics.layer_metrics(total["stats"]))
+  return values
+
+
+def _add(total: Any, sums: Any) -> Any:
+  if sums is None:
+    return total
+  sums = jax.tree.map(lambda x: np.asarray(x, np.float64), jax.device_get(sums))
+  return sums if total is None else jax.tree.map(np.add, total, sums)
