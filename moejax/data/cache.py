@@ -1,0 +1,121 @@
+"""The disk cache: built once, by one process, whole or not at all.
+
+A prepared dataset, a token cache and a trained tokenizer are directories named
+by a hash of everything that went into them. `build_once` makes such a directory
+under a temporary name and renames it into place, so that a killed build never
+looks finished, and what it left behind goes at the next attempt.
+
+Processes wait for each other on an advisory lock that the system releases when
+its holder dies, kill -9 included: a lock file that merely exists would outlive
+a crash and need a human.
+"""
+
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from absl import logging
+
+from moejax.errors import ConfigError
+
+ENV = "MOEJAX_CACHE"
+
+
+def cache_root(cache_dir: str) -> Path:
+  """The cache directory, made if missing.
+
+  Args:
+    cache_dir: `config.data.cache_dir`; empty is $MOEJAX_CACHE, else ~/.cache/moejax.
+
+  Raises:
+    ConfigError: the directory cannot be made or written.
+  """
+  chosen = cache_dir or os.environ.get(ENV, "") or "~/.cache/moejax"
+  root = Path(chosen).expanduser().absolute()
+  try:
+    root.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryFile(dir=root):
+      pass
+  except OSError as e:
+    origin = "" if cache_dir else f" (from {ENV} or the default)"
+    raise ConfigError(
+      f"--config.data.cache_dir={str(root)!r}{origin} is not writable"
+      f" ({e.strerror}). Give a writable directory with --config.data.cache_dir or {ENV}."
+    ) from e
+  return root
+
+
+def digest(*parts: Any) -> str:
+  """A short name for what `parts` (JSON values) say, stable across processes."""
+  text = json.dumps(parts, sort_keys=True, ensure_ascii=True)
+  return hashlib.sha256(text.encode()).hexdigest()[:20]
+
+
+@contextmanager
+def locked(path: Path, what: str) -> Iterator[None]:
+  """Holds the exclusive lock file `path`; says so if it has to wait for it."""
+  path.parent.mkdir(parents=True, exist_ok=True)
+  with open(path, "w", encoding="utf-8") as file:
+    try:
+      fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+      logging.info("Waiting for another process that prepares %s.", what)
+      fcntl.flock(file, fcntl.LOCK_EX)
+    try:
+      yield
+    finally:
+      fcntl.flock(file, fcntl.LOCK_UN)
+
+
+def build_once(final: Path, build: Callable[[Path], None], *, what: str) -> Path:
+  """Returns directory `final`, first made by `build(temporary directory)` if missing.
+
+  Safe under any number of processes and kills: readers see all of it or none.
+
+  Args:
+    final: where the result lives; its name says what went into it.
+    build: fills an empty directory. Whatever it raises passes through.
+    what: for the log.
+  """
+  if final.exists():
+    return final
+  # The lock files stay: removing one while another process waits on it would let
+  # a third process lock a new file of the same name.
+  with locked(final.parent / ".locks" / final.name, what):
+    if final.exists():
+      return final
+    for stale in final.parent.glob(f"{final.name}.tmp-*"):
+      # We hold the lock, so whoever made this is dead.
+      logging.info("Removing what a killed run left of %s: %s", what, stale.name)
+      shutil.rmtree(stale, ignore_errors=True)
+    temporary = Path(tempfile.mkdtemp(prefix=f"{final.name}.tmp-", dir=final.parent))
+    try:
+      logging.info("Preparing %s (once; kept in %s).", what, final)
+      build(temporary)
+      temporary.chmod(0o755)
+      os.replace(temporary, final)
+    except BaseException:
+      shutil.rmtree(temporary, ignore_errors=True)
+      raise
+  return final
+
+
+def write_text(path: Path, text: str) -> None:
+  """Writes a file so that a reader sees the old or the new content, nothing between."""
+  path.parent.mkdir(parents=True, exist_ok=True)
+  handle, name = tempfile.mkstemp(prefix=f"{path.name}.tmp-", dir=path.parent)
+  try:
+    with os.fdopen(handle, "w", encoding="utf-8") as file:
+      file.write(text)
+    os.chmod(name, 0o644)
+    os.replace(name, path)
+  except BaseException:
+    Path(name).unlink(missing_ok=True)
+    raise

@@ -1,0 +1,252 @@
+"""Local text: which files, which documents in them, in which split.
+
+A corpus is a folder (read recursively), or one file. Any file is one document,
+whatever its suffix; a .jsonl file is one document per line, from its text field.
+Each may be compressed as .gz, .xz or .zst. Hidden files and folders and
+__pycache__ are not looked at.
+
+Documents are equal when their bytes are, and only the first is kept. The split
+is a function of the content alone, so a document keeps its split when others
+come and go, and none can be in two.
+"""
+
+import contextlib
+import dataclasses
+import gzip
+import hashlib
+import io
+import json
+import lzma
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path, PurePath
+from typing import IO, Any, cast
+
+import zstandard
+
+from moejax.data.types import SPLITS, Document, Skipped
+from moejax.errors import ConfigError
+
+COMPRESSIONS = (".gz", ".xz", ".zst")
+
+_PIECE_BYTES = (512, 16_384)
+"""Least and greatest size of the pieces that a corpus of one document is cut into."""
+
+_BROKEN = (OSError, EOFError, lzma.LZMAError, zstandard.ZstdError)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Corpus:
+  """A list of files and how to read them."""
+
+  root: Path
+  files: tuple[PurePath, ...]
+  """Relative to root, sorted by their POSIX spelling."""
+  domain_of: Callable[[PurePath], str]
+  text_field: str = "text"
+
+  def read(self, file: PurePath) -> Iterator[Document | Skipped]:
+    """The documents of one file; a broken file ends in one `Skipped`."""
+    name, domain = file.as_posix(), self.domain_of(file)
+    try:
+      with open_text(self.root / file) as stream:
+        if _plain_name(file).endswith(".jsonl"):
+          yield from _read_lines(stream, name, domain, self.text_field)
+        else:
+          yield _document(stream.read(), name, domain)
+    except _BROKEN as e:
+      yield Skipped(name, f"cannot be read: {e or type(e).__name__}")
+
+  def documents(self) -> Iterator[Document | Skipped]:
+    """Every document of every file, duplicates included; always the same order."""
+    for file in self.files:
+      yield from self.read(file)
+
+  def fingerprint(self) -> str:
+    """A hash of all names and bytes, compressed as they lie there."""
+    total = hashlib.sha256()
+    for file in self.files:
+      total.update(f"{file.as_posix()}\0{self.domain_of(file)}\0".encode())
+      try:
+        with open(self.root / file, "rb") as stream:
+          total.update(hashlib.file_digest(stream, "sha256").digest())
+      except OSError as e:
+        total.update(f"unreadable {e.errno}".encode())
+    return total.hexdigest()[:20]
+
+
+def local_corpus(path: str, text_field: str) -> Corpus:
+  """The corpus at `config.data.path`.
+
+  The domain is the top-level folder; of a .jsonl file at the top its stem; other
+  files at the top share the name of the folder that was given.
+
+  Raises:
+    ConfigError: nothing is there, it cannot be read, or it holds no file.
+  """
+  if not path:
+    raise ConfigError(
+      "--config.data.name=text needs --config.data.path=DIR: a folder of text, or a file."
+    )
+  root = Path(path).expanduser().absolute()
+  if not root.exists():
+    raise ConfigError(f"--config.data.path={path!r} does not exist. Check the spelling.")
+  if not os.access(root, os.R_OK | (os.X_OK if root.is_dir() else 0)):
+    raise ConfigError(
+      f"--config.data.path={path!r} cannot be read. Check its permissions."
+    )
+  if root.is_file():
+    stem = _plain_name(root).split(".")[0]
+    return Corpus(
+      root=root.parent,
+      files=(PurePath(root.name),),
+      domain_of=lambda _: stem,
+      text_field=text_field,
+    )
+
+  def domain_of(file: PurePath) -> str:
+    if len(file.parts) > 1:
+      return file.parts[0]
+    plain = _plain_name(file)
+    return plain.removesuffix(".jsonl") if plain.endswith(".jsonl") else root.name
+
+  files = find_files(root)
+  if not files:
+    raise ConfigError(
+      f"--config.data.path={path!r} holds no files (hidden ones do not count)."
+    )
+  return Corpus(root=root, files=files, domain_of=domain_of, text_field=text_field)
+
+
+def find_files(root: Path, skip: frozenset[str] = frozenset()) -> tuple[PurePath, ...]:
+  """Files below `root`, without hidden ones and without folders named in `skip`."""
+  found = []
+  skip |= {"__pycache__"}
+  for folder, folders, names in os.walk(root):
+    folders[:] = [f for f in folders if f not in skip and not f.startswith(".")]
+    for name in names:
+      path = Path(folder, name)
+      # A pipe or a socket would block for ever; a dangling link is worth a word.
+      if not name.startswith(".") and (path.is_file() or path.is_symlink()):
+        found.append(path.relative_to(root))
+  return tuple(PurePath(f) for f in sorted(found, key=lambda f: f.as_posix()))
+
+
+def _plain_name(file: PurePath) -> str:
+  """The name without its compression suffix."""
+  return file.name[: -len(file.suffix)] if file.suffix in COMPRESSIONS else file.name
+
+
+@contextlib.contextmanager
+def open_text(path: Path) -> Iterator[IO[bytes]]:
+  """Opens a file for reading bytes, decompressed according to its suffix."""
+  match path.suffix:
+    case ".gz":
+      stream = gzip.open(path, "rb")
+    case ".xz":
+      stream = lzma.open(path, "rb")
+    case ".zst":
+      raw = open(path, "rb")  # noqa: SIM115 (closed with the reader)
+      stream = zstandard.ZstdDecompressor().stream_reader(
+        raw, read_across_frames=True, closefd=True
+      )
+    case _:
+      stream = open(path, "rb")  # noqa: SIM115 (closed below)
+  with stream:
+    yield cast(IO[bytes], stream)
+
+
+def _document(text: bytes, name: str, domain: str) -> Document | Skipped:
+  if not text:
+    return Skipped(name, "empty")
+  if b"\0" in text:
+    return Skipped(name, "binary (holds a zero byte)")
+  try:
+    text.decode("utf-8")
+  except UnicodeDecodeError as e:
+    return Skipped(name, f"not UTF-8 (byte {e.start})")
+  return Document(text, name, domain)
+
+
+def _read_lines(
+  stream: IO[bytes], name: str, domain: str, text_field: str
+) -> Iterator[Document | Skipped]:
+  lines = stream if isinstance(stream, io.BufferedIOBase) else _buffered(stream)
+  for number, line in enumerate(lines, start=1):
+    if not line.strip():
+      continue
+    where = f"{name}:{number}"
+    try:
+      record: Any = json.loads(line)
+    except ValueError as e:
+      yield Skipped(where, f"not JSON: {e}")
+      continue
+    text = record.get(text_field) if isinstance(record, dict) else None
+    if not isinstance(text, str):
+      keys = ", ".join(sorted(record)) if isinstance(record, dict) else "no fields"
+      yield Skipped(where, f"no text field {text_field!r} (it has: {keys})")
+      continue
+    # A lone surrogate is legal JSON but no text.
+    yield _document(text.encode("utf-8", "surrogatepass"), where, domain)
+
+
+def _buffered(stream: IO[bytes]) -> io.BufferedReader:
+  """zstandard's reader has no readline."""
+  return io.BufferedReader(cast(io.RawIOBase, stream))
+
+
+def content_hash(text: bytes) -> bytes:
+  """What makes two documents equal, and decides the split."""
+  return hashlib.sha256(text).digest()
+
+
+def split_of(content: bytes, validation: float, test: float) -> str:
+  """The split of a document with this content hash."""
+  place = int.from_bytes(content[:8], "big") / 2**64
+  if place < validation:
+    return "validation"
+  return "test" if place < validation + test else "train"
+
+
+def assign_splits(
+  contents: list[bytes], validation: float, test: float
+) -> dict[bytes, str]:
+  """The split of each content hash.
+
+  A corpus of few documents can leave a wanted split empty: it then gets the
+  training document of the smallest hash, while two are left.
+  """
+  splits = {c: split_of(c, validation, test) for c in contents}
+  for split, fraction in zip(SPLITS, (1.0, validation, test), strict=True):
+    if not fraction or split in splits.values():
+      continue
+    donor = "train" if split != "train" else "validation"
+    rest = sorted(c for c, s in splits.items() if s == donor)
+    if len(rest) >= 2:
+      splits[rest[0]] = split
+  return splits
+
+
+def cut(document: Document) -> Iterator[Document]:
+  """Cuts a document into pieces at blank lines, or lines, or anywhere in need.
+
+  For a corpus of one document (a book, say), which no split by documents could
+  divide. Concatenated, the pieces are the document.
+  """
+  text, least, most = document.text, *_PIECE_BYTES
+  target = min(max(len(text) // 64, least), most)
+  start = 0
+  while start < len(text):
+    end = start + target
+    if end < len(text):
+      for mark in (b"\n\n", b"\n", b" "):
+        found = text.rfind(mark, start + target // 2, end)
+        if found >= 0:
+          end = found + len(mark)
+          break
+      # Never inside a UTF-8 character, whose later bytes are 10xxxxxx.
+      while end < len(text) and text[end] & 0xC0 == 0x80:
+        end += 1
+    piece = text[start:end]
+    yield Document(piece, f"{document.name}@{start}", document.domain)
+    start = end

@@ -1,0 +1,278 @@
+"""From a `DataConfig` to batches: the one entrance to the data pipeline."""
+
+import dataclasses
+import functools
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+from absl import logging
+
+from moejax.config import DataConfig
+from moejax.data import cache, packing, pipeline, tokenizer, tokens
+from moejax.data.packing import Batch
+from moejax.data.sources import make_source
+from moejax.data.tokenizer import BPETokenizer, ByteTokenizer, Tokenizer
+from moejax.data.types import SPLITS, Document, Skipped, Source
+from moejax.errors import ConfigError, UserError, did_you_mean
+
+_BPE_BYTES = 32 << 20
+"""A bpe tokenizer learns from at most so much of the train split."""
+
+_BPE_FORMAT = 1
+
+
+@dataclasses.dataclass(frozen=True)
+class Dataset:
+  """A tokenized dataset and its tokenizer."""
+
+  config: DataConfig
+  tokenizer: Tokenizer
+  tokens: tokens.TokenCache
+
+  @functools.cached_property
+  def fingerprint(self) -> str:
+    """Equal exactly when the same (seed, step) gives the same batch.
+
+    Given the same sequence length and batch size, which are the config's.
+    """
+    meta = self.tokens.meta
+    return cache.digest(meta["format"], meta["fingerprint"], meta["tokenizer"])
+
+  @property
+  def corpus_fingerprint(self) -> str:
+    """Of the text alone, before any tokenizer."""
+    return self.tokens.meta["fingerprint"]
+
+  @property
+  def domains(self) -> tuple[str, ...]:
+    """Names that the `domain` of evaluation batches indexes."""
+    return tuple(self.tokens.meta["domains"])
+
+  @property
+  def skipped(self) -> list[Skipped]:
+    """Documents left out, with the reason; the first 1,000."""
+    return [Skipped(**s) for s in self.tokens.meta["skipped"]]
+
+  @property
+  def num_skipped(self) -> int:
+    """How many documents were left out, duplicates not counted."""
+    return self.tokens.meta["num_skipped"]
+
+  @property
+  def num_duplicates(self) -> int:
+    """How many documents were left out because an equal one is in."""
+    return self.tokens.meta["num_duplicates"]
+
+  def num_documents(self, split: str) -> int:
+    """Documents of a split; 0 where the dataset has no such split."""
+    return self._entry(split)["num_documents"]
+
+  def num_tokens(self, split: str) -> int:
+    """Targets of a split, each document's final separator included."""
+    return self._entry(split)["num_places"]
+
+  def num_bytes(self, split: str) -> int:
+    """UTF-8 bytes of the split's documents."""
+    return self._entry(split)["num_bytes"]
+
+  def byte_counts(self, split: str) -> np.ndarray:
+    """How often each of the 256 bytes occurs: int64 [256]."""
+    return np.array(self._entry(split)["byte_counts"], np.int64)
+
+  def num_sequences(self, split: str) -> int:
+    """Sequences of an epoch, the padded last one included."""
+    return -(-self.num_tokens(split) // self.config.sequence_length)
+
+  def _entry(self, split: str) -> dict:
+    if split not in SPLITS:
+      raise UserError(f"--split={split!r} is unknown. {did_you_mean(split, SPLITS)}")
+    return self.tokens.meta["splits"][split]
+
+  def raw_bytes(self, split: str) -> Iterator[bytes]:
+    """The split's documents, in the order evaluation sees them."""
+    self._entry(split)
+    for ids in tokens.documents(self.tokens.open(split)):
+      yield self.tokenizer.decode_bytes(ids)
+
+  def check_batch_size(self, batch_size: int) -> None:
+    """Refuses a corpus that does not fill one global batch."""
+    have = self.num_sequences("train")
+    if have < batch_size:
+      length = self.config.sequence_length
+      raise ConfigError(
+        f"--config.data.name={self.config.name} gives {have} training sequences of"
+        f" --config.data.sequence_length={length}, fewer than one batch of"
+        f" --config.train.batch_size={batch_size}. Add text or lower one of the two."
+      )
+
+  def train_batches(
+    self,
+    batch_size: int,
+    seed: int,
+    start_step: int = 0,
+    process_index: int = 0,
+    process_count: int = 1,
+  ) -> Iterator[Batch]:
+    """Endless batches, from the one of step `start_step` on.
+
+    The global batch is a function of (seed, step); a process gets its rows of it,
+    batch_size / process_count. Close the iterator to end threads and workers.
+
+    Raises:
+      ConfigError: at once, if the corpus is smaller than a batch, or batch_size
+        does not divide among the processes.
+    """
+    self.check_batch_size(batch_size)
+    source = pipeline.TrainSource(
+      self.tokens,
+      "train",
+      sequence_length=self.config.sequence_length,
+      batch_size=batch_size,
+      process_index=process_index,
+      process_count=process_count,
+      seed=seed,
+      start_step=start_step,
+    )
+    return self._iterate(source)
+
+  def eval_batches(
+    self,
+    split: str,
+    batch_size: int,
+    limit: int = 0,
+    process_index: int = 0,
+    process_count: int = 1,
+  ) -> Iterator[Batch]:
+    """Each token of a split once, in stored order; the last batch is padded.
+
+    Args:
+      split: train, validation or test.
+      batch_size: global, as in `train_batches`.
+      limit: at most so many batches; 0 is all.
+      process_index: whose rows.
+      process_count: among how many the rows are divided.
+
+    Raises:
+      UserError: at once, if there is no such split.
+    """
+    if not self.num_tokens(split):
+      raise UserError(
+        f"--split={split}: {self.config.name} has no such documents. Choose another"
+        f" split, or raise --config.data.{split}_fraction."
+      )
+    source = pipeline.EvalSource(
+      self.tokens,
+      split,
+      sequence_length=self.config.sequence_length,
+      batch_size=batch_size,
+      process_index=process_index,
+      process_count=process_count,
+    )
+    return self._iterate(source, limit)
+
+  def _iterate(
+    self, source: pipeline.TrainSource | pipeline.EvalSource, limit: int = 0
+  ) -> Iterator[Batch]:
+    workers, prefetch = self.config.num_workers, self.config.prefetch
+    return pipeline.iterate(
+      source, num_workers=workers, prefetch=prefetch, limit=limit
+    )
+
+
+def load(config: DataConfig, *, workdir: Path | str | None = None) -> Dataset:
+  """Prepares and tokenizes what `config` names, or finds it in the cache.
+
+  Args:
+    config: what to read.
+    workdir: a run's directory. A run that has begun (it has a config.json) keeps the
+      tokenizer stored there, whatever text is read; otherwise the tokenizer is
+      stored there. None stores it in the cache only.
+
+  Raises:
+    ConfigError, UserError: anything wrong with the flags or the text behind them.
+  """
+  _check(config)
+  root = cache.cache_root(config.cache_dir)
+  source = make_source(config, root)
+  chosen = _stored_tokenizer(config, workdir)
+  if chosen is None:
+    chosen = _make_tokenizer(config, source, root)
+  dataset = Dataset(config, chosen, tokens.token_cache(source, chosen, root))
+  if dataset.num_skipped or dataset.num_duplicates:
+    logging.info(
+      "%s: %d documents skipped, %d duplicates left out; see Dataset.skipped.",
+      config.name,
+      dataset.num_skipped,
+      dataset.num_duplicates,
+    )
+  if workdir is not None:
+    chosen.save(Path(workdir))
+  return dataset
+
+
+def _check(config: DataConfig) -> None:
+  tokenizer.check_name(config.tokenizer)
+  if config.sequence_length < 1:
+    raise ConfigError(
+      f"--config.data.sequence_length={config.sequence_length} must be at least 1."
+    )
+  validation, test = config.validation_fraction, config.test_fraction
+  if not (0 <= validation < 1 and 0 <= test < 1 and validation + test < 1):
+    raise ConfigError(
+      f"--config.data.validation_fraction={validation} and --config.data.test_fraction="
+      f"{test} must not be negative and must leave something for training."
+    )
+  for name in ("max_documents", "num_workers", "prefetch"):
+    value = getattr(config, name)
+    if value < 0:
+      raise ConfigError(f"--config.data.{name}={value} must not be negative.")
+
+
+def _stored_tokenizer(
+  config: DataConfig, workdir: Path | str | None
+) -> Tokenizer | None:
+  # Without config.json no run has begun, and what lies there may be of a run that
+  # was refused.
+  if workdir is None or not Path(workdir, "config.json").exists():
+    return None
+  stored = tokenizer.load_tokenizer(workdir)
+  if stored.kind != config.tokenizer:
+    raise ConfigError(
+      f"--config.data.tokenizer={config.tokenizer!r}, but --workdir={str(workdir)!r}"
+      f" was begun with {stored.kind!r}. Keep that, or choose a new --workdir."
+    )
+  if stored.kind == "bpe" and stored.vocab_size != config.vocab_size:
+    raise ConfigError(
+      f"--config.data.vocab_size={config.vocab_size}, but --workdir={str(workdir)!r}"
+      f" was begun with {stored.vocab_size}. Keep that, or choose a new --workdir."
+    )
+  return stored
+
+
+def _make_tokenizer(config: DataConfig, source: Source, root: Path) -> Tokenizer:
+  if config.tokenizer == "bytes":
+    return ByteTokenizer()
+
+  def build(directory: Path) -> None:
+    trained = BPETokenizer.train(_sample(source), config.vocab_size)
+    trained.save(directory)
+
+  key = cache.digest("bpe", _BPE_FORMAT, source.fingerprint, config.vocab_size)
+  what = f"bpe tokenizer of {source.name}"
+  directory = cache.build_once(root / "tokenizers" / key, build, what=what)
+  return tokenizer.load_tokenizer(directory)
+
+
+def _sample(source: Source) -> Iterator[bytes]:
+  """The first documents of the train split, up to `_BPE_BYTES`.
+
+  Prepared datasets are stored in the order of a hash, so the first are a sample.
+  """
+  size = 0
+  for item in source.documents("train"):
+    if isinstance(item, Document):
+      yield item.text
+      size += len(item.text)
+      if size >= _BPE_BYTES:
+        return

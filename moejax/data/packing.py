@@ -1,0 +1,121 @@
+"""Packing: which tokens sequence number g of an epoch holds, as pure arithmetic.
+
+An epoch lays all documents end to end in a seeded order and cuts the line into
+sequences of S places; only the last is padded. The sequences are then served in
+a seeded order of their own, because neighbours on the line are often parts of
+one long document. Sequence g is found by binary search, so any batch of any step
+can be made by anyone, in any order: processes, workers and restarts cannot
+change what a step trains on.
+
+Each place is an (input, target) pair. A document of n tokens t has inputs
+[SEP, t1..tn] and targets [t1..tn, SEP]: every token is predicted once an epoch,
+also the first, and the end. Segment ids count 1, 2, ... within a sequence, 0 is
+padding. A document cut by the end of a sequence goes on in the next one as a
+segment of its own, with positions from 0: what was cut off cannot be attended
+to, and rotary positions stay below S.
+
+Letters: B sequences of S places; D documents.
+"""
+
+import dataclasses
+
+import numpy as np
+from jaxtyping import Int
+
+from moejax.data.tokens import TokenSplit
+
+Batch = dict[str, np.ndarray]
+"""int32 [B, S] each: inputs, targets, segment_ids, positions, for evaluation domain."""
+
+_MASK = 2**64 - 1
+
+
+def _mix(x: Int[np.ndarray, "n"]) -> Int[np.ndarray, "n"]:
+  """The finaliser of splitmix64 (Steele et al., OOPSLA 2014)."""
+  x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+  x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+  return x ^ (x >> np.uint64(31))
+
+
+def permutation(n: int, *key: int) -> Int[np.ndarray, "n"]:
+  """A permutation of range(n) that depends on the integers of `key` alone.
+
+  Not numpy's: its streams may change between releases (NEP 19), and a resumed
+  run must not notice an upgrade.
+  """
+  state = np.zeros(1, np.uint64)
+  for part in key:
+    state = _mix(state ^ np.array([part & _MASK], np.uint64)) + np.uint64(
+      0x9E3779B97F4A7C15
+    )
+  steps = np.arange(n, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15)
+  return np.argsort(_mix(steps + state), kind="stable")
+
+
+@dataclasses.dataclass(frozen=True)
+class Layout:
+  """The line of one epoch, and the order its sequences are served in."""
+
+  documents: Int[np.ndarray, "D"]
+  """Which document stands where on the line."""
+  starts: Int[np.ndarray, "D_plus_1"]
+  """First place of each on the line, and the line's end."""
+  sequences: Int[np.ndarray, "N"]
+  """The g-th sequence served is the sequences[g]-th of the line."""
+
+  @property
+  def num_places(self) -> int:
+    """Places on the line."""
+    return int(self.starts[-1])
+
+
+def num_sequences(split: TokenSplit, sequence_length: int) -> int:
+  """N, sequences of an epoch, the padded last one included."""
+  return -(-split.num_places // sequence_length)
+
+
+def train_layout(
+  split: TokenSplit, sequence_length: int, *, seed: int, epoch: int
+) -> Layout:
+  """The layout of one epoch of training."""
+  documents = permutation(split.num_documents, seed, epoch, 0)
+  lengths = np.diff(split.offsets)[documents]
+  starts = np.concatenate((np.zeros(1, np.int64), np.cumsum(lengths)))
+  count = num_sequences(split, sequence_length)
+  return Layout(documents, starts, permutation(count, seed, epoch, 1))
+
+
+def eval_layout(split: TokenSplit, sequence_length: int) -> Layout:
+  """Documents and sequences in the order they are stored in."""
+  count = num_sequences(split, sequence_length)
+  return Layout(np.arange(split.num_documents), split.offsets, np.arange(count))
+
+
+def assemble(
+  split: TokenSplit,
+  layout: Layout,
+  served: Int[np.ndarray, "B"],
+  sequence_length: int,
+  *,
+  with_domain: bool = False,
+) -> Batch:
+  """The sequences with these numbers; a number outside [0, N) gives padding."""
+  real = (served >= 0) & (served < len(layout.sequences))
+  row = layout.sequences[np.where(real, served, 0)]
+  place = row[:, None] * sequence_length + np.arange(sequence_length)[None, :]
+  valid = (place < layout.num_places) & real[:, None]
+  place = np.where(valid, place, (row * sequence_length)[:, None])
+  # Which document on the line: all places of the batch in one binary search.
+  nth = np.searchsorted(layout.starts, place, side="right") - 1
+  start = layout.starts[nth]
+  source = split.offsets[layout.documents[nth]] + place - start
+  positions = place - np.maximum(start, (row * sequence_length)[:, None])
+  batch = {
+    "inputs": split.tokens[source],
+    "targets": split.tokens[source + 1],
+    "segment_ids": nth - nth[:, :1] + 1,
+    "positions": positions,
+  }
+  if with_domain:
+    batch["domain"] = split.domains[layout.documents[nth]]
+  return {k: np.where(valid, v, 0).astype(np.int32) for k, v in batch.items()}

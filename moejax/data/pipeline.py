@@ -1,0 +1,155 @@
+"""Batches through Grain: threads or worker processes that make them ahead.
+
+The source is random access by step (`moejax.data.packing`), so Grain adds only
+its prefetching; the position to save is the step, and nothing here has state.
+"""
+
+import threading
+from collections.abc import Iterator
+from typing import Any
+
+import grain
+import numpy as np
+from absl import flags
+
+from moejax.data.packing import (
+  Batch,
+  Layout,
+  assemble,
+  eval_layout,
+  num_sequences,
+  train_layout,
+)
+from moejax.data.tokens import TokenCache, TokenSplit
+from moejax.errors import ConfigError
+
+_ENDLESS = 2**62
+"""Steps of a training run, as far as Grain needs to know."""
+
+
+class BatchSource:
+  """This process's rows of the global batch of each step: a Grain source."""
+
+  def __init__(
+    self,
+    tokens: TokenCache,
+    split: str,
+    *,
+    sequence_length: int,
+    batch_size: int,
+    process_index: int,
+    process_count: int,
+  ):
+    """batch_size is global; this process makes its `process_count`-th part of rows."""
+    if batch_size < 1 or batch_size % process_count:
+      raise ConfigError(
+        f"--config.train.batch_size={batch_size} must be a positive multiple of the"
+        f" number of processes, {process_count}."
+      )
+    self._tokens, self._split_name = tokens, split
+    self._sequence_length, self._batch_size = sequence_length, batch_size
+    rows = batch_size // process_count
+    self._rows = np.arange(process_index * rows, (process_index + 1) * rows)
+    self._open()
+
+  def _open(self) -> None:
+    self._split: TokenSplit = self._tokens.open(self._split_name)
+    self._num_sequences = num_sequences(self._split, self._sequence_length)
+    self._layouts: dict[int, Layout] = {}
+    self._lock = threading.Lock()
+
+  def __getstate__(self) -> dict[str, Any]:
+    """A worker process maps the files itself instead of receiving their content."""
+    mapped = ("_split", "_layouts", "_lock")
+    return {k: v for k, v in self.__dict__.items() if k not in mapped}
+
+  def __setstate__(self, state: dict[str, Any]) -> None:
+    self.__dict__.update(state)
+    self._open()
+
+  def _layout(self, epoch: int) -> Layout:
+    with self._lock:
+      if epoch not in self._layouts:
+        # A batch straddles at most the end of one epoch for long; keep two.
+        while len(self._layouts) > 1:
+          self._layouts.pop(min(self._layouts))
+        self._layouts[epoch] = self._make_layout(epoch)
+      return self._layouts[epoch]
+
+  def _make_layout(self, epoch: int) -> Layout:
+    raise NotImplementedError
+
+
+class TrainSource(BatchSource):
+  """Step to batch, over as many epochs as it takes."""
+
+  def __init__(self, *args: Any, seed: int, start_step: int, **kwargs: Any):
+    """Element 0 is the batch of step `start_step`."""
+    self._seed, self._start_step = seed, start_step
+    super().__init__(*args, **kwargs)
+
+  def _make_layout(self, epoch: int) -> Layout:
+    length = self._sequence_length
+    return train_layout(self._split, length, seed=self._seed, epoch=epoch)
+
+  def __len__(self) -> int:
+    return _ENDLESS
+
+  def __getitem__(self, index: int) -> Batch:
+    """The rows of step `start_step + index`."""
+    step = self._start_step + int(index)
+    numbers = step * self._batch_size + self._rows
+    epochs, served = np.divmod(numbers, self._num_sequences)
+    parts = [
+      assemble(
+        self._split, self._layout(epoch), served[epochs == epoch], self._sequence_length
+      )
+      for epoch in np.unique(epochs).tolist()
+    ]
+    # Epochs of the rows ascend, so the parts lie in row order.
+    return {k: np.concatenate([p[k] for p in parts]) for k in parts[0]}
+
+
+class EvalSource(BatchSource):
+  """Each place of a split once, in stored order; the last batch is padded."""
+
+  def _make_layout(self, epoch: int) -> Layout:
+    return eval_layout(self._split, self._sequence_length)
+
+  def __len__(self) -> int:
+    return -(-self._num_sequences // self._batch_size)
+
+  def __getitem__(self, index: int) -> Batch:
+    """The rows of batch `index`, with their domains."""
+    served = int(index) * self._batch_size + self._rows
+    layout = self._layout(0)
+    return assemble(
+      self._split, layout, served, self._sequence_length, with_domain=True
+    )
+
+
+def iterate(
+  source: TrainSource | EvalSource, *, num_workers: int, prefetch: int, limit: int = 0
+) -> Iterator[Batch]:
+  """Runs a source through Grain; closing the iterator ends its threads and workers."""
+  dataset = grain.MapDataset.source(source)
+  if limit:
+    dataset = dataset[:limit]
+  # One thread: numpy holds the interpreter lock for most of the work.
+  threads = 1 if prefetch and not num_workers else 0
+  options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=max(prefetch, 1))
+  batches = dataset.to_iter_dataset(options)
+  if num_workers:
+    # Grain's workers refuse to start while absl's flags are unparsed, which they
+    # are when this is used as a library.
+    if not flags.FLAGS.is_parsed():
+      flags.FLAGS.mark_as_parsed()
+    workers = grain.MultiprocessingOptions(
+      num_workers=num_workers, per_worker_buffer_size=max(prefetch, 1)
+    )
+    batches = batches.mp_prefetch(workers)
+  iterator = iter(batches)
+  try:
+    yield from iterator
+  finally:
+    iterator.close()

@@ -1,0 +1,254 @@
+"""Tokenizers: text to ids and back, without loss for any bytes.
+
+bytes  one id per byte, and the separator; no training, no unknowns.
+bpe    byte-level byte pair encoding (Sennrich et al., arXiv:1508.07909; on bytes as
+       in GPT-2), trained with the `tokenizers` library on the train split.
+
+Every token stands for a known number of bytes, so bits per byte is exact for any
+set of tokens: see `bytes_per_token`.
+
+The separator belongs to no text: no string encodes to it. That is why it is not a
+special token of the library, which would find it inside a document.
+"""
+
+import abc
+import functools
+import json
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+import numpy as np
+import tokenizers
+from jaxtyping import Int
+from tokenizers import decoders, models, pre_tokenizers, trainers
+
+from moejax.data import cache
+from moejax.errors import ConfigError, UserError, did_you_mean
+
+TOKENIZERS = ("bytes", "bpe")
+
+FILE = "tokenizer/tokenizer.json"
+"""Inside a run's directory."""
+
+_BYTES_VOCAB = 264
+"""256 bytes and the separator, rounded up so that it divides among 8 devices."""
+
+_MIN_BPE_VOCAB = 257
+
+
+class Tokenizer(abc.ABC):
+  """Text to ids in [0, vocab_size) and back."""
+
+  kind: str
+  vocab_size: int
+  """V of the model. Some ids may stand for nothing."""
+  separator: int
+  """Stands between documents; also what a prompt starts with."""
+
+  @abc.abstractmethod
+  def encode_batch(self, texts: Sequence[bytes]) -> list[Int[np.ndarray, "n"]]:
+    """Encodes many texts at once: the fast way."""
+
+  @property
+  @abc.abstractmethod
+  def pieces(self) -> list[bytes]:
+    """The bytes of each id; empty for the separator and unused ids."""
+
+  @abc.abstractmethod
+  def _model(self) -> str:
+    """What `from_json` needs beside kind and vocab_size."""
+
+  def encode(self, text: str | bytes) -> list[int]:
+    """The ids of one text, without separators."""
+    if isinstance(text, str):
+      text = text.encode("utf-8", "surrogatepass")
+    return self.encode_batch([text])[0].tolist()
+
+  def decode_bytes(self, ids: Iterable[int]) -> bytes:
+    """The exact bytes; separators and unused ids are nothing."""
+    pieces = self.pieces
+    return b"".join(pieces[i] for i in np.asarray(ids).reshape(-1).tolist())
+
+  def decode(self, ids: Iterable[int]) -> str:
+    """Text to look at: bytes that are no UTF-8 become the replacement character."""
+    return self.decode_bytes(ids).decode("utf-8", "replace")
+
+  @functools.cached_property
+  def bytes_per_token(self) -> Int[np.ndarray, "V"]:
+    """How many bytes each id stands for (int32); 0 for the separator."""
+    return np.array([len(p) for p in self.pieces], np.int32)
+
+  @functools.cached_property
+  def fingerprint(self) -> str:
+    """Equal exactly for tokenizers that encode alike."""
+    return cache.digest(self.kind, self.vocab_size, self._model())
+
+  def to_json(self) -> str:
+    """Everything `from_json` needs."""
+    fields = {
+      "kind": self.kind,
+      "vocab_size": self.vocab_size,
+      "fingerprint": self.fingerprint,
+      "model": self._model(),
+    }
+    return json.dumps(fields, indent=1)
+
+  def save(self, workdir: Path) -> None:
+    """Stores it with a run; does nothing where the same one is stored already."""
+    path = Path(workdir) / FILE
+    text = self.to_json()
+    try:
+      if path.exists() and path.read_text("utf-8") == text:
+        return
+      cache.write_text(path, text)
+    except OSError as e:
+      raise ConfigError(
+        f"--workdir={str(workdir)!r} is not writable ({e.strerror}). Choose another."
+      ) from e
+
+
+class ByteTokenizer(Tokenizer):
+  """ids 0 to 255 are the bytes, 256 is the separator, up to 263 unused."""
+
+  kind = "bytes"
+  vocab_size = _BYTES_VOCAB
+  separator = 256
+
+  def encode_batch(self, texts: Sequence[bytes]) -> list[Int[np.ndarray, "n"]]:
+    """See the base class."""
+    return [np.frombuffer(t, np.uint8).astype(np.int32) for t in texts]
+
+  @functools.cached_property
+  def pieces(self) -> list[bytes]:
+    """See the base class."""
+    return [bytes([i]) for i in range(256)] + [b""] * (self.vocab_size - 256)
+
+  def _model(self) -> str:
+    return ""
+
+
+def _byte_of_char() -> dict[str, int]:
+  """The library writes bytes as printable characters; this is the way back.
+
+  Printable Latin-1 characters stand for themselves, the others for the code
+  points from 256 on, in order (the convention of GPT-2's encoder).
+  """
+  printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
+  others = [b for b in range(256) if b not in set(printable)]
+  table = {chr(b): b for b in printable}
+  return table | {chr(256 + i): b for i, b in enumerate(others)}
+
+
+class BPETokenizer(Tokenizer):
+  """Byte-level BPE. The last id, vocab_size - 1, is the separator.
+
+  Training on little text may find fewer merges than asked for; the ids between
+  are unused, so that the model's shape depends on the config alone.
+  """
+
+  kind = "bpe"
+
+  def __init__(self, model: str, vocab_size: int):
+    """Wraps the library's JSON."""
+    self._tokenizer = tokenizers.Tokenizer.from_str(model)
+    self.vocab_size = vocab_size
+    self.separator = vocab_size - 1
+
+  @classmethod
+  def train(cls, texts: Iterable[bytes], vocab_size: int) -> "BPETokenizer":
+    """Learns merges; the same texts give the same tokenizer.
+
+    Raises:
+      ConfigError: vocab_size has no room for all bytes and the separator.
+    """
+    if not _MIN_BPE_VOCAB <= vocab_size <= 2**24:
+      raise ConfigError(
+        f"--config.data.vocab_size={vocab_size} must be at least {_MIN_BPE_VOCAB}"
+        " (256 bytes and the separator) for --config.data.tokenizer=bpe."
+      )
+    learner = tokenizers.Tokenizer(models.BPE())
+    learner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)  # pyright: ignore[reportAttributeAccessIssue]
+    learner.decoder = decoders.ByteLevel()  # pyright: ignore[reportAttributeAccessIssue]
+    trainer = trainers.BpeTrainer(
+      vocab_size=vocab_size - 1,
+      initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+      show_progress=False,
+    )
+    learner.train_from_iterator((t.decode("utf-8") for t in texts), trainer)
+    return cls(learner.to_str(), vocab_size)
+
+  def encode_batch(self, texts: Sequence[bytes]) -> list[Int[np.ndarray, "n"]]:
+    """See the base class."""
+    strings = []
+    for text in texts:
+      try:
+        strings.append(text.decode("utf-8"))
+      except UnicodeDecodeError:
+        return [self._encode_any(t) for t in texts]
+    return [
+      np.array(e.ids, np.int32)
+      for e in self._tokenizer.encode_batch_fast(strings, add_special_tokens=False)
+    ]
+
+  def _encode_any(self, text: bytes) -> Int[np.ndarray, "n"]:
+    """Bytes that are no UTF-8 get the id of their byte; the rest as usual."""
+    ids: list[int] = []
+    while text:
+      try:
+        good, bad = text.decode("utf-8"), b""
+        text = b""
+      except UnicodeDecodeError as e:
+        good, bad = text[: e.start].decode("utf-8"), text[e.start : e.end]
+        text = text[e.end :]
+      ids += self._tokenizer.encode(good, add_special_tokens=False).ids
+      ids += [self._id_of_byte[b] for b in bad]
+    return np.array(ids, np.int32)
+
+  @functools.cached_property
+  def _id_of_byte(self) -> dict[int, int]:
+    return {p[0]: i for i, p in enumerate(self.pieces) if len(p) == 1}
+
+  @functools.cached_property
+  def pieces(self) -> list[bytes]:
+    """See the base class."""
+    byte_of = _byte_of_char()
+    pieces = [b""] * self.vocab_size
+    for token, index in self._tokenizer.get_vocab().items():
+      pieces[index] = bytes(byte_of[c] for c in token)
+    return pieces
+
+  def _model(self) -> str:
+    return self._tokenizer.to_str()
+
+
+def from_json(text: str) -> Tokenizer:
+  """The tokenizer that `to_json` wrote."""
+  fields = json.loads(text)
+  if fields["kind"] == "bytes":
+    return ByteTokenizer()
+  return BPETokenizer(fields["model"], fields["vocab_size"])
+
+
+def load_tokenizer(workdir: Path | str) -> Tokenizer:
+  """The tokenizer of a run, from nothing but the run's directory.
+
+  Raises:
+    UserError: the directory holds none, or a damaged one.
+  """
+  path = Path(workdir) / FILE
+  try:
+    return from_json(path.read_text("utf-8"))
+  except OSError as e:
+    raise UserError(
+      f"--workdir={str(workdir)!r} holds no tokenizer ({FILE}). Is it a run's directory?"
+    ) from e
+  except (ValueError, KeyError, TypeError) as e:
+    raise UserError(f"{path} is damaged: {e}") from e
+
+
+def check_name(name: str) -> None:
+  """Refuses an unknown `config.data.tokenizer`."""
+  if name not in TOKENIZERS:
+    raise ConfigError(
+      f"--config.data.tokenizer={name!r} is unknown. {did_you_mean(name, TOKENIZERS)}"
+    )
