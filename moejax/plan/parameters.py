@@ -78,8 +78,9 @@ def resolve_vocab_size(config: Config) -> int:
 
 def moe_layer_indices(config: Config) -> tuple[int, ...]:
   """Layers whose feed-forward is an MoE layer (or, in a dense twin, stands for one)."""
-  first = config.moe.dense_prefix + config.moe.offset
-  return tuple(range(first, config.model.num_layers, config.moe.every))
+  moe = config.moe
+  first = moe.dense_prefix + moe.offset % moe.every
+  return tuple(range(first, config.model.num_layers, moe.every))
 
 
 def dimensions(config: Config, vocab_size: int) -> Dimensions:

@@ -90,8 +90,7 @@ def deepseek_moe_16b() -> Config:
 
 
 def _dense(model: ModelConfig, sequence_length: int) -> Config:
-  # An offset past the last layer: no layer is an MoE layer.
-  moe = MoEConfig(every=1, offset=model.num_layers)
+  moe = MoEConfig(dense_prefix=model.num_layers)
   return Config(data=DataConfig(sequence_length=sequence_length), model=model, moe=moe)
 
 

@@ -122,7 +122,14 @@ def test_moe_layers_are_where_the_model_has_them():
   """Both readings of prefix, offset and every name the same layers."""
   from moejax.models.decoder import Decoder
 
-  for every, offset, prefix in [(1, 0, 0), (2, 1, 0), (2, 0, 1), (3, 2, 1)]:
+  for every, offset, prefix in [
+    (1, 0, 0),
+    (1, 1, 0),
+    (2, 1, 0),
+    (2, 0, 1),
+    (3, 2, 1),
+    (2, 1, 9),
+  ]:
     moe = MoEConfig(every=every, offset=offset, dense_prefix=prefix)
     config = Config(model=ModelConfig(num_layers=7), moe=moe)
     model = Decoder(config.model, config.moe, vocab_size=264)
@@ -130,7 +137,7 @@ def test_moe_layers_are_where_the_model_has_them():
 
 
 def test_vocabulary_without_data():
-  """bytes has its own size, bpe the configured one, and the model's flag wins."""
+  """Bytes have 264 ids, bpe as many as configured, and the model's flag wins."""
   config = Config()
   assert parameters.resolve_vocab_size(config) == 264
   config.data.tokenizer = "bpe"
