@@ -1,0 +1,173 @@
+"""switch, top2 and top_k against the oracle, in every output and in gradient."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from moejax.routing.base import RouterInputs, RouterOptions
+from moejax.routing.registry import ROUTERS
+from tests import reference
+from tests.routing.common import route, skewed_logits, token_order
+
+E = 5
+T = 13
+
+
+def options(**changes) -> RouterOptions:
+  return RouterOptions(num_experts=E, **changes)
+
+
+CASES = {
+  "switch": ("switch", options(capacity=3)),
+  "switch_dropless": ("switch", options()),
+  "switch_gate": ("switch", options(capacity=3, priority="gate")),
+  "switch_random": ("switch", options(capacity=3, priority="random")),
+  "top2": ("top2", options(num_selected=2, capacity=4, renormalize="before_drop")),
+  "top2_after": ("top2", options(num_selected=2, capacity=4, renormalize="after_drop")),
+  "top2_gate": ("top2", options(num_selected=2, capacity=4, priority="gate")),
+  "top2_random": (
+    "top2",
+    options(
+      num_selected=2, capacity=4, renormalize="before_drop", second_policy="random"
+    ),
+  ),
+  "top2_sample": ("top2", options(num_selected=2, capacity=4, second_policy="sample")),
+  "top_k": ("top_k", options(num_selected=3, capacity=5)),
+  "top_k_before": ("top_k", options(num_selected=3, renormalize="before_drop")),
+  "top_k_after": ("top_k", options(num_selected=3, capacity=5, renormalize="after_drop")),
+  "top_k_random": ("top_k", options(num_selected=3, capacity=5, priority="random")),
+  "top_k_all": ("top_k", options(num_selected=5, capacity=7)),
+}
+
+
+def draws(name: str, opts: RouterOptions, key: jax.Array) -> dict:
+  """The random numbers that the router makes of its key, for the oracle."""
+  slot_key = key
+  given = {}
+  if name == "top2":
+    slot_key, draw_key = jax.random.split(key)
+    if opts.second_policy == "random":
+      given["uniform"] = np.asarray(jax.random.uniform(draw_key, (T,)))
+    if opts.second_policy == "sample":
+      given["gumbel"] = np.asarray(jax.random.gumbel(draw_key, (T, E)))
+  if opts.priority == "random":
+    given["token_order"] = token_order(slot_key, T)
+  return given
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("train", [True, False])
+def test_equals_the_oracle(case: str, train: bool):
+  """Experts, slots, drops, gates, order, stats and the gates' gradient, with padding."""
+  name, opts = CASES[case]
+  if not train and not (opts.priority == "random" or opts.second_policy != "all"):
+    pytest.skip("no randomness: training and evaluation are the same")
+  key = jax.random.key(3) if train else None
+  logits = skewed_logits(1, T, E)
+  valid = np.arange(T) % 5 != 3
+  given = draws(name, opts, key) if key is not None else {}
+  want = reference.route(name, logits, valid, opts, **given)
+  if opts.capacity is not None and opts.num_selected < E:
+    assert want.dropped, "the case should overflow, or it proves little"
+
+  cotangent = np.random.default_rng(0).normal(size=want.gate.shape)
+
+  @jax.jit
+  def run(logits):
+    inputs = RouterInputs(logits=logits, valid=jnp.asarray(valid), key=key)
+    routing = ROUTERS[name].fn(inputs, opts)
+    return jnp.sum(routing.gate * jnp.float32(cotangent.reshape(-1))), routing
+
+  grad, got = jax.grad(run, has_aux=True)(jnp.asarray(logits))
+  np.testing.assert_array_equal(got.expert.reshape(want.expert.shape), want.expert)
+  np.testing.assert_array_equal(got.kept.reshape(want.kept.shape), want.kept)
+  np.testing.assert_array_equal(got.slot.reshape(want.slot.shape), want.slot)
+  np.testing.assert_array_equal(got.load, want.load)
+  np.testing.assert_allclose(got.gate.reshape(want.gate.shape), want.gate, rtol=1e-5)
+  np.testing.assert_allclose(got.probs, want.probs, rtol=1e-5)
+  for field, value in want.stats().items():
+    np.testing.assert_allclose(getattr(got.stats, field), value, rtol=1e-5)
+  np.testing.assert_allclose(grad, want.backward(cotangent), rtol=1e-4, atol=1e-6)
+  check_order(got)
+
+
+def check_order(routing):
+  """`order` is a permutation: kept ones by (expert, slot), then the dropped ones."""
+  order = np.asarray(routing.order)
+  kept, expert, slot = (
+    np.asarray(a)[order] for a in (routing.kept, routing.expert, routing.slot)
+  )
+  assert sorted(order) == list(range(len(order)))
+  total = int(np.sum(routing.load))
+  assert kept[:total].all() and not kept[total:].any()
+  want = [(e, s) for e, n in enumerate(np.asarray(routing.load)) for s in range(n)]
+  assert list(zip(expert[:total], slot[:total], strict=True)) == want
+
+
+def test_renormalising_before_drops_is_a_softmax_over_the_chosen_logits():
+  """Mixtral's softmax after the choice is `before_drop`, so it needs no own option."""
+  logits = skewed_logits(4, T, E)
+  got = route("top_k", logits, options(num_selected=2, renormalize="before_drop"))
+  chosen = np.sort(logits, axis=-1)[:, ::-1][:, :2].astype(np.float64)
+  want = np.exp(chosen) / np.exp(chosen).sum(-1, keepdims=True)
+  np.testing.assert_allclose(got.gate.reshape(T, 2), want, rtol=1e-5)
+
+
+def test_second_expert_is_kept_with_twice_its_normalised_gate():
+  """GShard's random policy keeps the second with min(1, 2 g2), over 4,000 tokens."""
+  num_tokens = 4000
+  logits = np.tile(np.log(np.float32([[0.8, 0.2, 0.0001]])), (num_tokens, 1))
+  opts = RouterOptions(num_experts=3, num_selected=2, second_policy="random")
+  got = route("top2", logits, opts, key=jax.random.key(0))
+  kept = np.asarray(got.kept).reshape(num_tokens, 2)
+  assert kept[:, 0].all()
+  # Binomial(4000, 0.4): one standard deviation is 0.0077.
+  assert abs(kept[:, 1].mean() - 0.4) < 0.03
+
+
+def test_sampled_second_follows_the_remaining_probabilities():
+  """The second expert is drawn from probabilities with the first one left out."""
+  num_tokens = 4000
+  logits = np.tile(np.log(np.float32([[0.5, 0.3, 0.2]])), (num_tokens, 1))
+  opts = RouterOptions(num_experts=3, num_selected=2, second_policy="sample")
+  got = route("top2", logits, opts, key=jax.random.key(1))
+  second = np.asarray(got.expert).reshape(num_tokens, 2)[:, 1]
+  assert set(second) == {1, 2}
+  assert abs((second == 1).mean() - 0.6) < 0.03
+
+
+def test_switch_gate_reaches_the_router():
+  """Top-1 keeps its probability, so the loss has a gradient by the logits."""
+  logits = jnp.asarray(skewed_logits(0, T, E))
+  opts = options(renormalize="none")
+
+  def total(logits):
+    return jnp.sum(route("switch", logits, opts).gate)
+
+  assert float(jnp.linalg.norm(jax.grad(total)(logits))) > 0.1
+
+
+def test_groups_do_not_see_each_other():
+  """vmap over groups equals one group at a time, also where capacity binds."""
+  opts = options(num_selected=2, capacity=3)
+  logits = np.stack([skewed_logits(s, T, E) for s in range(3)])
+  valid = jnp.ones((3, T), bool)
+  inputs = RouterInputs(logits=jnp.asarray(logits), valid=valid)
+  both = jax.jit(jax.vmap(lambda i: ROUTERS["top_k"].fn(i, opts)))(inputs)
+  for g in range(3):
+    one = route("top_k", logits[g], opts)
+    for field in ("expert", "slot", "gate", "kept", "order", "load"):
+      np.testing.assert_array_equal(getattr(both, field)[g], getattr(one, field))
+
+
+def test_dense_form_shows_the_same_routing():
+  """dispatch_mask and combine_weights hold exactly the kept assignments."""
+  opts = options(num_selected=2, capacity=3)
+  got = route("top_k", skewed_logits(2, T, E), opts)
+  mask, weights = np.asarray(got.dispatch_mask()), np.asarray(got.combine_weights())
+  assert mask.sum() == np.sum(got.kept) and mask.sum(axis=0).max() == 1
+  np.testing.assert_array_equal(weights != 0, mask)
+  assert dataclasses.replace(got).num_slots == 3
