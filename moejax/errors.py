@@ -4,6 +4,9 @@ A message names the flag, the value and the way out. Anything else that goes
 wrong is a bug, and keeps its traceback.
 """
 
+import difflib
+from collections.abc import Iterable
+
 EXIT_CODE = 2
 """What a process returns when it refuses what it was asked to do."""
 
@@ -14,3 +17,18 @@ class UserError(Exception):
 
 class ConfigError(UserError):
   """A configuration value, alone or beside another, makes no sense."""
+
+
+def nearest(name: str, choices: Iterable[str]) -> str | None:
+  """The choice that a misspelt name most likely meant, or None if none is near."""
+  # Hyphens and capitals are the commonest slip and should not count as distance.
+  plain = {c.lower().replace("-", "_"): c for c in choices}
+  match = difflib.get_close_matches(name.lower().replace("-", "_"), plain, n=1)
+  return plain[match[0]] if match else None
+
+
+def did_you_mean(name: str, choices: Iterable[str]) -> str:
+  """A sentence that names the nearest choice, or all of them if none is near."""
+  choices = tuple(choices)
+  near = nearest(name, choices)
+  return f"Did you mean {near}?" if near else f"Choose from {', '.join(choices)}."

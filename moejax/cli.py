@@ -1,0 +1,249 @@
+"""The command line: one config, its overrides, and errors without tracebacks.
+
+A program defines its own absl flags, calls `define_config()`, and ends in
+`cli.run(main)`. `--config.SECTION.FIELD=VALUE` overrides one field of the config
+and may stand anywhere on the line; a program may also lay the overrides over a
+config of its own, such as the one stored in a run's directory.
+
+Nothing here imports jax, so a misspelt flag is refused in a fraction of a second
+by every program that imports its heavy parts inside `main`.
+"""
+
+import functools
+import importlib.util
+import pathlib
+import sys
+import textwrap
+import traceback
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+from absl import app, flags
+
+from moejax import config_io, config_list
+from moejax.config import Config
+from moejax.config_check import validate
+from moejax.errors import EXIT_CODE, ConfigError, UserError, did_you_mean, nearest
+
+# Flags defined by `define_config` belong to the program that called it.
+flags.disclaim_key_flags()
+
+DEFAULT_CONFIG = "configs/default.py"
+_HELP = ("help", "h", "helpshort", "helpfull")
+_INTERRUPTED = 130
+_T = TypeVar("_T")
+
+_overrides: dict[str, Any] = {}
+"""Dotted name to value, from the last parsed command line."""
+
+
+def define_config(default: str | None = DEFAULT_CONFIG) -> None:
+  """Defines --config, --workdir and --list, once for each program.
+
+  Args:
+    default: the config file without --config; None if the program brings a
+      config of its own to `get_config`.
+  """
+  if "config" in flags.FLAGS:
+    flags.FLAGS.set_default("config", default)
+    return
+  flags.DEFINE_string("config", default, "Config file: a path, or a shipped name.")
+  flags.DEFINE_string("workdir", None, "Directory of the run.")
+  flags.DEFINE_enum("list", None, config_list.LISTS, "Print what there is, and exit.")
+
+
+def get_config(base: Config | None = None) -> Config:
+  """The config of this command line, checked; every call returns a new one.
+
+  Args:
+    base: what the overrides are laid over, itself unchanged; None reads --config.
+
+  Raises:
+    ConfigError: the file cannot be used, or `validate` refuses the result.
+  """
+  if base is None:
+    base = load_config(flags.FLAGS["config"].value or DEFAULT_CONFIG)
+  config = config_io.from_dict(config_io.to_dict(base))
+  for dotted, value in _overrides.items():
+    config_io.set_field(config, dotted, value)
+  validate(config)
+  return config
+
+
+def overrides() -> dict[str, Any]:
+  """The overridden fields of this command line: dotted name to value."""
+  return dict(_overrides)
+
+
+def load_config(path: str) -> Config:
+  """Runs a config file and returns what its `get_config()` returns, unchecked.
+
+  Args:
+    path: a file, or the name of a shipped config (`default`, `configs/default.py`).
+
+  Raises:
+    ConfigError: no such file, or it fails, or it makes no `Config`.
+  """
+  file = _find_config(path)
+  spec = importlib.util.spec_from_file_location("moejax_config_file", file)
+  if spec is None or spec.loader is None:
+    raise ConfigError(f"--config={path}: not a Python file (its name must end in .py).")
+  module = importlib.util.module_from_spec(spec)
+  try:
+    spec.loader.exec_module(module)
+    make = getattr(module, "get_config", None)
+    config = make() if callable(make) else None
+  except ConfigError:
+    raise
+  except Exception as error:
+    line = traceback.extract_tb(error.__traceback__)[-1]
+    raise ConfigError(
+      f"--config={path} fails at {line.filename}:{line.lineno}: "
+      f"{type(error).__name__}: {error}"
+    ) from error
+  if not isinstance(config, Config):
+    raise ConfigError(
+      f"--config={path}: it needs a function get_config() that returns a "
+      f"moejax.config.Config, and it "
+      + ("returns a " + type(config).__name__ if callable(make) else "has none")
+      + ". See configs/default.py."
+    )
+  return config
+
+
+def _find_config(path: str) -> pathlib.Path:
+  shipped = config_list.shipped_configs()
+  # A path as it stands wins; otherwise a shipped name works from any directory.
+  if pathlib.Path(path).is_file():
+    return pathlib.Path(path)
+  name = path.removeprefix("configs/").removesuffix(".py")
+  if name in shipped:
+    return shipped[name]
+  what = "is a directory" if pathlib.Path(path).is_dir() else "no such file"
+  raise ConfigError(
+    f"--config={path}: {what}. {did_you_mean(name, shipped)} "
+    "A path to a config file of your own works too."
+  )
+
+
+def run(main: Callable[[], int | None]) -> None:
+  """Parses the command line, calls `main` and exits with what it returns.
+
+  A `UserError` from anywhere, and every mistake on the command line, is one
+  line on stderr and exit code 2.
+  """
+  app.run(
+    lambda _: _guarded(functools.partial(_main_or_list, main)),
+    flags_parser=lambda argv: _guarded(functools.partial(parse, argv)),
+  )
+
+
+def _guarded(function: Callable[[], _T]) -> _T:
+  try:
+    return function()
+  except UserError as error:
+    print(f"error: {error}", file=sys.stderr)
+    sys.exit(EXIT_CODE)
+  except KeyboardInterrupt:
+    print("interrupted", file=sys.stderr)
+    sys.exit(_INTERRUPTED)
+
+
+def _main_or_list(main: Callable[[], int | None]) -> int | None:
+  what = flags.FLAGS["list"].value if "list" in flags.FLAGS else None
+  if what:
+    print(config_list.describe(what), end="")
+    return None
+  return main()
+
+
+def parse(argv: list[str]) -> list[str]:
+  """Parses absl flags and config overrides, in any order; prints --help and exits.
+
+  Args:
+    argv: the command line, program name first.
+
+  Returns:
+    The program name alone: no program here takes positional arguments.
+
+  Raises:
+    UserError: an unknown flag or field (the nearest is named), or a bad value.
+  """
+  if any(a.lstrip("-") in _HELP and a.startswith("-") for a in argv[1:]):
+    print(_help(argv[0]))
+    sys.exit(0)
+  try:
+    argv = flags.FLAGS.read_flags_from_files(argv, force_gnu=True)
+    rest, texts = _split_overrides(argv) if "config" in flags.FLAGS else (argv, {})
+    # All at once, after the line is read: a later --config must not undo them.
+    _overrides.clear()
+    _overrides.update((k, config_io.parse_value(k, v)) for k, v in texts.items())
+    positional = flags.FLAGS(rest)
+  except flags.UnrecognizedFlagError as error:
+    raise UserError(_unknown_flag(error.flagname)) from None
+  except flags.Error as error:
+    raise UserError(str(error)) from None
+  if len(positional) > 1:
+    raise UserError(
+      f"{positional[1]!r} is no flag: every argument has the form --name=value."
+    )
+  return positional
+
+
+def _split_overrides(argv: list[str]) -> tuple[list[str], dict[str, str]]:
+  """Takes `--config.a.b=v`, `--config.a.b v` and `--[no]config.a.flag` out of argv."""
+  rest, found = [], {}
+  words = iter(argv)
+  for word in words:
+    name, has_value, value = word.partition("=")
+    plain = name.lstrip("-")
+    negated = plain.startswith("noconfig.")
+    dotted = plain.removeprefix("no" if negated else "").removeprefix("config.")
+    if not name.startswith("-") or plain == dotted:
+      rest.append(word)
+      continue
+    config_io.check_name(dotted)
+    is_bool = config_io.field_types()[dotted][0] is bool
+    if negated and (has_value or not is_bool):
+      raise ConfigError(f"{word}: write --config.{dotted}=VALUE.")
+    if not has_value:
+      value = str(not negated) if is_bool else next(words, None)
+    if value is None:
+      raise ConfigError(f"{word}: no value given; {config_io.expected(dotted)}.")
+    found[dotted] = value
+  return rest, found
+
+
+def _unknown_flag(name: str) -> str:
+  fields = [] if "config" not in flags.FLAGS else list(config_io.field_types())
+  # `--num_experts` or `--moe.num_experts`: the field is right, its prefix is missing.
+  for field in fields:
+    if field == name or field.endswith("." + name):
+      return f"--{name}: there is no such flag. Did you mean --config.{field}?"
+  names = [n for n in flags.FLAGS if len(n) > 1] + ["config." + f for f in fields]
+  near = nearest(name, names)
+  remedy = f"Did you mean --{near}?" if near else "--help lists what there is."
+  return f"--{name}: there is no such flag. {remedy}"
+
+
+def _help(program: str) -> str:
+  """The program's docstring, its flags, and the names of the config's fields."""
+  doc = sys.modules["__main__"].__doc__ or ""
+  lines = [doc.strip(), "", "Flags:"]
+  for flag in flags.FLAGS.get_key_flags_for_module(program):
+    default = "" if flag.default is None else f" (default: {flag.default})"
+    lines.append(f"  --{flag.name}: {flag.help}{default}")
+  if "config" in flags.FLAGS:
+    lines += ["", "--config.SECTION.FIELD=VALUE overrides one field of the config:"]
+    sections: dict[str, list[str]] = {}
+    for dotted in config_io.field_types():
+      section, _, leaf = dotted.rpartition(".")
+      sections.setdefault(section, []).append(leaf)
+    for section, leaves in sections.items():
+      if section:
+        text = f"{section}: " + " ".join(leaves)
+        lines.append(
+          textwrap.indent(textwrap.fill(text, 84, subsequent_indent="  "), "  ")
+        )
+    lines.append("moejax/config.py says what each does.")
+  return "\n".join(lines)

@@ -1,0 +1,322 @@
+"""Every bad configuration is one clear error, before anything is compiled or written.
+
+`validate` needs neither data nor devices; `validate_devices` needs their number.
+A check that needs the data itself (a corpus smaller than a batch) is made where
+the data is loaded.
+
+Letters: B sequences of a batch, S sequence, T tokens of a routing group, D width,
+E experts, K choices per token, F expert hidden width.
+"""
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+from moejax.config import SCHEMA_VERSION, Config
+from moejax.config_io import expected, field_types, get_field
+from moejax.config_ranges import CHOICES, RANGES
+from moejax.errors import ConfigError, did_you_mean
+from moejax.models.pattern import layer_pattern
+
+
+def validate(config: Config) -> None:
+  """Refuses a config that cannot train, at the first thing found wrong.
+
+  Raises:
+    ConfigError: names the flag, its value and the way out.
+  """
+  for check in (_types, _choices, _ranges):
+    check(config)
+  for rule in RULES:
+    error = rule(config)
+    if error:
+      raise ConfigError(error)
+  _registered_names(config)
+
+
+def _types(config: Config) -> None:
+  """A config file can put anything into a field; the flags cannot."""
+  for name, (kind, optional) in field_types().items():
+    value = get_field(config, name)
+    if optional and value is None:
+      continue
+    # bool is an int to Python, and `width = True` is a slip all the same.
+    if type(value) is not kind and not (kind is float and type(value) is int):
+      raise ConfigError(f"--config.{name}={_show(value)}: {expected(name)}.")
+
+
+def _choices(config: Config) -> None:
+  for name, choices in CHOICES.items():
+    _check_choice(config, name, choices)
+
+
+def _check_choice(config: Config, name: str, choices: Iterable[str]) -> None:
+  value = get_field(config, name)
+  if value not in choices:
+    raise ConfigError(
+      f"--config.{name}={value} is unknown. {did_you_mean(value, choices)}"
+    )
+
+
+def _ranges(config: Config) -> None:
+  for name, allowed in RANGES.items():
+    value = get_field(config, name)
+    if value is not None and value not in allowed:
+      why = f" ({allowed.why})" if allowed.why else ""
+      raise ConfigError(f"--config.{name}={_show(value)} must be {allowed}{why}.")
+
+
+def _flags(config: Config, *names: str) -> str:
+  """`--config.a.b=1 with --config.c.d=2`, values as they are."""
+  return " with ".join(f"--config.{n}={_show(get_field(config, n))}" for n in names)
+
+
+def _show(value: Any) -> str:
+  """A value as it is written on the command line."""
+  if value is None or isinstance(value, bool):
+    return str(value).lower()
+  return str(value)
+
+
+# Each rule returns an error, or None. They may rely on types, names and ranges.
+
+
+def _schema(c: Config) -> str | None:
+  if c.schema_version != SCHEMA_VERSION:
+    return (
+      f"schema_version={c.schema_version} is not this moejax's {SCHEMA_VERSION}. It is no "
+      "setting: leave it out of config files."
+    )
+
+
+def _splits_leave_training_text(c: Config) -> str | None:
+  if c.data.validation_fraction + c.data.test_fraction >= 1:
+    names = ("data.validation_fraction", "data.test_fraction")
+    return f"{_flags(c, *names)} leaves nothing to train on: their sum must be below 1."
+
+
+def _text_has_a_path(c: Config) -> str | None:
+  if c.data.name == "text" and not c.data.path:
+    return (
+      "--config.data.name=text needs --config.data.path: a folder, a file or .jsonl. "
+      "Or leave the name out and train on the embedded python_stdlib."
+    )
+  if c.data.name == "python_stdlib" and c.data.path:
+    return (
+      f"--config.data.path={c.data.path} is not read by python_stdlib. For your own text "
+      "add --config.data.name=text."
+    )
+  if not c.data.name:
+    return "--config.data.name is empty. --list=datasets shows what there is."
+
+
+def _heads_divide_width(c: Config) -> str | None:
+  if not c.model.head_dim and c.model.width % c.model.num_heads:
+    return (
+      f"{_flags(c, 'model.width', 'model.num_heads')}: the width must be divisible by the "
+      "number of heads. Change either, or set --config.model.head_dim."
+    )
+
+
+def _head_dim_is_even(c: Config) -> str | None:
+  head_dim = c.model.head_dim or c.model.width // c.model.num_heads
+  if head_dim % 2:
+    names = (
+      ("model.head_dim",) if c.model.head_dim else ("model.width", "model.num_heads")
+    )
+    return (
+      f"{_flags(c, *names)} makes heads of width {head_dim}: rotary positions turn pairs, "
+      "so it must be even."
+    )
+
+
+def _kv_heads_divide_heads(c: Config) -> str | None:
+  if c.model.num_kv_heads and c.model.num_heads % c.model.num_kv_heads:
+    return (
+      f"{_flags(c, 'model.num_kv_heads', 'model.num_heads')}: each key/value head serves "
+      "the same number of query heads, so the first must divide the second."
+    )
+
+
+def _vocabulary_holds_the_tokenizer(c: Config) -> str | None:
+  need = c.data.vocab_size if c.data.tokenizer == "bpe" else 257
+  if c.model.vocab_size and c.model.vocab_size < need:
+    return (
+      f"--config.model.vocab_size={c.model.vocab_size} has no room for the {need} ids of "
+      f"--config.data.tokenizer={c.data.tokenizer}. Raise it, or use 0."
+    )
+
+
+def _context_holds_a_sequence(c: Config) -> str | None:
+  if 0 < c.model.max_position < c.data.sequence_length:
+    return (
+      f"{_flags(c, 'model.max_position', 'data.sequence_length')}: the context of "
+      "generation must hold a training sequence. Raise the first, or use 0."
+    )
+
+
+def _no_more_choices_than_experts(c: Config) -> str | None:
+  if c.moe.num_selected > c.moe.num_experts:
+    return (
+      f"--config.moe.num_selected={c.moe.num_selected} is more than "
+      f"--config.moe.num_experts={c.moe.num_experts}: a token cannot choose an expert "
+      "twice. Lower the first or raise the second."
+    )
+
+
+def _segments_divide_hidden(c: Config) -> str | None:
+  if c.moe.hidden % c.moe.segments:
+    return (
+      f"{_flags(c, 'moe.segments', 'moe.hidden')}: each expert is cut into equal segments, "
+      "so the first must divide the second."
+    )
+
+
+def _one_choice_keeps_its_probability(c: Config) -> str | None:
+  if c.moe.num_selected * c.moe.segments == 1 and c.moe.renormalize != "none":
+    return (
+      f"{_flags(c, 'moe.renormalize', 'moe.num_selected')}: a single gate scaled to sum 1 "
+      "is always 1, and the router gets no gradient. Use --config.moe.renormalize=none."
+    )
+
+
+def _some_layer_is_moe(c: Config) -> str | None:
+  # A dense twin answers "equal to what?" by the same pattern, so it needs one too.
+  if not any(layer_pattern(c.model.num_layers, c.moe).is_moe):
+    names = ("moe.every", "moe.offset", "moe.dense_prefix", "model.num_layers")
+    return (
+      f"{_flags(c, *names)} makes no layer an MoE layer. Lower the first three, or add "
+      "layers."
+    )
+
+
+def _only_top2_has_a_second_policy(c: Config) -> str | None:
+  if c.moe.second_policy != "all" and c.moe.router != "top2":
+    return (
+      f"{_flags(c, 'moe.second_policy', 'moe.router')}: only router top2 has a second "
+      "expert to decide about. Use --config.moe.router=top2, or second_policy=all."
+    )
+
+
+def _accumulation_divides_batch(c: Config) -> str | None:
+  if c.train.batch_size % c.train.accumulation:
+    return (
+      f"{_flags(c, 'train.batch_size', 'train.accumulation')}: microbatches are equal, so "
+      "the second must divide the first."
+    )
+
+
+def _accumulation_balances_groups(c: Config) -> str | None:
+  if c.train.accumulation > 1 and c.moe.balance_scope == "batch":
+    return (
+      f"{_flags(c, 'moe.balance_scope', 'train.accumulation')}: a balance loss over the "
+      "whole batch is not the sum of those of its microbatches. Use "
+      "--config.moe.balance_scope=group, or accumulation=1."
+    )
+
+
+def _groups_divide_microbatch(c: Config) -> str | None:
+  tokens = c.train.batch_size // c.train.accumulation * c.data.sequence_length
+  if c.moe.group_size and tokens % c.moe.group_size:
+    return (
+      f"--config.moe.group_size={c.moe.group_size} does not divide the {tokens} tokens of "
+      f"a microbatch ({c.train.batch_size // c.train.accumulation} sequences of "
+      f"{c.data.sequence_length}). Choose a divisor, or 0 for one group per sequence."
+    )
+
+
+def _warmup_ends(c: Config) -> str | None:
+  # Equal is allowed: a run of nothing but warmup is a learning-rate test. The
+  # default warmup is not the user's choice, so short runs only cut it (optimizer).
+  if c.optimizer.schedule == "inverse_sqrt" and c.optimizer.warmup_steps == 0:
+    return (
+      f"{_flags(c, 'optimizer.schedule', 'optimizer.warmup_steps')}: the rate falls as "
+      "sqrt(warmup/step), so warmup must be at least 1."
+    )
+
+
+def _one_mesh_axis_is_free(c: Config) -> str | None:
+  sizes = {a: getattr(c.mesh, a) for a in ("data", "fsdp", "expert", "tensor")}
+  zero = [f"--config.mesh.{a}=0" for a, size in sizes.items() if size == 0]
+  if zero:
+    return f"{zero[0]}: an axis has at least 1 device; 1 leaves it unused."
+  free = [f"--config.mesh.{a}=-1" for a, size in sizes.items() if size == -1]
+  if len(free) > 1:
+    return f"{' '.join(free)}: only one axis can take what the others leave."
+
+
+RULES: tuple[Callable[[Config], str | None], ...] = (
+  _schema,
+  _splits_leave_training_text,
+  _text_has_a_path,
+  _heads_divide_width,
+  _head_dim_is_even,
+  _kv_heads_divide_heads,
+  _vocabulary_holds_the_tokenizer,
+  _context_holds_a_sequence,
+  _no_more_choices_than_experts,
+  _segments_divide_hidden,
+  _one_choice_keeps_its_probability,
+  _some_layer_is_moe,
+  _only_top2_has_a_second_policy,
+  _accumulation_divides_batch,
+  _accumulation_balances_groups,
+  _groups_divide_microbatch,
+  _warmup_ends,
+  _one_mesh_axis_is_free,
+)
+
+
+def _registered_names(config: Config) -> None:
+  """Last, because the registries import jax, and the checks above should be fast."""
+  from moejax.dispatch.registry import DISPATCHERS
+  from moejax.routing.registry import ROUTERS
+
+  _check_choice(config, "moe.router", ROUTERS)
+  _check_choice(config, "moe.dispatcher", ("auto", *DISPATCHERS))
+  moe, fixed = config.moe, ROUTERS[config.moe.router].num_selected
+  if fixed is not None and moe.num_selected * moe.segments != fixed:
+    raise ConfigError(
+      f"{_flags(config, 'moe.router', 'moe.num_selected', 'moe.segments')}: this router "
+      f"chooses {fixed} per token, and num_selected * segments is "
+      f"{moe.num_selected * moe.segments}. Change them, or use --config.moe.router=top_k."
+    )
+
+
+def validate_devices(config: Config, num_devices: int) -> None:
+  """Refuses a config that does not fit on so many devices.
+
+  Raises:
+    ConfigError: the mesh's product is not `num_devices`, or an axis does not
+      divide what it cuts. Sizes known only with the vocabulary are checked when
+      the parameters get their shardings.
+  """
+  from moejax.parallel.mesh import AXES, TOKEN_AXES, mesh_shape
+
+  size = dict(zip(AXES, mesh_shape(config.mesh, num_devices), strict=True))
+  shards = 1
+  for axis in TOKEN_AXES:
+    shards *= size[axis]
+  micro = config.train.batch_size // config.train.accumulation
+  if micro % shards:
+    raise ConfigError(
+      f"{_flags(config, 'train.batch_size', 'train.accumulation')}: a microbatch has "
+      f"{micro} sequences, which {shards} devices (data {size['data']} x fsdp "
+      f"{size['fsdp']} x expert {size['expert']}) cannot share equally. Make it a multiple "
+      f"of {shards}."
+    )
+  model, moe = config.model, config.moe
+  cut = [
+    ("fsdp", "model.width", model.width),
+    ("tensor", "model.num_heads", model.num_heads),
+    ("tensor", "model.num_kv_heads", model.num_kv_heads or model.num_heads),
+    ("tensor", "model.hidden", model.hidden),
+    ("tensor", "moe.hidden", moe.hidden // moe.segments),
+  ]
+  if not moe.dense_twin:
+    cut.append(("expert", "moe.num_experts", moe.num_experts * moe.segments))
+  for axis, name, extent in cut:
+    if extent % size[axis]:
+      raise ConfigError(
+        f"--config.mesh.{axis}={size[axis]} does not divide --config.{name} ({extent}). "
+        f"Choose a divisor of {extent}, or change the model."
+      )
