@@ -1,0 +1,415 @@
+"""Checkpoints: written beside the training loop, read back bit for bit.
+
+A save takes the arrays off the devices, which is all the loop waits for; Orbax
+writes them, and our own `meta` with checksums of every array, in the background,
+under a temporary name that becomes `N/` when all is on disk. Kept are the newest
+few and the few with the lowest metric.
+
+Whatever goes wrong with a checkpoint, training is not lost: a save that fails is
+reported and cleaned up and the run goes on; a checkpoint found damaged at restore
+is set aside as `N.damaged` and the one before is used.
+
+Reading is `checkpoint_read`; its `restore_params` and `init_from` are offered here.
+"""
+
+import asyncio
+import dataclasses
+import errno
+import json
+import shutil
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+from absl import logging
+from jax.experimental import multihost_utils
+from orbax.checkpoint import checkpoint_managers as ocp_managers
+from orbax.checkpoint import future as ocp_future
+
+from moejax import config_io
+from moejax.config import Config
+from moejax.errors import ConfigError, UserError
+from moejax.train import fingerprint, provenance
+from moejax.train.checkpoint_read import (
+  DIRECTORY,
+  FORMAT,
+  DamagedCheckpointError,
+  init_from,
+  list_steps,
+  pack_meta,
+  read_meta,
+  read_state,
+  restore_params,
+)
+
+__all__ = ["DIRECTORY", "Checkpointer", "init_from", "list_steps", "restore_params"]
+
+_PARTIAL = "*.orbax-checkpoint-tmp*"
+"""What a save is called until it is complete."""
+
+
+class _MetaHandler(ocp.AsyncCheckpointHandler):
+  """Writes `meta/metadata`, whose content is computed in the background too."""
+
+  async def async_save(self, directory: Any, args: "_MetaSave") -> list[Any]:
+    return [
+      ocp_future.CommitFutureAwaitingContractedSignals(
+        self._write(directory, args), name="moejax_meta_save"
+      )
+    ]
+
+  def save(self, directory: Any, args: "_MetaSave") -> None:
+    asyncio.run(self._write(directory, args))
+
+  def restore(self, directory: Any, args: Any = None) -> dict[str, Any]:
+    return read_meta(Path(directory).parent)
+
+  async def _write(self, directory: Any, args: "_MetaSave") -> None:
+    if jax.process_index() == 0:
+      (Path(directory) / "metadata").write_text(pack_meta(args.make()))
+
+
+@ocp.args.register_with_handler(_MetaHandler, for_save=True, for_restore=True)
+@dataclasses.dataclass
+class _MetaSave(ocp.args.CheckpointArgs):
+  make: Callable[[], dict[str, Any]]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _KeepBest:
+  """Keeps the n steps of lowest metric; those without one are not among them.
+
+  Not Orbax's BestN: that one reads a metrics file of its own from every step when
+  it starts, and a damaged one would keep a run from starting.
+  """
+
+  metrics: dict[int, float]
+  n: int
+
+  def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> list[bool]:
+    del context
+    known = [c.step for c in checkpoints if np.isfinite(self.metrics.get(c.step, np.inf))]
+    # At equal metric the earlier one, which does not push another out.
+    best = sorted(known, key=lambda step: (self.metrics[step], step))[: self.n]
+    return [c.step in best for c in checkpoints]
+
+
+class Checkpointer:
+  """Saves and restores the train state of one run.
+
+  All processes of a run make one, and call its methods in the same order.
+
+  Attributes:
+    failures: (step, reason) of every save that failed.
+    blocked_seconds: how long the last `save` kept its caller.
+  """
+
+  def __init__(
+    self,
+    directory: Path | str,
+    *,
+    keep_last: int,
+    keep_best: int,
+    config: Config,
+    metadata: dict[str, Any],
+    logical_axes: Any = None,
+    warn: Callable[[str], None] = logging.warning,
+  ):
+    """Opens a directory of checkpoints, and clears what a killed save left there.
+
+    Args:
+      directory: `workdir / DIRECTORY`; made if missing.
+      keep_last: newest steps to keep, at least 1.
+      keep_best: steps of lowest metric to keep beside them.
+      config: stored, resolved, with every step.
+      metadata: more to store with every step: JSON, such as `dataset_fingerprint`.
+      logical_axes: the model's; with it, checksums are kept for each expert.
+      warn: told, in one sentence each, what went wrong and what was done about it.
+
+    Raises:
+      ConfigError: keep_last < 1 or keep_best < 0.
+    """
+    if keep_last < 1 or keep_best < 0:
+      raise ConfigError(
+        f"--config.train.keep_last={keep_last} must be at least 1 (a run resumes from "
+        f"its newest checkpoint) and --config.train.keep_best={keep_best} at least 0."
+      )
+    self.directory = Path(directory).resolve()
+    self.failures: list[tuple[int, str]] = []
+    self.blocked_seconds = 0.0
+    self._config = config_io.to_dict(config)
+    self._metadata = json.loads(json.dumps(metadata))
+    self._logical_axes = logical_axes
+    self._warn = warn
+    self._pending: int | None = None
+    self._clear_partial()
+    self._metrics = self._read_metrics()
+    policies: list[Any] = [ocp_managers.LatestN(keep_last)]
+    if keep_best:
+      policies.append(_KeepBest(metrics=self._metrics, n=keep_best))
+    self._manager = ocp.CheckpointManager(
+      self.directory,
+      options=ocp.CheckpointManagerOptions(
+        preservation_policy=ocp_managers.AnyPreservationPolicy(policies),
+        save_root_metadata=False,
+        lightweight_initialize=True,
+      ),
+    )
+
+  def save(
+    self,
+    step: int,
+    state: dict[str, Any],
+    *,
+    position: dict[str, Any],
+    metric: float | None = None,
+    force: bool = False,
+  ) -> bool:
+    """Starts a save; the state may be donated as soon as this returns.
+
+    Waits first for a save still being written. A failure, of that one or of this,
+    is reported by `warn` and does not raise.
+
+    Args:
+      step: names the checkpoint.
+      state: plain dict of jax arrays and optax states; typed PRNG keys are fine.
+      position: where the data stands after this step: JSON, the same on all processes.
+      metric: for keep-best, lower is better; None or non-finite is never best.
+      force: write again a step that is there already.
+
+    Returns:
+      Whether a save was started; False where the step is already there.
+    """
+    start = time.monotonic()
+    self.wait()
+    if step in self.steps():
+      if not force:
+        return False
+      self._manager.delete(step)
+    meta = self._metadata | {
+      "format": FORMAT,
+      "step": step,
+      "position": position,
+      "config": self._config,
+      "versions": provenance.versions(),
+      "revision": provenance.revision(),
+      "metric": float(metric) if metric is not None and np.isfinite(metric) else None,
+    }
+    try:
+      axes = fingerprint.expert_axes(state, self._logical_axes)
+      leaves = fingerprint.snapshot(state, axes)
+      summed = None
+      if jax.process_count() > 1:  # a collective has no place in a background thread
+        summed = fingerprint.all_processes(fingerprint.checksums(leaves))
+      self._metrics.pop(step, None)
+      if meta["metric"] is not None:
+        self._metrics[step] = meta["metric"]
+      self._pending = step
+
+      def make_meta() -> dict[str, Any]:
+        return meta | {"leaves": summed or fingerprint.checksums(leaves)}
+
+      self._manager.save(
+        step,
+        args=ocp.args.Composite(
+          state=ocp.args.StandardSave(state), meta=_MetaSave(make_meta)
+        ),
+        force=True,
+      )
+    except (OSError, ValueError, RuntimeError) as e:
+      if not _is_disk(e):
+        raise
+      self._failed(step, e)
+      return False
+    finally:
+      self.blocked_seconds = time.monotonic() - start
+    return True
+
+  def poll(self) -> bool:
+    """Reports a background save that failed meanwhile, without waiting for one.
+
+    Returns:
+      Whether nothing is known to have failed.
+    """
+    if self._pending is not None and not self._manager.is_saving_in_progress():
+      return self.wait()
+    return True
+
+  def wait(self) -> bool:
+    """Waits until the last save is on disk.
+
+    Returns:
+      False if it failed, which has then been reported and cleaned up.
+    """
+    step = self._pending
+    if step is None:
+      return True
+    try:
+      self._manager.wait_until_finished()
+    except Exception as e:
+      # Nothing that happens while writing is worth a run's life.
+      self._failed(step, e)
+      return False
+    self._pending = None
+    return True
+
+  def close(self) -> bool:
+    """Waits for the last save, then frees Orbax's threads. Returns as `wait` does."""
+    whole = self.wait()
+    self._manager.close()
+    return whole
+
+  def steps(self) -> list[int]:
+    """Complete checkpoints on disk, ascending."""
+    return list_steps(self.directory)
+
+  def latest(self) -> int | None:
+    """The newest complete checkpoint."""
+    return max(self.steps(), default=None)
+
+  def best(self) -> int | None:
+    """The complete checkpoint of lowest metric; None if none has one."""
+    known = [step for step in self.steps() if step in self._metrics]
+    return min(known, key=lambda step: (self._metrics[step], step), default=None)
+
+  def restore(
+    self, target: dict[str, Any], step: int | None = None
+  ) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Restores the newest checkpoint that is what was written.
+
+    Damaged ones found on the way are renamed `N.damaged` and named by `warn`, but
+    only once an older one is restored: if none is whole, nothing is touched.
+
+    Args:
+      target: the state's tree of ShapeDtypeStruct with shardings, of any mesh.
+      step: this one and no other; None is the newest.
+
+    Returns:
+      The state, bit for bit and in the target's shardings, and its meta: step,
+      position, config, versions, revision, metric, what `metadata` held, and leaves.
+
+    Raises:
+      ConfigError: the checkpoint is of another model or optimizer.
+      UserError: no checkpoint, no such step, or none that is whole.
+    """
+    self.wait()
+    steps = self.steps()
+    if step is not None and step not in steps:
+      raise UserError(f"{self.directory} has no step {step}, but {steps or 'none'}.")
+    if not steps:
+      raise UserError(f"{self.directory} has no checkpoint to restore.")
+    damaged: list[tuple[int, str]] = []
+    for candidate in [step] if step is not None else reversed(steps):
+      state, meta, problem = self._try(candidate, target)
+      if problem is None:
+        for number, reason in damaged:
+          self._set_aside(number, reason, candidate)
+        return state, meta
+      damaged.append((candidate, problem))
+    reasons = "; ".join(f"step {n}: {reason}" for n, reason in damaged)
+    raise UserError(
+      f"{self.directory} has no checkpoint that is whole ({reasons}). Restore the "
+      "files from a copy, or start anew in another --workdir."
+    )
+
+  def _try(
+    self, step: int, target: dict[str, Any]
+  ) -> tuple[dict[str, Any], dict[str, Any], str | None]:
+    """Restores one step; a description of the damage if any process found some."""
+    path, problem, state, meta = self.directory / str(step), None, {}, {}
+    try:
+      meta = read_meta(path)
+    except DamagedCheckpointError as e:
+      problem = str(e)
+    # Processes agree before each collective, or one would wait for the others.
+    if _any_process(problem is not None):
+      return {}, {}, problem or "another process found it damaged"
+    try:
+      state = read_state(path, meta, target)
+    except DamagedCheckpointError as e:
+      problem = str(e)
+    if _any_process(problem is not None):
+      return {}, {}, problem or "another process found it damaged"
+    return state, meta, None
+
+  def _set_aside(self, step: int, reason: str, used: int) -> None:
+    """Renames a damaged step, so that nothing takes it for a checkpoint again."""
+    path = self.directory / str(step)
+    aside = path.with_name(f"{step}.damaged")
+    number = 0
+    while aside.exists():
+      number += 1
+      aside = path.with_name(f"{step}.damaged.{number}")
+    if jax.process_index() == 0:
+      path.rename(aside)
+    if jax.process_count() > 1:
+      multihost_utils.sync_global_devices(f"set_aside_{step}")
+    self._metrics.pop(step, None)
+    self._manager.reload()
+    self._warn(
+      f"checkpoint {path} is damaged ({reason}): set aside as {aside.name}, using "
+      f"step {used}"
+    )
+
+  def _failed(self, step: int, error: Exception) -> None:
+    """After a save that failed: clears what it left, and says what there is."""
+    self._pending = None
+    self._metrics.pop(step, None)
+    reason = _reason(error)
+    self.failures.append((step, reason))
+    self._clear_partial()
+    self._manager.reload()
+    good = self.latest()
+    last = (
+      f"the last good checkpoint is step {good}"
+      if good is not None
+      else ("there is no checkpoint yet")
+    )
+    self._warn(
+      f"checkpoint at step {step} could not be saved to {self.directory} ({reason}): "
+      f"the run goes on, {last}"
+    )
+
+  def _clear_partial(self) -> None:
+    if jax.process_index() != 0:
+      return
+    for path in self.directory.glob(_PARTIAL):
+      shutil.rmtree(path, ignore_errors=True)
+
+  def _read_metrics(self) -> dict[int, float]:
+    """Metrics of the steps on disk; damaged ones are found out at restore."""
+    found = {}
+    for step in self.steps():
+      try:
+        metric = read_meta(self.directory / str(step)).get("metric")
+      except (DamagedCheckpointError, UserError):
+        continue
+      if metric is not None:
+        found[step] = metric
+    return found
+
+
+def _any_process(here: bool) -> bool:
+  if jax.process_count() == 1:
+    return here
+  return bool(np.any(multihost_utils.process_allgather(np.array(here))))
+
+
+_FULL = ("No space left", "RESOURCE_EXHAUSTED", "File too large", "quota")
+
+
+def _is_disk(error: Exception) -> bool:
+  """Whether the file system refused, as opposed to a mistake in the state itself."""
+  return isinstance(error, OSError) or any(word in str(error) for word in _FULL)
+
+
+def _reason(error: Exception) -> str:
+  full = (errno.ENOSPC, errno.EDQUOT)
+  if (isinstance(error, OSError) and error.errno in full) or "No space" in str(error):
+    return "the disk is full"
+  text = " ".join(str(error).split()) or type(error).__name__
+  return text if len(text) <= 200 else text[:197] + "..."

@@ -1,0 +1,289 @@
+"""Reading one checkpoint, and knowing whether it is what was written.
+
+A step is a directory `N/` with two items: `state/`, the arrays as Orbax stores
+them, and `meta/metadata`, one JSON file of ours:
+
+  {"crc32": of the rest, "meta": {"format", "step", "position", "config",
+   "versions", "revision", "dataset_fingerprint", "metric", "leaves"}}
+
+`leaves` has shape, dtype and checksum of every array (`fingerprint.checksums`).
+It is the authority: what a target must look like is read from there and not from
+Orbax's own metadata, so that a checkpoint of another model (the user's mistake)
+and a damaged one (the disk's) are never taken for each other.
+"""
+
+import json
+import zlib
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+from absl import logging
+
+from moejax import config_io
+from moejax.config import Config
+from moejax.errors import ConfigError, UserError
+from moejax.train import fingerprint
+from moejax.types import Params
+
+FORMAT = 1
+"""Raised when `meta` changes so that an older reader would misread it."""
+
+DIRECTORY = "checkpoints"
+"""Where a workdir keeps its steps."""
+
+
+class DamagedCheckpointError(Exception):
+  """What is on disk is not what was written. Names the step and the reason."""
+
+
+def list_steps(directory: Path) -> list[int]:
+  """The steps that were completely written, ascending.
+
+  A save is written beside and renamed when complete, so a number is complete;
+  what a killed process left has a longer name.
+  """
+  if not directory.is_dir():
+    return []
+  return sorted(int(p.name) for p in directory.iterdir() if p.name.isdigit())
+
+
+def pack_meta(meta: dict[str, Any]) -> str:
+  """The text of a meta file, with its own checksum inside."""
+  body = json.dumps(meta, sort_keys=True)
+  return f'{{"crc32": {zlib.crc32(body.encode())}, "meta": {body}}}\n'
+
+
+def read_meta(step_directory: Path) -> dict[str, Any]:
+  """Reads what a step says about itself.
+
+  Raises:
+    DamagedCheckpointError: the file is missing, cut short or changed.
+    UserError: it was written by a newer version in a form unknown here.
+  """
+  path = step_directory / "meta" / "metadata"
+  try:
+    stored = json.loads(path.read_text())
+    meta = stored["meta"]
+    body = json.dumps(meta, sort_keys=True)
+    if stored["crc32"] != zlib.crc32(body.encode()):
+      raise ValueError("its checksum does not match")
+  except FileNotFoundError as e:
+    raise DamagedCheckpointError(f"{path} is missing") from e
+  except (ValueError, KeyError, TypeError, UnicodeDecodeError) as e:
+    raise DamagedCheckpointError(f"{path} is not as written: {_one_line(e)}") from e
+  if meta["format"] > FORMAT:
+    raise UserError(
+      f"{step_directory} was written in checkpoint format {meta['format']}, this "
+      f"version reads up to {FORMAT}: use the moejax that wrote it "
+      f"({meta.get('versions', {}).get('moejax', 'unknown')}) or a later one."
+    )
+  return meta
+
+
+def as_target(tree: Any) -> Any:
+  """Shapes, dtypes and shardings to restore into; no sharding is one local device."""
+  device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+
+  def spec(leaf: Any) -> jax.ShapeDtypeStruct:
+    sharding = getattr(leaf, "sharding", None) or device
+    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+
+  return jax.tree.map(spec, tree)
+
+
+def mismatches(saved: dict[str, Any], target: Any, *, prefix: str = "") -> list[str]:
+  """How a checkpoint's leaves differ from a target's, in words; empty if not."""
+  wanted = {prefix + n: leaf for n, leaf in fingerprint.named_leaves(target).items()}
+  stored = {n: s for n, s in saved.items() if n.startswith(prefix)}
+  lines = [f"{n} is not in the checkpoint" for n in wanted if n not in stored]
+  lines += [f"{n} is only in the checkpoint" for n in stored if n not in wanted]
+  for name in sorted(wanted.keys() & stored.keys()):
+    was = (tuple(stored[name]["shape"]), stored[name]["dtype"])
+    now = (tuple(wanted[name].shape), str(wanted[name].dtype))
+    if was != now:
+      lines.append(f"{name} is {was[1]}{list(was[0])}, wanted {now[1]}{list(now[0])}")
+  return lines
+
+
+def read_state(step_directory: Path, meta: dict[str, Any], target: Any) -> Any:
+  """Restores arrays bit for bit, straight into the target's shardings.
+
+  Args:
+    step_directory: `.../checkpoints/N`.
+    meta: of that step, from `read_meta`.
+    target: tree of ShapeDtypeStruct; any part of the saved tree that is a subset
+      of its top-level keys.
+
+  Raises:
+    ConfigError: the target is another model or optimizer; names the leaves.
+    DamagedCheckpointError: the arrays cannot be read, or are not those written.
+  """
+  saved = meta["leaves"]
+  parts = tuple(f"{key}." for key in target)
+  wanted = {n: s for n, s in saved.items() if n in target or n.startswith(parts)}
+  problems = mismatches(wanted, target)
+  if problems:
+    more = f" (and {len(problems) - 5} more)" if len(problems) > 5 else ""
+    raise ConfigError(
+      f"{step_directory} holds another model or optimizer: "
+      f"{'; '.join(problems[:5])}{more}. Use the --config it was made with."
+    )
+  target = as_target(target)
+  try:
+    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
+      args = ocp.args.PyTreeRestore(
+        item=target,
+        restore_args=ocp.checkpoint_utils.construct_restore_args(target),
+        partial_restore=True,
+      )
+      state = reader.restore(step_directory / "state", args=args)
+  except Exception as e:
+    if _is_ours(e):
+      raise
+    raise DamagedCheckpointError(f"its arrays cannot be read: {_one_line(e)}") from e
+  axes = {n: _expert_axis(s) for n, s in wanted.items() if "experts" in s}
+  found = fingerprint.checksums(fingerprint.snapshot(state, axes))
+  found = fingerprint.all_processes(found)
+  changed = fingerprint.differences(wanted, found)
+  if changed:
+    more = f" (and {len(changed) - 5} more)" if len(changed) > 5 else ""
+    raise DamagedCheckpointError(f"{'; '.join(changed[:5])}{more}")
+  return state
+
+
+def restore_params(
+  workdir: Path | str, step: int | None = None, shardings: Any = None
+) -> tuple[Params, Config, dict[str, Any]]:
+  """Parameters of a run, with nothing but its directory.
+
+  Args:
+    workdir: of a training run; its `checkpoints` directory is accepted too.
+    step: which one; None is the newest that is whole. Nothing is renamed here: a
+      reader may run beside the training run.
+    shardings: tree like the parameters, or one sharding for all, or None for the
+      first local device.
+
+  Returns:
+    The parameters, the config they were trained with (migrated to the present
+    schema), and everything else the step says about itself.
+
+  Raises:
+    UserError: no checkpoint there (says what is), no such step, or all damaged.
+  """
+  directory = checkpoint_directory(workdir)
+  steps = list_steps(directory)
+  if step is not None and step not in steps:
+    raise UserError(
+      f"--step={step} is not in {directory}: there are {_numbers_in_words(steps)}."
+    )
+  reasons = []
+  for candidate in [step] if step is not None else reversed(steps):
+    try:
+      meta = read_meta(directory / str(candidate))
+      target = params_target(meta, shardings)
+      state = read_state(directory / str(candidate), meta, {"params": target})
+      return state["params"], config_io.from_dict(meta["config"]), meta
+    except DamagedCheckpointError as e:
+      reasons.append(f"step {candidate}: {e}")
+      logging.warning("%s: checkpoint is damaged, %s", directory, reasons[-1])
+  raise UserError(
+    f"{directory} has no checkpoint that is whole. {'. '.join(reasons)}. "
+    "Choose another --step, or train again."
+  )
+
+
+def checkpoint_directory(workdir: Path | str) -> Path:
+  """Where a workdir's checkpoints are, which must exist.
+
+  Raises:
+    UserError: there are none; lists what is there instead.
+  """
+  workdir = Path(workdir)
+  for directory in (workdir / DIRECTORY, workdir):
+    if list_steps(directory):
+      return directory
+  if not workdir.is_dir():
+    raise UserError(f"--workdir={workdir} is not a directory.")
+  found = sorted(p.name for p in workdir.iterdir())
+  inside = f"it holds {', '.join(found[:10])}" if found else "it is empty"
+  if len(found) > 10:
+    inside += f" and {len(found) - 10} more"
+  raise UserError(
+    f"--workdir={workdir} has no checkpoint: {inside}. Give the directory that "
+    "experiments.train was given, after its first checkpoint."
+  )
+
+
+def params_target(meta: dict[str, Any], shardings: Any = None) -> Params:
+  """The shapes of a checkpoint's parameters, as a nested dict."""
+  target: Params = {}
+  for name, leaf in meta["leaves"].items():
+    keys = name.split(".")
+    if keys[0] != "params":
+      continue
+    node = target
+    for key in keys[1:-1]:
+      node = node.setdefault(key, {})
+    node[keys[-1]] = jax.ShapeDtypeStruct(tuple(leaf["shape"]), np.dtype(leaf["dtype"]))
+  if shardings is None:
+    return target
+  if isinstance(shardings, jax.sharding.Sharding):
+    one = shardings
+    shardings = jax.tree.map(lambda _: one, target)
+  return jax.tree.map(
+    lambda s, h: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=h), target, shardings
+  )
+
+
+def init_from(source: Path | str, target: Params, step: int | None = None) -> Params:
+  """Parameters of another run, to start a new one from.
+
+  Args:
+    source: the other run's workdir, --init_from.
+    target: the new model's parameters, shapes with shardings (or arrays).
+
+  Raises:
+    ConfigError: the shapes differ; names the leaves.
+    UserError: as `restore_params`.
+  """
+  directory = checkpoint_directory(source)
+  newest = list_steps(directory)[-1] if step is None else step
+  try:
+    meta = read_meta(directory / str(newest))
+  except DamagedCheckpointError:
+    meta = {}
+  problems = mismatches(meta["leaves"], target, prefix="params.") if meta else []
+  if problems:
+    more = f" (and {len(problems) - 5} more)" if len(problems) > 5 else ""
+    raise ConfigError(
+      f"--init_from={source} does not fit the model of --config: "
+      f"{'; '.join(problems[:5])}{more}. Give both the same model and moe fields."
+    )
+  shardings = jax.tree.map(lambda leaf: leaf.sharding, as_target(target))
+  return restore_params(source, step, shardings)[0]
+
+
+def _expert_axis(saved: dict[str, Any]) -> int:
+  depth, value = -1, saved["experts"]
+  while isinstance(value, list):
+    depth, value = depth + 1, value[0]
+  return depth
+
+
+def _is_ours(error: Exception) -> bool:
+  """Whether reading failed for want of memory or rights, not for what is on disk."""
+  if isinstance(error, MemoryError | PermissionError):
+    return True
+  return any(w in str(error) for w in ("RESOURCE_EXHAUSTED", "PERMISSION_DENIED"))
+
+
+def _one_line(error: Exception, limit: int = 200) -> str:
+  text = " ".join(str(error).split()) or type(error).__name__
+  return text if len(text) <= limit else text[: limit - 3] + "..."
+
+
+def _numbers_in_words(steps: list[int]) -> str:
+  return ", ".join(str(s) for s in steps) if steps else "none"

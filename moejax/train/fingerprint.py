@@ -1,0 +1,282 @@
+"""Fingerprints: is this tree of arrays, bit for bit, the one that was written?
+
+Two kinds, for two questions.
+
+`checksums` is what a checkpoint carries. Per leaf it is the inner product,
+modulo 2^64, of the leaf's words with fixed odd weights that depend on the
+position alone. A sum can be made from parts: each process sums what it holds, in
+any order, under any sharding, and no array is gathered. One changed word changes
+it always (an odd weight has an inverse modulo 2^64), two swapped blocks or many
+changed words all but surely. Before the weights of the expert axis and of the
+axes in front of it are applied, the partial sums are one number per expert, and
+equal experts have equal numbers wherever they stand: a swapped, duplicated or
+missing expert is found and named.
+
+`sha256` is what a person compares between two runs: over every byte of every
+leaf in a fixed order, on one host.
+
+Leaves are named by their path ("params.blocks.moe.w_in"), the same whether an
+optimizer's state is a named tuple, as in training, or the dicts and lists that a
+checkpoint gives back without a target.
+"""
+
+import dataclasses
+import hashlib
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental import multihost_utils
+
+EXPERT_AXES = ("expert", "experts")
+"""What logical axes call the axis that stacks experts."""
+
+Checksum = dict[str, Any]
+"""JSON: shape, dtype, sum (hex) and, where the leaf stacks experts, `experts`:
+nested lists of hex numbers, one per index up to and including the expert axis."""
+
+
+_SUMS = ("sum", "experts")
+
+
+def leaf_name(path: tuple[Any, ...]) -> str:
+  """The dotted name of a leaf: keys, indices and field names look alike."""
+  return jax.tree_util.keystr(path, simple=True, separator=".")
+
+
+def named_leaves(tree: Any) -> dict[str, Any]:
+  """Leaves by name, in a fixed order: sorted by name. None and empty nodes vanish."""
+  leaves = jax.tree_util.tree_flatten_with_path(tree)[0]
+  return dict(sorted((leaf_name(path), leaf) for path, leaf in leaves))
+
+
+def raw(leaf: Any) -> Any:
+  """The array of bits behind a leaf: a typed PRNG key's data, else itself."""
+  dtype = getattr(leaf, "dtype", None)
+  if dtype is not None and jnp.issubdtype(dtype, jax.dtypes.prng_key):
+    return jax.random.key_data(leaf)
+  return leaf
+
+
+def expert_axes(tree: Any, logical_axes: Any) -> dict[str, int]:
+  """Which axis of which leaf stacks experts.
+
+  Args:
+    tree: a train state, parameters, or shapes of either.
+    logical_axes: tree like the parameters, of tuples of axis names; None finds none.
+
+  Returns:
+    Axis by leaf name, for the parameters and for the optimizer's arrays that are
+    shaped like the parameter whose name they end in.
+  """
+  if logical_axes is None:
+    return {}
+
+  def is_axes(value: Any) -> bool:
+    return isinstance(value, tuple)
+
+  flat = jax.tree_util.tree_flatten_with_path(logical_axes, is_leaf=is_axes)[0]
+  stacked = {}
+  for path, names in flat:
+    position = [i for i, name in enumerate(names) if name in EXPERT_AXES]
+    if position:
+      stacked[leaf_name(path)] = (position[0], len(names))
+  found = {}
+  for name, leaf in named_leaves(tree).items():
+    for suffix, (axis, ndim) in stacked.items():
+      if (name == suffix or name.endswith(f".{suffix}")) and leaf.ndim == ndim:
+        found[name] = axis
+  return found
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class HostLeaf:
+  """A leaf as far as this process holds it, on the host."""
+
+  shape: tuple[int, ...]
+  dtype: str
+  shards: list[tuple[tuple[slice, ...], np.ndarray]]
+  """Where each part lies in the array of bits, and the part; each element once."""
+  bits_shape: tuple[int, ...]
+  expert_axis: int | None = None
+
+
+def snapshot(tree: Any, axes: Mapping[str, int] | None = None) -> dict[str, HostLeaf]:
+  """Takes the arrays off the devices, so that they may be donated afterwards.
+
+  Args:
+    tree: of jax or numpy arrays.
+    axes: the expert axis of each leaf that has one; see `expert_axes`.
+  """
+  axes = axes or {}
+  out = {}
+  for name, leaf in named_leaves(tree).items():
+    bits = raw(leaf)
+    bits = bits if isinstance(bits, jax.Array) else np.asarray(bits)
+    out[name] = HostLeaf(
+      shape=tuple(np.shape(leaf)),
+      dtype=str(getattr(leaf, "dtype", bits.dtype)),
+      shards=_shards(bits),
+      bits_shape=tuple(bits.shape),
+      expert_axis=axes.get(name),
+    )
+  return out
+
+
+def checksums(leaves: Mapping[str, HostLeaf]) -> dict[str, Checksum]:
+  """Sums every leaf over the shards this process holds.
+
+  Host work only: a pass over the bytes at about 1.5 GB/s, and no compilation.
+
+  Returns:
+    Checksum by leaf name. With several processes each holds a part: add them up
+    with `all_processes`.
+  """
+  return {name: _leaf_checksum(leaf) for name, leaf in leaves.items()}
+
+
+def all_processes(part: dict[str, Checksum]) -> dict[str, Checksum]:
+  """Adds up what the processes summed; a collective, so every process calls it."""
+  if jax.process_count() == 1:
+    return part
+  numbers = np.array(_numbers(list(part.values())), np.uint64)
+  # In 16-bit pieces, as int32: without x64, jax has no 64-bit integers.
+  pieces = multihost_utils.process_allgather(numbers.view(np.uint16).astype(np.int32))
+  rows = np.asarray(pieces).astype(np.uint16).view(np.uint64)
+  values = iter(rows.sum(axis=0, dtype=np.uint64).tolist())
+  return {name: _with_numbers(entry, values) for name, entry in part.items()}
+
+
+def differences(
+  saved: Mapping[str, Checksum], found: Mapping[str, Checksum]
+) -> list[str]:
+  """What is not as it was saved, in words: one line per leaf, experts by number."""
+  lines = []
+  for name, now in found.items():
+    was = saved.get(name)
+    if was is None:
+      lines.append(f"{name} has no checksum")
+    elif was["sum"] != now["sum"]:
+      detail = ""
+      if "experts" in was and "experts" in now:
+        detail = _experts_in_words(was["experts"], now["experts"])
+      lines.append(f"{name} changed{detail}")
+  return lines
+
+
+def sha256(tree: Any) -> str:
+  """SHA-256 over name, dtype, shape and bytes of every leaf, ordered by name.
+
+  Equal exactly when two trees are bit-identical. One host must hold all of it.
+  """
+  digest = hashlib.sha256()
+  for name, leaf in named_leaves(tree).items():
+    bits = np.asarray(raw(leaf))
+    digest.update(f"{name}:{bits.dtype.name}:{bits.shape};".encode())
+    digest.update(np.ascontiguousarray(bits).view(np.uint8).reshape(-1).data)
+  return digest.hexdigest()
+
+
+def _hex(value: int) -> str:
+  return f"{value % 2**64:016x}"
+
+
+def _weights(axis: int, length: int) -> np.ndarray:
+  """Odd 64-bit weights of one axis: SplitMix64 (Steele et al., 2014) of the position."""
+  with np.errstate(over="ignore"):
+    z = np.arange(1, length + 1, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15)
+    z += np.uint64((axis + 1) * 0xD1342543DE82EF95 % 2**64)
+    z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return (z ^ (z >> np.uint64(31))) | np.uint64(1)
+
+
+def _words(bits: np.ndarray) -> np.ndarray:
+  """An array's bits as unsigned integers of its item size; complex as pairs."""
+  if bits.dtype.itemsize > 8:
+    bits = np.ascontiguousarray(bits)[..., None].view(np.float64)
+  return bits.view(np.dtype(f"u{bits.dtype.itemsize}"))
+
+
+def _contract(words: np.ndarray, first_axis: int, index: tuple[slice, ...]):
+  """Weighted sum over all axes from first_axis on, of a shard at `index`."""
+  for axis in range(words.ndim - 1, first_axis - 1, -1):
+    start = (index[axis].start or 0) if axis < len(index) else 0
+    weights = _weights(axis, start + words.shape[axis])[start:]
+    # einsum casts in blocks: a plain product would hold the shard three times.
+    words = np.einsum("...j,j->...", words, weights)
+  return words.astype(np.uint64)
+
+
+def _shards(bits: jax.Array | np.ndarray) -> list[tuple[tuple[slice, ...], np.ndarray]]:
+  """The parts of an array that this process answers for, each element once."""
+  if isinstance(bits, np.ndarray):
+    everything = (slice(None),) * bits.ndim
+    return [(everything, bits)] if jax.process_index() == 0 else []
+  # On CPU these are views: they keep the buffer, which jax then does not reuse for
+  # the result of a donating step but copies.
+  return [
+    (s.index, np.asarray(s.data)) for s in bits.addressable_shards if s.replica_id == 0
+  ]
+
+
+@np.errstate(over="ignore")  # the sums are modulo 2^64 by design
+def _leaf_checksum(leaf: HostLeaf) -> Checksum:
+  kept = 0 if leaf.expert_axis is None else leaf.expert_axis + 1
+  partial = np.zeros(leaf.bits_shape[:kept], np.uint64)
+  for index, shard in leaf.shards:
+    partial[index[:kept]] += _contract(_words(shard), kept, index)
+  total = _contract(partial, 0, (slice(None),) * kept)
+  out: Checksum = {
+    "shape": list(leaf.shape),
+    "dtype": leaf.dtype,
+    "sum": _hex(int(total)),
+  }
+  if kept:
+    as_hex = np.vectorize(lambda v: _hex(int(v)), otypes=[object])
+    out["experts"] = as_hex(partial).tolist()
+  return out
+
+
+def _numbers(node: Any) -> list[int]:
+  """The numbers of checksums, in the order in which `_with_numbers` takes them."""
+  if isinstance(node, str):
+    return [int(node, 16)]
+  if isinstance(node, dict):
+    node = [node[key] for key in _SUMS if key in node]
+  return [number for item in node for number in _numbers(item)]
+
+
+def _with_numbers(node: Any, values: Iterator[int]) -> Any:
+  """The same checksum with other numbers."""
+  if isinstance(node, str):
+    return _hex(next(values))
+  if isinstance(node, list):
+    return [_with_numbers(item, values) for item in node]
+  return node | {k: _with_numbers(node[k], values) for k in _SUMS if k in node}
+
+
+def _experts_in_words(was: Any, now: Any) -> str:
+  """Names the experts that differ and, where it shows, what stands in their place."""
+  before, after = np.array(was, object), np.array(now, object)
+  if before.shape != after.shape:
+    return ""
+
+  def words(index: tuple[Any, ...]) -> str:
+    layer = ".".join(str(i) for i in index[:-1])
+    return f"expert {index[-1]}" + (f" of layer {layer}" if layer else "")
+
+  homes = {str(value): index for index, value in np.ndenumerate(before)}
+  found = []
+  for index in zip(*np.nonzero(before != after)):
+    value = str(after[index])
+    expert = words(index)
+    if value == _hex(0):
+      expert += " is missing (all zero)"
+    elif value in homes:
+      expert += f" holds what was {words(homes[value])}"
+    found.append(expert)
+  shown = ", ".join(found[:8]) + (f" and {len(found) - 8} more" if len(found) > 8 else "")
+  return f": {shown}" if shown else ""
