@@ -1,13 +1,9 @@
-"""Local text: which files, which documents in them, in which split.
+"""Local text: which files, and which documents in them.
 
 A corpus is a folder (read recursively), or one file. Any file is one document,
 whatever its suffix; a .jsonl file is one document per line, from its text field.
 Each may be compressed as .gz, .xz or .zst. Hidden files and folders and
 __pycache__ are not looked at.
-
-Documents are equal when their bytes are, and only the first is kept. The split
-is a function of the content alone, so a document keeps its split when others
-come and go, and none can be in two.
 """
 
 import contextlib
@@ -24,13 +20,10 @@ from typing import IO, Any, cast
 
 import zstandard
 
-from moejax.data.types import SPLITS, Document, Skipped
+from moejax.data.types import Document, Skipped
 from moejax.errors import ConfigError
 
 COMPRESSIONS = (".gz", ".xz", ".zst")
-
-_PIECE_BYTES = (512, 16_384)
-"""Least and greatest size of the pieces that a corpus of one document is cut into."""
 
 _BROKEN = (OSError, EOFError, lzma.LZMAError, zstandard.ZstdError)
 
@@ -53,7 +46,7 @@ class Corpus:
         if _plain_name(file).endswith(".jsonl"):
           yield from _read_lines(stream, name, domain, self.text_field)
         else:
-          yield _document(stream.read(), name, domain)
+          yield check_text(stream.read(), name, domain)
     except _BROKEN as e:
       yield Skipped(name, f"cannot be read: {e or type(e).__name__}")
 
@@ -142,9 +135,9 @@ def open_text(path: Path) -> Iterator[IO[bytes]]:
   """Opens a file for reading bytes, decompressed according to its suffix."""
   match path.suffix:
     case ".gz":
-      stream = gzip.open(path, "rb")
+      stream = gzip.open(path, "rb")  # noqa: SIM115 (closed below)
     case ".xz":
-      stream = lzma.open(path, "rb")
+      stream = lzma.open(path, "rb")  # noqa: SIM115 (closed below)
     case ".zst":
       raw = open(path, "rb")  # noqa: SIM115 (closed with the reader)
       stream = zstandard.ZstdDecompressor().stream_reader(
@@ -156,7 +149,8 @@ def open_text(path: Path) -> Iterator[IO[bytes]]:
     yield cast(IO[bytes], stream)
 
 
-def _document(text: bytes, name: str, domain: str) -> Document | Skipped:
+def check_text(text: bytes, name: str, domain: str) -> Document | Skipped:
+  """A document, unless it is empty, binary or not UTF-8."""
   if not text:
     return Skipped(name, "empty")
   if b"\0" in text:
@@ -187,66 +181,9 @@ def _read_lines(
       yield Skipped(where, f"no text field {text_field!r} (it has: {keys})")
       continue
     # A lone surrogate is legal JSON but no text.
-    yield _document(text.encode("utf-8", "surrogatepass"), where, domain)
+    yield check_text(text.encode("utf-8", "surrogatepass"), where, domain)
 
 
 def _buffered(stream: IO[bytes]) -> io.BufferedReader:
-  """zstandard's reader has no readline."""
+  """Zstandard's reader has no readline."""
   return io.BufferedReader(cast(io.RawIOBase, stream))
-
-
-def content_hash(text: bytes) -> bytes:
-  """What makes two documents equal, and decides the split."""
-  return hashlib.sha256(text).digest()
-
-
-def split_of(content: bytes, validation: float, test: float) -> str:
-  """The split of a document with this content hash."""
-  place = int.from_bytes(content[:8], "big") / 2**64
-  if place < validation:
-    return "validation"
-  return "test" if place < validation + test else "train"
-
-
-def assign_splits(
-  contents: list[bytes], validation: float, test: float
-) -> dict[bytes, str]:
-  """The split of each content hash.
-
-  A corpus of few documents can leave a wanted split empty: it then gets the
-  training document of the smallest hash, while two are left.
-  """
-  splits = {c: split_of(c, validation, test) for c in contents}
-  for split, fraction in zip(SPLITS, (1.0, validation, test), strict=True):
-    if not fraction or split in splits.values():
-      continue
-    donor = "train" if split != "train" else "validation"
-    rest = sorted(c for c, s in splits.items() if s == donor)
-    if len(rest) >= 2:
-      splits[rest[0]] = split
-  return splits
-
-
-def cut(document: Document) -> Iterator[Document]:
-  """Cuts a document into pieces at blank lines, or lines, or anywhere in need.
-
-  For a corpus of one document (a book, say), which no split by documents could
-  divide. Concatenated, the pieces are the document.
-  """
-  text, least, most = document.text, *_PIECE_BYTES
-  target = min(max(len(text) // 64, least), most)
-  start = 0
-  while start < len(text):
-    end = start + target
-    if end < len(text):
-      for mark in (b"\n\n", b"\n", b" "):
-        found = text.rfind(mark, start + target // 2, end)
-        if found >= 0:
-          end = found + len(mark)
-          break
-      # Never inside a UTF-8 character, whose later bytes are 10xxxxxx.
-      while end < len(text) and text[end] & 0xC0 == 0x80:
-        end += 1
-    piece = text[start:end]
-    yield Document(piece, f"{document.name}@{start}", document.domain)
-    start = end

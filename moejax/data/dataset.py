@@ -9,7 +9,7 @@ import numpy as np
 from absl import logging
 
 from moejax.config import DataConfig
-from moejax.data import cache, packing, pipeline, tokenizer, tokens
+from moejax.data import cache, pipeline, tokenizer, tokens
 from moejax.data.packing import Batch
 from moejax.data.sources import make_source
 from moejax.data.tokenizer import BPETokenizer, ByteTokenizer, Tokenizer
@@ -175,9 +175,7 @@ class Dataset:
     self, source: pipeline.TrainSource | pipeline.EvalSource, limit: int = 0
   ) -> Iterator[Batch]:
     workers, prefetch = self.config.num_workers, self.config.prefetch
-    return pipeline.iterate(
-      source, num_workers=workers, prefetch=prefetch, limit=limit
-    )
+    return pipeline.iterate(source, num_workers=workers, prefetch=prefetch, limit=limit)
 
 
 def load(config: DataConfig, *, workdir: Path | str | None = None) -> Dataset:
@@ -229,9 +227,7 @@ def _check(config: DataConfig) -> None:
       raise ConfigError(f"--config.data.{name}={value} must not be negative.")
 
 
-def _stored_tokenizer(
-  config: DataConfig, workdir: Path | str | None
-) -> Tokenizer | None:
+def _stored_tokenizer(config: DataConfig, workdir: Path | str | None) -> Tokenizer | None:
   # Without config.json no run has begun, and what lies there may be of a run that
   # was refused.
   if workdir is None or not Path(workdir, "config.json").exists():

@@ -1,19 +1,19 @@
-"""A TFDS dataset of local text, written as ArrayRecord without TensorFlow."""
+"""Local text as a source: a TFDS dataset in the cache, made when the text changes."""
 
 import dataclasses
 import functools
 import itertools
 import json
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
-import tensorflow_datasets as tfds
 from absl import logging
 
 from moejax.data import cache
-from moejax.data.corpus import Corpus, assign_splits, content_hash, cut
-from moejax.data.types import SPLITS, Document, Skipped
+from moejax.data.corpus import Corpus
+from moejax.data.plan import Plan, make_plan
+from moejax.data.types import Document, Skipped
 from moejax.errors import ConfigError
 
 _FORMAT = 1
@@ -21,84 +21,6 @@ _FORMAT = 1
 
 _MAX_NAMED = 1000
 """So many skipped documents are kept by name; all are counted."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Plan:
-  """What a first reading of the corpus found."""
-
-  splits: dict[bytes, str]
-  """Split by content hash; one entry per distinct document."""
-  is_cut: bool
-  """The corpus is one document, cut into pieces."""
-  skipped: list[Skipped]
-  num_duplicates: int
-
-
-def _documents(corpus: Corpus, is_cut: bool) -> Iterator[Document | Skipped]:
-  for item in corpus.documents():
-    if is_cut and isinstance(item, Document):
-      yield from cut(item)
-    else:
-      yield item
-
-
-def make_plan(corpus: Corpus, validation: float, test: float) -> Plan:
-  """Reads the corpus once: which documents, which split, what to leave out."""
-
-  def scan(is_cut: bool) -> tuple[dict[bytes, None], list[Skipped], int]:
-    contents: dict[bytes, None] = {}
-    skipped, duplicates = [], 0
-    for item in _documents(corpus, is_cut):
-      if isinstance(item, Skipped):
-        skipped.append(item)
-        continue
-      content = content_hash(item.text)
-      duplicates += content in contents
-      contents[content] = None
-    return contents, skipped, duplicates
-
-  contents, skipped, duplicates = scan(is_cut=False)
-  is_cut = len(contents) == 1
-  if is_cut:
-    contents, skipped, duplicates = scan(is_cut=True)
-  splits = assign_splits(list(contents), validation, test)
-  return Plan(splits, is_cut, skipped, duplicates)
-
-
-class LocalText(tfds.core.GeneratorBasedBuilder, skip_registration=True):
-  """Documents with their path and domain, deduplicated, in three splits."""
-
-  name = "moejax_text"
-  VERSION = tfds.core.Version("1.0.0")
-
-  def __init__(self, *, corpus: Corpus, plan: Plan, **kwargs: Any):
-    """See `tfds.core.GeneratorBasedBuilder` for the rest."""
-    self._corpus = corpus
-    self._plan = plan
-    super().__init__(**kwargs)
-
-  def _info(self) -> tfds.core.DatasetInfo:
-    names = ("text", "path", "domain")
-    features = tfds.features.FeaturesDict({n: tfds.features.Text() for n in names})
-    return self.dataset_info_from_configs(features=features)
-
-  def _split_generators(self, dl_manager: Any) -> dict[str, Any]:
-    del dl_manager
-    present = set(self._plan.splits.values())
-    return {s: self._generate_examples(s) for s in SPLITS if s in present}
-
-  def _generate_examples(self, split: str) -> Iterator[tuple[str, dict[str, Any]]]:  # pyright: ignore[reportIncompatibleMethodOverride]
-    seen: set[bytes] = set()
-    for item in _documents(self._corpus, self._plan.is_cut):
-      if isinstance(item, Skipped):
-        continue
-      content = content_hash(item.text)
-      if content in seen or self._plan.splits.get(content) != split:
-        continue
-      seen.add(content)
-      example = {"text": item.text, "path": item.name, "domain": item.domain}
-      yield content.hex(), example
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -115,22 +37,23 @@ class LocalSource:
   test: float
   max_documents: int = 0
 
-  @functools.cached_property
-  def fingerprint(self) -> str:
-    """Changes with any byte, name or option, and never otherwise."""
-    return cache.digest(_FORMAT, self.corpus.fingerprint(), *self._options())
+  fingerprint: str = dataclasses.field(init=False)
+  """Changes with any byte, name or option, and never otherwise."""
 
-  def _options(self) -> tuple[Any, ...]:
-    return self.corpus.text_field, self.validation, self.test, self.max_documents
+  def __post_init__(self):
+    options = (self.corpus.text_field, self.validation, self.test)
+    self._key = cache.digest(_FORMAT, self.corpus.fingerprint(), *options)
+    self.fingerprint = cache.digest(self._key, self.max_documents)
 
   def documents(self, split: str) -> Iterator[Document | Skipped]:
     """Documents in the order of their hashes, which is as good as shuffled."""
     if split == "train":
       yield from self._report().skipped
-    builder = tfds.builder_from_directory(str(self._directory / "dataset"))
-    if split not in builder.info.splits:
+    from moejax.data import builder  # a second of imports, only needed to prepare
+
+    source = builder.read(self._directory / "dataset", split)
+    if source is None:
       return
-    source: Any = builder.as_data_source(split=split)
     count = min(len(source), self.max_documents or len(source))
     for example in itertools.islice(source, count):
       path, domain = example["path"].decode(), example["domain"].decode()
@@ -142,10 +65,9 @@ class LocalSource:
 
   @functools.cached_property
   def _directory(self) -> Path:
-    # Not keyed by max_documents, which only limits the reading.
-    key = cache.digest(_FORMAT, self.corpus.fingerprint(), *self._options()[:-1])
+    # Its key is without max_documents, which only limits the reading.
     return cache.build_once(
-      self.root / "datasets" / key, self._build, what=f"dataset {self.name}"
+      self.root / "datasets" / self._key, self._build, what=f"dataset {self.name}"
     )
 
   def _report(self) -> Plan:
@@ -156,15 +78,11 @@ class LocalSource:
   def _build(self, directory: Path) -> None:
     plan = make_plan(self.corpus, self.validation, self.test)
     self._check(plan)
-    tfds.disable_progress_bar()
-    builder = LocalText(
-      corpus=self.corpus,
-      plan=plan,
-      data_dir=str(directory / "work"),
-      file_format="array_record",
-    )
-    builder.download_and_prepare()
-    Path(builder.data_dir).rename(directory / "dataset")
+    from moejax.data import builder
+
+    written = builder.prepare(self.corpus, plan, directory / "work")
+    written.rename(directory / "dataset")
+    shutil.rmtree(directory / "work")
     report = {
       "source": self.flag,
       "is_cut": plan.is_cut,

@@ -4,6 +4,7 @@ The source is random access by step (`moejax.data.packing`), so Grain adds only
 its prefetching; the position to save is the step, and nothing here has state.
 """
 
+import math
 import threading
 from collections.abc import Iterator
 from typing import Any
@@ -117,15 +118,13 @@ class EvalSource(BatchSource):
     return eval_layout(self._split, self._sequence_length)
 
   def __len__(self) -> int:
-    return -(-self._num_sequences // self._batch_size)
+    return math.ceil(self._num_sequences / self._batch_size)
 
   def __getitem__(self, index: int) -> Batch:
     """The rows of batch `index`, with their domains."""
     served = int(index) * self._batch_size + self._rows
     layout = self._layout(0)
-    return assemble(
-      self._split, layout, served, self._sequence_length, with_domain=True
-    )
+    return assemble(self._split, layout, served, self._sequence_length, with_domain=True)
 
 
 def iterate(

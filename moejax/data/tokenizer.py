@@ -49,14 +49,18 @@ class Tokenizer(abc.ABC):
   def encode_batch(self, texts: Sequence[bytes]) -> list[Int[np.ndarray, "n"]]:
     """Encodes many texts at once: the fast way."""
 
-  @property
   @abc.abstractmethod
+  def _make_pieces(self) -> list[bytes]: ...
+
+  @functools.cached_property
   def pieces(self) -> list[bytes]:
     """The bytes of each id; empty for the separator and unused ids."""
+    return self._make_pieces()
 
   @abc.abstractmethod
   def _model(self) -> str:
     """What `from_json` needs beside kind and vocab_size."""
+    ...
 
   def encode(self, text: str | bytes) -> list[int]:
     """The ids of one text, without separators."""
@@ -118,9 +122,7 @@ class ByteTokenizer(Tokenizer):
     """See the base class."""
     return [np.frombuffer(t, np.uint8).astype(np.int32) for t in texts]
 
-  @functools.cached_property
-  def pieces(self) -> list[bytes]:
-    """See the base class."""
+  def _make_pieces(self) -> list[bytes]:
     return [bytes([i]) for i in range(256)] + [b""] * (self.vocab_size - 256)
 
   def _model(self) -> str:
@@ -208,9 +210,7 @@ class BPETokenizer(Tokenizer):
   def _id_of_byte(self) -> dict[int, int]:
     return {p[0]: i for i, p in enumerate(self.pieces) if len(p) == 1}
 
-  @functools.cached_property
-  def pieces(self) -> list[bytes]:
-    """See the base class."""
+  def _make_pieces(self) -> list[bytes]:
     byte_of = _byte_of_char()
     pieces = [b""] * self.vocab_size
     for token, index in self._tokenizer.get_vocab().items():

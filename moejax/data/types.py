@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Iterator
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 SPLITS = ("train", "validation", "test")
 
@@ -24,12 +24,16 @@ class Skipped:
   reason: str
 
 
+@runtime_checkable
 class Source(Protocol):
   """Documents in three splits, in a fixed order, with a fingerprint of it all."""
 
   name: str
-  fingerprint: str
-  """Of the content and of every option that changes what `documents` yields."""
+
+  @property
+  def fingerprint(self) -> str:
+    """Of the content and of every option that changes what `documents` yields."""
+    ...
 
   def documents(self, split: str) -> Iterator[Document | Skipped]:
     """The documents of one split; prepares the dataset first if need be."""

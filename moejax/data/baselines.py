@@ -1,0 +1,80 @@
+"""What no model needs: two compressors' bits per byte on the text that is evaluated.
+
+unigram  the best a model can do that knows only how often each byte occurs in the
+         train split (add-one smoothed), so it learns nothing from context.
+xz       LZMA, preset 9 extreme, of the held-out text alone: what `xz -9e` makes of
+         it, with no training text. A model that saw 10 MB of the kind should win.
+
+Both are in bits per byte over exactly the bytes that an evaluation's targets
+cover. A model's loss also pays for the separators; its bits per byte divide by
+the same bytes, so the comparison favours the baselines.
+"""
+
+import lzma
+
+import numpy as np
+from jaxtyping import Int
+
+from moejax.data.dataset import Dataset
+
+
+def covered_bytes(
+  dataset: Dataset, split: str, batch_size: int = 0, limit: int = 0
+) -> bytes:
+  """The bytes that `eval_batches(split, batch_size, limit)` has as targets.
+
+  A token counts with all its bytes; a character cut by the limit stays cut.
+  """
+  if not limit:
+    return b"".join(dataset.raw_bytes(split))
+  parts: list[bytes] = []
+  for batch in dataset.eval_batches(split, batch_size, limit):
+    targets = batch["targets"][batch["segment_ids"] > 0]
+    parts.append(dataset.tokenizer.decode_bytes(targets))
+  return b"".join(parts)
+
+
+def unigram_bits_per_byte(counts: Int[np.ndarray, "256"], text: bytes) -> float:
+  """Cross-entropy of `text` under the add-one smoothed frequencies `counts`."""
+  probs = (counts + 1.0) / (counts.sum() + 256.0)
+  found = np.bincount(np.frombuffer(text, np.uint8), minlength=256)
+  return float(-(found * np.log2(probs)).sum() / len(text))
+
+
+def xz_bits_per_byte(text: bytes) -> float:
+  """8 * compressed size / size, container included, as the command line tool makes it."""
+  packed = lzma.compress(text, preset=9 | lzma.PRESET_EXTREME)
+  return 8.0 * len(packed) / len(text)
+
+
+def baselines(
+  dataset: Dataset, split: str = "validation", batch_size: int = 0, limit: int = 0
+) -> dict[str, float]:
+  """Bits per byte by name: `unigram` and `xz`, and `bytes`, how many were covered.
+
+  Args:
+    dataset: whose train split the unigram is fitted on.
+    split: what the loss was measured on.
+    batch_size: as it was evaluated with; only matters under a limit.
+    limit: as it was evaluated with; 0 is all.
+  """
+  text = covered_bytes(dataset, split, batch_size, limit)
+  return {
+    "unigram": unigram_bits_per_byte(dataset.byte_counts("train"), text),
+    "xz": xz_bits_per_byte(text),
+    "bytes": float(len(text)),
+  }
+
+
+def batch_bytes(dataset: Dataset, batch: dict[str, np.ndarray]) -> Int[np.ndarray, "B S"]:
+  """Bytes that each target stands for; 0 for separators and padding.
+
+  bits per byte = summed loss in nats / ln 2 / the sum of this, for any tokenizer.
+  """
+  sizes = dataset.tokenizer.bytes_per_token[batch["targets"]]
+  return np.where(batch["segment_ids"] > 0, sizes, 0).astype(np.int32)
+
+
+def bits_per_byte(nats: float, num_bytes: float) -> float:
+  """From a summed loss in nats and the bytes that its targets stand for."""
+  return float(nats / np.log(2.0) / max(num_bytes, 1.0))
