@@ -15,7 +15,7 @@ not.
 
 import pathlib
 from collections.abc import Iterator
-from typing import Any, TextIO
+from typing import Any
 
 import jax
 import numpy as np
@@ -36,7 +36,7 @@ def train(
   workdir: pathlib.Path,
   *,
   init_from: str = "",
-  stream: TextIO | None = None,
+  stream: Any = None,
 ) -> dict[str, Any]:
   """Trains, or goes on training, the run in a directory.
 

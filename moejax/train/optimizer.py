@@ -118,7 +118,7 @@ def make_optimizer(config: OptimizerConfig, *, num_steps: int, axes: Any) -> Opt
   return Optimizer(
     transform=transform,
     schedule=make_schedule(config, num_steps),
-    clip_norm=config.clip_norm,
+    clip_norm=float(config.clip_norm),
   )
 
 
@@ -184,7 +184,9 @@ def make_schedule(config: OptimizerConfig, num_steps: int) -> Schedule:
 _Shape = Callable[[Float[Array, ""], OptimizerConfig, int], Float[Array, ""]]
 
 
-def _progress(s: Float[Array, ""], start: float, end: float) -> Float[Array, ""]:
+def _progress(
+  s: Float[Array, ""], start: int | float, end: int | float
+) -> Float[Array, ""]:
   """0 at start, 1 at end and after; a run shorter than its warmup never gets here."""
   return jnp.clip((s - start) / max(end - start, 1.0), 0.0, 1.0)
 

@@ -7,7 +7,7 @@ can still be read. Processes other than the first are silent.
 
 import sys
 import time
-from typing import Any, Protocol, TextIO
+from typing import Any, Protocol, runtime_checkable
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn
@@ -17,6 +17,7 @@ MAX_LINES = 25
 """Plain progress lines of a whole run, messages not counted."""
 
 
+@runtime_checkable
 class Reporter(Protocol):
   """Shows how far a run is."""
 
@@ -115,7 +116,7 @@ class Bar:
 class Lines:
   """Plain lines at even distances."""
 
-  def __init__(self, total: int, start: int, stream: TextIO):
+  def __init__(self, total: int, start: int, stream: Any):
     self._clock = _Clock(total)
     self._total = total
     self._stream = stream
@@ -154,7 +155,7 @@ class Silent:
 
 
 def make_reporter(
-  total: int, start: int, *, process_index: int = 0, stream: TextIO | None = None
+  total: int, start: int, *, process_index: int = 0, stream: Any = None
 ) -> Reporter:
   """A bar on a terminal, lines elsewhere, nothing on other processes."""
   if process_index:

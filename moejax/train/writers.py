@@ -11,7 +11,7 @@ import json
 import math
 import os
 import pathlib
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 
@@ -21,6 +21,7 @@ MAX_HISTOGRAMS = 16
 """Layers with a histogram of their own, evenly spaced when there are more."""
 
 
+@runtime_checkable
 class Writer(Protocol):
   """Something that keeps the numbers of a step."""
 

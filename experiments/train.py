@@ -1,0 +1,53 @@
+"""Trains a sparse Mixture-of-Experts language model, or goes on training one.
+
+  python -m experiments.train --config=configs/default.py --workdir=runs/default \
+    --config.moe.num_experts=16 --config.moe.capacity_factor=1.5
+
+The same command resumes a run that was stopped, and says so when it is done. A
+larger --config.train.num_steps extends a finished one. SIGTERM or Ctrl-C saves a
+checkpoint and leaves (a second Ctrl-C leaves at once).
+
+Exit codes: 0 done, 1 stopped for non-finite losses, 2 refused for a mistake in what
+was given, 143 and 130 left on SIGTERM and on Ctrl-C with everything saved.
+"""
+
+import pathlib
+import sys
+
+from absl import flags
+
+from moejax import cli
+from moejax.errors import UserError
+
+cli.define_config()
+_INIT_FROM = flags.DEFINE_string(
+  "init_from", "", "Directory of a run whose parameters a new run starts from."
+)
+
+
+def main() -> int:
+  # ------------------------------------------------------------------ configuration
+  config = cli.get_config()
+  if not flags.FLAGS.workdir:
+    raise UserError("--workdir is missing: give the directory of the run.")
+  workdir = pathlib.Path(flags.FLAGS.workdir)
+
+  # ------------------------------------------------------------------------ devices
+  # After the configuration: a mistake there should not cost the import of jax.
+  from moejax.parallel import distributed
+
+  distributed.initialize()
+
+  # ----------------------------------------------------------------------- training
+  from moejax.train import loop, step_log
+
+  try:
+    result = loop.train(config, workdir, init_from=_INIT_FROM.value)
+  except step_log.TrainingStopped as error:
+    print(f"error: {error}", file=sys.stderr)
+    return 1
+  return result["exit_code"]
+
+
+if __name__ == "__main__":
+  cli.run(main)

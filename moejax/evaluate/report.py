@@ -1,0 +1,157 @@
+"""report.png: one look at a run. Its loss curve, and which expert got what.
+
+Everything is read from the run's directory (metrics.jsonl, eval.json), so the
+picture can be drawn again at any time, also of a run that is still going.
+
+Letters: L MoE layers, E experts, R logged steps.
+"""
+
+import json
+import math
+import pathlib
+from typing import Any
+
+import numpy as np
+from jaxtyping import Float
+
+from moejax.train import writers
+
+FILE = "report.png"
+
+MAX_ROWS = 64
+"""Up to so many (layer, expert) pairs get a row over time; more, one map of the end."""
+
+_SMOOTHING = 0.9
+
+
+def draw(workdir: pathlib.Path | str) -> pathlib.Path | None:
+  """Draws a run's picture.
+
+  Args:
+    workdir: of the run; eval.json may be missing.
+
+  Returns:
+    Path of the PNG; None if no step was logged yet.
+  """
+  workdir = pathlib.Path(workdir)
+  lines = writers.read(workdir / writers.METRICS_FILE)
+  if not lines:
+    return None
+  final = _read_json(workdir / "eval.json")
+  # Not pyplot: it keeps figures alive and chooses a backend for the whole process.
+  from matplotlib.backends.backend_agg import FigureCanvasAgg
+  from matplotlib.figure import Figure
+
+  has_load = any("load" in line.get("moe", {}) for line in lines)
+  figure = Figure(figsize=(13, 5) if has_load else (7, 5), layout="constrained")
+  FigureCanvasAgg(figure)
+  axes = figure.subplots(1, 2 if has_load else 1, squeeze=False)[0]
+  draw_loss(axes[0], lines, final)
+  if has_load:
+    image = draw_load(axes[1], lines)
+    bar = figure.colorbar(image, ax=axes[1], pad=0.02)
+    bar.set_label("load / mean load of the layer")
+  path = workdir / FILE
+  temporary = workdir / (FILE + ".tmp")
+  figure.savefig(temporary, format="png", dpi=130)
+  temporary.replace(path)
+  return path
+
+
+def draw_loss(axes: Any, lines: list[dict[str, Any]], final: dict[str, Any]) -> None:
+  """Training loss (raw and smoothed), validation loss, and the two baselines."""
+  steps, losses = _series(lines, "loss")
+  axes.plot(steps, losses, color="tab:blue", alpha=0.25, linewidth=1)
+  axes.plot(steps, smooth(losses), color="tab:blue", linewidth=1.8, label="training")
+  at, validation = _series(lines, "validation_loss")
+  if at.size:
+    axes.plot(at, validation, "o-", color="tab:orange", markersize=4, label="validation")
+  for (name, baseline), style in zip(
+    final.get("baselines", {}).items(), ("--", ":", "-."), strict=False
+  ):
+    value = baseline.get("loss")
+    if value is not None:
+      label = f"{name} ({baseline['bits_per_byte']:.2f} bits/byte)"
+      axes.axhline(value, color="0.35", linestyle=style, linewidth=1.2, label=label)
+  axes.set(xlabel="step", ylabel="cross-entropy, nats/token", title=_title(final))
+  axes.set_xlim(left=0)
+  axes.grid(alpha=0.25)
+  axes.legend(frameon=False)
+
+
+def draw_load(axes: Any, lines: list[dict[str, Any]]) -> Any:
+  """Expert load relative to its layer's mean; returns the image for a colour bar."""
+  from matplotlib import colors
+
+  rows = [line for line in lines if "load" in line.get("moe", {})]
+  loads = np.asarray([row["moe"]["load"] for row in rows], np.float64)
+  num_layers, num_experts = loads.shape[1:]
+  relative = loads * num_experts
+  # Log colours: half and double the mean are equally far from white.
+  scale = {"cmap": "RdBu_r", "norm": colors.LogNorm(vmin=1 / 4, vmax=4)}
+  if num_layers * num_experts > MAX_ROWS:
+    axes.set(xlabel="expert", ylabel="MoE layer", title="Expert load, last logged step")
+    return axes.imshow(
+      np.maximum(relative[-1], 1e-6), aspect="auto", interpolation="nearest", **scale
+    )
+  steps = np.asarray([row["step"] for row in rows], np.float64)
+  grid = np.maximum(relative.reshape(len(rows), -1).T, 1e-6)
+  image = axes.pcolormesh(_edges(steps), np.arange(grid.shape[0] + 1), grid, **scale)
+  for layer in range(1, num_layers):
+    axes.axhline(layer * num_experts, color="black", linewidth=1.5)
+  axes.set_yticks(
+    np.arange(grid.shape[0]) + 0.5,
+    [f"{e}" for _ in range(num_layers) for e in range(num_experts)],
+    fontsize=8 if grid.shape[0] <= 32 else 5,
+  )
+  axes.invert_yaxis()
+  label = "expert" if num_layers == 1 else "expert, by MoE layer (first on top)"
+  axes.set(xlabel="step", ylabel=label, title="Expert load while training")
+  return image
+
+
+def smooth(values: Float[np.ndarray, "R"]) -> Float[np.ndarray, "R"]:
+  """Exponential mean, corrected for its start so that it begins on the data."""
+  out = np.empty_like(values)
+  mean = weight = 0.0
+  for i, value in enumerate(values):
+    mean = _SMOOTHING * mean + (1 - _SMOOTHING) * value
+    weight = _SMOOTHING * weight + (1 - _SMOOTHING)
+    out[i] = mean / weight
+  return out
+
+
+def _edges(steps: Float[np.ndarray, "R"]) -> Float[np.ndarray, "R1"]:
+  """Cell borders halfway between logged steps."""
+  if len(steps) == 1:
+    return np.asarray([steps[0] - 0.5, steps[0] + 0.5])
+  middle = (steps[1:] + steps[:-1]) / 2
+  first, last = 2 * steps[0] - middle[0], 2 * steps[-1] - middle[-1]
+  return np.concatenate([[first], middle, [last]])
+
+
+def _series(lines: list[dict[str, Any]], name: str) -> tuple[np.ndarray, np.ndarray]:
+  """Steps and values of the lines where a number stands under `name`."""
+  found = [
+    (line["step"], line[name])
+    for line in lines
+    if isinstance(line.get(name), int | float) and math.isfinite(line[name])
+  ]
+  table = np.asarray(found, np.float64).reshape(-1, 2)
+  return table[:, 0], table[:, 1]
+
+
+def _title(final: dict[str, Any]) -> str:
+  if "loss" not in final:
+    return "Loss"
+  text = f"Validation loss {final['loss']:.3f} nats/token"
+  if final.get("bits_per_byte"):
+    text += f" = {final['bits_per_byte']:.2f} bits/byte"
+  return text
+
+
+def _read_json(path: pathlib.Path) -> dict[str, Any]:
+  try:
+    return json.loads(path.read_text(encoding="utf-8"))
+  except (OSError, json.JSONDecodeError):
+    return {}
