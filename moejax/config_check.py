@@ -8,6 +8,7 @@ Letters: B sequences of a batch, S sequence, T tokens of a routing group, D widt
 E experts, K choices per token, F expert hidden width.
 """
 
+import math
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -83,8 +84,8 @@ def _show(value: Any) -> str:
 def _schema(c: Config) -> str | None:
   if c.schema_version != SCHEMA_VERSION:
     return (
-      f"schema_version={c.schema_version} is not this moejax's {SCHEMA_VERSION}. It is no "
-      "setting: leave it out of config files."
+      f"schema_version={c.schema_version} is not this moejax's {SCHEMA_VERSION}. It is "
+      "no setting: leave it out of config files."
     )
 
 
@@ -112,8 +113,8 @@ def _text_has_a_path(c: Config) -> str | None:
 def _heads_divide_width(c: Config) -> str | None:
   if not c.model.head_dim and c.model.width % c.model.num_heads:
     return (
-      f"{_flags(c, 'model.width', 'model.num_heads')}: the width must be divisible by the "
-      "number of heads. Change either, or set --config.model.head_dim."
+      f"{_flags(c, 'model.width', 'model.num_heads')}: the width must be divisible by "
+      "the number of heads. Change either, or set --config.model.head_dim."
     )
 
 
@@ -124,8 +125,8 @@ def _head_dim_is_even(c: Config) -> str | None:
       ("model.head_dim",) if c.model.head_dim else ("model.width", "model.num_heads")
     )
     return (
-      f"{_flags(c, *names)} makes heads of width {head_dim}: rotary positions turn pairs, "
-      "so it must be even."
+      f"{_flags(c, *names)} makes heads of width {head_dim}: rotary positions "
+      "turn pairs, so it must be even."
     )
 
 
@@ -166,16 +167,16 @@ def _no_more_choices_than_experts(c: Config) -> str | None:
 def _segments_divide_hidden(c: Config) -> str | None:
   if c.moe.hidden % c.moe.segments:
     return (
-      f"{_flags(c, 'moe.segments', 'moe.hidden')}: each expert is cut into equal segments, "
-      "so the first must divide the second."
+      f"{_flags(c, 'moe.segments', 'moe.hidden')}: each expert is cut into equal "
+      "segments, so the first must divide the second."
     )
 
 
 def _one_choice_keeps_its_probability(c: Config) -> str | None:
   if c.moe.num_selected * c.moe.segments == 1 and c.moe.renormalize != "none":
     return (
-      f"{_flags(c, 'moe.renormalize', 'moe.num_selected')}: a single gate scaled to sum 1 "
-      "is always 1, and the router gets no gradient. Use --config.moe.renormalize=none."
+      f"{_flags(c, 'moe.renormalize', 'moe.num_selected')}: a single gate scaled to sum "
+      "1 is always 1, and the router gets no gradient. Use --config.moe.renormalize=none."
     )
 
 
@@ -200,8 +201,8 @@ def _only_top2_has_a_second_policy(c: Config) -> str | None:
 def _accumulation_divides_batch(c: Config) -> str | None:
   if c.train.batch_size % c.train.accumulation:
     return (
-      f"{_flags(c, 'train.batch_size', 'train.accumulation')}: microbatches are equal, so "
-      "the second must divide the first."
+      f"{_flags(c, 'train.batch_size', 'train.accumulation')}: microbatches are equal, "
+      "so the second must divide the first."
     )
 
 
@@ -215,22 +216,13 @@ def _accumulation_balances_groups(c: Config) -> str | None:
 
 
 def _groups_divide_microbatch(c: Config) -> str | None:
-  tokens = c.train.batch_size // c.train.accumulation * c.data.sequence_length
+  micro = c.train.batch_size // c.train.accumulation
+  tokens = micro * c.data.sequence_length
   if c.moe.group_size and tokens % c.moe.group_size:
     return (
-      f"--config.moe.group_size={c.moe.group_size} does not divide the {tokens} tokens of "
-      f"a microbatch ({c.train.batch_size // c.train.accumulation} sequences of "
-      f"{c.data.sequence_length}). Choose a divisor, or 0 for one group per sequence."
-    )
-
-
-def _warmup_ends(c: Config) -> str | None:
-  # Equal is allowed: a run of nothing but warmup is a learning-rate test. The
-  # default warmup is not the user's choice, so short runs only cut it (optimizer).
-  if c.optimizer.schedule == "inverse_sqrt" and c.optimizer.warmup_steps == 0:
-    return (
-      f"{_flags(c, 'optimizer.schedule', 'optimizer.warmup_steps')}: the rate falls as "
-      "sqrt(warmup/step), so warmup must be at least 1."
+      f"--config.moe.group_size={c.moe.group_size} does not divide the {tokens} tokens "
+      f"of a microbatch ({micro} sequences of {c.data.sequence_length}). Choose a "
+      "divisor, or 0 for one group per sequence."
     )
 
 
@@ -261,7 +253,6 @@ RULES: tuple[Callable[[Config], str | None], ...] = (
   _accumulation_divides_batch,
   _accumulation_balances_groups,
   _groups_divide_microbatch,
-  _warmup_ends,
   _one_mesh_axis_is_free,
 )
 
@@ -292,17 +283,16 @@ def validate_devices(config: Config, num_devices: int) -> None:
   """
   from moejax.parallel.mesh import AXES, TOKEN_AXES, mesh_shape
 
-  size = dict(zip(AXES, mesh_shape(config.mesh, num_devices), strict=True))
-  shards = 1
-  for axis in TOKEN_AXES:
-    shards *= size[axis]
+  shape = mesh_shape(config.mesh, num_devices)
+  size: dict[str, int] = dict(zip(AXES, shape, strict=True))
+  shards = math.prod(size[axis] for axis in TOKEN_AXES)
   micro = config.train.batch_size // config.train.accumulation
   if micro % shards:
     raise ConfigError(
       f"{_flags(config, 'train.batch_size', 'train.accumulation')}: a microbatch has "
       f"{micro} sequences, which {shards} devices (data {size['data']} x fsdp "
-      f"{size['fsdp']} x expert {size['expert']}) cannot share equally. Make it a multiple "
-      f"of {shards}."
+      f"{size['fsdp']} x expert {size['expert']}) cannot share equally. Make it a "
+      f"multiple of {shards}."
     )
   model, moe = config.model, config.moe
   cut = [

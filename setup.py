@@ -1,0 +1,85 @@
+"""What moejax needs and installs. Versions are pinned in constraints.txt.
+
+The lower bounds are what the code was written against; the upper ones close the
+window that the tests cover, because jax and flax change meaning between minors.
+"""
+
+import pathlib
+import re
+
+from setuptools import find_packages, setup
+
+HERE = pathlib.Path(__file__).parent
+VERSION = re.search(
+  r'^__version__ = "(.+)"$', (HERE / "moejax" / "version.py").read_text(), re.MULTILINE
+)
+
+REQUIRED = [
+  "absl-py>=2.1",
+  "array_record>=0.8",
+  "flax>=0.12.8,<0.13",
+  "grain>=0.2.18",
+  "jax>=0.10.2,<0.13",
+  "jaxtyping>=0.3.7",
+  "matplotlib>=3.8",
+  "numpy>=2.0",
+  "optax>=0.2.8",
+  "orbax-checkpoint>=0.12",
+  "rich>=13",
+  "tensorboardX>=2.6",
+  "tensorflow-datasets>=4.9.10",
+  "tokenizers>=0.20",
+  "zstandard>=0.22",
+]
+
+TEST = [
+  "beartype>=0.23",
+  "hypothesis>=6.100",
+  "pytest>=8",
+  "pytest-xdist>=3.5",
+]
+
+DEV = [
+  *TEST,
+  "pre-commit>=4",
+  "pyright>=1.1.400",
+  "ruff>=0.12",
+]
+
+# Accelerators: jax's own extras choose plugin versions that fit jax.
+TPU = ["jax[tpu]"]
+CUDA = ["jax[cuda12]", "tokamax>=0.0.12"]
+
+HF = ["huggingface_hub>=0.30", "safetensors>=0.5"]
+
+# Preparing a TFDS set from its catalogue; reading a prepared one needs none of this.
+TFDS = ["apache-beam>=2.60", "importlib_resources>=6"]
+
+setup(
+  name="moejax",
+  version=VERSION[1] if VERSION else "0",
+  description="Sparse Mixture-of-Experts Transformers in JAX, for research to be trusted.",
+  long_description=(HERE / "README.md").read_text(encoding="utf-8"),
+  long_description_content_type="text/markdown",
+  license="Apache-2.0",
+  python_requires=">=3.11",
+  packages=find_packages(
+    include=[
+      f"{name}{rest}"
+      for name in ("moejax", "configs", "experiments", "tools")
+      for rest in ("", ".*")
+    ]
+  ),
+  include_package_data=False,
+  package_data={"": ["py.typed", "*.json"]},
+  install_requires=REQUIRED,
+  extras_require={
+    "test": TEST,
+    "dev": DEV,
+    "tpu": TPU,
+    "cuda": CUDA,
+    "hf": HF,
+    "tfds": TFDS,
+    "all": [*DEV, *HF, *TFDS],
+  },
+)
