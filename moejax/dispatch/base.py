@@ -9,7 +9,7 @@ Letters: G groups, T tokens of a group, D width, E experts, F expert hidden
 width, C slots per expert and group.
 """
 
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -46,19 +46,20 @@ def activate(
 
 
 def apply_experts(
-  rows: Float[Array, "E N D"], weights: ExpertWeights, activation: str
-) -> Float[Array, "E N D"]:
-  """Every expert on its own N rows: the plain batched form.
+  rows: Float[Array, "E *n D"], weights: ExpertWeights, activation: str
+) -> Float[Array, "E *n D"]:
+  """Every expert on its own rows: the plain batched form.
 
   Maps zero rows to zero rows, which is why empty slots need no mask.
   """
-  hidden = jnp.einsum("end,edf->enf", rows, weights.w_in)
+  hidden = jnp.einsum("e...d,edf->e...f", rows, weights.w_in)
   gate = None
   if weights.w_gate is not None:
-    gate = jnp.einsum("end,edf->enf", rows, weights.w_gate)
-  return jnp.einsum("enf,efd->end", activate(hidden, gate, activation), weights.w_out)
+    gate = jnp.einsum("e...d,edf->e...f", rows, weights.w_gate)
+  return jnp.einsum("e...f,efd->e...d", activate(hidden, gate, activation), weights.w_out)
 
 
+@runtime_checkable
 class Dispatcher(Protocol):
   """One way to run the experts on their tokens."""
 

@@ -1,0 +1,32 @@
+"""Dispatch by dense masks: the form of GShard and Switch.
+
+Tokens are multiplied into their slots by a [T, E, C] mask and out again by the
+combine weights. The cost grows with T*E*C, so this is the readable one, and the
+one whose sharding is easiest on a compiler: with tokens sharded over groups and
+experts over a mesh axis, XLA turns the two products into two all-to-alls.
+
+Letters: G groups, T tokens of a group, D width, E experts, C slots per expert.
+Source: GShard, arXiv:2006.16668, algorithm 2.
+"""
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from moejax.dispatch.base import ExpertWeights, apply_experts
+from moejax.routing.base import Routing
+
+
+def einsum(
+  x: Float[Array, "G T D"],
+  routing: Routing,
+  weights: ExpertWeights,
+  *,
+  activation: str,
+) -> Float[Array, "G T D"]:
+  """Masks in, batched experts, combine weights out. Dropless takes C = T."""
+  mask = jax.vmap(Routing.dispatch_mask)(routing).astype(x.dtype)
+  combine = jax.vmap(Routing.combine_weights)(routing).astype(x.dtype)
+  rows = jnp.einsum("gtec,gtd->egcd", mask, x)
+  out = apply_experts(rows, weights, activation)
+  return jnp.einsum("gtec,egcd->gtd", combine, out)

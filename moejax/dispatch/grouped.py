@@ -1,0 +1,82 @@
+"""Dispatch by sorting: each expert runs on exactly the rows it was given.
+
+The assignments of all groups are lined up expert by expert, so capacity and
+dropless cost the same per kept assignment, and empty slots cost nothing.
+
+Letters: G groups, T tokens of a group, D width, E experts, N assignments.
+Sources: MegaBlocks, arXiv:2211.15841 (dropless as grouped products); the
+measurements in docs/speed.md.
+"""
+
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+from moejax.dispatch.base import ExpertWeights
+from moejax.kernels import permute
+from moejax.kernels.expert_loop import Sorted, expert_loop
+from moejax.kernels.plan import make_plan, sizes_for
+from moejax.routing.base import Routing
+
+
+def merge_groups(
+  routing: Routing,
+) -> tuple[Int[Array, "A"], Int[Array, "A"], Int[Array, "E"]]:
+  """Lines up the A = G*N assignments of all groups, expert by expert.
+
+  Each group is sorted already, so an assignment's position is its expert's start
+  plus what earlier groups gave that expert plus its own slot; nothing is sorted
+  again. Kept slots are 0, 1, ... load - 1 by the contract of `Routing`.
+
+  Returns:
+    position of each assignment (anything where not kept); the assignment at each
+    position (kept ones first, anything after); the load of each expert.
+  """
+  num_groups, n = routing.order.shape
+  load = jnp.sum(routing.load, axis=0)
+  start = jnp.cumsum(load) - load
+  start = start[None, :] + jnp.cumsum(routing.load, axis=0) - routing.load
+  position = jnp.take_along_axis(start, routing.expert, axis=1) + routing.slot
+  position = position.reshape(-1)
+  if num_groups == 1:
+    return position, routing.order[0], load
+  target = jnp.where(routing.kept.reshape(-1), position, num_groups * n)
+  index = jnp.arange(num_groups * n, dtype=jnp.int32)
+  order = jnp.zeros_like(index).at[target].set(index, mode="drop", unique_indices=True)
+  return position, order, load
+
+
+def grouped(
+  x: Float[Array, "G T D"],
+  routing: Routing,
+  weights: ExpertWeights,
+  *,
+  activation: str,
+) -> Float[Array, "G T D"]:
+  """Rows in experts' order, products over exactly those, tokens by index."""
+  num_groups, num_tokens, width = x.shape
+  num_assignments = routing.expert.size
+  position, order, load = merge_groups(routing)
+  plan = make_plan(load, num_assignments, sizes_for(num_assignments, load.shape[0]))
+  group = jnp.arange(num_groups, dtype=jnp.int32)[:, None] * num_tokens
+  token = (routing.token + group).reshape(-1)
+  expert = routing.expert.reshape(-1)
+  start = jnp.cumsum(load) - load
+  place = position + permute.take(plan.expert_row - start, expert)
+  row = jnp.arange(plan.num_rows, dtype=jnp.int32)
+  arrays = Sorted(
+    token=permute.take(token, order),
+    assignment=order,
+    moves=permute.Moves(
+      token=token,
+      place=place,
+      kept=routing.kept.reshape(-1),
+      assignment=jnp.zeros_like(row),  # The loop writes rows itself.
+      used=jnp.zeros(row.shape, bool),
+      num_tokens=num_groups * num_tokens,
+      num_selected=routing.num_selected,
+    ),
+    plan=plan,
+    activation=activation,
+  )
+  y = expert_loop(x.reshape(-1, width), routing.gate.reshape(-1), weights, arrays)
+  return y.reshape(x.shape)

@@ -1,0 +1,47 @@
+"""The registry: every dispatcher by its name on the command line."""
+
+from collections.abc import Mapping
+
+from moejax.dispatch.base import Dispatcher
+from moejax.dispatch.einsum import einsum
+from moejax.dispatch.gather import gather
+from moejax.dispatch.grouped import grouped
+from moejax.errors import ConfigError
+
+DISPATCHERS: Mapping[str, Dispatcher] = {
+  "einsum": einsum,
+  "gather": gather,
+  "grouped": grouped,
+}
+SUMMARIES: Mapping[str, str] = {
+  "einsum": "dense masks; slow and easy to shard",
+  "gather": "slots by index; batched experts, empty slots cost as full ones",
+  "grouped": "sorted rows; only kept assignments cost; capacity and dropless",
+}
+"""One line each, for --list=dispatchers."""
+
+
+def resolve(
+  name: str, *, platform: str = "cpu", capacity: int | None = None
+) -> Dispatcher:
+  """The dispatcher of this name; "auto" chooses.
+
+  The rule of auto: `grouped` runs only the rows that exist, and is the fastest on
+  CPU for capacity and dropless alike. On an accelerator it needs a ragged product,
+  which pays when dropless; with a capacity the batched product of `gather` has
+  static shapes and is at home there.
+
+  Args:
+    platform: of the devices that will run it: cpu, gpu or tpu.
+    capacity: C, or None when dropless.
+
+  Raises:
+    ConfigError: no such dispatcher.
+  """
+  if name == "auto":
+    name = "grouped" if platform == "cpu" or capacity is None else "gather"
+  if name not in DISPATCHERS:
+    raise ConfigError(
+      f"--config.moe.dispatcher={name} is unknown: use auto, {', '.join(DISPATCHERS)}."
+    )
+  return DISPATCHERS[name]

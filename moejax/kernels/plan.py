@@ -1,0 +1,115 @@
+"""Cutting each expert's rows into blocks of a few static sizes.
+
+A compiled product has a static number of rows, an expert's load is known only
+when the step runs. So each load is covered by blocks of a few sizes, chosen from
+a table made at trace time that minimises rows computed plus a fixed cost per
+block; the kernel then runs one loop per size, whose trip count is dynamic.
+
+Letters: E experts, N assignments, Z block sizes, M most blocks there can be,
+R rows of the padded buffer (every block owns its rows, padding included).
+"""
+
+import functools
+
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Int
+
+from moejax.types import pytree, static_field
+
+BLOCK_OVERHEAD = 16
+"""Cost of one more block, in rows: reading and packing the expert's weights again."""
+
+
+@pytree
+class Plan:
+  """The blocks, sorted by size and then by expert."""
+
+  expert: Int[Array, "M"]
+  position: Int[Array, "M"]
+  """First of the block's assignments, in experts' order."""
+  count: Int[Array, "M"]
+  """Assignments in the block, at most its size."""
+  row: Int[Array, "M"]
+  """First of the block's rows in the padded buffer."""
+  bound: Int[Array, "Z+1"]
+  """Blocks of size z are bound[z] <= m < bound[z + 1]."""
+  expert_row: Int[Array, "E"]
+  """Where each expert's rows start; its assignments are consecutive there."""
+  sizes: tuple[int, ...] = static_field()
+  num_rows: int = static_field()
+  """R."""
+
+
+@functools.cache
+def cover(sizes: tuple[int, ...]) -> tuple[np.ndarray, int]:
+  """The cheapest multiset of block sizes for each load up to the largest size.
+
+  Args:
+    sizes: descending.
+
+  Returns:
+    counts [largest + 1, Z]: how many blocks of each size cover a load, and the
+    largest number of rows that any load wastes.
+  """
+  largest = sizes[0]
+  cost = np.zeros(largest + 1)
+  counts = np.zeros((largest + 1, len(sizes)), np.int32)
+  for load in range(1, largest + 1):
+    options = [size + BLOCK_OVERHEAD + cost[max(0, load - size)] for size in sizes]
+    best = int(np.argmin(options))
+    cost[load] = options[best]
+    counts[load] = counts[max(0, load - sizes[best])]
+    counts[load, best] += 1
+  waste = counts @ np.asarray(sizes) - np.arange(largest + 1)
+  return counts, int(waste.max())
+
+
+def sizes_for(num_rows: int, num_experts: int) -> tuple[int, ...]:
+  """Block sizes worth compiling when N assignments go to E experts, descending."""
+  del num_experts
+  sizes = tuple(s for s in (512, 256, 192, 128, 96, 64, 48, 32, 16) if s < 2 * num_rows)
+  return sizes or (16,)
+
+
+def make_plan(
+  load: Int[Array, "E"], num_assignments: int, sizes: tuple[int, ...]
+) -> Plan:
+  """Covers every expert's load with blocks.
+
+  Args:
+    load: kept assignments per expert; their sum is at most `num_assignments`.
+    sizes: block sizes, descending.
+  """
+  num_experts, largest = load.shape[0], sizes[0]
+  table, waste = cover(sizes)
+  per_expert = int(table.sum(axis=1).max())
+  num_blocks = num_assignments // largest + num_experts * per_expert
+  counts = jnp.asarray(table)[load % largest]
+  counts = counts.at[:, 0].add(load // largest)
+  size = jnp.asarray(sizes, jnp.int32)
+  rows = counts * size[None, :]
+  padded = jnp.sum(rows, axis=1)
+  expert_row = jnp.cumsum(padded) - padded
+  start = jnp.cumsum(load) - load
+  before = jnp.cumsum(rows, axis=1) - rows  # Larger blocks come first in an expert.
+  ends = jnp.cumsum(counts.T.reshape(-1))
+  block = jnp.arange(num_blocks, dtype=jnp.int32)
+  cell = jnp.searchsorted(ends, block, side="right").astype(jnp.int32)
+  cell = jnp.minimum(cell, ends.shape[0] - 1)
+  kind, expert = cell // num_experts, cell % num_experts
+  nth = block - (ends - counts.T.reshape(-1))[cell]
+  offset = before.T.reshape(-1)[cell] + nth * size[kind]
+  bound = jnp.concatenate(
+    [jnp.zeros((1,), jnp.int32), ends[num_experts - 1 :: num_experts]]
+  )
+  return Plan(
+    expert=expert,
+    position=start[expert] + offset,
+    count=jnp.minimum(size[kind], load[expert] - offset),
+    row=expert_row[expert] + offset,
+    bound=bound.astype(jnp.int32),
+    expert_row=expert_row,
+    sizes=sizes,
+    num_rows=num_assignments + num_experts * waste,
+  )
