@@ -58,7 +58,7 @@ TFDS = ["apache-beam>=2.60", "importlib_resources>=6"]
 setup(
   name="moejax",
   version=VERSION[1] if VERSION else "0",
-  description="Sparse Mixture-of-Experts Transformers in JAX, for research to be trusted.",
+  description="Sparse Mixture-of-Experts Transformers in JAX, for trustworthy research.",
   long_description=(HERE / "README.md").read_text(encoding="utf-8"),
   long_description_content_type="text/markdown",
   license="Apache-2.0",

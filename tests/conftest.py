@@ -22,8 +22,10 @@ jax.config.update("jax_num_cpu_devices", NUM_DEVICES)
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
-# Must precede the first import of moejax, by a test or by another hook.
-install_import_hook("moejax", "beartype.beartype")
+# Must precede the first import of moejax, by a test or by another hook. The tower:
+# an int is accepted where a float is declared, as Python's typing rules have it.
+TYPE_CHECKER = "beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))"
+install_import_hook("moejax", TYPE_CHECKER)
 
 # Grain's worker processes refuse to start while absl's flags are unparsed.
 flags.FLAGS.mark_as_parsed()
