@@ -284,7 +284,7 @@ def balance_loss(probs, chosen, valid) -> float:
 
 
 def balance_loss_backward(probs, chosen, valid) -> Array:
-  """d balance_loss / d logits, with softmax probabilities."""
+  """Gradient of `balance_loss` by the logits, with softmax probabilities."""
   d_logits, count = np.zeros(probs.shape), sum(valid)
   for t in range(len(valid)):
     if valid[t]:

