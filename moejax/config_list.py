@@ -51,13 +51,11 @@ def _routers() -> dict[str, str]:
 def _dispatchers() -> dict[str, str]:
   from moejax.dispatch.registry import DISPATCHERS
 
-  rows = {"auto": "Chosen by platform and capacity, by a written rule."}
+  rows = {"auto": "chosen by platform and capacity, by a written rule"}
   return rows | {name: _first_line(f.__doc__) for name, f in DISPATCHERS.items()}
 
 
 def _datasets() -> dict[str, str]:
-  return {
-    "python_stdlib": "The running interpreter's own standard library (embedded).",
-    "text": "Your own text: --config.data.path, a folder, a file or .jsonl.",
-    "NAME": "Any TFDS text set by its name, such as lm1b, c4 or wiki40b.",
-  }
+  from moejax.data.sources import LOCAL
+
+  return LOCAL | {"NAME": "any TFDS text set by its name, such as lm1b, c4 or wiki40b"}

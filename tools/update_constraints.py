@@ -2,15 +2,17 @@
 
   python -m tools.update_constraints python3.11 python3.12 python3.13
 
-Installs the project with its `dev` and `hf` extras into a fresh environment for
-each interpreter given, asks pip what it chose, and writes one file in which a
+Asks pip, in a fresh environment of each interpreter given, what it would install
+for the project with its `dev` and `hf` extras, and writes one file in which a
 package whose version depends on the Python carries a marker. Give all supported
 interpreters at once: the file is rewritten, not merged. The extras for
 accelerators and for Beam are not pinned: jax's own extras pin their plugins.
 """
 
 import collections
+import json
 import pathlib
+import re
 import subprocess
 import sys
 import tempfile
@@ -33,13 +35,20 @@ def resolve(python: str) -> tuple[str, Pins]:
   with tempfile.TemporaryDirectory() as directory:
     subprocess.run([python, "-m", "venv", directory], check=True)
     inside = str(pathlib.Path(directory) / "bin" / "python")
-    install = [inside, "-m", "pip", "install", "--quiet", f"{ROOT}[{EXTRAS}]"]
-    subprocess.run(install, check=True)
-    code = "import sys; print('%d.%d' % sys.version_info[:2])"
-    version = subprocess.check_output([inside, "-c", code], text=True).strip()
-    freeze = [inside, "-m", "pip", "freeze", "--exclude", "moejax"]
-    lines = subprocess.check_output(freeze, text=True).splitlines()
-  return version, dict(line.split("==") for line in lines if "==" in line)
+    report = pathlib.Path(directory) / "report.json"
+    command = [inside, "-m", "pip", "install", "--quiet", "--dry-run"]
+    command += ["--ignore-installed", f"--report={report}", f"{ROOT}[{EXTRAS}]"]
+    subprocess.run(command, check=True)
+    found = json.loads(report.read_text())
+  chosen = [item["metadata"] for item in found["install"]]
+  pins = {_normal(item["name"]): item["version"] for item in chosen}
+  del pins["moejax"]
+  return found["environment"]["python_version"], pins
+
+
+def _normal(name: str) -> str:
+  """A package's name as pip compares it: interpreters report different spellings."""
+  return re.sub(r"[-_.]+", "-", name).lower()
 
 
 def merge(pins: Mapping[str, Pins]) -> list[str]:
