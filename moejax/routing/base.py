@@ -23,6 +23,7 @@ from moejax.types import pytree, static_field
 Priority = Literal["arrival", "gate", "random"]
 Overflow = Literal["drop", "next_best", "none"]
 Renormalize = Literal["none", "before_drop", "after_drop"]
+SlotOrder = Literal["choice_major", "token_major", "by_gate", "batch_priority"]
 
 
 @pytree
@@ -72,6 +73,13 @@ class Routing:
   probs: Float[Array, "*g T E"]
   """The router's probabilities, for losses and analysis; differentiable."""
   stats: RouterStats
+  losses: dict[str, Float[Array, "*g"]] | None = None
+  """Terms that only this router has, each a value of one group, by name; the
+  balance and z-losses, which every router has, are made from `probs` by the layer."""
+  dense_dispatch: Float[Array, "*g T E C"] | None = None
+  """Soft MoE only: weights of tokens in slots. The arrays over N are then empty."""
+  dense_combine: Float[Array, "*g T E C"] | None = None
+  """Soft MoE only: weights of slots in tokens."""
   capacity: int | None = static_field()
   """C, slots per expert; None when dropless."""
   num_selected: int | None = static_field()
@@ -92,12 +100,22 @@ class Routing:
 
   def dispatch_mask(self) -> Bool[Array, "T E C"]:
     """Dense form of one group, for tests, pictures and interop. Large."""
+    if self.dense_dispatch is not None:
+      return self.dense_dispatch != 0
     shape = (self.num_tokens, self.num_experts, self.num_slots)
     mask = jnp.zeros(shape, bool)
     return mask.at[self.token, self.expert, self.slot].max(self.kept, mode="drop")
 
+  def dispatch_weights(self) -> Float[Array, "T E C"]:
+    """Dense form of one group: how much of a token each slot holds, 0 or 1 if sparse."""
+    if self.dense_dispatch is not None:
+      return self.dense_dispatch
+    return self.dispatch_mask().astype(jnp.float32)
+
   def combine_weights(self) -> Float[Array, "T E C"]:
     """Dense form of one group: the gate at each kept (token, expert, slot)."""
+    if self.dense_combine is not None:
+      return self.dense_combine
     shape = (self.num_tokens, self.num_experts, self.num_slots)
     gate = jnp.where(self.kept, self.gate, 0.0)
     weights = jnp.zeros(shape, jnp.float32)
@@ -116,6 +134,14 @@ class RouterInputs:
   """Randomness of this group; None in evaluation, where routing is deterministic."""
   token_ids: Int[Array, "*g T"] | None = None
   """Vocabulary ids, for routers that look at the token and not at its embedding."""
+  assigned: Int[Array, "*g T K"] | None = None
+  """hash: the experts of each token, read out of a table by `token_ids`."""
+  bias: Float[Array, "*g E"] | None = None
+  """sigmoid_bias: added to scores for choosing only; the same for every group."""
+  noise_logits: Float[Array, "*g T E"] | None = None
+  """noisy_top_k: a second projection of the token, softplus of which scales the noise."""
+  slot_logits: Float[Array, "*g T E C"] | None = None
+  """soft: similarity of each token and each slot's learned vector."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -132,6 +158,28 @@ class RouterOptions:
   overflow: Overflow = "drop"
   second_policy: Literal["all", "random", "sample"] = "all"
   """top2 only: GShard's fate of the second choice."""
+  slot_order: SlotOrder = "choice_major"
+  """How a token's choices are interleaved in the queue for slots. choice_major: all
+  first choices before any second; token_major: all choices of the earlier token;
+  by_gate: the largest gate of any rank; batch_priority: choice_major with
+  priority=gate."""
+  slot_numbering: Literal["queue", "arrival"] = "queue"
+  """Slots are numbered as they were given, or afterwards in token order (DeepSpeed)."""
+  gate_scale: float = 1.0
+  """Multiplies every gate at the end (DeepSeek's routed_scaling_factor)."""
+  num_expert_groups: int = 1
+  """Group-limited choice: experts stand in so many groups of equal size."""
+  num_selected_groups: int = 1
+  """A token chooses its experts within so many best groups."""
+  group_best: int = 1
+  """A group's score is the sum of so many of its best expert scores: 1 is the largest
+  one (DeepSeek-V2), 2 is DeepSeek-V3."""
+  noise: Literal["learned", "fixed"] = "learned"
+  """noisy_top_k: scale softplus(noise_logits) (Shazeer), or noise_std / E (V-MoE)."""
+  noise_std: float = 1.0
+  sinkhorn_iterations: int = 30
+  """base: at most so many."""
+  sinkhorn_tolerance: float = 1e-4
 
 
 RouterFn = Callable[[RouterInputs, RouterOptions], Routing]

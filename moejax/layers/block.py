@@ -1,0 +1,73 @@
+"""A Transformer block: pre-norm attention, then a dense or MoE feed-forward."""
+
+from flax import nnx
+from jaxtyping import Array, Bool, Float, Int, Key
+
+from moejax.config import ModelConfig, MoEConfig
+from moejax.layers.attention import Attention, Context, LayerCache
+from moejax.layers.feed_forward import FeedForward
+from moejax.layers.moe import MoE, MoEAux
+from moejax.layers.norm import RMSNorm
+from moejax.types import pytree, static_field
+
+
+@pytree
+class CallOptions:
+  """How one call of the model differs from another, fixed at trace time."""
+
+  train: bool = static_field()
+  capacity_factor: float | None = static_field()
+
+
+@pytree
+class BlockInputs:
+  """What every block of one call shares."""
+
+  context: Context
+  valid: Bool[Array, "B S"]
+  token_ids: Int[Array, "B S"]
+  options: CallOptions = static_field()
+
+
+class Block(nnx.Module):
+  """x + attention(norm(x)), then x + feed_forward(norm(x))."""
+
+  def __init__(self, model: ModelConfig, moe: MoEConfig, is_moe: bool, rngs: nnx.Rngs):
+    self.attention_norm = RMSNorm(model.width, epsilon=model.norm_eps)
+    self.attention = Attention(model, rngs)
+    self.feed_forward_norm = RMSNorm(model.width, epsilon=model.norm_eps)
+    if is_moe and not moe.dense_twin:
+      self.moe = MoE(model, moe, rngs)
+    else:
+      hidden = twin_hidden(moe) if is_moe else model.hidden
+      self.feed_forward = FeedForward(model, hidden, rngs)
+    self.is_moe = is_moe and not moe.dense_twin
+
+  def __call__(
+    self,
+    x: Float[Array, "B S D"],
+    inputs: BlockInputs,
+    *,
+    key: Key[Array, ""] | None,
+    cache: LayerCache | None,
+  ) -> tuple[Float[Array, "B S D"], MoEAux | None, LayerCache | None]:
+    mixed, cache = self.attention(self.attention_norm(x), inputs.context, cache)
+    x = x + mixed
+    normed = self.feed_forward_norm(x)
+    if not self.is_moe:
+      return x + self.feed_forward(normed), None, cache
+    options = inputs.options
+    y, aux = self.moe(
+      normed,
+      inputs.valid,
+      inputs.token_ids,
+      key=key,
+      train=options.train,
+      capacity_factor=options.capacity_factor,
+    )
+    return x + y, aux, cache
+
+
+def twin_hidden(moe: MoEConfig) -> int:
+  """Hidden width of the dense layer with an MoE layer's active FLOPs: K*F plus shared."""
+  return moe.num_selected * moe.hidden + moe.num_shared * (moe.hidden // moe.segments)

@@ -1,0 +1,200 @@
+"""The MoE layer: scores, routing, dispatch, experts, combine.
+
+  y = sum over chosen experts e of gate_e(x) * expert_e(x)  (+ shared experts)
+
+The module owns parameters and calls pure functions: a router from
+`moejax.routing` says who goes where, a dispatcher from `moejax.dispatch` runs
+the experts. Neither knows the other.
+
+Letters: B batch, S sequence, G routing groups, T tokens of a group, D width,
+E experts, K choices per token, C slots per expert and group, F expert hidden
+width. With fine-grained experts (m segments) E, K and F here are m*E, m*K, F/m
+(DeepSeekMoE, arXiv:2401.06066, section 3.1).
+"""
+
+from typing import Any, cast
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Bool, Float, Int, Key
+
+from moejax.config import ModelConfig, MoEConfig
+from moejax.dispatch import registry as dispatch_registry
+from moejax.dispatch.base import ExpertWeights
+from moejax.layers import parameter
+from moejax.layers.feed_forward import FeedForward
+from moejax.routing import losses, scores
+from moejax.routing.base import (
+  RouterInputs,
+  RouterOptions,
+  RouterStats,
+  Routing,
+  sum_groups,
+)
+from moejax.routing.capacity import capacity_of
+from moejax.routing.registry import ROUTERS
+from moejax.types import pytree
+
+
+@pytree
+class MoEAux:
+  """What an MoE layer returns beside its output."""
+
+  losses: dict[str, Float[Array, "*l"]]
+  """By name: sum over groups of (the group's loss * its valid tokens)."""
+  stats: RouterStats
+  """Summed over groups."""
+
+
+class Experts(nnx.Module):
+  """E feed-forward networks as one stacked parameter per matrix."""
+
+  def __init__(self, config: ModelConfig, num_experts: int, hidden: int, rngs: nnx.Rngs):
+    width, scale, dtype = config.width, config.init_scale, config.param_dtype
+    shape_in, axes_in = (num_experts, width, hidden), ("expert", "width", "hidden")
+    shape_out, axes_out = (num_experts, hidden, width), ("expert", "hidden", "width")
+    out_scale = scale / (2 * config.num_layers) ** 0.5
+
+    def w_in() -> nnx.Param:
+      return parameter.matrix(
+        rngs, shape_in, axes_in, fan_in=width, scale=scale, dtype=dtype
+      )
+
+    self.w_in = w_in()
+    self.w_gate = w_in() if config.activation == "swiglu" else None
+    self.w_out = parameter.matrix(
+      rngs, shape_out, axes_out, fan_in=hidden, scale=out_scale, dtype=dtype
+    )
+
+  def weights(self, dtype: jnp.dtype) -> ExpertWeights:
+    """The matrices in the compute dtype."""
+    gate = None if self.w_gate is None else self.w_gate[...].astype(dtype)
+    w_in, w_out = self.w_in[...].astype(dtype), self.w_out[...].astype(dtype)
+    return ExpertWeights(w_in=w_in, w_out=w_out, w_gate=gate)
+
+
+class MoE(nnx.Module):
+  """A sparse feed-forward layer."""
+
+  def __init__(self, model: ModelConfig, moe: MoEConfig, rngs: nnx.Rngs):
+    self.num_experts = moe.num_experts * moe.segments
+    self.num_selected = moe.num_selected * moe.segments
+    hidden = moe.hidden // moe.segments
+    self.router = parameter.matrix(
+      rngs,
+      (model.width, self.num_experts),
+      ("width", "router_expert"),
+      fan_in=model.width,
+      scale=moe.router_init_scale,
+    )
+    self.experts = Experts(model, self.num_experts, hidden, rngs)
+    if moe.num_shared:
+      self.shared = FeedForward(model, moe.num_shared * hidden, rngs)
+    self.config = moe
+    self.activation = model.activation
+
+  def __call__(
+    self,
+    x: Float[Array, "B S D"],
+    valid: Bool[Array, "B S"],
+    token_ids: Int[Array, "B S"],
+    *,
+    key: Key[Array, ""] | None,
+    train: bool,
+    capacity_factor: float | None,
+  ) -> tuple[Float[Array, "B S D"], MoEAux]:
+    num_groups = self._num_groups(x.shape[0], x.shape[1], train, capacity_factor)
+    tokens = x.reshape(num_groups, -1, x.shape[-1])
+    valid = valid.reshape(num_groups, -1)
+    token_ids = token_ids.reshape(num_groups, -1)
+    key = key if train else None
+    logits = self._logits(tokens, key)
+    routing = self._route(
+      logits,
+      valid,
+      token_ids.reshape(num_groups, -1),
+      key if train else None,
+      capacity_factor,
+    )
+    dispatcher = dispatch_registry.resolve(
+      self.config.dispatcher, platform=jax.default_backend(), capacity=routing.capacity
+    )
+    weights = self.experts.weights(x.dtype)
+    y = dispatcher(tokens, routing, weights, activation=self.activation).reshape(x.shape)
+    if self.config.num_shared:
+      y = y + self.shared(x)
+    aux = self._losses(logits, routing, valid)
+    return y, MoEAux(losses=aux, stats=sum_groups(routing.stats))
+
+  def _num_groups(
+    self, batch: int, sequence: int, train: bool, capacity_factor: float | None
+  ) -> int:
+    """G. Outside training a dropless layer needs no groups: no token affects another."""
+    if not train and capacity_factor is None:
+      return 1
+    size = self.config.group_size or sequence
+    if batch * sequence % size:
+      raise ValueError(
+        f"--config.moe.group_size={size} does not divide the {batch}x{sequence} tokens "
+        "of a batch. Choose a divisor, or 0 for one group per sequence."
+      )
+    return batch * sequence // size
+
+  def _logits(
+    self, tokens: Float[Array, "G T D"], key: Key[Array, ""] | None
+  ) -> Float[Array, "G T E"]:
+    """Router logits, float32 whatever the compute dtype and the chip's default."""
+    tokens = tokens.astype(jnp.float32)
+    if key is not None and self.config.jitter:
+      tokens = scores.jitter(tokens, jax.random.fold_in(key, 1), self.config.jitter)
+    return jnp.einsum(
+      "gtd,de->gte",
+      tokens,
+      self.router[...].astype(jnp.float32),
+      precision=jax.lax.Precision.HIGHEST,
+    )
+
+  def _route(
+    self,
+    logits: Float[Array, "G T E"],
+    valid: Bool[Array, "G T"],
+    token_ids: Int[Array, "G T"],
+    key: Key[Array, ""] | None,
+    capacity_factor: float | None,
+  ) -> Routing:
+    num_groups, num_tokens, _ = logits.shape
+    moe = self.config
+    options = RouterOptions(
+      num_experts=self.num_experts,
+      num_selected=self.num_selected,
+      capacity=capacity_of(
+        num_tokens,
+        self.num_experts,
+        self.num_selected,
+        capacity_factor,
+        convention=moe.capacity_convention,
+        min_capacity=moe.min_capacity,
+      ),
+      # Plain strings as flags know them; config_check.validate refuses any others.
+      renormalize=cast(Any, moe.renormalize),
+      priority=cast(Any, moe.priority),
+      overflow=cast(Any, moe.overflow),
+      second_policy=cast(Any, moe.second_policy),
+    )
+    keys = None if key is None else jax.random.split(key, num_groups)
+    inputs = RouterInputs(logits=logits, valid=valid, key=keys, token_ids=token_ids)
+    return jax.vmap(lambda group: ROUTERS[moe.router].fn(group, options))(inputs)
+
+  def _losses(
+    self, logits: Float[Array, "G T E"], routing: Routing, valid: Bool[Array, "G T"]
+  ) -> dict[str, Float[Array, ""]]:
+    """Each term times its valid tokens, so that dividing by all tokens is the mean."""
+    count = routing.stats.num_valid
+    z = jnp.sum(jax.vmap(losses.z_loss)(logits, valid) * count)
+    probs, chosen = routing.probs, routing.stats.chosen
+    if self.config.balance_scope == "batch":
+      probs, chosen = probs.reshape(1, -1, self.num_experts), chosen.sum(0, keepdims=True)
+      valid, count = valid.reshape(1, -1), count.sum(keepdims=True)
+    balance = jnp.sum(jax.vmap(losses.balance_loss)(probs, chosen, valid) * count)
+    return {"balance_loss": balance, "z_loss": z}

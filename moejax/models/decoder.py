@@ -1,0 +1,279 @@
+"""The decoder-only Transformer language model.
+
+Layers follow a pattern: `dense_prefix` dense ones, then repeats of a unit of
+`every` layers of which one is MoE, then what is left over. The repeats are one
+`jax.lax.scan` over stacked parameters, so compile time does not grow with depth.
+Parameters are a plain dict:
+
+  embedding                     [V, D]
+  prefix / "0", "1", ...        one block each
+  unit   / "0", "1", ...        one block of the unit each, stacked over repeats
+  suffix / "0", ...             one block each
+  norm, head                    final norm; [D, V] unless tied
+
+Letters: B batch, S sequence, D width, V vocabulary, R repeats, L layers.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float, Int, Key
+
+from moejax.config import ModelConfig, MoEConfig
+from moejax.layers.attention import Context, LayerCache, attention_mask
+from moejax.layers.block import Block, BlockInputs, CallOptions
+from moejax.layers.embedding import Embedding
+from moejax.layers.moe import MoEAux
+from moejax.models.pattern import layer_pattern
+from moejax.models.stack import Shell, remat, split_key, unrolled
+from moejax.routing.base import RouterStats
+from moejax.types import Params, pytree
+
+_UNSET: Any = object()
+_PARTS = ("prefix", "unit", "suffix")
+
+
+@pytree
+class Cache:
+  """Keys and values of the tokens seen so far, at most M of them."""
+
+  layers: dict[str, dict[str, LayerCache]]
+  segment_ids: Int[Array, "B M"]
+  """-1 where nothing was written yet."""
+  index: Int[Array, ""]
+  """Tokens written."""
+
+
+@pytree
+class DecoderOutput:
+  logits: Float[Array, "B S V"]
+  """float32."""
+  aux: dict[str, Float[Array, ""]]
+  """Aux terms by name: sum over MoE layers and groups of value * valid tokens.
+
+  Divided by the batch's valid tokens, it is the term's mean summed over layers.
+  """
+  stats: RouterStats | None
+  """What the routers did, leading axis the MoE layers in order; None if none."""
+  cache: Cache | None
+
+
+class Decoder:
+  """A model without parameters: `init` makes them, calling it applies them."""
+
+  def __init__(self, model: ModelConfig, moe: MoEConfig, *, vocab_size: int):
+    self.config, self.moe = model, moe
+    self.vocab_size = model.vocab_size or vocab_size
+    self.pattern = layer_pattern(model.num_layers, moe)
+    self._blocks = {is_moe: Shell(self._make_block(is_moe)) for is_moe in (False, True)}
+    self._embedding = Shell(
+      lambda key: Embedding(model, self.vocab_size, nnx.Rngs(params=key))
+    )
+
+  @property
+  def moe_layers(self) -> tuple[int, ...]:
+    """Indices of the MoE layers, in the order of `DecoderOutput.stats`."""
+    if self.moe.dense_twin:
+      return ()
+    return tuple(i for i, is_moe in enumerate(self.pattern.is_moe) if is_moe)
+
+  @property
+  def aux_weights(self) -> dict[str, float]:
+    """Coefficient of each aux term in the training loss."""
+    if not self.moe_layers:
+      return {}
+    return {"balance_loss": self.moe.balance_weight, "z_loss": self.moe.z_weight}
+
+  def init(self, key: Key[Array, ""]) -> Params:
+    """Fresh parameters."""
+    embedding_key, *part_keys = jax.random.split(key, 1 + len(_PARTS))
+    params: Params = {"embedding": self._embedding.init(embedding_key)}
+    for part, part_key in zip(_PARTS, part_keys, strict=True):
+      kinds = getattr(self.pattern, part)
+      params[part] = {}
+      for index, is_moe in enumerate(kinds):
+        block, block_key = self._blocks[is_moe], jax.random.fold_in(part_key, index)
+        if part == "unit":
+          keys = jax.random.split(block_key, self.pattern.repeats)
+          params[part][str(index)] = jax.vmap(block.init)(keys)
+        else:
+          params[part][str(index)] = block.init(block_key)
+    return params
+
+  def shapes(self) -> Params:
+    """Shape and dtype of every parameter, without making it."""
+    return jax.eval_shape(self.init, jax.random.key(0))
+
+  def logical_axes(self) -> Params:
+    """Names of every parameter's dimensions, for `moejax.parallel.rules`."""
+    axes: Params = {"embedding": self._embedding.axes}
+    for part in _PARTS:
+      axes[part] = {}
+      for index, is_moe in enumerate(getattr(self.pattern, part)):
+        block = self._blocks[is_moe].axes
+        if part == "unit":
+          block = jax.tree.map(
+            lambda names: ("layer", *names), block, is_leaf=lambda a: isinstance(a, tuple)
+          )
+        axes[part][str(index)] = block
+    return axes
+
+  def init_cache(self, batch: int, length: int) -> Cache:
+    """An empty cache for `batch` rows of at most `length` tokens."""
+    model = self.config
+    heads = model.num_kv_heads or model.num_heads
+    size = model.head_dim or model.width // model.num_heads
+    layers: dict[str, dict[str, LayerCache]] = {}
+    for part in _PARTS:
+      stack = (self.pattern.repeats,) if part == "unit" else ()
+      zeros = jnp.zeros((*stack, batch, length, heads, size), model.dtype)
+      kinds = getattr(self.pattern, part)
+      layers[part] = {
+        str(i): LayerCache(key=zeros, value=zeros) for i in range(len(kinds))
+      }
+    empty = jnp.full((batch, length), -1, jnp.int32)
+    return Cache(layers=layers, segment_ids=empty, index=jnp.zeros((), jnp.int32))
+
+  def __call__(
+    self,
+    params: Params,
+    tokens: Int[Array, "B S"],
+    *,
+    segment_ids: Int[Array, "B S"] | None = None,
+    positions: Int[Array, "B S"] | None = None,
+    key: Key[Array, ""] | None = None,
+    train: bool = False,
+    capacity_factor: float | None = _UNSET,
+    cache: Cache | None = None,
+  ) -> DecoderOutput:
+    """Logits of the next token at every position.
+
+    Args:
+      params: from `init`.
+      tokens: vocabulary ids.
+      segment_ids: document of each token; 0 is padding. None is one document a row.
+      positions: within the document; None counts from the row's (or cache's) start.
+      key: randomness of this step; needed by routers that are random in training.
+      train: whether routing noise applies and routing groups matter.
+      capacity_factor: overrides the configured one; None is dropless.
+      cache: keys and values so far; the result holds the grown one.
+    """
+    if capacity_factor is _UNSET:
+      moe = self.moe
+      capacity_factor = moe.capacity_factor if train else moe.eval_capacity_factor
+    options = CallOptions(train=train, capacity_factor=capacity_factor)
+    if segment_ids is None:
+      segment_ids = jnp.ones_like(tokens)
+    context, cache = self._context(segment_ids, positions, cache)
+    inputs = BlockInputs(
+      context=context, valid=segment_ids > 0, token_ids=tokens, options=options
+    )
+    embedding = self._embedding.merge(params["embedding"])
+    x = embedding.embed(tokens, jnp.dtype(self.config.dtype))
+    x, auxes, layers = self._run_blocks(params, x, inputs, key, cache)
+    if cache is not None:
+      cache = dataclasses.replace(cache, layers=layers)
+    aux, stats = _collect(auxes)
+    return DecoderOutput(logits=embedding.logits(x), aux=aux, stats=stats, cache=cache)
+
+  def _make_block(self, is_moe: bool) -> Callable[[Key[Array, ""]], Block]:
+    return lambda key: Block(self.config, self.moe, is_moe, nnx.Rngs(params=key))
+
+  def _context(
+    self,
+    segment_ids: Int[Array, "B S"],
+    positions: Int[Array, "B S"] | None,
+    cache: Cache | None,
+  ) -> tuple[Context, Cache | None]:
+    """Masks and positions, made once for all layers."""
+    start = 0 if cache is None else cache.index
+    if positions is None:
+      row = jnp.arange(segment_ids.shape[1], dtype=jnp.int32) + start
+      positions = jnp.broadcast_to(row[None], segment_ids.shape)
+    window = self.config.sliding_window
+    if cache is None:
+      mask = attention_mask(segment_ids, segment_ids, window=window)
+      return Context(positions=positions, mask=mask), None
+    seen = jax.lax.dynamic_update_slice(cache.segment_ids, segment_ids, (0, cache.index))
+    mask = attention_mask(segment_ids, seen, offset=cache.index, window=window)
+    context = Context(positions=positions, mask=mask, index=cache.index)
+    index = cache.index + segment_ids.shape[1]
+    return context, dataclasses.replace(cache, segment_ids=seen, index=index)
+
+  def _run_blocks(
+    self,
+    params: Params,
+    x: Float[Array, "B S D"],
+    inputs: BlockInputs,
+    key: Key[Array, ""] | None,
+    cache: Cache | None,
+  ) -> tuple[Float[Array, "B S D"], list[MoEAux], dict[str, dict[str, LayerCache]]]:
+    """Prefix, repeated units, suffix. Each aux has a leading axis of layers."""
+    auxes: list[MoEAux] = []
+    layers: dict[str, dict[str, LayerCache]] = {}
+    for number, part in enumerate(_PARTS):
+      kinds = getattr(self.pattern, part)
+      part_key = None if key is None else jax.random.fold_in(key, number)
+      part_cache = {} if cache is None else cache.layers[part]
+      repeats = self.pattern.repeats if part == "unit" else 1
+      stacked = (params[part], part_cache, split_key(part_key, repeats))
+      if part != "unit":
+        stacked = jax.tree.map(lambda leaf: leaf[None], stacked[:2]) + stacked[2:]
+      if not kinds:
+        layers[part] = {}
+        continue
+
+      def unit(x: Any, layer: Any, kinds: tuple[bool, ...] = kinds) -> Any:
+        return self._unit(kinds, x, inputs, *layer)
+
+      in_scan = self.config.scan_layers and repeats > 1
+      policy = self.config.remat if inputs.options.train else "none"
+      unit = remat(unit, policy, in_scan=in_scan)
+      if in_scan:
+        x, (aux, new_cache) = jax.lax.scan(unit, x, stacked)
+      else:
+        x, (aux, new_cache) = unrolled(unit, x, stacked, repeats)
+      # [repeats, MoE layers of the unit, ...] -> [MoE layers, ...]
+      if aux is not None:
+        auxes.append(jax.tree.map(lambda a: a.reshape(-1, *a.shape[2:]), aux))
+      if part != "unit":
+        new_cache = jax.tree.map(lambda leaf: leaf[0], new_cache)
+      layers[part] = new_cache
+    return x, auxes, layers
+
+  def _unit(
+    self,
+    kinds: tuple[bool, ...],
+    x: Float[Array, "B S D"],
+    inputs: BlockInputs,
+    params: Params,
+    cache: dict[str, LayerCache],
+    key: Key[Array, ""] | None,
+  ) -> tuple[Float[Array, "B S D"], tuple[MoEAux | None, dict[str, LayerCache]]]:
+    """One repeat: its blocks in order, their aux stacked."""
+    auxes, new_cache = [], {}
+    for index, is_moe in enumerate(kinds):
+      name = str(index)
+      block = self._blocks[is_moe].merge(params[name])
+      block_key = None if key is None else jax.random.fold_in(key, index)
+      x, aux, layer = block(x, inputs, key=block_key, cache=cache.get(name))
+      if aux is not None:
+        auxes.append(aux)
+      if layer is not None:
+        new_cache[name] = layer
+    stacked = jax.tree.map(lambda *a: jnp.stack(a), *auxes) if auxes else None
+    return x, (stacked, new_cache)
+
+
+def _collect(
+  auxes: list[MoEAux],
+) -> tuple[dict[str, Float[Array, ""]], RouterStats | None]:
+  """Joins the parts' MoE layers in order and adds up their losses."""
+  if not auxes:
+    return {}, None
+  joined = jax.tree.map(lambda *a: jnp.concatenate(a), *auxes)
+  return {name: jnp.sum(value) for name, value in joined.losses.items()}, joined.stats

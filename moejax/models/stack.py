@@ -1,0 +1,58 @@
+"""Running a stack of blocks: rebuilt from plain parameters, scanned, rematerialised."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Key
+
+from moejax.layers import parameter
+from moejax.types import Params
+
+Unit = Callable[..., Any]
+"""One repeat of the stack: (x, layer) -> (x, output), as `jax.lax.scan` wants it."""
+
+
+class Shell:
+  """A module's structure apart from its parameters."""
+
+  def __init__(self, make: Callable[[Key[Array, ""]], Any]):
+    self._make = make
+    abstract = nnx.eval_shape(lambda: make(jax.random.key(0)))
+    self._graphdef = nnx.graphdef(abstract)
+    self.axes = parameter.logical_axes(abstract)
+
+  def init(self, key: Key[Array, ""]) -> Params:
+    return nnx.to_pure_dict(nnx.state(self._make(key)))
+
+  def merge(self, params: Params) -> Any:
+    return nnx.merge(self._graphdef, params)
+
+
+def split_key(key: Key[Array, ""] | None, count: int) -> Key[Array, "R"] | None:
+  return None if key is None else jax.random.split(key, count)
+
+
+def remat(function: Unit, policy: str, *, in_scan: bool) -> Unit:
+  """Recompute in the backward pass: nothing, everything, or all but matrix products."""
+  match policy:
+    case "none":
+      return function
+    case "full":
+      return jax.checkpoint(function, prevent_cse=not in_scan)
+    case "dots":
+      keep = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
+      return jax.checkpoint(function, policy=keep, prevent_cse=not in_scan)
+    case _:
+      raise ValueError(f"--config.model.remat={policy!r} is none of none, full, dots")
+
+
+def unrolled(unit: Unit, x: Any, stacked: Any, repeats: int) -> Any:
+  """What `jax.lax.scan` does, without the loop."""
+  outputs = []
+  for index in range(repeats):
+    x, output = unit(x, jax.tree.map(lambda leaf, i=index: leaf[i], stacked))
+    outputs.append(output)
+  return x, jax.tree.map(lambda *a: jnp.stack(a), *outputs)

@@ -1,0 +1,61 @@
+"""The device mesh, made in one place.
+
+Axes, outermost first: `data` (replicas), `fsdp` (parameters and optimizer state
+are cut), `expert` (experts are cut; elsewhere a data axis), `tensor` (heads and
+hidden widths are cut).
+"""
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh
+
+from moejax.config import MeshConfig
+from moejax.errors import ConfigError
+
+AXES = ("data", "fsdp", "expert", "tensor")
+
+TOKEN_AXES = ("data", "fsdp", "expert")
+"""A batch is cut over these: outside the MoE layer the expert axis is a data axis."""
+
+
+def mesh_shape(config: MeshConfig, num_devices: int) -> tuple[int, ...]:
+  """Sizes of `AXES` on so many devices; a single -1 takes what the others leave.
+
+  Raises:
+    ConfigError: if the product cannot equal the device count.
+  """
+  sizes = [getattr(config, axis) for axis in AXES]
+  flags = " ".join(f"--config.mesh.{a}={s}" for a, s in zip(AXES, sizes, strict=True))
+  if any(s == 0 or s < -1 for s in sizes) or sizes.count(-1) > 1:
+    raise ConfigError(
+      f"{flags}: every axis is a positive number of devices, and at most one may be -1 "
+      "(which takes what the others leave)."
+    )
+  known = math.prod(s for s in sizes if s != -1)
+  if -1 in sizes and num_devices % known == 0:
+    sizes[sizes.index(-1)] = num_devices // known
+  if math.prod(sizes) != num_devices:
+    raise ConfigError(
+      f"{flags}: {num_devices} device(s) cannot be divided so. The product of the axes "
+      "must equal the device count; set one axis to -1 to let it take the rest."
+    )
+  return tuple(sizes)
+
+
+def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
+  """A mesh over all devices (or those given), in the order the hardware suggests."""
+  devices = list(jax.devices() if devices is None else devices)
+  shape = mesh_shape(config, len(devices))
+  types = (AxisType.Auto,) * len(AXES)
+  if len(devices) == 1:
+    return Mesh(np.asarray(devices).reshape(shape), AXES, axis_types=types)
+  return jax.make_mesh(shape, AXES, axis_types=types, devices=devices)
+
+
+def num_token_shards(mesh: Mesh) -> int:
+  """Over how many devices the tokens of a batch are cut."""
+  return math.prod(mesh.shape[axis] for axis in TOKEN_AXES)
