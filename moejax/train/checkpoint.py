@@ -186,6 +186,8 @@ class Checkpointer:
     """
     start = time.monotonic()
     self.wait()
+    if self.failures:
+      self._clear_partial()
     if step in self.steps():
       if not force:
         return False
@@ -261,6 +263,8 @@ class Checkpointer:
     """Waits for the last save, then frees Orbax's threads. Returns as `wait` does."""
     whole = self.wait()
     self._manager.close()
+    if self.failures:
+      self._clear_partial()
     return whole
 
   def steps(self) -> list[int]:
@@ -374,11 +378,19 @@ class Checkpointer:
       f"the run goes on, {last}"
     )
 
-  def _clear_partial(self) -> None:
+  def _clear_partial(self, patience: float = 2.0) -> None:
+    """Removes unfinished saves. No save may be in progress."""
     if jax.process_index() != 0:
       return
-    for path in self.directory.glob(_PARTIAL):
-      shutil.rmtree(path, ignore_errors=True)
+    deadline = time.monotonic() + patience
+    # After one part of a save failed, Orbax's threads may still write another into
+    # the directory that is being removed.
+    while partial := list(self.directory.glob(_PARTIAL)):
+      for path in partial:
+        shutil.rmtree(path, ignore_errors=True)
+      if time.monotonic() > deadline:
+        return
+      time.sleep(0.05)
 
   def _read_metrics(self) -> dict[int, float]:
     """Metrics of the steps on disk; damaged ones are found out at restore."""

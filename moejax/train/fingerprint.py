@@ -158,6 +158,9 @@ def differences(
     was = saved.get(name)
     if was is None:
       lines.append(f"{name} has no checksum")
+    elif (kind := _kind(was)) != _kind(now):
+      # Orbax gives a typed key back as plain integers when its own notes are lost.
+      lines.append(f"{name} came back as {_kind(now)}, was {kind}")
     elif was["sum"] != now["sum"]:
       detail = ""
       if "experts" in was and "experts" in now:
@@ -256,6 +259,10 @@ def _with_numbers(node: Any, values: Iterator[int]) -> Any:
   if isinstance(node, list):
     return [_with_numbers(item, values) for item in node]
   return node | {k: _with_numbers(node[k], values) for k in _SUMS if k in node}
+
+
+def _kind(entry: Checksum) -> str:
+  return f"{entry['dtype']}{entry['shape']}"
 
 
 def _experts_in_words(was: Any, now: Any) -> str:

@@ -36,24 +36,29 @@ OPTIMIZERS = {
 
 
 def make_state(optimizer="adamw", *, seed=0, mesh=None, experts=4):
-  """A train state with what is hard to store: typed keys, named tuples, masks."""
-  key = jax.random.key(seed)
+  """A train state with what is hard to store: typed keys, named tuples, masks.
+
+  Shapes are traced and values drawn by numpy: nothing is compiled.
+  """
+  params = {
+    "embed": {"table": jax.ShapeDtypeStruct((16, 8), jnp.bfloat16)},
+    "moe": {"w_in": jax.ShapeDtypeStruct((2, experts, 8, 16), jnp.float32)},
+  }
   with jax.numpy_dtype_promotion("standard"):
-    params = {
-      "embed": {"table": jax.random.normal(key, (16, 8), jnp.bfloat16)},
-      "moe": {"w_in": jax.random.normal(key, (2, experts, 8, 16))},
-    }
-    transform = OPTIMIZERS[optimizer]()
-    opt_state = transform.init(params)
-    grads = jax.tree.map(jnp.sin, params)
-    _, opt_state = transform.update(grads, opt_state, params)
-  state = {
-    "step": jnp.int32(7 + seed),
+    opt_state = jax.eval_shape(OPTIMIZERS[optimizer]().init, params)
+  scalar = jax.ShapeDtypeStruct((), jnp.int32)
+  tree = {
+    "step": scalar,
     "params": params,
     "opt_state": opt_state,
-    "key": jax.random.key(seed + 1),
-    "bad_steps": {"total": jnp.int32(2), "in_a_row": jnp.int32(0)},
+    "bad_steps": {"total": scalar, "in_a_row": scalar},
   }
+  random = np.random.default_rng(seed)
+
+  def draw(s):
+    return jnp.asarray((100 * random.normal(size=s.shape)).astype(s.dtype))
+
+  state = {**jax.tree.map(draw, tree), "key": jax.random.key(seed + 1)}
   return state if mesh is None else jax.device_put(state, shardings(state, mesh))
 
 
