@@ -37,6 +37,9 @@ TEST = [
   "hypothesis>=6.100",
   "pytest>=8",
   "pytest-xdist>=3.5",
+  # For the test that builds the wheel; Python 3.12 has them no longer by itself.
+  "setuptools>=65",
+  "wheel>=0.40",
 ]
 
 DEV = [

@@ -41,12 +41,12 @@ def resolve(python: str) -> tuple[str, Pins]:
     subprocess.run(command, check=True)
     found = json.loads(report.read_text())
   chosen = [item["metadata"] for item in found["install"]]
-  pins = {_normal(item["name"]): item["version"] for item in chosen}
+  pins = {normal_name(item["name"]): item["version"] for item in chosen}
   del pins["moejax"]
   return found["environment"]["python_version"], pins
 
 
-def _normal(name: str) -> str:
+def normal_name(name: str) -> str:
   """A package's name as pip compares it: interpreters report different spellings."""
   return re.sub(r"[-_.]+", "-", name).lower()
 

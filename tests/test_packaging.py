@@ -1,0 +1,105 @@
+"""What is installed is what is here, with the versions that are pinned."""
+
+import pathlib
+import re
+import shutil
+import subprocess
+import sys
+import zipfile
+
+import pytest
+
+from tools import update_constraints
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+PACKAGES = ("moejax", "configs", "experiments", "tools")
+
+
+def test_versions_that_agree_need_no_marker():
+  """Also where a Python has no use for the package: it may have one tomorrow."""
+  pins = {"3.11": {"a": "1", "b": "2"}, "3.12": {"a": "1"}}
+  assert update_constraints.merge(pins) == ["a==1", "b==2"]
+
+
+def test_versions_that_differ_are_split_by_python_without_a_gap():
+  """Older Pythons than the oldest, and newer ones than the newest, have a line too."""
+  pins = {
+    "3.13": {"jax": "12", "numpy": "2"},
+    "3.12": {"jax": "12", "numpy": "3"},
+    "3.11": {"jax": "10", "numpy": "1"},
+  }
+  assert update_constraints.merge(pins) == [
+    'jax==10 ; python_version <= "3.11"',
+    'jax==12 ; python_version >= "3.12"',
+    'numpy==1 ; python_version <= "3.11"',
+    'numpy==3 ; python_version == "3.12"',
+    'numpy==2 ; python_version >= "3.13"',
+  ]
+
+
+def test_every_requirement_is_pinned():
+  """A dependency added to setup.py without new constraints would float."""
+  text = (ROOT / "setup.py").read_text("utf-8")
+  body = text[text.index("REQUIRED = [") : text.index("# Accelerators")]
+  required = re.findall(r'^  "([A-Za-z0-9_.-]+)>=', body, re.MULTILINE)
+  pinned = {
+    line.split("==")[0] for line in (ROOT / "constraints.txt").read_text().splitlines()
+  }
+  assert len(required) > 15
+  normal = {update_constraints.normal_name(name) for name in required}
+  assert normal <= pinned
+
+
+def test_an_unsupported_python_is_refused_with_a_remedy(tmp_path):
+  """`make PYTHON=...` with something too old says so instead of failing later."""
+  fake = tmp_path / "python3.8"
+  fake.write_text("#!/bin/sh\nexit 1\n")
+  fake.chmod(0o755)
+  script = str(ROOT / "tools" / "find_python.sh")
+  command = ["bash", script, str(fake)]
+  result = subprocess.run(command, capture_output=True, text=True)
+  assert result.returncode == 2
+  assert "not Python 3.11 or later" in result.stderr
+
+  environment = {"PATH": "/nowhere", "HOME": str(tmp_path)}
+  command = [shutil.which("bash") or "bash", script]
+  result = subprocess.run(command, capture_output=True, text=True, env=environment)
+  assert result.returncode == 2
+  assert "make PYTHON=" in result.stderr
+
+
+@pytest.mark.slow
+def test_the_wheel_holds_every_module_and_works_outside_the_checkout(tmp_path):
+  """A package without __init__.py or a data file left out would be missing here."""
+  source = tmp_path / "source"
+  source.mkdir()
+  for name in (*PACKAGES, "setup.py", "pyproject.toml", "README.md", "LICENSE"):
+    path = ROOT / name
+    copy = shutil.copytree if path.is_dir() else shutil.copy
+    copy(path, source / name)
+  pip = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps"]
+  pip += ["--no-build-isolation", "--wheel-dir", str(tmp_path), str(source)]
+  subprocess.run(pip, check=True)
+  (wheel,) = tmp_path.glob("moejax-*.whl")
+  inside = tmp_path / "inside"
+  zipfile.ZipFile(wheel).extractall(inside)
+
+  here = {p.relative_to(ROOT) for name in PACKAGES for p in (ROOT / name).rglob("*.py")}
+  there = {p.relative_to(inside) for p in inside.rglob("*.py")}
+  assert here == there
+  assert (inside / "moejax" / "py.typed").exists()
+
+  # The working directory keeps the checkout off the path.
+  for command in (
+    ["-m", "experiments.train", "--help"],
+    ["-m", "tools.dump_config", "--config=default"],
+  ):
+    result = subprocess.run(
+      [sys.executable, *command],
+      capture_output=True,
+      text=True,
+      cwd=tmp_path,
+      env={"PYTHONPATH": str(inside), "PATH": "/usr/bin:/bin", "JAX_PLATFORMS": "cpu"},
+    )
+    assert result.returncode == 0, result.stderr
+    assert "num_experts" in result.stdout
