@@ -1,0 +1,260 @@
+"""Evaluation: the loss of every token of a split, once, under several capacities.
+
+Per-token losses come back from the device and are added in float64 on the host, by
+domain, so that the result does not depend on how sequences were batched. With a
+finite capacity a token's fate depends on its routing group; groups that span
+sequences are therefore cut to one sequence here (docs/conventions.md), and the last
+batch's empty rows are padding, which takes no slot.
+
+Letters: B batch, S sequence, E experts, L MoE layers, R domains, V vocabulary.
+"""
+
+import copy
+import functools
+import math
+import time
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+from jaxtyping import Float, Int
+
+from moejax.config import Config
+from moejax.errors import UserError
+from moejax.models.decoder import Decoder
+from moejax.parallel import rules
+from moejax.parallel.mesh import num_token_shards
+from moejax.routing.base import RouterStats
+from moejax.train import metrics
+from moejax.train.state import param_shardings
+from moejax.train.step import cross_entropy
+from moejax.types import Params
+
+DROPLESS = "dropless"
+
+Batch = dict[str, Any]
+Sums = dict[str, Any]
+"""Of one capacity factor: `nll` float64 [R], `stats` RouterStats or None."""
+
+_BATCH_KEYS = ("inputs", "targets", "segment_ids", "positions", "domain")
+
+
+def parse_capacity_factors(text: str) -> tuple[float | None, ...]:
+  """Reads `1,1.25,2,dropless`; None stands for dropless. Repeats are dropped.
+
+  Raises:
+    UserError: not a list of positive numbers, `dropless` or `none`.
+  """
+  factors: list[float | None] = []
+  for word in text.split(","):
+    word = word.strip().lower()
+    try:
+      factor = None if word in (DROPLESS, "none") else float(word)
+    except ValueError:
+      factor = math.nan
+    if factor is not None and not 0 < factor < math.inf:
+      raise UserError(
+        f"--eval_capacity_factor={text}: {word!r} is no capacity factor. Give positive "
+        "numbers or dropless, separated by commas, for example 1,1.25,2,dropless."
+      )
+    if factor not in factors:
+      factors.append(factor)
+  return tuple(factors)
+
+
+def factor_name(factor: float | None) -> str:
+  """How a capacity factor is written in tables and file: 1.25, or dropless."""
+  return DROPLESS if factor is None else f"{factor:g}"
+
+
+def make_model(config: Config, vocab_size: int) -> Decoder:
+  """The model of an evaluation: routing groups of one sequence, or a part of one."""
+  moe = copy.deepcopy(config.moe)
+  if moe.group_size and config.data.sequence_length % moe.group_size:
+    moe.group_size = 0
+  return Decoder(config.model, moe, vocab_size=vocab_size)
+
+
+def make_step(
+  model: Decoder, mesh: Mesh, capacity_factor: float | None
+) -> Callable[[Params, Batch], tuple[Float[jax.Array, "B S"], RouterStats | None]]:
+  """Compiles (params, batch) -> (loss of each token, 0 on padding; stats)."""
+
+  def step(params: Params, batch: Batch) -> tuple[Any, RouterStats | None]:
+    out = model(
+      params,
+      batch["inputs"],
+      segment_ids=batch["segment_ids"],
+      positions=batch["positions"],
+      capacity_factor=capacity_factor,
+    )
+    losses = cross_entropy(out.logits, batch["targets"])
+    return jnp.where(batch["segment_ids"] > 0, losses, 0.0), out.stats
+
+  return jax.jit(
+    step,
+    in_shardings=(param_shardings(model, mesh), rules.batch_sharding(mesh)),
+    out_shardings=rules.replicated(mesh),
+  )
+
+
+def divisible_batch(batch_size: int, mesh: Mesh) -> int:
+  """The smallest batch of at least `batch_size` that the mesh's devices can share."""
+  shards = num_token_shards(mesh)
+  return -(-batch_size // shards) * shards
+
+
+def device_batches(
+  dataset: Any, split: str, *, mesh: Mesh, batch_size: int, limit: int = 0
+) -> Iterator[Batch]:
+  """The batches of a split, each token once, on the devices of the mesh."""
+  sharding = rules.batch_sharding(mesh)
+  place = functools.partial(jax.make_array_from_process_local_data, sharding)
+  batches = dataset.eval_batches(
+    split,
+    batch_size,
+    limit,
+    process_index=jax.process_index(),
+    process_count=jax.process_count(),
+  )
+  for batch in batches:
+    yield {name: place(batch[name]) for name in _BATCH_KEYS}
+
+
+def evaluate(
+  model: Decoder,
+  params: Params,
+  dataset: Any,
+  *,
+  split: str,
+  mesh: Mesh,
+  batch_size: int,
+  capacity_factors: Sequence[float | None] = (None,),
+  limit: int = 0,
+) -> dict[str, Any]:
+  """Losses of a split, per domain, and what the routers did, per capacity factor.
+
+  Args:
+    model: from `make_model`.
+    params: its parameters, anywhere; they are placed on the mesh.
+    dataset: from `moejax.data.load`.
+    split: train, validation or test.
+    mesh: where it runs.
+    batch_size: sequences per step; raised to what the mesh can share.
+    capacity_factors: evaluated side by side on each batch; None is dropless. A
+      model without MoE layers is evaluated once.
+    limit: at most so many batches; 0 is all.
+
+  Returns:
+    JSON-ready: split, tokens, bytes, seconds, tokens_per_second (all factors
+    together, compiling included) and `results`, one per factor, with loss
+    (nats/token), bits_per_byte, perplexity, dropped_fraction, layers and domains.
+
+  Raises:
+    UserError: the split has no text.
+  """
+  began = time.perf_counter()
+  factors = tuple(capacity_factors) if model.moe_layers else (None,)
+  steps = [make_step(model, mesh, factor) for factor in factors]
+  params = jax.device_put(params, param_shardings(model, mesh))
+  gather = jax.jit(lambda x: x, out_shardings=rules.replicated(mesh))
+  token_bytes = np.asarray(dataset.tokenizer.bytes_per_token, np.int64)
+  totals = _Totals(len(factors), max(len(dataset.domains), 1))
+  pending = None
+  batch_size = divisible_batch(batch_size, mesh)
+  for batch in device_batches(
+    dataset, split, mesh=mesh, batch_size=batch_size, limit=limit
+  ):
+    where = gather({n: batch[n] for n in ("targets", "segment_ids", "domain")})
+    outputs = [step(params, batch) for step in steps]
+    # A batch's losses are fetched while the next batch is computed.
+    totals.add(pending, token_bytes)
+    pending = (where, outputs)
+  totals.add(pending, token_bytes)
+  if not totals.tokens.sum():
+    raise UserError(
+      f"--split={split} has no text in this dataset. Choose another split, or raise "
+      f"--config.data.{split}_fraction."
+    )
+  seconds = time.perf_counter() - began
+  return {
+    "split": split,
+    "tokens": int(totals.tokens.sum()),
+    "bytes": int(totals.bytes.sum()),
+    "seconds": seconds,
+    "tokens_per_second": float(totals.tokens.sum()) * len(factors) / seconds,
+    "results": [
+      {"eval_capacity_factor": DROPLESS if factor is None else factor}
+      | totals.result(index, model.moe_layers, dataset.domains)
+      for index, factor in enumerate(factors)
+    ],
+  }
+
+
+class _Totals:
+  """Sums over batches, on the host, in float64 and whole numbers."""
+
+  def __init__(self, num_factors: int, num_domains: int):
+    self.tokens = np.zeros(num_domains, np.int64)
+    self.bytes = np.zeros(num_domains, np.int64)
+    self.nll = np.zeros((num_factors, num_domains), np.float64)
+    self.stats: list[RouterStats | None] = [None] * num_factors
+
+  def add(self, fetched: Any, token_bytes: Int[np.ndarray, "V"]) -> None:
+    """Adds one batch: its arrays, and each factor's (losses, stats)."""
+    if fetched is None:
+      return
+    where, outputs = jax.device_get(fetched)
+    valid = where["segment_ids"] > 0
+    domain = where["domain"][valid]
+    count = functools.partial(np.bincount, domain, minlength=len(self.tokens))
+    self.tokens += count()
+    num_bytes = token_bytes[where["targets"][valid]].astype(np.float64)
+    self.bytes += count(weights=num_bytes).astype(np.int64)
+    for index, (losses, stats) in enumerate(outputs):
+      self.nll[index] += count(weights=losses[valid].astype(np.float64))
+      if stats is not None:
+        stats = jax.tree.map(lambda x: np.asarray(x, np.float64), stats)
+        old = self.stats[index]
+        self.stats[index] = stats if old is None else jax.tree.map(np.add, old, stats)
+
+  def result(
+    self, index: int, moe_layers: Sequence[int], domains: Sequence[str]
+  ) -> dict[str, Any]:
+    """The numbers of one capacity factor; domains without tokens are left out."""
+    nll = self.nll[index]
+    out = _losses(nll.sum(), int(self.tokens.sum()), int(self.bytes.sum()))
+    stats = self.stats[index]
+    if stats is not None:
+      out["dropped_fraction"] = metrics.dropped_fraction(stats)
+      out["layers"] = _layers(stats, moe_layers)
+    out["domains"] = {
+      name: _losses(nll[i], int(self.tokens[i]), int(self.bytes[i]))
+      for i, name in enumerate(domains)
+      if self.tokens[i]
+    }
+    return out
+
+
+def _losses(nll: float, tokens: int, num_bytes: int) -> dict[str, Any]:
+  loss = float(nll) / tokens
+  return {
+    "loss": loss,
+    "bits_per_byte": float(nll) / math.log(2) / num_bytes if num_bytes else None,
+    # Beyond float range a perplexity says nothing that the loss does not.
+    "perplexity": math.exp(min(loss, 700.0)),
+    "tokens": tokens,
+    "bytes": num_bytes,
+  }
+
+
+def _layers(stats: RouterStats, moe_layers: Sequence[int]) -> list[dict[str, Any]]:
+  """Per MoE layer: its index in the model, every expert's load, and the ratios."""
+  values = metrics.layer_metrics(stats)
+  return [
+    {"layer": layer} | {name: value[i].tolist() for name, value in values.items()}
+    for i, layer in enumerate(moe_layers)
+  ]

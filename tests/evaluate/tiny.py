@@ -1,0 +1,83 @@
+"""A tiny model, tokenizer and dataset that the evaluation tests share."""
+
+import functools
+from collections.abc import Iterator
+
+import jax
+import numpy as np
+
+from moejax.config import Config, DataConfig, ModelConfig, MoEConfig, TrainConfig
+from moejax.data.tokenizer import ByteTokenizer
+from moejax.models.decoder import Decoder
+from moejax.types import Params
+
+LENGTH = 32
+
+
+def config(**changes) -> Config:
+  """Two layers, the second MoE. Keys are model__width, moe__num_experts and so on."""
+  made = Config(
+    data=DataConfig(sequence_length=LENGTH),
+    model=ModelConfig(num_layers=2, width=16, num_heads=4, hidden=32),
+    moe=MoEConfig(
+      num_experts=4, num_selected=2, hidden=16, router="top_k", dispatcher="einsum"
+    ),
+    train=TrainConfig(batch_size=8),
+  )
+  for name, value in changes.items():
+    section, field = name.split("__")
+    setattr(getattr(made, section), field, value)
+  return made
+
+
+@functools.cache
+def model_and_params(**changes) -> tuple[Decoder, Params]:
+  made = config(**changes)
+  model = Decoder(made.model, made.moe, vocab_size=ByteTokenizer.vocab_size)
+  return model, jax.jit(model.init)(jax.random.key(0))
+
+
+class TinyDataset:
+  """Documents of two domains in packed sequences, as `moejax.data` serves them."""
+
+  domains = ("left", "right")
+  tokenizer = ByteTokenizer()
+
+  def __init__(self, texts: list[tuple[bytes, int]], length: int = LENGTH):
+    inputs, targets, segments, positions, domain = [], [], [], [], []
+    for number, (text, index) in enumerate(texts):
+      ids = list(text)
+      separator = self.tokenizer.separator
+      inputs += [separator, *ids]
+      targets += [*ids, separator]
+      segments += [number + 1] * (len(ids) + 1)
+      positions += range(len(ids) + 1)
+      domain += [index] * (len(ids) + 1)
+    rows = -(-len(inputs) // length)
+    columns = (inputs, targets, segments, positions, domain)
+    names = ("inputs", "targets", "segment_ids", "positions", "domain")
+    self.arrays = {
+      name: np.pad(
+        np.asarray(column, np.int32), (0, rows * length - len(column))
+      ).reshape(rows, length)
+      for name, column in zip(names, columns, strict=True)
+    }
+
+  def eval_batches(
+    self,
+    split: str,
+    batch_size: int,
+    limit: int = 0,
+    process_index: int = 0,
+    process_count: int = 1,
+  ) -> Iterator[dict[str, np.ndarray]]:
+    del split, process_index, process_count
+    rows = len(next(iter(self.arrays.values())))
+    for number, start in enumerate(range(0, rows, batch_size)):
+      if limit and number == limit:
+        return
+      missing = max(0, start + batch_size - rows)
+      yield {
+        name: np.pad(array[start : start + batch_size], ((0, missing), (0, 0)))
+        for name, array in self.arrays.items()
+      }
