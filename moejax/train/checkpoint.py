@@ -12,13 +12,10 @@ is set aside as `N.damaged` and the one before is used.
 Reading is `checkpoint_read`; its `restore_params` and `init_from` are offered here.
 """
 
-import asyncio
-import dataclasses
-import errno
 import json
 import shutil
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -28,19 +25,19 @@ import orbax.checkpoint as ocp
 from absl import logging
 from jax.experimental import multihost_utils
 from orbax.checkpoint import checkpoint_managers as ocp_managers
-from orbax.checkpoint import future as ocp_future
 
 from moejax import config_io
 from moejax.config import Config
 from moejax.errors import ConfigError, UserError
 from moejax.train import fingerprint, provenance
+from moejax.train.checkpoint_orbax import KeepBest, MetaSave, is_refusal, reason
 from moejax.train.checkpoint_read import (
   DIRECTORY,
   FORMAT,
   DamagedCheckpointError,
+  empty_dicts,
   init_from,
   list_steps,
-  pack_meta,
   read_meta,
   read_state,
   restore_params,
@@ -50,52 +47,6 @@ __all__ = ["DIRECTORY", "Checkpointer", "init_from", "list_steps", "restore_para
 
 _PARTIAL = "*.orbax-checkpoint-tmp*"
 """What a save is called until it is complete."""
-
-
-class _MetaHandler(ocp.AsyncCheckpointHandler):
-  """Writes `meta/metadata`, whose content is computed in the background too."""
-
-  async def async_save(self, directory: Any, args: "_MetaSave") -> list[Any]:
-    return [
-      ocp_future.CommitFutureAwaitingContractedSignals(
-        self._write(directory, args), name="moejax_meta_save"
-      )
-    ]
-
-  def save(self, directory: Any, args: "_MetaSave") -> None:
-    asyncio.run(self._write(directory, args))
-
-  def restore(self, directory: Any, args: Any = None) -> dict[str, Any]:
-    return read_meta(Path(directory).parent)
-
-  async def _write(self, directory: Any, args: "_MetaSave") -> None:
-    if jax.process_index() == 0:
-      (Path(directory) / "metadata").write_text(pack_meta(args.make()))
-
-
-@ocp.args.register_with_handler(_MetaHandler, for_save=True, for_restore=True)
-@dataclasses.dataclass
-class _MetaSave(ocp.args.CheckpointArgs):
-  make: Callable[[], dict[str, Any]]
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class _KeepBest:
-  """Keeps the n steps of lowest metric; those without one are not among them.
-
-  Not Orbax's BestN: that one reads a metrics file of its own from every step when
-  it starts, and a damaged one would keep a run from starting.
-  """
-
-  metrics: dict[int, float]
-  n: int
-
-  def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> list[bool]:
-    del context
-    known = [c.step for c in checkpoints if np.isfinite(self.metrics.get(c.step, np.inf))]
-    # At equal metric the earlier one, which does not push another out.
-    best = sorted(known, key=lambda step: (self.metrics[step], step))[: self.n]
-    return [c.step in best for c in checkpoints]
 
 
 class Checkpointer:
@@ -150,7 +101,7 @@ class Checkpointer:
     self._metrics = self._read_metrics()
     policies: list[Any] = [ocp_managers.LatestN(keep_last)]
     if keep_best:
-      policies.append(_KeepBest(metrics=self._metrics, n=keep_best))
+      policies.append(KeepBest(metrics=self._metrics, n=keep_best))
     self._manager = ocp.CheckpointManager(
       self.directory,
       options=ocp.CheckpointManagerOptions(
@@ -199,6 +150,7 @@ class Checkpointer:
       "config": self._config,
       "versions": provenance.versions(),
       "revision": provenance.revision(),
+      "empty": empty_dicts(state["params"]),
       "metric": float(metric) if metric is not None and np.isfinite(metric) else None,
     }
     try:
@@ -218,12 +170,12 @@ class Checkpointer:
       self._manager.save(
         step,
         args=ocp.args.Composite(
-          state=ocp.args.StandardSave(state), meta=_MetaSave(make_meta)
+          state=ocp.args.StandardSave(state), meta=MetaSave(make_meta)
         ),
         force=True,
       )
     except (OSError, ValueError, RuntimeError) as e:
-      if not _is_disk(e):
+      if not is_refusal(e):
         raise
       self._failed(step, e)
       return False
@@ -363,8 +315,8 @@ class Checkpointer:
     """After a save that failed: clears what it left, and says what there is."""
     self._pending = None
     self._metrics.pop(step, None)
-    reason = _reason(error)
-    self.failures.append((step, reason))
+    why = reason(error)
+    self.failures.append((step, why))
     self._clear_partial()
     self._manager.reload()
     good = self.latest()
@@ -374,7 +326,7 @@ class Checkpointer:
       else ("there is no checkpoint yet")
     )
     self._warn(
-      f"checkpoint at step {step} could not be saved to {self.directory} ({reason}): "
+      f"checkpoint at step {step} could not be saved to {self.directory} ({why}): "
       f"the run goes on, {last}"
     )
 
@@ -409,19 +361,3 @@ def _any_process(here: bool) -> bool:
   if jax.process_count() == 1:
     return here
   return bool(np.any(multihost_utils.process_allgather(np.array(here))))
-
-
-_FULL = ("No space left", "RESOURCE_EXHAUSTED", "File too large", "quota")
-
-
-def _is_disk(error: Exception) -> bool:
-  """Whether the file system refused, as opposed to a mistake in the state itself."""
-  return isinstance(error, OSError) or any(word in str(error) for word in _FULL)
-
-
-def _reason(error: Exception) -> str:
-  full = (errno.ENOSPC, errno.EDQUOT)
-  if (isinstance(error, OSError) and error.errno in full) or "No space" in str(error):
-    return "the disk is full"
-  text = " ".join(str(error).split()) or type(error).__name__
-  return text if len(text) <= 200 else text[:197] + "..."

@@ -4,14 +4,16 @@ A step is a directory `N/` with two items: `state/`, the arrays as Orbax stores
 them, and `meta/metadata`, one JSON file of ours:
 
   {"crc32": of the rest, "meta": {"format", "step", "position", "config",
-   "versions", "revision", "dataset_fingerprint", "metric", "leaves"}}
+   "versions", "revision", "dataset_fingerprint", "metric", "leaves", "empty"}}
 
-`leaves` has shape, dtype and checksum of every array (`fingerprint.checksums`).
+`empty` names the parameter dicts that hold nothing. `leaves` has shape, dtype and
+checksum of every array (`fingerprint.checksums`).
 It is the authority: what a target must look like is read from there and not from
 Orbax's own metadata, so that a checkpoint of another model (the user's mistake)
 and a damaged one (the disk's) are never taken for each other.
 """
 
+import functools
 import json
 import zlib
 from pathlib import Path
@@ -94,6 +96,15 @@ def as_target(tree: Any) -> Any:
   return jax.tree.map(spec, tree)
 
 
+def empty_dicts(tree: Any, prefix: str = "params") -> list[str]:
+  """Names of the dicts that hold nothing: no leaf's name tells of them."""
+  if not isinstance(tree, dict):
+    return []
+  if not tree:
+    return [prefix]
+  return [n for key, node in tree.items() for n in empty_dicts(node, f"{prefix}.{key}")]
+
+
 def mismatches(saved: dict[str, Any], target: Any, *, prefix: str = "") -> list[str]:
   """How a checkpoint's leaves differ from a target's, in words; empty if not."""
   wanted = {prefix + n: leaf for n, leaf in fingerprint.named_leaves(target).items()}
@@ -144,8 +155,7 @@ def read_state(step_directory: Path, meta: dict[str, Any], target: Any) -> Any:
     if _is_ours(e):
       raise
     raise DamagedCheckpointError(f"its arrays cannot be read: {_one_line(e)}") from e
-  axes = {n: _expert_axis(s) for n, s in wanted.items() if "experts" in s}
-  found = fingerprint.checksums(fingerprint.snapshot(state, axes))
+  found = fingerprint.checksums(fingerprint.snapshot(state, saved_expert_axes(wanted)))
   found = fingerprint.all_processes(found)
   changed = fingerprint.differences(wanted, found)
   if changed:
@@ -224,10 +234,10 @@ def params_target(meta: dict[str, Any], shardings: Any = None) -> Params:
     keys = name.split(".")
     if keys[0] != "params":
       continue
-    node = target
-    for key in keys[1:-1]:
-      node = node.setdefault(key, {})
+    node = functools.reduce(lambda n, key: n.setdefault(key, {}), keys[1:-1], target)
     node[keys[-1]] = jax.ShapeDtypeStruct(tuple(leaf["shape"]), np.dtype(leaf["dtype"]))
+  for name in meta.get("empty", []):
+    functools.reduce(lambda n, key: n.setdefault(key, {}), name.split(".")[1:], target)
   if shardings is None:
     return target
   if isinstance(shardings, jax.sharding.Sharding):
@@ -266,11 +276,15 @@ def init_from(source: Path | str, target: Params, step: int | None = None) -> Pa
   return restore_params(source, step, shardings)[0]
 
 
-def _expert_axis(saved: dict[str, Any]) -> int:
-  depth, value = -1, saved["experts"]
-  while isinstance(value, list):
-    depth, value = depth + 1, value[0]
-  return depth
+def saved_expert_axes(leaves: dict[str, Any]) -> dict[str, int]:
+  """The expert axis of each array whose checksum has experts: the nesting of its list."""
+
+  def depth(node: Any) -> int:
+    return 1 + depth(node[0]) if isinstance(node, list) else 0
+
+  return {
+    n: depth(leaf["experts"]) - 1 for n, leaf in leaves.items() if "experts" in leaf
+  }
 
 
 def _is_ours(error: Exception) -> bool:

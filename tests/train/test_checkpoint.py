@@ -19,18 +19,21 @@ from moejax.train.checkpoint import DIRECTORY, Checkpointer, init_from, restore_
 AXES = {
   "embed": {"table": ("vocab", "embed")},
   "moe": {"w_in": ("layers", "expert", "embed", "mlp")},
+  "suffix": {},
 }
 OPTIMIZERS = {
   "adamw": lambda: optax.chain(
     optax.scale_by_adam(),
-    optax.add_decayed_weights(0.1, mask={"embed": {"table": False}, "moe": True}),
+    optax.add_decayed_weights(
+      0.1, mask={"embed": {"table": False}, "moe": True, "suffix": True}
+    ),
   ),
   "adafactor": lambda: optax.chain(
     optax.scale_by_factored_rms(min_dim_size_to_factor=4), optax.clip_by_block_rms(1.0)
   ),
   "lion": optax.scale_by_lion,
   "masked": lambda: optax.masked(
-    optax.scale_by_adam(), {"embed": {"table": True}, "moe": False}
+    optax.scale_by_adam(), {"embed": {"table": True}, "moe": False, "suffix": True}
   ),
 }
 
@@ -43,6 +46,7 @@ def make_state(optimizer="adamw", *, seed=0, mesh=None, experts=4):
   params = {
     "embed": {"table": jax.ShapeDtypeStruct((16, 8), jnp.bfloat16)},
     "moe": {"w_in": jax.ShapeDtypeStruct((2, experts, 8, 16), jnp.float32)},
+    "suffix": {},
   }
   with jax.numpy_dtype_promotion("standard"):
     opt_state = jax.eval_shape(OPTIMIZERS[optimizer]().init, params)

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from moejax.errors import UserError
-from moejax.train import checkpoint
+from moejax.train import checkpoint_orbax
 from moejax.train.checkpoint import DIRECTORY, restore_params
 from moejax.train.checkpoint_read import pack_meta, read_meta
 from tests.train import test_checkpoint as helpers
@@ -200,7 +200,7 @@ def test_a_failing_write_does_not_end_the_run(tmp_path, monkeypatch):
     raise OSError(28, "No space left on device")
 
   with monkeypatch.context() as patch:
-    patch.setattr(checkpoint, "pack_meta", full)
+    patch.setattr(checkpoint_orbax, "pack_meta", full)
     assert checkpoints.save(2, state, position={}, metric=0.1)
     assert not checkpoints.wait()
   assert checkpoints.failures == [(2, "the disk is full")]

@@ -1,0 +1,80 @@
+"""What Orbax is given to do our way: the meta item, what to keep, why a write failed."""
+
+import asyncio
+import dataclasses
+import errno
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+from orbax.checkpoint import future as ocp_future
+
+from moejax.train.checkpoint_read import pack_meta, read_meta
+
+
+class _MetaHandler(ocp.AsyncCheckpointHandler):
+  """Writes `meta/metadata`, whose content is computed in the background too."""
+
+  async def async_save(self, directory: Any, args: "MetaSave") -> list[Any]:
+    return [
+      ocp_future.CommitFutureAwaitingContractedSignals(
+        self._write(directory, args), name="moejax_meta_save"
+      )
+    ]
+
+  def save(self, directory: Any, args: "MetaSave") -> None:
+    asyncio.run(self._write(directory, args))
+
+  def restore(self, directory: Any, args: Any = None) -> dict[str, Any]:
+    return read_meta(Path(directory).parent)
+
+  async def _write(self, directory: Any, args: "MetaSave") -> None:
+    if jax.process_index() == 0:
+      (Path(directory) / "metadata").write_text(pack_meta(args.make()))
+
+
+@ocp.args.register_with_handler(_MetaHandler, for_save=True, for_restore=True)
+@dataclasses.dataclass
+class MetaSave(ocp.args.CheckpointArgs):
+  """The meta item of a save: a function, called once the loop has gone on."""
+
+  make: Callable[[], dict[str, Any]]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class KeepBest:
+  """Keeps the n steps of lowest metric; those without one are not among them.
+
+  Not Orbax's BestN: that one reads a metrics file of its own from every step when
+  it starts, and a damaged one would keep a run from starting.
+  """
+
+  metrics: dict[int, float]
+  n: int
+
+  def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> list[bool]:
+    del context
+    known = [c.step for c in checkpoints if np.isfinite(self.metrics.get(c.step, np.inf))]
+    # At equal metric the earlier one, which does not push another out.
+    best = sorted(known, key=lambda step: (self.metrics[step], step))[: self.n]
+    return [c.step in best for c in checkpoints]
+
+
+_FULL = ("No space left", "RESOURCE_EXHAUSTED", "File too large", "quota")
+
+
+def is_refusal(error: Exception) -> bool:
+  """Whether the file system refused, as opposed to a mistake in the state itself."""
+  return isinstance(error, OSError) or any(word in str(error) for word in _FULL)
+
+
+def reason(error: Exception) -> str:
+  """Why a write failed, in a few words."""
+  full = (errno.ENOSPC, errno.EDQUOT)
+  if (isinstance(error, OSError) and error.errno in full) or "No space" in str(error):
+    return "the disk is full"
+  text = " ".join(str(error).split()) or type(error).__name__
+  return text if len(text) <= 200 else text[:197] + "..."
