@@ -168,7 +168,7 @@ class TfdsSource:
 
     field, flag = self.config.text_field, f"--config.data.name={self.name}"
     features = self._builder.info.features
-    texts = [k for k, f in features.items() if isinstance(f, tfds.features.Text)]
+    texts = sorted(k for k, f in features.items() if isinstance(f, tfds.features.Text))
     if field not in texts:
       raise ConfigError(
         f"--config.data.text_field={field!r} is no text feature of {flag}."
@@ -212,14 +212,11 @@ class TfdsSource:
     import tensorflow_datasets as tfds
 
     field = self.config.text_field
-    wanted = {field: True}
-    if isinstance(self._builder.info.features.get("domain"), tfds.features.Text):
-      wanted["domain"] = True
-    source = self._builder.as_data_source(
-      split=self._own[split], decoders=tfds.decode.PartialDecoding(wanted)
-    )
+    domain_feature = dict(self._builder.info.features).get("domain")
+    has_domain = isinstance(domain_feature, tfds.features.Text)
+    source = self._builder.as_data_source(split=self._own[split])
     for index, example in enumerate(source):
-      domain = example["domain"].decode() if "domain" in wanted else self.name
+      domain = example["domain"].decode() if has_domain else self.name
       yield check_text(example[field], f"{self.name}/{split}#{index}", domain)
 
   def num_duplicates(self) -> int:

@@ -16,7 +16,7 @@ import lzma
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path, PurePath
-from typing import IO, Any, cast
+from typing import Any
 
 import zstandard
 
@@ -130,23 +130,49 @@ def _plain_name(file: PurePath) -> str:
   return file.name[: -len(file.suffix)] if file.suffix in COMPRESSIONS else file.name
 
 
+class _ZstdFile(io.RawIOBase):
+  """Decompresses all frames of a file.
+
+  zstandard's own reader ends silently where a file was cut off; this one raises.
+  """
+
+  def __init__(self, raw: io.BufferedIOBase):
+    self._raw = raw
+    self._frame: Any = None
+    self._ready = b""
+
+  def readable(self) -> bool:
+    return True
+
+  def readinto(self, buffer: Any) -> int:
+    while not self._ready:
+      data = self._frame.unused_data if self._frame and self._frame.eof else b""
+      data = data or self._raw.read(1 << 18)
+      if not data:
+        if self._frame and not self._frame.eof:
+          raise EOFError("zstandard frame ends early")
+        return 0
+      if self._frame is None or self._frame.eof:
+        self._frame = zstandard.ZstdDecompressor().decompressobj()
+      self._ready = self._frame.decompress(data)
+    size = min(len(buffer), len(self._ready))
+    buffer[:size], self._ready = self._ready[:size], self._ready[size:]
+    return size
+
+
 @contextlib.contextmanager
-def open_text(path: Path) -> Iterator[IO[bytes]]:
+def open_text(path: Path) -> Iterator[io.BufferedIOBase]:
   """Opens a file for reading bytes, decompressed according to its suffix."""
-  match path.suffix:
-    case ".gz":
-      stream = gzip.open(path, "rb")  # noqa: SIM115 (closed below)
-    case ".xz":
-      stream = lzma.open(path, "rb")  # noqa: SIM115 (closed below)
-    case ".zst":
-      raw = open(path, "rb")  # noqa: SIM115 (closed with the reader)
-      stream = zstandard.ZstdDecompressor().stream_reader(
-        raw, read_across_frames=True, closefd=True
-      )
-    case _:
-      stream = open(path, "rb")  # noqa: SIM115 (closed below)
-  with stream:
-    yield cast(IO[bytes], stream)
+  with open(path, "rb") as raw:
+    match path.suffix:
+      case ".gz":
+        yield gzip.GzipFile(fileobj=raw)
+      case ".xz":
+        yield lzma.LZMAFile(raw)  # noqa: SIM115 (owns nothing that raw does not)
+      case ".zst":
+        yield io.BufferedReader(_ZstdFile(raw))
+      case _:
+        yield raw
 
 
 def check_text(text: bytes, name: str, domain: str) -> Document | Skipped:
@@ -163,10 +189,9 @@ def check_text(text: bytes, name: str, domain: str) -> Document | Skipped:
 
 
 def _read_lines(
-  stream: IO[bytes], name: str, domain: str, text_field: str
+  stream: io.BufferedIOBase, name: str, domain: str, text_field: str
 ) -> Iterator[Document | Skipped]:
-  lines = stream if isinstance(stream, io.BufferedIOBase) else _buffered(stream)
-  for number, line in enumerate(lines, start=1):
+  for number, line in enumerate(stream, start=1):
     if not line.strip():
       continue
     where = f"{name}:{number}"
@@ -182,8 +207,3 @@ def _read_lines(
       continue
     # A lone surrogate is legal JSON but no text.
     yield check_text(text.encode("utf-8", "surrogatepass"), where, domain)
-
-
-def _buffered(stream: IO[bytes]) -> io.BufferedReader:
-  """Zstandard's reader has no readline."""
-  return io.BufferedReader(cast(io.RawIOBase, stream))

@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -113,7 +113,7 @@ class Dataset:
     start_step: int = 0,
     process_index: int = 0,
     process_count: int = 1,
-  ) -> Iterator[Batch]:
+  ) -> Generator[Batch, None, None]:
     """Endless batches, from the one of step `start_step` on.
 
     The global batch is a function of (seed, step); a process gets its rows of it,
@@ -143,7 +143,7 @@ class Dataset:
     limit: int = 0,
     process_index: int = 0,
     process_count: int = 1,
-  ) -> Iterator[Batch]:
+  ) -> Generator[Batch, None, None]:
     """Each token of a split once, in stored order; the last batch is padded.
 
     Args:
@@ -173,7 +173,7 @@ class Dataset:
 
   def _iterate(
     self, source: pipeline.TrainSource | pipeline.EvalSource, limit: int = 0
-  ) -> Iterator[Batch]:
+  ) -> Generator[Batch, None, None]:
     workers, prefetch = self.config.num_workers, self.config.prefetch
     return pipeline.iterate(source, num_workers=workers, prefetch=prefetch, limit=limit)
 

@@ -20,7 +20,7 @@ Letters: B sequences of S places; D documents.
 import dataclasses
 
 import numpy as np
-from jaxtyping import Int
+from jaxtyping import Int, UInt64
 
 from moejax.data.tokens import TokenSplit
 
@@ -30,7 +30,7 @@ Batch = dict[str, np.ndarray]
 _MASK = 2**64 - 1
 
 
-def _mix(x: Int[np.ndarray, "n"]) -> Int[np.ndarray, "n"]:
+def _mix(x: UInt64[np.ndarray, "n"]) -> UInt64[np.ndarray, "n"]:
   """The finaliser of splitmix64 (Steele et al., OOPSLA 2014)."""
   x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
   x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)

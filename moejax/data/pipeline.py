@@ -6,7 +6,7 @@ its prefetching; the position to save is the step, and nothing here has state.
 
 import math
 import threading
-from collections.abc import Iterator
+from collections.abc import Generator
 from typing import Any
 
 import grain
@@ -129,7 +129,7 @@ class EvalSource(BatchSource):
 
 def iterate(
   source: TrainSource | EvalSource, *, num_workers: int, prefetch: int, limit: int = 0
-) -> Iterator[Batch]:
+) -> Generator[Batch, None, None]:
   """Runs a source through Grain; closing the iterator ends its threads and workers."""
   dataset = grain.MapDataset.source(source)
   if limit:

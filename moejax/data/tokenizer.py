@@ -19,7 +19,7 @@ from pathlib import Path
 
 import numpy as np
 import tokenizers
-from jaxtyping import Int
+from jaxtyping import Int, Integer
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from moejax.data import cache
@@ -29,6 +29,9 @@ TOKENIZERS = ("bytes", "bpe")
 
 FILE = "tokenizer/tokenizer.json"
 """Inside a run's directory."""
+
+Ids = Iterable[int] | Integer[np.ndarray, "..."]
+"""Token ids in, as a list or an array of any shape."""
 
 _BYTES_VOCAB = 264
 """256 bytes and the separator, rounded up so that it divides among 8 devices."""
@@ -68,12 +71,13 @@ class Tokenizer(abc.ABC):
       text = text.encode("utf-8", "surrogatepass")
     return self.encode_batch([text])[0].tolist()
 
-  def decode_bytes(self, ids: Iterable[int]) -> bytes:
+  def decode_bytes(self, ids: Ids) -> bytes:
     """The exact bytes; separators and unused ids are nothing."""
+    flat = np.asarray(ids if isinstance(ids, np.ndarray) else list(ids), np.int64)
     pieces = self.pieces
-    return b"".join(pieces[i] for i in np.asarray(ids).reshape(-1).tolist())
+    return b"".join(pieces[i] for i in flat.reshape(-1).tolist())
 
-  def decode(self, ids: Iterable[int]) -> str:
+  def decode(self, ids: Ids) -> str:
     """Text to look at: bytes that are no UTF-8 become the replacement character."""
     return self.decode_bytes(ids).decode("utf-8", "replace")
 
@@ -121,6 +125,11 @@ class ByteTokenizer(Tokenizer):
   def encode_batch(self, texts: Sequence[bytes]) -> list[Int[np.ndarray, "n"]]:
     """See the base class."""
     return [np.frombuffer(t, np.uint8).astype(np.int32) for t in texts]
+
+  def decode_bytes(self, ids: Ids) -> bytes:
+    """See the base class."""
+    flat = np.asarray(ids if isinstance(ids, np.ndarray) else list(ids), np.int64)
+    return flat[flat < 256].astype(np.uint8).tobytes()
 
   def _make_pieces(self) -> list[bytes]:
     return [bytes([i]) for i in range(256)] + [b""] * (self.vocab_size - 256)
