@@ -64,7 +64,9 @@ def already_done(run: Run, reporter: Reporter) -> dict[str, Any]:
 def final_evaluation(run: Run) -> dict[str, Any]:
   """Validation loss, by domain too, and the baselines on the same bytes."""
   config = run.config
-  batch_size = config.train.batch_size // config.train.accumulation
+  batch_size = perplexity.divisible_batch(
+    config.train.batch_size // config.train.accumulation, run.mesh
+  )
   num_tokens = run.dataset.num_tokens("validation")
   limit = 0
   if num_tokens > MAX_TOKENS:
@@ -83,26 +85,33 @@ def final_evaluation(run: Run) -> dict[str, Any]:
   out = {"loss": first["loss"], "bits_per_byte": first["bits_per_byte"], **values}
   if "dropped_fraction" in first:
     out["dropped_fraction"] = first["dropped_fraction"]
-  if not limit:
-    out["baselines"] = measure_baselines(run.dataset, values["tokens"], values["bytes"])
+  # The bytes of all processes' rows: process 0 reads them again by itself.
+  if jax.process_index() == 0:
+    out["baselines"] = measure_baselines(run.dataset, values, batch_size, limit)
   return out
 
 
 def measure_baselines(
-  dataset: Any, num_tokens: int, num_bytes: int
+  dataset: Any, values: dict[str, Any], batch_size: int, limit: int
 ) -> dict[str, dict[str, float]]:
-  """What knowing nothing but byte frequencies, and what xz, make of the split.
+  """What knowing nothing but byte frequencies, and what xz, make of the same bytes.
+
+  Args:
+    dataset: the run's.
+    values: of the evaluation, for its numbers of tokens and bytes.
+    batch_size: of the evaluation.
+    limit: of the evaluation.
 
   Returns:
     For each, bits_per_byte and `loss`, the same in nats per token of this run's
     tokenizer, so that it can be drawn beside the loss.
   """
-  bits = {
-    "unigram": baselines.unigram_bits_per_byte(dataset, "validation"),
-    "xz": baselines.xz_bits_per_byte(dataset, "validation"),
+  bits = baselines.baselines(dataset, "validation", batch_size, limit)
+  nats = math.log(2) * values["bytes"] / values["tokens"]
+  return {
+    name: {"bits_per_byte": bits[name], "loss": bits[name] * nats}
+    for name in ("unigram", "xz")
   }
-  nats = math.log(2) * num_bytes / num_tokens
-  return {name: {"bits_per_byte": b, "loss": b * nats} for name, b in bits.items()}
 
 
 def sample(run: Run) -> dict[str, str] | None:

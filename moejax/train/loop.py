@@ -25,6 +25,7 @@ from moejax.parallel import rules
 from moejax.train import finish, validation
 from moejax.train import setup as setup_lib
 from moejax.train import step as step_lib
+from moejax.train import workdir as workdir_lib
 from moejax.train.progress import Reporter, make_reporter
 from moejax.train.setup import Run
 from moejax.train.signals import StopRequest
@@ -55,6 +56,15 @@ def train(
     TrainingStopped: `train.max_bad_steps` non-finite steps in a row.
   """
   workdir = pathlib.Path(workdir)
+  try:
+    return _train(config, workdir, init_from, stream)
+  finally:
+    workdir_lib.release(workdir)
+
+
+def _train(
+  config: Config, workdir: pathlib.Path, init_from: str, stream: Any
+) -> dict[str, Any]:
   run = setup_lib.set_up(config, workdir, init_from)
   reporter = make_reporter(
     config.train.num_steps,
@@ -73,9 +83,10 @@ def train(
     run.checkpointer.wait()
     if stop.signal is None:
       return finish.finish(run, reporter)
+    saved = run.checkpointer.latest()
     reporter.message(
-      f"Stopped at step {step} of {config.train.num_steps}; checkpoint saved in "
-      f"{workdir / 'checkpoints'}. The same command goes on from there."
+      f"Stopped at step {step} of {config.train.num_steps}. The same command goes on "
+      + ("from the start." if saved is None else f"from checkpoint {saved} in {workdir}.")
     )
     return {"step": step, "status": "stopped", "exit_code": stop.exit_code}
   finally:
@@ -107,6 +118,7 @@ def fit(run: Run, reporter: Reporter, stop: StopRequest) -> int:
       # Step n-1's metrics are read after step n was started: the device never
       # waits for the host.
       log.add(step, device_metrics)
+      run.checkpointer.poll()
       leaving = step == end or _agreed(stop, step, config.log_every)
       # A run told to leave may have seconds: it saves and does not evaluate.
       evaluates = step == end or (_every(step, config.eval_every) and not leaving)

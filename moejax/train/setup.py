@@ -1,7 +1,7 @@
 """Everything a run needs before its first step, made in the order that fails early.
 
-The device mesh first (flags alone can be wrong), then the data, then the run's
-directory, then the model, and the state last, since it is what costs memory.
+The device mesh first (flags alone can be wrong), then the run's directory, which is
+locked, then the data, then the model, and the state last, since it costs memory.
 """
 
 import dataclasses
@@ -60,6 +60,8 @@ def set_up(config: Config, workdir: pathlib.Path, init_from: str = "") -> Run:
   """
   config_check.validate_devices(config, jax.device_count())
   mesh = make_mesh(config.mesh)
+  # Twice: refused before minutes of preparing data, written once they are known.
+  workdir_lib.prepare(workdir, config)
   dataset = data.load(config.data, workdir=workdir)
   dataset.check_batch_size(config.train.batch_size)
   workdir_lib.prepare(workdir, config, dataset.fingerprint)
@@ -80,7 +82,11 @@ def set_up(config: Config, workdir: pathlib.Path, init_from: str = "") -> Run:
     },
     logical_axes=model.logical_axes(),
   )
-  state, start = _state(config, model, optimizer, mesh, checkpointer, init_from)
+  try:
+    state, start = _state(config, model, optimizer, mesh, checkpointer, init_from)
+  except BaseException:
+    checkpointer.close()
+    raise
   return Run(
     config=config,
     workdir=workdir,
@@ -117,4 +123,6 @@ def _state(
   state = state_lib.make_state(model, optimizer, mesh, config.train.seed)
   if init_from:
     state = state_lib.replace_params(state, optimizer, params)
+    # So that a resumed run never needs the other directory, or the flag, again.
+    checkpointer.save(0, state, position={"step": 0, "seed": config.train.seed})
   return state, 0

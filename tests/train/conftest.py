@@ -1,0 +1,112 @@
+"""One tiny model, its compiled steps and one corpus, shared by the tests here."""
+
+import dataclasses
+import pathlib
+
+import jax
+import numpy as np
+import pytest
+
+from moejax.config import (
+  Config,
+  DataConfig,
+  MeshConfig,
+  ModelConfig,
+  MoEConfig,
+  OptimizerConfig,
+  TrainConfig,
+)
+from moejax.models.decoder import Decoder
+from moejax.parallel import rules
+from moejax.parallel.mesh import make_mesh
+from moejax.train import state as state_lib
+from moejax.train import step as step_lib
+from moejax.train.optimizer import make_optimizer
+
+CORPUS = pathlib.Path(__file__).parents[1] / "data" / "corpus"
+VOCAB = 264
+
+
+def tiny_config(**train) -> Config:
+  """Two layers, the second sparse, 32 wide; one device unless changed."""
+  settings = {
+    "num_steps": 20,
+    "batch_size": 8,
+    "log_every": 1,
+    "eval_every": 0,
+    "checkpoint_every": 0,
+    "tensorboard": False,
+    "max_bad_steps": 3,
+  }
+  return Config(
+    data=DataConfig(name="text", path=str(CORPUS), sequence_length=32, prefetch=1),
+    model=ModelConfig(num_layers=2, width=32, num_heads=2, hidden=64),
+    # The dispatcher that compiles fastest; all are equal (tests/dispatch).
+    moe=MoEConfig(num_experts=4, hidden=64, every=2, dispatcher="gather"),
+    optimizer=OptimizerConfig(learning_rate=1e-2, warmup_steps=4),
+    train=TrainConfig(**(settings | train)),
+    mesh=MeshConfig(data=1),
+  )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Setup:
+  """A model with its compiled steps on one mesh."""
+
+  config: Config
+  mesh: jax.sharding.Mesh
+  model: Decoder
+  optimizer: object
+  step: object
+  evaluate: object
+
+  def state(self, seed: int = 0):
+    """A fresh state: the step consumes it."""
+    return state_lib.make_state(self.model, self.optimizer, self.mesh, seed)
+
+  def place(self, batch):
+    return step_lib.to_devices(batch, rules.batch_sharding(self.mesh))
+
+  def run(self, state, *batches):
+    """Steps over the batches; the last state and each step's metrics, on the host."""
+    seen = []
+    with jax.set_mesh(self.mesh):
+      for batch in batches:
+        state, metrics = self.step(state, self.place(batch))
+        seen.append(jax.device_get(metrics))
+    return state, seen
+
+
+def make_setup(config: Config, num_devices: int = 1) -> Setup:
+  mesh = make_mesh(config.mesh, jax.devices()[:num_devices])
+  model = Decoder(config.model, config.moe, vocab_size=VOCAB)
+  optimizer = make_optimizer(
+    config.optimizer, num_steps=config.train.num_steps, axes=model.logical_axes()
+  )
+  return Setup(
+    config=config,
+    mesh=mesh,
+    model=model,
+    optimizer=optimizer,
+    step=step_lib.make_train_step(model, optimizer, config, mesh),
+    evaluate=step_lib.make_eval_step(model, mesh, None),
+  )
+
+
+@pytest.fixture(scope="session")
+def setup() -> Setup:
+  return make_setup(tiny_config())
+
+
+def make_batch(seed: int, batch: int = 8, length: int = 32) -> dict[str, np.ndarray]:
+  """Random tokens; rows differ in how much of them is padding."""
+  rng = np.random.default_rng(seed)
+  tokens = rng.integers(0, 256, (batch, length + 1), dtype=np.int32)
+  valid = rng.integers(length // 2, length + 1, (batch, 1), dtype=np.int32)
+  position = np.broadcast_to(np.arange(length, dtype=np.int32), (batch, length))
+  return {
+    "inputs": tokens[:, :-1],
+    "targets": tokens[:, 1:],
+    "segment_ids": (position < valid).astype(np.int32),
+    "positions": np.ascontiguousarray(position),
+  }
