@@ -22,11 +22,11 @@ import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Float, Int
 
-from moejax.config import Config
-from moejax.errors import UserError
+from moejax.config import Config, MeshConfig
+from moejax.errors import ConfigError, UserError
 from moejax.models.decoder import Decoder
 from moejax.parallel import rules
-from moejax.parallel.mesh import num_token_shards
+from moejax.parallel.mesh import mesh_shape, num_token_shards
 from moejax.routing.base import RouterStats
 from moejax.train import metrics
 from moejax.train.state import param_shardings
@@ -76,6 +76,38 @@ def make_model(config: Config, vocab_size: int) -> Decoder:
   if moe.group_size and config.data.sequence_length % moe.group_size:
     moe.group_size = 0
   return Decoder(config.model, moe, vocab_size=vocab_size)
+
+
+def choose_mesh(mesh: MeshConfig, num_devices: int | None = None) -> MeshConfig:
+  """The run's own mesh where these devices fit it, else all devices as replicas."""
+  num_devices = jax.device_count() if num_devices is None else num_devices
+  try:
+    mesh_shape(mesh, num_devices)
+  except ConfigError:
+    return MeshConfig()
+  return mesh
+
+
+def check_params(model: Decoder, params: Params) -> None:
+  """Refuses overrides that make another model than the checkpoint's.
+
+  Raises:
+    ConfigError: naming the first parameter that does not fit.
+  """
+  theirs, ours = _named_shapes(params), _named_shapes(model.shapes())
+  for name in sorted(theirs | ours):
+    if theirs.get(name) != ours.get(name):
+      raise ConfigError(
+        f"The flags make another model than the checkpoint holds: {name} is "
+        f"{ours.get(name, 'absent')} here and {theirs.get(name, 'absent')} there. Leave "
+        "out the --config.model and --config.moe flags that change sizes."
+      )
+
+
+def _named_shapes(tree: Any) -> dict[str, tuple[int, ...]]:
+  leaves = jax.tree_util.tree_leaves_with_path(tree)
+  name = functools.partial(jax.tree_util.keystr, simple=True, separator=".")
+  return {name(path): tuple(leaf.shape) for path, leaf in leaves}
 
 
 def make_step(

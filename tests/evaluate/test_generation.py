@@ -1,4 +1,4 @@
-"""Generation: the cache changes nothing, sampling obeys its knobs, prompts are checked."""
+"""Generation: the cache changes nothing, sampling obeys, prompts are checked."""
 
 import dataclasses
 
@@ -109,8 +109,8 @@ def _how(temperature=1.0, top_k=5, top_p=1.0):
 @jax.jit
 def _draws(logits, allowed, how):
   keys = jax.random.split(jax.random.key(0), 2000)
-  draw = lambda key: generation.sample_token(logits, allowed, key, how)
-  return jax.vmap(draw)(keys)
+  draw = jax.vmap(generation.sample_token, (None, None, 0, None))
+  return draw(logits, allowed, keys, how)
 
 
 def _drawn(logits, how, allowed=None):
@@ -131,7 +131,10 @@ def test_sampling_follows_the_distribution():
 def test_top_k_top_p_and_temperature_keep_what_they_say():
   """By hand on (0.5, 0.3, 0.15, 0.04, 0.01), most probable last to test the ranking."""
   logits = np.log([0.01, 0.04, 0.15, 0.3, 0.5])
-  support = lambda **kwargs: set(np.flatnonzero(_drawn(logits, _how(**kwargs))))
+
+  def support(**kwargs):
+    return set(np.flatnonzero(_drawn(logits, _how(**kwargs))))
+
   assert support(top_k=2) == {3, 4}
   assert support(top_k=1) == {4}
   # 0.5 does not reach 0.6, 0.5 + 0.3 does.

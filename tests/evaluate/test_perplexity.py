@@ -1,0 +1,187 @@
+"""Evaluation: each token once, whatever the batch; drops and loads per capacity."""
+
+import math
+
+import jax
+import numpy as np
+import pytest
+
+from moejax.config import MeshConfig
+from moejax.errors import ConfigError, UserError
+from moejax.evaluate import perplexity
+from moejax.parallel.mesh import make_mesh
+from tests.evaluate import tiny
+
+_TEXTS = [
+  (b"the quick brown fox jumps over the lazy dog", 0),
+  (b"x", 1),
+  (bytes(range(97, 123)) * 3, 1),
+  (b"", 0),
+  (b"a sentence that ends in the middle of a sequence", 0),
+]
+_FACTORS = (0.5, 1.0, None)
+
+
+@pytest.fixture(scope="module")
+def dataset():
+  return tiny.TinyDataset(_TEXTS)
+
+
+@pytest.fixture(scope="module")
+def evaluations(dataset):
+  """The same text in batches of 1 and of 4 rows, the last of which is padded."""
+  model, params = tiny.model_and_params()
+  mesh = make_mesh(MeshConfig(), jax.devices()[:1])
+  return [
+    perplexity.evaluate(
+      model,
+      params,
+      dataset,
+      split="validation",
+      mesh=mesh,
+      batch_size=batch_size,
+      capacity_factors=_FACTORS,
+    )
+    for batch_size in (1, 4)
+  ]
+
+
+def _numbers(result):
+  """Every float of an evaluation that may not depend on the batch size."""
+  flat = [result[k] for k in ("loss", "bits_per_byte", "perplexity", "dropped_fraction")]
+  flat += [d["loss"] for d in result["domains"].values()]
+  for layer in result["layers"]:
+    flat += [*layer["load"], layer["drop_fraction"], layer["entropy"]]
+  return np.asarray(flat)
+
+
+def test_each_token_is_counted_once(evaluations):
+  """Tokens are the bytes and one separator a document; bytes are the bytes."""
+  num_bytes = sum(len(text) for text, _ in _TEXTS)
+  for evaluation in evaluations:
+    assert evaluation["bytes"] == num_bytes
+    assert evaluation["tokens"] == num_bytes + len(_TEXTS)
+    domains = evaluation["results"][0]["domains"]
+    assert sum(domain["tokens"] for domain in domains.values()) == evaluation["tokens"]
+    assert domains["right"]["bytes"] == 1 + 3 * 26
+
+
+def test_results_do_not_depend_on_the_batch(evaluations):
+  """Loss, drops and loads are the same for 1 row at a time as for 4, padding included."""
+  one, four = evaluations
+  for a, b in zip(one["results"], four["results"], strict=True):
+    np.testing.assert_allclose(_numbers(a), _numbers(b), rtol=2e-5, atol=1e-6)
+
+
+def test_loss_is_the_mean_of_token_losses_computed_by_hand(dataset, evaluations):
+  """Log-softmax in numpy over the model's logits, and the domains' weighted mean."""
+  model, params = tiny.model_and_params()
+  arrays = dataset.arrays
+  out = jax.jit(lambda **kwargs: model(params, capacity_factor=None, **kwargs))(
+    tokens=arrays["inputs"],
+    segment_ids=arrays["segment_ids"],
+    positions=arrays["positions"],
+  )
+  logits = np.asarray(out.logits, np.float64)
+  logits -= np.log(np.exp(logits).sum(-1, keepdims=True))
+  chosen = np.take_along_axis(logits, arrays["targets"][..., None], -1)[..., 0]
+  losses = -chosen[arrays["segment_ids"] > 0]
+  result = evaluations[1]["results"][2]
+  assert result["eval_capacity_factor"] == perplexity.DROPLESS
+  assert result["loss"] == pytest.approx(losses.mean(), rel=1e-5)
+  bits = losses.sum() / math.log(2) / evaluations[1]["bytes"]
+  assert result["bits_per_byte"] == pytest.approx(bits, rel=1e-5)
+  weighted = sum(d["loss"] * d["tokens"] for d in result["domains"].values())
+  assert weighted / result["tokens"] == pytest.approx(result["loss"], rel=1e-6)
+
+
+def test_drops_shrink_with_capacity_and_loads_sum_to_one(evaluations):
+  """Half capacity must drop half the assignments or more; dropless drops none."""
+  half, one, dropless = evaluations[1]["results"]
+  assert half["dropped_fraction"] > one["dropped_fraction"] >= 0
+  assert dropless["dropped_fraction"] == 0
+  for result in (half, one, dropless):
+    assert [layer["layer"] for layer in result["layers"]] == [1]
+    assert sum(result["layers"][0]["load"]) == pytest.approx(1)
+
+
+def test_all_devices_give_the_result_of_one(dataset, evaluations):
+  """Eight devices, a batch size that none of them divides: raised and padded."""
+  model, params = tiny.model_and_params()
+  evaluation = perplexity.evaluate(
+    model,
+    params,
+    dataset,
+    split="validation",
+    mesh=make_mesh(MeshConfig()),
+    batch_size=3,
+    capacity_factors=(1.0,),
+  )
+  (result,) = evaluation["results"]
+  np.testing.assert_allclose(
+    _numbers(result), _numbers(evaluations[0]["results"][1]), rtol=2e-5, atol=1e-6
+  )
+
+
+def test_dense_models_have_one_result_and_no_routing():
+  """Capacity means nothing without experts: one result whatever was asked for."""
+  model, params = tiny.model_and_params(moe__dense_twin=True)
+  evaluation = perplexity.evaluate(
+    model,
+    params,
+    tiny.TinyDataset(_TEXTS),
+    split="validation",
+    mesh=make_mesh(MeshConfig(), jax.devices()[:1]),
+    batch_size=4,
+    capacity_factors=_FACTORS,
+  )
+  (result,) = evaluation["results"]
+  assert "layers" not in result
+
+
+def test_groups_over_several_sequences_are_cut_to_one():
+  """Otherwise the loss under a capacity would depend on what a batch holds."""
+  config = tiny.config(moe__group_size=4 * tiny.LENGTH)
+  assert perplexity.make_model(config, 264).moe.group_size == 0
+  assert config.moe.group_size == 4 * tiny.LENGTH
+  config.moe.group_size = tiny.LENGTH // 2
+  assert perplexity.make_model(config, 264).moe.group_size == tiny.LENGTH // 2
+
+
+def test_capacity_factors_are_read_or_refused():
+  """Numbers, dropless and none; anything else names the flag and the word."""
+  read = perplexity.parse_capacity_factors
+  assert read("1,1.25,2,dropless") == (1.0, 1.25, 2.0, None)
+  assert read("none, 1,1.0") == (None, 1.0)
+  for bad in ("0", "-1", "inf", "nan", "lots", "1,,2", ""):
+    with pytest.raises(UserError, match="--eval_capacity_factor="):
+      read(bad)
+
+
+def test_an_empty_split_is_an_error():
+  """Rather than a division by zero."""
+  model, params = tiny.model_and_params()
+  with pytest.raises(UserError, match="--split=test"):
+    perplexity.evaluate(
+      model,
+      params,
+      tiny.TinyDataset([]),
+      split="test",
+      mesh=make_mesh(MeshConfig(), jax.devices()[:1]),
+      batch_size=4,
+    )
+
+
+def test_flags_that_change_the_model_are_refused():
+  """A wider model than the checkpoint's names the parameter that does not fit."""
+  _, params = tiny.model_and_params()
+  wider = perplexity.make_model(tiny.config(model__hidden=48), 264)
+  with pytest.raises(ConfigError, match=r"w_in is \(1, 16, 48\) here"):
+    perplexity.check_params(wider, params)
+
+
+def test_the_mesh_is_the_runs_own_where_it_fits():
+  """A run on 8 expert-parallel devices is evaluated on 1 without a flag."""
+  trained = MeshConfig(data=2, expert=4)
+  assert perplexity.choose_mesh(trained, 8) == trained
+  assert perplexity.choose_mesh(trained, 1) == MeshConfig()
