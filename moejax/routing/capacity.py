@@ -19,6 +19,8 @@ from jaxtyping import Array, Bool, Float, Int, Key
 
 from moejax.errors import ConfigError
 from moejax.routing.base import RouterOptions, RouterStats, Routing, entropy
+from moejax.routing.overflow import place
+from moejax.routing.scores import pick
 
 _PACKED_BITS = 31
 """Of an int32, without its sign."""
@@ -77,18 +79,26 @@ class _Queue(NamedTuple):
 
   position: Int[Array, "N"]
   """Of each assignment, its place in the queue."""
-  assignment: Int[Array, "N"]
-  """Of each place, its assignment: the inverse permutation."""
+  assignment: Int[Array, "P"]
+  """Of each place, its assignment; P is N, or more where places stay empty."""
 
 
 def _queue(
   gate: Float[Array, "T K"], options: RouterOptions, key: Key[Array, ""] | None
 ) -> _Queue:
-  """Ranks tokens by `options.priority`; all first choices before any second one."""
+  """Ranks tokens by `options.priority`, then interleaves their choices."""
   num_tokens, num_selected = gate.shape
+  if options.slot_order == "by_gate":
+    _, assignment = jax.lax.sort(
+      (-jax.lax.stop_gradient(gate.T.reshape(-1)), _arrival(num_tokens, num_selected)),
+      num_keys=1,
+      is_stable=True,
+    )
+    return _Queue(_invert(assignment), assignment)
   rank = jnp.arange(num_tokens, dtype=jnp.int32)
   token = rank
-  match options.priority:
+  by_batch = options.slot_order == "batch_priority"
+  match "gate" if by_batch else options.priority:
     case "arrival":
       pass
     case "gate":
@@ -105,9 +115,19 @@ def _queue(
         "random."
       )
   choice = jnp.arange(num_selected, dtype=jnp.int32)
-  position = choice[None, :] * num_tokens + rank[:, None]
-  assignment = token[None, :] * num_selected + choice[:, None]
+  if options.slot_order == "token_major":
+    position = rank[:, None] * num_selected + choice[None, :]
+    assignment = token[:, None] * num_selected + choice[None, :]
+  else:
+    position = choice[None, :] * num_tokens + rank[:, None]
+    assignment = token[None, :] * num_selected + choice[:, None]
   return _Queue(position.reshape(-1), assignment.reshape(-1))
+
+
+def _arrival(num_tokens: int, num_selected: int) -> Int[Array, "N"]:
+  """Assignments in the plain queue: all first choices, then all second ones."""
+  index = jnp.arange(num_tokens * num_selected, dtype=jnp.int32)
+  return index % num_tokens * num_selected + index // num_tokens
 
 
 def _invert(permutation: Int[Array, "N"]) -> Int[Array, "N"]:
@@ -132,8 +152,7 @@ class _Line(NamedTuple):
 
 def _line_up(expert: Int[Array, "N"], queue: _Queue, num_experts: int) -> _Line:
   """Sorts by (expert, place); `expert` is E where no slot is asked for."""
-  n = expert.shape[0]
-  bits = max(1, (n - 1).bit_length())
+  bits = max(1, (queue.assignment.shape[0] - 1).bit_length())
   if (num_experts + 1) << bits <= 2**_PACKED_BITS:
     # One packed int32 sort: three to five times cheaper than argsort on CPU.
     packed = jnp.sort((expert << bits) | queue.position)
@@ -196,11 +215,14 @@ def assign(
   key: Key[Array, ""] | None = None,
   *,
   wanted: Bool[Array, "T K"] | None = None,
+  scores: Float[Array, "T E"] | None = None,
+  values: Float[Array, "T E"] | None = None,
 ) -> Routing:
   """Gives assignments their slots, and makes the `Routing` of a token-choice router.
 
   All first choices are placed before any second choice, so a token never loses
-  its best expert to another token's second best (GShard, algorithm 1).
+  its best expert to another token's second best (GShard, algorithm 1), unless
+  `options.slot_order` says otherwise.
 
   Args:
     expert: chosen experts of each token, best first, all different.
@@ -210,25 +232,35 @@ def assign(
     key: needed for priority=random in training; None is arrival order.
     wanted: False where a choice was given up before slots are handed out (GShard's
       random second expert); it takes no slot and counts nowhere.
+    scores: what overflow=next_best ranks experts by, -inf where refused; default probs.
+    values: what the gate of an expert taken by next_best is; default probs.
   """
   num_tokens, num_selected = expert.shape
   asked = jnp.broadcast_to(valid[:, None], expert.shape)
   gate = jnp.where(asked, gate.astype(jnp.float32), 0.0)
-  if options.renormalize == "before_drop":
-    gate = _normalize(gate)
+  before_drop = options.renormalize == "before_drop"
+  # by_gate compares final weights; batch priority compares what the router said.
+  by_gate = options.slot_order == "by_gate" and before_drop
+  queue = _queue(_normalize(gate) if by_gate else gate, options, key)
   if wanted is not None:
     asked = asked & wanted
-  slots = _give_slots(
-    expert.reshape(-1),
-    asked.reshape(-1),
-    _queue(gate, options, key),
-    options,
-    num_tokens,
-  )
+  slots = _give_slots(expert.reshape(-1), asked.reshape(-1), queue, options, num_tokens)
+  chosen = slots.chosen
+  if options.overflow == "next_best" and options.capacity is not None:
+    scores = probs if scores is None else scores
+    expert, slots, moved = _place_overflow(expert, asked, slots, queue, scores, options)
+    taken = pick(probs if values is None else values, expert)
+    gate = jnp.where(moved, taken, gate)
+  if options.slot_numbering == "arrival":
+    slots = _renumber(expert, slots, options)
   kept = slots.kept.reshape(expert.shape)
+  if before_drop:
+    gate = _normalize(gate)
   gate = jnp.where(kept, gate, 0.0)
   if options.renormalize == "after_drop":
     gate = _normalize(gate)
+  if options.gate_scale != 1.0:
+    gate = gate * options.gate_scale
   token = jnp.arange(num_tokens * num_selected, dtype=jnp.int32) // num_selected
   return Routing(
     token=token,
@@ -239,10 +271,47 @@ def assign(
     order=slots.order,
     load=slots.load,
     probs=probs,
-    stats=make_stats(probs, valid, slots.chosen, slots.load, jnp.any(kept, axis=-1)),
+    stats=make_stats(probs, valid, chosen, slots.load, jnp.any(kept, axis=-1)),
     capacity=options.capacity,
     num_selected=num_selected,
   )
+
+
+def _place_overflow(
+  expert: Int[Array, "T K"],
+  asked: Bool[Array, "T K"],
+  slots: Slots,
+  queue: _Queue,
+  scores: Float[Array, "T E"],
+  options: RouterOptions,
+) -> tuple[Int[Array, "T K"], Slots, Bool[Array, "T K"]]:
+  """Sends what overflowed to each token's next-best expert with room.
+
+  Whoever has a slot keeps it: what was moved queues behind everyone who was not.
+
+  Returns:
+    expert: of every assignment after the move.
+    slots: of everyone.
+    moved: which assignments changed expert.
+  """
+  assert options.capacity is not None
+  kept = slots.kept.reshape(expert.shape)
+  room = options.capacity - slots.load
+  position = queue.position.reshape(expert.shape)
+  expert, moved = place(expert, kept, asked & ~kept, scores, room, position)
+  behind = jnp.where(moved, position + position.size, position)
+  again = _Queue(behind.reshape(-1), jnp.tile(queue.assignment, 2))
+  staying = (kept | moved).reshape(-1)
+  num_tokens = expert.shape[0]
+  slots = _give_slots(expert.reshape(-1), staying, again, options, num_tokens)
+  return expert, slots, moved
+
+
+def _renumber(expert: Int[Array, "T K"], slots: Slots, options: RouterOptions) -> Slots:
+  """The same slots handed out again in token order."""
+  index = jnp.arange(expert.size, dtype=jnp.int32)
+  queue = _Queue(index, index)
+  return _give_slots(expert.reshape(-1), slots.kept, queue, options, expert.shape[0])
 
 
 def _normalize(gate: Float[Array, "T K"]) -> Float[Array, "T K"]:

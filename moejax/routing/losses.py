@@ -4,13 +4,18 @@ Each is a value of ONE group; the layer weighs groups by their valid tokens.
 
 Letters: T tokens of one group, E experts, K choices per token.
 Sources: Switch, arXiv:2101.03961, equations 4 to 6; GShard, arXiv:2006.16668,
-section 2.2; ST-MoE, arXiv:2202.08906, equation 5 (z-loss). How each codebase
-scales them is in docs/conventions.md.
+section 2.2; ST-MoE, arXiv:2202.08906, equation 5 (z-loss); Shazeer et al. 2017,
+arXiv:1701.06538, section 4 and appendix A (importance, load); V-MoE,
+arXiv:2106.05974, appendix A; DeepSeek-V2, arXiv:2405.04434, section 2.1.3 (device
+and communication balance); DeepSeek-V3, arXiv:2412.19437, section 2.1.2 (bias).
+How each codebase scales them is in docs/conventions.md.
 """
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Bool, Float, Int
+
+from moejax.routing.base import entropy
 
 
 def _mean_over_valid(
@@ -39,3 +44,118 @@ def z_loss(logits: Float[Array, "T E"], valid: Bool[Array, "T"]) -> Float[Array,
   """Mean over valid tokens of logsumexp(logits)^2: of logits, not of probabilities."""
   log_partition = jax.nn.logsumexp(logits.astype(jnp.float32), axis=-1)
   return _mean_over_valid(jnp.square(log_partition), valid)
+
+
+def squared_variation(values: Float[Array, "E"], *, ddof: int = 0) -> Float[Array, ""]:
+  """(standard deviation / mean)^2 over experts; 0 where all are equal.
+
+  Args:
+    ddof: 0 is the population's variance (V-MoE), 1 the unbiased one (Tutel).
+  """
+  mean = jnp.mean(values)
+  variance = jnp.sum(jnp.square(values - mean)) / max(values.shape[0] - ddof, 1)
+  return variance / jnp.maximum(jnp.square(mean), 1e-20)
+
+
+def importance_loss(
+  gates: Float[Array, "T E"], valid: Bool[Array, "T"], *, ddof: int = 0
+) -> Float[Array, ""]:
+  """CV^2 of the experts' summed gates (Shazeer et al., equation 7).
+
+  Args:
+    gates: sparse gates (Shazeer et al.) or all probabilities (V-MoE).
+  """
+  return squared_variation(_mean_over_valid(gates, valid), ddof=ddof)
+
+
+def load_probability(
+  clean: Float[Array, "T E"],
+  noisy: Float[Array, "T E"],
+  scale: Float[Array, "T E"],
+  num_selected: int,
+  *,
+  excluding: bool = True,
+) -> Float[Array, "T E"]:
+  """Chance that fresh noise would put the expert among the token's K best.
+
+  Phi((clean - threshold) / scale). The threshold of Shazeer et al. (equation 9) is
+  the K-th largest of the OTHER experts' noisy logits; that of V-MoE and Tutel
+  (`excluding=False`) the K-th largest of all.
+  """
+  k = min(num_selected + 1, noisy.shape[-1])
+  best = jax.lax.top_k(noisy, k)[0]
+  inside = best[:, num_selected - 1 : num_selected]
+  if excluding and k > num_selected:
+    # Without itself, an expert among the best K leaves the K+1-th as the threshold.
+    threshold = jnp.where(noisy >= inside, best[:, num_selected:], inside)
+  else:
+    threshold = jnp.broadcast_to(inside, noisy.shape)
+  return jax.scipy.stats.norm.cdf((clean - threshold) / scale)
+
+
+def load_loss(
+  probability: Float[Array, "T E"], valid: Bool[Array, "T"], *, ddof: int = 0
+) -> Float[Array, ""]:
+  """CV^2 of the smooth load estimate (Shazeer et al., equation 11)."""
+  return squared_variation(_mean_over_valid(probability, valid), ddof=ddof)
+
+
+def device_loss(
+  probs: Float[Array, "T E"],
+  chosen: Float[Array, "E"],
+  valid: Bool[Array, "T"],
+  num_groups: int,
+) -> Float[Array, ""]:
+  """Balance between groups of experts (devices): 1 at balance (DeepSeek-V2, eq. 24).
+
+  sum_i f_i P_i, f_i the mean of E * (share of assignments) over the group's experts,
+  P_i the sum of its mean probabilities.
+  """
+  num_experts = probs.shape[-1]
+  fraction = jax.lax.stop_gradient(chosen) / jnp.maximum(jnp.sum(chosen), 1.0)
+  f = jnp.mean((num_experts * fraction).reshape(num_groups, -1), axis=-1)
+  p = jnp.sum(_mean_over_valid(probs, valid).reshape(num_groups, -1), axis=-1)
+  return jnp.sum(f * p)
+
+
+def communication_loss(
+  probs: Float[Array, "T E"],
+  expert: Int[Array, "T K"],
+  valid: Bool[Array, "T"],
+  num_groups: int,
+) -> Float[Array, ""]:
+  """Balance of what groups (devices) receive (DeepSeek-V2, eq. 27), 1 at balance.
+
+  sum_i f_i P_i, f_i = D * (share of the sends that go to group i). A token sends once
+  to a group however many of its experts it chose there. The paper divides by the
+  sends allowed, M per token; dividing by those made keeps 1 at balance.
+  """
+  size = probs.shape[-1] // num_groups
+  index = jnp.arange(num_groups, dtype=jnp.int32)[None, None, :]
+  sent = jnp.any((expert // size)[:, :, None] == index, axis=1) & valid[:, None]
+  count = jnp.sum(sent.astype(jnp.float32), axis=0)
+  f = num_groups * count / jnp.maximum(jnp.sum(count), 1.0)
+  p = jnp.sum(_mean_over_valid(probs, valid).reshape(num_groups, -1), axis=-1)
+  return jnp.sum(f * p)
+
+
+def updated_bias(
+  bias: Float[Array, "*l E"], chosen: Float[Array, "*l E"], rate: float
+) -> Float[Array, "*l E"]:
+  """sigmoid_bias after one optimizer step: up where the load was below its mean.
+
+  b + rate * sign(mean load - load). Never in evaluation, never per microbatch.
+
+  Args:
+    chosen: assignments asked for, summed over the WHOLE batch: groups, devices and
+      accumulation.
+  """
+  error = jnp.mean(chosen, axis=-1, keepdims=True) - chosen
+  return bias + rate * jnp.sign(error)
+
+
+def entropy_bonus(
+  probs: Float[Array, "T E"], valid: Bool[Array, "T"]
+) -> Float[Array, ""]:
+  """Minus the mean entropy of a token's probabilities, in nats: a loss to lower."""
+  return -_mean_over_valid(entropy(probs), valid)

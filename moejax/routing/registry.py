@@ -1,28 +1,62 @@
 """The registry: every router by its name on the command line."""
 
 import dataclasses
+from typing import Literal
 
-from moejax.routing import token_choice
-from moejax.routing.base import RouterFn
+from moejax.errors import ConfigError
+from moejax.routing import (
+  assignment,
+  expert_choice,
+  hashing,
+  noisy,
+  soft,
+  token_choice,
+)
+from moejax.routing.base import RouterFn, RouterOptions
+
+Extra = Literal["assigned", "bias", "noise_logits", "slot_logits"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RouterSpec:
   """A router, and what whoever calls it must know about it.
 
-  The layer makes `RouterInputs` of one group, maps `fn` over groups, and adds
-  what the fields below ask for.
+  The layer makes `RouterInputs` of one group (logits, valid, and a key in training
+  only), adds the fields named in `needs`, maps `fn` over groups, and adds
+  `Routing.losses` to the balance and z-losses. For each of `needs` it must pass:
+
+    assigned      [G,T,K] = table[token_ids], table = `hashing.hash_table(V, E, K)`, a
+                  constant that is not trained.
+    bias          [E], the same for every group: a state that starts at zero, gets no
+                  gradient and no weight decay, and is replaced once per optimizer
+                  step by `losses.updated_bias` from the batch's `stats.chosen`.
+    noise_logits  [G,T,E] = x @ W_noise, W_noise [D,E] a parameter that starts at zero.
+    slot_logits   [G,T,E,C] = normalize(x) @ (scale * normalize(phi)), phi [D,E,C] a
+                  parameter; C is fixed by the config, so groups must have one size.
   """
 
   fn: RouterFn
   summary: str
   """One line, for --list=routers."""
   causal: bool = True
-  """Whether a token's routing is independent of later tokens, under arrival priority."""
+  """Whether a token's experts are independent of later tokens. What gets a slot may
+  still depend on them: see `is_causal`."""
   num_selected: int | None = None
   """K where the router fixes it, whatever the flag says."""
-  needs_token_ids: bool = False
-  """Whether RouterInputs.token_ids must be given."""
+  needs: tuple[Extra, ...] = ()
+  losses: tuple[str, ...] = ()
+  """Names in `Routing.losses`."""
+  needs_capacity: bool = False
+  """Whether dropless is impossible."""
+  token_choice: bool = True
+  """Whether assignments are token-major, so that priority and overflow apply."""
+  groups: bool = False
+  """Whether num_expert_groups is read."""
+
+  @property
+  def needs_token_ids(self) -> bool:
+    """Whether vocabulary ids must reach the layer."""
+    return "assigned" in self.needs
 
 
 ROUTERS: dict[str, RouterSpec] = {
@@ -40,4 +74,154 @@ ROUTERS: dict[str, RouterSpec] = {
     fn=token_choice.top_k,
     summary="K most probable experts, gates raw or renormalised (Mixtral, OLMoE)",
   ),
+  "noisy_top_k": RouterSpec(
+    fn=noisy.noisy_top_k,
+    needs=("noise_logits",),
+    losses=("importance_loss", "load_loss"),
+    summary="K best of noisy logits, noise scale learned (Shazeer) or fixed (V-MoE)",
+  ),
+  "expert_choice": RouterSpec(
+    fn=expert_choice.expert_choice,
+    causal=False,
+    needs_capacity=True,
+    token_choice=False,
+    summary="every expert picks its C most probable tokens; leaks the future",
+  ),
+  "sigmoid_bias": RouterSpec(
+    fn=token_choice.sigmoid_bias,
+    needs=("bias",),
+    groups=True,
+    summary="sigmoid scores balanced by a bias that only choosing sees (DeepSeek-V3)",
+  ),
+  "group_limited": RouterSpec(
+    fn=token_choice.group_limited,
+    losses=("device_loss", "communication_loss"),
+    groups=True,
+    summary="top-k within a token's best groups of experts (DeepSeek-V2)",
+  ),
+  "hash": RouterSpec(
+    fn=hashing.hash_router,
+    needs=("assigned",),
+    summary="experts fixed per vocabulary id, nothing learned (Hash layers)",
+  ),
+  "base": RouterSpec(
+    fn=assignment.base,
+    causal=False,
+    summary="balanced assignment by Sinkhorn in training, greedy at test (BASE)",
+  ),
+  "soft": RouterSpec(
+    fn=soft.soft,
+    causal=False,
+    needs=("slot_logits",),
+    needs_capacity=True,
+    token_choice=False,
+    summary="slots are weighted means of all tokens (Soft MoE); einsum dispatcher only",
+  ),
+  "random": RouterSpec(
+    fn=token_choice.random,
+    summary="K experts at random, for benchmarks",
+  ),
+  "forced_balance": RouterSpec(
+    fn=token_choice.forced_balance,
+    summary="experts in turn, perfectly balanced, for benchmarks",
+  ),
+  "dense": RouterSpec(
+    fn=token_choice.dense,
+    summary="every token to every expert: what sparse routing approximates",
+  ),
 }
+
+
+def is_causal(name: str, options: RouterOptions) -> bool:
+  """Whether no token's output depends on a later token of its group.
+
+  Capacity makes batch priority, by_gate and random order look ahead; choice-major
+  order does too for K > 1 (a later token's first choice goes before an earlier
+  token's second one), as in every codebase that has it, and is let pass here.
+  """
+  ordered = options.priority == "arrival" and options.slot_order in (
+    "choice_major",
+    "token_major",
+  )
+  return ROUTERS[name].causal and (options.capacity is None or ordered)
+
+
+def check(name: str, options: RouterOptions) -> None:
+  """Refuses combinations of router and options that make no sense.
+
+  Raises:
+    ConfigError: naming the flags and the remedy.
+  """
+  spec = ROUTERS[name]
+  experts = options.num_experts
+  k = spec.num_selected or options.num_selected
+  flag = "--config.moe."
+  if k > experts:
+    raise ConfigError(
+      f"{flag}num_selected={k} is more than {flag}num_experts={experts}: a token cannot "
+      "choose an expert twice. Lower the first or raise the second."
+    )
+  if spec.token_choice and k == 1 and options.renormalize != "none" and name != "dense":
+    raise ConfigError(
+      f"{flag}renormalize={options.renormalize} with one choice per token makes every "
+      "gate 1 and takes the router its gradient. Use none."
+    )
+  if spec.needs_capacity and options.capacity is None:
+    raise ConfigError(
+      f"{flag}router={name} needs slots, and {flag}capacity_factor=none gives no number "
+      "of them. Give a number, for training and evaluation."
+    )
+  if options.overflow == "next_best":
+    _check_next_best(name, options)
+  if options.num_expert_groups > 1:
+    _check_groups(name, options, k)
+
+
+def _check_next_best(name: str, options: RouterOptions) -> None:
+  flag = "--config.moe."
+  if not ROUTERS[name].token_choice:
+    raise ConfigError(
+      f"{flag}overflow=next_best has no meaning for {flag}router={name}, which never "
+      "overflows. Use drop."
+    )
+  if options.capacity is None:
+    raise ConfigError(
+      f"{flag}overflow=next_best has nothing to do with {flag}capacity_factor=none: "
+      "dropless never overflows. Give a capacity factor, or use overflow=drop."
+    )
+  if options.slot_order in ("token_major", "by_gate"):
+    raise ConfigError(
+      f"{flag}overflow=next_best places first choices before second ones, which "
+      f"{flag}slot_order={options.slot_order} does not. Use choice_major or "
+      "batch_priority."
+    )
+
+
+def _check_groups(name: str, options: RouterOptions, k: int) -> None:
+  flag = "--config.moe."
+  groups, selected = options.num_expert_groups, options.num_selected_groups
+  experts = options.num_experts
+  if not ROUTERS[name].groups:
+    raise ConfigError(
+      f"{flag}num_expert_groups={groups} is not read by {flag}router={name}. Use "
+      "group_limited or sigmoid_bias, or 1."
+    )
+  if experts % groups:
+    raise ConfigError(
+      f"{flag}num_expert_groups={groups} does not divide the {experts} experts. Choose "
+      "a divisor."
+    )
+  if not 0 < selected <= groups:
+    raise ConfigError(
+      f"{flag}num_selected_groups={selected} is not in 1..{groups}, the number of groups."
+    )
+  if k > selected * experts // groups:
+    raise ConfigError(
+      f"{flag}num_selected={k} is more than the {selected * experts // groups} experts "
+      f"of {selected} groups of {experts // groups}. Raise num_selected_groups."
+    )
+  if options.group_best > experts // groups:
+    raise ConfigError(
+      f"{flag}group_best={options.group_best} is more than the {experts // groups} "
+      "experts of a group."
+    )

@@ -83,3 +83,31 @@ def _pick_backward(residuals, g):
 
 
 pick.defvjp(_pick_forward, _pick_backward)
+
+
+def limit_to_groups(
+  scores: Float[Array, "T E"],
+  num_groups: int,
+  num_selected_groups: int,
+  group_best: int = 1,
+) -> Float[Array, "T E"]:
+  """Refuses (-inf) the experts outside each token's best groups.
+
+  Experts stand in `num_groups` groups of neighbours, as many as there are devices
+  to send to. A group's score is the sum of its `group_best` largest scores: 1 is
+  DeepSeek-V2 (arXiv:2405.04434, section 2.1.2), 2 is DeepSeek-V3
+  (arXiv:2412.19437, section 2.1.2), K / num_selected_groups is Megatron.
+  """
+  if num_selected_groups >= num_groups:
+    return scores
+  num_tokens, num_experts = scores.shape
+  size = num_experts // num_groups
+  grouped = jax.lax.stop_gradient(scores).reshape(num_tokens, num_groups, size)
+  if group_best == 1:
+    group_score = jnp.max(grouped, axis=-1)
+  else:
+    group_score = jnp.sum(jax.lax.top_k(grouped, group_best)[0], axis=-1)
+  groups = choose(group_score, num_selected_groups)
+  index = jnp.arange(num_groups, dtype=jnp.int32)[None, None, :]
+  allowed = jnp.any(groups[:, :, None] == index, axis=1)
+  return jnp.where(jnp.repeat(allowed, size, axis=-1), scores, -jnp.inf)

@@ -2,8 +2,9 @@
 
 Letters: T tokens of one group, E experts, K choices per token.
 Sources: Switch, arXiv:2101.03961; GShard, arXiv:2006.16668, algorithm 1; Mixtral,
-arXiv:2401.04088; OLMoE, arXiv:2409.02060. Equations and a table worked by hand
-are in docs/routing.md.
+arXiv:2401.04088; OLMoE, arXiv:2409.02060; DeepSeek-V2, arXiv:2405.04434;
+DeepSeek-V3, arXiv:2412.19437. Equations and a table worked by hand are in
+docs/routing.md.
 """
 
 import dataclasses
@@ -14,7 +15,8 @@ from jaxtyping import Array, Float, Int, Key
 
 from moejax.routing.base import RouterInputs, RouterOptions, Routing
 from moejax.routing.capacity import assign
-from moejax.routing.scores import choose, pick, softmax
+from moejax.routing.losses import communication_loss, device_loss
+from moejax.routing.scores import choose, limit_to_groups, pick, softmax
 
 
 def switch(inputs: RouterInputs, options: RouterOptions) -> Routing:
@@ -78,3 +80,89 @@ def _keep_second(gate: Float[Array, "T 2"], key: Key[Array, ""]) -> Array:
   second = jax.lax.stop_gradient(gate[:, 1] / jnp.maximum(jnp.sum(gate, -1), 1e-30))
   keep = jax.random.uniform(key, second.shape) < 2.0 * second
   return jnp.stack([jnp.ones_like(keep), keep], axis=-1)
+
+
+def _limited(scores: Float[Array, "T E"], options: RouterOptions) -> Float[Array, "T E"]:
+  return limit_to_groups(
+    scores, options.num_expert_groups, options.num_selected_groups, options.group_best
+  )
+
+
+def group_limited(inputs: RouterInputs, options: RouterOptions) -> Routing:
+  """Top-k within each token's best groups of experts (DeepSeek-V2).
+
+  Gates are the softmax over ALL experts, times `options.gate_scale`. Its `losses`
+  are the device-level and communication balance losses over the groups.
+  """
+  probs = softmax(inputs.logits)
+  scores = _limited(probs, options)
+  expert = choose(scores, options.num_selected)
+  gate = pick(probs, expert)
+  routing = assign(expert, gate, inputs.valid, probs, options, inputs.key, scores=scores)
+  groups = options.num_expert_groups
+  chosen = routing.stats.chosen
+  terms = {
+    "device_loss": device_loss(probs, chosen, inputs.valid, groups),
+    "communication_loss": communication_loss(probs, expert, inputs.valid, groups),
+  }
+  return dataclasses.replace(routing, losses=terms)
+
+
+def sigmoid_bias(inputs: RouterInputs, options: RouterOptions) -> Routing:
+  """Sigmoid scores, balanced by a bias that only choosing sees (DeepSeek-V3).
+
+  The bias has no gradient: `moejax.routing.losses.updated_bias` moves it after the
+  optimizer step, from the loads of the whole batch. DeepSeek-V3 renormalises the
+  gates: `renormalize="before_drop"`. `probs` are the scores divided by their sum
+  over all experts, which is what its sequence-wise loss takes.
+  """
+  scores = jax.nn.sigmoid(inputs.logits.astype(jnp.float32))
+  biased = jax.lax.stop_gradient(scores)
+  if inputs.bias is not None:
+    biased = biased + jax.lax.stop_gradient(inputs.bias)[None, :]
+  biased = _limited(biased, options)
+  expert = choose(biased, options.num_selected)
+  probs = scores / jnp.sum(scores, axis=-1, keepdims=True)
+  return assign(
+    expert,
+    pick(scores, expert),
+    inputs.valid,
+    probs,
+    options,
+    inputs.key,
+    scores=biased,
+    values=scores,
+  )
+
+
+def dense(inputs: RouterInputs, options: RouterOptions) -> Routing:
+  """Every token to every expert by its probability: what sparse routing approximates."""
+  options = dataclasses.replace(options, num_selected=options.num_experts)
+  return top_k(inputs, options)
+
+
+def random(inputs: RouterInputs, options: RouterOptions) -> Routing:
+  """K experts at random, gates still the router's probabilities. For benchmarks.
+
+  Without a key (evaluation) always the same draw.
+  """
+  key = jax.random.key(0) if inputs.key is None else inputs.key
+  draw_key, slot_key = jax.random.split(key)
+  draws = jax.random.uniform(draw_key, inputs.logits.shape)
+  probs = softmax(inputs.logits)
+  expert = choose(draws, options.num_selected)
+  gate = pick(probs, expert)
+  return assign(expert, gate, inputs.valid, probs, options, slot_key, scores=draws)
+
+
+def forced_balance(inputs: RouterInputs, options: RouterOptions) -> Routing:
+  """Experts in turn: token t's k-th choice is (t*K + k) mod E. For benchmarks.
+
+  Perfectly balanced whatever the router says; gates are still its probabilities.
+  """
+  probs = softmax(inputs.logits)
+  num_tokens, k = inputs.logits.shape[0], options.num_selected
+  expert = jnp.arange(num_tokens * k, dtype=jnp.int32).reshape(num_tokens, k)
+  expert = expert % options.num_experts
+  gate = pick(probs, expert)
+  return assign(expert, gate, inputs.valid, probs, options, inputs.key)

@@ -1,4 +1,4 @@
-"""switch, top2 and top_k against the oracle, in every output and in gradient."""
+"""Every token-choice router and overflow policy against the oracle, gradients too."""
 
 import dataclasses
 
@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from moejax.routing.base import RouterInputs, RouterOptions
+from moejax.routing.hashing import hash_table
 from moejax.routing.registry import ROUTERS
 from tests import reference
 from tests.routing.common import route, skewed_logits, token_order
@@ -40,7 +41,97 @@ CASES = {
   "top_k_after": ("top_k", options(num_selected=3, capacity=5, renormalize="after_drop")),
   "top_k_random": ("top_k", options(num_selected=3, capacity=5, priority="random")),
   "top_k_all": ("top_k", options(num_selected=5, capacity=7)),
+  "top_k_token_major": (
+    "top_k",
+    options(num_selected=2, capacity=4, slot_order="token_major"),
+  ),
+  "top_k_by_gate": (
+    "top_k",
+    options(
+      num_selected=3,
+      capacity=5,
+      slot_order="by_gate",
+      slot_numbering="arrival",
+      renormalize="before_drop",
+    ),
+  ),
+  "top_k_batch_priority": (
+    "top_k",
+    options(
+      num_selected=2, capacity=3, slot_order="batch_priority", renormalize="before_drop"
+    ),
+  ),
+  "switch_next_best": ("switch", options(capacity=2, overflow="next_best")),
+  "top_k_next_best": (
+    "top_k",
+    options(num_selected=3, capacity=6, overflow="next_best", renormalize="after_drop"),
+  ),
+  "top_k_next_best_gate": (
+    "top_k",
+    options(
+      num_selected=2,
+      capacity=4,
+      overflow="next_best",
+      renormalize="before_drop",
+      priority="gate",
+    ),
+  ),
+  "sigmoid_bias": (
+    "sigmoid_bias",
+    options(num_selected=2, capacity=4, renormalize="before_drop", gate_scale=2.5),
+  ),
+  "sigmoid_bias_groups": (
+    "sigmoid_bias",
+    RouterOptions(
+      num_experts=8,
+      num_selected=3,
+      capacity=6,
+      renormalize="before_drop",
+      overflow="next_best",
+      num_expert_groups=4,
+      num_selected_groups=2,
+      group_best=2,
+    ),
+  ),
+  "group_limited": (
+    "group_limited",
+    RouterOptions(
+      num_experts=6,
+      num_selected=2,
+      capacity=4,
+      gate_scale=16.0,
+      num_expert_groups=3,
+      num_selected_groups=2,
+    ),
+  ),
+  "noisy": (
+    "noisy_top_k",
+    options(num_selected=2, capacity=4, renormalize="before_drop"),
+  ),
+  "noisy_fixed": ("noisy_top_k", options(num_selected=2, capacity=4, noise="fixed")),
+  "hash": ("hash", options(num_selected=2, capacity=4)),
+  "base": ("base", options(num_selected=1, capacity=2, overflow="next_best")),
+  "base_top2": ("base", options(num_selected=2, capacity=5)),
+  "random": ("random", options(num_selected=2, capacity=4)),
+  "forced_balance": ("forced_balance", options(num_selected=2, capacity=4)),
+  "dense": ("dense", options(num_selected=1)),
 }
+NEVER_OVERFLOWS = {"base_top2", "random", "forced_balance"}
+"""Cases that may have no drop: balanced by design or by chance."""
+
+
+NOISE = np.linspace(-1, 1, T * E).reshape(T, E).astype(np.float32)
+"""noise_logits of the learned noise."""
+
+
+def extras(name: str, opts: RouterOptions) -> dict:
+  """What a router takes beside logits, for it and for the oracle."""
+  if name == "sigmoid_bias":
+    return {"bias": np.linspace(-0.3, 0.3, opts.num_experts).astype(np.float32)}
+  if name == "hash":
+    table = hash_table(11, opts.num_experts, opts.num_selected)
+    return {"assigned": table[np.arange(T) ** 2 % 11]}
+  return {}
 
 
 def draws(name: str, opts: RouterOptions, key: jax.Array) -> dict:
@@ -53,6 +144,12 @@ def draws(name: str, opts: RouterOptions, key: jax.Array) -> dict:
       given["uniform"] = np.asarray(jax.random.uniform(draw_key, (T,)))
     if opts.second_policy == "sample":
       given["gumbel"] = np.asarray(jax.random.gumbel(draw_key, (T, E)))
+  if name == "noisy_top_k":
+    slot_key, noise_key = jax.random.split(key)
+    scale = np.full((T, E), 1 / E) if opts.noise == "fixed" else np.log1p(np.exp(NOISE))
+    given["noise"] = scale * np.asarray(jax.random.normal(noise_key, (T, E)))
+  if name == "random":
+    given["scores"] = np.asarray(jax.random.uniform(jax.random.split(key)[0], (T, E)))
   if opts.priority == "random":
     given["token_order"] = token_order(slot_key, T)
   return given
@@ -66,18 +163,22 @@ def test_equals_the_oracle(case: str, train: bool):
   """Experts, slots, drops, gates, order, stats and the gates' gradient, with padding."""
   name, opts = CASES[case]
   key = jax.random.key(3) if train else None
-  logits = skewed_logits(1, T, E)
+  logits = skewed_logits(1, T, opts.num_experts)
   valid = np.arange(T) % 5 != 3
   given = draws(name, opts, key) if key is not None else {}
-  want = reference.route(name, logits, valid, opts, **given)
-  if opts.capacity is not None and opts.num_selected < E:
+  more = extras(name, opts)
+  want = reference.route(name, logits, valid, opts, train=train, **given, **more)
+  if opts.capacity and opts.overflow == "drop" and case not in NEVER_OVERFLOWS:
     assert want.dropped, "the case should overflow, or it proves little"
 
   cotangent = np.random.default_rng(0).normal(size=want.gate.shape)
 
   @jax.jit
   def run(logits):
-    inputs = RouterInputs(logits=logits, valid=jnp.asarray(valid), key=key)
+    arrays = {field: jnp.asarray(value) for field, value in more.items()}
+    if name == "noisy_top_k":
+      arrays["noise_logits"] = jnp.asarray(NOISE)
+    inputs = RouterInputs(logits=logits, valid=jnp.asarray(valid), key=key, **arrays)
     routing = ROUTERS[name].fn(inputs, opts)
     return jnp.sum(routing.gate * jnp.float32(cotangent.reshape(-1))), routing
 

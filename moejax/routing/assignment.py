@@ -1,0 +1,80 @@
+"""BASE: a balanced assignment of tokens to experts, learned without any loss term.
+
+Letters: T tokens of one group, E experts, K choices per token.
+Sources: Lewis et al. 2021, arXiv:2103.16716 (balanced in training, greedy at test,
+gate = sigmoid of the logit); Clark et al. 2022, arXiv:2202.01169, section 3 (Sinkhorn
+in place of the auction).
+"""
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float
+
+from moejax.routing.base import RouterInputs, RouterOptions, Routing
+from moejax.routing.capacity import assign
+from moejax.routing.scores import choose, pick, softmax
+
+
+def sinkhorn(
+  logits: Float[Array, "T E"],
+  valid: Bool[Array, "T"],
+  *,
+  tolerance: float = 1e-4,
+  max_iterations: int = 30,
+) -> Float[Array, "T E"]:
+  """Scales rows and columns of exp(logits) until rows sum 1/T and columns 1/E.
+
+  T counts valid tokens; rows of padding are zero. Stops when the column factors move
+  by less than `tolerance` in the mean, or after `max_iterations`.
+  """
+  logits = jax.lax.stop_gradient(logits.astype(jnp.float32))
+  kernel = jnp.where(valid[:, None], jnp.exp(logits), 0.0)
+  count = jnp.maximum(jnp.sum(valid.astype(jnp.float32)), 1.0)
+  num_experts, tiny = logits.shape[-1], 1e-8
+
+  def step(state):
+    _, columns, _, i = state
+    rows = 1.0 / (count * (kernel @ columns + tiny))
+    rows = jnp.where(valid, rows, 0.0)
+    new = 1.0 / (num_experts * (rows @ kernel + tiny))
+    return rows, new, jnp.mean(jnp.abs(columns - new)), i + 1
+
+  def unsettled(state):
+    return (state[2] > tolerance) & (state[3] < max_iterations)
+
+  rows, columns = jnp.ones(logits.shape[0]), jnp.ones(num_experts)
+  start = (rows, columns, jnp.float32(jnp.inf), jnp.int32(0))
+  rows, columns, _, _ = jax.lax.while_loop(unsettled, step, start)
+  return rows[:, None] * kernel * columns[None, :]
+
+
+def base(inputs: RouterInputs, options: RouterOptions) -> Routing:
+  """Sinkhorn-balanced experts in training, the best ones at test; gate = sigmoid.
+
+  The balanced plan looks at the whole group, so training leaks the future; the
+  greedy choice of evaluation does not. With capacity factor 1 and
+  `overflow="next_best"` the assignment is exactly balanced, as the paper's is.
+  """
+  logits = inputs.logits.astype(jnp.float32)
+  scores = logits
+  if inputs.key is not None:
+    # Rows only: logits of one token may be far above another's, and exp overflow.
+    best = jax.lax.stop_gradient(jnp.max(logits, axis=-1, keepdims=True))
+    scores = sinkhorn(
+      logits - best,
+      inputs.valid,
+      tolerance=options.sinkhorn_tolerance,
+      max_iterations=options.sinkhorn_iterations,
+    )
+  expert = choose(scores, options.num_selected)
+  values = jax.nn.sigmoid(logits)
+  return assign(
+    expert,
+    pick(values, expert),
+    inputs.valid,
+    softmax(logits),
+    options,
+    inputs.key,
+    scores=scores,
+    values=values,
+  )

@@ -1,0 +1,56 @@
+"""Hash routing: the token's id alone decides; nothing is learned.
+
+Letters: T tokens of one group, E experts, K choices per token, V vocabulary.
+Source: Roller et al. 2021, arXiv:2106.04426, section 3 (random and balanced hash).
+"""
+
+import jax.numpy as jnp
+import numpy as np
+
+from moejax.errors import ConfigError
+from moejax.routing.base import RouterInputs, RouterOptions, Routing
+from moejax.routing.capacity import assign
+from moejax.routing.scores import softmax
+
+
+def hash_table(
+  vocab_size: int,
+  num_experts: int,
+  num_selected: int = 1,
+  *,
+  seed: int = 0,
+  counts: np.ndarray | None = None,
+) -> np.ndarray:
+  """The experts of every vocabulary id, int32 [V, K]; a row's K experts differ.
+
+  Args:
+    counts: how often each id stands in the corpus: ids go, most frequent first, to
+      the expert with the least so far (balanced hash). None is a random hash with as
+      many ids for each expert.
+  """
+  rng = np.random.default_rng(seed)
+  if counts is None:
+    first = rng.permutation(np.arange(vocab_size) % num_experts)
+  else:
+    first, filled = np.zeros(vocab_size, int), np.zeros(num_experts)
+    for token in np.argsort(-counts, kind="stable"):
+      first[token] = np.argmin(filled)
+      filled[first[token]] += counts[token]
+  # Further choices are the first one shifted round, by other amounts per id, so that
+  # two ids that share one expert seldom share all.
+  shifts = np.stack([rng.permutation(num_experts - 1) for _ in range(vocab_size)])
+  rest = (first[:, None] + 1 + shifts[:, : num_selected - 1]) % num_experts
+  return np.concatenate([first[:, None], rest], axis=1).astype(np.int32)
+
+
+def hash_router(inputs: RouterInputs, options: RouterOptions) -> Routing:
+  """Each token goes to the experts of its id, each with gate 1/K."""
+  if inputs.assigned is None:
+    raise ConfigError(
+      "--config.moe.router=hash reads the experts out of a table by token id, and no "
+      "token ids reached the layer. Use another router for inputs that are not tokens."
+    )
+  # Probabilities are reported (and have a gradient) but decide nothing.
+  probs = softmax(inputs.logits)
+  gate = jnp.full(inputs.assigned.shape, 1.0 / options.num_selected, jnp.float32)
+  return assign(inputs.assigned, gate, inputs.valid, probs, options, inputs.key)
