@@ -10,6 +10,7 @@ its holder dies, kill -9 included: a lock file that merely exists would outlive
 a crash and need a human.
 """
 
+import errno
 import fcntl
 import hashlib
 import json
@@ -23,7 +24,7 @@ from typing import Any
 
 from absl import logging
 
-from moejax.errors import ConfigError
+from moejax.errors import ConfigError, UserError
 
 ENV = "MOEJAX_CACHE"
 
@@ -34,22 +35,26 @@ def cache_root(cache_dir: str) -> Path:
   Args:
     cache_dir: `config.data.cache_dir`; empty is $MOEJAX_CACHE, else ~/.cache/moejax.
 
+  One that cannot be written will do as long as all that is asked for is in it.
+
   Raises:
-    ConfigError: the directory cannot be made or written.
+    ConfigError: the directory cannot be made.
   """
   chosen = cache_dir or os.environ.get(ENV, "") or "~/.cache/moejax"
   root = Path(chosen).expanduser().absolute()
   try:
     root.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryFile(dir=root):
-      pass
   except OSError as e:
     origin = "" if cache_dir else f" (from {ENV} or the default)"
-    raise ConfigError(
-      f"--config.data.cache_dir={str(root)!r}{origin} is not writable"
-      f" ({e.strerror}). Give a writable directory with --config.data.cache_dir or {ENV}."
-    ) from e
+    raise _not_writable(f"{str(root)!r}{origin}", e) from e
   return root
+
+
+def _not_writable(where: str, error: OSError) -> ConfigError:
+  return ConfigError(
+    f"--config.data.cache_dir={where} is not writable ({error.strerror}). Give a"
+    f" writable directory with --config.data.cache_dir or {ENV}."
+  )
 
 
 def digest(*parts: Any) -> str:
@@ -61,8 +66,12 @@ def digest(*parts: Any) -> str:
 @contextmanager
 def locked(path: Path, what: str) -> Iterator[None]:
   """Holds the exclusive lock file `path`; says so if it has to wait for it."""
-  path.parent.mkdir(parents=True, exist_ok=True)
-  with open(path, "w", encoding="utf-8") as file:
+  try:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    file = open(path, "w", encoding="utf-8")  # noqa: SIM115 (closed below)
+  except OSError as e:
+    raise _not_writable(repr(str(path.parent.parent)), e) from e
+  with file:
     try:
       fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -83,6 +92,10 @@ def build_once(final: Path, build: Callable[[Path], None], *, what: str) -> Path
     final: where the result lives; its name says what went into it.
     build: fills an empty directory. Whatever it raises passes through.
     what: for the log.
+
+  Raises:
+    ConfigError: the cache cannot be written.
+    UserError: the disk is full.
   """
   if final.exists():
     return final
@@ -101,8 +114,13 @@ def build_once(final: Path, build: Callable[[Path], None], *, what: str) -> Path
       build(temporary)
       temporary.chmod(0o755)
       os.replace(temporary, final)
-    except BaseException:
+    except BaseException as e:
       shutil.rmtree(temporary, ignore_errors=True)
+      if isinstance(e, OSError) and e.errno in (errno.ENOSPC, errno.EDQUOT):
+        raise UserError(
+          f"The disk is full: {what} does not fit below {final.parent}. Make room, or"
+          " choose another disk with --config.data.cache_dir."
+        ) from e
       raise
   return final
 

@@ -20,7 +20,7 @@ from typing import Any
 
 import zstandard
 
-from moejax.data.types import Document, Skipped
+from moejax.data.types import EMPTY, Document, Skipped
 from moejax.errors import ConfigError
 
 COMPRESSIONS = (".gz", ".xz", ".zst")
@@ -178,7 +178,7 @@ def open_text(path: Path) -> Iterator[io.BufferedIOBase]:
 def check_text(text: bytes, name: str, domain: str) -> Document | Skipped:
   """A document, unless it is empty, binary or not UTF-8."""
   if not text:
-    return Skipped(name, "empty")
+    return Skipped(name, EMPTY)
   if b"\0" in text:
     return Skipped(name, "binary (holds a zero byte)")
   try:

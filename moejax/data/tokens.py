@@ -9,6 +9,7 @@ so the target of the input at place i is simply the token at i + 1. A document o
 n tokens owns n + 1 places, its separator the first of them.
 """
 
+import array
 import dataclasses
 import functools
 import itertools
@@ -24,7 +25,7 @@ from jaxtyping import Int, Shaped
 
 from moejax.data import cache
 from moejax.data.tokenizer import Tokenizer
-from moejax.data.types import SPLITS, Document, Skipped, Source
+from moejax.data.types import EMPTY, SPLITS, Document, Skipped, Source
 from moejax.errors import UserError
 
 _FORMAT = 1
@@ -121,8 +122,10 @@ class _Writer:
 
   def __init__(self, stem: Path, tokenizer: Tokenizer, dtype: np.dtype):
     self._stem, self._tokenizer, self._dtype = stem, tokenizer, dtype
-    self.lengths: list[int] = []
-    self.domains: list[str] = []
+    # Eight bytes a document: a web corpus has hundreds of millions.
+    self.lengths = array.array("q")
+    self._domains = array.array("q")
+    self._names: dict[str, int] = {}
     self.byte_counts = np.zeros(256, np.int64)
     self.bytes_of_domain: Counter[str] = Counter()
 
@@ -134,17 +137,19 @@ class _Writer:
       file.write(separator.tobytes())
       file.write(ids.astype(self._dtype).tobytes())
       self.lengths.append(len(ids) + 1)
-      self.domains.append(document.domain)
+      self._domains.append(self._names.setdefault(document.domain, len(self._names)))
       self.bytes_of_domain[document.domain] += len(document.text)
       counts = np.bincount(np.frombuffer(document.text, np.uint8), minlength=256)
       self.byte_counts += counts
 
   def finish(self, index_of_domain: dict[str, int]) -> dict[str, Any]:
     """Writes the index files; returns the split's entry in meta.json."""
-    offsets = np.concatenate(([0], np.cumsum(self.lengths, dtype=np.int64)))
-    domains = [index_of_domain[d] for d in self.domains]
-    np.save(f"{self._stem}.offsets.npy", offsets.astype(np.int64))
-    np.save(f"{self._stem}.domains.npy", np.array(domains, np.int32))
+    offsets = np.zeros(len(self.lengths) + 1, np.int64)
+    np.cumsum(np.array(self.lengths), out=offsets[1:])
+    renumber = np.array([index_of_domain[d] for d in self._names], np.int32)
+    domains = renumber[np.array(self._domains)]
+    np.save(f"{self._stem}.offsets.npy", offsets)
+    np.save(f"{self._stem}.domains.npy", domains)
     return {
       "num_documents": len(domains),
       "num_places": int(offsets[-1]),
@@ -169,7 +174,7 @@ def write_tokens(directory: Path, source: Source, tokenizer: Tokenizer) -> None:
     raise UserError(f"{source.name} has no training text.{first}")
   domains, index_of_domain = _number_domains(writers.values())
   splits = {s: w.finish(index_of_domain) for s, w in writers.items()}
-  for item in skipped[:20]:
+  for item in [s for s in skipped if s.reason != EMPTY][:20]:
     logging.warning("Skipped %s: %s", item.document, item.reason)
   meta = {
     "format": _FORMAT,

@@ -6,6 +6,9 @@ from typing import Protocol, runtime_checkable
 
 SPLITS = ("train", "validation", "test")
 
+EMPTY = "empty"
+"""The reason for skipping that deserves no warning."""
+
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Document:

@@ -66,6 +66,14 @@ def test_worker_processes_change_nothing(session_cache, small: Dataset):
   assert_same(take(small.train_batches(8, seed=0, start_step=5), 5), got)
 
 
+@pytest.mark.parametrize("prefetch", [0, 1, 9])
+def test_prefetching_changes_nothing(session_cache, small: Dataset, prefetch):
+  """However far ahead, and not at all."""
+  other = load(small_config(session_cache, prefetch=prefetch))
+  expected = take(small.train_batches(8, seed=0), 12)
+  assert_same(expected, take(other.train_batches(8, seed=0), 12))
+
+
 def test_one_epoch_of_steps_sees_every_sequence_once(small: Dataset):
   """Cut into batches that do not divide the epoch, the places are still all there."""
   total = small.num_tokens("train")

@@ -1,5 +1,6 @@
 """The cache under several processes and under kill -9: whole or not there."""
 
+import errno
 import os
 import signal
 import subprocess
@@ -10,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from moejax.data import cache, load
+from moejax.errors import ConfigError, UserError
 from tests.data.conftest import small_config
 
 ROOT = Path(__file__).parents[2]
@@ -93,6 +95,30 @@ def test_a_failed_build_leaves_nothing(tmp_path):
     cache.build_once(tmp_path / "thing", fail, what="a test")
   assert [p.name for p in tmp_path.iterdir()] == [".locks"]
   cache.build_once(tmp_path / "thing", lambda d: None, what="a test")
+
+
+def test_a_full_disk_is_a_clear_error(tmp_path):
+  """It names what did not fit and the flag, and leaves nothing."""
+
+  def fail(directory: Path) -> None:
+    raise OSError(errno.ENOSPC, "No space left on device")
+
+  with pytest.raises(UserError, match=r"disk is full: a test .*cache_dir"):
+    cache.build_once(tmp_path / "thing", fail, what="a test")
+  assert [p.name for p in tmp_path.iterdir()] == [".locks"]
+
+
+def test_a_cache_that_cannot_be_written_still_serves_what_it_has(tmp_path, monkeypatch):
+  """Shared read-only caches work; only preparing something new is refused."""
+  final = cache.build_once(tmp_path / "thing", lambda d: None, what="a test")
+
+  def refuse(*args, **kwargs):
+    raise PermissionError(errno.EACCES, "Permission denied")
+
+  monkeypatch.setattr("builtins.open", refuse)
+  assert cache.build_once(final, lambda d: None, what="a test") == final
+  with pytest.raises(ConfigError, match=r"cache_dir=.*not writable"):
+    cache.build_once(tmp_path / "new", lambda d: None, what="a test")
 
 
 def test_a_text_file_is_replaced_whole(tmp_path):

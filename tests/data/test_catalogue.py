@@ -120,6 +120,21 @@ def test_what_cannot_be_read_is_refused_with_a_remedy(prepared, changes, message
   assert "--config.data." in str(error.value)
 
 
+def test_a_set_without_random_access_is_refused(tmp_path):
+  """tfrecord, TFDS's usual format, needs TensorFlow; the error says what to do."""
+  info = write(tmp_path / "tfds", {"train": 30}) / "dataset_info.json"
+  info.write_text(info.read_text().replace("array_record", "tfrecord"))
+  with pytest.raises(ConfigError, match=r"prepared as tfrecord.*moejax\.data\.prepare"):
+    load(config_of(tmp_path))
+
+
+def test_a_set_without_a_train_split_is_refused(tmp_path):
+  """Naming the splits it has."""
+  write(tmp_path / "tfds", {"test": 30})
+  with pytest.raises(ConfigError, match="no train split; it has: test"):
+    load(config_of(tmp_path))
+
+
 def test_several_configs_need_a_choice(tmp_path):
   """And one of them is found by name."""
   for name in ("de", "en"):
