@@ -8,6 +8,7 @@ Letters: B sequences of a batch, S sequence, T tokens of a routing group, D widt
 E experts, K choices per token, F expert hidden width.
 """
 
+import dataclasses
 import math
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -31,7 +32,7 @@ def validate(config: Config) -> None:
     error = rule(config)
     if error:
       raise ConfigError(error)
-  _registered_names(config)
+  _registered(config)
 
 
 def _types(config: Config) -> None:
@@ -257,20 +258,53 @@ RULES: tuple[Callable[[Config], str | None], ...] = (
 )
 
 
-def _registered_names(config: Config) -> None:
+SUPPLIED: frozenset[str] = frozenset()
+"""Of `RouterSpec.needs`, what the decoder's MoE layer gives to a router."""
+
+
+def _registered(config: Config) -> None:
   """Last, because the registries import jax, and the checks above should be fast."""
   from moejax.dispatch.registry import DISPATCHERS
   from moejax.routing.registry import ROUTERS
 
   _check_choice(config, "moe.router", ROUTERS)
   _check_choice(config, "moe.dispatcher", ("auto", *DISPATCHERS))
-  moe, fixed = config.moe, ROUTERS[config.moe.router].num_selected
-  if fixed is not None and moe.num_selected * moe.segments != fixed:
+  moe, spec = config.moe, ROUTERS[config.moe.router]
+  fixed, chosen = spec.num_selected, moe.num_selected * moe.segments
+  if fixed is not None and chosen != fixed:
     raise ConfigError(
       f"{_flags(config, 'moe.router', 'moe.num_selected', 'moe.segments')}: this router "
-      f"chooses {fixed} per token, and num_selected * segments is "
-      f"{moe.num_selected * moe.segments}. Change them, or use --config.moe.router=top_k."
+      f"chooses {fixed} per token, and num_selected * segments is {chosen}. Change them, "
+      "or use --config.moe.router=top_k."
     )
+  missing = sorted(set(spec.needs) - SUPPLIED)
+  if missing:
+    usable = [name for name, other in ROUTERS.items() if set(other.needs) <= SUPPLIED]
+    raise ConfigError(
+      f"--config.moe.router={moe.router} needs {' and '.join(missing)}, which the "
+      "decoder does not make; it can be called as a function. Choose from "
+      f"{', '.join(usable)}."
+    )
+  _router_options(config)
+
+
+def _router_options(config: Config) -> None:
+  """Asks the router itself, with the capacity of training and that of evaluation."""
+  from moejax.routing.base import RouterOptions
+  from moejax.routing.registry import check
+
+  moe = config.moe
+  shared = {f.name for f in dataclasses.fields(RouterOptions)} - {"capacity"}
+  given = {name: getattr(moe, name) for name in shared if hasattr(moe, name)}
+  given["num_experts"] = moe.num_experts * moe.segments
+  given["num_selected"] = moe.num_selected * moe.segments
+  # A capacity of 1 stands for any: the number needs the group size, the rules do not.
+  slots = None if moe.capacity_factor is None else 1
+  check(moe.router, RouterOptions(**given, capacity=slots))
+  if moe.eval_capacity_factor is None:
+    # Dropless evaluation of a model trained with an overflow policy is no mistake.
+    given["overflow"] = "drop"
+    check(moe.router, RouterOptions(**given))
 
 
 def validate_devices(config: Config, num_devices: int) -> None:

@@ -16,7 +16,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
   "moe.capacity_convention": ("per_assignment", "per_token"),
   "moe.renormalize": ("none", "before_drop", "after_drop"),
   "moe.priority": ("arrival", "gate", "random"),
-  "moe.overflow": ("drop",),
+  "moe.overflow": ("drop", "next_best"),
   "moe.second_policy": ("all", "random", "sample"),
   "moe.balance_scope": ("group", "batch"),
   "optimizer.name": ("adamw", "adafactor", "lion"),

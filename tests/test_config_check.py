@@ -208,9 +208,37 @@ def test_choices_are_those_of_the_code_that_reads_them():
 
 
 @pytest.mark.parametrize("router", ROUTERS)
-def test_every_registered_router_passes(router):
-  selected = ROUTERS[router].num_selected or 2
-  config_check.validate(make(moe__router=router, moe__num_selected=selected))
+def test_every_registered_router_passes_or_says_what_it_lacks(router):
+  """A router is selected by its name alone, once it is in the registry."""
+  spec = ROUTERS[router]
+  config = make(
+    moe__router=router,
+    moe__num_selected=spec.num_selected or 2,
+    moe__eval_capacity_factor=2.0 if spec.needs_capacity else None,
+  )
+  missing = set(spec.needs) - config_check.SUPPLIED
+  if missing:
+    assert all(name in refusal(config) for name in missing)
+  else:
+    config_check.validate(config)
+
+
+def test_dropless_is_refused_for_routers_that_need_slots():
+  """Also in evaluation, whose capacity factor is another flag."""
+  for train, evaluate in ((None, 1.0), (1.0, None)):
+    config = make(
+      moe__router="expert_choice",
+      moe__capacity_factor=train,
+      moe__eval_capacity_factor=evaluate,
+    )
+    assert "needs slots" in refusal(config)
+
+
+def test_next_best_needs_a_capacity_in_training_only():
+  """Evaluation is dropless by default, and then nothing overflows."""
+  config_check.validate(make(moe__overflow="next_best", moe__num_selected=2, **TOP_K))
+  config = make(moe__overflow="next_best", moe__capacity_factor=None)
+  assert "nothing to do with --config.moe.capacity_factor=none" in refusal(config)
 
 
 @pytest.mark.parametrize(
