@@ -226,6 +226,20 @@ def evaluate(
   }
 
 
+def headline(evaluation: dict[str, Any], factor: float | None) -> dict[str, Any]:
+  """Loss, bits_per_byte and dropped_fraction under one factor, or the first there is.
+
+  Args:
+    evaluation: from `evaluate`.
+    factor: the configured one, which speaks for the run.
+  """
+  name = DROPLESS if factor is None else factor
+  results = evaluation["results"]
+  chosen = [r for r in results if r["eval_capacity_factor"] == name] or results
+  keys = ("loss", "bits_per_byte", "dropped_fraction")
+  return {key: chosen[0][key] for key in keys if key in chosen[0]}
+
+
 class _Totals:
   """Sums over batches, on the host, in float64 and whole numbers."""
 

@@ -19,7 +19,7 @@ _TEXTS = [
   (b"", 0),
   (b"a sentence that ends in the middle of a sequence", 0),
 ]
-_FACTORS = (0.5, 1.0, None)
+_FACTORS = (0.5, None)
 
 
 @pytest.fixture(scope="module")
@@ -27,23 +27,23 @@ def dataset():
   return tiny.TinyDataset(_TEXTS)
 
 
+def _evaluate(dataset, batch_size, factors, devices=1, **changes):
+  model, params = tiny.model_and_params(**changes)
+  return perplexity.evaluate(
+    model,
+    params,
+    dataset,
+    split="validation",
+    mesh=make_mesh(MeshConfig(), jax.devices()[:devices]),
+    batch_size=batch_size,
+    capacity_factors=factors,
+  )
+
+
 @pytest.fixture(scope="module")
-def evaluations(dataset):
-  """The same text in batches of 1 and of 4 rows, the last of which is padded."""
-  model, params = tiny.model_and_params()
-  mesh = make_mesh(MeshConfig(), jax.devices()[:1])
-  return [
-    perplexity.evaluate(
-      model,
-      params,
-      dataset,
-      split="validation",
-      mesh=mesh,
-      batch_size=batch_size,
-      capacity_factors=_FACTORS,
-    )
-    for batch_size in (1, 4)
-  ]
+def evaluation(dataset):
+  """In batches of 4 rows, the last of which is padded."""
+  return _evaluate(dataset, 4, _FACTORS)
 
 
 def _numbers(result):
@@ -55,25 +55,30 @@ def _numbers(result):
   return np.asarray(flat)
 
 
-def test_each_token_is_counted_once(evaluations):
+def test_each_token_is_counted_once(evaluation):
   """Tokens are the bytes and one separator a document; bytes are the bytes."""
   num_bytes = sum(len(text) for text, _ in _TEXTS)
-  for evaluation in evaluations:
-    assert evaluation["bytes"] == num_bytes
-    assert evaluation["tokens"] == num_bytes + len(_TEXTS)
-    domains = evaluation["results"][0]["domains"]
-    assert sum(domain["tokens"] for domain in domains.values()) == evaluation["tokens"]
-    assert domains["right"]["bytes"] == 1 + 3 * 26
+  assert evaluation["bytes"] == num_bytes
+  assert evaluation["tokens"] == num_bytes + len(_TEXTS)
+  domains = evaluation["results"][0]["domains"]
+  assert sum(domain["tokens"] for domain in domains.values()) == evaluation["tokens"]
+  assert domains["right"]["bytes"] == 1 + 3 * 26
 
 
-def test_results_do_not_depend_on_the_batch(evaluations):
-  """Loss, drops and loads are the same for 1 row at a time as for 4, padding included."""
-  one, four = evaluations
-  for a, b in zip(one["results"], four["results"], strict=True):
-    np.testing.assert_allclose(_numbers(a), _numbers(b), rtol=2e-5, atol=1e-6)
+@pytest.mark.parametrize(("batch_size", "devices"), [(1, 1), (3, 8)])
+def test_results_do_not_depend_on_batch_or_devices(
+  dataset, evaluation, batch_size, devices
+):
+  """Loss, drops and loads row by row, and on eight devices (3 is raised to 8 rows).
+
+  Under a capacity, which is where neighbours could matter.
+  """
+  (result,) = _evaluate(dataset, batch_size, _FACTORS[:1], devices)["results"]
+  expected = _numbers(evaluation["results"][0])
+  np.testing.assert_allclose(_numbers(result), expected, rtol=2e-5, atol=1e-6)
 
 
-def test_loss_is_the_mean_of_token_losses_computed_by_hand(dataset, evaluations):
+def test_loss_is_the_mean_of_token_losses_computed_by_hand(dataset, evaluation):
   """Log-softmax in numpy over the model's logits, and the domains' weighted mean."""
   model, params = tiny.model_and_params()
   arrays = dataset.arrays
@@ -86,57 +91,34 @@ def test_loss_is_the_mean_of_token_losses_computed_by_hand(dataset, evaluations)
   logits -= np.log(np.exp(logits).sum(-1, keepdims=True))
   chosen = np.take_along_axis(logits, arrays["targets"][..., None], -1)[..., 0]
   losses = -chosen[arrays["segment_ids"] > 0]
-  result = evaluations[1]["results"][2]
+  result = evaluation["results"][1]
   assert result["eval_capacity_factor"] == perplexity.DROPLESS
   assert result["loss"] == pytest.approx(losses.mean(), rel=1e-5)
-  bits = losses.sum() / math.log(2) / evaluations[1]["bytes"]
+  bits = losses.sum() / math.log(2) / evaluation["bytes"]
   assert result["bits_per_byte"] == pytest.approx(bits, rel=1e-5)
   weighted = sum(d["loss"] * d["tokens"] for d in result["domains"].values())
   assert weighted / result["tokens"] == pytest.approx(result["loss"], rel=1e-6)
 
 
-def test_drops_shrink_with_capacity_and_loads_sum_to_one(evaluations):
-  """Half capacity must drop half the assignments or more; dropless drops none."""
-  half, one, dropless = evaluations[1]["results"]
-  assert half["dropped_fraction"] > one["dropped_fraction"] >= 0
+def test_drops_shrink_with_capacity_and_loads_sum_to_one(evaluation):
+  """Slots for half the places drop nearly half or more; dropless drops none.
+
+  Nearly, because the last sequence's padding has slots and needs none.
+  """
+  half, dropless = evaluation["results"]
+  assert half["dropped_fraction"] > 0.45
   assert dropless["dropped_fraction"] == 0
-  for result in (half, one, dropless):
-    assert [layer["layer"] for layer in result["layers"]] == [1]
+  for result in (half, dropless):
+    assert [layer["layer"] for layer in result["layers"]] == [0]
     assert sum(result["layers"][0]["load"]) == pytest.approx(1)
 
 
-def test_all_devices_give_the_result_of_one(dataset, evaluations):
-  """Eight devices, a batch size that none of them divides: raised and padded."""
-  model, params = tiny.model_and_params()
-  evaluation = perplexity.evaluate(
-    model,
-    params,
-    dataset,
-    split="validation",
-    mesh=make_mesh(MeshConfig()),
-    batch_size=3,
-    capacity_factors=(1.0,),
-  )
-  (result,) = evaluation["results"]
-  np.testing.assert_allclose(
-    _numbers(result), _numbers(evaluations[0]["results"][1]), rtol=2e-5, atol=1e-6
-  )
-
-
-def test_dense_models_have_one_result_and_no_routing():
+def test_dense_models_have_one_result_and_no_routing(dataset):
   """Capacity means nothing without experts: one result whatever was asked for."""
-  model, params = tiny.model_and_params(moe__dense_twin=True)
-  evaluation = perplexity.evaluate(
-    model,
-    params,
-    tiny.TinyDataset(_TEXTS),
-    split="validation",
-    mesh=make_mesh(MeshConfig(), jax.devices()[:1]),
-    batch_size=4,
-    capacity_factors=_FACTORS,
-  )
+  evaluation = _evaluate(dataset, 4, _FACTORS, moe__dense_twin=True)
   (result,) = evaluation["results"]
   assert "layers" not in result
+  assert result["eval_capacity_factor"] == perplexity.DROPLESS
 
 
 def test_groups_over_several_sequences_are_cut_to_one():
@@ -175,8 +157,8 @@ def test_an_empty_split_is_an_error():
 def test_flags_that_change_the_model_are_refused():
   """A wider model than the checkpoint's names the parameter that does not fit."""
   _, params = tiny.model_and_params()
-  wider = perplexity.make_model(tiny.config(model__hidden=48), 264)
-  with pytest.raises(ConfigError, match=r"w_in is \(1, 16, 48\) here"):
+  wider = perplexity.make_model(tiny.config(moe__hidden=48), 264)
+  with pytest.raises(ConfigError, match=r"w_in is \(1, 4, 16, 48\) here"):
     perplexity.check_params(wider, params)
 
 

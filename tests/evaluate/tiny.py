@@ -4,6 +4,7 @@ import functools
 from collections.abc import Iterator
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from moejax.config import Config, DataConfig, ModelConfig, MoEConfig, TrainConfig
@@ -15,12 +16,17 @@ LENGTH = 32
 
 
 def config(**changes) -> Config:
-  """Two layers, the second MoE. Keys are model__width, moe__num_experts and so on."""
+  """One layer, MoE. Keys are model__width, moe__num_experts and so on."""
   made = Config(
     data=DataConfig(sequence_length=LENGTH),
-    model=ModelConfig(num_layers=2, width=16, num_heads=4, hidden=32),
+    model=ModelConfig(num_layers=1, width=16, num_heads=4, hidden=32),
     moe=MoEConfig(
-      num_experts=4, num_selected=2, hidden=16, router="top_k", dispatcher="einsum"
+      num_experts=4,
+      num_selected=2,
+      hidden=16,
+      router="top_k",
+      dispatcher="einsum",
+      every=1,
     ),
     train=TrainConfig(batch_size=8),
   )
@@ -32,9 +38,16 @@ def config(**changes) -> Config:
 
 @functools.cache
 def model_and_params(**changes) -> tuple[Decoder, Params]:
+  """A model and random parameters, drawn by numpy: compiling `init` is the dear part."""
   made = config(**changes)
   model = Decoder(made.model, made.moe, vocab_size=ByteTokenizer.vocab_size)
-  return model, jax.jit(model.init)(jax.random.key(0))
+  rng = np.random.default_rng(0)
+
+  def draw(leaf: jax.ShapeDtypeStruct) -> jax.Array:
+    values = rng.normal(size=leaf.shape) * made.model.width**-0.5
+    return jnp.asarray(values, leaf.dtype)
+
+  return model, jax.tree.map(draw, model.shapes())
 
 
 class TinyDataset:

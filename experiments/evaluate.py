@@ -1,0 +1,138 @@
+"""Evaluate a run's checkpoint: loss, bits per byte, domains, drops, loads.
+
+  python -m experiments.evaluate --workdir=DIR [--step=N] [--split=validation]
+    [--eval_capacity_factor=1,1.25,2,dropless] [--routing] [--config.data...]
+
+Needs nothing but the run's directory: the config is the checkpoint's, and
+--config.data... is laid over it (another text, a longer sequence). Prints tables and
+writes DIR/eval_STEP_SPLIT.json; an evaluation of the run as it is, on its whole
+validation split, also renews DIR/eval.json.
+"""
+
+import json
+import os
+import pathlib
+from typing import Any
+
+from absl import flags
+
+from moejax import cli
+from moejax.errors import UserError
+
+_STEP = flags.DEFINE_integer("step", None, "Which checkpoint; default the newest.")
+_SPLIT = flags.DEFINE_enum(
+  "split", "validation", ["train", "validation", "test"], "Which documents."
+)
+_FACTORS = flags.DEFINE_string(
+  "eval_capacity_factor",
+  None,
+  "Capacity factors to compare, e.g. 1,1.25,2,dropless; default the config's.",
+)
+_BATCH = flags.DEFINE_integer(
+  "batch_size", None, "Sequences per step; changes no result; default the config's."
+)
+_LIMIT = flags.DEFINE_integer("max_batches", 0, "Only so many batches; 0 is all.")
+_ROUTING = flags.DEFINE_bool(
+  "routing", False, "Also write routing_STEP_SPLIT.json and .png: who serves what."
+)
+_OUTPUT = flags.DEFINE_string(
+  "output", None, "Directory for the files, if not the run's."
+)
+
+
+def main() -> None:
+  # jax is imported after the flags are known to be right.
+  from moejax import data
+  from moejax.evaluate import perplexity, tables
+  from moejax.parallel.mesh import make_mesh
+  from moejax.train.checkpoint import restore_params
+
+  workdir = _workdir()
+  output = _writable(pathlib.Path(_OUTPUT.value or workdir))
+  factors = perplexity.parse_capacity_factors(_FACTORS.value) if _FACTORS.value else None
+
+  params, config, meta = restore_params(workdir, _STEP.value)
+  config = cli.get_config(base=config)
+  dataset = data.load(config.data, workdir=workdir)
+  model = perplexity.make_model(config, dataset.tokenizer.vocab_size)
+  perplexity.check_params(model, params)
+
+  evaluation = perplexity.evaluate(
+    model,
+    params,
+    dataset,
+    split=_SPLIT.value,
+    mesh=make_mesh(perplexity.choose_mesh(config.mesh)),
+    batch_size=_BATCH.value or config.train.batch_size,
+    capacity_factors=factors or (config.moe.eval_capacity_factor,),
+    limit=_LIMIT.value,
+  )
+  evaluation = {"step": meta["step"], "workdir": str(workdir)} | evaluation
+  evaluation |= perplexity.headline(evaluation, config.moe.eval_capacity_factor)
+  console = tables.make_console()
+  tables.print_evaluation(console, evaluation)
+  file = output / f"eval_{meta['step']}_{_SPLIT.value}.json"
+  _write(file, evaluation)
+  if not (_SPLIT.value != "validation" or _LIMIT.value or cli.overrides()):
+    _renew(output / "eval.json", evaluation)
+  print(file)
+  if _ROUTING.value:
+    _analyse_routing(model, params, dataset, config, output, meta["step"])
+
+
+def _analyse_routing(
+  model: Any, params: Any, dataset: Any, config: Any, output: pathlib.Path, step: int
+) -> None:
+  from moejax.evaluate import perplexity, routing_analysis
+  from moejax.parallel.mesh import make_mesh
+
+  analysis = routing_analysis.analyse(
+    model,
+    params,
+    dataset,
+    split=_SPLIT.value,
+    mesh=make_mesh(perplexity.choose_mesh(config.mesh)),
+    batch_size=_BATCH.value or config.train.batch_size,
+    limit=_LIMIT.value,
+  )
+  stem = output / f"routing_{step}_{_SPLIT.value}"
+  _write(stem.with_suffix(".json"), {"step": step} | analysis)
+  routing_analysis.draw(analysis, stem.with_suffix(".png"))
+  print(stem.with_suffix(".json"))
+  print(stem.with_suffix(".png"))
+
+
+def _workdir() -> pathlib.Path:
+  if not flags.FLAGS.workdir:
+    raise UserError("--workdir=DIR is missing: give the directory of a run.")
+  return pathlib.Path(flags.FLAGS.workdir)
+
+
+def _writable(directory: pathlib.Path) -> pathlib.Path:
+  """Refuses now what would otherwise fail after the whole evaluation."""
+  if not directory.is_dir() or not os.access(directory, os.W_OK):
+    raise UserError(
+      f"{directory} is not a directory one can write to. Give another with --output=DIR."
+    )
+  return directory
+
+
+def _renew(path: pathlib.Path, evaluation: dict[str, Any]) -> None:
+  """Keeps what else the end of training wrote about the same step (its baselines)."""
+  try:
+    old = json.loads(path.read_text())
+  except (OSError, ValueError):
+    old = {}
+  _write(path, (old if old.get("step") == evaluation["step"] else {}) | evaluation)
+
+
+def _write(path: pathlib.Path, values: dict[str, Any]) -> None:
+  """Whole or not at all: a reader never sees half a file."""
+  temporary = path.with_name(f".{path.name}.{os.getpid()}")
+  temporary.write_text(json.dumps(values, indent=1) + "\n")
+  temporary.replace(path)
+
+
+if __name__ == "__main__":
+  cli.define_config(default=None)
+  cli.run(main)
