@@ -109,6 +109,7 @@ def _read_arrays(path: Path) -> tuple[dict[str, Any], dict[str, str]]:
 
   from moejax.train import checkpoint_read, fingerprint
 
+  checkpoint_read.quiet()
   try:
     with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
       tree = reader.metadata(path / "state").item_metadata.tree

@@ -38,6 +38,7 @@ from moejax.train.checkpoint_read import (
   empty_dicts,
   init_from,
   list_steps,
+  quiet,
   read_meta,
   read_state,
   restore_params,
@@ -89,6 +90,7 @@ class Checkpointer:
         f"--config.train.keep_last={keep_last} must be at least 1 (a run resumes from "
         f"its newest checkpoint) and --config.train.keep_best={keep_best} at least 0."
       )
+    quiet()
     self.directory = Path(directory).resolve()
     self.failures: list[tuple[int, str]] = []
     self.blocked_seconds = 0.0
@@ -316,6 +318,8 @@ class Checkpointer:
     self._pending = None
     self._metrics.pop(step, None)
     why = reason(error)
+    if not is_refusal(error):
+      logging.warning("Unexpected error while saving:", exc_info=error)
     self.failures.append((step, why))
     self._clear_partial()
     self._manager.reload()

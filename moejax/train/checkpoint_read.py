@@ -15,6 +15,7 @@ and a damaged one (the disk's) are never taken for each other.
 
 import functools
 import json
+import logging
 import zlib
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ from typing import Any
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
-from absl import logging
+from absl import logging as absl_logging
 
 from moejax import config_io
 from moejax.config import Config
@@ -35,6 +36,20 @@ FORMAT = 1
 
 DIRECTORY = "checkpoints"
 """Where a workdir keeps its steps."""
+
+
+class _NotOrbax(logging.Filter):
+  """Drops Orbax's own lines: dozens a save, and a traceback for what we report."""
+
+  def filter(self, record: logging.LogRecord) -> bool:
+    return "orbax" not in record.pathname or record.levelno > logging.ERROR
+
+
+def quiet() -> None:
+  """Keeps Orbax from writing over the progress bar. Its errors still reach us."""
+  logger = logging.getLogger("absl")
+  if not any(isinstance(f, _NotOrbax) for f in logger.filters):
+    logger.addFilter(_NotOrbax())
 
 
 class DamagedCheckpointError(Exception):
@@ -143,6 +158,7 @@ def read_state(step_directory: Path, meta: dict[str, Any], target: Any) -> Any:
       f"{'; '.join(problems[:5])}{more}. Use the --config it was made with."
     )
   target = as_target(target)
+  quiet()
   try:
     with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
       args = ocp.args.PyTreeRestore(
@@ -198,7 +214,7 @@ def restore_params(
       return state["params"], config_io.from_dict(meta["config"]), meta
     except DamagedCheckpointError as e:
       reasons.append(f"step {candidate}: {e}")
-      logging.warning("%s: checkpoint is damaged, %s", directory, reasons[-1])
+      absl_logging.warning("%s: checkpoint is damaged, %s", directory, reasons[-1])
   raise UserError(
     f"{directory} has no checkpoint that is whole. {'. '.join(reasons)}. "
     "Choose another --step, or train again."
