@@ -1,0 +1,74 @@
+"""Who holds what: mesh sizes, the rules' table, and their refusals."""
+
+import jax
+import jax.numpy as jnp
+import pytest
+from jax.sharding import PartitionSpec
+
+from moejax.config import MeshConfig, ModelConfig, MoEConfig
+from moejax.errors import ConfigError
+from moejax.models.decoder import Decoder
+from moejax.parallel import mesh as meshes
+from moejax.parallel import rules
+
+
+@pytest.mark.parametrize(
+  ("sizes", "devices", "expected"),
+  [
+    ({}, 8, (8, 1, 1, 1)),
+    ({"expert": 4}, 8, (2, 1, 4, 1)),
+    ({"data": 1, "fsdp": 2, "expert": 2, "tensor": 2}, 8, (1, 2, 2, 2)),
+    ({"data": 1, "fsdp": -1}, 6, (1, 6, 1, 1)),
+  ],
+)
+def test_one_axis_takes_what_the_others_leave(sizes, devices, expected):
+  """-1 fills; the product is the device count."""
+  assert meshes.mesh_shape(MeshConfig(**sizes), devices) == expected
+
+
+@pytest.mark.parametrize(
+  "sizes", [{"expert": 3}, {"data": 2}, {"expert": 0}, {"expert": -1}, {"tensor": -2}]
+)
+def test_a_mesh_that_cannot_be_is_refused_by_flag(sizes):
+  """The error names a mesh flag: product unequal to 8, zero, two fillers."""
+  with pytest.raises(ConfigError, match="--config.mesh"):
+    meshes.mesh_shape(MeshConfig(**sizes), 8)
+
+
+def test_parameters_are_cut_as_the_table_says():
+  """Expert weights over expert, fsdp and tensor; the router whole on every device."""
+  config = MeshConfig(data=1, fsdp=2, expert=2, tensor=2)
+  mesh = meshes.make_mesh(config)
+  decoder = Decoder(ModelConfig(width=16, hidden=32), MoEConfig(), vocab_size=8)
+  shapes = decoder.shapes()
+  tree = rules.shardings(mesh, decoder.logical_axes(), shapes)
+  moe = tree["unit"]["1"]["moe"]
+  assert moe["experts"]["w_in"].spec == PartitionSpec(None, "expert", "fsdp", "tensor")
+  assert moe["experts"]["w_out"].spec == PartitionSpec(None, "expert", "tensor", "fsdp")
+  assert moe["router"].spec == PartitionSpec(None, "fsdp", None)
+  params = jax.jit(decoder.init, out_shardings=tree)(jax.random.key(0))
+  w_in = params["unit"]["1"]["moe"]["experts"]["w_in"]
+  assert w_in.addressable_shards[0].data.size * 8 == w_in.size
+
+
+def test_optimizer_state_is_cut_as_its_parameter():
+  """A copy of a parameter under another name keeps its sharding; a count does not."""
+  mesh = meshes.make_mesh(MeshConfig(fsdp=8))
+  axes = {"a": ("width", None), "b": ("norm",)}
+  params = {"a": jnp.zeros((16, 3)), "b": jnp.zeros((4,))}
+  tree = rules.shardings(mesh, axes, params)
+  state = {"mu": params, "count": jnp.zeros(()), "row": {"a": jnp.zeros((16,))}}
+  cut = rules.like_parameters(mesh, state, params, tree)
+  assert cut["mu"]["a"].spec == PartitionSpec("fsdp", None)
+  assert cut["count"].spec == cut["row"]["a"].spec == PartitionSpec()
+
+
+def test_a_colliding_unknown_or_indivisible_axis_is_an_error():
+  """A hole in a sharding rule must not be silent."""
+  with pytest.raises(ValueError, match="used twice"):
+    rules.RULES.spec(("heads", "hidden"))
+  with pytest.raises(ValueError, match="unknown logical dimension 'hiden'"):
+    rules.RULES.spec(("hiden",))
+  mesh = meshes.make_mesh(MeshConfig(tensor=8))
+  with pytest.raises(ConfigError, match=r"--config.mesh.tensor=8 .* \(12\) of w"):
+    rules.shardings(mesh, {"w": ("hidden",)}, {"w": jnp.zeros((12,))})
