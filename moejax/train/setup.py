@@ -120,7 +120,8 @@ def _state(
     shapes = state_lib.state_shapes(model, optimizer, mesh)["params"]
     params = checkpoint.init_from(init_from, shapes)
     logging.info("Starting from the parameters of %s.", init_from)
-  state = state_lib.make_state(model, optimizer, mesh, config.train.seed)
+  init = state_lib.make_init(model, optimizer, mesh)
+  state = init(jax.random.key(config.train.seed))
   if init_from:
     state = state_lib.replace_params(state, optimizer, params)
     # So that a resumed run never needs the other directory, or the flag, again.

@@ -10,6 +10,7 @@ Everything that decides the next step is in here or, for the data, is a function
 of `step`: this is why a resumed run is bit-identical to one never stopped.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -70,14 +71,20 @@ def shardings_of(shapes: Any) -> Any:
   return jax.tree.map(lambda s: s.sharding, shapes)
 
 
-def make_state(model: Any, optimizer: Optimizer, mesh: Mesh, seed: int) -> State:
-  """Initialises straight into the shardings: no device ever holds it all."""
+def make_init(
+  model: Any, optimizer: Optimizer, mesh: Mesh
+) -> Callable[[Key[Array, ""]], State]:
+  """Compiled `initial_state`, straight into the shardings: no device holds it all."""
   shardings = shardings_of(state_shapes(model, optimizer, mesh))
   init = jax.jit(
     lambda key: initial_state(model, optimizer, key), out_shardings=shardings
   )
-  with jax.set_mesh(mesh):
-    return init(jax.random.key(seed))
+
+  def with_mesh(key: Key[Array, ""]) -> State:
+    with jax.set_mesh(mesh):
+      return init(key)
+
+  return with_mesh
 
 
 def replace_params(state: State, optimizer: Optimizer, params: Params) -> State:

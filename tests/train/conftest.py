@@ -40,7 +40,10 @@ def tiny_config(**train) -> Config:
   }
   return Config(
     data=DataConfig(name="text", path=str(CORPUS), sequence_length=32, prefetch=1),
-    model=ModelConfig(num_layers=2, width=32, num_heads=2, hidden=64),
+    # Untied, so that a poisoned embedding row is seen only where it is looked up.
+    model=ModelConfig(
+      num_layers=2, width=32, num_heads=2, hidden=64, tie_embeddings=False
+    ),
     # The dispatcher that compiles fastest; all are equal (tests/dispatch).
     moe=MoEConfig(num_experts=4, hidden=64, every=2, dispatcher="gather"),
     optimizer=OptimizerConfig(learning_rate=1e-2, warmup_steps=4),
@@ -57,12 +60,13 @@ class Setup:
   mesh: jax.sharding.Mesh
   model: Decoder
   optimizer: object
+  init: object
   step: object
   evaluate: object
 
   def state(self, seed: int = 0):
     """A fresh state: the step consumes it."""
-    return state_lib.make_state(self.model, self.optimizer, self.mesh, seed)
+    return self.init(jax.random.key(seed))
 
   def place(self, batch):
     return step_lib.to_devices(batch, rules.batch_sharding(self.mesh))
@@ -88,6 +92,7 @@ def make_setup(config: Config, num_devices: int = 1) -> Setup:
     mesh=mesh,
     model=model,
     optimizer=optimizer,
+    init=state_lib.make_init(model, optimizer, mesh),
     step=step_lib.make_train_step(model, optimizer, config, mesh),
     evaluate=step_lib.make_eval_step(model, mesh, None),
   )
@@ -96,6 +101,40 @@ def make_setup(config: Config, num_devices: int = 1) -> Setup:
 @pytest.fixture(scope="session")
 def setup() -> Setup:
   return make_setup(tiny_config())
+
+
+@pytest.fixture(scope="session")
+def gradients(setup):
+  """(params, batch) -> sums and gradients of the batch in one piece, compiled once."""
+  key = jax.random.key(7)
+  return jax.jit(lambda p, b: step_lib.loss_gradients(setup.model, p, b, key))
+
+
+@pytest.fixture(scope="session")
+def compilation_cache(tmp_path_factory):
+  """What one run compiled the next one loads: resuming is tested, not XLA.
+
+  Returns:
+    The directory, for processes that a test starts.
+  """
+  directory = tmp_path_factory.mktemp("xla")
+  names = {
+    "jax_compilation_cache_dir": str(directory),
+    "jax_persistent_cache_min_compile_time_secs": 0.0,
+    "jax_persistent_cache_min_entry_size_bytes": -1,
+  }
+  before = {name: getattr(jax.config, name) for name in names}
+  for name, value in names.items():
+    jax.config.update(name, value)
+  yield directory
+  for name, value in before.items():
+    jax.config.update(name, value)
+
+
+@pytest.fixture(scope="session")
+def cache_dir(tmp_path_factory) -> str:
+  """Where the corpus is tokenized, once for all tests here."""
+  return str(tmp_path_factory.mktemp("data_cache"))
 
 
 def make_batch(seed: int, batch: int = 8, length: int = 32) -> dict[str, np.ndarray]:

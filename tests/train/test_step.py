@@ -1,6 +1,7 @@
 """The train step: what it adds up, what it refuses, where it runs."""
 
 import copy
+import types
 
 import jax
 import jax.numpy as jnp
@@ -8,6 +9,7 @@ import numpy as np
 import pytest
 
 from moejax.config import MeshConfig
+from moejax.train import state as state_lib
 from moejax.train import step as step_lib
 from tests.train.conftest import make_batch, make_setup, tiny_config
 
@@ -23,38 +25,34 @@ def test_cross_entropy_by_hand():
   np.testing.assert_allclose(losses[0], [np.log(4), np.log(4 / 3)], rtol=1e-6)
 
 
-@pytest.mark.parametrize("accumulation", [2, 4])
-def test_accumulation_equals_the_large_batch(setup, accumulation):
+def test_accumulation_equals_the_large_batch(setup, gradients):
   """Gradients and every sum agree to float32 rounding, padding of any length.
 
   Microbatches hold different numbers of valid tokens, so a mean of means would
   be off by per cents.
   """
-  params, batch = setup.state()["params"], make_batch(3)
-  key = jax.random.key(7)
+  params, batch = setup.state()["params"], setup.place(make_batch(3))
 
-  def gradients(parts: int):
-    return jax.jit(
-      lambda p, b: step_lib.loss_gradients(setup.model, p, b, key, accumulation=parts)
-    )(params, batch)
+  @jax.jit
+  def in_four(p, b):
+    key = jax.random.key(7)
+    return step_lib.loss_gradients(setup.model, p, b, key, accumulation=4)
 
-  sums, large = gradients(1)
-  micro_sums, micro = gradients(accumulation)
+  sums, large = gradients(params, batch)
+  micro_sums, micro = in_four(params, batch)
   _close(micro, large, atol=1e-6, rtol=1e-5)
   _close(micro_sums, sums, rtol=1e-6, atol=1e-6)
 
 
-def test_padding_and_its_targets_do_not_matter(setup):
+def test_padding_and_its_targets_do_not_matter(setup, gradients):
   """Other tokens behind the end of a row change no sum and no gradient."""
   params, batch = setup.state()["params"], make_batch(4)
   other = copy.deepcopy(batch)
   padding = batch["segment_ids"] == 0
   for name in ("inputs", "targets"):
     other[name][padding] = (other[name][padding] + 1) % 256
-  run = jax.jit(
-    lambda b: step_lib.loss_gradients(setup.model, params, b, jax.random.key(0))
-  )
-  _close(run(other), run(batch), rtol=1e-6, atol=1e-7)
+  expected = gradients(params, setup.place(batch))
+  _close(gradients(params, setup.place(other)), expected, rtol=1e-6, atol=1e-7)
 
 
 def test_the_reported_loss_has_no_aux_terms(setup):
@@ -68,49 +66,41 @@ def test_the_reported_loss_has_no_aux_terms(setup):
 
 
 def test_bytes_are_counted_over_valid_targets(setup):
-  token_bytes = np.arange(264, dtype=np.float32)
-  batch = make_batch(5)
-  sums = step_lib.forward_sums(
-    setup.model, setup.state()["params"], batch, token_bytes=jnp.asarray(token_bytes)
-  )
-  expected = batch["targets"][batch["segment_ids"] > 0].sum()
-  assert float(sums["bytes"]) == expected
+  """A stand-in for the model: what is counted does not depend on it."""
+  batch = setup.place(make_batch(5))
+
+  class Uniform:
+    def __call__(self, params, tokens, **_):
+      logits = jnp.zeros((*tokens.shape, 264))
+      return types.SimpleNamespace(logits=logits, aux={}, stats=None)
+
+  lengths = jnp.arange(264, dtype=jnp.float32)
+  sums = step_lib.forward_sums(Uniform(), {}, batch, token_bytes=lengths)
+  valid = np.asarray(batch["segment_ids"]) > 0
+  assert float(sums["bytes"]) == np.asarray(batch["targets"])[valid].sum()
+  np.testing.assert_allclose(sums["loss"], valid.sum() * np.log(264), rtol=1e-6)
 
 
-class TestNonFinite:
-  """A step that is not finite changes nothing but the counters."""
+def test_a_non_finite_step_is_skipped_and_counted_and_a_good_one_ends_the_row(setup):
+  """Row 5 of the embedding is NaN: only batches that look token 5 up are bad."""
+  bad, good = make_batch(1), make_batch(2)
+  bad["inputs"][0, 0] = 5
+  good["inputs"][good["inputs"] == 5] = 6
+  state = setup.state()
+  table = state["params"]["embedding"]["table"]
+  state["params"]["embedding"]["table"] = table.at[5, 0].set(jnp.nan)
+  before = jax.device_get({k: state[k] for k in ("params", "opt_state")})
 
-  def _poisoned(self, setup):
-    state = setup.state()
-    params = jax.tree.map(lambda p: p, state["params"])
-    table = params["embedding"]["table"]
-    params["embedding"]["table"] = table.at[5, 0].set(jnp.nan)
-    return {**state, "params": params}
+  state, seen = setup.run(state, bad, bad)
+  assert [int(m["bad_in_a_row"]) for m in seen] == [1, 2]
+  assert int(state["step"]) == 2
+  after = jax.device_get({k: state[k] for k in ("params", "opt_state")})
+  jax.tree.map(np.testing.assert_array_equal, after, before)
 
-  def test_it_is_skipped_and_counted_and_good_steps_reset_the_row(self, setup):
-    """Row 5 of the embedding is NaN: only batches that look at token 5 are bad."""
-    bad, good = make_batch(1), make_batch(2)
-    bad["inputs"][0, 0] = 5
-    # The tied head reads every row, so token 5 must also be out of the targets'
-    # softmax; an untied head reads only the rows that are looked up.
-    config = tiny_config()
-    config.model.tie_embeddings = False
-    for name in ("inputs", "targets"):
-      good[name][good[name] == 5] = 6
-    untied = make_setup(config)
-    state = self._poisoned(untied)
-    before = jax.device_get(state["params"])
-    moments = jax.device_get(state["opt_state"])
-    state, seen = untied.run(state, bad, bad)
-    assert [int(m["bad_in_a_row"]) for m in seen] == [1, 2]
-    assert int(state["step"]) == 2
-    jax.tree.map(np.testing.assert_array_equal, jax.device_get(state["params"]), before)
-    after = jax.device_get(state["opt_state"])
-    jax.tree.map(np.testing.assert_array_equal, after, moments)
-    state, [last] = untied.run(state, good)
-    assert (int(last["bad_in_a_row"]), int(last["bad_total"])) == (0, 2)
-    changed = np.asarray(state["params"]["embedding"]["head"])
-    assert not np.array_equal(changed, before["embedding"]["head"])
+  state, [last] = setup.run(state, good)
+  assert (int(last["bad_in_a_row"]), int(last["bad_total"])) == (0, 2)
+  head = np.asarray(state["params"]["embedding"]["head"])
+  assert not np.array_equal(head, before["params"]["embedding"]["head"])
 
 
 def test_a_step_depends_on_state_and_batch_alone(setup):
@@ -129,17 +119,23 @@ def test_a_step_depends_on_state_and_batch_alone(setup):
 
 @pytest.mark.parametrize(
   "mesh",
-  [MeshConfig(data=8), MeshConfig(data=2, fsdp=2, tensor=2)],
-  ids=["data8", "data2_fsdp2_tensor2"],
+  [
+    MeshConfig(data=8),
+    pytest.param(MeshConfig(data=2, fsdp=2, tensor=2), marks=pytest.mark.slow),
+    pytest.param(MeshConfig(data=1, fsdp=2, expert=4), marks=pytest.mark.slow),
+  ],
+  ids=lambda m: f"data{m.data}_fsdp{m.fsdp}_expert{m.expert}_tensor{m.tensor}",
 )
 def test_many_devices_compute_what_one_does(setup, mesh):
   """Same losses and parameters after three steps, to float32 rounding."""
   config = tiny_config()
   config.mesh = mesh
   many = make_setup(config, 8)
+  shapes = state_lib.state_shapes(many.model, many.optimizer, many.mesh)
+  start = jax.device_put(setup.state(), state_lib.shardings_of(shapes))
   batches = [make_batch(s) for s in range(3)]
   one_state, one = setup.run(setup.state(), *batches)
-  many_state, seen = many.run(many.state(), *batches)
+  many_state, seen = many.run(start, *batches)
   for a, b in zip(one, seen, strict=True):
     np.testing.assert_allclose(b["loss"], a["loss"], rtol=2e-5)
     np.testing.assert_allclose(b["grad_norm"], a["grad_norm"], rtol=1e-4)
@@ -150,15 +146,12 @@ def test_many_devices_compute_what_one_does(setup, mesh):
   )
 
 
-def test_optimizer_state_is_cut_like_the_parameters(setup):
+def test_optimizer_state_is_cut_like_the_parameters():
   """Else the moments, twice the parameters, would be held whole by every device."""
   config = tiny_config()
   config.mesh = MeshConfig(data=1, fsdp=8)
   many = make_setup(config, 8)
-  state = many.state()
-  moments = state["opt_state"][0].mu
-  jax.tree.map(lambda p, m: _same(p.sharding, m.sharding), state["params"], moments)
-
-
-def _same(a, b):
-  assert a == b
+  shapes = state_lib.state_shapes(many.model, many.optimizer, many.mesh)
+  cut = state_lib.shardings_of(shapes["params"])
+  assert state_lib.shardings_of(shapes["opt_state"][0].mu) == cut
+  assert any(not s.is_fully_replicated for s in jax.tree.leaves(cut))
