@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from moejax.routing.base import entropy
+from moejax.routing.base import Routing, entropy
 
 
 def _mean_over_valid(
@@ -38,6 +38,17 @@ def balance_loss(
   num_experts = probs.shape[-1]
   fraction = jax.lax.stop_gradient(chosen) / jnp.maximum(jnp.sum(chosen), 1.0)
   return num_experts * jnp.sum(fraction * _mean_over_valid(probs, valid))
+
+
+def first_choices(routing: Routing, valid: Bool[Array, "T"]) -> Float[Array, "E"]:
+  """Valid tokens per expert by their FIRST choice alone, for `balance_loss`.
+
+  GShard's own form of the loss counts these; V-MoE, Praxis, AXLearn's Top2,
+  DeepSpeed's top-2 and Tutel follow it.
+  """
+  first = routing.expert.reshape(valid.shape[0], -1)[:, 0]
+  index = jnp.arange(routing.num_experts, dtype=jnp.int32)[None, :]
+  return jnp.sum(((first[:, None] == index) & valid[:, None]).astype(jnp.float32), axis=0)
 
 
 def z_loss(logits: Float[Array, "T E"], valid: Bool[Array, "T"]) -> Float[Array, ""]:

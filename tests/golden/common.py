@@ -1,0 +1,115 @@
+"""Reading the recorded outputs, and running our routers on their inputs."""
+
+import functools
+import json
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from moejax.routing import losses
+from moejax.routing.base import RouterInputs, RouterOptions, Routing
+from moejax.routing.registry import ROUTERS
+
+FOLDER = Path(__file__).parent / "routing"
+
+
+@functools.cache
+def _index() -> dict[str, dict]:
+  lines = (FOLDER / "index.jsonl").read_text().splitlines()
+  return {record["name"]: record for record in map(json.loads, lines)}
+
+
+@functools.cache
+def _arrays(source: str):
+  return np.load(FOLDER / f"{source}.npz")
+
+
+def names(*prefixes: str) -> list[str]:
+  """Recorded cases whose entry begins with one of the prefixes."""
+  return [name for name in _index() if name.startswith(prefixes)]
+
+
+class Golden:
+  """One recorded case: `g["array"]`, `g.params`, and comparisons that name it."""
+
+  def __init__(self, name: str):
+    self.name = name
+    self.params = _index()[name]["params"]
+    self._file = _arrays(name.split("_")[0])
+
+  def __contains__(self, array: str) -> bool:
+    return f"{self.name}/{array}" in self._file
+
+  def __getitem__(self, array: str) -> np.ndarray:
+    return self._file[f"{self.name}/{array}"]
+
+  def groups(self, array: str, rank: int) -> jax.Array:
+    """With a leading group axis, also where the source has none."""
+    value = jnp.asarray(self[array])
+    return value if value.ndim == rank else value[None]
+
+  def same(self, array: str, got) -> None:
+    """Masks, indices and counts: exactly."""
+    np.testing.assert_array_equal(np.asarray(got).reshape(self[array].shape), self[array])
+
+  def near(self, array: str, got, tolerance: float = 2e-6) -> None:
+    """Values to 2e-6 of the largest; losses and gradients are called with 1e-5."""
+    want = self[array]
+    scale = max(float(np.max(np.abs(want))), 1e-3)
+    got = np.asarray(got).reshape(want.shape)
+    np.testing.assert_allclose(got, want, rtol=tolerance, atol=tolerance * scale)
+
+
+def cotangent(shape) -> jax.Array:
+  """The weights that gradients were recorded with."""
+  n = int(np.prod(shape))
+  return jnp.asarray(np.cos(np.arange(n)).reshape(shape), jnp.float32)
+
+
+def run(router: str, logits, options: RouterOptions, valid=None, key=None, **extra):
+  """[G,T,E] logits through a router, one group after the other, stacked."""
+  valid = jnp.ones(logits.shape[:2], bool) if valid is None else valid
+  parts = [
+    ROUTERS[router].fn(
+      RouterInputs(logits=logits[g], valid=valid[g], key=key, **extra), options
+    )
+    for g in range(logits.shape[0])
+  ]
+  return jax.tree.map(lambda *leaves: jnp.stack(leaves), *parts)
+
+
+def combine(routing: Routing) -> jax.Array:
+  return jax.vmap(Routing.combine_weights)(routing)
+
+
+def mask(routing: Routing) -> jax.Array:
+  return jax.vmap(Routing.dispatch_mask)(routing)
+
+
+def balance(routing: Routing, valid=None, *, first=False, chosen=None) -> jax.Array:
+  """Mean over groups of the balance loss."""
+  shape = routing.probs.shape[:2]
+  valid = jnp.ones(shape, bool) if valid is None else valid
+  if chosen is None:
+    chosen = routing.stats.chosen
+  if first:
+    chosen = jax.vmap(losses.first_choices)(routing, valid)
+  return jnp.mean(jax.vmap(losses.balance_loss)(routing.probs, chosen, valid))
+
+
+def z(logits, valid=None) -> jax.Array:
+  """Mean over groups of the z-loss."""
+  valid = jnp.ones(logits.shape[:2], bool) if valid is None else valid
+  return jnp.mean(jax.vmap(losses.z_loss)(logits, valid))
+
+
+def options_of(g: Golden, **changes) -> RouterOptions:
+  """E, K and C of a case."""
+  base = {
+    "num_experts": g.params["E"],
+    "num_selected": g.params.get("K", 1),
+    "capacity": g.params.get("C"),
+  }
+  return RouterOptions(**{**base, **changes})
