@@ -9,7 +9,7 @@ measurements in docs/speed.md.
 """
 
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Float, Int
 
 from moejax.dispatch.base import ExpertWeights
 from moejax.kernels import permute

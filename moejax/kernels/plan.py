@@ -32,7 +32,7 @@ class Plan:
   """Assignments in the block, at most its size."""
   row: Int[Array, "M"]
   """First of the block's rows in the padded buffer."""
-  bound: Int[Array, "Z+1"]
+  bound: Int[Array, "Bounds"]
   """Blocks of size z are bound[z] <= m < bound[z + 1]."""
   expert_row: Int[Array, "E"]
   """Where each expert's rows start; its assignments are consecutive there."""
