@@ -31,11 +31,6 @@ from absl import flags
 from moejax import cli
 from moejax.errors import UserError
 
-_KILLS = flags.DEFINE_integer("kills", 12, "How often to kill.", lower_bound=1)
-_SEED = flags.DEFINE_integer("seed", 0, "Of the moments.")
-_SMALL = flags.DEFINE_bool("small", True, "A small model on a small generated text.")
-cli.define_config()
-
 SMALL = {
   "data.name": "text",
   "data.sequence_length": 32,
@@ -168,7 +163,7 @@ def losses(workdir: Path) -> dict[int, float]:
 
 def compare(calm: Path, disturbed: Path) -> list[str]:
   """What differs between two finished runs; empty if they are the same, bit for bit."""
-  from tools.inspect_checkpoint import inspect
+  from moejax.train.checkpoint_inspect import inspect
 
   a, b = inspect(calm), inspect(disturbed)
   print(f"undisturbed  step {a['step']}  sha256 {a['sha256']}")
@@ -200,13 +195,20 @@ def write_corpus(directory: Path, rng: random.Random) -> None:
 def train_arguments(root: Path) -> list[str]:
   """The command line of both runs: small values first, then the user's."""
   values = {}
-  if _SMALL.value:
+  if flags.FLAGS["small"].value:
     values = SMALL | {"data.path": root / "corpus", "data.cache_dir": root / "data"}
     write_corpus(root / "corpus", random.Random(0))
   values |= cli.overrides()
   config = flags.FLAGS["config"].value
   as_text = {k: "none" if v is None else str(v) for k, v in values.items()}
   return [f"--config={config}", *(f"--config.{k}={v}" for k, v in as_text.items())]
+
+
+def define_flags() -> None:
+  cli.define_config()
+  flags.DEFINE_integer("kills", 12, "How often to kill.", lower_bound=1)
+  flags.DEFINE_integer("seed", 0, "Of the moments.")
+  flags.DEFINE_bool("small", True, "A small model on a small generated text.")
 
 
 def main() -> int:
@@ -233,19 +235,20 @@ def _prove(root: Path) -> int:
   calm.wait_until(lambda: False)
   print(f"undisturbed run: {time.monotonic() - start:.1f} s", flush=True)
   disturbed = Trainer(workdir=root / "killed", arguments=arguments, cache=root / "jax")
-  done = disturb(disturbed, _KILLS.value, random.Random(_SEED.value), start_up)
+  kills = int(flags.FLAGS.flag_values_dict()["kills"])
+  done = disturb(disturbed, kills, random.Random(flags.FLAGS["seed"].value), start_up)
   problems = compare(calm.workdir, disturbed.workdir)
-  if done < _KILLS.value:
+  if done < kills:
     problems.append(
-      f"the run was done after {done} kills of {_KILLS.value}: "
-      "raise --config.train.num_steps"
+      f"the run was done after {done} kills of {kills}: raise --config.train.num_steps"
     )
   for problem in problems:
-    print(f"DIFFERENT: {problem}" if done == _KILLS.value else f"FAILED: {problem}")
+    print(f"DIFFERENT: {problem}" if done == kills else f"FAILED: {problem}")
   if not problems:
     print(f"identical after {done} kills")
   return 1 if problems else 0
 
 
 if __name__ == "__main__":
+  define_flags()
   cli.run(main)

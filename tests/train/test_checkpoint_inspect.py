@@ -10,10 +10,9 @@ import jax.numpy as jnp
 import pytest
 
 from moejax.errors import UserError
-from moejax.train import fingerprint
+from moejax.train import checkpoint_inspect, fingerprint
 from moejax.train.checkpoint import DIRECTORY
 from tests.train import test_checkpoint as helpers
-from tools import inspect_checkpoint
 
 ROOT = Path(__file__).parents[2]
 
@@ -29,8 +28,8 @@ def test_sha256_is_that_of_the_live_state(tmp_path, optimizer):
   """Named tuples in memory and lists on disk: the same names, order and bytes."""
   state = helpers.make_state(optimizer)
   save(tmp_path, state)
-  report = inspect_checkpoint.inspect(tmp_path)
-  hashed = {key: state[key] for key in inspect_checkpoint.HASHED}
+  report = checkpoint_inspect.inspect(tmp_path)
+  hashed = {key: state[key] for key in checkpoint_inspect.HASHED}
   assert report["sha256"] == fingerprint.sha256(hashed)
   assert report["sha256_all"] == fingerprint.sha256(state)
   assert report["damage"] == []
@@ -44,7 +43,7 @@ def test_sha256_does_not_depend_on_the_mesh_and_does_on_every_bit(tmp_path):
   save(tmp_path / "a", state)
   spread = helpers.make_state(mesh=helpers.make_mesh((4, 2)))
   save(tmp_path / "b", spread)
-  a, b = (inspect_checkpoint.inspect(tmp_path / name) for name in "ab")
+  a, b = (checkpoint_inspect.inspect(tmp_path / name) for name in "ab")
   assert a["sha256"] == b["sha256"]
   assert b["arrays"]["params.moe.w_in"]["sharding"] == (
     "(-, expert, fsdp) on fsdp=4,expert=2"
@@ -64,7 +63,7 @@ def test_equal_experts_have_equal_fingerprints_wherever_they_stand(tmp_path):
     tmp_path / "b",
     state | {"params": state["params"] | {"moe": {"w_in": swapped}}},
   )
-  a, b = (inspect_checkpoint.inspect(tmp_path / name) for name in "ab")
+  a, b = (checkpoint_inspect.inspect(tmp_path / name) for name in "ab")
   first = a["experts"]["params.moe.0"]
   assert len(set(first)) == 4
   assert b["experts"]["params.moe.0"] == [first[1], first[0], *first[2:]]
@@ -79,11 +78,11 @@ def test_damage_is_reported(tmp_path):
   helpers.save_steps(tmp_path, [1, 2])
   one, two = (tmp_path / DIRECTORY / step / "meta" / "metadata" for step in "12")
   two.write_bytes(one.read_bytes())
-  report = inspect_checkpoint.inspect(tmp_path)
+  report = checkpoint_inspect.inspect(tmp_path)
   assert "params.moe.w_in changed" in " ".join(report["damage"])
   (tmp_path / DIRECTORY / "2" / "state" / "manifest.ocdbt").unlink()
   with pytest.raises(UserError, match=r"2 is damaged: .* Choose another --step"):
-    inspect_checkpoint.inspect(tmp_path)
+    checkpoint_inspect.inspect(tmp_path)
 
 
 def test_the_command_prints_one_sha256_line(tmp_path):
@@ -103,9 +102,9 @@ def test_the_command_prints_one_sha256_line(tmp_path):
   done = command(f"--workdir={tmp_path}", "--step=1")
   assert done.returncode == 0, done.stderr
   lines = [line for line in done.stdout.splitlines() if line.startswith("sha256 ")]
-  report = inspect_checkpoint.inspect(tmp_path)
+  report = checkpoint_inspect.inspect(tmp_path)
   assert lines == [f"sha256 {report['sha256']}"]
-  assert inspect_checkpoint.render(report) == done.stdout.rstrip("\n")
+  assert checkpoint_inspect.render(report) == done.stdout.rstrip("\n")
   assert json.loads(json.dumps(report))["sha256"] == report["sha256"]
   done = command(f"--workdir={tmp_path}", "--step=7")
   assert done.returncode == 2 and "--step=7" in done.stderr
