@@ -67,10 +67,20 @@ def main() -> None:
     capacity_factors=factors or (config.moe.eval_capacity_factor,),
     limit=_LIMIT.value,
   )
-  evaluation = {"step": meta["step"], "workdir": str(workdir)} | evaluation
+  # Trained and held-out text are told apart by content: on other text than the run's,
+  # such as another Python version's library, a "validation" document may have been seen.
+  is_same_text = dataset.fingerprint == meta.get("dataset_fingerprint")
+  evaluation = {
+    "step": meta["step"],
+    "workdir": str(workdir),
+    "dataset_fingerprint": dataset.fingerprint,
+    "is_training_dataset": is_same_text,
+  } | evaluation
   evaluation |= perplexity.headline(evaluation, config.moe.eval_capacity_factor)
   console = tables.make_console()
   tables.print_evaluation(console, evaluation)
+  if not is_same_text:
+    console.print("Note: this is not the text the run was trained on.")
   file = output / f"eval_{meta['step']}_{_SPLIT.value}.json"
   _write(file, evaluation)
   if not (_SPLIT.value != "validation" or _LIMIT.value or cli.overrides()):

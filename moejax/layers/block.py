@@ -17,6 +17,7 @@ class CallOptions:
 
   train: bool = static_field()
   capacity_factor: float | None = static_field()
+  return_served: bool = static_field(default=False)
 
 
 @pytree
@@ -64,6 +65,7 @@ class Block(nnx.Module):
       key=key,
       train=options.train,
       capacity_factor=options.capacity_factor,
+      return_served=options.return_served,
     )
     return x + y, aux, cache
 

@@ -45,6 +45,8 @@ class MoEAux:
   """By name: sum over groups of (the group's loss * its valid tokens)."""
   stats: RouterStats
   """Summed over groups."""
+  served: Bool[Array, "*l B S E"] | None = None
+  """Which experts computed each token; only where it was asked for."""
 
 
 class Experts(nnx.Module):
@@ -103,6 +105,7 @@ class MoE(nnx.Module):
     key: Key[Array, ""] | None,
     train: bool,
     capacity_factor: float | None,
+    return_served: bool = False,
   ) -> tuple[Float[Array, "B S D"], MoEAux]:
     num_groups = self._num_groups(x.shape[0], x.shape[1], train, capacity_factor)
     tokens = x.reshape(num_groups, -1, x.shape[-1])
@@ -125,7 +128,10 @@ class MoE(nnx.Module):
     if self.config.num_shared:
       y = y + self.shared(x)
     aux = self._losses(logits, routing, valid)
-    return y, MoEAux(losses=aux, stats=sum_groups(routing.stats))
+    served = None
+    if return_served:
+      served = _served(routing).reshape(*x.shape[:2], self.num_experts)
+    return y, MoEAux(losses=aux, stats=sum_groups(routing.stats), served=served)
 
   def _num_groups(
     self, batch: int, sequence: int, train: bool, capacity_factor: float | None
@@ -198,3 +204,13 @@ class MoE(nnx.Module):
       valid, count = valid.reshape(1, -1), count.sum(keepdims=True)
     balance = jnp.sum(jax.vmap(losses.balance_loss)(probs, chosen, valid) * count)
     return {"balance_loss": balance, "z_loss": z}
+
+
+def _served(routing: Routing) -> Bool[Array, "G T E"]:
+  """Which experts computed each token, whatever kind of router chose them."""
+
+  def group(routing: Routing) -> Bool[Array, "T E"]:
+    served = jnp.zeros(routing.probs.shape, bool)
+    return served.at[routing.token, routing.expert].max(routing.kept)
+
+  return jax.vmap(group)(routing)

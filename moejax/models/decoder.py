@@ -21,7 +21,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Float, Int, Key
+from jaxtyping import Array, Bool, Float, Int, Key
 
 from moejax.config import ModelConfig, MoEConfig
 from moejax.layers.attention import Context, LayerCache, attention_mask
@@ -60,6 +60,8 @@ class DecoderOutput:
   stats: RouterStats | None
   """What the routers did, leading axis the MoE layers in order; None if none."""
   cache: Cache | None
+  served: Bool[Array, "L B S E"] | None = None
+  """Which experts computed each token, L the MoE layers; only where asked for."""
 
 
 class Decoder:
@@ -149,6 +151,7 @@ class Decoder:
     train: bool = False,
     capacity_factor: float | None = _UNSET,
     cache: Cache | None = None,
+    return_served: bool = False,
   ) -> DecoderOutput:
     """Logits of the next token at every position.
 
@@ -161,11 +164,14 @@ class Decoder:
       train: whether routing noise applies and routing groups matter.
       capacity_factor: overrides the configured one; None is dropless.
       cache: keys and values so far; the result holds the grown one.
+      return_served: whether `served` is wanted, for analysis.
     """
     if capacity_factor is _UNSET:
       moe = self.moe
       capacity_factor = moe.capacity_factor if train else moe.eval_capacity_factor
-    options = CallOptions(train=train, capacity_factor=capacity_factor)
+    options = CallOptions(
+      train=train, capacity_factor=capacity_factor, return_served=return_served
+    )
     if segment_ids is None:
       segment_ids = jnp.ones_like(tokens)
     context, cache = self._context(segment_ids, positions, cache)
@@ -177,8 +183,10 @@ class Decoder:
     x, auxes, layers = self._run_blocks(params, x, inputs, key, cache)
     if cache is not None:
       cache = dataclasses.replace(cache, layers=layers)
-    aux, stats = _collect(auxes)
-    return DecoderOutput(logits=embedding.logits(x), aux=aux, stats=stats, cache=cache)
+    aux, stats, served = _collect(auxes)
+    return DecoderOutput(
+      logits=embedding.logits(x), aux=aux, stats=stats, cache=cache, served=served
+    )
 
   def _make_block(self, is_moe: bool) -> Callable[[Key[Array, ""]], Block]:
     return lambda key: Block(self.config, self.moe, is_moe, nnx.Rngs(params=key))
@@ -271,9 +279,12 @@ class Decoder:
 
 def _collect(
   auxes: list[MoEAux],
-) -> tuple[dict[str, Float[Array, ""]], RouterStats | None]:
+) -> tuple[
+  dict[str, Float[Array, ""]], RouterStats | None, Bool[Array, "L B S E"] | None
+]:
   """Joins the parts' MoE layers in order and adds up their losses."""
   if not auxes:
-    return {}, None
+    return {}, None, None
   joined = jax.tree.map(lambda *a: jnp.concatenate(a), *auxes)
-  return {name: jnp.sum(value) for name, value in joined.losses.items()}, joined.stats
+  losses = {name: jnp.sum(value) for name, value in joined.losses.items()}
+  return losses, joined.stats, joined.served
