@@ -44,12 +44,20 @@ def define_config(default: str | None = DEFAULT_CONFIG) -> None:
     default: the config file without --config; None if the program brings a
       config of its own to `get_config`.
   """
-  if "config" in flags.FLAGS:
-    flags.FLAGS.set_default("config", default)
-    return
-  flags.DEFINE_string("config", default, "Config file: a path, or a shipped name.")
-  flags.DEFINE_string("workdir", None, "Directory of the run.")
-  flags.DEFINE_enum("list", None, config_list.LISTS, "Print what there is, and exit.")
+  define = {
+    "config": lambda name: flags.DEFINE_string(
+      name, default, "Config file: a path, or a shipped name."
+    ),
+    "workdir": lambda name: flags.DEFINE_string(name, None, "Directory of the run."),
+    "list": lambda name: flags.DEFINE_enum(
+      name, None, config_list.LISTS, "Print what there is, and exit."
+    ),
+  }
+  # Tests import several programs into one process, where a second definition is an error.
+  for name, make in define.items():
+    if name not in flags.FLAGS:
+      make(name)
+  flags.FLAGS.set_default("config", default)
 
 
 def get_config(base: Config | None = None) -> Config:

@@ -17,8 +17,11 @@ from moejax.config_list import shipped_configs
 
 GOLDENS = pathlib.Path(__file__).resolve().parent.parent / "tests" / "golden" / "configs"
 
-_JSON = flags.DEFINE_bool("json", False, "Print JSON, as in a run's config.json.")
-_UPDATE = flags.DEFINE_bool("update_goldens", False, "Rewrite tests/golden/configs.")
+
+def define_flags() -> None:
+  flags.DEFINE_bool("json", False, "Print JSON, as in a run's config.json.")
+  flags.DEFINE_bool("update_goldens", False, "Rewrite tests/golden/configs.")
+  cli.define_config()
 
 
 def goldens() -> dict[pathlib.Path, str]:
@@ -41,17 +44,16 @@ def update_goldens() -> None:
 
 
 def main() -> None:
-  if _UPDATE.value:
+  if flags.FLAGS["update_goldens"].value:
     update_goldens()
     return
   config = cli.get_config()
-  if _JSON.value:
+  if flags.FLAGS["json"].value:
     print(json.dumps(config_io.to_dict(config), indent=2))
   else:
     print(config_io.dump(config), end="")
 
 
-cli.define_config()
-
 if __name__ == "__main__":
+  define_flags()
   cli.run(main)
