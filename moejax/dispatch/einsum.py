@@ -25,7 +25,7 @@ def einsum(
   activation: str,
 ) -> Float[Array, "G T D"]:
   """Masks in, batched experts, combine weights out. Dropless takes C = T."""
-  mask = jax.vmap(Routing.dispatch_mask)(routing).astype(x.dtype)
+  mask = jax.vmap(Routing.dispatch_weights)(routing).astype(x.dtype)
   combine = jax.vmap(Routing.combine_weights)(routing).astype(x.dtype)
   rows = jnp.einsum("gtec,gtd->egcd", mask, x)
   out = apply_experts(rows, weights, activation)

@@ -7,6 +7,7 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 from moejax.routing import losses
 from moejax.routing.base import RouterInputs, RouterOptions, Routing
@@ -26,9 +27,26 @@ def _arrays(source: str):
   return np.load(FOLDER / f"{source}.npz")
 
 
-def names(*prefixes: str) -> list[str]:
-  """Recorded cases whose entry begins with one of the prefixes."""
-  return [name for name in _index() if name.startswith(prefixes)]
+FAST = {
+  "flaxformer_tokens_masked.k2.bpr.pad.c1",
+  "vmoe_top_items.c1",
+  "vmoe_top_experts.k2.bpr.c1",
+  "vmoe_router.k2.noisy.c1",
+  "tutel_topk.k2.c1",
+  "deepspeed_topk_probs.k2.c1",
+  "praxis_top2.random.c1",
+  "axlearn_bias.grouped.c1",
+  "megatron_sigmoid_bias_groups.c1",
+  "hf_deepseek_v3_block.c1",
+}
+"""One case per source runs always; the others are for the nightly run."""
+
+
+def names(*prefixes: str, leave_out: str = "-") -> list:
+  """Recorded cases whose name begins with one of the prefixes, as test parameters."""
+  chosen = [n for n in _index() if n.startswith(prefixes) and leave_out not in n]
+  slow = pytest.mark.slow
+  return [n if n in FAST else pytest.param(n, marks=slow, id=n) for n in chosen]
 
 
 class Golden:

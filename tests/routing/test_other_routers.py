@@ -19,7 +19,7 @@ from moejax.routing.registry import ROUTERS, check, is_causal
 from moejax.routing.soft import soft
 from tests import reference_routing as reference
 from tests.routing.common import route, skewed_logits
-from tests.routing.test_token_choice import check_order
+from tests.routing.test_token_choice import EIGHT_TOKENS, check_order
 
 
 @pytest.mark.parametrize("num_valid", [12, 3, 0])
@@ -146,6 +146,17 @@ def test_next_best_drops_nothing_while_any_choosable_expert_has_room(case):
   np.testing.assert_array_equal(kept, want.kept)
   np.testing.assert_array_equal(expert[kept], want.expert[kept])
   np.testing.assert_array_equal(np.asarray(got.slot).reshape(8, k), want.slot)
+
+
+def test_the_hand_worked_tables_of_next_best_and_expert_choice():
+  """docs/routing.md: tokens 2 and 4 find room; each expert's two best tokens."""
+  logits = np.log(EIGHT_TOKENS)
+  opts = RouterOptions(num_experts=4, capacity=2, overflow="next_best")
+  got = route("switch", logits, opts)
+  assert got.expert.tolist() == [0, 0, 2, 1, 3, 2, 1, 3]
+  np.testing.assert_allclose(np.asarray(got.gate)[[2, 4]], 0.1, rtol=1e-6)
+  got = route("expert_choice", logits, RouterOptions(num_experts=4, capacity=2))
+  assert got.token.tolist()[:4] == [2, 0, 3, 6] and got.token.tolist()[4::2] == [5, 7]
 
 
 def test_importance_and_load_losses_by_hand():
