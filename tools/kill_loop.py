@@ -130,8 +130,12 @@ def disturb(trainer: Trainer, kills: int, rng: random.Random, start_up: float) -
         running = trainer.wait_until(trainer.saving)
         delay = rng.uniform(0, 0.1)
       case _:
-        what = "at a random moment"
-        running, delay = True, rng.uniform(0, start_up)
+        what = "in the start-up"
+        moment, delay = time.monotonic() + rng.uniform(0, start_up), 0.0
+        # A start with compiled code at hand is quicker: it must not run to the end.
+        running = trainer.wait_until(
+          lambda: time.monotonic() > moment or trainer.newest() > before
+        )
     time.sleep(delay)
     if not running or trainer.ended():
       return done
