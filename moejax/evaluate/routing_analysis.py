@@ -221,6 +221,7 @@ def draw(analysis: dict[str, Any], path: pathlib.Path) -> None:
     )
     axis.set_ylabel(f"layer {layer['layer']}\nexpert")
     axis.set_xticks([])
+    axis.yaxis.get_major_locator().set_params(integer=True)
     figure.colorbar(image, ax=axis, label="load / even load")
   axes[-1].set_xticks(range(len(shown)), [names[i] for i in shown], rotation=90)
   axes[0].set_title(f"Who serves which domain ({analysis['split']})")
