@@ -55,28 +55,19 @@ def grouped(
   """Rows in experts' order, products over exactly those, tokens by index."""
   num_groups, num_tokens, width = x.shape
   num_assignments = routing.expert.size
-  position, order, load = merge_groups(routing)
-  plan = make_plan(load, num_assignments, sizes_for(num_assignments, load.shape[0]))
+  place, order, load = merge_groups(routing)
   group = jnp.arange(num_groups, dtype=jnp.int32)[:, None] * num_tokens
-  token = (routing.token + group).reshape(-1)
-  expert = routing.expert.reshape(-1)
-  start = jnp.cumsum(load) - load
-  place = position + permute.take(plan.expert_row - start, expert)
-  row = jnp.arange(plan.num_rows, dtype=jnp.int32)
-  arrays = Sorted(
-    token=permute.take(token, order),
+  index = jnp.arange(num_assignments, dtype=jnp.int32)
+  moves = permute.Moves(
+    token=(routing.token + group).reshape(-1),
+    place=place,
+    kept=routing.kept.reshape(-1),
     assignment=order,
-    moves=permute.Moves(
-      token=token,
-      place=place,
-      kept=routing.kept.reshape(-1),
-      assignment=jnp.zeros_like(row),  # The loop writes rows itself.
-      used=jnp.zeros(row.shape, bool),
-      num_tokens=num_groups * num_tokens,
-      num_selected=routing.num_selected,
-    ),
-    plan=plan,
-    activation=activation,
+    used=index < jnp.sum(load),
+    num_tokens=num_groups * num_tokens,
+    num_selected=routing.num_selected,
   )
+  plan = make_plan(load, num_assignments, sizes_for(num_assignments))
+  arrays = Sorted(moves=moves, plan=plan, activation=activation)
   y = expert_loop(x.reshape(-1, width), routing.gate.reshape(-1), weights, arrays)
   return y.reshape(x.shape)

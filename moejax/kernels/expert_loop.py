@@ -10,15 +10,15 @@ pass is written by hand: it keeps only the hidden pre-activations, needs no expe
 output for the gate (d gate = <act(h), g W_out^T>), and moves rows by gathers.
 
 Letters: T tokens (all groups), D width, E experts, F expert hidden width, N
-assignments, R rows of the padded buffer.
+assignments, Z rows of a block.
 """
 
-import functools
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from moejax.dispatch.base import ExpertWeights, activate
 from moejax.kernels import permute
@@ -28,55 +28,66 @@ from moejax.types import pytree, static_field
 
 @pytree
 class Sorted:
-  """The assignments of all groups in experts' order, and the way back."""
+  """The assignments of all groups in experts' order."""
 
-  token: Int[Array, "N"]
-  """Token of each position."""
-  assignment: Int[Array, "N"]
-  """Assignment of each position."""
   moves: permute.Moves
-  """Between assignments and the padded rows of `plan`."""
+  """Rows are assignments in experts' order, kept ones first: R = N."""
   plan: Plan
   activation: str = static_field()
 
 
-def _loop(plan: Plan, body: Any, carry: Any) -> Any:
-  """Runs body(block index, size, carry) over all blocks, one loop per size."""
-  for z, size in enumerate(plan.sizes):
-    carry = jax.lax.fori_loop(
-      plan.bound[z], plan.bound[z + 1], functools.partial(body, size), carry
-    )
-  return carry
-
-
 class _Block(NamedTuple):
+  """Some consecutive rows of one expert."""
+
   expert: Int[Array, ""]
-  row: Int[Array, ""]
-  token: Int[Array, "B"]
-  position: Int[Array, "B"]
-  used: Array
+  start: Int[Array, ""]
+  """Of its rows; as many as the block's size, of which `used` are its own."""
+  used: Bool[Array, "Z"]
+  row: Int[Array, "Z"]
+  """Indices of the rows. Padding repeats the last one, so that whatever it holds
+  stays within its expert."""
 
 
-def _block(arrays: Sorted, size: int, m: Array) -> _Block:
-  plan = arrays.plan
-  offset = jnp.arange(size, dtype=jnp.int32)
-  count = plan.count[m]
-  # Padding repeats the block's last row: whatever it holds stays within its expert.
-  position = plan.position[m] + jnp.minimum(offset, count - 1)
-  token = permute.take(arrays.token, position)
-  return _Block(plan.expert[m], plan.row[m], token, position, offset < count)
+def _over_blocks(plan: Plan, body: Callable[[_Block, Any], Any], carry: Any) -> Any:
+  """Runs body(block, carry) over all blocks, one loop per size."""
+  for z, size in enumerate(plan.sizes):
+    offset = jnp.arange(size, dtype=jnp.int32)
+
+    def step(m: Array, carry: Any, offset: Array = offset) -> Any:
+      start, count = plan.position[m], plan.count[m]
+      row = start + jnp.minimum(offset, count - 1)
+      return body(_Block(plan.expert[m], start, offset < count, row), carry)
+
+    carry = jax.lax.fori_loop(plan.bound[z], plan.bound[z + 1], step, carry)
+  return carry
 
 
 def _pick(stack: Array, index: Array) -> Array:
   return jax.lax.dynamic_index_in_dim(stack, index, 0, keepdims=False)
 
 
-def _write(buffer: Array, rows: Array, start: Array) -> Array:
-  return jax.lax.dynamic_update_slice_in_dim(buffer, rows, start, 0)
+def _empty(plan: Plan, num_rows: int, *shape: int, dtype: Any) -> Array:
+  """A buffer of rows, long enough that a block at the very end may stand out."""
+  return jnp.zeros((num_rows + plan.sizes[0], *shape), dtype)
+
+
+def _read(buffer: Array, block: _Block) -> Array:
+  return jax.lax.dynamic_slice_in_dim(buffer, block.start, block.used.shape[0])
+
+
+def _write(buffer: Array, rows: Array, block: _Block) -> Array:
+  """Writes the block's own rows, in place; its padding is another block's place."""
+  used = block.used.reshape(block.used.shape + (1,) * (rows.ndim - 1))
+  rows = jnp.where(used, rows, _read(buffer, block))
+  return jax.lax.dynamic_update_slice_in_dim(buffer, rows, block.start, 0)
 
 
 def _dot(a: Array, b: Array, contract: tuple[int, int]) -> Array:
   return jax.lax.dot_general(a, b, (((contract[0],), (contract[1],)), ((), ())))
+
+
+def _stacks_in(weights: ExpertWeights) -> list[Array]:
+  return [w for w in (weights.w_in, weights.w_gate) if w is not None]
 
 
 @jax.custom_vjp
@@ -87,71 +98,79 @@ def expert_loop(
   arrays: Sorted,
 ) -> Float[Array, "T D"]:
   """Sum over a token's kept assignments of gate * expert(token)."""
-  return _forward(x, gate, weights, arrays)[0]
+  return _forward(x, gate, weights, arrays, keep_hidden=False)[0]
 
 
-def _forward(x, gate, weights, arrays):
-  plan = arrays.plan
-  stacks = [w for w in (weights.w_in, weights.w_gate) if w is not None]
-  hidden = [jnp.zeros((plan.num_rows, w.shape[2]), x.dtype) for w in stacks]
-  out = jnp.zeros((plan.num_rows, x.shape[1]), x.dtype)
+def _forward(
+  x: Array, gate: Array, weights: ExpertWeights, arrays: Sorted, keep_hidden: bool = True
+) -> tuple[Array, Any]:
+  plan, moves = arrays.plan, arrays.moves
+  token = permute.token_of_row(moves)
+  n = token.shape[0]
+  stacks = _stacks_in(weights)
+  hidden = [_empty(plan, n, w.shape[2], dtype=x.dtype) for w in stacks if keep_hidden]
 
-  def body(size, m, carry):
-    *hidden, out = carry
-    block = _block(arrays, size, m)
-    rows = permute.take(x, block.token)
+  def body(block: _Block, carry: tuple[list[Array], Array]) -> Any:
+    hidden, out = carry
+    rows = permute.take(x, permute.take(token, block.row))
     pre = [_dot(rows, _pick(w, block.expert), (1, 0)) for w in stacks]
     act = activate(pre[0], pre[-1], arrays.activation)
     y = _dot(act, _pick(weights.w_out, block.expert), (1, 0))
-    hidden = [_write(h, p, block.row) for h, p in zip(hidden, pre)]
-    return (*hidden, _write(out, y, block.row))
+    # Without hidden to keep, the list is empty and zip stops at once.
+    hidden = [_write(h, p, block) for h, p in zip(hidden, pre)]
+    return hidden, _write(out, y, block)
 
-  *hidden, out = _loop(plan, body, (*hidden, out))
-  y = permute.combine(out, gate, arrays.moves)
-  return y, (x, gate, weights, arrays, tuple(hidden))
+  out = _empty(plan, n, x.shape[1], dtype=x.dtype)
+  hidden, out = _over_blocks(plan, body, (hidden, out))
+  return permute.sum_rows(out, gate, moves), (x, gate, weights, arrays, hidden)
 
 
-def _backward(residuals, dy):
+def _backward(residuals: Any, dy: Array) -> tuple[Array, Array, ExpertWeights, Any]:
   x, gate, weights, arrays, hidden = residuals
-  plan = arrays.plan
-  gate_sorted = permute.take(gate, arrays.assignment).astype(x.dtype)
+  plan, moves = arrays.plan, arrays.moves
+  token = permute.token_of_row(moves)
+  n = token.shape[0]
+  gate_of_row = permute.take_masked(gate, moves.assignment, moves.used).astype(x.dtype)
+  stacks = _stacks_in(weights)
 
-  def act_of(*pre):
+  def act_of(*pre: Array) -> Array:
     return activate(pre[0], pre[-1], arrays.activation)
 
-  def body(size, m, carry):
-    d_rows, d_gate, dw = carry
-    block = _block(arrays, size, m)
-    rows, g = permute.take(x, block.token), permute.take(dy, block.token)
-    scale = jnp.where(block.used, permute.take(gate_sorted, block.position), 0)
-    pre = [jax.lax.dynamic_slice_in_dim(h, block.row, size) for h in hidden]
-    act, pull = jax.vjp(act_of, *pre)
+  def body(block: _Block, carry: Any) -> Any:
+    d_rows, d_gate, d_weights = carry
+    tokens = permute.take(token, block.row)
+    rows, g = permute.take(x, tokens), permute.take(dy, tokens)
+    scale = jnp.where(block.used, permute.take(gate_of_row, block.row), 0)
+    act, pull = jax.vjp(act_of, *(_read(h, block) for h in hidden))
     d_act = _dot(g, _pick(weights.w_out, block.expert), (1, 1))
+    # In float32 whatever the compute dtype: gates are float32.
     dg = jnp.sum(act.astype(jnp.float32) * d_act.astype(jnp.float32), axis=1)
     d_pre = pull(d_act * scale[:, None])
-    d_out = _dot(act, g * scale[:, None], (0, 0))
-    d_in = [_dot(rows, d, (0, 0)) for d in d_pre]
-    stacks = [w for w in (weights.w_in, weights.w_gate) if w is not None]
+    grads = [_dot(act, g * scale[:, None], (0, 0))]
+    grads += [_dot(rows, d, (0, 0)) for d in d_pre]
     d_row = sum(_dot(d, _pick(w, block.expert), (1, 1)) for d, w in zip(d_pre, stacks))
-    new = [_pick(w, block.expert) + d for w, d in zip(dw, [d_out, *d_in])]
-    dw = tuple(_write(w, d[None], block.expert) for w, d in zip(dw, new))
-    return _write(d_rows, d_row, block.row), _write(d_gate, dg, block.row), dw
+    d_weights = [
+      jax.lax.dynamic_update_index_in_dim(
+        w, _pick(w, block.expert) + grad, block.expert, 0
+      )
+      for w, grad in zip(d_weights, grads)
+    ]
+    return _write(d_rows, d_row, block), _write(d_gate, dg, block), d_weights
 
-  stacks = [weights.w_out, weights.w_in]
-  if weights.w_gate is not None:
-    stacks.append(weights.w_gate)
-  init = (
-    jnp.zeros((plan.num_rows, x.shape[1]), x.dtype),
-    jnp.zeros((plan.num_rows,), jnp.float32),
-    tuple(jnp.zeros(w.shape, w.dtype) for w in stacks),
+  d_rows = _empty(plan, n, x.shape[1], dtype=x.dtype)
+  d_gate = _empty(plan, n, dtype=jnp.float32)
+  d_weights = [jnp.zeros(w.shape, w.dtype) for w in (weights.w_out, *stacks)]
+  d_rows, d_gate, d_weights = _over_blocks(plan, body, (d_rows, d_gate, d_weights))
+  return (
+    permute.sum_rows(d_rows, None, moves),
+    permute.take_masked(d_gate, moves.place, moves.kept),
+    ExpertWeights(
+      w_out=d_weights[0],
+      w_in=d_weights[1],
+      w_gate=d_weights[2] if weights.w_gate is not None else None,
+    ),
+    None,
   )
-  d_rows, d_gate, dw = _loop(plan, body, init)
-  moves = arrays.moves
-  dx = permute.sum_over_choices(permute.from_rows(d_rows, moves), moves)
-  d_weights = ExpertWeights(
-    w_out=dw[0], w_in=dw[1], w_gate=dw[2] if len(dw) > 2 else None
-  )
-  return dx, permute.from_rows(d_gate[:, None], moves)[:, 0], d_weights, None
 
 
 expert_loop.defvjp(_forward, _backward)

@@ -41,28 +41,47 @@ def take(array: Array, index: Int[Array, "I"]) -> Array:
   return array.at[index].get(mode="promise_in_bounds")
 
 
-def _masked_rows(array: Array, index: Int[Array, "I"], mask: Bool[Array, "I"]) -> Array:
+def take_masked(array: Array, index: Int[Array, "I"], mask: Bool[Array, "I"]) -> Array:
+  """Rows of `array`, zero where masked, whatever the index is there."""
   # A select, not a product: an unused row may hold anything, NaN included.
-  shape = (mask.shape[0],) + (1,) * (array.ndim - 1)
   rows = take(array, jnp.clip(index, 0, array.shape[0] - 1))
+  shape = mask.shape + (1,) * (array.ndim - 1)
   return jnp.where(mask.reshape(shape), rows, jnp.zeros((), array.dtype))
 
 
-def sum_over_choices(values: Float[Array, "N D"], moves: Moves) -> Float[Array, "T D"]:
-  """Adds each token's assignments; the float32 sum is rounded once."""
+def sum_rows(
+  rows: Float[Array, "R D"], gate: Float[Array, "N"] | None, moves: Moves
+) -> Float[Array, "T D"]:
+  """Sum over a token's kept assignments of (gate *) row, in float32, rounded once."""
   t, k = moves.num_tokens, moves.num_selected
-  wide = values.astype(jnp.float32)
-  if k is not None:
-    return jnp.sum(wide.reshape(t, k, -1), axis=1).astype(values.dtype)
-  total = jnp.zeros((t, values.shape[1]), jnp.float32)
-  return total.at[moves.token].add(wide, mode="promise_in_bounds").astype(values.dtype)
+
+  def term(place: Array, kept: Array, gate: Array | None) -> Array:
+    picked = take_masked(rows, place, kept).astype(jnp.float32)
+    return picked if gate is None else picked * gate[:, None]
+
+  if k is None:
+    total = jnp.zeros((t, rows.shape[1]), jnp.float32)
+    values = term(moves.place, moves.kept, gate)
+    return total.at[moves.token].add(values, mode="promise_in_bounds").astype(rows.dtype)
+  # One gather per choice fuses into one pass; one gather of all choices would write
+  # [T, K, D] first, and touching fresh memory is what costs most here.
+  place, kept = moves.place.reshape(t, k), moves.kept.reshape(t, k)
+  gates = None if gate is None else gate.reshape(t, k)
+  total = term(place[:, 0], kept[:, 0], None if gates is None else gates[:, 0])
+  for i in range(1, k):
+    total += term(place[:, i], kept[:, i], None if gates is None else gates[:, i])
+  return total.astype(rows.dtype)
+
+
+def token_of_row(moves: Moves) -> Int[Array, "R"]:
+  """The token each row serves; anything in [0, T) where unused."""
+  return take(moves.token, jnp.clip(moves.assignment, 0, moves.token.shape[0] - 1))
 
 
 @jax.custom_vjp
 def to_rows(x: Float[Array, "T D"], moves: Moves) -> Float[Array, "R D"]:
   """Copies each assignment's token to its row; unused rows are zero."""
-  token = take(moves.token, jnp.clip(moves.assignment, 0, moves.token.shape[0] - 1))
-  return _masked_rows(x, token, moves.used)
+  return take_masked(x, token_of_row(moves), moves.used)
 
 
 def _to_rows_forward(x: Array, moves: Moves) -> tuple[Array, Moves]:
@@ -70,34 +89,33 @@ def _to_rows_forward(x: Array, moves: Moves) -> tuple[Array, Moves]:
 
 
 def _to_rows_backward(moves: Moves, grad: Array) -> tuple[Array, Any]:
-  picked = _masked_rows(grad, moves.place, moves.kept)
-  return sum_over_choices(picked, moves), None
+  return sum_rows(grad, None, moves), None
 
 
 to_rows.defvjp(_to_rows_forward, _to_rows_backward)
 
 
 @jax.custom_vjp
-def from_rows(rows: Float[Array, "R D"], moves: Moves) -> Float[Array, "N D"]:
-  """Each assignment's row; zero where it has none."""
-  return _masked_rows(rows, moves.place, moves.kept)
-
-
-def _from_rows_forward(rows: Array, moves: Moves) -> tuple[Array, Moves]:
-  return from_rows(rows, moves), moves
-
-
-def _from_rows_backward(moves: Moves, grad: Array) -> tuple[Array, Any]:
-  return _masked_rows(grad, moves.assignment, moves.used), None
-
-
-from_rows.defvjp(_from_rows_forward, _from_rows_backward)
-
-
 def combine(
   rows: Float[Array, "R D"], gate: Float[Array, "N"], moves: Moves
 ) -> Float[Array, "T D"]:
   """Sum over a token's kept assignments of gate * row."""
-  picked = from_rows(rows, moves)
-  weighted = picked.astype(jnp.float32) * gate[:, None]
-  return sum_over_choices(weighted, moves).astype(rows.dtype)
+  return sum_rows(rows, gate, moves)
+
+
+def _combine_forward(rows: Array, gate: Array, moves: Moves) -> tuple[Array, Any]:
+  return combine(rows, gate, moves), (rows, gate, moves)
+
+
+def _combine_backward(residuals: Any, dy: Array) -> tuple[Array, Array, Any]:
+  rows, gate, moves = residuals
+  d_row = take(dy, token_of_row(moves))
+  last = gate.shape[0] - 1
+  gate_of_row = take_masked(gate, jnp.clip(moves.assignment, 0, last), moves.used)
+  product = jnp.sum(rows.astype(jnp.float32) * d_row.astype(jnp.float32), axis=1)
+  d_gate = take_masked(product, moves.place, moves.kept)
+  d_rows = d_row.astype(jnp.float32) * gate_of_row[:, None]
+  return d_rows.astype(rows.dtype), d_gate, None
+
+
+combine.defvjp(_combine_forward, _combine_backward)

@@ -5,8 +5,7 @@ when the step runs. So each load is covered by blocks of a few sizes, chosen fro
 a table made at trace time that minimises rows computed plus a fixed cost per
 block; the kernel then runs one loop per size, whose trip count is dynamic.
 
-Letters: E experts, N assignments, Z block sizes, M most blocks there can be,
-R rows of the padded buffer (every block owns its rows, padding included).
+Letters: E experts, N assignments, Z block sizes, M most blocks there can be.
 """
 
 import functools
@@ -20,6 +19,9 @@ from moejax.types import pytree, static_field
 BLOCK_OVERHEAD = 16
 """Cost of one more block, in rows: reading and packing the expert's weights again."""
 
+SIZES = (512, 256, 192, 128, 96, 64, 48, 32, 16)
+"""Each costs a loop to compile, forward and backward."""
+
 
 @pytree
 class Plan:
@@ -30,27 +32,20 @@ class Plan:
   """First of the block's assignments, in experts' order."""
   count: Int[Array, "M"]
   """Assignments in the block, at most its size."""
-  row: Int[Array, "M"]
-  """First of the block's rows in the padded buffer."""
   bound: Int[Array, "Bounds"]
   """Blocks of size z are bound[z] <= m < bound[z + 1]."""
-  expert_row: Int[Array, "E"]
-  """Where each expert's rows start; its assignments are consecutive there."""
   sizes: tuple[int, ...] = static_field()
-  num_rows: int = static_field()
-  """R."""
 
 
 @functools.cache
-def cover(sizes: tuple[int, ...]) -> tuple[np.ndarray, int]:
+def cover(sizes: tuple[int, ...]) -> np.ndarray:
   """The cheapest multiset of block sizes for each load up to the largest size.
 
   Args:
     sizes: descending.
 
   Returns:
-    counts [largest + 1, Z]: how many blocks of each size cover a load, and the
-    largest number of rows that any load wastes.
+    counts [largest + 1, Z]: how many blocks of each size cover a load.
   """
   largest = sizes[0]
   cost = np.zeros(largest + 1)
@@ -61,15 +56,12 @@ def cover(sizes: tuple[int, ...]) -> tuple[np.ndarray, int]:
     cost[load] = options[best]
     counts[load] = counts[max(0, load - sizes[best])]
     counts[load, best] += 1
-  waste = counts @ np.asarray(sizes) - np.arange(largest + 1)
-  return counts, int(waste.max())
+  return counts
 
 
-def sizes_for(num_rows: int, num_experts: int) -> tuple[int, ...]:
-  """Block sizes worth compiling when N assignments go to E experts, descending."""
-  del num_experts
-  sizes = tuple(s for s in (512, 256, 192, 128, 96, 64, 48, 32, 16) if s < 2 * num_rows)
-  return sizes or (16,)
+def sizes_for(num_rows: int) -> tuple[int, ...]:
+  """Block sizes worth compiling when there are N assignments, descending."""
+  return tuple(s for s in SIZES if s < 2 * num_rows) or SIZES[-1:]
 
 
 def make_plan(
@@ -82,15 +74,13 @@ def make_plan(
     sizes: block sizes, descending.
   """
   num_experts, largest = load.shape[0], sizes[0]
-  table, waste = cover(sizes)
+  table = cover(sizes)
   per_expert = int(table.sum(axis=1).max())
   num_blocks = num_assignments // largest + num_experts * per_expert
   counts = jnp.asarray(table)[load % largest]
   counts = counts.at[:, 0].add(load // largest)
   size = jnp.asarray(sizes, jnp.int32)
   rows = counts * size[None, :]
-  padded = jnp.sum(rows, axis=1)
-  expert_row = jnp.cumsum(padded) - padded
   start = jnp.cumsum(load) - load
   before = jnp.cumsum(rows, axis=1) - rows  # Larger blocks come first in an expert.
   ends = jnp.cumsum(counts.T.reshape(-1))
@@ -107,9 +97,6 @@ def make_plan(
     expert=expert,
     position=start[expert] + offset,
     count=jnp.minimum(size[kind], load[expert] - offset),
-    row=expert_row[expert] + offset,
     bound=bound.astype(jnp.int32),
-    expert_row=expert_row,
     sizes=sizes,
-    num_rows=num_assignments + num_experts * waste,
   )
