@@ -203,7 +203,7 @@ def assign(expert, asked, values, scores, probs, valid, options, to_logits, **dr
       expert, asked, stay + moved, num_experts, options.capacity
     )
   if options.slot_numbering == "arrival":
-    tokens = [(t, c) for t in range(len(kept)) for c in range(kept.shape[1])]
+    tokens = [(t, c) for t in range(len(kept)) for c in range(len(kept[0]))]
     slot, kept, _, load = serve(expert, kept, tokens, num_experts, options.capacity)
   gate, gate_backward = gates_of(raw_gates(), counted, kept, options.renormalize)
 

@@ -172,10 +172,10 @@ def test_importance_and_load_losses_by_hand():
 def test_load_probability_is_the_chance_of_being_chosen():
   """Over 20,000 fresh draws of ONE logit's noise, the expert is chosen as often."""
   rng = np.random.default_rng(0)
-  clean, scale = np.float32([0.3, 0.1, -0.2, 0.5]), 0.4
+  clean, scale = np.array([0.3, 0.1, -0.2, 0.5]), 0.4
   noisy = clean + scale * rng.normal(size=4)
   got = losses.load_probability(
-    jnp.asarray(clean)[None],
+    jnp.asarray(clean, jnp.float32)[None],
     jnp.asarray(noisy, jnp.float32)[None],
     jnp.full((1, 4), scale),
     2,

@@ -116,6 +116,21 @@ CASES = {
   "forced_balance": ("forced_balance", options(num_selected=2, capacity=4)),
   "dense": ("dense", options(num_selected=1)),
 }
+SLOW = {
+  "switch_gate",
+  "top2_gate",
+  "top_k_random",
+  "top_k_all",
+  "top_k_batch_priority",
+  "top_k_next_best_gate",
+  "noisy_fixed",
+  "base_top2",
+  "random",
+  "forced_balance",
+  "dense",
+}
+"""Variations of others, for the nightly run: each case is a compilation."""
+
 NEVER_OVERFLOWS = {"base_top2", "random", "forced_balance"}
 """Cases that may have no drop: balanced by design or by chance."""
 
@@ -157,7 +172,8 @@ def draws(name: str, opts: RouterOptions, key: jax.Array) -> dict:
 
 @pytest.mark.parametrize(
   ("case", "train"),
-  [(case, True) for case in CASES] + [("switch_random", False), ("top2_random", False)],
+  [pytest.param(c, True, marks=[pytest.mark.slow] * (c in SLOW)) for c in CASES]
+  + [("switch_random", False), pytest.param("base", False, marks=pytest.mark.slow)],
 )
 def test_equals_the_oracle(case: str, train: bool):
   """Experts, slots, drops, gates, order, stats and the gates' gradient, with padding."""
