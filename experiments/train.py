@@ -19,7 +19,6 @@ from absl import flags
 from moejax import cli
 from moejax.errors import UserError
 
-cli.define_config()
 _INIT_FROM = flags.DEFINE_string(
   "init_from", "", "Directory of a run whose parameters a new run starts from."
 )
@@ -50,4 +49,5 @@ def main() -> int:
 
 
 if __name__ == "__main__":
+  cli.define_config()
   cli.run(main)

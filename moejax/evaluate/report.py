@@ -7,6 +7,7 @@ Letters: L MoE layers, E experts, R logged steps.
 """
 
 import json
+import logging
 import math
 import pathlib
 from typing import Any
@@ -21,7 +22,7 @@ FILE = "report.png"
 MAX_ROWS = 64
 """Up to so many (layer, expert) pairs get a row over time; more, one map of the end."""
 
-_SMOOTHING = 0.9
+_NAMED_LOADS = (0.25, 0.5, 1.0, 2.0, 4.0)
 
 
 def draw(workdir: pathlib.Path | str) -> pathlib.Path | None:
@@ -43,6 +44,8 @@ def draw(workdir: pathlib.Path | str) -> pathlib.Path | None:
   from matplotlib.figure import Figure
 
   has_load = any("load" in line.get("moe", {}) for line in lines)
+  # Its note about a font cache is nobody's business here.
+  logging.getLogger("matplotlib").setLevel(logging.WARNING)
   figure = Figure(figsize=(13, 5) if has_load else (7, 5), layout="constrained")
   FigureCanvasAgg(figure)
   axes = figure.subplots(1, 2 if has_load else 1, squeeze=False)[0]
@@ -51,6 +54,10 @@ def draw(workdir: pathlib.Path | str) -> pathlib.Path | None:
     image = draw_load(axes[1], lines)
     bar = figure.colorbar(image, ax=axes[1], pad=0.02)
     bar.set_label("load / mean load of the layer")
+    bar.set_ticks(
+      list(_NAMED_LOADS), labels=["1/4 or less", "1/2", "1", "2", "4 or more"]
+    )
+    bar.ax.minorticks_off()
   path = workdir / FILE
   temporary = workdir / (FILE + ".tmp")
   figure.savefig(temporary, format="png", dpi=130)
@@ -88,7 +95,7 @@ def draw_load(axes: Any, lines: list[dict[str, Any]]) -> Any:
   num_layers, num_experts = loads.shape[1:]
   relative = loads * num_experts
   # Log colours: half and double the mean are equally far from white.
-  scale = {"cmap": "RdBu_r", "norm": colors.LogNorm(vmin=1 / 4, vmax=4)}
+  scale = {"cmap": "RdBu_r", "norm": colors.LogNorm(_NAMED_LOADS[0], _NAMED_LOADS[-1])}
   if num_layers * num_experts > MAX_ROWS:
     axes.set(xlabel="expert", ylabel="MoE layer", title="Expert load, last logged step")
     return axes.imshow(
@@ -113,10 +120,12 @@ def draw_load(axes: Any, lines: list[dict[str, Any]]) -> Any:
 def smooth(values: Float[np.ndarray, "R"]) -> Float[np.ndarray, "R"]:
   """Exponential mean, corrected for its start so that it begins on the data."""
   out = np.empty_like(values)
+  # Over about a thirtieth of the curve, so that a short one is not smoothed away.
+  keep = 1.0 - min(1.0, 30.0 / max(len(values), 1))
   mean = weight = 0.0
   for i, value in enumerate(values):
-    mean = _SMOOTHING * mean + (1 - _SMOOTHING) * value
-    weight = _SMOOTHING * weight + (1 - _SMOOTHING)
+    mean = keep * mean + (1 - keep) * value
+    weight = keep * weight + (1 - keep)
     out[i] = mean / weight
   return out
 

@@ -81,10 +81,7 @@ def final_evaluation(run: Run) -> dict[str, Any]:
     capacity_factors=(config.moe.eval_capacity_factor,),
     limit=limit,
   )
-  first = values["results"][0]
-  out = {"loss": first["loss"], "bits_per_byte": first["bits_per_byte"], **values}
-  if "dropped_fraction" in first:
-    out["dropped_fraction"] = first["dropped_fraction"]
+  out = values | perplexity.headline(values, config.moe.eval_capacity_factor)
   # The bytes of all processes' rows: process 0 reads them again by itself.
   if jax.process_index() == 0:
     out["baselines"] = measure_baselines(run.dataset, values, batch_size, limit)

@@ -14,7 +14,7 @@ not.
 """
 
 import pathlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
@@ -37,6 +37,7 @@ def train(
   workdir: pathlib.Path,
   *,
   init_from: str = "",
+  devices: Sequence[jax.Device] | None = None,
   stream: Any = None,
 ) -> dict[str, Any]:
   """Trains, or goes on training, the run in a directory.
@@ -45,6 +46,7 @@ def train(
     config: validated.
     workdir: holds or will hold config.json, metrics.jsonl, checkpoints and the rest.
     init_from: directory of a run whose parameters a new run starts from.
+    devices: to train on; all of them if None.
     stream: where progress goes; standard output if None.
 
   Returns:
@@ -57,15 +59,14 @@ def train(
   """
   workdir = pathlib.Path(workdir)
   try:
-    return _train(config, workdir, init_from, stream)
+    run = setup_lib.set_up(config, workdir, init_from, devices)
+    return _train(run, stream)
   finally:
     workdir_lib.release(workdir)
 
 
-def _train(
-  config: Config, workdir: pathlib.Path, init_from: str, stream: Any
-) -> dict[str, Any]:
-  run = setup_lib.set_up(config, workdir, init_from)
+def _train(run: Run, stream: Any) -> dict[str, Any]:
+  config, workdir = run.config, run.workdir
   reporter = make_reporter(
     config.train.num_steps,
     run.start_step,

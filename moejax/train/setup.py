@@ -6,6 +6,7 @@ locked, then the data, then the model, and the state last, since it costs memory
 
 import dataclasses
 import pathlib
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -46,7 +47,12 @@ class Run:
   """Model FLOPs of training one token, forward and backward."""
 
 
-def set_up(config: Config, workdir: pathlib.Path, init_from: str = "") -> Run:
+def set_up(
+  config: Config,
+  workdir: pathlib.Path,
+  init_from: str = "",
+  devices: Sequence[jax.Device] | None = None,
+) -> Run:
   """Builds or restores a run.
 
   Args:
@@ -54,12 +60,14 @@ def set_up(config: Config, workdir: pathlib.Path, init_from: str = "") -> Run:
     workdir: the run's directory; made if missing.
     init_from: directory of a run whose parameters a new run starts from. A run
       that resumes has its own and does not look there.
+    devices: all of them if None.
 
   Raises:
     ConfigError, UserError: anything the user can mend; nothing is half-written.
   """
-  config_check.validate_devices(config, jax.device_count())
-  mesh = make_mesh(config.mesh)
+  devices = jax.devices() if devices is None else devices
+  config_check.validate_devices(config, len(devices))
+  mesh = make_mesh(config.mesh, devices)
   # Twice: refused before minutes of preparing data, written once they are known.
   workdir_lib.prepare(workdir, config)
   dataset = data.load(config.data, workdir=workdir)
@@ -115,6 +123,7 @@ def _state(
     target = state_lib.state_shapes(model, optimizer, mesh)
     state, _ = checkpointer.restore(target)
     return state, int(state["step"])
+  params = None
   if init_from:
     # Before the state is made: a wrong directory should not cost a compilation.
     shapes = state_lib.state_shapes(model, optimizer, mesh)["params"]
@@ -122,7 +131,7 @@ def _state(
     logging.info("Starting from the parameters of %s.", init_from)
   init = state_lib.make_init(model, optimizer, mesh)
   state = init(jax.random.key(config.train.seed))
-  if init_from:
+  if params is not None:
     state = state_lib.replace_params(state, optimizer, params)
     # So that a resumed run never needs the other directory, or the flag, again.
     checkpointer.save(0, state, position={"step": 0, "seed": config.train.seed})

@@ -39,9 +39,8 @@ class TestSchedules:
     np.testing.assert_allclose(rates, [1.0, 0.85355, 0.5, 0.14645, 0.0], atol=1e-5)
 
   def test_constant_decay_keeps_the_peak_until_the_last_fraction(self):
-    rates = _rates(
-      10, schedule="constant_decay", warmup_steps=2, decay_fraction=0.4, final_fraction=0.0
-    )
+    fields = {"warmup_steps": 2, "decay_fraction": 0.4, "final_fraction": 0.0}
+    rates = _rates(10, schedule="constant_decay", **fields)
     # Constant to step 6 of 10, then four equal steps down to 0.
     expected = [0.5, 1, 1, 1, 1, 1, 0.75, 0.5, 0.25, 0.0]
     np.testing.assert_allclose(rates, expected, atol=1e-6)
