@@ -22,7 +22,8 @@ class DataConfig:
   name: str = "python_stdlib"
   """python_stdlib (embedded), text (your own, with path), or a TFDS name such as lm1b."""
   path: str = ""
-  """name=text: a folder, a file, .jsonl, each also .gz .xz .zst."""
+  """name=text: a folder, a file, .jsonl, each also .gz .xz .zst. With a TFDS name: the
+  directory that holds the prepared set, if not TFDS's own."""
   cache_dir: str = ""
   """Prepared datasets and token caches; empty is ~/.cache/moejax."""
   text_field: str = "text"
@@ -113,7 +114,7 @@ class MoEConfig:
   """per_assignment multiplies by K; per_token (Flaxformer, AXLearn, Praxis) does not."""
   min_capacity: int = 1
   group_size: int = 0
-  """T, tokens per routing group; 0 is one sequence. Capacity and balance are per group."""
+  """T, tokens per routing group, which capacity and balance are for; 0 is one sequence."""
   renormalize: str = "none"
   """Scale a token's K gates to sum 1: none, before_drop or after_drop."""
   priority: str = "arrival"

@@ -25,22 +25,23 @@ from moejax import cli
 from moejax.errors import UserError
 
 _HERE = pathlib.Path(__file__).parent
-_CONFIG = flags.DEFINE_string("config", "configs/default.py", "Config of the MoE run.")
-_WORKDIR = flags.DEFINE_string("workdir", "runs/speedup", "Where the two runs live.")
-_OUTPUT = flags.DEFINE_string("output", str(_HERE), "Where the result is written.")
-_STEPS = flags.DEFINE_integer("num_steps", 0, "Steps of each run; 0 is the config's.")
-_EVALUATE_EVERY = flags.DEFINE_integer("eval_every", 50, "Resolution of the answer.")
-
 VARIANTS = {"moe": (), "dense": ("--config.moe.dense_twin=true",)}
 
 
+def define_flags() -> None:
+  cli.define_config()
+  flags.DEFINE_string("output", str(_HERE), "Where the result is written.")
+  flags.DEFINE_integer("eval_every", 50, "Steps between evaluations: the resolution.")
+
+
 def main() -> int:
-  workdir = pathlib.Path(_WORKDIR.value)
+  cli.get_config()  # Refuses a mistake before the first run starts.
+  workdir = pathlib.Path(flags.FLAGS.workdir or "runs/speedup")
   for name, extra in VARIANTS.items():
     train(workdir / name, extra)
   curves = {name: read_curve(workdir / name / "metrics.jsonl") for name in VARIANTS}
   result = compare(curves)
-  output = pathlib.Path(_OUTPUT.value)
+  output = pathlib.Path(flags.FLAGS.output)
   output.mkdir(parents=True, exist_ok=True)
   (output / "result.json").write_text(json.dumps(result, indent=2) + "\n")
   draw(curves, result, output / "speedup.png")
@@ -53,16 +54,20 @@ def train(workdir: pathlib.Path, extra: tuple[str, ...]) -> None:
   """One run in its own process, so that neither warms caches for the other."""
   command = [
     *(sys.executable, "-m", "experiments.train"),
-    f"--config={_CONFIG.value}",
+    f"--config={flags.FLAGS.config}",
     f"--workdir={workdir}",
-    f"--config.train.eval_every={_EVALUATE_EVERY.value}",
+    *(f"--config.{name}={flag(value)}" for name, value in cli.overrides().items()),
+    f"--config.train.eval_every={flags.FLAGS.eval_every}",
     "--config.train.eval_batches=0",
     *extra,
   ]
-  if _STEPS.value:
-    command.append(f"--config.train.num_steps={_STEPS.value}")
   if code := subprocess.run(command, check=False).returncode:
     raise UserError(f"The run in {workdir} ended with exit code {code}; see above.")
+
+
+def flag(value: Any) -> str:
+  """A value as the command line spells it."""
+  return "none" if value is None else str(value)
 
 
 def read_curve(path: pathlib.Path) -> dict[str, Any]:
@@ -158,4 +163,5 @@ def draw(
 
 
 if __name__ == "__main__":
+  define_flags()
   cli.run(main)
