@@ -25,7 +25,7 @@ def config(**changes) -> Config:
       num_selected=2,
       hidden=16,
       router="top_k",
-      dispatcher="einsum",
+      dispatcher="gather",
       every=1,
     ),
     train=TrainConfig(batch_size=8),
