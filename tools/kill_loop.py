@@ -114,16 +114,19 @@ def disturb(trainer: Trainer, kills: int, rng: random.Random, start_up: float) -
 
   Args:
     trainer: not started.
-    start_up: seconds within which a kill during start-up falls.
+    start_up: seconds from a start to its first checkpoint, at most.
   """
   done = 0
   while done < kills:
     before = trainer.newest()
     trainer.start()
+    began = time.monotonic()
     match done % 3:
       case 0:
         what = "after a checkpoint"
         running = trainer.wait_until(lambda: trainer.newest() > before)
+        # Starts with compiled code at hand are quicker than the first one.
+        start_up = min(start_up, time.monotonic() - began)
         delay = rng.uniform(0, 0.5)
       case 1:
         what = "during a save"
@@ -131,8 +134,7 @@ def disturb(trainer: Trainer, kills: int, rng: random.Random, start_up: float) -
         delay = rng.uniform(0, 0.1)
       case _:
         what = "in the start-up"
-        moment, delay = time.monotonic() + rng.uniform(0, start_up), 0.0
-        # A start with compiled code at hand is quicker: it must not run to the end.
+        moment, delay = began + rng.uniform(0, start_up), 0.0
         running = trainer.wait_until(
           lambda: time.monotonic() > moment or trainer.newest() > before
         )
