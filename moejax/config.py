@@ -114,7 +114,7 @@ class MoEConfig:
   """per_assignment multiplies by K; per_token (Flaxformer, AXLearn, Praxis) does not."""
   min_capacity: int = 1
   group_size: int = 0
-  """T, tokens per routing group, which capacity and balance are for; 0 is one sequence."""
+  """T, tokens per routing group: the scope of capacity and balance; 0 is one sequence."""
   renormalize: str = "none"
   """Scale a token's K gates to sum 1: none, before_drop or after_drop."""
   priority: str = "arrival"
