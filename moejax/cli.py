@@ -11,6 +11,7 @@ by every program that imports its heavy parts inside `main`.
 
 import functools
 import importlib.util
+import logging
 import pathlib
 import sys
 import textwrap
@@ -19,6 +20,7 @@ from collections.abc import Callable
 from typing import Any, TypeVar
 
 from absl import app, flags
+from absl import logging as absl_logging
 
 from moejax import config_io, config_list
 from moejax.config import Config
@@ -157,7 +159,18 @@ def _guarded(function: Callable[[], _T]) -> _T:
     sys.exit(_INTERRUPTED)
 
 
+class _OursOrWarning(logging.Filter):
+  """Libraries are heard from when something is wrong, moejax also when it informs."""
+
+  _package = str(pathlib.Path(__file__).parent)
+
+  def filter(self, record: logging.LogRecord) -> bool:
+    ours = record.pathname.startswith(self._package)
+    return ours or record.levelno >= logging.WARNING
+
+
 def _main_or_list(main: Callable[[], int | None]) -> int | None:
+  absl_logging.get_absl_handler().addFilter(_OursOrWarning())
   what = flags.FLAGS["list"].value if "list" in flags.FLAGS else None
   if what:
     print(config_list.describe(what), end="")
