@@ -8,12 +8,14 @@ Sources: MegaBlocks, arXiv:2211.15841 (dropless as grouped products); the
 measurements in docs/speed.md.
 """
 
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from moejax.dispatch.base import ExpertWeights
 from moejax.kernels import permute
 from moejax.kernels.expert_loop import Sorted, expert_loop
+from moejax.kernels.grouped_matmul import apply_ragged_experts
 from moejax.kernels.plan import make_plan, sizes_for
 from moejax.routing.base import Routing
 
@@ -45,19 +47,14 @@ def merge_groups(
   return position, order, load
 
 
-def grouped(
-  x: Float[Array, "G T D"],
+def sorted_moves(
   routing: Routing,
-  weights: ExpertWeights,
-  *,
-  activation: str,
-) -> Float[Array, "G T D"]:
-  """Rows in experts' order, products over exactly those, tokens by index."""
-  num_groups, num_tokens, width = x.shape
-  num_assignments = routing.expert.size
+) -> tuple[permute.Moves, Int[Array, "E"]]:
+  """The moves of all groups at once, whose rows are assignments in experts' order."""
   place, order, load = merge_groups(routing)
+  num_groups, num_tokens = routing.probs.shape[:2]
   group = jnp.arange(num_groups, dtype=jnp.int32)[:, None] * num_tokens
-  index = jnp.arange(num_assignments, dtype=jnp.int32)
+  index = jnp.arange(order.shape[0], dtype=jnp.int32)
   moves = permute.Moves(
     token=(routing.token + group).reshape(-1),
     place=place,
@@ -67,7 +64,50 @@ def grouped(
     num_tokens=num_groups * num_tokens,
     num_selected=routing.num_selected,
   )
-  plan = make_plan(load, num_assignments, sizes_for(num_assignments))
+  return moves, load
+
+
+def grouped(
+  x: Float[Array, "G T D"],
+  routing: Routing,
+  weights: ExpertWeights,
+  *,
+  activation: str,
+) -> Float[Array, "G T D"]:
+  """The loop over blocks on a CPU, ragged products elsewhere."""
+  if jax.default_backend() == "cpu":
+    return grouped_by_loop(x, routing, weights, activation=activation)
+  return grouped_by_matmul(x, routing, weights, activation=activation)
+
+
+def grouped_by_loop(
+  x: Float[Array, "G T D"],
+  routing: Routing,
+  weights: ExpertWeights,
+  *,
+  activation: str,
+) -> Float[Array, "G T D"]:
+  """Rows in experts' order, one product per block of them; tokens by index."""
+  moves, load = sorted_moves(routing)
+  num_assignments, num_experts = moves.token.shape[0], load.shape[0]
+  plan = make_plan(load, num_assignments, sizes_for(num_assignments, num_experts))
   arrays = Sorted(moves=moves, plan=plan, activation=activation)
-  y = expert_loop(x.reshape(-1, width), routing.gate.reshape(-1), weights, arrays)
-  return y.reshape(x.shape)
+  flat = x.reshape(-1, x.shape[-1])
+  return expert_loop(flat, routing.gate.reshape(-1), weights, arrays).reshape(x.shape)
+
+
+def grouped_by_matmul(
+  x: Float[Array, "G T D"],
+  routing: Routing,
+  weights: ExpertWeights,
+  *,
+  activation: str,
+  implementation: str | None = None,
+) -> Float[Array, "G T D"]:
+  """Rows in experts' order, ragged products over all of them; tokens by index."""
+  moves, load = sorted_moves(routing)
+  rows = permute.to_rows(x.reshape(-1, x.shape[-1]), moves)
+  out = apply_ragged_experts(
+    rows, load, weights, activation, implementation=implementation
+  )
+  return permute.combine(out, routing.gate.reshape(-1), moves).reshape(x.shape)

@@ -13,6 +13,7 @@ Letters: T tokens (all groups), D width, E experts, F expert hidden width, N
 assignments, Z rows of a block.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -66,9 +67,17 @@ def _pick(stack: Array, index: Array) -> Array:
   return jax.lax.dynamic_index_in_dim(stack, index, 0, keepdims=False)
 
 
-def _empty(plan: Plan, num_rows: int, *shape: int, dtype: Any) -> Array:
+def _zeros(shape: tuple[int, ...], dtype: Any, like: Array) -> Array:
+  """Zeros that vary over the mesh axes `like` varies over, as loop carries must."""
+  zeros = jnp.zeros(shape, dtype)
+  varying = tuple(jax.typeof(like).vma)
+  return jax.lax.pcast(zeros, varying, to="varying") if varying else zeros
+
+
+def _rows_buffer(arrays: Sorted, *shape: int, dtype: Any, like: Array) -> Array:
   """A buffer of rows, long enough that a block at the very end may stand out."""
-  return jnp.zeros((num_rows + plan.sizes[0], *shape), dtype)
+  num_rows = arrays.moves.assignment.shape[0] + arrays.plan.sizes[0]
+  return _zeros((num_rows, *shape), dtype, like)
 
 
 def _read(buffer: Array, block: _Block) -> Array:
@@ -106,9 +115,9 @@ def _forward(
 ) -> tuple[Array, Any]:
   plan, moves = arrays.plan, arrays.moves
   token = permute.token_of_row(moves)
-  n = token.shape[0]
   stacks = _stacks_in(weights)
-  hidden = [_empty(plan, n, w.shape[2], dtype=x.dtype) for w in stacks if keep_hidden]
+  buffer = functools.partial(_rows_buffer, arrays, dtype=x.dtype, like=x)
+  hidden = [buffer(w.shape[2]) for w in stacks if keep_hidden]
 
   def body(block: _Block, carry: tuple[list[Array], Array]) -> Any:
     hidden, out = carry
@@ -120,8 +129,7 @@ def _forward(
     hidden = [_write(h, p, block) for h, p in zip(hidden, pre)]
     return hidden, _write(out, y, block)
 
-  out = _empty(plan, n, x.shape[1], dtype=x.dtype)
-  hidden, out = _over_blocks(plan, body, (hidden, out))
+  hidden, out = _over_blocks(plan, body, (hidden, buffer(x.shape[1])))
   return permute.sum_rows(out, gate, moves), (x, gate, weights, arrays, hidden)
 
 
@@ -129,7 +137,6 @@ def _backward(residuals: Any, dy: Array) -> tuple[Array, Array, ExpertWeights, A
   x, gate, weights, arrays, hidden = residuals
   plan, moves = arrays.plan, arrays.moves
   token = permute.token_of_row(moves)
-  n = token.shape[0]
   gate_of_row = permute.take_masked(gate, moves.assignment, moves.used).astype(x.dtype)
   stacks = _stacks_in(weights)
 
@@ -157,9 +164,9 @@ def _backward(residuals: Any, dy: Array) -> tuple[Array, Array, ExpertWeights, A
     ]
     return _write(d_rows, d_row, block), _write(d_gate, dg, block), d_weights
 
-  d_rows = _empty(plan, n, x.shape[1], dtype=x.dtype)
-  d_gate = _empty(plan, n, dtype=jnp.float32)
-  d_weights = [jnp.zeros(w.shape, w.dtype) for w in (weights.w_out, *stacks)]
+  d_rows = _rows_buffer(arrays, x.shape[1], dtype=x.dtype, like=dy)
+  d_gate = _rows_buffer(arrays, dtype=jnp.float32, like=dy)
+  d_weights = [_zeros(w.shape, w.dtype, dy) for w in (weights.w_out, *stacks)]
   d_rows, d_gate, d_weights = _over_blocks(plan, body, (d_rows, d_gate, d_weights))
   return (
     permute.sum_rows(d_rows, None, moves),

@@ -9,6 +9,7 @@ Letters: E experts, N assignments, Z block sizes, M most blocks there can be.
 """
 
 import functools
+import math
 
 import jax.numpy as jnp
 import numpy as np
@@ -19,8 +20,8 @@ from moejax.types import pytree, static_field
 BLOCK_OVERHEAD = 16
 """Cost of one more block, in rows: reading and packing the expert's weights again."""
 
-SIZES = (512, 256, 192, 128, 96, 64, 48, 32, 16)
-"""Each costs a loop to compile, forward and backward."""
+LARGEST = 512
+"""Beyond it a product gains nothing more, and its padding would be larger."""
 
 
 @pytree
@@ -59,9 +60,18 @@ def cover(sizes: tuple[int, ...]) -> np.ndarray:
   return counts
 
 
-def sizes_for(num_rows: int) -> tuple[int, ...]:
-  """Block sizes worth compiling when there are N assignments, descending."""
-  return tuple(s for s in SIZES if s < 2 * num_rows) or SIZES[-1:]
+def sizes_for(num_assignments: int, num_experts: int) -> tuple[int, ...]:
+  """Block sizes worth compiling, descending: at most six, each is one more loop.
+
+  Three stand around the mean load, so that under a balanced router most experts
+  are one block with little padding; the others keep a skewed one cheap.
+  """
+  mean = num_assignments / num_experts
+  near = (math.ceil(fraction * mean / 16) * 16 for fraction in (0.75, 1.0, 1.25))
+  sizes = {LARGEST, 128, 32} | {size for size in near if size <= LARGEST // 2}
+  return tuple(sorted((s for s in sizes if s < 2 * num_assignments), reverse=True)) or (
+    16,
+  )
 
 
 def make_plan(

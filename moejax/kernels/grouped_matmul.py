@@ -1,0 +1,98 @@
+"""One ragged product, several implementations, chosen by platform.
+
+`grouped_matmul(rows, stack, sizes)` multiplies each run of rows with its own
+expert's matrix. On a GPU or TPU the kernels of tokamax (extra `tokamax`) are used
+where they are installed, else `jax.lax.ragged_dot`, and the reason is logged once.
+On a CPU the dispatcher does not come here: a loop over blocks that fuses both
+products (`expert_loop`) is faster there than any product by itself, and the
+`ragged_dot` of XLA:CPU multiplies every row with every expert.
+
+Letters: N rows, D width, F hidden width, E experts.
+"""
+
+import functools
+import logging
+from collections.abc import Callable, Mapping
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from moejax.dispatch.base import ExpertWeights, activate
+
+GroupedMatmul = Callable[[Array, Array, Array], Array]
+
+_logger = logging.getLogger(__name__)
+
+
+def _ragged_dot(rows: Array, stack: Array, sizes: Array) -> Array:
+  return jax.lax.ragged_dot(rows, stack, sizes)
+
+
+def _tokamax(rows: Array, stack: Array, sizes: Array) -> Array:
+  import tokamax  # pyright: ignore[reportMissingImports]  # An extra.
+
+  return tokamax.ragged_dot(rows, stack, sizes)
+
+
+IMPLEMENTATIONS: Mapping[str, GroupedMatmul] = {
+  "ragged_dot": _ragged_dot,
+  "tokamax": _tokamax,
+}
+
+
+@functools.cache
+def choose(platform: str) -> str:
+  """The implementation for this platform; logs once why a kernel is not used."""
+  if platform == "cpu":
+    return "ragged_dot"
+  try:
+    import tokamax  # pyright: ignore[reportMissingImports]  # noqa: F401
+  except Exception as error:  # Beside a missing package: one that refuses this jax.
+    _logger.warning(
+      "grouped_matmul: jax.lax.ragged_dot on %s, because tokamax does not import "
+      "(%s: %s); `pip install tokamax` gives faster kernels.",
+      platform,
+      type(error).__name__,
+      error,
+    )
+    return "ragged_dot"
+  return "tokamax"
+
+
+def grouped_matmul(
+  rows: Float[Array, "N D"],
+  stack: Float[Array, "E D F"],
+  sizes: Int[Array, "E"],
+  *,
+  implementation: str | None = None,
+) -> Float[Array, "N F"]:
+  """Rows of expert e, sizes[e] of them, times stack[e].
+
+  Args:
+    rows: in experts' order; what lies behind the last run belongs to nobody.
+    implementation: a key of IMPLEMENTATIONS; None chooses by the default backend.
+
+  Returns:
+    The products, differentiable in rows and stack; zero behind the last run, which
+    some kernels leave unwritten.
+  """
+  name = implementation or choose(jax.default_backend())
+  out = IMPLEMENTATIONS[name](rows, stack, sizes)
+  owned = jnp.arange(rows.shape[0], dtype=sizes.dtype) < jnp.sum(sizes)
+  return jnp.where(owned[:, None], out, jnp.zeros((), out.dtype))
+
+
+def apply_ragged_experts(
+  rows: Float[Array, "N D"],
+  sizes: Int[Array, "E"],
+  weights: ExpertWeights,
+  activation: str,
+  *,
+  implementation: str | None = None,
+) -> Float[Array, "N D"]:
+  """Every expert on its own run of rows: the ragged twin of `apply_experts`."""
+  product = functools.partial(grouped_matmul, sizes=sizes, implementation=implementation)
+  hidden = product(rows, weights.w_in)
+  gate = None if weights.w_gate is None else product(rows, weights.w_gate)
+  return product(activate(hidden, gate, activation), weights.w_out)
