@@ -178,7 +178,12 @@ class Dataset:
     return pipeline.iterate(source, num_workers=workers, prefetch=prefetch, limit=limit)
 
 
-def load(config: DataConfig, *, workdir: Path | str | None = None) -> Dataset:
+def load(
+  config: DataConfig,
+  *,
+  workdir: Path | str | None = None,
+  like: Path | str | None = None,
+) -> Dataset:
   """Prepares and tokenizes what `config` names, or finds it in the cache.
 
   Args:
@@ -186,6 +191,8 @@ def load(config: DataConfig, *, workdir: Path | str | None = None) -> Dataset:
     workdir: a run's directory. A run that has begun (it has a config.json) keeps the
       tokenizer stored there, whatever text is read; otherwise the tokenizer is
       stored there. None stores it in the cache only.
+    like: directory of another run, whose tokenizer a new run takes over: parameters
+      that are taken over know no other.
 
   Raises:
     ConfigError, UserError: anything wrong with the flags or the text behind them.
@@ -193,7 +200,9 @@ def load(config: DataConfig, *, workdir: Path | str | None = None) -> Dataset:
   _check(config)
   root = cache.cache_root(config.cache_dir)
   source = make_source(config, root)
-  chosen = _stored_tokenizer(config, workdir)
+  chosen = _stored_tokenizer(config, workdir, "--workdir")
+  if chosen is None and like is not None:
+    chosen = _stored_tokenizer(config, like, "--init_from")
   if chosen is None:
     chosen = _make_tokenizer(config, source, root)
   dataset = Dataset(config, chosen, tokens.token_cache(source, chosen, root))
@@ -227,7 +236,9 @@ def _check(config: DataConfig) -> None:
       raise ConfigError(f"--config.data.{name}={value} must not be negative.")
 
 
-def _stored_tokenizer(config: DataConfig, workdir: Path | str | None) -> Tokenizer | None:
+def _stored_tokenizer(
+  config: DataConfig, workdir: Path | str | None, flag: str
+) -> Tokenizer | None:
   # Without config.json no run has begun, and what lies there may be of a run that
   # was refused.
   if workdir is None or not Path(workdir, "config.json").exists():
@@ -235,13 +246,13 @@ def _stored_tokenizer(config: DataConfig, workdir: Path | str | None) -> Tokeniz
   stored = tokenizer.load_tokenizer(workdir)
   if stored.kind != config.tokenizer:
     raise ConfigError(
-      f"--config.data.tokenizer={config.tokenizer!r}, but --workdir={str(workdir)!r}"
-      f" was begun with {stored.kind!r}. Keep that, or choose a new --workdir."
+      f"--config.data.tokenizer={config.tokenizer!r}, but {flag}={str(workdir)!r}"
+      f" was begun with {stored.kind!r}. Keep that, or choose another {flag}."
     )
   if stored.kind == "bpe" and stored.vocab_size != config.vocab_size:
     raise ConfigError(
-      f"--config.data.vocab_size={config.vocab_size}, but --workdir={str(workdir)!r}"
-      f" was begun with {stored.vocab_size}. Keep that, or choose a new --workdir."
+      f"--config.data.vocab_size={config.vocab_size}, but {flag}={str(workdir)!r}"
+      f" was begun with {stored.vocab_size}. Keep that, or choose another {flag}."
     )
   return stored
 

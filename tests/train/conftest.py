@@ -6,6 +6,7 @@ import pathlib
 import jax
 import numpy as np
 import pytest
+from jax.experimental.compilation_cache import compilation_cache as jax_cache
 
 from moejax.config import (
   Config,
@@ -16,6 +17,7 @@ from moejax.config import (
   OptimizerConfig,
   TrainConfig,
 )
+from moejax.data.tokenizer import ByteTokenizer
 from moejax.models.decoder import Decoder
 from moejax.parallel import rules
 from moejax.parallel.mesh import make_mesh
@@ -25,6 +27,7 @@ from moejax.train.optimizer import make_optimizer
 
 CORPUS = pathlib.Path(__file__).parents[1] / "data" / "corpus"
 VOCAB = 264
+TOKEN_BYTES = ByteTokenizer().bytes_per_token.astype(np.float32)
 
 
 def tiny_config(**train) -> Config:
@@ -46,7 +49,11 @@ def tiny_config(**train) -> Config:
     ),
     # The dispatcher that compiles fastest; all are equal (tests/dispatch).
     moe=MoEConfig(num_experts=4, hidden=64, every=2, dispatcher="gather"),
-    optimizer=OptimizerConfig(learning_rate=1e-2, warmup_steps=4),
+    # The one schedule that does not know num_steps: runs of any length share a
+    # compiled step.
+    optimizer=OptimizerConfig(
+      learning_rate=1e-2, warmup_steps=4, schedule="inverse_sqrt"
+    ),
     train=TrainConfig(**(settings | train)),
     mesh=MeshConfig(data=1),
   )
@@ -93,13 +100,15 @@ def make_setup(config: Config, num_devices: int = 1) -> Setup:
     model=model,
     optimizer=optimizer,
     init=state_lib.make_init(model, optimizer, mesh),
-    step=step_lib.make_train_step(model, optimizer, config, mesh),
+    step=step_lib.make_train_step(
+      model, optimizer, config, mesh, token_bytes=TOKEN_BYTES
+    ),
     evaluate=step_lib.make_eval_step(model, mesh, None),
   )
 
 
 @pytest.fixture(scope="session")
-def setup() -> Setup:
+def setup(compilation_cache) -> Setup:
   return make_setup(tiny_config())
 
 
@@ -126,9 +135,12 @@ def compilation_cache(tmp_path_factory):
   before = {name: getattr(jax.config, name) for name in names}
   for name, value in names.items():
     jax.config.update(name, value)
+  # jax looks at the directory once, when it first compiles: that may be past.
+  jax_cache.reset_cache()
   yield directory
   for name, value in before.items():
     jax.config.update(name, value)
+  jax_cache.reset_cache()
 
 
 @pytest.fixture(scope="session")

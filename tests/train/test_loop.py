@@ -16,8 +16,10 @@ import pytest
 
 from moejax import data
 from moejax.evaluate import report
+from moejax.parallel.mesh import make_mesh
 from moejax.train import finish, loop, progress, step_log, writers
 from moejax.train import step as step_lib
+from moejax.train.setup import Run
 from moejax.train.signals import StopRequest
 from tests.train.conftest import tiny_config
 
@@ -121,15 +123,12 @@ def test_too_many_bad_steps_stop_the_run_and_name_the_last_good_checkpoint(
 ):
   """max_bad_steps is 3: the first and second go on, the third raises."""
   checkpointer = types.SimpleNamespace(wait=lambda: True, latest=lambda: 40)
-  run = types.SimpleNamespace(
-    config=config,
-    workdir=tmp_path,
-    start_step=0,
-    checkpointer=checkpointer,
-    flops_per_token=1.0,
-    mesh=types.SimpleNamespace(size=1),
-  )
-  log = step_log.StepLog(run, progress.Silent())  # pyright: ignore[reportArgumentType]
+  # No model and no state: the log must not need them.
+  run = object.__new__(Run)
+  run.config, run.workdir, run.start_step = config, tmp_path, 0
+  run.checkpointer, run.flops_per_token = checkpointer, 1.0
+  run.mesh = make_mesh(config.mesh, jax.devices()[:1])
+  log = step_log.StepLog(run, progress.Silent())
 
   def bad(in_a_row: int):
     numbers = {
