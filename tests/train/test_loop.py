@@ -231,8 +231,8 @@ def test_sigterm_saves_the_same_command_goes_on_and_a_third_call_says_done(
   # A path is not to be lowered, and the run is long enough to be interrupted.
   command += [f"--config.data.path={config.data.path}"]
   command += [f"--config.data.cache_dir={config.data.cache_dir}"]
-  command += ["--config.train.num_steps=400", "--config.train.eval_every=0"]
-  command += ["--config.train.checkpoint_every=0"]
+  command += ["--config.train.num_steps=400", "--config.train.eval_every=1000"]
+  command += ["--config.train.checkpoint_every=1000"]
 
   first = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True)
   deadline = time.monotonic() + 300
