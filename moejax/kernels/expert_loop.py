@@ -69,9 +69,10 @@ def _pick(stack: Array, index: Array) -> Array:
 
 def _zeros(shape: tuple[int, ...], dtype: Any, like: Array) -> Array:
   """Zeros that vary over the mesh axes `like` varies over, as loop carries must."""
-  zeros = jnp.zeros(shape, dtype)
-  varying = tuple(jax.typeof(like).vma)
-  return jax.lax.pcast(zeros, varying, to="varying") if varying else zeros
+  # The scalar takes those axes from `like` under every supported jax, whose own names
+  # for them differ from version to version.
+  zero = jnp.zeros_like(like[:1].reshape(-1)[0], dtype)
+  return jnp.broadcast_to(zero, shape)
 
 
 def _rows_buffer(arrays: Sorted, *shape: int, dtype: Any, like: Array) -> Array:
@@ -155,7 +156,8 @@ def _backward(residuals: Any, dy: Array) -> tuple[Array, Array, ExpertWeights, A
     d_pre = pull(d_act * scale[:, None])
     grads = [_dot(act, g * scale[:, None], (0, 0))]
     grads += [_dot(rows, d, (0, 0)) for d in d_pre]
-    d_row = sum(_dot(d, _pick(w, block.expert), (1, 1)) for d, w in zip(d_pre, stacks))
+    back = [_dot(d, _pick(w, block.expert), (1, 1)) for d, w in zip(d_pre, stacks)]
+    d_row = functools.reduce(jnp.add, back)
     d_weights = [
       jax.lax.dynamic_update_index_in_dim(
         w, _pick(w, block.expert) + grad, block.expert, 0

@@ -8,6 +8,7 @@ so nothing it says passes through jax.
 import dataclasses
 import functools
 import itertools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -88,11 +89,11 @@ def route_expert_choice(key, num_tokens, num_experts, capacity):
   )
 
 
-def _routing(*, num_tokens, num_selected, capacity=None, **fields):
+def _routing(*, num_tokens, num_selected, capacity=None, **fields) -> Routing:
   num_experts = len(fields["load"])
   zero, zeros = jnp.zeros((1,)), jnp.zeros((1, num_experts))
   dtypes = {"gate": jnp.float32, "kept": jnp.bool_}
-  arrays = {
+  arrays: dict[str, Any] = {
     name: jnp.asarray(value, dtypes.get(name, jnp.int32))[None]
     for name, value in fields.items()
   }
