@@ -37,7 +37,7 @@ def train(
   workdir: pathlib.Path,
   *,
   init_from: str = "",
-  devices: Sequence[jax.Device] | None = None,
+  devices: Sequence[Any] | None = None,
   stream: Any = None,
 ) -> dict[str, Any]:
   """Trains, or goes on training, the run in a directory.
@@ -46,7 +46,7 @@ def train(
     config: validated.
     workdir: holds or will hold config.json, metrics.jsonl, checkpoints and the rest.
     init_from: directory of a run whose parameters a new run starts from.
-    devices: to train on; all of them if None.
+    devices: jax devices to train on; all of them if None.
     stream: where progress goes; standard output if None.
 
   Returns:

@@ -51,7 +51,7 @@ def set_up(
   config: Config,
   workdir: pathlib.Path,
   init_from: str = "",
-  devices: Sequence[jax.Device] | None = None,
+  devices: Sequence[Any] | None = None,
 ) -> Run:
   """Builds or restores a run.
 
@@ -60,7 +60,7 @@ def set_up(
     workdir: the run's directory; made if missing.
     init_from: directory of a run whose parameters a new run starts from. A run
       that resumes has its own and does not look there.
-    devices: all of them if None.
+    devices: jax devices; all of them if None.
 
   Raises:
     ConfigError, UserError: anything the user can mend; nothing is half-written.

@@ -2,6 +2,8 @@
 
 import dataclasses
 import pathlib
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import numpy as np
@@ -23,7 +25,7 @@ from moejax.parallel import rules
 from moejax.parallel.mesh import make_mesh
 from moejax.train import state as state_lib
 from moejax.train import step as step_lib
-from moejax.train.optimizer import make_optimizer
+from moejax.train.optimizer import Optimizer, make_optimizer
 
 CORPUS = pathlib.Path(__file__).parents[1] / "data" / "corpus"
 VOCAB = 264
@@ -66,10 +68,10 @@ class Setup:
   config: Config
   mesh: jax.sharding.Mesh
   model: Decoder
-  optimizer: object
-  init: object
-  step: object
-  evaluate: object
+  optimizer: Optimizer
+  init: Callable[..., Any]
+  step: Callable[..., Any]
+  evaluate: Callable[..., Any]
 
   def state(self, seed: int = 0):
     """A fresh state: the step consumes it."""
