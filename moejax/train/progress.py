@@ -67,6 +67,8 @@ def describe(values: dict[str, Any]) -> str:
   parts = []
   if "loss" in values:
     parts.append(f"loss {values['loss']:.3f}")
+  if "validation_loss" in values:
+    parts.append(f"validation {values['validation_loss']:.3f}")
   if "tokens_per_second" in values:
     parts.append(f"{_short(values['tokens_per_second'])} tokens/s")
   if "dropped_fraction" in values:
@@ -127,8 +129,8 @@ class Lines:
   def update(self, step: int, values: dict[str, Any]) -> None:
     self._clock.start(step)
     self._values.update(values)
-    # Not before there is a loss to show.
-    if (step < self._next and step != self._total) or "loss" not in self._values:
+    # Only where there is something new to show.
+    if not values or (step < self._next and step != self._total):
       return
     self._next = step - step % self._every + self._every
     left = self._clock.left(step)
