@@ -11,6 +11,7 @@ import pytest
 from absl import flags
 from absl.testing import flagsaver
 
+from configs import default
 from moejax import cli
 from moejax.config import Config
 from moejax.errors import ConfigError, UserError, did_you_mean, nearest
@@ -193,7 +194,7 @@ def test_a_config_file_of_ones_own_is_read(tmp_path):
 @pytest.mark.parametrize("name", ["default", "default.py", "configs/default.py"])
 def test_shipped_configs_are_found_from_any_directory(tmp_path, monkeypatch, name):
   monkeypatch.chdir(tmp_path)
-  assert cli.load_config(name) == Config()
+  assert cli.load_config(name) == default.get_config()
 
 
 def test_nearest_forgives_hyphens_and_capitals():
