@@ -71,7 +71,7 @@ class Stepper:
       "positions": np.ascontiguousarray(positions),
     }
     before = time.perf_counter()
-    step = make_train_step(model, optimizer, config, mesh)
+    step: Any = make_train_step(model, optimizer, config, mesh)
     self.compiled = step.lower(self.state, self.batch).compile()
     self.compile_seconds = time.perf_counter() - before
 

@@ -1,5 +1,7 @@
 """The decoder: what it may see, and that its ways of running agree."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -14,7 +16,7 @@ MOE = {"num_experts": 4, "hidden": 16, "capacity_factor": None, "dispatcher": "e
 
 
 def make(moe=None, **model):
-  sizes = {"num_layers": 2, "width": 16, "num_heads": 2, "hidden": 32}
+  sizes: dict[str, Any] = {"num_layers": 2, "width": 16, "num_heads": 2, "hidden": 32}
   config = ModelConfig(**sizes | model)
   decoder = Decoder(config, MoEConfig(**MOE | (moe or {})), vocab_size=V)
   return decoder, jax.jit(decoder.init)(jax.random.key(0))
