@@ -19,6 +19,8 @@ REQUIRED = [
   "array_record>=0.8",
   "flax>=0.12.8,<0.13",
   "grain>=0.2.18",
+  # tensorflow-datasets uses it to prepare any set and does not ask for it.
+  "importlib_resources>=6",
   "jax>=0.10.2,<0.13",
   "jaxtyping>=0.3.7",
   "matplotlib>=3.8",
@@ -56,7 +58,7 @@ CUDA = ["jax[cuda12]", "tokamax>=0.0.12"]
 HF = ["huggingface_hub>=0.30", "safetensors>=0.5"]
 
 # Preparing a TFDS set from its catalogue; reading a prepared one needs none of this.
-TFDS = ["apache-beam>=2.60", "importlib_resources>=6"]
+TFDS = ["apache-beam>=2.60"]
 
 setup(
   name="moejax",

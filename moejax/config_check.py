@@ -290,21 +290,17 @@ def _registered(config: Config) -> None:
 
 def _router_options(config: Config) -> None:
   """Asks the router itself, with the capacity of training and that of evaluation."""
-  from moejax.routing.base import RouterOptions
+  from moejax.layers.options import router_options
   from moejax.routing.registry import check
 
   moe = config.moe
-  shared = {f.name for f in dataclasses.fields(RouterOptions)} - {"capacity"}
-  given = {name: getattr(moe, name) for name in shared if hasattr(moe, name)}
-  given["num_experts"] = moe.num_experts * moe.segments
-  given["num_selected"] = moe.num_selected * moe.segments
   # A capacity of 1 stands for any: the number needs the group size, the rules do not.
   slots = None if moe.capacity_factor is None else 1
-  check(moe.router, RouterOptions(**given, capacity=slots))
+  check(moe.router, router_options(moe, slots))
   if moe.eval_capacity_factor is None:
     # Dropless evaluation of a model trained with an overflow policy is no mistake.
-    given["overflow"] = "drop"
-    check(moe.router, RouterOptions(**given))
+    dropless = router_options(moe, None)
+    check(moe.router, dataclasses.replace(dropless, overflow="drop"))
 
 
 def validate_devices(config: Config, num_devices: int) -> None:

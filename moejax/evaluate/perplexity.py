@@ -65,11 +65,6 @@ def parse_capacity_factors(text: str) -> tuple[float | None, ...]:
   return tuple(factors)
 
 
-def factor_name(factor: float | None) -> str:
-  """How a capacity factor is written in tables and file: 1.25, or dropless."""
-  return DROPLESS if factor is None else f"{factor:g}"
-
-
 def make_model(config: Config, vocab_size: int) -> Decoder:
   """The model of an evaluation: routing groups of one sequence, or a part of one."""
   moe = copy.deepcopy(config.moe)

@@ -1,7 +1,7 @@
 """One ragged product, several implementations, chosen by platform.
 
 `grouped_matmul(rows, stack, sizes)` multiplies each run of rows with its own
-expert's matrix. On a GPU or TPU the kernels of tokamax (extra `tokamax`) are used
+expert's matrix. On a GPU or TPU the kernels of tokamax (extra `cuda`) are used
 where they are installed, else `jax.lax.ragged_dot`, and the reason is logged once.
 On a CPU the dispatcher does not come here: a loop over blocks that fuses both
 products (`expert_loop`) is faster there than any product by itself, and the

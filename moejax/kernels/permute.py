@@ -110,8 +110,7 @@ def _combine_forward(rows: Array, gate: Array, moves: Moves) -> tuple[Array, Any
 def _combine_backward(residuals: Any, dy: Array) -> tuple[Array, Array, Any]:
   rows, gate, moves = residuals
   d_row = take(dy, token_of_row(moves))
-  last = gate.shape[0] - 1
-  gate_of_row = take_masked(gate, jnp.clip(moves.assignment, 0, last), moves.used)
+  gate_of_row = take_masked(gate, moves.assignment, moves.used)
   product = jnp.sum(rows.astype(jnp.float32) * d_row.astype(jnp.float32), axis=1)
   d_gate = take_masked(product, moves.place, moves.kept)
   d_rows = d_row.astype(jnp.float32) * gate_of_row[:, None]

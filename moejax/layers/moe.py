@@ -12,8 +12,6 @@ width. With fine-grained experts (m segments) E, K and F here are m*E, m*K, F/m
 (DeepSeekMoE, arXiv:2401.06066, section 3.1).
 """
 
-from typing import Any, cast
-
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -24,10 +22,10 @@ from moejax.dispatch import registry as dispatch_registry
 from moejax.dispatch.base import ExpertWeights
 from moejax.layers import parameter
 from moejax.layers.feed_forward import FeedForward
+from moejax.layers.options import router_options
 from moejax.routing import losses, scores
 from moejax.routing.base import (
   RouterInputs,
-  RouterOptions,
   RouterStats,
   Routing,
   sum_groups,
@@ -171,23 +169,15 @@ class MoE(nnx.Module):
   ) -> Routing:
     num_groups, num_tokens, _ = logits.shape
     moe = self.config
-    options = RouterOptions(
-      num_experts=self.num_experts,
-      num_selected=self.num_selected,
-      capacity=capacity_of(
-        num_tokens,
-        self.num_experts,
-        self.num_selected,
-        capacity_factor,
-        convention=moe.capacity_convention,
-        min_capacity=moe.min_capacity,
-      ),
-      # Plain strings as flags know them; config_check.validate refuses any others.
-      renormalize=cast(Any, moe.renormalize),
-      priority=cast(Any, moe.priority),
-      overflow=cast(Any, moe.overflow),
-      second_policy=cast(Any, moe.second_policy),
+    capacity = capacity_of(
+      num_tokens,
+      self.num_experts,
+      self.num_selected,
+      capacity_factor,
+      convention=moe.capacity_convention,
+      min_capacity=moe.min_capacity,
     )
+    options = router_options(moe, capacity)
     keys = None if key is None else jax.random.split(key, num_groups)
     inputs = RouterInputs(logits=logits, valid=valid, key=keys, token_ids=token_ids)
     return jax.vmap(lambda group: ROUTERS[moe.router].fn(group, options))(inputs)

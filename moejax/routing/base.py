@@ -61,7 +61,8 @@ class Routing:
   expert: Int[Array, "*g N"]
   """The expert that serves it, in [0, E)."""
   slot: Int[Array, "*g N"]
-  """Position in the expert's queue: in [0, C) where kept, C elsewhere (T if dropless)."""
+  """Position in the expert's queue: where kept, exactly 0 .. load - 1 of each expert;
+  elsewhere C (T if dropless)."""
   gate: Float[Array, "*g N"]
   """float32 combine weight; differentiable; 0 where not kept."""
   kept: Bool[Array, "*g N"]

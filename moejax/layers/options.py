@@ -1,0 +1,27 @@
+"""From a layer's configuration to its router's options: the one translation.
+
+The layer that routes and the check that refuses a config both come here, so a
+field that `MoEConfig` and `RouterOptions` share by name reaches both at once.
+"""
+
+import dataclasses
+
+from moejax.config import MoEConfig
+from moejax.routing.base import RouterOptions
+
+
+def router_options(moe: MoEConfig, capacity: int | None) -> RouterOptions:
+  """The router's static choices under this configuration.
+
+  Args:
+    moe: of the layer. Its strings are those that `config_check.validate` let pass.
+    capacity: C, slots per expert; None is dropless.
+
+  Returns:
+    Options whose num_experts and num_selected count fine-grained experts.
+  """
+  shared = {f.name for f in dataclasses.fields(RouterOptions)} - {"capacity"}
+  given = {name: getattr(moe, name) for name in shared if hasattr(moe, name)}
+  given["num_experts"] = moe.num_experts * moe.segments
+  given["num_selected"] = moe.num_selected * moe.segments
+  return RouterOptions(**given, capacity=capacity)
