@@ -57,15 +57,17 @@ def main() -> None:
   model = perplexity.make_model(config, dataset.tokenizer.vocab_size)
   perplexity.check_params(model, params)
 
+  what: dict[str, Any] = {
+    "model": model,
+    "params": params,
+    "dataset": dataset,
+    "split": _SPLIT.value,
+    "mesh": make_mesh(perplexity.choose_mesh(config.mesh)),
+    "batch_size": _BATCH.value or config.train.batch_size,
+    "limit": _LIMIT.value,
+  }
   evaluation = perplexity.evaluate(
-    model,
-    params,
-    dataset,
-    split=_SPLIT.value,
-    mesh=make_mesh(perplexity.choose_mesh(config.mesh)),
-    batch_size=_BATCH.value or config.train.batch_size,
-    capacity_factors=factors or (config.moe.eval_capacity_factor,),
-    limit=_LIMIT.value,
+    capacity_factors=factors or (config.moe.eval_capacity_factor,), **what
   )
   # Trained and held-out text are told apart by content: on other text than the run's,
   # such as another Python version's library, a "validation" document may have been seen.
@@ -87,25 +89,14 @@ def main() -> None:
     _renew(output / "eval.json", evaluation)
   print(file)
   if _ROUTING.value:
-    _analyse_routing(model, params, dataset, config, output, meta["step"])
+    stem = output / f"routing_{meta['step']}_{_SPLIT.value}"
+    _analyse_routing(what, stem, meta["step"])
 
 
-def _analyse_routing(
-  model: Any, params: Any, dataset: Any, config: Any, output: pathlib.Path, step: int
-) -> None:
-  from moejax.evaluate import perplexity, routing_analysis
-  from moejax.parallel.mesh import make_mesh
+def _analyse_routing(what: dict[str, Any], stem: pathlib.Path, step: int) -> None:
+  from moejax.evaluate import routing_analysis
 
-  analysis = routing_analysis.analyse(
-    model,
-    params,
-    dataset,
-    split=_SPLIT.value,
-    mesh=make_mesh(perplexity.choose_mesh(config.mesh)),
-    batch_size=_BATCH.value or config.train.batch_size,
-    limit=_LIMIT.value,
-  )
-  stem = output / f"routing_{step}_{_SPLIT.value}"
+  analysis = routing_analysis.analyse(**what)
   _write(stem.with_suffix(".json"), {"step": step} | analysis)
   routing_analysis.draw(analysis, stem.with_suffix(".png"))
   print(stem.with_suffix(".json"))

@@ -109,15 +109,11 @@ class MoE(nnx.Module):
     tokens = x.reshape(num_groups, -1, x.shape[-1])
     valid = valid.reshape(num_groups, -1)
     token_ids = token_ids.reshape(num_groups, -1)
-    key = key if train else None
-    logits = self._logits(tokens, key)
-    routing = self._route(
-      logits,
-      valid,
-      token_ids.reshape(num_groups, -1),
-      key if train else None,
-      capacity_factor,
-    )
+    jitter_key, router_key = None, None
+    if train and key is not None:
+      jitter_key, router_key = jax.random.split(key)
+    logits = self._logits(tokens, jitter_key)
+    routing = self._route(logits, valid, token_ids, router_key, capacity_factor)
     dispatcher = dispatch_registry.resolve(
       self.config.dispatcher, platform=jax.default_backend(), capacity=routing.capacity
     )
@@ -151,7 +147,7 @@ class MoE(nnx.Module):
     """Router logits, float32 whatever the compute dtype and the chip's default."""
     tokens = tokens.astype(jnp.float32)
     if key is not None and self.config.jitter:
-      tokens = scores.jitter(tokens, jax.random.fold_in(key, 1), self.config.jitter)
+      tokens = scores.jitter(tokens, key, self.config.jitter)
     return jnp.einsum(
       "gtd,de->gte",
       tokens,

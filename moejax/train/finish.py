@@ -41,7 +41,7 @@ def finish(run: Run, reporter: Reporter) -> dict[str, Any]:
     write_json(run.workdir / EVAL_FILE, result)
     picture = report.draw(run.workdir)
     reporter.close()
-    reporter.message(summary(run.workdir, result, picture))
+    reporter.message(summary(run, result, picture))
   return result | {"status": "done", "exit_code": 0}
 
 
@@ -57,7 +57,7 @@ def already_done(run: Run, reporter: Reporter) -> dict[str, Any]:
     f"Already done: {run.workdir} is at step {run.start_step} of "
     f"{run.config.train.num_steps}. A larger --config.train.num_steps goes on from there."
   )
-  reporter.message(summary(run.workdir, result, picture))
+  reporter.message(summary(run, result, picture))
   return result | {"status": "already_done", "exit_code": 0}
 
 
@@ -134,9 +134,7 @@ def sample(run: Run) -> dict[str, str] | None:
   return {"prompt": prompt, "continuation": generated.completions[0].text}
 
 
-def summary(
-  workdir: pathlib.Path, result: dict[str, Any], picture: pathlib.Path | None
-) -> str:
+def summary(run: Run, result: dict[str, Any], picture: pathlib.Path | None) -> str:
   """The lines a run ends with."""
   lines = [""]
   if "loss" in result:
@@ -147,8 +145,11 @@ def summary(
   if result.get("sample"):
     text = result["sample"]["prompt"] + "|" + result["sample"]["continuation"]
     lines += ["", "sample (after the |):", *(f"  {t}" for t in text.splitlines())]
+  workdir = run.workdir
+  # Not simply the last step's: a full disk may have kept that one from being saved.
+  saved = run.checkpointer.latest()
   paths = {
-    "checkpoint": workdir / checkpoint.DIRECTORY / str(result["step"]),
+    "checkpoint": None if saved is None else workdir / checkpoint.DIRECTORY / str(saved),
     "logs": workdir / writers.METRICS_FILE,
     "evaluation": workdir / EVAL_FILE,
     "picture": picture,

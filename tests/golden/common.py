@@ -80,6 +80,9 @@ class Golden:
     np.testing.assert_allclose(got, want, rtol=tolerance, atol=tolerance * scale)
 
 
+KEY = jax.random.key(0)
+
+
 def cotangent(shape) -> jax.Array:
   """The weights that gradients were recorded with."""
   n = int(np.prod(shape))
@@ -131,3 +134,30 @@ def options_of(g: Golden, **changes) -> RouterOptions:
     "capacity": g.params.get("C"),
   }
   return RouterOptions(**{**base, **changes})
+
+
+def give(monkeypatch, function: str, values) -> None:
+  """Replaces jax.random.`function` by recorded draws, one group after the other."""
+  state = {"next": 0}
+
+  def draw(*args, **kwargs):
+    state["next"] += 1
+    return jnp.asarray(values[(state["next"] - 1) % len(values)])
+
+  monkeypatch.setattr(f"jax.random.{function}", draw)
+
+
+def check_gradients(g: Golden, route, first: bool, valid=None) -> None:
+  """Compares the gradients of the combine weights, and of the balance loss."""
+  logits = g.groups("logits", 3)
+
+  def combined(logits):
+    out = combine(route(logits))[..., : g.params["C"]]
+    return jnp.sum(out * cotangent(out.shape))
+
+  def aux(logits):
+    return balance(route(logits), valid, first=first)
+
+  g.near("grad_logits_combine", jax.grad(combined)(logits), 1e-5)
+  if "grad_logits_aux" in g:
+    g.near("grad_logits_aux", jax.grad(aux)(logits), 1e-5)

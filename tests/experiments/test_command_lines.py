@@ -1,0 +1,119 @@
+"""The three programs as a user calls them: real processes on a run they left."""
+
+import json
+import pathlib
+import subprocess
+import sys
+
+import pytest
+
+CORPUS = pathlib.Path(__file__).parents[1] / "data" / "corpus"
+TINY = (
+  "data.name=text",
+  f"data.path={CORPUS}",
+  "data.tokenizer=bytes",
+  "data.sequence_length=32",
+  "model.num_layers=2",
+  "model.width=32",
+  "model.num_heads=2",
+  "model.hidden=64",
+  "moe.num_experts=4",
+  "moe.hidden=64",
+  "moe.group_size=0",
+  "train.num_steps=4",
+  "train.batch_size=8",
+  "train.eval_every=2",
+  "train.checkpoint_every=2",
+)
+
+
+def call(program: str, *args: str, code: int = 0) -> str:
+  """What it prints: standard output of a success, standard error of a refusal."""
+  command = [sys.executable, "-m", program, *args]
+  done = subprocess.run(command, capture_output=True, text=True, timeout=600)
+  assert done.returncode == code, done.stdout + done.stderr
+  return done.stdout if code == 0 else done.stderr
+
+
+@pytest.fixture(scope="module")
+def workdir(tmp_path_factory) -> str:
+  """A finished run of four steps."""
+  directory = tmp_path_factory.mktemp("run")
+  cache = tmp_path_factory.mktemp("cache")
+  call(
+    "experiments.train",
+    f"--workdir={directory}",
+    f"--config.data.cache_dir={cache}",
+    *(f"--config.{setting}" for setting in TINY),
+  )
+  return str(directory)
+
+
+def test_evaluate_needs_only_the_directory(workdir):
+  """Every factor asked for is on screen and in the file named by step and split."""
+  printed = call(
+    "experiments.evaluate",
+    f"--workdir={workdir}",
+    "--split=test",
+    "--eval_capacity_factor=0.5,dropless",
+    "--routing",
+  )
+  result = json.loads((pathlib.Path(workdir) / "eval_4_test.json").read_text())
+  by_factor = {r["eval_capacity_factor"]: r for r in result["results"]}
+  assert by_factor[0.5]["dropped_fraction"] > 0.2
+  assert by_factor["dropless"]["dropped_fraction"] == 0
+  for factor, values in by_factor.items():
+    assert str(factor) in printed and f"{values['loss']:.4f}" in printed
+    domains = values["domains"].values()
+    total = sum(d["loss"] * d["tokens"] for d in domains)
+    assert total / values["tokens"] == pytest.approx(values["loss"], rel=1e-9)
+  assert (pathlib.Path(workdir) / "routing_4_test.png").exists()
+
+
+def test_an_earlier_step_is_another_model(workdir):
+  """--step names the checkpoint; the newest is what the end of training evaluated."""
+  call("experiments.evaluate", f"--workdir={workdir}")
+  call("experiments.evaluate", f"--workdir={workdir}", "--step=2")
+  folder = pathlib.Path(workdir)
+  newest = json.loads((folder / "eval_4_validation.json").read_text())
+  earlier = json.loads((folder / "eval_2_validation.json").read_text())
+  final = json.loads((folder / "eval.json").read_text())
+  assert earlier["loss"] != newest["loss"]
+  assert earlier["tokens"] == newest["tokens"]
+  # Evaluating the earlier step last made it what eval.json speaks of.
+  assert final["step"] == 2 and final["loss"] == earlier["loss"]
+
+
+def test_generate_continues_the_prompt(workdir):
+  """The same seed gives the same samples, each of which begins with the prompt."""
+  args = (f"--workdir={workdir}", "--prompt=def f(", "--max_tokens=8", "--num_samples=2")
+  first, second = (call("experiments.generate", *args) for _ in range(2))
+  samples = first.split("--- step 4")[0]
+  assert samples == second.split("--- step 4")[0]
+  assert samples.count("def f(") == 2 and "tokens/s" in first
+
+
+@pytest.mark.parametrize(
+  ("program", "args", "names"),
+  [
+    ("evaluate", ["--step=3"], ["step 3", "2, 4"]),
+    ("evaluate", ["--eval_capacity_factor=0"], ["--eval_capacity_factor=0"]),
+    ("evaluate", ["--config.model.width=64"], ["width", "checkpoint"]),
+    ("generate", ["--prompt=" + "x" * 40], ["--prompt", "32"]),
+    ("generate", ["--temprature=1"], ["--temprature", "temperature"]),
+    ("generate", ["--temperature=-1"], ["--temperature=-1"]),
+  ],
+)
+def test_mistakes_are_refused_by_name(workdir, program, args, names):
+  """Exit code 2, and one message that has the flag, the value and what to do."""
+  error = call(f"experiments.{program}", f"--workdir={workdir}", *args, code=2)
+  assert "Traceback" not in error
+  for name in names:
+    assert name in error
+
+
+@pytest.mark.parametrize("program", ["evaluate", "generate"])
+def test_a_directory_without_a_run_is_refused(program, tmp_path):
+  """It is named, and nothing is written there."""
+  error = call(f"experiments.{program}", f"--workdir={tmp_path}", code=2)
+  assert str(tmp_path) in error and not list(tmp_path.iterdir())
