@@ -44,9 +44,11 @@ def main() -> None:
   # jax is imported after the flags are known to be right.
   from moejax import data
   from moejax.evaluate import perplexity, tables
+  from moejax.parallel import host_memory
   from moejax.parallel.mesh import make_mesh
   from moejax.train.checkpoint import restore_params
 
+  host_memory.keep_freed_pages()
   workdir = _workdir()
   output = _writable(pathlib.Path(_OUTPUT.value or workdir))
   factors = perplexity.parse_capacity_factors(_FACTORS.value) if _FACTORS.value else None

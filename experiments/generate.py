@@ -25,9 +25,6 @@ _TOP_K = flags.DEFINE_integer("top_k", 0, "Only the k most probable; 0 is off.")
 _TOP_P = flags.DEFINE_float("top_p", 1.0, "Only the most probable mass p; 1 is off.")
 _SEED = flags.DEFINE_integer("seed", 0, "Same seed, same samples.")
 _NUM_SAMPLES = flags.DEFINE_integer("num_samples", 1, "Samples of each prompt.")
-_ALLOW_NON_CAUSAL = flags.DEFINE_bool(
-  "allow_non_causal", False, "Sample even if the router looks at later tokens."
-)
 
 
 def main() -> None:
@@ -35,8 +32,10 @@ def main() -> None:
   from moejax.data.tokenizer import load_tokenizer
   from moejax.evaluate import generation
   from moejax.models.decoder import Decoder
+  from moejax.parallel import host_memory
   from moejax.train.checkpoint import restore_params
 
+  host_memory.keep_freed_pages()
   if not flags.FLAGS.workdir:
     raise UserError("--workdir=DIR is missing: give the directory of a run.")
   workdir = pathlib.Path(flags.FLAGS.workdir)
@@ -57,7 +56,6 @@ def main() -> None:
     top_p=_TOP_P.value,
     seed=_SEED.value,
     num_samples=_NUM_SAMPLES.value,
-    allow_non_causal=_ALLOW_NON_CAUSAL.value,
   )
   for number, sample in enumerate(generated.completions):
     if len(generated.completions) > 1:

@@ -33,9 +33,10 @@ def main() -> int:
 
   # ------------------------------------------------------------------------ devices
   # After the configuration: a mistake there should not cost the import of jax.
-  from moejax.parallel import distributed
+  from moejax.parallel import distributed, host_memory
 
   distributed.initialize()
+  host_memory.keep_freed_pages()
 
   # ----------------------------------------------------------------------- training
   from moejax.train import loop, step_log

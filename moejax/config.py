@@ -114,21 +114,58 @@ class MoEConfig:
   """per_assignment multiplies by K; per_token (Flaxformer, AXLearn, Praxis) does not."""
   min_capacity: int = 1
   group_size: int = 0
-  """T, tokens per routing group: the scope of capacity and balance; 0 is one sequence."""
+  """T, tokens per routing group: the scope of capacity and balance; 0 is one sequence,
+  -1 the whole batch."""
   renormalize: str = "none"
   """Scale a token's K gates to sum 1: none, before_drop or after_drop."""
+  gate_scale: float = 1.0
+  """Multiplies every gate at the end (DeepSeek's routed_scaling_factor)."""
   priority: str = "arrival"
   """Who gets a slot first: arrival, gate or random."""
+  slot_order: str = "choice_major"
+  """How a token's choices queue: choice_major (all first choices before any second),
+  token_major, by_gate, or batch_priority (choice_major with priority=gate)."""
+  slot_numbering: str = "queue"
+  """Slots are numbered as given out (queue), or in token order (arrival)."""
   overflow: str = "drop"
+  """drop, or next_best: the token's next-best expert that has room."""
   second_policy: str = "all"
   """Router top2: the second expert is taken always (all), or at random with
   probability min(1, 2*g2) (random), or sampled from the rest (sample)."""
+  num_expert_groups: int = 1
+  """Routers group_limited, sigmoid_bias: experts stand in so many equal groups."""
+  num_selected_groups: int = 1
+  """A token chooses within so many best groups."""
+  group_best: int = 1
+  """A group's score sums so many of its best experts: 1 DeepSeek-V2, 2 DeepSeek-V3."""
+  bias_update_rate: float = 0.001
+  """Router sigmoid_bias: how far a step moves each expert's bias (DeepSeek-V3)."""
+  noise: str = "learned"
+  """Router noisy_top_k: learned scale (Shazeer), or fixed at noise_std / E (V-MoE)."""
+  noise_std: float = 1.0
+  hash_table: str = "random"
+  """Router hash: vocabulary ids spread at random, or balanced by corpus frequency."""
+  sinkhorn_iterations: int = 30
+  """Router base: at most so many."""
+  sinkhorn_tolerance: float = 1e-4
   jitter: float = 0.0
   """Switch input jitter: the router sees x * uniform(1-j, 1+j) in training."""
+  expert_dropout: float = 0.0
+  """In training, this fraction of each layer's experts takes no token, new each step."""
+  allow_future_leak: bool = False
+  """Generate even if the router looks at later tokens (expert_choice, base, soft)."""
   balance_weight: float = 0.01
   balance_scope: str = "group"
   """group: per routing group, exact under accumulation; batch: over the whole batch."""
   z_weight: float = 0.001
+  importance_weight: float = 0.01
+  """Router noisy_top_k: CV^2 of the summed gates; load_weight: of the smooth load."""
+  load_weight: float = 0.01
+  device_weight: float = 0.05
+  """Router group_limited: balance between groups; communication_weight: of sends."""
+  communication_weight: float = 0.02
+  entropy_weight: float = 0.0
+  """Above 0 rewards, below 0 punishes, spread-out probabilities of a token."""
   router_init_scale: float = 0.1
   """Switch, section 2.4, uses 0.1 of the usual scale."""
 

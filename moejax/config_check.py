@@ -227,6 +227,27 @@ def _groups_divide_microbatch(c: Config) -> str | None:
     )
 
 
+def _soft_has_fixed_slots(c: Config) -> str | None:
+  moe = c.moe
+  if moe.router != "soft" or moe.dense_twin:
+    return None
+  if moe.capacity_factor != moe.eval_capacity_factor:
+    return (
+      f"{_flags(c, 'moe.capacity_factor', 'moe.eval_capacity_factor')}: the slots of "
+      "router soft are learned, so both must be the same number."
+    )
+  if moe.group_size <= 0 or c.data.sequence_length % moe.group_size:
+    return (
+      f"{_flags(c, 'moe.group_size', 'data.sequence_length')}: the slots of router soft "
+      "belong to a group of fixed size. Give group_size a divisor of the sequence."
+    )
+  if moe.dispatcher in ("gather", "grouped"):
+    return (
+      f"--config.moe.dispatcher={moe.dispatcher} moves whole tokens, and router soft "
+      "mixes them into slots. Use einsum or auto."
+    )
+
+
 def _one_mesh_axis_is_free(c: Config) -> str | None:
   sizes = {a: getattr(c.mesh, a) for a in ("data", "fsdp", "expert", "tensor")}
   zero = [f"--config.mesh.{a}=0" for a, size in sizes.items() if size == 0]
@@ -254,12 +275,9 @@ RULES: tuple[Callable[[Config], str | None], ...] = (
   _accumulation_divides_batch,
   _accumulation_balances_groups,
   _groups_divide_microbatch,
+  _soft_has_fixed_slots,
   _one_mesh_axis_is_free,
 )
-
-
-SUPPLIED: frozenset[str] = frozenset()
-"""Of `RouterSpec.needs`, what the decoder's MoE layer gives to a router."""
 
 
 def _registered(config: Config) -> None:
@@ -276,14 +294,6 @@ def _registered(config: Config) -> None:
       f"{_flags(config, 'moe.router', 'moe.num_selected', 'moe.segments')}: this router "
       f"chooses {fixed} per token, and num_selected * segments is {chosen}. Change them, "
       "or use --config.moe.router=top_k."
-    )
-  missing = sorted(set(spec.needs) - SUPPLIED)
-  if missing:
-    usable = [name for name, other in ROUTERS.items() if set(other.needs) <= SUPPLIED]
-    raise ConfigError(
-      f"--config.moe.router={moe.router} needs {' and '.join(missing)}, which the "
-      "decoder does not make; it can be called as a function. Choose from "
-      f"{', '.join(usable)}."
     )
   _router_options(config)
 

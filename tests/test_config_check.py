@@ -67,8 +67,8 @@ REFUSED = [
   (dict(optimizer__final_fraction=1.5), "--config.optimizer.final_fraction=1.5"),
   (dict(train__num_steps=0), "--config.train.num_steps=0"),
   (dict(train__batch_size=0), "--config.train.batch_size=0"),
-  (dict(train__eval_every=0), "--config.train.eval_every=0"),
-  (dict(train__checkpoint_every=0), "--config.train.checkpoint_every=0"),
+  (dict(train__eval_every=-1), "--config.train.eval_every=-1"),
+  (dict(train__checkpoint_every=-1), "--config.train.checkpoint_every=-1"),
   (dict(train__keep_last=0), "--config.train.keep_last=0"),
   (dict(train__seed=-1), "--config.train.seed=-1"),
   # Names, with the nearest valid one.
@@ -208,19 +208,58 @@ def test_choices_are_those_of_the_code_that_reads_them():
 
 
 @pytest.mark.parametrize("router", ROUTERS)
-def test_every_registered_router_passes_or_says_what_it_lacks(router):
+def test_every_registered_router_passes(router):
   """A router is selected by its name alone, once it is in the registry."""
   spec = ROUTERS[router]
-  config = make(
-    moe__router=router,
-    moe__num_selected=spec.num_selected or 2,
-    moe__eval_capacity_factor=2.0 if spec.needs_capacity else None,
-  )
-  missing = set(spec.needs) - config_check.SUPPLIED
-  if missing:
-    assert all(name in refusal(config) for name in missing)
-  else:
-    config_check.validate(config)
+  fields = {"moe__num_selected": spec.num_selected or 2}
+  if spec.needs_capacity:
+    fields |= {"moe__capacity_factor": 2.0, "moe__eval_capacity_factor": 2.0}
+  if router == "soft":
+    fields |= {"moe__group_size": 32, "data__sequence_length": 64}
+  config_check.validate(make(moe__router=router, **fields))
+
+
+SOFT = dict(
+  moe__router="soft",
+  moe__num_selected=2,
+  moe__capacity_factor=1.0,
+  moe__eval_capacity_factor=1.0,
+  moe__group_size=32,
+  data__sequence_length=64,
+)
+
+
+@pytest.mark.parametrize(
+  ("fields", "part"),
+  [
+    (dict(moe__eval_capacity_factor=2.0), "must be the same number"),
+    (dict(moe__group_size=0), "group of fixed size"),
+    (dict(moe__group_size=128, train__batch_size=16), "group of fixed size"),
+    (dict(moe__dispatcher="gather"), "--config.moe.dispatcher=gather"),
+  ],
+)
+def test_soft_needs_slots_that_stay(fields, part):
+  """Its slots are parameters, so group, capacity and dispatcher must fit them."""
+  assert part in refusal(make(**(SOFT | fields)))
+
+
+@pytest.mark.parametrize(
+  ("fields", "part"),
+  [
+    (dict(moe__num_expert_groups=3), "does not divide the 8 experts"),
+    (dict(moe__num_expert_groups=4, moe__num_selected_groups=5), "not in 1..4"),
+    (
+      dict(moe__num_expert_groups=4, moe__num_selected_groups=1, moe__num_selected=3),
+      "more than the 2 experts",
+    ),
+    (dict(moe__num_expert_groups=4, moe__group_best=3), "group_best=3"),
+    (dict(moe__num_expert_groups=4, **TOP_K), "is not read by --config.moe.router=top_k"),
+  ],
+)
+def test_groups_of_experts_must_fit(fields, part):
+  """Group-limited choice: groups are equal, and hold as many experts as are chosen."""
+  base = dict(moe__router="group_limited", moe__num_selected=2, moe__num_experts=8)
+  assert part in refusal(make(**(base | fields)))
 
 
 def test_dropless_is_refused_for_routers_that_need_slots():

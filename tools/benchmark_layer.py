@@ -79,7 +79,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
 
 def main(argv: list[str] | None = None) -> None:
   args = parse(sys.argv[1:] if argv is None else argv)
-  cores = timing.pin(args.cores)
+  cores = timing.prepare(args.cores)
   # Only now: XLA sizes its thread pool by the cores the process may use.
   from tools import layer_variants as layers
 

@@ -84,7 +84,7 @@ class Stepper:
 
 def main(argv: list[str] | None = None) -> None:
   args = parse(sys.argv[1:] if argv is None else argv)
-  cores = timing.pin(args.cores)
+  cores = timing.prepare(args.cores)
   steppers = {}
   for name in ("moe", "dense"):
     config = load_config(args.config)

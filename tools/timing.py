@@ -11,6 +11,19 @@ from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 
+def prepare(cores: int) -> int:
+  """Pins the process, and gives it the memory settings that training runs under.
+
+  Returns:
+    How many cores it may use now.
+  """
+  from moejax.parallel import host_memory
+
+  available = pin(cores)
+  host_memory.keep_freed_pages()
+  return available
+
+
 def pin(cores: int) -> int:
   """Restricts this process to its first `cores` cores; 0 is all it has.
 

@@ -19,6 +19,7 @@ from moejax.errors import ConfigError, UserError, did_you_mean
 _BPE_BYTES = 32 << 20
 """A bpe tokenizer learns from at most so much of the train split."""
 
+_COUNT_CHUNK = 1 << 24
 _BPE_FORMAT = 1
 
 
@@ -79,6 +80,17 @@ class Dataset:
   def byte_counts(self, split: str) -> np.ndarray:
     """How often each of the 256 bytes occurs: int64 [256]."""
     return np.array(self._entry(split)["byte_counts"], np.int64)
+
+  def token_counts(self, split: str) -> np.ndarray:
+    """How often each vocabulary id occurs: int64 [V]."""
+    self._entry(split)
+    ids, counts = self.tokens.open(split).tokens, np.zeros(0, np.int64)
+    for start in range(0, len(ids), _COUNT_CHUNK):
+      # In pieces: bincount widens its input to eight bytes a token.
+      piece = np.bincount(ids[start : start + _COUNT_CHUNK], minlength=len(counts))
+      piece[: len(counts)] += counts
+      counts = piece
+    return np.pad(counts, (0, self.tokenizer.vocab_size - len(counts)))
 
   def num_sequences(self, split: str) -> int:
     """Sequences of an epoch, the padded last one included."""

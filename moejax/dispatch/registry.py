@@ -22,7 +22,11 @@ SUMMARIES: Mapping[str, str] = {
 
 
 def resolve(
-  name: str, *, platform: str = "cpu", capacity: int | None = None
+  name: str,
+  *,
+  platform: str = "cpu",
+  capacity: int | None = None,
+  dense: bool = False,
 ) -> Dispatcher:
   """The dispatcher of this name; "auto" chooses.
 
@@ -34,10 +38,18 @@ def resolve(
   Args:
     platform: of the devices that will run it: cpu, gpu or tpu.
     capacity: C, or None when dropless.
+    dense: whether the routing is dense weights (Soft MoE), which only `einsum` reads.
 
   Raises:
-    ConfigError: no such dispatcher.
+    ConfigError: no such dispatcher, or one that cannot run this routing.
   """
+  if dense and name in ("gather", "grouped"):
+    raise ConfigError(
+      f"--config.moe.dispatcher={name} moves whole tokens, and this router mixes them "
+      "into slots. Use einsum or auto."
+    )
+  if name == "auto" and dense:
+    name = "einsum"
   if name == "auto":
     name = "grouped" if platform == "cpu" or capacity is None else "gather"
   if name not in DISPATCHERS:

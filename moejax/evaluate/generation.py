@@ -188,7 +188,6 @@ def generate(
   top_p: float = 1.0,
   seed: int = 0,
   num_samples: int = 1,
-  allow_non_causal: bool = False,
 ) -> Generated:
   """Samples continuations.
 
@@ -204,14 +203,13 @@ def generate(
     top_p: 1 is off.
     seed: of the random numbers.
     num_samples: for each prompt.
-    allow_non_causal: use a router that looks at later tokens all the same; in
-      generation it sees only what is there so far, which is not what it was
-      trained with.
 
   Raises:
-    UserError: a prompt as long as the context or longer, or a bad number.
+    UserError: a prompt as long as the context or longer, a bad number, or a router
+      that looks at later tokens without `moe.allow_future_leak`: in generation it sees
+      only what is there so far, which is not what it was trained with.
   """
-  _check(model, max_tokens, temperature, top_k, top_p, num_samples, allow_non_causal)
+  _check(model, max_tokens, temperature, top_k, top_p, num_samples)
   encoded = [_encode(tokenizer, prompt, max_length) for prompt in prompts]
   lengths = np.repeat([len(ids) for ids in encoded], num_samples).astype(np.int32)
   limits = np.minimum(lengths + max_tokens, max_length)
@@ -315,7 +313,6 @@ def _check(
   top_k: int,
   top_p: float,
   num_samples: int,
-  allow_non_causal: bool,
 ) -> None:
   rules = [
     ("max_tokens", max_tokens, max_tokens >= 1, "1 or more"),
@@ -327,9 +324,9 @@ def _check(
   for flag, value, is_good, wanted in rules:
     if not is_good:
       raise UserError(f"--{flag}={value} makes no sense: give {wanted}.")
-  router = model.moe.router
-  if model.moe_layers and not ROUTERS[router].causal and not allow_non_causal:
+  router, allowed = model.moe.router, model.moe.allow_future_leak
+  if model.moe_layers and not ROUTERS[router].causal and not allowed:
     raise UserError(
       f"--config.moe.router={router} looks at later tokens, which generation does not "
-      "have. Give --allow_non_causal to sample from it all the same."
+      "have. Give --config.moe.allow_future_leak=true to sample from it all the same."
     )

@@ -68,7 +68,9 @@ def parse_capacity_factors(text: str) -> tuple[float | None, ...]:
 def make_model(config: Config, vocab_size: int) -> Decoder:
   """The model of an evaluation: routing groups of one sequence, or a part of one."""
   moe = copy.deepcopy(config.moe)
-  if moe.group_size and config.data.sequence_length % moe.group_size:
+  if moe.group_size < 0 or (
+    moe.group_size and config.data.sequence_length % moe.group_size
+  ):
     moe.group_size = 0
   return Decoder(config.model, moe, vocab_size=vocab_size)
 

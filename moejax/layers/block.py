@@ -27,6 +27,8 @@ class BlockInputs:
   context: Context
   valid: Bool[Array, "B S"]
   token_ids: Int[Array, "B S"]
+  assigned: Int[Array, "B S K"] | None
+  """The experts of each token, where a table says them (hash routing)."""
   options: CallOptions = static_field()
 
 
@@ -62,6 +64,7 @@ class Block(nnx.Module):
       normed,
       inputs.valid,
       inputs.token_ids,
+      inputs.assigned,
       key=key,
       train=options.train,
       capacity_factor=options.capacity_factor,

@@ -22,17 +22,13 @@ from moejax.dispatch import registry as dispatch_registry
 from moejax.dispatch.base import ExpertWeights
 from moejax.layers import parameter
 from moejax.layers.feed_forward import FeedForward
-from moejax.layers.options import router_options
-from moejax.routing import losses, scores
-from moejax.routing.base import (
-  RouterInputs,
-  RouterStats,
-  Routing,
-  sum_groups,
-)
-from moejax.routing.capacity import capacity_of
-from moejax.routing.registry import ROUTERS
+from moejax.layers.router import Router
+from moejax.routing import losses
+from moejax.routing.base import RouterStats, Routing, sum_groups
 from moejax.types import pytree
+
+WHOLE_BATCH = -1
+"""The group size that puts all tokens of a (micro)batch into one routing group."""
 
 
 @pytree
@@ -81,13 +77,7 @@ class MoE(nnx.Module):
     self.num_experts = moe.num_experts * moe.segments
     self.num_selected = moe.num_selected * moe.segments
     hidden = moe.hidden // moe.segments
-    self.router = parameter.matrix(
-      rngs,
-      (model.width, self.num_experts),
-      ("width", "router_expert"),
-      fan_in=model.width,
-      scale=moe.router_init_scale,
-    )
+    self.router = Router(model.width, moe, rngs)
     self.experts = Experts(model, self.num_experts, hidden, rngs)
     if moe.num_shared:
       self.shared = FeedForward(model, moe.num_shared * hidden, rngs)
@@ -99,6 +89,7 @@ class MoE(nnx.Module):
     x: Float[Array, "B S D"],
     valid: Bool[Array, "B S"],
     token_ids: Int[Array, "B S"],
+    assigned: Int[Array, "B S K"] | None = None,
     *,
     key: Key[Array, ""] | None,
     train: bool,
@@ -108,14 +99,21 @@ class MoE(nnx.Module):
     num_groups = self._num_groups(x.shape[0], x.shape[1], train, capacity_factor)
     tokens = x.reshape(num_groups, -1, x.shape[-1])
     valid = valid.reshape(num_groups, -1)
-    token_ids = token_ids.reshape(num_groups, -1)
-    jitter_key, router_key = None, None
-    if train and key is not None:
-      jitter_key, router_key = jax.random.split(key)
-    logits = self._logits(tokens, jitter_key)
-    routing = self._route(logits, valid, token_ids, router_key, capacity_factor)
+    if assigned is not None:
+      assigned = assigned.reshape(num_groups, -1, assigned.shape[-1])
+    logits, routing = self.router(
+      tokens,
+      valid,
+      token_ids.reshape(num_groups, -1),
+      assigned,
+      key=key if train else None,
+      capacity_factor=capacity_factor,
+    )
     dispatcher = dispatch_registry.resolve(
-      self.config.dispatcher, platform=jax.default_backend(), capacity=routing.capacity
+      self.config.dispatcher,
+      platform=jax.default_backend(),
+      capacity=routing.capacity,
+      dense=routing.dense_dispatch is not None,
     )
     weights = self.experts.weights(x.dtype)
     y = dispatcher(tokens, routing, weights, activation=self.activation).reshape(x.shape)
@@ -131,9 +129,9 @@ class MoE(nnx.Module):
     self, batch: int, sequence: int, train: bool, capacity_factor: float | None
   ) -> int:
     """G. Outside training a dropless layer needs no groups: no token affects another."""
-    if not train and capacity_factor is None:
-      return 1
     size = self.config.group_size or sequence
+    if size == WHOLE_BATCH or (not train and capacity_factor is None):
+      return 1
     if batch * sequence % size:
       raise ValueError(
         f"--config.moe.group_size={size} does not divide the {batch}x{sequence} tokens "
@@ -141,61 +139,29 @@ class MoE(nnx.Module):
       )
     return batch * sequence // size
 
-  def _logits(
-    self, tokens: Float[Array, "G T D"], key: Key[Array, ""] | None
-  ) -> Float[Array, "G T E"]:
-    """Router logits, float32 whatever the compute dtype and the chip's default."""
-    tokens = tokens.astype(jnp.float32)
-    if key is not None and self.config.jitter:
-      tokens = scores.jitter(tokens, key, self.config.jitter)
-    return jnp.einsum(
-      "gtd,de->gte",
-      tokens,
-      self.router[...].astype(jnp.float32),
-      precision=jax.lax.Precision.HIGHEST,
-    )
-
-  def _route(
-    self,
-    logits: Float[Array, "G T E"],
-    valid: Bool[Array, "G T"],
-    token_ids: Int[Array, "G T"],
-    key: Key[Array, ""] | None,
-    capacity_factor: float | None,
-  ) -> Routing:
-    num_groups, num_tokens, _ = logits.shape
-    moe = self.config
-    capacity = capacity_of(
-      num_tokens,
-      self.num_experts,
-      self.num_selected,
-      capacity_factor,
-      convention=moe.capacity_convention,
-      min_capacity=moe.min_capacity,
-    )
-    options = router_options(moe, capacity)
-    keys = None if key is None else jax.random.split(key, num_groups)
-    inputs = RouterInputs(logits=logits, valid=valid, key=keys, token_ids=token_ids)
-    return jax.vmap(lambda group: ROUTERS[moe.router].fn(group, options))(inputs)
-
   def _losses(
     self, logits: Float[Array, "G T E"], routing: Routing, valid: Bool[Array, "G T"]
   ) -> dict[str, Float[Array, ""]]:
     """Each term times its valid tokens, so that dividing by all tokens is the mean."""
     count = routing.stats.num_valid
-    z = jnp.sum(jax.vmap(losses.z_loss)(logits, valid) * count)
+    terms = {"z_loss": jax.vmap(losses.z_loss)(logits, valid), **(routing.losses or {})}
+    if self.config.entropy_weight:
+      terms["entropy_bonus"] = jax.vmap(losses.entropy_bonus)(routing.probs, valid)
+    sums = {name: jnp.sum(value * count) for name, value in terms.items()}
     probs, chosen = routing.probs, routing.stats.chosen
     if self.config.balance_scope == "batch":
       probs, chosen = probs.reshape(1, -1, self.num_experts), chosen.sum(0, keepdims=True)
       valid, count = valid.reshape(1, -1), count.sum(keepdims=True)
     balance = jnp.sum(jax.vmap(losses.balance_loss)(probs, chosen, valid) * count)
-    return {"balance_loss": balance, "z_loss": z}
+    return {"balance_loss": balance, **sums}
 
 
 def _served(routing: Routing) -> Bool[Array, "G T E"]:
   """Which experts computed each token, whatever kind of router chose them."""
 
   def group(routing: Routing) -> Bool[Array, "T E"]:
+    if routing.dense_dispatch is not None:
+      return jnp.any(routing.dense_dispatch != 0, axis=-1)
     served = jnp.zeros(routing.probs.shape, bool)
     return served.at[routing.token, routing.expert].max(routing.kept)
 

@@ -9,6 +9,7 @@ Parameters are a plain dict:
   prefix / "0", "1", ...        one block each
   unit   / "0", "1", ...        one block of the unit each, stacked over repeats
   suffix / "0", ...             one block each
+  hash_table                    [V, K], router hash only: not trained
   norm, head                    final norm; [D, V] unless tied
 
 Letters: B batch, S sequence, D width, V vocabulary, R repeats, L layers.
@@ -20,6 +21,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int, Key
 
@@ -31,6 +33,9 @@ from moejax.layers.moe import MoEAux
 from moejax.models.pattern import layer_pattern
 from moejax.models.stack import Shell, remat, split_key, unrolled
 from moejax.routing.base import RouterStats
+from moejax.routing.hashing import hash_table
+from moejax.routing.losses import updated_bias
+from moejax.routing.registry import ROUTERS
 from moejax.types import Params, pytree
 
 _UNSET: Any = object()
@@ -67,8 +72,25 @@ class DecoderOutput:
 class Decoder:
   """A model without parameters: `init` makes them, calling it applies them."""
 
-  def __init__(self, model: ModelConfig, moe: MoEConfig, *, vocab_size: int):
+  def __init__(
+    self,
+    model: ModelConfig,
+    moe: MoEConfig,
+    *,
+    vocab_size: int,
+    token_counts: Callable[[], np.ndarray] | None = None,
+  ):
+    """Describes a model.
+
+    Args:
+      model: sizes of the Transformer.
+      moe: of its MoE layers.
+      vocab_size: of the tokenizer.
+      token_counts: () -> how often each id stands in the training text; called by
+        `init` where `moe.hash_table` is balanced.
+    """
     self.config, self.moe = model, moe
+    self._token_counts = token_counts
     self.vocab_size = model.vocab_size or vocab_size
     self.pattern = layer_pattern(model.num_layers, moe)
     self._blocks = {is_moe: Shell(self._make_block(is_moe)) for is_moe in (False, True)}
@@ -88,7 +110,16 @@ class Decoder:
     """Coefficient of each aux term in the training loss."""
     if not self.moe_layers:
       return {}
-    return {"balance_loss": self.moe.balance_weight, "z_loss": self.moe.z_weight}
+    moe = self.moe
+    names = ("balance_loss", "z_loss", *ROUTERS[moe.router].losses)
+    weights = {name: getattr(moe, name.replace("_loss", "_weight")) for name in names}
+    if moe.entropy_weight:
+      weights["entropy_bonus"] = moe.entropy_weight
+    return weights
+
+  @property
+  def _has_table(self) -> bool:
+    return bool(self.moe_layers) and "assigned" in ROUTERS[self.moe.router].needs
 
   def init(self, key: Key[Array, ""]) -> Params:
     """Fresh parameters."""
@@ -104,6 +135,53 @@ class Decoder:
           params[part][str(index)] = jax.vmap(block.init)(keys)
         else:
           params[part][str(index)] = block.init(block_key)
+    if self._has_table:
+      params["hash_table"] = self._hash_table()
+    return params
+
+  def _hash_table(self) -> Float[Array, "V K"]:
+    """A leaf like the parameters, so that it travels with every checkpoint.
+
+    In floats, because gradients are taken by the whole tree; it gets none.
+    """
+    counts = None
+    if self.moe.hash_table == "balanced" and self._token_counts is not None:
+      counts = self._token_counts()
+      counts = np.pad(counts, (0, self.vocab_size - len(counts)))
+    table = hash_table(
+      self.vocab_size,
+      self.moe.num_experts * self.moe.segments,
+      self.moe.num_selected * self.moe.segments,
+      counts=counts,
+    )
+    return jnp.asarray(table, jnp.float32)
+
+  def update_router_bias(self, params: Params, chosen: Float[Array, "L E"]) -> Params:
+    """Moves the biases of sigmoid_bias routers, once per optimizer step.
+
+    Args:
+      params: after the optimizer's update.
+      chosen: assignments asked for in the whole batch, the MoE layers in order.
+
+    Returns:
+      The parameters; the same ones under any other router.
+    """
+    if not self.moe_layers or "bias" not in ROUTERS[self.moe.router].needs:
+      return params
+    params, used = dict(params), 0
+    for part in _PARTS:
+      kinds = getattr(self.pattern, part)
+      names = [str(index) for index, is_moe in enumerate(kinds) if is_moe]
+      repeats = self.pattern.repeats if part == "unit" else 1
+      here = chosen[used : used + repeats * len(names)]
+      here = here.reshape(repeats, len(names), chosen.shape[-1])
+      used += repeats * len(names)
+      params[part] = dict(params[part])
+      for number, name in enumerate(names):
+        counts = here[:, number] if part == "unit" else here[0, number]
+        params[part][name] = _with_bias(
+          params[part][name], counts, self.moe.bias_update_rate
+        )
     return params
 
   def shapes(self) -> Params:
@@ -122,6 +200,8 @@ class Decoder:
             lambda names: ("layer", *names), block, is_leaf=lambda a: isinstance(a, tuple)
           )
         axes[part][str(index)] = block
+    if self._has_table:
+      axes["hash_table"] = (None, None)
     return axes
 
   def init_cache(self, batch: int, length: int) -> Cache:
@@ -175,8 +255,15 @@ class Decoder:
     if segment_ids is None:
       segment_ids = jnp.ones_like(tokens)
     context, cache = self._context(segment_ids, positions, cache)
+    assigned = None
+    if self._has_table:
+      assigned = jax.lax.stop_gradient(params["hash_table"])[tokens].astype(jnp.int32)
     inputs = BlockInputs(
-      context=context, valid=segment_ids > 0, token_ids=tokens, options=options
+      context=context,
+      valid=segment_ids > 0,
+      token_ids=tokens,
+      assigned=assigned,
+      options=options,
     )
     embedding = self._embedding.merge(params["embedding"])
     x = embedding.embed(tokens, jnp.dtype(self.config.dtype))
@@ -275,6 +362,13 @@ class Decoder:
         new_cache[name] = layer
     stacked = jax.tree.map(lambda *a: jnp.stack(a), *auxes) if auxes else None
     return x, (stacked, new_cache)
+
+
+def _with_bias(block: Params, chosen: Float[Array, "*r E"], rate: float) -> Params:
+  """The block's parameters with its router's bias moved."""
+  router = block["moe"]["router"]
+  router = router | {"bias": updated_bias(router["bias"], chosen, rate)}
+  return block | {"moe": block["moe"] | {"router": router}}
 
 
 def _collect(

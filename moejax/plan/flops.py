@@ -19,7 +19,7 @@ S sequence, V vocabulary.
 """
 
 from moejax.config import Config
-from moejax.plan.parameters import dimensions
+from moejax.plan.parameters import Dimensions, dimensions, soft_slots
 
 TRAINING_OVER_FORWARD = 3
 
@@ -80,9 +80,9 @@ def forward_flops_per_token(
     "attention": d.num_layers * projections,
     "attention_scores": d.num_layers * scores,
     "dense": d.matrices * d.width * dense_hidden,
-    "experts": num_sparse * d.num_selected * expert,
+    "experts": num_sparse * experts_per_token(config, d) * expert,
     "shared_experts": num_sparse * d.num_shared * expert,
-    "router": num_sparse * d.width * d.num_experts,
+    "router": num_sparse * router_macs(config, d),
     "head": d.width * d.vocab_size,
   }
   flops = {part: 2.0 * macs[part] for part in PARTS}
@@ -106,3 +106,33 @@ def flops_per_token(
     config, vocab_size, sequence_length=sequence_length, causal=causal
   )
   return {part: TRAINING_OVER_FORWARD * value for part, value in forward.items()}
+
+
+def experts_per_token(config: Config, d: Dimensions) -> float:
+  """Experts computed per token, drops not counted: K, but for routers that fix it."""
+  moe = config.moe
+  if moe.router == "dense":
+    return d.num_experts
+  if moe.router == "soft":
+    return soft_slots(config, d) / _group_tokens(config)
+  return d.num_selected
+
+
+def router_macs(config: Config, d: Dimensions) -> float:
+  """Multiply-adds per token of one MoE layer's router, choosing not counted.
+
+  Soft MoE's dispatch and combine products are its routing, and are counted here.
+  """
+  logits = d.width * d.num_experts
+  match config.moe.router:
+    case "noisy_top_k" if config.moe.noise == "learned":
+      return 2 * logits
+    case "soft":
+      return logits + 3 * d.width * soft_slots(config, d)
+    case _:
+      return logits
+
+
+def _group_tokens(config: Config) -> int:
+  size = config.moe.group_size
+  return size if size > 0 else config.data.sequence_length

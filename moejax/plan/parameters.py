@@ -12,6 +12,7 @@ section 3.1: m*E experts of width F/m, m*K chosen).
 
 import copy
 import dataclasses
+import math
 
 from moejax.config import Config
 
@@ -143,7 +144,7 @@ def count_parameters(
     "dense": d.matrices * d.width * hidden_sum,
     "experts": sparse_layers * d.num_experts * expert,
     "shared_experts": sparse_layers * d.num_shared * expert,
-    "router": sparse_layers * d.width * d.num_experts,
+    "router": sparse_layers * router_parameters(config, d),
     "norms": d.num_layers * norms + d.width,
     "head": 0 if config.model.tie_embeddings else d.vocab_size * d.width,
   }
@@ -151,3 +152,27 @@ def count_parameters(
   total["total"] = sum(total.values())
   active["total"] = sum(active.values())
   return total, active
+
+
+def router_parameters(config: Config, d: Dimensions) -> int:
+  """Of one MoE layer. Hash routing's table of experts is not counted: it is data."""
+  moe = config.moe
+  count = d.width * d.num_experts
+  if moe.router == "noisy_top_k" and moe.noise == "learned":
+    count += d.width * d.num_experts
+  if moe.router == "sigmoid_bias":
+    count += d.num_experts
+  if moe.router == "soft":
+    count += d.width * soft_slots(config, d) + 1
+  return count
+
+
+def soft_slots(config: Config, d: Dimensions) -> int:
+  """All experts' slots in one routing group of Soft MoE: E*C."""
+  moe = config.moe
+  tokens = moe.group_size if moe.group_size > 0 else config.data.sequence_length
+  share = d.num_selected if moe.capacity_convention == "per_assignment" else 1
+  slots = math.ceil(
+    round((moe.capacity_factor or 1.0) * share * tokens, 9) / d.num_experts
+  )
+  return d.num_experts * min(tokens, max(moe.min_capacity, slots))

@@ -52,6 +52,8 @@ class RouterSpec:
   """Whether assignments are token-major, so that priority and overflow apply."""
   groups: bool = False
   """Whether num_expert_groups is read."""
+  learned: bool = True
+  """Whether anything is learned; if not, no loss may reach tokens through the logits."""
 
   @property
   def needs_token_ids(self) -> bool:
@@ -102,6 +104,7 @@ ROUTERS: dict[str, RouterSpec] = {
   "hash": RouterSpec(
     fn=hashing.hash_router,
     needs=("assigned",),
+    learned=False,
     summary="experts fixed per vocabulary id, nothing learned (Hash layers)",
   ),
   "base": RouterSpec(

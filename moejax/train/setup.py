@@ -5,6 +5,7 @@ locked, then the data, then the model, and the state last, since it costs memory
 """
 
 import dataclasses
+import functools
 import pathlib
 from collections.abc import Sequence
 from typing import Any
@@ -75,7 +76,12 @@ def set_up(
   workdir_lib.prepare(workdir, config, dataset.fingerprint)
 
   vocab_size = dataset.tokenizer.vocab_size
-  model = Decoder(config.model, config.moe, vocab_size=vocab_size)
+  model = Decoder(
+    config.model,
+    config.moe,
+    vocab_size=vocab_size,
+    token_counts=functools.partial(dataset.token_counts, "train"),
+  )
   optimizer = make_optimizer(
     config.optimizer, num_steps=config.train.num_steps, axes=model.logical_axes()
   )

@@ -174,6 +174,10 @@ def train_step(
     learning_rate=learning_rate,
     gradient_norm=norm,
   )
+  if sums["stats"] is not None:
+    # From the loads of the whole batch, outside the gradient (DeepSeek-V3).
+    moved = model.update_router_bias(updated[0], sums["stats"].chosen)
+    updated = (moved, updated[1])
   finite = jnp.isfinite(sums["loss"]) & jnp.isfinite(norm)
   new_params, opt_state = jax.tree.map(
     lambda new, old: jnp.where(finite, new, old), updated, (params, state["opt_state"])

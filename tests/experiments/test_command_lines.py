@@ -96,9 +96,9 @@ def test_generate_continues_the_prompt(workdir):
 @pytest.mark.parametrize(
   ("program", "args", "names"),
   [
-    ("evaluate", ["--step=3"], ["step 3", "2, 4"]),
+    ("evaluate", ["--step=3"], ["--step=3", "2, 4"]),
     ("evaluate", ["--eval_capacity_factor=0"], ["--eval_capacity_factor=0"]),
-    ("evaluate", ["--config.model.width=64"], ["width", "checkpoint"]),
+    ("evaluate", ["--config.model.width=64"], ["--config.model", "checkpoint"]),
     ("generate", ["--prompt=" + "x" * 40], ["--prompt", "32"]),
     ("generate", ["--temprature=1"], ["--temprature", "temperature"]),
     ("generate", ["--temperature=-1"], ["--temperature=-1"]),

@@ -25,7 +25,7 @@ def make(moe: MoEConfig, model: ModelConfig = MODEL):
   shell = Shell(lambda key: MoE(model, moe, nnx.Rngs(params=key)))
   params = shell.init(jax.random.key(0))
   # Larger router weights than the initial ones, so that routing is decided and uneven.
-  params["router"] = params["router"] * 40.0
+  params["router"]["weight"] = params["router"]["weight"] * 40.0
   return shell, params
 
 
@@ -84,7 +84,7 @@ def test_layer_equals_the_oracle_in_value_and_gradient(name, dispatcher):
     renormalize=moe.renormalize,  # pyright: ignore[reportArgumentType]
   )
   weights = {k: np.asarray(v, np.float64) for k, v in params["experts"].items()}
-  router = np.asarray(params["router"], np.float64)
+  router = np.asarray(params["router"]["weight"], np.float64)
   total = {k: np.zeros(v.shape) for k, v in {**weights, "router": router}.items()}
   for group in range(B):
     expected, _, backward = reference.moe_layer(
@@ -95,7 +95,9 @@ def test_layer_equals_the_oracle_in_value_and_gradient(name, dispatcher):
     np.testing.assert_allclose(d_x[group], gradients["x"], atol=1e-5, rtol=1e-4)
     for key in total:
       total[key] += gradients[key]
-  np.testing.assert_allclose(d_params["router"], total["router"], atol=1e-5, rtol=1e-4)
+  np.testing.assert_allclose(
+    d_params["router"]["weight"], total["router"], atol=1e-5, rtol=1e-4
+  )
   for key in weights:
     np.testing.assert_allclose(
       d_params["experts"][key], total[key], atol=1e-5, rtol=1e-4, err_msg=key

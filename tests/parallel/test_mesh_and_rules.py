@@ -45,7 +45,7 @@ def test_parameters_are_cut_as_the_table_says():
   moe = tree["unit"]["1"]["moe"]
   assert moe["experts"]["w_in"].spec == PartitionSpec(None, "expert", "fsdp", "tensor")
   assert moe["experts"]["w_out"].spec == PartitionSpec(None, "expert", "tensor", "fsdp")
-  assert moe["router"].spec == PartitionSpec(None, "fsdp", None)
+  assert moe["router"]["weight"].spec == PartitionSpec(None, "fsdp", None)
   params = jax.jit(decoder.init, out_shardings=tree)(jax.random.key(0))
   w_in = params["unit"]["1"]["moe"]["experts"]["w_in"]
   assert w_in.addressable_shards[0].data.size * 8 == w_in.size

@@ -1,0 +1,157 @@
+"""The router as a module: owns what is learned, and calls the function that decides.
+
+A router of `moejax.routing` is a pure function of `RouterInputs`. What it may look
+at beside the logits is made here, once for every router that asks for it
+(`RouterSpec.needs`), so a new router needs no module of its own.
+
+Letters: G routing groups, T tokens of a group, D width, E experts, K choices per
+token, C slots per expert and group.
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Bool, Float, Int, Key
+
+from moejax.config import MoEConfig
+from moejax.errors import ConfigError
+from moejax.layers import parameter
+from moejax.layers.options import router_options
+from moejax.routing import scores
+from moejax.routing.base import RouterInputs, Routing
+from moejax.routing.capacity import capacity_of
+from moejax.routing.registry import ROUTERS
+
+_MASKED = -1e9
+"""Logit of an expert that is out for this step: finite, so that nothing becomes NaN."""
+
+
+class Router(nnx.Module):
+  """Scores tokens, and lets the configured router choose."""
+
+  def __init__(self, width: int, moe: MoEConfig, rngs: nnx.Rngs):
+    self.config, self.spec = moe, ROUTERS[moe.router]
+    self.num_experts = moe.num_experts * moe.segments
+    self.num_selected = moe.num_selected * moe.segments
+    shape, axes = (width, self.num_experts), ("width", "router_expert")
+    self.weight = parameter.matrix(
+      rngs, shape, axes, fan_in=width, scale=moe.router_init_scale
+    )
+    if "noise_logits" in self.spec.needs and moe.noise == "learned":
+      # Shazeer et al., appendix A: zeros, so that all experts are equally noisy.
+      self.noise = parameter.constant(0.0, shape, axes)
+    if "bias" in self.spec.needs:
+      # No gradient reaches it: the train step moves it (Decoder.update_router_bias).
+      self.bias = parameter.constant(0.0, (self.num_experts,), ("router_expert",))
+    if "slot_logits" in self.spec.needs:
+      slots = self._capacity(moe.group_size, moe.capacity_factor) or 1
+      self.slots = parameter.matrix(
+        rngs, (*shape, slots), (*axes, None), fan_in=width, scale=1.0
+      )
+      self.slot_scale = parameter.constant(1.0, (1,), (None,))
+
+  def __call__(
+    self,
+    tokens: Float[Array, "G T D"],
+    valid: Bool[Array, "G T"],
+    token_ids: Int[Array, "G T"],
+    assigned: Int[Array, "G T K"] | None,
+    *,
+    key: Key[Array, ""] | None,
+    capacity_factor: float | None,
+  ) -> tuple[Float[Array, "G T E"], Routing]:
+    """Logits, and who goes where.
+
+    Args:
+      tokens: in any dtype; the router computes in float32.
+      valid: False for padding.
+      token_ids: vocabulary ids.
+      assigned: the experts of each token, for routers that read them out of a table.
+      key: randomness of this step; None in evaluation, which is deterministic.
+      capacity_factor: None is dropless.
+    """
+    moe, keys = self.config, None
+    tokens = tokens.astype(jnp.float32)
+    seen = tokens
+    if key is not None:
+      jitter_key, dropout_key, router_key = jax.random.split(key, 3)
+      keys = jax.random.split(router_key, tokens.shape[0])
+      if moe.jitter:
+        seen = scores.jitter(tokens, jitter_key, moe.jitter)
+    logits = _project(seen, self.weight[...])
+    if not self.spec.learned:
+      logits = jax.lax.stop_gradient(logits)
+    if key is not None and moe.expert_dropout:
+      logits = jnp.where(self._present(dropout_key), logits, _MASKED)
+    capacity = self._capacity(tokens.shape[1], capacity_factor)
+    inputs = RouterInputs(
+      logits=logits,
+      valid=valid,
+      key=keys,
+      token_ids=token_ids,
+      assigned=assigned,
+      noise_logits=_project(seen, self.noise[...]) if hasattr(self, "noise") else None,
+      slot_logits=self._slot_logits(tokens, capacity) if hasattr(self, "slots") else None,
+    )
+    bias = self.bias[...] if hasattr(self, "bias") else None
+    options = router_options(moe, capacity)
+
+    def route(group: RouterInputs) -> Routing:
+      return self.spec.fn(dataclasses.replace(group, bias=bias), options)
+
+    return logits, jax.vmap(route)(inputs)
+
+  def _capacity(self, num_tokens: int, capacity_factor: float | None) -> int | None:
+    """C of a group of so many tokens."""
+    return capacity_of(
+      num_tokens,
+      self.num_experts,
+      self.num_selected,
+      capacity_factor,
+      convention=self.config.capacity_convention,
+      min_capacity=self.config.min_capacity,
+    )
+
+  def _present(self, key: Key[Array, ""]) -> Bool[Array, "E"]:
+    """The experts that are in during this step: all but a fixed number at random."""
+    dropped = int(self.config.expert_dropout * self.num_experts)
+    dropped = min(dropped, self.num_experts - self.num_selected)
+    return jax.random.permutation(key, jnp.arange(self.num_experts) >= dropped)
+
+  def _slot_logits(
+    self, tokens: Float[Array, "G T D"], capacity: int | None
+  ) -> Float[Array, "G T E C"]:
+    """Cosine of each token and each slot's vector, times a learned scale.
+
+    Normalised on both sides because the softmax over many tokens collapses
+    otherwise when D is large (Soft MoE, arXiv:2308.00951, section 2.3).
+    """
+    slots = self.slots[...].astype(jnp.float32)
+    if slots.shape[-1] != capacity:
+      raise ConfigError(
+        f"--config.moe.router=soft has {slots.shape[-1]} learned slots per expert, and "
+        f"this group size and capacity factor ask for {capacity}. Keep "
+        "--config.moe.group_size, capacity_factor and eval_capacity_factor as trained."
+      )
+    unit = slots / (jnp.linalg.norm(slots, axis=0, keepdims=True) + 1e-6)
+    norm = jnp.linalg.norm(tokens, axis=-1, keepdims=True)
+    return jnp.einsum(
+      "gtd,dec->gtec",
+      tokens / (norm + 1e-6),
+      self.slot_scale[...][0] * unit,
+      precision=jax.lax.Precision.HIGHEST,
+    )
+
+
+def _project(
+  tokens: Float[Array, "G T D"], weight: Float[Array, "D E"]
+) -> Float[Array, "G T E"]:
+  """Logits in float32, whatever the compute dtype and the chip's default precision."""
+  return jnp.einsum(
+    "gtd,de->gte",
+    tokens,
+    weight.astype(jnp.float32),
+    precision=jax.lax.Precision.HIGHEST,
+  )

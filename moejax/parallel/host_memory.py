@@ -1,0 +1,58 @@
+"""Memory of a CPU run: pages the process has touched once, it keeps.
+
+XLA:CPU allocates a step's temporaries and results afresh every step. By default glibc
+gives blocks that large back to the system when they are freed, and the next step pays
+a page fault for each 4 KiB of them. docs/speed.md holds what that costs.
+"""
+
+import ctypes
+import os
+import sys
+from collections.abc import Sequence
+
+# From glibc's malloc.h.
+_TRIM_THRESHOLD, _TOP_PAD, _MMAP_MAX, _ARENA_MAX = -1, -2, -4, -8
+
+_KEEP = (
+  # One heap for all threads: the others' heaps are too small for large blocks, which
+  # are then mapped, and unmapped, whatever the other settings say.
+  (_ARENA_MAX, 1),
+  (_MMAP_MAX, 0),
+  (_TRIM_THRESHOLD, 2**31 - 1),
+  (_TOP_PAD, 64 << 20),
+)
+_DEFAULT = (
+  (_ARENA_MAX, 8 * (os.cpu_count() or 1)),
+  (_MMAP_MAX, 65536),
+  (_TRIM_THRESHOLD, 128 << 10),
+  (_TOP_PAD, 128 << 10),
+)
+
+
+def keep_freed_pages() -> bool:
+  """Makes glibc keep freed memory for later, if this process computes on its CPU.
+
+  To be called before jax starts its threads, and after `distributed.initialize`. The
+  process never gets smaller again, as with an accelerator's allocator.
+
+  Returns:
+    Whether it was done: not with an accelerator, nor outside Linux with glibc.
+  """
+  if not _set(_KEEP):
+    return False
+  import jax
+
+  if jax.default_backend() == "cpu":
+    return True
+  # With an accelerator the heap is for loading data, in many threads at once.
+  _set(_DEFAULT)
+  return False
+
+
+def _set(settings: Sequence[tuple[int, int]]) -> bool:
+  if not sys.platform.startswith("linux"):
+    return False
+  mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+  if mallopt is None:  # musl
+    return False
+  return all(mallopt(name, value) for name, value in settings)

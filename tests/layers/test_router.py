@@ -1,0 +1,189 @@
+"""The router module: what every registered router is given, and what learns from it."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from moejax.config import ModelConfig, MoEConfig
+from moejax.errors import ConfigError
+from moejax.layers.moe import MoE
+from moejax.layers.router import Router
+from moejax.models.stack import Shell
+from moejax.routing.base import RouterInputs, RouterOptions
+from moejax.routing.registry import ROUTERS
+
+B, S, D, E = 2, 12, 8, 4
+MODEL = ModelConfig(num_layers=2, width=D, num_heads=2, hidden=16)
+
+
+def config(router: str, **changes) -> MoEConfig:
+  """A small layer under this router; routing groups are the sequences."""
+  k = ROUTERS[router].num_selected or 2
+  settings = {"num_selected": k, "hidden": 16, "group_size": S, "dispatcher": "einsum"}
+  return MoEConfig(num_experts=E, router=router, **(settings | changes))
+
+
+def draw(shell: Shell, seed: int = 0):
+  """Every leaf at random, so that none is told from another by being zero."""
+  rng = np.random.default_rng(seed)
+  shapes = jax.eval_shape(shell.init, jax.random.key(0))
+  return jax.tree.map(lambda s: jnp.asarray(rng.normal(size=s.shape), s.dtype), shapes)
+
+
+def batch():
+  rng = np.random.default_rng(1)
+  x = jnp.asarray(rng.normal(size=(B, S, D)), jnp.float32)
+  valid = jnp.arange(S)[None, :] < jnp.array([[S], [S - 3]])
+  assigned = jnp.asarray(rng.integers(0, E, (B, S, 1)), jnp.int32)
+  return x, valid, jnp.concatenate([assigned, (assigned + 1) % E], axis=-1)
+
+
+def inputs_by_hand(params, x, valid, assigned) -> RouterInputs:
+  """What the docstring of `RouterSpec` promises a router, made in numpy."""
+  x = np.asarray(x, np.float64)
+  weights = {name: np.asarray(value, np.float64) for name, value in params.items()}
+  project = lambda w: jnp.asarray(x @ w, jnp.float32)  # noqa: E731
+  made = RouterInputs(logits=project(weights["weight"]), valid=valid, assigned=assigned)
+  if "noise" in weights:
+    made = dataclasses.replace(made, noise_logits=project(weights["noise"]))
+  if "bias" in weights:
+    bias = jnp.broadcast_to(params["bias"], (x.shape[0], E))
+    made = dataclasses.replace(made, bias=bias)
+  if "slots" in weights:
+    unit = weights["slots"] / np.linalg.norm(weights["slots"], axis=0)
+    tokens = x / np.linalg.norm(x, axis=-1, keepdims=True)
+    logits = np.einsum("gtd,dec->gtec", tokens, unit) * weights["slot_scale"]
+    made = dataclasses.replace(made, slot_logits=jnp.asarray(logits, jnp.float32))
+  return made
+
+
+@pytest.mark.parametrize("name", ROUTERS)
+def test_the_layer_gives_every_router_what_it_needs(name):
+  """Output of the layer = combine * experts(dispatch * x), routed by inputs by hand."""
+  moe = config(name, capacity_factor=1.0)
+  shell = Shell(lambda key: MoE(MODEL, moe, nnx.Rngs(params=key)))
+  params = draw(shell)
+  x, valid, assigned = batch()
+  ids = jnp.zeros((B, S), jnp.int32)
+  layer = jax.jit(
+    lambda p, x: shell.merge(p)(
+      x, valid, ids, assigned, key=None, train=True, capacity_factor=1.0
+    )
+  )
+  y, aux = layer(params, x)
+  options = RouterOptions(
+    num_experts=E, num_selected=moe.num_selected, capacity=S * moe.num_selected // E
+  )
+  made = inputs_by_hand(params["router"], x, valid, assigned)
+  routing = jax.vmap(lambda group: ROUTERS[name].fn(group, options))(made)
+  send = np.asarray(jax.vmap(lambda r: r.dispatch_weights())(routing), np.float64)
+  back = np.asarray(jax.vmap(lambda r: r.combine_weights())(routing), np.float64)
+  w = {k: np.asarray(v, np.float64) for k, v in params["experts"].items()}
+  rows = np.einsum("gtec,gtd->gecd", send, np.asarray(x, np.float64))
+  hidden = np.einsum("gecd,edf->gecf", rows, w["w_in"])
+  act = 0.5 * hidden * (1 + np.tanh(np.sqrt(2 / np.pi) * (hidden + 0.044715 * hidden**3)))
+  out = np.einsum("gecf,efd->gecd", act, w["w_out"])
+  expected = np.einsum("gtec,gecd->gtd", back, out)
+  np.testing.assert_allclose(y, expected, rtol=1e-4, atol=1e-4)
+  terms = routing.losses or {}
+  assert (
+    set(aux.losses)
+    == {"balance_loss", "z_loss", *terms}
+    == {
+      "balance_loss",
+      "z_loss",
+      *ROUTERS[name].losses,
+    }
+  )
+  for term, value in terms.items():
+    total = jnp.sum(value * routing.stats.num_valid)
+    np.testing.assert_allclose(aux.losses[term], total, rtol=1e-4)
+
+
+UNTRAINED = {
+  "hash": {"weight"},
+  "sigmoid_bias": {"bias"},
+}
+"""Leaves without a gradient: a table decides, or the train step moves them."""
+
+
+@pytest.mark.parametrize("name", ROUTERS)
+def test_gradients_reach_what_is_learned_and_nothing_else(name):
+  """In training, with noise, from the output alone."""
+  moe = config(name, capacity_factor=1.0)
+  shell = Shell(lambda key: MoE(MODEL, moe, nnx.Rngs(params=key)))
+  params = draw(shell)
+  x, valid, assigned = batch()
+  ids, key = jnp.zeros((B, S), jnp.int32), jax.random.key(3)
+
+  @jax.jit
+  def gradient(params):
+    def total(params):
+      y, _ = shell.merge(params)(
+        x, valid, ids, assigned, key=key, train=True, capacity_factor=1.0
+      )
+      return jnp.sum(y * jnp.cos(jnp.arange(y.size, dtype=jnp.float32)).reshape(y.shape))
+
+    return jax.grad(total)(params)
+
+  grads = gradient(params)["router"]
+  # Soft MoE scores slots; its plain logits are for the statistics alone.
+  without = UNTRAINED.get(name, {"weight"} if name == "soft" else set())
+  for leaf, grad in grads.items():
+    assert (float(jnp.max(jnp.abs(grad))) > 1e-4) == (leaf not in without), leaf
+
+
+def test_an_unlearned_router_passes_no_loss_to_the_tokens():
+  """hash: the z-loss and balance loss of logits that decide nothing are constants."""
+  moe = config("hash", capacity_factor=None)
+  shell = Shell(lambda key: MoE(MODEL, moe, nnx.Rngs(params=key)))
+  params = draw(shell)
+  x, valid, assigned = batch()
+  ids = jnp.zeros((B, S), jnp.int32)
+
+  def loss(x):
+    _, aux = shell.merge(params)(
+      x, valid, ids, assigned, key=None, train=True, capacity_factor=None
+    )
+    return aux.losses["z_loss"] + aux.losses["balance_loss"]
+
+  assert not np.any(jax.jit(jax.grad(loss))(x))
+
+
+def route(moe: MoEConfig, key, *, factor=None):
+  """One call of a router with random weights, compiled."""
+  shell = Shell(lambda key: Router(D, moe, nnx.Rngs(params=key)))
+  params = draw(shell)
+  x, valid, assigned = batch()
+  ids = jnp.zeros((B, S), jnp.int32)
+  call = jax.jit(
+    lambda p, k: shell.merge(p)(x, valid, ids, assigned, key=k, capacity_factor=factor)
+  )
+  return call(params, key)[1]
+
+
+def test_expert_dropout_leaves_out_that_many_experts_in_training_only():
+  """The same experts for all groups of a step, others in the next, none at test."""
+  moe = config("top_k", num_selected=1, expert_dropout=0.5)
+  seen = [np.asarray(route(moe, jax.random.key(i)).stats.load).sum(0) for i in range(6)]
+  assert all((load == 0).sum() == 2 for load in seen)
+  assert len({tuple(load == 0) for load in seen}) > 1
+  assert all(load.sum() == 2 * S - 3 for load in seen)
+  assert (np.asarray(route(moe, None).stats.load).sum(0) > 0).all()
+
+
+def test_expert_dropout_never_leaves_fewer_experts_than_choices():
+  """K=3 of 4 experts: at most one can be out."""
+  moe = config("top_k", num_selected=3, expert_dropout=0.9)
+  load = np.asarray(route(moe, jax.random.key(0)).stats.load).sum(0)
+  assert (load == 0).sum() == 1
+
+
+def test_soft_refuses_another_number_of_slots():
+  """Its slots are parameters: another capacity is another model."""
+  with pytest.raises(ConfigError, match="learned slots"):
+    route(config("soft", capacity_factor=1.0), None, factor=2.0)
