@@ -72,7 +72,7 @@ class Router(nnx.Module):
       key: randomness of this step; None in evaluation, which is deterministic.
       capacity_factor: None is dropless.
     """
-    moe, keys = self.config, None
+    moe, keys, dropout_key = self.config, None, None
     tokens = tokens.astype(jnp.float32)
     seen = tokens
     if key is not None:
@@ -83,7 +83,7 @@ class Router(nnx.Module):
     logits = _project(seen, self.weight[...])
     if not self.spec.learned:
       logits = jax.lax.stop_gradient(logits)
-    if key is not None and moe.expert_dropout:
+    if dropout_key is not None and moe.expert_dropout:
       logits = jnp.where(self._present(dropout_key), logits, _MASKED)
     capacity = self._capacity(tokens.shape[1], capacity_factor)
     inputs = RouterInputs(
