@@ -27,7 +27,7 @@ def get_config() -> Config:
     moe=MoEConfig(num_experts=8, num_selected=1, hidden=256, group_size=512),
     optimizer=OptimizerConfig(learning_rate=3e-3, warmup_steps=50),
   )
-  config.train.num_steps = 750
+  config.train.num_steps = 500
   config.train.batch_size = 16
   config.train.eval_every = config.train.checkpoint_every = 250
   return config

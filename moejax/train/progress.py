@@ -46,10 +46,14 @@ class _TimeLeft(ProgressColumn):
 class _Clock:
   def __init__(self, total: int):
     self._total = total
+    self._begin: int | None = None
     self._first: tuple[int, float] | None = None
 
   def start(self, step: int) -> None:
-    if self._first is None:
+    """Starts with the first step that is done, since that one waited for compiling."""
+    if self._begin is None:
+      self._begin = step
+    elif self._first is None and step > self._begin:
       self._first = (step, time.monotonic())
 
   def left(self, step: int) -> str:

@@ -3,6 +3,7 @@
 import itertools
 import threading
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -158,3 +159,30 @@ def test_an_unknown_or_empty_split_is_refused(corpus_of, small: Dataset):
   dataset = load(corpus_of(many(12), test_fraction=0.0))
   with pytest.raises(UserError, match="test_fraction"):
     dataset.eval_batches("test", 4)
+
+
+def test_token_counts_are_those_of_the_text(small: Dataset, monkeypatch):
+  """Bytes of the train split, counted in pieces too small for one document."""
+  monkeypatch.setattr("moejax.data.dataset._COUNT_CHUNK", 100)
+  text = b"".join(small.raw_bytes("train"))
+  expected = np.bincount(np.frombuffer(text, np.uint8), minlength=256)
+  counts = small.token_counts("train")
+  assert counts.shape == (small.tokenizer.vocab_size,)
+  np.testing.assert_array_equal(counts[:256], expected)
+  assert counts[small.tokenizer.separator] == small.num_documents("train")
+
+
+def test_a_new_run_takes_over_the_tokenizer_it_starts_from(
+  session_cache: Path, tmp_path: Path
+):
+  """`like`: parameters of another run know only the ids they were trained with."""
+  bpe = small_config(session_cache, tokenizer="bpe", vocab_size=300)
+  (tmp_path / "config.json").write_text("{}")
+  first = load(bpe, workdir=tmp_path)
+  (tmp_path / "other.txt").write_text("zebra quartz " * 500)
+  text = small_config(session_cache, tokenizer="bpe", vocab_size=300)
+  text.path = str(tmp_path / "other.txt")
+  text.validation_fraction = text.test_fraction = 0.0
+  taken = load(text, like=tmp_path)
+  assert taken.tokenizer.fingerprint == first.tokenizer.fingerprint
+  assert load(text).tokenizer.fingerprint != first.tokenizer.fingerprint

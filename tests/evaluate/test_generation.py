@@ -241,6 +241,22 @@ def test_bad_settings_are_refused_by_name(kwargs):
     _generate(["x"], **kwargs)
 
 
+def test_a_router_that_looks_ahead_is_refused_unless_asked_for():
+  """expert_choice sees later tokens in training; --config.moe.allow_future_leak."""
+  changes = {
+    "moe__router": "expert_choice",
+    "moe__capacity_factor": 1.0,
+    "moe__eval_capacity_factor": 1.0,
+  }
+  settings: dict[str, Any] = {"max_length": tiny.LENGTH, "max_tokens": 2}
+  model, params = tiny.model_and_params(**changes)
+  with pytest.raises(UserError, match="allow_future_leak"):
+    generation.generate(model, params, TOKENIZER, ["x"], **settings)
+  model, params = tiny.model_and_params(**changes, moe__allow_future_leak=True)
+  made = generation.generate(model, params, TOKENIZER, ["x"], **settings)
+  assert made.num_tokens > 0
+
+
 def test_context_is_max_position_or_the_training_length():
   """The default context is what the model was trained on."""
   config = tiny.config()

@@ -200,3 +200,26 @@ def test_jitter_changes_routing_in_training_only():
   noisy, _ = call(shell, params, x, train=True, key=key)
   np.testing.assert_array_equal(quiet, again)
   assert not np.allclose(quiet, noisy)
+
+
+def test_one_group_for_the_whole_batch():
+  """group_size=-1: slots are shared by all sequences, whichever the tokens stand in."""
+  moe = MoEConfig(num_experts=4, hidden=16, capacity_factor=1.0, group_size=-1)
+  shell, params = make(moe)
+  x, _ = inputs()
+  y, aux = call(shell, params, x, capacity_factor=1.0)
+  wide, other = call(shell, params, x.reshape(1, B * S, D), capacity_factor=1.0)
+  np.testing.assert_allclose(y.reshape(1, B * S, D), wide, atol=1e-6)
+  np.testing.assert_array_equal(aux.stats.load, other.stats.load)
+  assert float(aux.stats.load.max()) <= B * S / 4
+
+
+def test_the_entropy_term_is_there_only_when_asked_for():
+  """Minus the mean entropy per token; times its weight it is part of the loss."""
+  x, _ = inputs()
+  shell, params = make(MoEConfig(num_experts=4, hidden=16, capacity_factor=None))
+  assert "entropy_bonus" not in call(shell, params, x)[1].losses
+  moe = MoEConfig(num_experts=4, hidden=16, capacity_factor=None, entropy_weight=0.1)
+  shell, params = make(moe)
+  _, aux = call(shell, params, x)
+  np.testing.assert_allclose(aux.losses["entropy_bonus"], -aux.stats.entropy, rtol=1e-5)

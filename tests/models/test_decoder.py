@@ -186,3 +186,22 @@ def test_bfloat16_trains(tokens):
   assert decoder(params, tokens).logits.dtype == jnp.float32
   for leaf in jax.tree.leaves(gradient):
     assert leaf.dtype == jnp.float32 and bool(jnp.isfinite(leaf).all())
+
+
+def test_hash_routing_reads_a_table_that_init_made():
+  """Balanced by the counts given; an expert's load is that of its ids."""
+  moe = MoEConfig(num_experts=4, hidden=8, router="hash", hash_table="balanced")
+  moe.every, moe.offset, moe.capacity_factor = 1, 0, None
+  model = ModelConfig(num_layers=1, width=8, num_heads=2, hidden=8)
+  counts = np.array([90, 30, 30, 20, 10, 5, 5, 0])
+  decoder = Decoder(model, moe, vocab_size=8, token_counts=lambda: counts)
+  params = decoder.init(jax.random.key(0))
+  table = np.asarray(params["hash_table"])[:, 0].astype(int)
+  np.testing.assert_array_equal(
+    np.sort(np.bincount(table, counts, minlength=4)), [30, 35, 35, 90]
+  )
+  tokens = jnp.asarray([[0, 0, 1, 2, 7, 3]], jnp.int32)
+  stats = decoder(params, tokens, train=True).stats
+  assert stats is not None
+  expected = np.bincount(table[np.asarray(tokens)[0]], minlength=4)
+  np.testing.assert_array_equal(stats.load[0], expected)

@@ -94,6 +94,12 @@ _VARIANTS = {
     moe=MoEConfig(every=2, offset=1, dense_prefix=1),
   ),
   "all_layers": Config(moe=MoEConfig(every=1, offset=0)),
+  "noise": Config(moe=MoEConfig(router="noisy_top_k", num_selected=2)),
+  "fixed_noise": Config(
+    moe=MoEConfig(router="noisy_top_k", num_selected=2, noise="fixed")
+  ),
+  "bias": Config(moe=MoEConfig(router="sigmoid_bias", num_selected=2, segments=2)),
+  "soft": Config(moe=MoEConfig(router="soft", group_size=48, capacity_factor=0.7)),
   "twin": Config(
     moe=MoEConfig(
       num_experts=4,
@@ -115,6 +121,17 @@ def test_formula_equals_the_models_own_parameter_tree(name):
   model = Decoder(config.model, config.moe, vocab_size=vocab_size)
   leaves = jax.tree.leaves(model.shapes())
   total, _ = parameters.count_parameters(config, vocab_size)
+  assert sum(math.prod(leaf.shape) for leaf in leaves) == total["total"]
+
+
+def test_the_table_of_hash_routing_is_data_and_not_counted():
+  """Router hash: the formula leaves out exactly the [V, K] table."""
+  config = Config(moe=MoEConfig(router="hash", num_selected=2))
+  model = Decoder(config.model, config.moe, vocab_size=264)
+  shapes = model.shapes()
+  assert shapes.pop("hash_table").shape == (264, 2)
+  total, _ = parameters.count_parameters(config, 264)
+  leaves = jax.tree.leaves(shapes)
   assert sum(math.prod(leaf.shape) for leaf in leaves) == total["total"]
 
 

@@ -189,3 +189,16 @@ class TestProgress:
     reporter.close()
     assert "loss 1.250" in stream.getvalue()
     assert "100 tokens/s" in stream.getvalue()
+
+  def test_time_left_does_not_count_the_step_that_compiles(self, monkeypatch):
+    """100 s until the first step is done, then 1 s each: 8 steps are 8 s."""
+    now = [0.0]
+    monkeypatch.setattr(progress.time, "monotonic", lambda: now[0])
+    clock = progress._Clock(10)
+    clock.start(0)
+    now[0] = 100.0
+    clock.start(1)
+    assert clock.left(1) == "--:--"
+    now[0] = 101.0
+    clock.start(2)
+    assert clock.left(2) == "0:08"

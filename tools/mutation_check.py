@@ -1,0 +1,88 @@
+"""Does the suite notice when routing is wrong? Breaks it on purpose, and counts.
+
+  python -m tools.mutation_check [--jobs=2] [--only=TEXT]
+
+Copies the code, makes one of the edits in `tools.mutants` (a slot too many, padding
+counted, a gate not renormalised ...), runs the tests of routing, layers and recorded
+outputs until one fails, and goes on to the next. Exit code 1 if an edit is noticed by
+no test, or if the tests fail without any.
+"""
+
+import argparse
+import concurrent.futures
+import pathlib
+import shutil
+import subprocess
+import sys
+import tempfile
+
+from tools.mutants import MUTANTS, Mutant
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+COPIED = ("moejax", "tests", "configs", "pyproject.toml")
+TESTS = ("tests/routing", "tests/layers", "tests/golden")
+
+
+def check(mutant: Mutant | None) -> tuple[str, str]:
+  """Runs the tests on a copy with one edit.
+
+  Returns:
+    ("caught", the first test that failed), ("missed", ""), or ("broken", why) where
+    the tests could not be run at all, which proves nothing.
+  """
+  with tempfile.TemporaryDirectory() as name:
+    directory = pathlib.Path(name)
+    for part in COPIED:
+      copy = shutil.copytree if (ROOT / part).is_dir() else shutil.copy
+      copy(ROOT / part, directory / part)
+    if mutant is not None:
+      edit(directory / "moejax" / "routing" / mutant.file, mutant)
+    command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider"]
+    command += ["-m", "not slow", "--tb=no", "-rf", *TESTS]
+    done = subprocess.run(command, cwd=directory, capture_output=True, text=True)
+  if done.returncode == 0:
+    return "missed", ""
+  failed = [line for line in done.stdout.splitlines() if line.startswith("FAILED ")]
+  if done.returncode == 1 and failed:
+    return "caught", failed[0].split()[1]
+  return "broken", (done.stdout + done.stderr)[-500:]
+
+
+def edit(path: pathlib.Path, mutant: Mutant) -> None:
+  """Makes the edit.
+
+  Raises:
+    ValueError: its text does not stand there exactly once: the list is out of date.
+  """
+  text = path.read_text("utf-8")
+  if text.count(mutant.old) != 1:
+    raise ValueError(
+      f"{mutant.file} has {text.count(mutant.old)} times {mutant.old!r}, and not once: "
+      "bring tools/mutants.py up to date."
+    )
+  path.write_text(text.replace(mutant.old, mutant.new), "utf-8")
+
+
+def main() -> int:
+  parser = argparse.ArgumentParser(
+    description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+  )
+  parser.add_argument("--jobs", type=int, default=2, help="tests at a time")
+  parser.add_argument("--only", default="", help="mutants whose name contains this")
+  args = parser.parse_args()
+  mutants = [m for m in MUTANTS if args.only in m.name]
+  status, why = check(None) if not args.only else ("missed", "")
+  if status != "missed":
+    print(f"The tests fail as they are ({status}): {why}")
+    return 1
+  caught = 0
+  with concurrent.futures.ThreadPoolExecutor(args.jobs) as pool:
+    for mutant, (status, why) in zip(mutants, pool.map(check, mutants), strict=True):
+      caught += status == "caught"
+      print(f"{status:7} {mutant.file:18} {mutant.name:42} {why}", flush=True)
+  print(f"{caught} of {len(mutants)} caught")
+  return int(caught < len(mutants))
+
+
+if __name__ == "__main__":
+  sys.exit(main())
