@@ -3,11 +3,14 @@
 Sized for two CPU cores and five minutes: short sequences and few, wide heads, since
 on a CPU the elementwise work of attention costs more than its products; two MoE
 layers of eight experts; a vocabulary small enough that the output head does not
-cost more than the layers.
+cost more than the layers; many small steps, since a million tokens are few (650 steps
+of 16 sequences end at 3.41, 300 of 32 at 3.65).
 
 Command:  make train
-Hardware: 2 CPU cores
-Result:   not yet recorded.
+Hardware: 2 cores of an AMD EPYC (Zen 3), Python 3.11
+Run time: 3 min 30 s, of which 28 s prepare the text, the first time
+Result:   validation loss 3.572 nats/token, 1.992 bits/byte (of the same bytes: unigram
+          entropy 4.650, xz -9 1.807); 7.7k tokens/s; 2 to 7% of tokens dropped at the end
 """
 
 from moejax.config import Config, DataConfig, ModelConfig, MoEConfig, OptimizerConfig
@@ -29,5 +32,6 @@ def get_config() -> Config:
   )
   config.train.num_steps = 500
   config.train.batch_size = 16
+  config.train.eval_batches = 0  # All of them: six seconds.
   config.train.eval_every = config.train.checkpoint_every = 250
   return config

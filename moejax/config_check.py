@@ -227,6 +227,14 @@ def _groups_divide_microbatch(c: Config) -> str | None:
     )
 
 
+def _next_best_knows_no_absent_experts(c: Config) -> str | None:
+  if c.moe.expert_dropout and c.moe.overflow == "next_best":
+    return (
+      f"{_flags(c, 'moe.expert_dropout', 'moe.overflow')}: what overflows would go to "
+      "the very experts that were taken out. Use one of the two."
+    )
+
+
 def _soft_has_fixed_slots(c: Config) -> str | None:
   moe = c.moe
   if moe.router != "soft" or moe.dense_twin:
@@ -275,6 +283,7 @@ RULES: tuple[Callable[[Config], str | None], ...] = (
   _accumulation_divides_batch,
   _accumulation_balances_groups,
   _groups_divide_microbatch,
+  _next_best_knows_no_absent_experts,
   _soft_has_fixed_slots,
   _one_mesh_axis_is_free,
 )
@@ -301,9 +310,15 @@ def _registered(config: Config) -> None:
 def _router_options(config: Config) -> None:
   """Asks the router itself, with the capacity of training and that of evaluation."""
   from moejax.layers.options import router_options
-  from moejax.routing.registry import check
+  from moejax.routing.registry import ROUTERS, check
 
   moe = config.moe
+  if ROUTERS[moe.router].needs_capacity and moe.eval_capacity_factor is None:
+    raise ConfigError(
+      f"--config.moe.router={moe.router} needs slots in evaluation too, and "
+      "--config.moe.eval_capacity_factor=none gives no number of them. Give it "
+      f"{moe.capacity_factor or 1.0}, as in training."
+    )
   # A capacity of 1 stands for any: the number needs the group size, the rules do not.
   slots = None if moe.capacity_factor is None else 1
   check(moe.router, router_options(moe, slots))

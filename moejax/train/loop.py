@@ -22,6 +22,7 @@ import numpy as np
 
 from moejax.config import Config
 from moejax.parallel import rules
+from moejax.routing.registry import ROUTERS
 from moejax.train import finish, validation
 from moejax.train import setup as setup_lib
 from moejax.train import step as step_lib
@@ -77,6 +78,11 @@ def _train(run: Run, stream: Any) -> dict[str, Any]:
   try:
     if run.start_step >= config.train.num_steps:
       return finish.already_done(run, reporter)
+    if run.model.moe_layers and not ROUTERS[config.moe.router].causal:
+      reporter.message(
+        f"Note: router {config.moe.router} lets a token see later ones of its group, so "
+        "this loss is not that of a model that could generate."
+      )
     if run.resumed:
       reporter.message(f"Resuming {workdir} at step {run.start_step}.")
     with stop, jax.set_mesh(run.mesh):
