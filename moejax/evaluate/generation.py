@@ -27,6 +27,7 @@ from jaxtyping import Array, Bool, Float, Int, Key
 
 from moejax.config import Config
 from moejax.errors import UserError
+from moejax.models.decoder import Decoder
 from moejax.routing.registry import ROUTERS
 from moejax.types import Params, pytree
 
@@ -104,13 +105,19 @@ def sample_token(
   return order[jnp.where(is_greedy, 0, drawn)]
 
 
+def _factor(model: Any) -> float | None:
+  """Dropless, but for routers whose experts must have a number of slots."""
+  needs_capacity = model.moe_layers and ROUTERS[model.moe.router].needs_capacity
+  return model.moe.eval_capacity_factor if needs_capacity else None
+
+
 @functools.partial(jax.jit, static_argnames=("model", "length"))
 def _prefill(
   model: Any, params: Params, tokens: Int[Array, "B P"], *, length: int
 ) -> tuple[Float[Array, "B V"], Any]:
   """Reads what all prompts have; logits of the next token, and a cache for M."""
   cache = model.init_cache(tokens.shape[0], length)
-  out = model(params, tokens, cache=cache, capacity_factor=None)
+  out = model(params, tokens, cache=cache, capacity_factor=_factor(model))
   return out.logits[:, -1], out.cache
 
 
@@ -165,7 +172,7 @@ def _decode(
       token[:, None],
       segment_ids=(~is_done).astype(jnp.int32)[:, None],
       cache=cache,
-      capacity_factor=None,
+      capacity_factor=_factor(model),
     )
     return step + 1, tokens, out.logits[:, 0], length, out.cache
 
@@ -210,6 +217,10 @@ def generate(
       only what is there so far, which is not what it was trained with.
   """
   _check(model, max_tokens, temperature, top_k, top_p, num_samples)
+  if _factor(model) is not None:
+    # Groups of the size trained with do not exist yet: each call is one of its own.
+    moe = dataclasses.replace(model.moe, group_size=0)
+    model = Decoder(model.config, moe, vocab_size=model.vocab_size)
   encoded = [_encode(tokenizer, prompt, max_length) for prompt in prompts]
   lengths = np.repeat([len(ids) for ids in encoded], num_samples).astype(np.int32)
   limits = np.minimum(lengths + max_tokens, max_length)
@@ -325,6 +336,11 @@ def _check(
     if not is_good:
       raise UserError(f"--{flag}={value} makes no sense: give {wanted}.")
   router, allowed = model.moe.router, model.moe.allow_future_leak
+  if model.moe_layers and "slot_logits" in ROUTERS[router].needs:
+    raise UserError(
+      f"--config.moe.router={router} mixes all tokens of a group in a fixed number of "
+      "slots, and cannot generate token by token. Evaluate the run instead."
+    )
   if model.moe_layers and not ROUTERS[router].causal and not allowed:
     raise UserError(
       f"--config.moe.router={router} looks at later tokens, which generation does not "

@@ -169,7 +169,8 @@ def test_token_counts_are_those_of_the_text(small: Dataset, monkeypatch):
   counts = small.token_counts("train")
   assert counts.shape == (small.tokenizer.vocab_size,)
   np.testing.assert_array_equal(counts[:256], expected)
-  assert counts[small.tokenizer.separator] == small.num_documents("train")
+  # One after each document, and the one before the first.
+  assert counts[small.tokenizer.separator] == small.num_documents("train") + 1
 
 
 def test_a_new_run_takes_over_the_tokenizer_it_starts_from(
@@ -177,8 +178,8 @@ def test_a_new_run_takes_over_the_tokenizer_it_starts_from(
 ):
   """`like`: parameters of another run know only the ids they were trained with."""
   bpe = small_config(session_cache, tokenizer="bpe", vocab_size=300)
-  (tmp_path / "config.json").write_text("{}")
   first = load(bpe, workdir=tmp_path)
+  (tmp_path / "config.json").write_text("{}")
   (tmp_path / "other.txt").write_text("zebra quartz " * 500)
   text = small_config(session_cache, tokenizer="bpe", vocab_size=300)
   text.path = str(tmp_path / "other.txt")

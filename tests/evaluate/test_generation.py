@@ -255,6 +255,10 @@ def test_a_router_that_looks_ahead_is_refused_unless_asked_for():
   model, params = tiny.model_and_params(**changes, moe__allow_future_leak=True)
   made = generation.generate(model, params, TOKENIZER, ["x"], **settings)
   assert made.num_tokens > 0
+  changes |= {"moe__router": "soft", "moe__group_size": 16}
+  model, params = tiny.model_and_params(**changes, moe__allow_future_leak=True)
+  with pytest.raises(UserError, match="cannot generate"):
+    generation.generate(model, params, TOKENIZER, ["x"], **settings)
 
 
 def test_context_is_max_position_or_the_training_length():
