@@ -20,6 +20,7 @@ _BPE_BYTES = 32 << 20
 """A bpe tokenizer learns from at most so much of the train split."""
 
 _COUNT_CHUNK = 1 << 24
+_NAMED_IN_LOG = 5
 _BPE_FORMAT = 1
 
 
@@ -218,12 +219,16 @@ def load(
   if chosen is None:
     chosen = _make_tokenizer(config, source, root)
   dataset = Dataset(config, chosen, tokens.token_cache(source, chosen, root))
-  if dataset.num_skipped or dataset.num_duplicates:
-    logging.info(
-      "%s: %d documents skipped, %d duplicates left out; see Dataset.skipped.",
+  if dataset.num_duplicates:
+    logging.info("%s: %d duplicates left out.", config.name, dataset.num_duplicates)
+  if dataset.num_skipped:
+    named = [f"{s.document}: {s.reason}" for s in dataset.skipped[:_NAMED_IN_LOG]]
+    more = ["..."] if dataset.num_skipped > len(named) else []
+    logging.warning(
+      "%s: %d documents skipped (%s).",
       config.name,
       dataset.num_skipped,
-      dataset.num_duplicates,
+      "; ".join(named + more),
     )
   if workdir is not None:
     chosen.save(Path(workdir))

@@ -124,7 +124,7 @@ def test_a_few_documents_still_fill_every_split(count):
   assert len(splits) == count
 
 
-def test_what_cannot_be_decoded_is_left_out_and_named(corpus_of):
+def test_what_cannot_be_decoded_is_left_out_and_named(corpus_of, caplog):
   """Binary, Latin-1, empty, broken compression, bad JSON: the rest is used."""
   bad = {
     "zero.bin": b"ab\0cd",
@@ -149,6 +149,8 @@ def test_what_cannot_be_decoded_is_left_out_and_named(corpus_of):
     assert "no text field 'text'" in reasons[f"lines.jsonl:{line}"]
   assert "not JSON" in reasons["lines.jsonl:3"]
   assert b"fine" in everything(dataset)
+  [line] = [m for m in caplog.messages if "12 documents skipped (" in m]
+  assert sum(f"{name}: {reason}" in line for name, reason in reasons.items()) == 5
 
 
 def test_hidden_files_and_byte_code_are_not_looked_at(corpus_of):
