@@ -20,6 +20,9 @@ from moejax.types import pytree, static_field
 BLOCK_OVERHEAD = 16
 """Cost of one more block, in rows: reading and packing the expert's weights again."""
 
+NEAR = (0.75, 0.875, 1.0, 1.125, 1.25)
+"""Block sizes around the mean load, as fractions of it."""
+
 LARGEST = 512
 """Beyond it a product gains nothing more, and its padding would be larger."""
 
@@ -61,13 +64,13 @@ def cover(sizes: tuple[int, ...]) -> np.ndarray:
 
 
 def sizes_for(num_assignments: int, num_experts: int) -> tuple[int, ...]:
-  """Block sizes worth compiling, descending: at most six, each is one more loop.
+  """Block sizes worth compiling, descending: at most eight, each is one more loop.
 
-  Three stand around the mean load, so that under a balanced router most experts
+  Five stand around the mean load, so that under a balanced router most experts
   are one block with little padding; the others keep a skewed one cheap.
   """
   mean = num_assignments / num_experts
-  near = (math.ceil(fraction * mean / 16) * 16 for fraction in (0.75, 1.0, 1.25))
+  near = (math.ceil(fraction * mean / 8) * 8 for fraction in NEAR)
   sizes = {LARGEST, 128, 32} | {size for size in near if size <= LARGEST // 2}
   return tuple(sorted((s for s in sizes if s < 2 * num_assignments), reverse=True)) or (
     16,
