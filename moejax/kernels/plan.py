@@ -20,8 +20,11 @@ from moejax.types import pytree, static_field
 BLOCK_OVERHEAD = 16
 """Cost of one more block, in rows: reading and packing the expert's weights again."""
 
-NEAR = (0.75, 0.875, 1.0, 1.125, 1.25)
+NEAR, NEARER = (0.75, 1.0, 1.25), (0.75, 0.875, 1.0, 1.125, 1.25)
 """Block sizes around the mean load, as fractions of it."""
+
+SMALL_MEAN = 128
+"""Up to this mean load, padding costs more than the compile time of two more loops."""
 
 LARGEST = 512
 """Beyond it a product gains nothing more, and its padding would be larger."""
@@ -66,11 +69,12 @@ def cover(sizes: tuple[int, ...]) -> np.ndarray:
 def sizes_for(num_assignments: int, num_experts: int) -> tuple[int, ...]:
   """Block sizes worth compiling, descending: at most eight, each is one more loop.
 
-  Five stand around the mean load, so that under a balanced router most experts
-  are one block with little padding; the others keep a skewed one cheap.
+  Three or five stand around the mean load, so that under a balanced router most
+  experts are one block with little padding; the others keep a skewed one cheap.
   """
   mean = num_assignments / num_experts
-  near = (math.ceil(fraction * mean / 8) * 8 for fraction in NEAR)
+  fractions = NEARER if mean <= SMALL_MEAN else NEAR
+  near = (math.ceil(fraction * mean / 8) * 8 for fraction in fractions)
   sizes = {LARGEST, 128, 32} | {size for size in near if size <= LARGEST // 2}
   return tuple(sorted((s for s in sizes if s < 2 * num_assignments), reverse=True)) or (
     16,
