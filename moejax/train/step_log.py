@@ -78,12 +78,13 @@ class StepLog:
 
   def evaluation(self, step: int, values: dict[str, Any] | None) -> float | None:
     """Adds validation metrics to the step's own; returns the validation loss."""
-    if values is None:
-      return None
-    named = {f"validation_{k}": v for k, v in values.items() if k != "moe"}
-    self._line = (step, {**self._line[1], **named} if self._line else named)
-    self._reporter.update(step, named)
-    return values["loss"]
+    if values is not None:
+      named = {f"validation_{k}": v for k, v in values.items() if k != "moe"}
+      self._line = (step, {**self._line[1], **named} if self._line else named)
+      self._reporter.update(step, named)
+    # Now, since a checkpoint need not follow: the next line would take its place.
+    self._write_line()
+    return None if values is None else values["loss"]
 
   def close(self) -> None:
     self._write_line()

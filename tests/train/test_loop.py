@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 
 from moejax import data
+from moejax.config import Config
 from moejax.evaluate import report
 from moejax.parallel.mesh import make_mesh
 from moejax.train import finish, loop, progress, step_log, writers
@@ -118,32 +119,50 @@ def test_metrics_are_read_after_the_next_step_was_started(
   assert " ".join(f"{kind[0]}{step}" for kind, step in events) == expected
 
 
+def make_log(config: Config, workdir: pathlib.Path) -> step_log.StepLog:
+  """A log without model and state, which it must not need."""
+  run = object.__new__(Run)
+  run.config, run.workdir, run.start_step = config, workdir, 0
+  run.checkpointer = types.SimpleNamespace(wait=lambda: True, latest=lambda: 40)
+  run.flops_per_token = 1.0
+  run.mesh = make_mesh(config.mesh, jax.devices()[:1])
+  return step_log.StepLog(run, progress.Silent())
+
+
+def numbers(*, bad: int = 0):
+  """A step's metrics on a model without experts; `bad` steps in a row are behind it."""
+  values = {"loss": jnp.nan if bad else 16.0, "tokens": 8.0, "bytes": 8.0}
+  values |= {"grad_norm": 1.0, "learning_rate": 0.1, "bad_total": bad}
+  return {**values, "bad_in_a_row": bad, "aux": {}, "stats": None}
+
+
+@pytest.mark.parametrize("log_every", [1, 4])
+def test_every_evaluation_is_logged_whether_or_not_a_checkpoint_follows(
+  config, tmp_path, log_every
+):
+  """Steps 2 and 4 are evaluated and nothing is saved: both lines have the loss."""
+  config.train.log_every = log_every
+  log = make_log(config, tmp_path)
+  for step in range(1, 6):
+    log.add(step, numbers())
+    if step in (2, 4):
+      log.settle(keep=True)
+      assert log.evaluation(step, {"loss": step / 2}) == step / 2
+      log.resume()
+  log.close()
+  lines = {line["step"]: line for line in _lines(tmp_path)}
+  assert [lines[n]["validation_loss"] for n in (2, 4)] == [1.0, 2.0]
+  assert all(lines[n]["loss"] == 2.0 for n in (2, 4))
+  assert set(lines) == ({1, 2, 3, 4} if log_every == 1 else {2, 4})
+
+
 def test_too_many_bad_steps_stop_the_run_and_name_the_last_good_checkpoint(
   config, tmp_path
 ):
   """max_bad_steps is 3: the first and second go on, the third raises."""
-  checkpointer = types.SimpleNamespace(wait=lambda: True, latest=lambda: 40)
-  # No model and no state: the log must not need them.
-  run = object.__new__(Run)
-  run.config, run.workdir, run.start_step = config, tmp_path, 0
-  run.checkpointer, run.flops_per_token = checkpointer, 1.0
-  run.mesh = make_mesh(config.mesh, jax.devices()[:1])
-  log = step_log.StepLog(run, progress.Silent())
-
-  def bad(in_a_row: int):
-    numbers = {
-      "loss": jnp.nan,
-      "tokens": 8.0,
-      "bytes": 8.0,
-      "grad_norm": jnp.nan,
-      "learning_rate": 0.1,
-      "bad_total": in_a_row,
-      "bad_in_a_row": in_a_row,
-    }
-    return {**numbers, "aux": {}, "stats": None}
-
+  log = make_log(config, tmp_path)
   for step in (1, 2, 3):
-    log.add(step, bad(step))
+    log.add(step, numbers(bad=step))
   with pytest.raises(step_log.TrainingStopped, match=r"3 steps in a row.*checkpoints/40"):
     log.settle(keep=False)
   log.close()
