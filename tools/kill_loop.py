@@ -40,6 +40,7 @@ SMALL = {
   "model.hidden": 64,
   "moe.hidden": 64,
   "moe.num_experts": 4,
+  "moe.group_size": 0,
   "train.num_steps": 120,
   "train.batch_size": 4,
   "train.checkpoint_every": 5,
