@@ -19,11 +19,11 @@ import os
 import pathlib
 import statistics
 import subprocess
-import sys
 from typing import Any
 
 from absl import flags
 
+from experiments.child import train_command
 from moejax import cli
 from moejax.errors import UserError
 
@@ -102,28 +102,20 @@ def main() -> int:
 
 def train(workdir: pathlib.Path, cache: pathlib.Path, extra: tuple[str, ...]) -> None:
   """One run in its own process; seeds of one router share what was compiled."""
-  command = [
-    *(sys.executable, "-m", "experiments.train"),
-    *(f"--config={flags.FLAGS.config}", f"--workdir={workdir}"),
-    *(f"--config.{name}={flag(value)}" for name, value in cli.overrides().items()),
-    "--config.train.eval_every=0",
-    "--config.train.checkpoint_every=0",
-    *(f"--config.{setting}" for setting in extra),
-  ]
+  settings = ("train.eval_every=0", "train.checkpoint_every=0", *extra)
   environment = os.environ | {"JAX_COMPILATION_CACHE_DIR": str(cache.resolve())}
   log = workdir.with_suffix(".log")
   log.parent.mkdir(parents=True, exist_ok=True)
   with open(log, "w", encoding="utf-8") as out:
     code = subprocess.run(
-      command, check=False, stdout=out, stderr=subprocess.STDOUT, env=environment
+      train_command(workdir, *settings),
+      check=False,
+      stdout=out,
+      stderr=subprocess.STDOUT,
+      env=environment,
     ).returncode
   if code:
     raise UserError(f"The run in {workdir} ended with exit code {code}; see {log}.")
-
-
-def flag(value: Any) -> str:
-  """A value as the command line spells it."""
-  return "none" if value is None else str(value)
 
 
 def read_run(workdir: pathlib.Path) -> dict[str, float]:

@@ -16,16 +16,16 @@ import json
 import pathlib
 import statistics
 import subprocess
-import sys
 from typing import Any
 
 from absl import flags
 
+from experiments.child import train_command
 from moejax import cli
 from moejax.errors import UserError
 
 _HERE = pathlib.Path(__file__).parent
-VARIANTS = {"moe": (), "dense": ("--config.moe.dense_twin=true",)}
+VARIANTS = {"moe": (), "dense": ("moe.dense_twin=true",)}
 
 
 def define_flags() -> None:
@@ -52,22 +52,10 @@ def main() -> int:
 
 def train(workdir: pathlib.Path, extra: tuple[str, ...]) -> None:
   """One run in its own process, so that neither warms caches for the other."""
-  command = [
-    *(sys.executable, "-m", "experiments.train"),
-    f"--config={flags.FLAGS.config}",
-    f"--workdir={workdir}",
-    *(f"--config.{name}={flag(value)}" for name, value in cli.overrides().items()),
-    f"--config.train.eval_every={flags.FLAGS.eval_every}",
-    "--config.train.eval_batches=0",
-    *extra,
-  ]
+  every = f"train.eval_every={flags.FLAGS.eval_every}"
+  command = train_command(workdir, every, "train.eval_batches=0", *extra)
   if code := subprocess.run(command, check=False).returncode:
     raise UserError(f"The run in {workdir} ended with exit code {code}; see above.")
-
-
-def flag(value: Any) -> str:
-  """A value as the command line spells it."""
-  return "none" if value is None else str(value)
 
 
 def read_curve(path: pathlib.Path) -> dict[str, Any]:

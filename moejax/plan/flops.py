@@ -19,7 +19,7 @@ S sequence, V vocabulary.
 """
 
 from moejax.config import Config
-from moejax.plan.parameters import Dimensions, dimensions, soft_slots
+from moejax.plan.parameters import Dimensions, dimensions, group_tokens, soft_slots
 
 TRAINING_OVER_FORWARD = 3
 
@@ -114,7 +114,7 @@ def experts_per_token(config: Config, d: Dimensions) -> float:
   if moe.router == "dense":
     return d.num_experts
   if moe.router == "soft":
-    return soft_slots(config, d) / _group_tokens(config)
+    return soft_slots(config, d) / group_tokens(config)
   return d.num_selected
 
 
@@ -131,8 +131,3 @@ def router_macs(config: Config, d: Dimensions) -> float:
       return logits + 3 * d.width * soft_slots(config, d)
     case _:
       return logits
-
-
-def _group_tokens(config: Config) -> int:
-  size = config.moe.group_size
-  return size if size > 0 else config.data.sequence_length

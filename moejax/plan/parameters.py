@@ -167,10 +167,15 @@ def router_parameters(config: Config, d: Dimensions) -> int:
   return count
 
 
+def group_tokens(config: Config) -> int:
+  """T of one routing group; a group of the whole batch is counted as a sequence."""
+  size = config.moe.group_size
+  return size if size > 0 else config.data.sequence_length
+
+
 def soft_slots(config: Config, d: Dimensions) -> int:
   """All experts' slots in one routing group of Soft MoE: E*C."""
-  moe = config.moe
-  tokens = moe.group_size if moe.group_size > 0 else config.data.sequence_length
+  moe, tokens = config.moe, group_tokens(config)
   share = d.num_selected if moe.capacity_convention == "per_assignment" else 1
   slots = math.ceil(
     round((moe.capacity_factor or 1.0) * share * tokens, 9) / d.num_experts

@@ -34,6 +34,21 @@ def draw(shell: Shell, seed: int = 0):
   return jax.tree.map(lambda s: jnp.asarray(rng.normal(size=s.shape), s.dtype), shapes)
 
 
+def layer(name: str, capacity_factor: float | None):
+  """An MoE layer under a router: parameters, and (params, x, key) -> (y, aux)."""
+  moe = config(name, capacity_factor=capacity_factor)
+  shell = Shell(lambda key: MoE(MODEL, moe, nnx.Rngs(params=key)))
+  _, valid, assigned = batch()
+  ids = jnp.zeros((B, S), jnp.int32)
+
+  def call(params, x, key=None):
+    return shell.merge(params)(
+      x, valid, ids, assigned, key=key, train=True, capacity_factor=capacity_factor
+    )
+
+  return draw(shell), call
+
+
 def batch():
   rng = np.random.default_rng(1)
   x = jnp.asarray(rng.normal(size=(B, S, D)), jnp.float32)
@@ -64,20 +79,11 @@ def inputs_by_hand(params, x, valid, assigned) -> RouterInputs:
 @pytest.mark.parametrize("name", ROUTERS)
 def test_the_layer_gives_every_router_what_it_needs(name):
   """Output of the layer = combine * experts(dispatch * x), routed by inputs by hand."""
-  moe = config(name, capacity_factor=1.0)
-  shell = Shell(lambda key: MoE(MODEL, moe, nnx.Rngs(params=key)))
-  params = draw(shell)
+  params, call = layer(name, 1.0)
   x, valid, assigned = batch()
-  ids = jnp.zeros((B, S), jnp.int32)
-  layer = jax.jit(
-    lambda p, x: shell.merge(p)(
-      x, valid, ids, assigned, key=None, train=True, capacity_factor=1.0
-    )
-  )
-  y, aux = layer(params, x)
-  options = RouterOptions(
-    num_experts=E, num_selected=moe.num_selected, capacity=S * moe.num_selected // E
-  )
+  y, aux = jax.jit(call)(params, x)
+  k = config(name).num_selected
+  options = RouterOptions(num_experts=E, num_selected=k, capacity=S * k // E)
   made = inputs_by_hand(params["router"], x, valid, assigned)
   routing = jax.vmap(lambda group: ROUTERS[name].fn(group, options))(made)
   send = np.asarray(jax.vmap(lambda r: r.dispatch_weights())(routing), np.float64)
@@ -114,18 +120,13 @@ UNTRAINED = {
 @pytest.mark.parametrize("name", ROUTERS)
 def test_gradients_reach_what_is_learned_and_nothing_else(name):
   """In training, with noise, from the output alone."""
-  moe = config(name, capacity_factor=1.0)
-  shell = Shell(lambda key: MoE(MODEL, moe, nnx.Rngs(params=key)))
-  params = draw(shell)
-  x, valid, assigned = batch()
-  ids, key = jnp.zeros((B, S), jnp.int32), jax.random.key(3)
+  params, call = layer(name, 1.0)
+  x, _, _ = batch()
 
   @jax.jit
   def gradient(params):
     def total(params):
-      y, _ = shell.merge(params)(
-        x, valid, ids, assigned, key=key, train=True, capacity_factor=1.0
-      )
+      y, _ = call(params, x, jax.random.key(3))
       return jnp.sum(y * jnp.cos(jnp.arange(y.size, dtype=jnp.float32)).reshape(y.shape))
 
     return jax.grad(total)(params)
@@ -139,16 +140,11 @@ def test_gradients_reach_what_is_learned_and_nothing_else(name):
 
 def test_an_unlearned_router_passes_no_loss_to_the_tokens():
   """hash: the z-loss and balance loss of logits that decide nothing are constants."""
-  moe = config("hash", capacity_factor=None)
-  shell = Shell(lambda key: MoE(MODEL, moe, nnx.Rngs(params=key)))
-  params = draw(shell)
-  x, valid, assigned = batch()
-  ids = jnp.zeros((B, S), jnp.int32)
+  params, call = layer("hash", None)
+  x, _, _ = batch()
 
   def loss(x):
-    _, aux = shell.merge(params)(
-      x, valid, ids, assigned, key=None, train=True, capacity_factor=None
-    )
+    _, aux = call(params, x)
     return aux.losses["z_loss"] + aux.losses["balance_loss"]
 
   assert not np.any(jax.jit(jax.grad(loss))(x))

@@ -1,0 +1,28 @@
+"""Training runs that a study starts, each in a process of its own."""
+
+import sys
+from typing import Any
+
+from absl import flags
+
+from moejax import cli
+
+
+def train_command(workdir: Any, *settings: str) -> list[str]:
+  """The command of one run: this command line's config and overrides, and more.
+
+  Args:
+    workdir: of the run.
+    *settings: such as `moe.router=hash`; they win over the command line.
+  """
+  given = (f"{name}={spelled(value)}" for name, value in cli.overrides().items())
+  return [
+    *(sys.executable, "-m", "experiments.train"),
+    *(f"--config={flags.FLAGS.config}", f"--workdir={workdir}"),
+    *(f"--config.{setting}" for setting in (*given, *settings)),
+  ]
+
+
+def spelled(value: Any) -> str:
+  """A value as the command line spells it."""
+  return "none" if value is None else str(value)
