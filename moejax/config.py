@@ -140,6 +140,8 @@ class MoEConfig:
   """A group's score sums so many of its best experts: 1 DeepSeek-V2, 2 DeepSeek-V3."""
   bias_update_rate: float = 0.001
   """Router sigmoid_bias: how far a step moves each expert's bias (DeepSeek-V3)."""
+  quantile_rate: float = 0.2
+  """Router quantile_bias: what part of the estimated way to balance a step goes."""
   noise: str = "learned"
   """Router noisy_top_k: learned scale (Shazeer), or fixed at noise_std / E (V-MoE)."""
   noise_std: float = 1.0
@@ -156,7 +158,8 @@ class MoEConfig:
   """Generate even if the router looks at later tokens (expert_choice, base, soft)."""
   balance_weight: float = 0.01
   balance_scope: str = "group"
-  """group: per routing group, exact under accumulation; batch: over the whole batch."""
+  """group: per routing group; batch: over the whole global batch, which with
+  accumulation costs a second forward pass, since loads must be known beforehand."""
   z_weight: float = 0.001
   importance_weight: float = 0.01
   """Router noisy_top_k: CV^2 of the summed gates; load_weight: of the smooth load."""
@@ -168,6 +171,21 @@ class MoEConfig:
   """Above 0 rewards, below 0 punishes, spread-out probabilities of a token."""
   router_init_scale: float = 0.1
   """Switch, section 2.4, uses 0.1 of the usual scale."""
+
+  @property
+  def fine_experts(self) -> int:
+    """E that the router sees: every expert cut into its segments."""
+    return self.num_experts * self.segments
+
+  @property
+  def fine_selected(self) -> int:
+    """K that the router sees."""
+    return self.num_selected * self.segments
+
+  @property
+  def fine_hidden(self) -> int:
+    """F of one segment."""
+    return self.hidden // self.segments
 
 
 @dataclass(kw_only=True, slots=True)

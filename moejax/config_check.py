@@ -174,7 +174,7 @@ def _segments_divide_hidden(c: Config) -> str | None:
 
 
 def _one_choice_keeps_its_probability(c: Config) -> str | None:
-  if c.moe.num_selected * c.moe.segments == 1 and c.moe.renormalize != "none":
+  if c.moe.fine_selected == 1 and c.moe.renormalize != "none":
     return (
       f"{_flags(c, 'moe.renormalize', 'moe.num_selected')}: a single gate scaled to sum "
       "1 is always 1, and the router gets no gradient. Use --config.moe.renormalize=none."
@@ -207,15 +207,6 @@ def _accumulation_divides_batch(c: Config) -> str | None:
     )
 
 
-def _accumulation_balances_groups(c: Config) -> str | None:
-  if c.train.accumulation > 1 and c.moe.balance_scope == "batch":
-    return (
-      f"{_flags(c, 'moe.balance_scope', 'train.accumulation')}: a balance loss over the "
-      "whole batch is not the sum of those of its microbatches. Use "
-      "--config.moe.balance_scope=group, or accumulation=1."
-    )
-
-
 def _groups_divide_microbatch(c: Config) -> str | None:
   micro = c.train.batch_size // c.train.accumulation
   tokens = micro * c.data.sequence_length
@@ -224,14 +215,6 @@ def _groups_divide_microbatch(c: Config) -> str | None:
       f"--config.moe.group_size={c.moe.group_size} does not divide the {tokens} tokens "
       f"of a microbatch ({micro} sequences of {c.data.sequence_length}). Choose a "
       "divisor, or 0 for one group per sequence."
-    )
-
-
-def _next_best_knows_no_absent_experts(c: Config) -> str | None:
-  if c.moe.expert_dropout and c.moe.overflow == "next_best":
-    return (
-      f"{_flags(c, 'moe.expert_dropout', 'moe.overflow')}: what overflows would go to "
-      "the very experts that were taken out. Use one of the two."
     )
 
 
@@ -281,9 +264,7 @@ RULES: tuple[Callable[[Config], str | None], ...] = (
   _some_layer_is_moe,
   _only_top2_has_a_second_policy,
   _accumulation_divides_batch,
-  _accumulation_balances_groups,
   _groups_divide_microbatch,
-  _next_best_knows_no_absent_experts,
   _soft_has_fixed_slots,
   _one_mesh_axis_is_free,
 )
@@ -297,12 +278,18 @@ def _registered(config: Config) -> None:
   _check_choice(config, "moe.router", ROUTERS)
   _check_choice(config, "moe.dispatcher", ("auto", *DISPATCHERS))
   moe, spec = config.moe, ROUTERS[config.moe.router]
-  fixed, chosen = spec.num_selected, moe.num_selected * moe.segments
+  fixed, chosen = spec.num_selected, moe.fine_selected
   if fixed is not None and chosen != fixed:
     raise ConfigError(
       f"{_flags(config, 'moe.router', 'moe.num_selected', 'moe.segments')}: this router "
       f"chooses {fixed} per token, and num_selected * segments is {chosen}. Change them, "
       "or use --config.moe.router=top_k."
+    )
+  if moe.expert_dropout and not spec.by_logits and not moe.dense_twin:
+    raise ConfigError(
+      f"{_flags(config, 'moe.expert_dropout', 'moe.router')}: this router does not go by "
+      "the logits, which is where experts are taken out. Use "
+      "--config.moe.expert_dropout=0, or another router."
     )
   _router_options(config)
 
@@ -355,10 +342,10 @@ def validate_devices(config: Config, num_devices: int) -> None:
     ("tensor", "model.num_heads", model.num_heads),
     ("tensor", "model.num_kv_heads", model.num_kv_heads or model.num_heads),
     ("tensor", "model.hidden", model.hidden),
-    ("tensor", "moe.hidden", moe.hidden // moe.segments),
+    ("tensor", "moe.hidden", moe.fine_hidden),
   ]
   if not moe.dense_twin:
-    cut.append(("expert", "moe.num_experts", moe.num_experts * moe.segments))
+    cut.append(("expert", "moe.num_experts", moe.fine_experts))
   for axis, name, extent in cut:
     if extent % size[axis]:
       raise ConfigError(

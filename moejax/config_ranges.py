@@ -101,6 +101,7 @@ RANGES: dict[str, Range] = {
   "moe.num_selected_groups": _at_least(1),
   "moe.group_best": _at_least(1),
   "moe.bias_update_rate": _at_least(0, "0 leaves the bias at zero"),
+  "moe.quantile_rate": _at_least(0, "0 leaves the bias at zero"),
   "moe.noise_std": _at_least(0),
   "moe.sinkhorn_iterations": _at_least(1),
   "moe.sinkhorn_tolerance": _positive(),

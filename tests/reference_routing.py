@@ -290,7 +290,7 @@ def route(
 
   if name == "group_limited":
     goes_by = np.stack([limit_to_groups(row, options) for row in probs])
-  elif name == "sigmoid_bias":
+  elif name in ("sigmoid_bias", "quantile_bias"):
     values = sigmoid(logits)
     probs = values / values.sum(axis=1, keepdims=True)
     biased = values if bias is None else values + bias[None, :]
@@ -305,7 +305,7 @@ def route(
     goes_by = scores.astype(np.float64)
   elif name == "noisy_top_k":
     goes_by = noisy
-  if name in ("sigmoid_bias", "base"):
+  if name in ("sigmoid_bias", "quantile_bias", "base"):
     to_logits = lambda t, d: d * values[t] * (1 - values[t])  # noqa: E731
 
   expert = np.array([choose(row, k) for row in goes_by])

@@ -53,6 +53,7 @@ class Block(nnx.Module):
     *,
     key: Key[Array, ""] | None,
     cache: LayerCache | None,
+    batch_chosen: Float[Array, "E"] | None = None,
   ) -> tuple[Float[Array, "B S D"], MoEAux | None, LayerCache | None]:
     mixed, cache = self.attention(self.attention_norm(x), inputs.context, cache)
     x = x + mixed
@@ -65,6 +66,7 @@ class Block(nnx.Module):
       inputs.valid,
       inputs.token_ids,
       inputs.assigned,
+      batch_chosen,
       key=key,
       train=options.train,
       capacity_factor=options.capacity_factor,
@@ -75,4 +77,4 @@ class Block(nnx.Module):
 
 def twin_hidden(moe: MoEConfig) -> int:
   """Hidden width of the dense layer with an MoE layer's active FLOPs: K*F plus shared."""
-  return moe.num_selected * moe.hidden + moe.num_shared * (moe.hidden // moe.segments)
+  return moe.num_selected * moe.hidden + moe.num_shared * moe.fine_hidden

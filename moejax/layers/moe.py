@@ -74,9 +74,8 @@ class MoE(nnx.Module):
   """A sparse feed-forward layer."""
 
   def __init__(self, model: ModelConfig, moe: MoEConfig, rngs: nnx.Rngs):
-    self.num_experts = moe.num_experts * moe.segments
-    self.num_selected = moe.num_selected * moe.segments
-    hidden = moe.hidden // moe.segments
+    self.num_experts = moe.fine_experts
+    hidden = moe.fine_hidden
     self.router = Router(model.width, moe, rngs)
     self.experts = Experts(model, self.num_experts, hidden, rngs)
     if moe.num_shared:
@@ -90,12 +89,27 @@ class MoE(nnx.Module):
     valid: Bool[Array, "B S"],
     token_ids: Int[Array, "B S"],
     assigned: Int[Array, "B S K"] | None = None,
+    batch_chosen: Float[Array, "E"] | None = None,
     *,
     key: Key[Array, ""] | None,
     train: bool,
     capacity_factor: float | None,
     return_served: bool = False,
   ) -> tuple[Float[Array, "B S D"], MoEAux]:
+    """The layer's output, and what its router did.
+
+    Args:
+      x: normalised activations.
+      valid: False for padding.
+      token_ids: vocabulary ids.
+      assigned: the experts of each token, where a table says them.
+      batch_chosen: assignments asked for in the whole batch, where `x` is a part of
+        it and `balance_scope` is batch; None takes those of `x`.
+      key: randomness of this step; used in training only.
+      train: whether routing noise applies and routing groups matter.
+      capacity_factor: None is dropless.
+      return_served: whether `MoEAux.served` is wanted.
+    """
     num_groups = self._num_groups(x.shape[0], x.shape[1], train, capacity_factor)
     tokens = x.reshape(num_groups, -1, x.shape[-1])
     valid = valid.reshape(num_groups, -1)
@@ -119,7 +133,7 @@ class MoE(nnx.Module):
     y = dispatcher(tokens, routing, weights, activation=self.activation).reshape(x.shape)
     if self.config.num_shared:
       y = y + self.shared(x)
-    aux = self._losses(logits, routing, valid)
+    aux = self._losses(logits, routing, valid, batch_chosen)
     served = None
     if return_served:
       served = _served(routing).reshape(*x.shape[:2], self.num_experts)
@@ -140,7 +154,11 @@ class MoE(nnx.Module):
     return batch * sequence // size
 
   def _losses(
-    self, logits: Float[Array, "G T E"], routing: Routing, valid: Bool[Array, "G T"]
+    self,
+    logits: Float[Array, "G T E"],
+    routing: Routing,
+    valid: Bool[Array, "G T"],
+    batch_chosen: Float[Array, "E"] | None,
   ) -> dict[str, Float[Array, ""]]:
     """Each term times its valid tokens, so that dividing by all tokens is the mean."""
     count = routing.stats.num_valid
@@ -151,6 +169,8 @@ class MoE(nnx.Module):
     probs, chosen = routing.probs, routing.stats.chosen
     if self.config.balance_scope == "batch":
       probs, chosen = probs.reshape(1, -1, self.num_experts), chosen.sum(0, keepdims=True)
+      if batch_chosen is not None:
+        chosen = batch_chosen[None]
       valid, count = valid.reshape(1, -1), count.sum(keepdims=True)
     balance = jnp.sum(jax.vmap(losses.balance_loss)(probs, chosen, valid) * count)
     return {"balance_loss": balance, **sums}

@@ -22,6 +22,6 @@ def router_options(moe: MoEConfig, capacity: int | None) -> RouterOptions:
   """
   shared = {f.name for f in dataclasses.fields(RouterOptions)} - {"capacity"}
   given = {name: getattr(moe, name) for name in shared if hasattr(moe, name)}
-  given["num_experts"] = moe.num_experts * moe.segments
-  given["num_selected"] = moe.num_selected * moe.segments
+  given["num_experts"] = moe.fine_experts
+  given["num_selected"] = moe.fine_selected
   return RouterOptions(**given, capacity=capacity)

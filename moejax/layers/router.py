@@ -24,17 +24,14 @@ from moejax.routing.base import RouterInputs, Routing
 from moejax.routing.capacity import capacity_of
 from moejax.routing.registry import ROUTERS
 
-_MASKED = -1e9
-"""Logit of an expert that is out for this step: finite, so that nothing becomes NaN."""
-
 
 class Router(nnx.Module):
   """Scores tokens, and lets the configured router choose."""
 
   def __init__(self, width: int, moe: MoEConfig, rngs: nnx.Rngs):
     self.config, self.spec = moe, ROUTERS[moe.router]
-    self.num_experts = moe.num_experts * moe.segments
-    self.num_selected = moe.num_selected * moe.segments
+    self.num_experts = moe.fine_experts
+    self.num_selected = moe.fine_selected
     shape, axes = (width, self.num_experts), ("width", "router_expert")
     self.weight = parameter.matrix(
       rngs, shape, axes, fan_in=width, scale=moe.router_init_scale
@@ -84,7 +81,7 @@ class Router(nnx.Module):
     if not self.spec.learned:
       logits = jax.lax.stop_gradient(logits)
     if dropout_key is not None and moe.expert_dropout:
-      logits = jnp.where(self._present(dropout_key), logits, _MASKED)
+      logits = jnp.where(self._present(dropout_key), logits, scores.ABSENT)
     capacity = self._capacity(tokens.shape[1], capacity_factor)
     inputs = RouterInputs(
       logits=logits,

@@ -30,16 +30,16 @@ from moejax.layers.attention import Context, LayerCache, attention_mask
 from moejax.layers.block import Block, BlockInputs, CallOptions
 from moejax.layers.embedding import Embedding
 from moejax.layers.moe import MoEAux
+from moejax.layers.options import router_options
 from moejax.models.pattern import layer_pattern
+from moejax.models.per_layer import PARTS, by_part
 from moejax.models.stack import Shell, remat, split_key, unrolled
 from moejax.routing.base import RouterStats
 from moejax.routing.hashing import hash_table
-from moejax.routing.losses import updated_bias
 from moejax.routing.registry import ROUTERS
 from moejax.types import Params, pytree
 
 _UNSET: Any = object()
-_PARTS = ("prefix", "unit", "suffix")
 
 
 @pytree
@@ -118,14 +118,19 @@ class Decoder:
     return weights
 
   @property
+  def balances_batch(self) -> bool:
+    """Whether a microbatch needs to know the loads of its whole batch."""
+    return bool(self.moe_layers) and self.moe.balance_scope == "batch"
+
+  @property
   def _has_table(self) -> bool:
     return bool(self.moe_layers) and "assigned" in ROUTERS[self.moe.router].needs
 
   def init(self, key: Key[Array, ""]) -> Params:
     """Fresh parameters."""
-    embedding_key, *part_keys = jax.random.split(key, 1 + len(_PARTS))
+    embedding_key, *part_keys = jax.random.split(key, 1 + len(PARTS))
     params: Params = {"embedding": self._embedding.init(embedding_key)}
-    for part, part_key in zip(_PARTS, part_keys, strict=True):
+    for part, part_key in zip(PARTS, part_keys, strict=True):
       kinds = getattr(self.pattern, part)
       params[part] = {}
       for index, is_moe in enumerate(kinds):
@@ -150,38 +155,33 @@ class Decoder:
       counts = np.pad(counts, (0, self.vocab_size - len(counts)))
     table = hash_table(
       self.vocab_size,
-      self.moe.num_experts * self.moe.segments,
-      self.moe.num_selected * self.moe.segments,
+      self.moe.fine_experts,
+      self.moe.fine_selected,
       counts=counts,
     )
     return jnp.asarray(table, jnp.float32)
 
-  def update_router_bias(self, params: Params, chosen: Float[Array, "L E"]) -> Params:
-    """Moves the biases of sigmoid_bias routers, once per optimizer step.
+  def update_router_bias(self, params: Params, stats: RouterStats) -> Params:
+    """Moves the routers' biases, once per optimizer step.
 
     Args:
       params: after the optimizer's update.
-      chosen: assignments asked for in the whole batch, the MoE layers in order.
+      stats: of the whole batch, leading axis the MoE layers in order.
 
     Returns:
-      The parameters; the same ones under any other router.
+      The parameters; the same ones under a router without a bias.
     """
-    if not self.moe_layers or "bias" not in ROUTERS[self.moe.router].needs:
+    update = ROUTERS[self.moe.router].update_bias
+    if not self.moe_layers or update is None:
       return params
-    params, used = dict(params), 0
-    for part in _PARTS:
-      kinds = getattr(self.pattern, part)
-      names = [str(index) for index, is_moe in enumerate(kinds) if is_moe]
-      repeats = self.pattern.repeats if part == "unit" else 1
-      here = chosen[used : used + repeats * len(names)]
-      here = here.reshape(repeats, len(names), chosen.shape[-1])
-      used += repeats * len(names)
+    options, params = router_options(self.moe, None), dict(params)
+    for part, blocks in by_part(stats, self.pattern).items():
       params[part] = dict(params[part])
-      for number, name in enumerate(names):
-        counts = here[:, number] if part == "unit" else here[0, number]
-        params[part][name] = _with_bias(
-          params[part][name], counts, self.moe.bias_update_rate
-        )
+      for name, seen in blocks.items():
+        block = params[part][name]
+        router = block["moe"]["router"]
+        router = router | {"bias": update(router["bias"], seen, options)}
+        params[part][name] = block | {"moe": block["moe"] | {"router": router}}
     return params
 
   def shapes(self) -> Params:
@@ -191,7 +191,7 @@ class Decoder:
   def logical_axes(self) -> Params:
     """Names of every parameter's dimensions, for `moejax.parallel.rules`."""
     axes: Params = {"embedding": self._embedding.axes}
-    for part in _PARTS:
+    for part in PARTS:
       axes[part] = {}
       for index, is_moe in enumerate(getattr(self.pattern, part)):
         block = self._blocks[is_moe].axes
@@ -210,7 +210,7 @@ class Decoder:
     heads = model.num_kv_heads or model.num_heads
     size = model.head_dim or model.width // model.num_heads
     layers: dict[str, dict[str, LayerCache]] = {}
-    for part in _PARTS:
+    for part in PARTS:
       stack = (self.pattern.repeats,) if part == "unit" else ()
       zeros = jnp.zeros((*stack, batch, length, heads, size), model.dtype)
       kinds = getattr(self.pattern, part)
@@ -232,6 +232,7 @@ class Decoder:
     capacity_factor: float | None = _UNSET,
     cache: Cache | None = None,
     return_served: bool = False,
+    batch_chosen: Float[Array, "L E"] | None = None,
   ) -> DecoderOutput:
     """Logits of the next token at every position.
 
@@ -245,6 +246,8 @@ class Decoder:
       capacity_factor: overrides the configured one; None is dropless.
       cache: keys and values so far; the result holds the grown one.
       return_served: whether `served` is wanted, for analysis.
+      batch_chosen: assignments asked for per MoE layer in the whole batch, where
+        this is one of its microbatches and `balances_batch`.
     """
     if capacity_factor is _UNSET:
       moe = self.moe
@@ -267,7 +270,8 @@ class Decoder:
     )
     embedding = self._embedding.merge(params["embedding"])
     x = embedding.embed(tokens, jnp.dtype(self.config.dtype))
-    x, auxes, layers = self._run_blocks(params, x, inputs, key, cache)
+    counts = by_part(batch_chosen, self.pattern)
+    x, auxes, layers = self._run_blocks(params, x, inputs, key, cache, counts)
     if cache is not None:
       cache = dataclasses.replace(cache, layers=layers)
     aux, stats, served = _collect(auxes)
@@ -306,18 +310,20 @@ class Decoder:
     inputs: BlockInputs,
     key: Key[Array, ""] | None,
     cache: Cache | None,
+    counts: dict[str, dict[str, Any]],
   ) -> tuple[Float[Array, "B S D"], list[MoEAux], dict[str, dict[str, LayerCache]]]:
     """Prefix, repeated units, suffix. Each aux has a leading axis of layers."""
     auxes: list[MoEAux] = []
     layers: dict[str, dict[str, LayerCache]] = {}
-    for number, part in enumerate(_PARTS):
+    for number, part in enumerate(PARTS):
       kinds = getattr(self.pattern, part)
       part_key = None if key is None else jax.random.fold_in(key, number)
       part_cache = {} if cache is None else cache.layers[part]
       repeats = self.pattern.repeats if part == "unit" else 1
-      stacked = (params[part], part_cache, split_key(part_key, repeats))
+      stacked = (params[part], part_cache, counts[part])
       if part != "unit":
-        stacked = jax.tree.map(lambda leaf: leaf[None], stacked[:2]) + stacked[2:]
+        stacked = jax.tree.map(lambda leaf: leaf[None], stacked)
+      stacked = (*stacked, split_key(part_key, repeats))
       if not kinds:
         layers[part] = {}
         continue
@@ -347,6 +353,7 @@ class Decoder:
     inputs: BlockInputs,
     params: Params,
     cache: dict[str, LayerCache],
+    counts: dict[str, Float[Array, "E"] | None],
     key: Key[Array, ""] | None,
   ) -> tuple[Float[Array, "B S D"], tuple[MoEAux | None, dict[str, LayerCache]]]:
     """One repeat: its blocks in order, their aux stacked."""
@@ -355,20 +362,15 @@ class Decoder:
       name = str(index)
       block = self._blocks[is_moe].merge(params[name])
       block_key = None if key is None else jax.random.fold_in(key, index)
-      x, aux, layer = block(x, inputs, key=block_key, cache=cache.get(name))
+      x, aux, layer = block(
+        x, inputs, key=block_key, cache=cache.get(name), batch_chosen=counts.get(name)
+      )
       if aux is not None:
         auxes.append(aux)
       if layer is not None:
         new_cache[name] = layer
     stacked = jax.tree.map(lambda *a: jnp.stack(a), *auxes) if auxes else None
     return x, (stacked, new_cache)
-
-
-def _with_bias(block: Params, chosen: Float[Array, "*r E"], rate: float) -> Params:
-  """The block's parameters with its router's bias moved."""
-  router = block["moe"]["router"]
-  router = router | {"bias": updated_bias(router["bias"], chosen, rate)}
-  return block | {"moe": block["moe"] | {"router": router}}
 
 
 def _collect(

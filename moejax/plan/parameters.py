@@ -87,7 +87,6 @@ def moe_layer_indices(config: Config) -> tuple[int, ...]:
 def dimensions(config: Config, vocab_size: int) -> Dimensions:
   """Resolves the zeros of the configuration that mean "derive it"."""
   model, moe = config.model, config.moe
-  expert_hidden = moe.hidden // moe.segments
   return Dimensions(
     num_layers=model.num_layers,
     width=model.width,
@@ -98,11 +97,11 @@ def dimensions(config: Config, vocab_size: int) -> Dimensions:
     hidden=model.hidden,
     matrices=3 if model.activation == "swiglu" else 2,
     moe_layers=moe_layer_indices(config),
-    twin_hidden=moe.num_selected * moe.hidden + moe.num_shared * expert_hidden,
+    twin_hidden=moe.num_selected * moe.hidden + moe.num_shared * moe.fine_hidden,
     is_twin=moe.dense_twin,
-    num_experts=moe.num_experts * moe.segments,
-    num_selected=moe.num_selected * moe.segments,
-    expert_hidden=expert_hidden,
+    num_experts=moe.fine_experts,
+    num_selected=moe.fine_selected,
+    expert_hidden=moe.fine_hidden,
     num_shared=moe.num_shared,
   )
 
@@ -160,7 +159,7 @@ def router_parameters(config: Config, d: Dimensions) -> int:
   count = d.width * d.num_experts
   if moe.router == "noisy_top_k" and moe.noise == "learned":
     count += d.width * d.num_experts
-  if moe.router == "sigmoid_bias":
+  if moe.router in ("sigmoid_bias", "quantile_bias"):
     count += d.num_experts
   if moe.router == "soft":
     count += d.width * soft_slots(config, d) + 1

@@ -46,6 +46,8 @@ class RouterStats:
   """Sum over valid tokens of the entropy of the router's probabilities, in nats."""
   dropped_tokens: Float[Array, "*g"]
   """Valid tokens of which no assignment was kept."""
+  moments: Float[Array, "*g 2 E"] | None = None
+  """quantile_bias only: sums over valid tokens of the score, and of its square."""
 
 
 @pytree
@@ -138,7 +140,8 @@ class RouterInputs:
   assigned: Int[Array, "*g T K"] | None = None
   """hash: the experts of each token, read out of a table by `token_ids`."""
   bias: Float[Array, "*g E"] | None = None
-  """sigmoid_bias: added to scores for choosing only; the same for every group."""
+  """sigmoid_bias, quantile_bias: added to scores for choosing only; the same for all
+  groups."""
   noise_logits: Float[Array, "*g T E"] | None = None
   """noisy_top_k: a second projection of the token, softplus of which scales the noise."""
   slot_logits: Float[Array, "*g T E C"] | None = None
@@ -175,6 +178,10 @@ class RouterOptions:
   group_best: int = 1
   """A group's score is the sum of so many of its best expert scores: 1 is the largest
   one (DeepSeek-V2), 2 is DeepSeek-V3."""
+  bias_update_rate: float = 0.001
+  """sigmoid_bias: how far a step moves a bias."""
+  quantile_rate: float = 0.2
+  """quantile_bias: what part of the estimated way a step goes."""
   noise: Literal["learned", "fixed"] = "learned"
   """noisy_top_k: scale softplus(noise_logits) (Shazeer), or noise_std / E (V-MoE)."""
   noise_std: float = 1.0

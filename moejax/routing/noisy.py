@@ -14,7 +14,7 @@ from jaxtyping import Array, Float
 from moejax.routing import losses
 from moejax.routing.base import RouterInputs, RouterOptions, Routing
 from moejax.routing.capacity import assign
-from moejax.routing.scores import choose, pick, softmax
+from moejax.routing.scores import choose, pick, present, softmax
 
 
 def noise_scale(inputs: RouterInputs, options: RouterOptions) -> Float[Array, "T E"]:
@@ -42,9 +42,10 @@ def noisy_top_k(inputs: RouterInputs, options: RouterOptions) -> Routing:
     slot_key, noise_key = jax.random.split(inputs.key)
     noisy = logits + scale * jax.random.normal(noise_key, logits.shape, jnp.float32)
   probs = softmax(noisy)
+  scores = present(logits, noisy)
   expert = choose(noisy, options.num_selected)
   gate = pick(probs, expert)
-  routing = assign(expert, gate, inputs.valid, probs, options, slot_key, scores=noisy)
+  routing = assign(expert, gate, inputs.valid, probs, options, slot_key, scores=scores)
   importance = _sparse(expert, gate, options) if learned else clean
   terms = {"importance_loss": losses.importance_loss(importance, inputs.valid)}
   terms["load_loss"] = jnp.zeros(())

@@ -1,20 +1,28 @@
 """The registry: every router by its name on the command line."""
 
 import dataclasses
+from collections.abc import Callable
 from typing import Literal
+
+from jaxtyping import Array, Float
 
 from moejax.errors import ConfigError
 from moejax.routing import (
   assignment,
+  bias,
   expert_choice,
   hashing,
   noisy,
   soft,
   token_choice,
 )
-from moejax.routing.base import RouterFn, RouterOptions
+from moejax.routing.base import RouterFn, RouterOptions, RouterStats
 
 Extra = Literal["assigned", "bias", "noise_logits", "slot_logits"]
+
+BiasFn = Callable[
+  [Float[Array, "*l E"], RouterStats, RouterOptions], Float[Array, "*l E"]
+]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -29,7 +37,7 @@ class RouterSpec:
                   constant that is not trained.
     bias          [E], the same for every group: a state that starts at zero, gets no
                   gradient and no weight decay, and is replaced once per optimizer
-                  step by `losses.updated_bias` from the batch's `stats.chosen`.
+                  step by `update_bias(bias, stats, options)` from the batch's stats.
     noise_logits  [G,T,E] = x @ W_noise, W_noise [D,E] a parameter that starts at zero.
     slot_logits   [G,T,E,C] = normalize(x) @ (scale * normalize(phi)), phi [D,E,C] a
                   parameter; C is fixed by the config, so groups must have one size.
@@ -52,6 +60,11 @@ class RouterSpec:
   """Whether assignments are token-major, so that priority and overflow apply."""
   groups: bool = False
   """Whether num_expert_groups is read."""
+  update_bias: BiasFn | None = None
+  """How a step moves the bias, where one is needed; see `moejax.routing.bias`."""
+  by_logits: bool = True
+  """Whether the logits alone decide who goes where, so that expert dropout, which
+  lowers some of them, keeps tokens away from an expert."""
   learned: bool = True
   """Whether anything is learned; if not, no loss may reach tokens through the logits."""
 
@@ -92,8 +105,16 @@ ROUTERS: dict[str, RouterSpec] = {
   "sigmoid_bias": RouterSpec(
     fn=token_choice.sigmoid_bias,
     needs=("bias",),
+    update_bias=bias.sign_step,
     groups=True,
     summary="sigmoid scores balanced by a bias that only choosing sees (DeepSeek-V3)",
+  ),
+  "quantile_bias": RouterSpec(
+    fn=token_choice.quantile_bias,
+    needs=("bias",),
+    update_bias=bias.quantile_step,
+    groups=True,
+    summary="sigmoid_bias whose bias steps to the quantile of balance (moejax)",
   ),
   "group_limited": RouterSpec(
     fn=token_choice.group_limited,
@@ -104,17 +125,20 @@ ROUTERS: dict[str, RouterSpec] = {
   "hash": RouterSpec(
     fn=hashing.hash_router,
     needs=("assigned",),
+    by_logits=False,
     learned=False,
     summary="experts fixed per vocabulary id, nothing learned (Hash layers)",
   ),
   "base": RouterSpec(
     fn=assignment.base,
     causal=False,
+    by_logits=False,
     summary="balanced assignment by Sinkhorn in training, greedy at test (BASE)",
   ),
   "soft": RouterSpec(
     fn=soft.soft,
     causal=False,
+    by_logits=False,
     needs=("slot_logits",),
     needs_capacity=True,
     token_choice=False,
@@ -122,10 +146,12 @@ ROUTERS: dict[str, RouterSpec] = {
   ),
   "random": RouterSpec(
     fn=token_choice.random,
+    by_logits=False,
     summary="K experts at random, for benchmarks",
   ),
   "forced_balance": RouterSpec(
     fn=token_choice.forced_balance,
+    by_logits=False,
     summary="experts in turn, perfectly balanced, for benchmarks",
   ),
   "dense": RouterSpec(
@@ -207,7 +233,7 @@ def _check_groups(name: str, options: RouterOptions, k: int) -> None:
   if not ROUTERS[name].groups:
     raise ConfigError(
       f"{flag}num_expert_groups={groups} is not read by {flag}router={name}. Use "
-      "group_limited or sigmoid_bias, or 1."
+      "group_limited, sigmoid_bias or quantile_bias, or 1."
     )
   if experts % groups:
     raise ConfigError(

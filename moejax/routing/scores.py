@@ -14,6 +14,10 @@ from jaxtyping import Array, Float, Int, Key
 _MAX_PASSES = 8
 """Above so many choices a partial sort is cheaper than one pass per choice."""
 
+ABSENT = -1e9
+"""Logit of an expert that is out for this step (expert dropout): finite, so that
+nothing becomes NaN."""
+
 _SMALL_E = 16
 """Up to so many experts XLA:CPU's argmax beats two plain reductions."""
 
@@ -60,6 +64,13 @@ def choose(scores: Float[Array, "T E"], num_selected: int) -> Int[Array, "T K"]:
     chosen.append(best)
     scores = jnp.where(index == best[:, None], -jnp.inf, scores)
   return jnp.stack(chosen, axis=-1)
+
+
+def present(
+  logits: Float[Array, "T E"], scores: Float[Array, "T E"]
+) -> Float[Array, "T E"]:
+  """Scores to choose by: those of experts that are out for this step are -inf."""
+  return jnp.where(logits > ABSENT, jax.lax.stop_gradient(scores), -jnp.inf)
 
 
 @jax.custom_vjp

@@ -16,7 +16,7 @@ from jaxtyping import Array, Float, Int, Key
 from moejax.routing.base import RouterInputs, RouterOptions, Routing
 from moejax.routing.capacity import assign
 from moejax.routing.losses import communication_loss, device_loss
-from moejax.routing.scores import choose, limit_to_groups, pick, softmax
+from moejax.routing.scores import choose, limit_to_groups, pick, present, softmax
 
 
 def switch(inputs: RouterInputs, options: RouterOptions) -> Routing:
@@ -34,7 +34,8 @@ def top_k(inputs: RouterInputs, options: RouterOptions) -> Routing:
   probs = softmax(inputs.logits)
   expert = choose(inputs.logits, options.num_selected)
   gate = pick(probs, expert)
-  return assign(expert, gate, inputs.valid, probs, options, inputs.key)
+  scores = present(inputs.logits, probs)
+  return assign(expert, gate, inputs.valid, probs, options, inputs.key, scores=scores)
 
 
 def top2(inputs: RouterInputs, options: RouterOptions) -> Routing:
@@ -59,7 +60,10 @@ def top2(inputs: RouterInputs, options: RouterOptions) -> Routing:
   wanted = None
   if options.second_policy == "random" and draw_key is not None:
     wanted = _keep_second(gate, draw_key)
-  return assign(expert, gate, inputs.valid, probs, options, slot_key, wanted=wanted)
+  scores = present(inputs.logits, probs)
+  return assign(
+    expert, gate, inputs.valid, probs, options, slot_key, wanted=wanted, scores=scores
+  )
 
 
 def choose_with_sampled_second(
@@ -95,7 +99,7 @@ def group_limited(inputs: RouterInputs, options: RouterOptions) -> Routing:
   are the device-level and communication balance losses over the groups.
   """
   probs = softmax(inputs.logits)
-  scores = _limited(probs, options)
+  scores = _limited(present(inputs.logits, probs), options)
   expert = choose(scores, options.num_selected)
   gate = pick(probs, expert)
   routing = assign(expert, gate, inputs.valid, probs, options, inputs.key, scores=scores)
@@ -111,13 +115,13 @@ def group_limited(inputs: RouterInputs, options: RouterOptions) -> Routing:
 def sigmoid_bias(inputs: RouterInputs, options: RouterOptions) -> Routing:
   """Sigmoid scores, balanced by a bias that only choosing sees (DeepSeek-V3).
 
-  The bias has no gradient: `moejax.routing.losses.updated_bias` moves it after the
+  The bias has no gradient: `moejax.routing.bias.sign_step` moves it after the
   optimizer step, from the loads of the whole batch. DeepSeek-V3 renormalises the
   gates: `renormalize="before_drop"`. `probs` are the scores divided by their sum
   over all experts, which is what its sequence-wise loss takes.
   """
   scores = jax.nn.sigmoid(inputs.logits.astype(jnp.float32))
-  biased = jax.lax.stop_gradient(scores)
+  biased = present(inputs.logits, scores)
   if inputs.bias is not None:
     biased = biased + jax.lax.stop_gradient(inputs.bias)[None, :]
   biased = _limited(biased, options)
@@ -133,6 +137,20 @@ def sigmoid_bias(inputs: RouterInputs, options: RouterOptions) -> Routing:
     scores=biased,
     values=scores,
   )
+
+
+def quantile_bias(inputs: RouterInputs, options: RouterOptions) -> Routing:
+  """sigmoid_bias, whose bias goes towards the quantile that balances (ours).
+
+  The choice is that of `sigmoid_bias`; `moejax.routing.bias.quantile_step` moves the
+  bias, and needs to know how far an expert's scores spread over tokens.
+  """
+  routing = sigmoid_bias(inputs, options)
+  counted = inputs.valid.astype(jnp.float32)
+  scores = jax.lax.stop_gradient(jax.nn.sigmoid(inputs.logits.astype(jnp.float32)))
+  moments = jnp.stack([counted @ scores, counted @ jnp.square(scores)])
+  stats = dataclasses.replace(routing.stats, moments=moments)
+  return dataclasses.replace(routing, stats=stats)
 
 
 def dense(inputs: RouterInputs, options: RouterOptions) -> Routing:

@@ -62,7 +62,7 @@ def forward_sums(
     params: its parameters.
     batch: arrays [B, S]; targets count where `segment_ids` > 0.
     token_bytes: bytes of text each vocabulary id stands for; None if not known.
-    **kwargs: passed to the model: key, train, capacity_factor.
+    **kwargs: passed to the model: key, train, capacity_factor, batch_chosen.
 
   Returns:
     loss (sum of cross-entropy), tokens (how many), bytes (that they stand for, 0
@@ -106,11 +106,23 @@ def loss_gradients(
   """
   valid = jnp.sum(batch["segment_ids"] > 0, dtype=jnp.float32)
   total = jnp.maximum(valid, 1.0)
-  weights = model.aux_weights
+  weights, chosen = model.aux_weights, None
+  indices = jnp.arange(accumulation, dtype=jnp.int32)
+  microbatches = batch
+  if accumulation > 1:
+    microbatches = jax.tree.map(lambda x: _split(x, accumulation), batch)
+    if model.balances_batch:
+      chosen = _chosen_in_batch(model, params, indices, microbatches, key)
 
   def loss_of(params: Params, batch: Batch, key: Key[Array, ""]):
     sums = forward_sums(
-      model, params, batch, token_bytes=token_bytes, key=key, train=True
+      model,
+      params,
+      batch,
+      token_bytes=token_bytes,
+      key=key,
+      train=True,
+      batch_chosen=chosen,
     )
     aux = sum(weights[name] * value for name, value in sums["aux"].items())
     return (sums["loss"] + aux) / total, sums
@@ -125,14 +137,42 @@ def loss_gradients(
     new = gradients_of(params, microbatch, jax.random.fold_in(key, index))
     return jax.tree.map(lambda a, b: a + b.astype(a.dtype), carry, new), None
 
-  microbatches = jax.tree.map(lambda x: _split(x, accumulation), batch)
   first = jax.tree.map(lambda x: x[0], microbatches)
   shapes = jax.eval_shape(gradients_of, params, first, key)
   # Sums in float32 whatever the parameters' type: small terms must not vanish.
   zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, jnp.float32), shapes)
-  indices = jnp.arange(accumulation, dtype=jnp.int32)
   (gradients, sums), _ = jax.lax.scan(add, zeros, (indices, microbatches))
   return sums, gradients
+
+
+def _chosen_in_batch(
+  model: Any,
+  params: Params,
+  indices: Int[Array, "A"],
+  microbatches: Batch,
+  key: Key[Array, ""],
+) -> Float[Array, "L E"]:
+  """Assignments asked for in the whole batch, by a forward pass of its own.
+
+  A balance loss over the batch multiplies each token's probabilities by loads that
+  the last microbatch has a part in. Megatron uses those counted so far instead,
+  which costs no pass and is not the loss of the large batch.
+  """
+
+  def count(index: Int[Array, ""], microbatch: Batch) -> Float[Array, "L E"]:
+    step_key = jax.random.fold_in(key, index)
+    sums = forward_sums(model, params, microbatch, key=step_key, train=True)
+    return sums["stats"].chosen
+
+  def add(total: Float[Array, "L E"], inputs: tuple[Int[Array, ""], Batch]):
+    return total + count(*inputs), None
+
+  first = jax.tree.map(lambda x: x[0], (indices, microbatches))
+  shape = jax.eval_shape(count, *first)
+  total, _ = jax.lax.scan(
+    add, jnp.zeros(shape.shape, shape.dtype), (indices, microbatches)
+  )
+  return total
 
 
 def _split(x: Int[Array, "B S"], parts: int) -> Int[Array, "A b S"]:
@@ -176,7 +216,7 @@ def train_step(
   )
   if sums["stats"] is not None:
     # From the loads of the whole batch, outside the gradient (DeepSeek-V3).
-    moved = model.update_router_bias(updated[0], sums["stats"].chosen)
+    moved = model.update_router_bias(updated[0], sums["stats"])
     updated = (moved, updated[1])
   finite = jnp.isfinite(sums["loss"]) & jnp.isfinite(norm)
   new_params, opt_state = jax.tree.map(

@@ -113,6 +113,7 @@ def test_the_layer_gives_every_router_what_it_needs(name):
 UNTRAINED = {
   "hash": {"weight"},
   "sigmoid_bias": {"bias"},
+  "quantile_bias": {"bias"},
 }
 """Leaves without a gradient: a table decides, or the train step moves them."""
 
@@ -170,6 +171,20 @@ def test_expert_dropout_leaves_out_that_many_experts_in_training_only():
   assert len({tuple(load == 0) for load in seen}) > 1
   assert all(load.sum() == 2 * S - 3 for load in seen)
   assert (np.asarray(route(moe, None).stats.load).sum(0) > 0).all()
+
+
+@pytest.mark.parametrize(
+  "name", [n for n, spec in ROUTERS.items() if spec.by_logits and spec.token_choice]
+)
+def test_overflow_never_goes_to_an_expert_that_is_out(name):
+  """Half of the experts are out and the others have too few slots for all."""
+  moe = config(name, expert_dropout=0.5, overflow="next_best")
+  load = np.asarray(route(moe, jax.random.key(0), factor=0.75).stats.load)
+  out = int(0.5 * E) if ROUTERS[name].num_selected != E else 0
+  if name == "dense":  # Every expert is one of its choices: gate 0 there.
+    return
+  assert ((load > 0).any(0)).sum() == E - out
+  assert (load.sum(0)[load.sum(0) > 0] >= 1).all()
 
 
 def test_expert_dropout_never_leaves_fewer_experts_than_choices():

@@ -80,6 +80,10 @@ CASES = {
     "sigmoid_bias",
     options(num_selected=2, capacity=4, renormalize="before_drop", gate_scale=2.5),
   ),
+  "quantile_bias": (
+    "quantile_bias",
+    options(num_selected=3, capacity=5, renormalize="before_drop", overflow="next_best"),
+  ),
   "sigmoid_bias_groups": (
     "sigmoid_bias",
     RouterOptions(
@@ -141,7 +145,7 @@ NOISE = np.linspace(-1, 1, T * E).reshape(T, E).astype(np.float32)
 
 def extras(name: str, opts: RouterOptions) -> dict:
   """What a router takes beside logits, for it and for the oracle."""
-  if name == "sigmoid_bias":
+  if name in ("sigmoid_bias", "quantile_bias"):
     return {"bias": np.linspace(-0.3, 0.3, opts.num_experts).astype(np.float32)}
   if name == "hash":
     table = hash_table(11, opts.num_experts, opts.num_selected)

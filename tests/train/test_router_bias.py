@@ -1,4 +1,4 @@
-"""The biases of sigmoid_bias: moved once a step, by the loads of the whole batch."""
+"""Router biases: moved once a step, by what the whole batch did."""
 
 import copy
 
@@ -9,6 +9,7 @@ import pytest
 
 from moejax.config import ModelConfig, MoEConfig
 from moejax.models.decoder import Decoder
+from moejax.routing.base import RouterStats
 from moejax.train import step as step_lib
 from tests.train.conftest import make_batch, make_setup, tiny_config
 
@@ -88,7 +89,16 @@ def test_every_layer_gets_its_own_loads():
   # Layer l has loads whose signs against their mean are those of the bits of l + 1.
   bits = (np.arange(num_layers)[:, None] + 1) >> np.arange(4)[None, :] & 1
   chosen = jnp.asarray(np.where(bits, 10.0, 1.0), jnp.float32)
-  moved = model.update_router_bias(params, chosen)
+  once = jnp.zeros((num_layers,))
+  stats = RouterStats(
+    num_valid=once,
+    chosen=chosen,
+    load=chosen,
+    importance=chosen,
+    entropy=once,
+    dropped_tokens=once,
+  )
+  moved = model.update_router_bias(params, stats)
   unit = moved["unit"]["0"]["moe"]["router"]["bias"]
   suffix = moved["suffix"]["0"]["moe"]["router"]["bias"]
   np.testing.assert_array_equal(

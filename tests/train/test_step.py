@@ -44,6 +44,31 @@ def test_accumulation_equals_the_large_batch(setup, gradients):
   _close(micro_sums, sums, rtol=1e-6, atol=1e-6)
 
 
+def test_accumulation_equals_the_large_batch_when_it_is_balanced_as_a_whole(setup):
+  """balance_scope=batch: each microbatch's loss needs the loads of all the others.
+
+  The term is weighted up until it dominates the router's gradient, and is really
+  another one than that of the groups.
+  """
+  batch, key = setup.place(make_batch(3)), jax.random.key(7)
+
+  def of(scope: str, accumulation: int):
+    config = copy.deepcopy(setup.config)
+    config.moe.balance_scope, config.moe.balance_weight = scope, 10.0
+    model = make_setup(config).model
+    return jax.jit(
+      lambda p: step_lib.loss_gradients(model, p, batch, key, accumulation=accumulation)
+    )(setup.state()["params"])
+
+  sums, large = of("batch", 1)
+  micro_sums, micro = of("batch", 4)
+  _close(micro, large, atol=2e-6, rtol=1e-5)
+  _close(micro_sums, sums, rtol=1e-6, atol=1e-6)
+  assert abs(
+    of("group", 1)[0]["aux"]["balance_loss"] / sums["aux"]["balance_loss"] - 1
+  ) > (1e-3)
+
+
 def test_padding_and_its_targets_do_not_matter(setup, gradients):
   """Other tokens behind the end of a row change no sum and no gradient."""
   params, batch = setup.state()["params"], make_batch(4)
