@@ -5,8 +5,8 @@
 Trains the config under every entry of `VARIANTS`: all have the same active FLOPs and,
 but for the dense twin, the same number of parameters, since K > 1 cuts each expert
 into K parts (`moe.segments`). Reports the validation loss (mean and standard deviation
-over seeds), and of the last logged steps the drop rate, the largest load, the entropy
-of the router and the time of a step. Finished runs are not repeated: the same command
+over seeds), the drop rate over the whole run, and of the last logged steps the drop
+rate, the largest load, the entropy of the router and the time of a step. Finished runs are not repeated: the same command
 resumes, and --seeds=5 adds two.
 
 To study a router of your own, register it and add a line to `VARIANTS`.
@@ -64,6 +64,19 @@ VARIANTS: dict[str, tuple[str, ...]] = {
     "moe.renormalize=before_drop",
     "moe.balance_weight=0",
     "moe.bias_update_rate=0.01",
+  ),
+  "sigmoid_bias, slow": (
+    *TWO,
+    "moe.router=sigmoid_bias",
+    "moe.renormalize=before_drop",
+    "moe.balance_weight=0",
+    "moe.bias_update_rate=0.001",
+  ),
+  "quantile_bias": (
+    *TWO,
+    "moe.router=quantile_bias",
+    "moe.renormalize=before_drop",
+    "moe.balance_weight=0",
   ),
 }
 
@@ -128,6 +141,7 @@ def read_run(workdir: pathlib.Path) -> dict[str, float]:
   run = {"loss": loss, "milliseconds_per_step": 1e3 * per_step / speed}
   last = [line for line in lines[-_LAST:] if "moe" in line]
   if last:
+    run["dropped_in_all"] = statistics.mean(line["dropped_fraction"] for line in lines)
     run["dropped"] = statistics.mean(line["dropped_fraction"] for line in last)
     for name in ("max_load_ratio", "entropy_fraction"):
       values = [v for line in last for v in line["moe"][name]]
@@ -151,13 +165,14 @@ def describe(row: dict[str, Any]) -> str:
 
 def table(rows: list[dict[str, Any]]) -> str:
   """Markdown, best loss first."""
-  head = "| router | loss | +- | dropped | max load | entropy | ms/step |"
-  lines = [head, "|" + " --- |" * 7]
+  head = "| router | loss | +- | dropped, all | dropped, end | max load | entropy "
+  lines = [head + "| ms/step |", "|" + " --- |" * 8]
   for row in sorted(rows, key=lambda row: row["loss"]):
     spread = "" if row["loss_std"] is None else f"{row['loss_std']:.4f}"
-    routing = ["", "", ""]
+    routing = [""] * 4
     if "dropped" in row:
-      routing = [f"{100 * row['dropped']:.1f}%", f"{row['max_load_ratio']:.2f}"]
+      routing = [f"{100 * row[name]:.1f}%" for name in ("dropped_in_all", "dropped")]
+      routing.append(f"{row['max_load_ratio']:.2f}")
       routing.append(f"{100 * row['entropy_fraction']:.0f}%")
     cells = [row["router"], f"{row['loss']:.4f}", spread, *routing]
     lines.append(f"| {' | '.join(cells)} | {row['milliseconds_per_step']:.0f} |")
