@@ -160,6 +160,9 @@ class MoEConfig:
   balance_scope: str = "group"
   """group: per routing group; batch: over the whole global batch, which with
   accumulation costs a second forward pass, since loads must be known beforehand."""
+  balance_counts: str = "all"
+  """all: every choice counts as load in the balance loss; first: first choices only
+  (GShard, V-MoE, Praxis, DeepSpeed)."""
   z_weight: float = 0.001
   importance_weight: float = 0.01
   """Router noisy_top_k: CV^2 of the summed gates; load_weight: of the smooth load."""

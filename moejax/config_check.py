@@ -207,6 +207,18 @@ def _accumulation_divides_batch(c: Config) -> str | None:
     )
 
 
+def _first_choices_are_not_kept(c: Config) -> str | None:
+  moe = c.moe
+  if c.train.accumulation == 1 or moe.balance_scope == "group":
+    return None
+  if moe.balance_counts == "first":
+    names = ("moe.balance_counts", "moe.balance_scope", "train.accumulation")
+    return (
+      f"{_flags(c, *names)}: the loads known of a batch before its last microbatch count "
+      "all choices. Use balance_counts=all, balance_scope=group or accumulation=1."
+    )
+
+
 def _groups_divide_microbatch(c: Config) -> str | None:
   micro = c.train.batch_size // c.train.accumulation
   tokens = micro * c.data.sequence_length
@@ -264,6 +276,7 @@ RULES: tuple[Callable[[Config], str | None], ...] = (
   _some_layer_is_moe,
   _only_top2_has_a_second_policy,
   _accumulation_divides_batch,
+  _first_choices_are_not_kept,
   _groups_divide_microbatch,
   _soft_has_fixed_slots,
   _one_mesh_axis_is_free,
@@ -290,6 +303,11 @@ def _registered(config: Config) -> None:
       f"{_flags(config, 'moe.expert_dropout', 'moe.router')}: this router does not go by "
       "the logits, which is where experts are taken out. Use "
       "--config.moe.expert_dropout=0, or another router."
+    )
+  if moe.balance_counts == "first" and not spec.token_choice and not moe.dense_twin:
+    raise ConfigError(
+      f"{_flags(config, 'moe.balance_counts', 'moe.router')}: tokens make no first "
+      "choice under this router. Use --config.moe.balance_counts=all."
     )
   _router_options(config)
 

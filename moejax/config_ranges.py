@@ -23,6 +23,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
   "moe.noise": ("learned", "fixed"),
   "moe.hash_table": ("random", "balanced"),
   "moe.balance_scope": ("group", "batch"),
+  "moe.balance_counts": ("all", "first"),
   "optimizer.name": ("adamw", "adafactor", "lion"),
   "optimizer.schedule": ("cosine", "linear", "inverse_sqrt", "constant_decay"),
 }

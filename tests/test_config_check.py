@@ -114,6 +114,18 @@ REFUSED = [
   (dict(data__path="/somewhere"), "add --config.data.name=text"),
   (dict(data__name=""), "--list=datasets"),
   (dict(train__accumulation=3), "--config.train.accumulation=3"),
+  (
+    dict(moe__balance_counts="first", moe__balance_scope="batch", train__accumulation=2),
+    "balance_counts=all",
+  ),
+  (
+    dict(
+      moe__balance_counts="first",
+      moe__router="expert_choice",
+      moe__eval_capacity_factor=1.0,
+    ),
+    "no first choice",
+  ),
   (dict(moe__expert_dropout=0.5, moe__router="hash"), "--config.moe.expert_dropout=0"),
   (dict(moe__expert_dropout=1.0), "--config.moe.expert_dropout=1.0"),
   (dict(moe__group_size=-2), "--config.moe.group_size=-2"),

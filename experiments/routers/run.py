@@ -6,8 +6,8 @@ Trains the config under every entry of `VARIANTS`: all have the same active FLOP
 but for the dense twin, the same number of parameters, since K > 1 cuts each expert
 into K parts (`moe.segments`). Reports the validation loss (mean and standard deviation
 over seeds), the drop rate over the whole run, and of the last logged steps the drop
-rate, the largest load, the entropy of the router and the time of a step. Finished runs are not repeated: the same command
-resumes, and --seeds=5 adds two.
+rate, the largest load, the entropy of the router and the time of a step. Finished runs
+are not repeated: the same command resumes, and --seeds=5 adds two.
 
 To study a router of your own, register it and add a line to `VARIANTS`.
 Writes result.json, table.md and routers.png to --output (default: this folder).

@@ -167,6 +167,8 @@ class MoE(nnx.Module):
       terms["entropy_bonus"] = jax.vmap(losses.entropy_bonus)(routing.probs, valid)
     sums = {name: jnp.sum(value * count) for name, value in terms.items()}
     probs, chosen = routing.probs, routing.stats.chosen
+    if self.config.balance_counts == "first":
+      chosen = jax.vmap(losses.first_choices)(routing, valid)
     if self.config.balance_scope == "batch":
       probs, chosen = probs.reshape(1, -1, self.num_experts), chosen.sum(0, keepdims=True)
       if batch_chosen is not None:

@@ -223,3 +223,29 @@ def test_the_entropy_term_is_there_only_when_asked_for():
   shell, params = make(moe)
   _, aux = call(shell, params, x)
   np.testing.assert_allclose(aux.losses["entropy_bonus"], -aux.stats.entropy, rtol=1e-5)
+
+
+@pytest.mark.parametrize("scope", ["group", "batch"])
+def test_the_balance_loss_of_first_choices(scope):
+  """E * sum of (share of first choices) * (mean probability), by numpy, per scope."""
+  moe = MoEConfig(
+    num_experts=4,
+    num_selected=2,
+    hidden=16,
+    router="top_k",
+    capacity_factor=None,
+    balance_counts="first",
+    balance_scope=scope,
+  )
+  shell, params = make(moe)
+  x, _ = inputs()
+  _, aux = call(shell, params, x)
+  logits = np.asarray(x, np.float64) @ np.asarray(params["router"]["weight"], np.float64)
+  probs = np.exp(logits) / np.exp(logits).sum(-1, keepdims=True)
+  if scope == "batch":
+    probs = probs.reshape(1, -1, 4)
+  expected = 0.0
+  for group in probs:
+    first = np.bincount(group.argmax(-1), minlength=4) / len(group)
+    expected += 4 * np.sum(first * group.mean(0)) * len(group)
+  np.testing.assert_allclose(aux.losses["balance_loss"], expected, rtol=1e-5)
