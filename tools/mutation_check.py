@@ -10,6 +10,8 @@ no test, or if the tests fail without any.
 
 import argparse
 import concurrent.futures
+import functools
+import os
 import pathlib
 import shutil
 import subprocess
@@ -23,8 +25,12 @@ COPIED = ("moejax", "tests", "configs", "pyproject.toml")
 TESTS = ("tests/routing", "tests/layers", "tests/golden")
 
 
-def check(mutant: Mutant | None) -> tuple[str, str]:
+def check(mutant: Mutant | None, cache: str) -> tuple[str, str]:
   """Runs the tests on a copy with one edit.
+
+  Args:
+    mutant: the edit; None leaves the copy as it is.
+    cache: where compiled functions are kept, for most are the same in all copies.
 
   Returns:
     ("caught", the first test that failed), ("missed", ""), or ("broken", why) where
@@ -41,7 +47,14 @@ def check(mutant: Mutant | None) -> tuple[str, str]:
     # The list of mutants notices every edit, which says nothing about the suite.
     command += ["--ignore=tests/routing/test_mutants.py"]
     command += ["-m", "not slow", "--tb=no", "-rf", *TESTS]
-    done = subprocess.run(command, cwd=directory, capture_output=True, text=True)
+    environment = os.environ | {
+      "JAX_COMPILATION_CACHE_DIR": cache,
+      "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+      "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
+    }
+    done = subprocess.run(
+      command, cwd=directory, env=environment, capture_output=True, text=True
+    )
   if done.returncode == 0:
     return "missed", ""
   failed = [line for line in done.stdout.splitlines() if line.startswith("FAILED ")]
@@ -73,15 +86,19 @@ def main() -> int:
   parser.add_argument("--only", default="", help="mutants whose name contains this")
   args = parser.parse_args()
   mutants = [m for m in MUTANTS if args.only in m.name]
-  status, why = check(None) if not args.only else ("missed", "")
-  if status != "missed":
-    print(f"The tests fail as they are ({status}): {why}")
-    return 1
-  caught = 0
-  with concurrent.futures.ThreadPoolExecutor(args.jobs) as pool:
-    for mutant, (status, why) in zip(mutants, pool.map(check, mutants), strict=True):
-      caught += status == "caught"
-      print(f"{status:7} {mutant.file:18} {mutant.name:42} {why}", flush=True)
+  with tempfile.TemporaryDirectory() as cache:
+    status, why = check(None, cache)
+    if status != "missed":
+      print(f"The tests fail as they are ({status}): {why}")
+      return 1
+    caught = 0
+    break_and_test = functools.partial(check, cache=cache)
+    with concurrent.futures.ThreadPoolExecutor(args.jobs) as pool:
+      for mutant, (status, why) in zip(
+        mutants, pool.map(break_and_test, mutants), strict=True
+      ):
+        caught += status == "caught"
+        print(f"{status:7} {mutant.file:18} {mutant.name:42} {why}", flush=True)
   print(f"{caught} of {len(mutants)} caught")
   return int(caught < len(mutants))
 

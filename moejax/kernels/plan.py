@@ -13,7 +13,7 @@ import math
 
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Int
+from jaxtyping import Array, Bool, Int
 
 from moejax.types import pytree, static_field
 
@@ -39,6 +39,9 @@ class Plan:
   """First of the block's assignments, in experts' order."""
   count: Int[Array, "M"]
   """Assignments in the block, at most its size."""
+  first: Bool[Array, "M"]
+  """Whether the block holds its expert's first assignment. Larger blocks run first,
+  and stand first in an expert, so no other block of it has run before."""
   bound: Int[Array, "Bounds"]
   """Blocks of size z are bound[z] <= m < bound[z + 1]."""
   sizes: tuple[int, ...] = static_field()
@@ -114,6 +117,7 @@ def make_plan(
     expert=expert,
     position=start[expert] + offset,
     count=jnp.minimum(size[kind], load[expert] - offset),
+    first=offset == 0,
     bound=bound.astype(jnp.int32),
     sizes=sizes,
   )
