@@ -75,7 +75,8 @@ class ModelConfig:
   """Compute: float32 or bfloat16. Router, norms and loss are float32 always."""
   param_dtype: str = "float32"
   remat: str = "none"
-  """none, full (recompute the block), or dots (keep matrix products)."""
+  """none, full (recompute the block, but send no token twice), all (recompute that
+  too), or dots (keep matrix products)."""
   scan_layers: bool = True
   """False unrolls: slower to compile, easier to read in a profile."""
   max_position: int = 0
@@ -113,6 +114,14 @@ class MoEConfig:
   capacity_convention: str = "per_assignment"
   """per_assignment multiplies by K; per_token (Flaxformer, AXLearn, Praxis) does not."""
   min_capacity: int = 1
+  exchange: str = "auto"
+  """How tokens reach experts on other devices: all_to_all (slots), ragged (dropless
+  rows), ring, gspmd (the compiler decides), or auto."""
+  exchange_buffer: float | None = None
+  """ragged: rows a device can receive, by an even load; none fits any load. What does
+  not fit is dropped and counted."""
+  exchange_chunks: int = 1
+  """all_to_all: pieces that travel one by one, to overlap with computing."""
   group_size: int = 0
   """T, tokens per routing group: the scope of capacity and balance; 0 is one sequence,
   -1 the whole batch."""

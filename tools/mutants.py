@@ -82,9 +82,9 @@ MUTANTS = (
       "room = room - 0 * jnp.sum(",
     ),
     (
-      "full experts take more",
-      "start = jnp.where(room > 0, never, -1)",
-      "start = jnp.full_like(room, never)",
+      "an expert takes one more than it has room for",
+      "jnp.searchsorted(experts, bounds).astype(jnp.int32) + room",
+      "jnp.searchsorted(experts, bounds).astype(jnp.int32) + room + 1",
     ),
   ),
   *_in(
@@ -103,6 +103,11 @@ MUTANTS = (
       "group score is a sum",
       "group_score = jnp.max(grouped, axis=-1)",
       "group_score = jnp.sum(grouped, axis=-1)",
+    ),
+    (
+      "absent experts are there",
+      "jnp.where(logits > ABSENT, jax.lax.stop_gradient(scores), -jnp.inf)",
+      "jax.lax.stop_gradient(scores)",
     ),
     ("groups not limited", "jnp.repeat(allowed, size, axis=-1), scores", "True, scores"),
   ),
@@ -131,6 +136,7 @@ MUTANTS = (
     "token_choice.py",
     ("bias in the gate", "pick(scores, expert),", "pick(biased, expert),"),
     ("second kept half as often", "< 2.0 * second", "< second"),
+    ("padding in the scores' spread", "counted @ scores", "counted.size * scores[0]"),
     ("gate of switch is 1", 'num_selected=1, renormalize="none"', "num_selected=1"),
   ),
   *_in(
@@ -145,6 +151,15 @@ MUTANTS = (
       "jnp.where(inputs.valid[:, None], probs, -1.0)",
       "probs",
     ),
+  ),
+  *_in(
+    "bias.py",
+    (
+      "quantile step away from balance",
+      "quantile(target) - quantile(share)",
+      "quantile(share) - quantile(target)",
+    ),
+    ("spread ignored", "options.quantile_rate * spread", "options.quantile_rate"),
   ),
   *_in("hashing.py", ("hash gates sum to K", "1.0 / options.num_selected", "1.0")),
   *_in(

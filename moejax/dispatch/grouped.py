@@ -8,63 +8,123 @@ Sources: MegaBlocks, arXiv:2211.15841 (dropless as grouped products); the
 measurements in docs/speed.md.
 """
 
-import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from moejax.dispatch.base import ExpertWeights
 from moejax.kernels import permute
 from moejax.kernels.expert_loop import Sorted, expert_loop
 from moejax.kernels.grouped_matmul import apply_ragged_experts
 from moejax.kernels.plan import make_plan, sizes_for
+from moejax.parallel.platform import target_platform
 from moejax.routing.base import Routing
 
+LOOP = "loop"
 
-def merge_groups(
-  routing: Routing,
-) -> tuple[Int[Array, "A"], Int[Array, "A"], Int[Array, "E"]]:
-  """Lines up the A = G*N assignments of all groups, expert by expert.
 
-  Each group is sorted already, so an assignment's position is its expert's start
-  plus what earlier groups gave that expert plus its own slot; nothing is sorted
-  again. Kept slots are 0, 1, ... load - 1 by the contract of `Routing`.
+def line_up(
+  token: Int[Array, "G N"],
+  expert: Int[Array, "G N"],
+  slot: Int[Array, "G N"],
+  kept: Bool[Array, "G N"],
+  load: Int[Array, "G E"],
+  *,
+  num_tokens: int,
+  num_selected: int | None,
+  order: Int[Array, "N"] | None = None,
+) -> tuple[permute.Moves, Int[Array, "E"]]:
+  """Lines up the assignments of all groups, expert by expert.
+
+  Each group is sorted already, so an assignment's row is its expert's start plus what
+  earlier groups gave that expert plus its own slot; nothing is sorted again. Kept
+  slots are 0, 1, ... load - 1 by the contract of `Routing`.
+
+  Args:
+    token: within its group.
+    expert: anything in range where not kept.
+    slot: within the expert's queue of this group.
+    kept: which assignments get a row.
+    load: kept ones per group and expert.
+    num_tokens: T of one group.
+    num_selected: K where assignments are token-major.
+    order: the assignment of each row, where the only group knows it.
 
   Returns:
-    position of each assignment (anything where not kept); the assignment at each
-    position (kept ones first, anything after); the load of each expert.
+    The moves, whose rows are assignments in experts' order, and each expert's load.
   """
-  num_groups, n = routing.order.shape
-  load = jnp.sum(routing.load, axis=0)
-  start = jnp.cumsum(load) - load
-  start = start[None, :] + jnp.cumsum(routing.load, axis=0) - routing.load
-  position = jnp.take_along_axis(start, routing.expert, axis=1) + routing.slot
-  position = position.reshape(-1)
-  if num_groups == 1:
-    return position, routing.order[0], load
-  target = jnp.where(routing.kept.reshape(-1), position, num_groups * n)
+  num_groups, n = expert.shape
+  total = jnp.sum(load, axis=0)
+  start = jnp.cumsum(total) - total
+  start = start[None, :] + jnp.cumsum(load, axis=0) - load
+  place = (jnp.take_along_axis(start, expert, axis=1) + slot).reshape(-1)
   index = jnp.arange(num_groups * n, dtype=jnp.int32)
-  order = jnp.zeros_like(index).at[target].set(index, mode="drop", unique_indices=True)
-  return position, order, load
-
-
-def sorted_moves(
-  routing: Routing,
-) -> tuple[permute.Moves, Int[Array, "E"]]:
-  """The moves of all groups at once, whose rows are assignments in experts' order."""
-  place, order, load = merge_groups(routing)
-  num_groups, num_tokens = routing.probs.shape[:2]
+  if order is None:
+    target = jnp.where(kept.reshape(-1), place, num_groups * n)
+    order = jnp.zeros_like(place)
+    order = order.at[target].set(index, mode="drop", unique_indices=True)
   group = jnp.arange(num_groups, dtype=jnp.int32)[:, None] * num_tokens
-  index = jnp.arange(order.shape[0], dtype=jnp.int32)
   moves = permute.Moves(
-    token=(routing.token + group).reshape(-1),
+    token=(token + group).reshape(-1),
     place=place,
-    kept=routing.kept.reshape(-1),
+    kept=kept.reshape(-1),
     assignment=order,
-    used=index < jnp.sum(load),
+    used=index < jnp.sum(total),
     num_tokens=num_groups * num_tokens,
-    num_selected=routing.num_selected,
+    num_selected=num_selected,
   )
-  return moves, load
+  return moves, total
+
+
+def sorted_moves(routing: Routing) -> tuple[permute.Moves, Int[Array, "E"]]:
+  """`line_up` of a batch of routings."""
+  num_groups, num_tokens = routing.probs.shape[:2]
+  return line_up(
+    routing.token,
+    routing.expert,
+    routing.slot,
+    routing.kept,
+    routing.load,
+    num_tokens=num_tokens,
+    num_selected=routing.num_selected,
+    order=routing.order[0] if num_groups == 1 else None,
+  )
+
+
+def run_rows(
+  x: Float[Array, "T D"],
+  gate: Float[Array, "A"],
+  moves: permute.Moves,
+  load: Int[Array, "E"],
+  weights: ExpertWeights,
+  *,
+  activation: str,
+  implementation: str | None = None,
+) -> Float[Array, "T D"]:
+  """The experts on rows in their order, whoever lined them up.
+
+  Args:
+    x: tokens of all groups.
+    gate: of each assignment.
+    moves: which row serves which assignment.
+    load: rows of each expert.
+    weights: of the experts.
+    activation: of the experts.
+    implementation: loop, or one of `grouped_matmul.IMPLEMENTATIONS`; None is the loop
+      over blocks on a CPU, and the best ragged product elsewhere.
+  """
+  if implementation is None and target_platform() == "cpu":
+    implementation = LOOP
+  if implementation == LOOP:
+    num_assignments, num_experts = moves.token.shape[0], load.shape[0]
+    plan = make_plan(load, num_assignments, sizes_for(num_assignments, num_experts))
+    return expert_loop(
+      x, gate, weights, Sorted(moves=moves, plan=plan, activation=activation)
+    )
+  rows = permute.to_rows(x, moves)
+  out = apply_ragged_experts(
+    rows, load, weights, activation, implementation=implementation
+  )
+  return permute.combine(out, gate, moves)
 
 
 def grouped(
@@ -73,41 +133,18 @@ def grouped(
   weights: ExpertWeights,
   *,
   activation: str,
-) -> Float[Array, "G T D"]:
-  """The loop over blocks on a CPU, ragged products elsewhere."""
-  if jax.default_backend() == "cpu":
-    return grouped_by_loop(x, routing, weights, activation=activation)
-  return grouped_by_matmul(x, routing, weights, activation=activation)
-
-
-def grouped_by_loop(
-  x: Float[Array, "G T D"],
-  routing: Routing,
-  weights: ExpertWeights,
-  *,
-  activation: str,
-) -> Float[Array, "G T D"]:
-  """Rows in experts' order, one product per block of them; tokens by index."""
-  moves, load = sorted_moves(routing)
-  num_assignments, num_experts = moves.token.shape[0], load.shape[0]
-  plan = make_plan(load, num_assignments, sizes_for(num_assignments, num_experts))
-  arrays = Sorted(moves=moves, plan=plan, activation=activation)
-  flat = x.reshape(-1, x.shape[-1])
-  return expert_loop(flat, routing.gate.reshape(-1), weights, arrays).reshape(x.shape)
-
-
-def grouped_by_matmul(
-  x: Float[Array, "G T D"],
-  routing: Routing,
-  weights: ExpertWeights,
-  *,
-  activation: str,
   implementation: str | None = None,
 ) -> Float[Array, "G T D"]:
-  """Rows in experts' order, ragged products over all of them; tokens by index."""
+  """The loop over blocks on a CPU, ragged products elsewhere; see `run_rows`."""
   moves, load = sorted_moves(routing)
-  rows = permute.to_rows(x.reshape(-1, x.shape[-1]), moves)
-  out = apply_ragged_experts(
-    rows, load, weights, activation, implementation=implementation
+  flat, gate = x.reshape(-1, x.shape[-1]), routing.gate.reshape(-1)
+  out = run_rows(
+    flat,
+    gate,
+    moves,
+    load,
+    weights,
+    activation=activation,
+    implementation=implementation,
   )
-  return permute.combine(out, routing.gate.reshape(-1), moves).reshape(x.shape)
+  return out.reshape(x.shape)

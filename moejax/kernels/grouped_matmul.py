@@ -19,6 +19,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from moejax.dispatch.base import ExpertWeights, activate
+from moejax.parallel.platform import target_platform
 
 GroupedMatmul = Callable[[Array, Array, Array], Array]
 
@@ -71,13 +72,13 @@ def grouped_matmul(
 
   Args:
     rows: in experts' order; what lies behind the last run belongs to nobody.
-    implementation: a key of IMPLEMENTATIONS; None chooses by the default backend.
+    implementation: a key of IMPLEMENTATIONS; None chooses by platform.
 
   Returns:
     The products, differentiable in rows and stack; zero behind the last run, which
     some kernels leave unwritten.
   """
-  name = implementation or choose(jax.default_backend())
+  name = implementation or choose(target_platform())
   out = IMPLEMENTATIONS[name](rows, stack, sizes)
   owned = jnp.arange(rows.shape[0], dtype=sizes.dtype) < jnp.sum(sizes)
   return jnp.where(owned[:, None], out, jnp.zeros((), out.dtype))

@@ -16,6 +16,7 @@ from jaxtyping import Array, Bool, Float, Int
 from moejax.config import ModelConfig
 from moejax.layers import parameter
 from moejax.layers.norm import RMSNorm
+from moejax.parallel.platform import target_is_nvidia
 from moejax.types import pytree
 
 
@@ -82,8 +83,8 @@ def rotary(
 
 def _implementation(dtype: jnp.dtype) -> Literal["cudnn"] | None:
   """Fused attention of cuDNN where it applies: half precision on an NVIDIA GPU."""
-  is_nvidia = "nvidia" in jax.devices()[0].device_kind.lower()
-  return "cudnn" if is_nvidia and dtype in (jnp.bfloat16, jnp.float16) else None
+  half = dtype in (jnp.bfloat16, jnp.float16)
+  return "cudnn" if half and target_is_nvidia() else None
 
 
 class Attention(nnx.Module):

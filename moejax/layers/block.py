@@ -8,6 +8,7 @@ from moejax.layers.attention import Attention, Context, LayerCache
 from moejax.layers.feed_forward import FeedForward
 from moejax.layers.moe import MoE, MoEAux
 from moejax.layers.norm import RMSNorm
+from moejax.parallel.mesh import on_tokens
 from moejax.types import pytree, static_field
 
 
@@ -56,10 +57,10 @@ class Block(nnx.Module):
     batch_chosen: Float[Array, "E"] | None = None,
   ) -> tuple[Float[Array, "B S D"], MoEAux | None, LayerCache | None]:
     mixed, cache = self.attention(self.attention_norm(x), inputs.context, cache)
-    x = x + mixed
+    x = on_tokens(x + mixed)
     normed = self.feed_forward_norm(x)
     if not self.is_moe:
-      return x + self.feed_forward(normed), None, cache
+      return on_tokens(x + self.feed_forward(normed)), None, cache
     options = inputs.options
     y, aux = self.moe(
       normed,
@@ -72,7 +73,7 @@ class Block(nnx.Module):
       capacity_factor=options.capacity_factor,
       return_served=options.return_served,
     )
-    return x + y, aux, cache
+    return on_tokens(x + y), aux, cache
 
 
 def twin_hidden(moe: MoEConfig) -> int:

@@ -12,6 +12,8 @@ width. With fine-grained experts (m segments) E, K and F here are m*E, m*K, F/m
 (DeepSeekMoE, arXiv:2401.06066, section 3.1).
 """
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -23,6 +25,9 @@ from moejax.dispatch.base import ExpertWeights
 from moejax.layers import parameter
 from moejax.layers.feed_forward import FeedForward
 from moejax.layers.router import Router
+from moejax.parallel import expert_parallel
+from moejax.parallel.mesh import num_token_shards
+from moejax.parallel.platform import target_platform
 from moejax.routing import losses
 from moejax.routing.base import RouterStats, Routing, sum_groups
 from moejax.types import pytree
@@ -123,28 +128,49 @@ class MoE(nnx.Module):
       key=key if train else None,
       capacity_factor=capacity_factor,
     )
+    name = self.config.dispatcher
     dispatcher = dispatch_registry.resolve(
-      self.config.dispatcher,
-      platform=jax.default_backend(),
+      name,
+      platform=target_platform(),
       capacity=routing.capacity,
       dense=routing.dense_dispatch is not None,
     )
     weights = self.experts.weights(x.dtype)
-    y = dispatcher(tokens, routing, weights, activation=self.activation).reshape(x.shape)
+    y, lost = expert_parallel.run(
+      tokens,
+      routing,
+      weights,
+      dispatcher,
+      activation=self.activation,
+      einsum=name == "einsum",
+      options=expert_parallel.ExchangeOptions(
+        exchange=self.config.exchange,
+        exchange_buffer=self.config.exchange_buffer,
+        exchange_chunks=self.config.exchange_chunks,
+      ),
+    )
+    y = y.reshape(x.shape)
     if self.config.num_shared:
       y = y + self.shared(x)
     aux = self._losses(logits, routing, valid, batch_chosen)
     served = None
     if return_served:
       served = _served(routing).reshape(*x.shape[:2], self.num_experts)
-    return y, MoEAux(losses=aux, stats=sum_groups(routing.stats), served=served)
+    stats = sum_groups(routing.stats)
+    if lost is not None:
+      stats = dataclasses.replace(stats, load=stats.load - lost, lost=jnp.sum(lost))
+    return y, MoEAux(losses=aux, stats=stats, served=served)
 
   def _num_groups(
     self, batch: int, sequence: int, train: bool, capacity_factor: float | None
   ) -> int:
     """G. Outside training a dropless layer needs no groups: no token affects another."""
     size = self.config.group_size or sequence
-    if size == WHOLE_BATCH or (not train and capacity_factor is None):
+    if not train and capacity_factor is None:
+      mesh = expert_parallel.mesh_in_scope()
+      shards = 1 if mesh is None else num_token_shards(mesh)
+      return 1 if batch % shards else shards
+    if size == WHOLE_BATCH:
       return 1
     if batch * sequence % size:
       raise ValueError(

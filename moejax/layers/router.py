@@ -19,6 +19,7 @@ from moejax.config import MoEConfig
 from moejax.errors import ConfigError
 from moejax.layers import parameter
 from moejax.layers.options import router_options
+from moejax.parallel.expert_parallel import over_groups
 from moejax.routing import scores
 from moejax.routing.base import RouterInputs, Routing
 from moejax.routing.capacity import capacity_of
@@ -95,10 +96,13 @@ class Router(nnx.Module):
     bias = self.bias[...] if hasattr(self, "bias") else None
     options = router_options(moe, capacity)
 
-    def route(group: RouterInputs) -> Routing:
-      return self.spec.fn(dataclasses.replace(group, bias=bias), options)
+    def route_all(inputs: RouterInputs, bias: Float[Array, "E"] | None) -> Routing:
+      def route(group: RouterInputs) -> Routing:
+        return self.spec.fn(dataclasses.replace(group, bias=bias), options)
 
-    return logits, jax.vmap(route)(inputs)
+      return jax.vmap(route)(inputs)
+
+    return logits, over_groups(route_all, inputs, bias, tokens.shape[0])
 
   def _capacity(self, num_tokens: int, capacity_factor: float | None) -> int | None:
     """C of a group of so many tokens."""

@@ -34,6 +34,7 @@ from moejax.layers.options import router_options
 from moejax.models.pattern import layer_pattern
 from moejax.models.per_layer import PARTS, by_part
 from moejax.models.stack import Shell, remat, split_key, unrolled
+from moejax.parallel.mesh import on_tokens
 from moejax.routing.base import RouterStats
 from moejax.routing.hashing import hash_table
 from moejax.routing.registry import ROUTERS
@@ -269,7 +270,7 @@ class Decoder:
       options=options,
     )
     embedding = self._embedding.merge(params["embedding"])
-    x = embedding.embed(tokens, jnp.dtype(self.config.dtype))
+    x = on_tokens(embedding.embed(tokens, jnp.dtype(self.config.dtype)))
     counts = by_part(batch_chosen, self.pattern)
     x, auxes, layers = self._run_blocks(params, x, inputs, key, cache, counts)
     if cache is not None:

@@ -9,6 +9,7 @@ from flax import nnx
 from jaxtyping import Array, Key
 
 from moejax.layers import parameter
+from moejax.parallel.expert_parallel import SAVED_NAME
 from moejax.types import Params
 
 Unit = Callable[..., Any]
@@ -40,13 +41,18 @@ def remat(function: Unit, policy: str, *, in_scan: bool) -> Unit:
   match policy:
     case "none":
       return function
-    case "full":
+    case "all":
       return jax.checkpoint(function, prevent_cse=not in_scan)
+    case "full":
+      keep = jax.checkpoint_policies.save_only_these_names(SAVED_NAME)
+      return jax.checkpoint(function, policy=keep, prevent_cse=not in_scan)
     case "dots":
       keep = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
       return jax.checkpoint(function, policy=keep, prevent_cse=not in_scan)
     case _:
-      raise ValueError(f"--config.model.remat={policy!r} is none of none, full, dots")
+      raise ValueError(
+        f"--config.model.remat={policy!r} is none of none, full, all, dots"
+      )
 
 
 def unrolled(unit: Unit, x: Any, stacked: Any, repeats: int) -> Any:

@@ -11,7 +11,8 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import AxisType, Mesh
+from jax.sharding import AbstractMesh, AxisType, Mesh, PartitionSpec
+from jaxtyping import Array, Float
 
 from moejax.config import MeshConfig
 from moejax.errors import ConfigError
@@ -56,6 +57,18 @@ def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
   return jax.make_mesh(shape, AXES, axis_types=types, devices=devices)
 
 
-def num_token_shards(mesh: Mesh) -> int:
+def on_tokens(x: Float[Array, "B *rest"]) -> Float[Array, "B *rest"]:
+  """Says that activations are cut as the batch is, whatever their weights are cut by.
+
+  Left to itself the compiler may cut them over their width like an `fsdp` weight, and
+  move activations where it should gather weights.
+  """
+  mesh = jax.sharding.get_abstract_mesh()
+  if mesh.empty or x.shape[0] % num_token_shards(mesh):
+    return x
+  return jax.lax.with_sharding_constraint(x, PartitionSpec(TOKEN_AXES))
+
+
+def num_token_shards(mesh: Mesh | AbstractMesh) -> int:
   """Over how many devices the tokens of a batch are cut."""
   return math.prod(mesh.shape[axis] for axis in TOKEN_AXES)

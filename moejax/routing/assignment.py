@@ -42,8 +42,9 @@ def sinkhorn(
   def unsettled(state):
     return (state[2] > tolerance) & (state[3] < max_iterations)
 
-  rows, columns = jnp.ones(logits.shape[0]), jnp.ones(num_experts)
-  start = (rows, columns, jnp.float32(jnp.inf), jnp.int32(0))
+  # Made of what is mapped, so that the carry varies over the devices as the result does.
+  rows, columns = jnp.ones_like(kernel[:, 0]), jnp.ones_like(kernel[0])
+  start = (rows, columns, jnp.full_like(count, jnp.inf), jnp.int32(0))
   rows, columns, _, _ = jax.lax.while_loop(unsettled, step, start)
   return rows[:, None] * kernel * columns[None, :]
 

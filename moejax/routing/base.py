@@ -46,6 +46,8 @@ class RouterStats:
   """Sum over valid tokens of the entropy of the router's probabilities, in nats."""
   dropped_tokens: Float[Array, "*g"]
   """Valid tokens of which no assignment was kept."""
+  lost: Float[Array, "*g"] | None = None
+  """Assignments that did not fit a bounded exchange between devices; not in `load`."""
   moments: Float[Array, "*g 2 E"] | None = None
   """quantile_bias only: sums over valid tokens of the score, and of its square."""
 

@@ -89,5 +89,7 @@ def _match(
     return new, jnp.any(new != cutoff)
 
   start = jnp.where(room > 0, never, -1)
-  cutoff, _ = jax.lax.while_loop(lambda s: s[1], round_of, (start, jnp.bool_(True)))
+  # Made of `room`, so that the carry varies over the devices as the result does.
+  again = jnp.ones_like(room[0], bool)
+  cutoff, _ = jax.lax.while_loop(lambda s: s[1], round_of, (start, again))
   return ask(cutoff)

@@ -90,7 +90,7 @@ class TestGroupedByMatmul(DispatcherSuite):
 
   @property
   def dispatcher(self):
-    return grouped.grouped_by_matmul
+    return functools.partial(grouped.grouped, implementation="ragged_dot")
 
 
 def _sharded_inputs():

@@ -97,3 +97,14 @@ def test_quantile_steps_balance_where_sign_steps_have_hardly_begun():
 
   assert max_load("quantile_bias") < 1.1
   assert max_load("sigmoid_bias") > 2
+
+
+def test_moments_are_sums_over_tokens_that_are_not_padding():
+  """Of sigmoid scores and of their squares, by numpy."""
+  logits = np.random.default_rng(1).normal(size=(10, 4)).astype(np.float32)
+  inputs = RouterInputs(logits=jnp.asarray(logits), valid=jnp.arange(10) < 7)
+  options = RouterOptions(num_experts=4, num_selected=2)
+  moments = ROUTERS["quantile_bias"].fn(inputs, options).stats.moments
+  assert moments is not None
+  scores = 1 / (1 + np.exp(-logits[:7].astype(np.float64)))
+  np.testing.assert_allclose(moments, [scores.sum(0), (scores**2).sum(0)], rtol=1e-5)

@@ -159,6 +159,18 @@ def test_the_hand_worked_tables_of_next_best_and_expert_choice():
   assert got.token.tolist()[:4] == [2, 0, 3, 6] and got.token.tolist()[4::2] == [5, 7]
 
 
+def test_next_best_gives_no_token_the_same_expert_twice():
+  """Both choices of the last token overflow: they go to experts 2 and 3, by rank.
+
+  Three tokens want experts 0 and 1, which have two slots each; 2 and 3 are empty.
+  """
+  probs = np.tile(np.array([[0.5, 0.3, 0.15, 0.05]], np.float32), (3, 1))
+  opts = RouterOptions(num_experts=4, num_selected=2, capacity=2, overflow="next_best")
+  got = route("top_k", np.log(probs), opts)
+  assert got.expert.tolist() == [0, 1, 0, 1, 2, 3]
+  np.testing.assert_allclose(np.asarray(got.gate)[4:], [0.15, 0.05], rtol=1e-5)
+
+
 def test_importance_and_load_losses_by_hand():
   """CV^2 is 0 at balance, and for sums (3, 1) it is (1/2)^2, unbiased 1/2."""
   valid = jnp.ones(4, bool)

@@ -334,3 +334,14 @@ def test_the_hand_worked_table_of_top2():
   first = [0.75, 0.625, 0.875, 0.75, 4 / 7, 0.75, 5 / 7, 0.75]
   np.testing.assert_allclose(gate[:, 0], first, rtol=1e-6)
   np.testing.assert_allclose(gate[:, 1], [0.25, 0.375, 0, 0.25, 0, 0, 0, 0.25], rtol=1e-6)
+
+
+def test_a_group_is_worth_its_best_expert_and_not_its_sum():
+  """DeepSeek-V2: group {0, 1} has .4 + .05, group {2, 3} has .3 + .25; the first wins."""
+  logits = np.log(np.array([[0.4, 0.05, 0.3, 0.25]], np.float32))
+  opts = RouterOptions(
+    num_experts=4, num_selected=2, num_expert_groups=2, num_selected_groups=1
+  )
+  assert route("group_limited", logits, opts).expert.tolist() == [0, 1]
+  both = dataclasses.replace(opts, group_best=2)
+  assert route("group_limited", logits, both).expert.tolist() == [2, 3]
