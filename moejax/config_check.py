@@ -1,6 +1,6 @@
 """Every bad configuration is one clear error, before anything is compiled or written.
 
-`validate` needs neither data nor devices; `validate_devices` needs their number.
+`validate` needs neither data nor devices; moejax/config_devices.py needs their number.
 A check that needs the data itself (a corpus smaller than a batch) is made where
 the data is loaded.
 
@@ -9,7 +9,6 @@ E experts, K choices per token, F expert hidden width.
 """
 
 import dataclasses
-import math
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -67,7 +66,7 @@ def _ranges(config: Config) -> None:
       raise ConfigError(f"--config.{name}={_show(value)} must be {allowed}{why}.")
 
 
-def _flags(config: Config, *names: str) -> str:
+def named(config: Config, *names: str) -> str:
   """`--config.a.b=1 with --config.c.d=2`, values as they are."""
   return " with ".join(f"--config.{n}={_show(get_field(config, n))}" for n in names)
 
@@ -93,7 +92,7 @@ def _schema(c: Config) -> str | None:
 def _splits_leave_training_text(c: Config) -> str | None:
   if c.data.validation_fraction + c.data.test_fraction >= 1:
     names = ("data.validation_fraction", "data.test_fraction")
-    return f"{_flags(c, *names)} leaves nothing to train on: their sum must be below 1."
+    return f"{named(c, *names)} leaves nothing to train on: their sum must be below 1."
 
 
 def _text_has_a_path(c: Config) -> str | None:
@@ -114,7 +113,7 @@ def _text_has_a_path(c: Config) -> str | None:
 def _heads_divide_width(c: Config) -> str | None:
   if not c.model.head_dim and c.model.width % c.model.num_heads:
     return (
-      f"{_flags(c, 'model.width', 'model.num_heads')}: the width must be divisible by "
+      f"{named(c, 'model.width', 'model.num_heads')}: the width must be divisible by "
       "the number of heads. Change either, or set --config.model.head_dim."
     )
 
@@ -126,7 +125,7 @@ def _head_dim_is_even(c: Config) -> str | None:
       ("model.head_dim",) if c.model.head_dim else ("model.width", "model.num_heads")
     )
     return (
-      f"{_flags(c, *names)} makes heads of width {head_dim}: rotary positions "
+      f"{named(c, *names)} makes heads of width {head_dim}: rotary positions "
       "turn pairs, so it must be even."
     )
 
@@ -134,7 +133,7 @@ def _head_dim_is_even(c: Config) -> str | None:
 def _kv_heads_divide_heads(c: Config) -> str | None:
   if c.model.num_kv_heads and c.model.num_heads % c.model.num_kv_heads:
     return (
-      f"{_flags(c, 'model.num_kv_heads', 'model.num_heads')}: each key/value head serves "
+      f"{named(c, 'model.num_kv_heads', 'model.num_heads')}: each key/value head serves "
       "the same number of query heads, so the first must divide the second."
     )
 
@@ -151,7 +150,7 @@ def _vocabulary_holds_the_tokenizer(c: Config) -> str | None:
 def _context_holds_a_sequence(c: Config) -> str | None:
   if 0 < c.model.max_position < c.data.sequence_length:
     return (
-      f"{_flags(c, 'model.max_position', 'data.sequence_length')}: the context of "
+      f"{named(c, 'model.max_position', 'data.sequence_length')}: the context of "
       "generation must hold a training sequence. Raise the first, or use 0."
     )
 
@@ -168,7 +167,7 @@ def _no_more_choices_than_experts(c: Config) -> str | None:
 def _segments_divide_hidden(c: Config) -> str | None:
   if c.moe.hidden % c.moe.segments:
     return (
-      f"{_flags(c, 'moe.segments', 'moe.hidden')}: each expert is cut into equal "
+      f"{named(c, 'moe.segments', 'moe.hidden')}: each expert is cut into equal "
       "segments, so the first must divide the second."
     )
 
@@ -176,7 +175,7 @@ def _segments_divide_hidden(c: Config) -> str | None:
 def _one_choice_keeps_its_probability(c: Config) -> str | None:
   if c.moe.fine_selected == 1 and c.moe.renormalize != "none":
     return (
-      f"{_flags(c, 'moe.renormalize', 'moe.num_selected')}: a single gate scaled to sum "
+      f"{named(c, 'moe.renormalize', 'moe.num_selected')}: a single gate scaled to sum "
       "1 is always 1, and the router gets no gradient. Use --config.moe.renormalize=none."
     )
 
@@ -186,7 +185,7 @@ def _some_layer_is_moe(c: Config) -> str | None:
   if not any(layer_pattern(c.model.num_layers, c.moe).is_moe):
     names = ("moe.every", "moe.offset", "moe.dense_prefix", "model.num_layers")
     return (
-      f"{_flags(c, *names)} makes no layer an MoE layer. Lower the first three, or add "
+      f"{named(c, *names)} makes no layer an MoE layer. Lower the first three, or add "
       "layers."
     )
 
@@ -194,7 +193,7 @@ def _some_layer_is_moe(c: Config) -> str | None:
 def _only_top2_has_a_second_policy(c: Config) -> str | None:
   if c.moe.second_policy != "all" and c.moe.router != "top2":
     return (
-      f"{_flags(c, 'moe.second_policy', 'moe.router')}: only router top2 has a second "
+      f"{named(c, 'moe.second_policy', 'moe.router')}: only router top2 has a second "
       "expert to decide about. Use --config.moe.router=top2, or second_policy=all."
     )
 
@@ -202,8 +201,21 @@ def _only_top2_has_a_second_policy(c: Config) -> str | None:
 def _accumulation_divides_batch(c: Config) -> str | None:
   if c.train.batch_size % c.train.accumulation:
     return (
-      f"{_flags(c, 'train.batch_size', 'train.accumulation')}: microbatches are equal, "
+      f"{named(c, 'train.batch_size', 'train.accumulation')}: microbatches are equal, "
       "so the second must divide the first."
+    )
+
+
+def _slots_travel_with_a_capacity(c: Config) -> str | None:
+  if c.moe.exchange == "all_to_all" and c.moe.capacity_factor is None:
+    return (
+      f"{named(c, 'moe.exchange', 'moe.capacity_factor')}: all_to_all sends slots, and "
+      "dropless has none. Use ragged, ring or auto, or give a capacity factor."
+    )
+  if c.moe.exchange_buffer is not None and c.moe.exchange not in ("auto", "ragged"):
+    return (
+      f"{named(c, 'moe.exchange_buffer', 'moe.exchange')}: only ragged has a buffer that "
+      "can be too small. Leave it out, or use --config.moe.exchange=ragged."
     )
 
 
@@ -214,7 +226,7 @@ def _first_choices_are_not_kept(c: Config) -> str | None:
   if moe.balance_counts == "first":
     names = ("moe.balance_counts", "moe.balance_scope", "train.accumulation")
     return (
-      f"{_flags(c, *names)}: the loads known of a batch before its last microbatch count "
+      f"{named(c, *names)}: the loads known of a batch before its last microbatch count "
       "all choices. Use balance_counts=all, balance_scope=group or accumulation=1."
     )
 
@@ -236,12 +248,12 @@ def _soft_has_fixed_slots(c: Config) -> str | None:
     return None
   if moe.capacity_factor != moe.eval_capacity_factor:
     return (
-      f"{_flags(c, 'moe.capacity_factor', 'moe.eval_capacity_factor')}: the slots of "
+      f"{named(c, 'moe.capacity_factor', 'moe.eval_capacity_factor')}: the slots of "
       "router soft are learned, so both must be the same number."
     )
   if moe.group_size <= 0 or c.data.sequence_length % moe.group_size:
     return (
-      f"{_flags(c, 'moe.group_size', 'data.sequence_length')}: the slots of router soft "
+      f"{named(c, 'moe.group_size', 'data.sequence_length')}: the slots of router soft "
       "belong to a group of fixed size. Give group_size a divisor of the sequence."
     )
   if moe.dispatcher in ("gather", "grouped"):
@@ -276,6 +288,7 @@ RULES: tuple[Callable[[Config], str | None], ...] = (
   _some_layer_is_moe,
   _only_top2_has_a_second_policy,
   _accumulation_divides_batch,
+  _slots_travel_with_a_capacity,
   _first_choices_are_not_kept,
   _groups_divide_microbatch,
   _soft_has_fixed_slots,
@@ -294,19 +307,19 @@ def _registered(config: Config) -> None:
   fixed, chosen = spec.num_selected, moe.fine_selected
   if fixed is not None and chosen != fixed:
     raise ConfigError(
-      f"{_flags(config, 'moe.router', 'moe.num_selected', 'moe.segments')}: this router "
+      f"{named(config, 'moe.router', 'moe.num_selected', 'moe.segments')}: this router "
       f"chooses {fixed} per token, and num_selected * segments is {chosen}. Change them, "
       "or use --config.moe.router=top_k."
     )
   if moe.expert_dropout and not spec.by_logits and not moe.dense_twin:
     raise ConfigError(
-      f"{_flags(config, 'moe.expert_dropout', 'moe.router')}: this router does not go by "
+      f"{named(config, 'moe.expert_dropout', 'moe.router')}: this router does not go by "
       "the logits, which is where experts are taken out. Use "
       "--config.moe.expert_dropout=0, or another router."
     )
   if moe.balance_counts == "first" and not spec.token_choice and not moe.dense_twin:
     raise ConfigError(
-      f"{_flags(config, 'moe.balance_counts', 'moe.router')}: tokens make no first "
+      f"{named(config, 'moe.balance_counts', 'moe.router')}: tokens make no first "
       "choice under this router. Use --config.moe.balance_counts=all."
     )
   _router_options(config)
@@ -331,42 +344,3 @@ def _router_options(config: Config) -> None:
     # Dropless evaluation of a model trained with an overflow policy is no mistake.
     dropless = router_options(moe, None)
     check(moe.router, dataclasses.replace(dropless, overflow="drop"))
-
-
-def validate_devices(config: Config, num_devices: int) -> None:
-  """Refuses a config that does not fit on so many devices.
-
-  Raises:
-    ConfigError: the mesh's product is not `num_devices`, or an axis does not
-      divide what it cuts. Sizes known only with the vocabulary are checked when
-      the parameters get their shardings.
-  """
-  from moejax.parallel.mesh import AXES, TOKEN_AXES, mesh_shape
-
-  shape = mesh_shape(config.mesh, num_devices)
-  size: dict[str, int] = dict(zip(AXES, shape, strict=True))
-  shards = math.prod(size[axis] for axis in TOKEN_AXES)
-  micro = config.train.batch_size // config.train.accumulation
-  if micro % shards:
-    raise ConfigError(
-      f"{_flags(config, 'train.batch_size', 'train.accumulation')}: a microbatch has "
-      f"{micro} sequences, which {shards} devices (data {size['data']} x fsdp "
-      f"{size['fsdp']} x expert {size['expert']}) cannot share equally. Make it a "
-      f"multiple of {shards}."
-    )
-  model, moe = config.model, config.moe
-  cut = [
-    ("fsdp", "model.width", model.width),
-    ("tensor", "model.num_heads", model.num_heads),
-    ("tensor", "model.num_kv_heads", model.num_kv_heads or model.num_heads),
-    ("tensor", "model.hidden", model.hidden),
-    ("tensor", "moe.hidden", moe.fine_hidden),
-  ]
-  if not moe.dense_twin:
-    cut.append(("expert", "moe.num_experts", moe.fine_experts))
-  for axis, name, extent in cut:
-    if extent % size[axis]:
-      raise ConfigError(
-        f"--config.mesh.{axis}={size[axis]} does not divide --config.{name} ({extent}). "
-        f"Choose a divisor of {extent}, or change the model."
-      )

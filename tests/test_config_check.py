@@ -4,7 +4,7 @@ import re
 
 import pytest
 
-from moejax import config_check, config_io
+from moejax import config_check, config_devices, config_io
 from moejax.config import Config
 from moejax.config_ranges import CHOICES, RANGES, Range
 from moejax.dispatch.registry import DISPATCHERS
@@ -77,7 +77,7 @@ REFUSED = [
   (dict(data__tokenizer="byte"), "Did you mean bytes?"),
   (dict(model__activation="swish-glu"), "Did you mean swiglu?"),
   (dict(model__dtype="float16"), "--config.model.dtype=float16 is unknown."),
-  (dict(model__remat="half"), "Choose from none, full, dots."),
+  (dict(model__remat="half"), "Choose from none, full, all, dots."),
   (
     dict(moe__router="swich"),
     "--config.moe.router=swich is unknown. Did you mean switch?",
@@ -114,6 +114,8 @@ REFUSED = [
   (dict(data__path="/somewhere"), "add --config.data.name=text"),
   (dict(data__name=""), "--list=datasets"),
   (dict(train__accumulation=3), "--config.train.accumulation=3"),
+  (dict(moe__exchange="all_to_all", moe__capacity_factor=None), "dropless has none"),
+  (dict(moe__exchange="ring", moe__exchange_buffer=1.5), "--config.moe.exchange=ragged"),
   (
     dict(moe__balance_counts="first", moe__balance_scope="batch", train__accumulation=2),
     "balance_counts=all",
@@ -324,6 +326,8 @@ DEVICES_REFUSED = [
     "--config.mesh.fsdp=4 does not divide --config.model.width",
   ),
   (dict(mesh__tensor=2, model__num_kv_heads=1), "--config.model.num_kv_heads (1)"),
+  (dict(moe__group_size=-1), "--config.moe.group_size=-1 makes 1 routing group(s)"),
+  (dict(moe__group_size=1024), "makes 4 routing group(s) of a microbatch, which 8"),
 ]
 
 
@@ -331,7 +335,7 @@ DEVICES_REFUSED = [
 def test_devices_refused(fields, part):
   """A mesh or batch that does not fit on 8 devices is refused before any compile."""
   with pytest.raises(ConfigError, match=re.escape(part)):
-    config_check.validate_devices(make(**fields), 8)
+    config_devices.validate_devices(make(**fields), 8)
 
 
 @pytest.mark.parametrize(
@@ -339,6 +343,7 @@ def test_devices_refused(fields, part):
   [
     ({}, 1),
     ({}, 16),
+    (dict(moe__group_size=-1, moe__exchange="gspmd"), 8),
     (dict(mesh__expert=4), 8),
     (dict(mesh__tensor=4, mesh__fsdp=2), 8),
     (dict(mesh__data=1, mesh__expert=-1), 8),
@@ -347,4 +352,4 @@ def test_devices_refused(fields, part):
   ],
 )
 def test_devices_accepted(fields, num_devices):
-  config_check.validate_devices(make(**fields), num_devices)
+  config_devices.validate_devices(make(**fields), num_devices)

@@ -173,7 +173,11 @@ MUTANTS = (
   ),
   *_in(
     "assignment.py",
-    ("Sinkhorn sees padding", "rows = jnp.where(valid, rows, 0.0)", "rows = rows"),
+    (
+      "Sinkhorn sees padding",
+      "jnp.where(valid[:, None], jnp.exp(logits), 0.0)",
+      "jnp.exp(logits)",
+    ),
     (
       "base chooses without the plan",
       "expert = choose(scores,",

@@ -86,6 +86,11 @@ class MoE(nnx.Module):
     if moe.num_shared:
       self.shared = FeedForward(model, moe.num_shared * hidden, rngs)
     self.config = moe
+    self.exchange = expert_parallel.ExchangeOptions(
+      exchange=moe.exchange,
+      exchange_buffer=moe.exchange_buffer,
+      exchange_chunks=moe.exchange_chunks,
+    )
     self.activation = model.activation
 
   def __call__(
@@ -143,11 +148,8 @@ class MoE(nnx.Module):
       dispatcher,
       activation=self.activation,
       einsum=name == "einsum",
-      options=expert_parallel.ExchangeOptions(
-        exchange=self.config.exchange,
-        exchange_buffer=self.config.exchange_buffer,
-        exchange_chunks=self.config.exchange_chunks,
-      ),
+      # Evaluation loses nothing on the way, and its groups are others.
+      options=self.exchange if train else expert_parallel.ExchangeOptions(),
     )
     y = y.reshape(x.shape)
     if self.config.num_shared:

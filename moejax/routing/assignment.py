@@ -35,7 +35,6 @@ def sinkhorn(
   def step(state):
     _, columns, _, i = state
     rows = 1.0 / (count * (kernel @ columns + tiny))
-    rows = jnp.where(valid, rows, 0.0)
     new = 1.0 / (num_experts * (rows @ kernel + tiny))
     return rows, new, jnp.mean(jnp.abs(columns - new)), i + 1
 

@@ -16,7 +16,7 @@ from absl import logging
 from jax.sharding import Mesh
 from jaxtyping import Float
 
-from moejax import config_check, data
+from moejax import config_devices, data
 from moejax.config import Config
 from moejax.models.decoder import Decoder
 from moejax.parallel.mesh import make_mesh
@@ -67,7 +67,7 @@ def set_up(
     ConfigError, UserError: anything the user can mend; nothing is half-written.
   """
   devices = jax.devices() if devices is None else devices
-  config_check.validate_devices(config, len(devices))
+  config_devices.validate_devices(config, len(devices))
   mesh = make_mesh(config.mesh, devices)
   # Twice: refused before minutes of preparing data, written once they are known.
   workdir_lib.prepare(workdir, config)

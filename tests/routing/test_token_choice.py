@@ -345,3 +345,10 @@ def test_a_group_is_worth_its_best_expert_and_not_its_sum():
   assert route("group_limited", logits, opts).expert.tolist() == [0, 1]
   both = dataclasses.replace(opts, group_best=2)
   assert route("group_limited", logits, both).expert.tolist() == [2, 3]
+
+
+def test_switch_keeps_its_probability_whatever_renormalize_says():
+  """A gate scaled to 1 would carry no gradient to the router."""
+  opts = RouterOptions(num_experts=4, renormalize="before_drop")
+  got = route("switch", np.log(EIGHT_TOKENS), opts)
+  np.testing.assert_allclose(got.gate, EIGHT_TOKENS.max(axis=1), rtol=1e-6)
