@@ -22,6 +22,11 @@ from moejax.errors import UserError
 _INIT_FROM = flags.DEFINE_string(
   "init_from", "", "Directory of a run whose parameters a new run starts from."
 )
+_ADDRESS = flags.DEFINE_string(
+  "coordinator_address", "", "Of several processes: host:port of process 0."
+)
+_COUNT = flags.DEFINE_integer("num_processes", None, "Of several processes: how many.")
+_INDEX = flags.DEFINE_integer("process_id", None, "Of several processes: which one.")
 
 
 def main() -> int:
@@ -35,7 +40,7 @@ def main() -> int:
   # After the configuration: a mistake there should not cost the import of jax.
   from moejax.parallel import distributed, host_memory
 
-  distributed.initialize()
+  distributed.initialize(_ADDRESS.value, _COUNT.value, _INDEX.value)
   host_memory.keep_freed_pages()
 
   # ----------------------------------------------------------------------- training
