@@ -112,12 +112,12 @@ def show(row: dict[str, Any]) -> None:
   if not _header_shown:
     _header_shown = True
     print(
-      f"{'shape':8}{'variant':17}{'direction':10}{'ratio':>7}{'q1':>7}{'q3':>7}"
+      f"{'shape':8}{'variant':23}{'direction':10}{'ratio':>7}{'q1':>7}{'q3':>7}"
       f"{'minima':>8}{'ms':>9}{'temp':>7}  against"
     )
   temp = row["temp_bytes_ratio"]
   print(
-    f"{row['shape']:8}{row['variant']:17}{row['direction']:10}{row['ratio']:7.2f}"
+    f"{row['shape']:8}{row['variant']:23}{row['direction']:10}{row['ratio']:7.2f}"
     f"{row['q1']:7.2f}{row['q3']:7.2f}{row['ratio_of_minima']:8.2f}"
     f"{row['milliseconds']:9.1f}{'' if temp is None else format(temp, '.2f'):>7}"
     f"  {row['against']}",

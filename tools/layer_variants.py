@@ -1,5 +1,6 @@
 """The layers that `tools.benchmark_layer` times. Imports jax: pin cores before."""
 
+import dataclasses
 import statistics
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -11,7 +12,8 @@ from moejax.dispatch.base import ExpertWeights, activate
 from moejax.dispatch.registry import resolve
 from moejax.routing.base import RouterInputs, RouterOptions
 from moejax.routing.capacity import capacity_of
-from moejax.routing.registry import ROUTERS
+from moejax.routing.hashing import hash_table
+from moejax.routing.registry import ROUTERS, RouterSpec
 from tools import timing
 
 Show = Callable[[dict[str, Any]], None]
@@ -60,7 +62,11 @@ def make_router(
   shape: Any, settings: Settings, router: str, capacity: int | None, skew: bool
 ) -> tuple[Any, Callable]:
   """Parameters, and x [T, D] -> `Routing` of one group."""
-  options = RouterOptions(num_experts=shape.E, num_selected=shape.K, capacity=capacity)
+  spec = ROUTERS[router]
+  num_selected = spec.num_selected or shape.K
+  options = RouterOptions(
+    num_experts=shape.E, num_selected=num_selected, capacity=capacity
+  )
   # The usual initialisation, whose loads are near even but not equal.
   params = 0.1 * shape.D**-0.5 * jax.random.normal(jax.random.key(2), (shape.D, shape.E))
   # Every second token's first choice is expert 0.
@@ -70,9 +76,28 @@ def make_router(
     logits = x.astype(jnp.float32) @ params + bias
     valid = jnp.ones(logits.shape[:1], bool)
     inputs = RouterInputs(logits=logits, valid=valid, key=jax.random.key(0))
-    return ROUTERS[router].fn(inputs, options)
+    inputs = dataclasses.replace(inputs, **_extras(spec, options, params, x))
+    return spec.fn(inputs, options)
 
   return params, route
+
+
+def _extras(
+  spec: RouterSpec, options: RouterOptions, params: jax.Array, x: jax.Array
+) -> dict[str, jax.Array]:
+  """What the router looks at beside logits, made as the layer makes it, cost included."""
+  made, num_tokens = {}, x.shape[0]
+  if "assigned" in spec.needs:
+    table = jnp.asarray(hash_table(1024, options.num_experts, options.num_selected))
+    made["assigned"] = table[jnp.arange(num_tokens) % 1024]
+  if "bias" in spec.needs:
+    made["bias"] = jnp.zeros(options.num_experts)
+  if "noise_logits" in spec.needs:
+    made["noise_logits"] = x.astype(jnp.float32) @ params
+  if "slot_logits" in spec.needs:
+    slots = jnp.repeat(params[:, :, None], options.capacity or 1, axis=2)
+    made["slot_logits"] = jnp.einsum("td,dec->tec", x.astype(jnp.float32), slots)
+  return made
 
 
 def make_moe(
@@ -196,9 +221,11 @@ def measure_routers(
   layer = make_moe(shape, settings, "auto", None, skew=False)
   compiled = {"layer": compile_direction(*layer, shape, settings, "forward")}
   for name, spec in ROUTERS.items():
-    if spec.num_selected in (None, shape.K) and not spec.needs_token_ids:
-      router = make_router(shape, settings, name, None, skew=False)
-      compiled[name] = compile_direction(*router, shape, settings, "forward")
+    # The layer itself is dropless; expert choice and Soft MoE need a number of slots.
+    factor = 1.0 if spec.needs_capacity else None
+    capacity = capacity_of(shape.T, shape.E, shape.K, factor)
+    router = make_router(shape, settings, name, capacity, skew=False)
+    compiled[name] = compile_direction(*router, shape, settings, "forward")
   times = timing.interleave({n: c.run for n, c in compiled.items()}, seconds=seconds)
   rows = []
   for name in compiled:

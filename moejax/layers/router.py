@@ -20,6 +20,7 @@ from moejax.errors import ConfigError
 from moejax.layers import parameter
 from moejax.layers.options import router_options
 from moejax.parallel.expert_parallel import over_groups
+from moejax.parallel.mesh import on_tokens
 from moejax.routing import scores
 from moejax.routing.base import RouterInputs, Routing
 from moejax.routing.capacity import capacity_of
@@ -78,7 +79,7 @@ class Router(nnx.Module):
       keys = jax.random.split(router_key, tokens.shape[0])
       if moe.jitter:
         seen = scores.jitter(tokens, jitter_key, moe.jitter)
-    logits = _project(seen, self.weight[...])
+    logits = on_tokens(_project(seen, self.weight[...]))
     if not self.spec.learned:
       logits = jax.lax.stop_gradient(logits)
     if dropout_key is not None and moe.expert_dropout:

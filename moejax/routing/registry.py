@@ -68,11 +68,6 @@ class RouterSpec:
   learned: bool = True
   """Whether anything is learned; if not, no loss may reach tokens through the logits."""
 
-  @property
-  def needs_token_ids(self) -> bool:
-    """Whether vocabulary ids must reach the layer."""
-    return "assigned" in self.needs
-
 
 ROUTERS: dict[str, RouterSpec] = {
   "switch": RouterSpec(
