@@ -262,7 +262,7 @@ def _attribute(rest: str, pattern: str) -> str:
   return found[1] if found else ""
 
 
-def _groups_of(rest: str) -> list[tuple[int, ...]] | None:
+def groups_of(rest: str) -> list[tuple[int, ...]] | None:
   """The device groups of a collective; None where they are not written as numbers."""
   pairs = re.search(r"source_target_pairs=\{((?:\{\d+,\d+\},?)*)\}", rest)
   if pairs:
@@ -278,7 +278,40 @@ def _groups_of(rest: str) -> list[tuple[int, ...]] | None:
     if iota[3]:
       ids = ids.transpose(_numbers(iota[3]))
     return [tuple(row) for row in ids.reshape(shape).tolist()]
-  return None
+  return _mesh_groups(rest)
+
+
+def _mesh_groups(rest: str) -> list[tuple[int, ...]] | None:
+  """Groups spelt as axes of a mesh, whole or in part: 'a' or 'a':(4)2, where 2 of the
+  axis's devices make a group and 4 stand before them."""
+  found = re.search(
+    r"replica_groups=mesh\[([^\]]*)\]"
+    r"(?:, device_ids=\(\[([\d,]+)\](?:T\(([\d,]+)\))?\))? \{([^}]*)\}",
+    rest,
+  )
+  if not found:
+    return None
+  sizes = {name: int(size) for name, size in re.findall(r"'(\w+)'=(\d+)", found[1])}
+  ids = np.arange(math.prod(sizes.values()))
+  if found[2]:
+    ids = ids.reshape(_numbers(found[2]))
+    ids = ids.transpose(_numbers(found[3])) if found[3] else ids
+  taken = re.findall(r"'(\w+)'(?::\((\d+)\)(\d+))?", found[4])
+  dims, chosen = [], []
+  for name, size in sizes.items():
+    parts = [(int(a), int(b)) for n, a, b in taken if n == name and b]
+    if (name, "", "") in taken:
+      parts = [(1, size)]
+    done = 1
+    for before, width in sorted(parts):
+      dims += [before // done, width]
+      chosen.append(len(dims) - 1)
+      done = before * width
+    dims.append(size // done)
+  others = [d for d in range(len(dims)) if d not in chosen]
+  width = math.prod(dims[d] for d in chosen)
+  rows = ids.reshape(dims).transpose([*others, *chosen]).reshape(-1, width)
+  return [tuple(row) for row in rows.tolist()]
 
 
 def _numbers(text: str) -> list[int]:
@@ -301,7 +334,7 @@ def _components(pairs: Sequence[tuple[str, str]]) -> list[tuple[int, ...]]:
 
 
 def _group_size(rest: str) -> int:
-  groups = _groups_of(rest)
+  groups = groups_of(rest)
   return len(groups[0]) if groups else 0
 
 
@@ -325,10 +358,8 @@ def _axis_of(
   rest: str, groups: dict[frozenset[frozenset[int]], str], num_devices: int
 ) -> tuple[str, int]:
   """The axes of an instruction's groups, and how many devices are in one."""
-  named = re.search(r"replica_groups=.*?\{axes=\[?\(?([\w,\" ]+)", rest)
-  found = _groups_of(rest)
+  found = groups_of(rest)
   if not found:  # No groups are one group of all.
     found = [tuple(range(num_devices))]
   key = frozenset(frozenset(group) for group in found)
-  axis = groups.get(key, named[1].replace('"', "") if named else "?")
-  return axis, max(len(group) for group in found)
+  return groups.get(key, "?"), max(len(group) for group in found)

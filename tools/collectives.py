@@ -1,0 +1,119 @@
+"""What a train step sends over the wire, on a mesh that need not exist.
+
+  python -m tools.collectives --config=configs/default.py --devices=8 \
+      --config.mesh.expert=4 [--json]
+
+Compiles the train step for so many fake CPU devices, without data or parameters, and
+prints each collective: how often it runs in a step, the mesh axes, its buffer and what a
+device sends, the line of moejax it comes from, and what it is for. Exit code 1 if the
+program holds one that nothing asks for.
+"""
+
+import collections
+import dataclasses
+import json
+from typing import Any
+
+from absl import flags
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from moejax import cli
+from moejax.config import Config
+
+_DEVICES = flags.DEFINE_integer("devices", 8, "Fake devices.", lower_bound=1)
+_JSON = flags.DEFINE_bool("json", False, "Print JSON instead of a table.")
+
+_TABLE_WIDTH = 150
+
+
+def compile_step(config: Config, devices: int) -> tuple[str, tuple[int, ...]]:
+  """The optimised program of a train step, and the sizes of the mesh's axes.
+
+  Raises:
+    ConfigError: the config does not fit on so many devices.
+  """
+  import jax
+
+  jax.config.update("jax_platforms", "cpu")
+  jax.config.update("jax_num_cpu_devices", devices)
+
+  from moejax import config_devices
+  from moejax.models.decoder import Decoder
+  from moejax.parallel import rules
+  from moejax.parallel.mesh import make_mesh
+  from moejax.plan.parameters import resolve_vocab_size
+  from moejax.train import state as state_lib
+  from moejax.train import step as step_lib
+  from moejax.train.optimizer import make_optimizer
+
+  config_devices.validate_devices(config, devices)
+  mesh = make_mesh(config.mesh, jax.devices())
+  model = Decoder(config.model, config.moe, vocab_size=resolve_vocab_size(config))
+  optimizer = make_optimizer(
+    config.optimizer, num_steps=config.train.num_steps, axes=model.logical_axes()
+  )
+  shape = (config.train.batch_size, config.data.sequence_length)
+  tokens = jax.ShapeDtypeStruct(shape, "int32", sharding=rules.batch_sharding(mesh))
+  with jax.set_mesh(mesh):
+    step: Any = step_lib.make_train_step(model, optimizer, config, mesh)
+    state = state_lib.state_shapes(model, optimizer, mesh)
+    lowered = step.lower(state, dict.fromkeys(step_lib.MODEL_KEYS, tokens))
+    return lowered.compile().as_text(), mesh.devices.shape
+
+
+def rows_of(config: Config, text: str, sizes: tuple[int, ...]) -> list[dict[str, Any]]:
+  """One row per kind, axis, buffer and line, the largest traffic first."""
+  from moejax.parallel import hlo, intended
+  from moejax.parallel.mesh import AXES
+
+  counts: collections.Counter[hlo.Collective] = collections.Counter()
+  for found in hlo.Program(text).collectives(AXES, sizes):
+    counts[dataclasses.replace(found, count=1, operation="")] += found.count
+  rows = [
+    dataclasses.asdict(found)
+    | {
+      "count": count,
+      "bytes_per_chip": count * found.wire_bytes,
+      "purpose": intended.reason(found, config),
+    }
+    for found, count in counts.items()
+  ]
+  return sorted(rows, key=lambda row: -row["bytes_per_chip"])
+
+
+def make_table(rows: list[dict[str, Any]]) -> Table:
+  table = Table(box=box.SIMPLE_HEAD)
+  for name in ("kind", "axis", "count", "buffer", "sent/step", "line", "for"):
+    right = name in ("count", "buffer", "sent/step")
+    table.add_column(name, justify="right" if right else "left")
+  for row in rows:
+    table.add_row(
+      row["kind"],
+      row["axis"],
+      str(row["count"]),
+      f"{row['bytes']:,}",
+      f"{row['bytes_per_chip']:,}",
+      row["source"],
+      row["purpose"] or "NOT INTENDED",
+    )
+  return table
+
+
+def main() -> int:
+  config = cli.get_config()
+  rows = rows_of(config, *compile_step(config, _DEVICES.value))
+  if _JSON.value:
+    print(json.dumps(rows, indent=1))
+  else:
+    console = Console()
+    console = console if console.is_terminal else Console(width=_TABLE_WIDTH)
+    console.print(make_table(rows))
+    console.print("Bytes are those of one device; sent/step is over all its executions.")
+  return int(any(not row["purpose"] for row in rows))
+
+
+if __name__ == "__main__":
+  cli.define_config()
+  cli.run(main)
