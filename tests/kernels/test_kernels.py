@@ -23,20 +23,50 @@ LOADS = st.lists(st.integers(0, 700), min_size=1, max_size=6)
 @settings(max_examples=30, deadline=None)
 @given(loads=LOADS)
 def test_blocks_cover_every_row_exactly_once(loads):
-  """Each expert's rows are in its own blocks, once, whatever the loads."""
+  """Each expert's rows are in its own blocks, once, whatever the loads.
+
+  And the block that runs first of an expert's is marked, and no other.
+  """
   sizes = (512, 128, 32)
   loads = [*loads, *([0] * (6 - len(loads)))]  # One shape, one compilation.
   plan = _plan(jnp.asarray(loads, jnp.int32), 6 * 700, sizes)
   plan = jax.tree.map(np.asarray, plan)
   seen = np.zeros(sum(loads), np.int32)
   owner = np.repeat(np.arange(len(loads)), loads)
+  begun = set()
   for z, size in enumerate(sizes):
     for m in range(int(plan.bound[z]), int(plan.bound[z + 1])):
       start, count = int(plan.position[m]), int(plan.count[m])
       assert 0 < count <= size
       assert np.all(owner[start : start + count] == int(plan.expert[m]))
       seen[start : start + count] += 1
+      assert bool(plan.first[m]) == (int(plan.expert[m]) not in begun)
+      begun.add(int(plan.expert[m]))
   assert np.all(seen == 1)
+
+
+def test_gradients_of_an_expert_of_many_blocks():
+  """1,100 rows to one expert, ten to another, none to a third: as by slots."""
+  experts = np.where(np.arange(1110) < 1100, 0, 2)
+  logits = jax.nn.one_hot(jnp.asarray(experts), 3)[None] * 4.0
+  keys = jax.random.split(jax.random.key(1), 2)
+  x, weights = (
+    jax.random.normal(keys[0], (1, 1110, 2)),
+    make_weights(keys[1], 3, 2, 3, "gelu"),
+  )
+  routing = route(logits, num_selected=1)
+
+  def loss(name, weights):
+    y = DISPATCHERS[name](x, routing, weights, activation="gelu")
+    return jnp.sum(y * jnp.cos(jnp.arange(y.size, dtype=jnp.float32)).reshape(y.shape))
+
+  got, expected = (
+    jax.jit(jax.grad(functools.partial(loss, name)))(weights)
+    for name in ("grouped", "gather")
+  )
+  for one, other in zip(jax.tree.leaves(got), jax.tree.leaves(expected), strict=True):
+    np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-5)
+  assert not np.any(got.w_in[1]) and np.any(got.w_in[0])
 
 
 @pytest.mark.parametrize("sizes", [(512, 128, 32), (32, 16), (16,)])
