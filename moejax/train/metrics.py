@@ -92,6 +92,12 @@ def dropped_fraction(stats: RouterStats) -> float:
   return (chosen - kept) / chosen if chosen else 0.0
 
 
+def lost_fraction(stats: RouterStats) -> float:
+  """Assignments that a bounded exchange had no room for; a part of those dropped."""
+  chosen = float(np.sum(np.asarray(stats.chosen, np.float64)))
+  return float(np.sum(np.asarray(stats.lost, np.float64))) / chosen if chosen else 0.0
+
+
 def has_experts(stats: RouterStats | None) -> bool:
   """Whether there is any MoE layer to report on."""
   return stats is not None and np.size(stats.load) > 0
@@ -114,6 +120,8 @@ def loss_metrics(
     out[name] = float(value) / tokens
   if has_experts(sums["stats"]):
     out["dropped_fraction"] = dropped_fraction(sums["stats"])
+    if sums["stats"].lost is not None:
+      out["exchange_lost_fraction"] = lost_fraction(sums["stats"])
   return out
 
 

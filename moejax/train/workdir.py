@@ -52,6 +52,8 @@ opened there, and what a run writes."""
 MAY_CHANGE = (
   "schema_version",
   "mesh.*",
+  "moe.exchange",
+  "moe.exchange_chunks",
   "data.cache_dir",
   "data.num_workers",
   "data.prefetch",
@@ -66,7 +68,7 @@ MAY_CHANGE = (
 )
 """Fields that may differ when a run goes on: where it runs, what it logs, how often
 it looks and saves, when it gives up. None of them enters the arithmetic of a step,
-except that another mesh may sum in another order. train.num_steps may grow."""
+except that another mesh or exchange may sum in another order. train.num_steps may grow."""
 
 _LOCK_WAIT_SECONDS = 5.0
 """A killed run's worker processes may hold its lock for a moment longer."""

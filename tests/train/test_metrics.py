@@ -1,5 +1,6 @@
 """Derived numbers by hand calculation, and the writers that keep them."""
 
+import dataclasses
 import io
 import json
 import math
@@ -36,6 +37,17 @@ def test_layer_metrics_by_hand():
   np.testing.assert_allclose(values["entropy_fraction"], [0.5, 1.0], rtol=1e-6)
   np.testing.assert_allclose(values["max_load_ratio"], [8 / 4, 1.0])
   np.testing.assert_allclose(values["dead_experts"], [1, 0])
+
+
+def test_what_an_exchange_lost_is_a_part_of_what_was_dropped():
+  """Three of the four dropped ones had no room in a buffer; without one, no such line."""
+  one = jnp.float32(1)
+  sums = {"loss": one, "tokens": one, "bytes": one, "aux": {}, "stats": _stats()}
+  assert "exchange_lost_fraction" not in metrics.loss_metrics(sums)
+  sums["stats"] = dataclasses.replace(_stats(), lost=jnp.array([3.0, 0.0]))
+  out = metrics.loss_metrics(sums)
+  assert out["dropped_fraction"] == pytest.approx(4 / 40)
+  assert out["exchange_lost_fraction"] == pytest.approx(3 / 40)
 
 
 def test_a_layer_without_tokens_gives_zeros_and_no_warning():

@@ -69,7 +69,7 @@ def test_another_config_is_refused_and_every_field_named(tmp_path):
 @pytest.mark.parametrize(
   "fields",
   [
-    {"mesh__data": 2, "mesh__expert": 4},
+    {"mesh__data": 2, "mesh__expert": 4, "moe__exchange": "ring"},
     {"data__num_workers": 3, "data__prefetch": 9, "data__cache_dir": "/elsewhere"},
     {"train__log_every": 1, "train__eval_every": 7, "train__tensorboard": False},
     {"train__keep_last": 9, "train__keep_best": 0, "train__checkpoint_every": 5},
