@@ -68,7 +68,8 @@ MAY_CHANGE = (
 )
 """Fields that may differ when a run goes on: where it runs, what it logs, how often
 it looks and saves, when it gives up. None of them enters the arithmetic of a step,
-except that another mesh or exchange may sum in another order. train.num_steps may grow."""
+except that another mesh or exchange may sum in another order. train.num_steps may
+grow."""
 
 _LOCK_WAIT_SECONDS = 5.0
 """A killed run's worker processes may hold its lock for a moment longer."""

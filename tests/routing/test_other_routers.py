@@ -159,6 +159,40 @@ def test_the_hand_worked_tables_of_next_best_and_expert_choice():
   assert got.token.tolist()[:4] == [2, 0, 3, 6] and got.token.tolist()[4::2] == [5, 7]
 
 
+def test_the_hand_worked_tables_of_the_other_routers():
+  """docs/routing.md, each on the eight tokens with logits log p."""
+  logits = np.log(EIGHT_TOKENS)
+  two = RouterOptions(num_experts=4, capacity=2)
+  assigned = jnp.asarray([0, 2, 2, 1, 0, 2, 3, 1], jnp.int32)[:, None]
+  got = route("hash", logits, two, assigned=assigned)
+  assert np.flatnonzero(~np.asarray(got.kept)).tolist() == [5]
+  assert set(np.asarray(got.gate).tolist()) == {0.0, 1.0}
+
+  balanced = dataclasses.replace(two, overflow="next_best")
+  got = route("base", logits, balanced, key=jax.random.key(0))
+  assert got.expert.tolist() == [0, 0, 3, 1, 2, 2, 1, 3] and np.all(got.kept)
+  np.testing.assert_allclose(np.asarray(got.gate)[[0, 2]], [0.375, 0.1 / 1.1], rtol=1e-5)
+  plan = sinkhorn(jnp.asarray(logits, jnp.float32), jnp.ones(8, bool))
+  rows = 8 * np.asarray(plan)[[2, 4]]
+  expected = [[0.55, 0.10, 0.14, 0.20], [0.29, 0.27, 0.26, 0.18]]
+  np.testing.assert_allclose(rows, expected, atol=0.006)
+
+  one = RouterOptions(num_experts=4, capacity=1)
+  got = route("soft", logits, one, slot_logits=jnp.asarray(logits)[:, :, None])
+  assert got.dense_dispatch is not None and got.dense_combine is not None
+  sent = np.asarray(got.dense_dispatch)[[2, 7], 0, 0]
+  np.testing.assert_allclose(sent, [0.7 / 2.7, 0.1 / 2.7], rtol=1e-5)
+  back = np.asarray(got.dense_combine)[2, :, 0]
+  np.testing.assert_allclose(back, [0.7, 0.1, 0.1, 0.1], rtol=1e-5)
+
+  got = route("forced_balance", logits, RouterOptions(num_experts=4))
+  assert got.expert.tolist() == [0, 1, 2, 3, 0, 1, 2, 3]
+  gates = [0.6, 0.3, 0.1, 0.1, 0.4, 0.2, 0.2, 0.6]
+  np.testing.assert_allclose(got.gate, gates, rtol=1e-5)
+  got = route("dense", logits, RouterOptions(num_experts=4))
+  np.testing.assert_allclose(np.asarray(got.gate)[:4], EIGHT_TOKENS[0], rtol=1e-5)
+
+
 def test_next_best_gives_no_token_the_same_expert_twice():
   """Both choices of the last token overflow: they go to experts 2 and 3, by rank.
 
