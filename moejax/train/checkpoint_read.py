@@ -166,7 +166,8 @@ def read_state(step_directory: Path, meta: dict[str, Any], target: Any) -> Any:
         restore_args=ocp.checkpoint_utils.construct_restore_args(target),
         partial_restore=True,
       )
-      state = reader.restore(step_directory / "state", args=args)
+      # Orbax takes absolute paths only, and a user types runs/default.
+      state = reader.restore((step_directory / "state").resolve(), args=args)
   except Exception as e:
     if _is_ours(e):
       raise

@@ -1,6 +1,7 @@
 """The three programs as a user calls them: real processes on a run they left."""
 
 import json
+import os
 import pathlib
 import subprocess
 import sys
@@ -37,7 +38,7 @@ def call(program: str, *args: str, code: int = 0) -> str:
 
 @pytest.fixture(scope="module")
 def workdir(tmp_path_factory) -> str:
-  """A finished run of four steps."""
+  """A finished run of four steps, by a relative path: what a user types."""
   directory = tmp_path_factory.mktemp("run")
   cache = tmp_path_factory.mktemp("cache")
   call(
@@ -46,7 +47,7 @@ def workdir(tmp_path_factory) -> str:
     f"--config.data.cache_dir={cache}",
     *(f"--config.{setting}" for setting in TINY),
   )
-  return str(directory)
+  return os.path.relpath(directory)
 
 
 def test_evaluate_needs_only_the_directory(workdir):
