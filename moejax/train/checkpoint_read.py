@@ -166,8 +166,7 @@ def read_state(step_directory: Path, meta: dict[str, Any], target: Any) -> Any:
         restore_args=ocp.checkpoint_utils.construct_restore_args(target),
         partial_restore=True,
       )
-      # Orbax takes absolute paths only, and a user types runs/default.
-      state = reader.restore((step_directory / "state").resolve(), args=args)
+      state = reader.restore(step_directory / "state", args=args)
   except Exception as e:
     if _is_ours(e):
       raise
@@ -225,13 +224,15 @@ def restore_params(
 def checkpoint_directory(workdir: Path | str) -> Path:
   """Where a workdir's checkpoints are, which must exist.
 
+  An absolute path, because Orbax takes no other, and a user types runs/default.
+
   Raises:
     UserError: there are none; lists what is there instead.
   """
   workdir = Path(workdir)
   for directory in (workdir / DIRECTORY, workdir):
     if list_steps(directory):
-      return directory
+      return directory.resolve()
   if not workdir.is_dir():
     raise UserError(f"--workdir={workdir} is not a directory.")
   found = sorted(p.name for p in workdir.iterdir())

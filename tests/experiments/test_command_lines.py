@@ -3,6 +3,7 @@
 import json
 import os
 import pathlib
+import re
 import subprocess
 import sys
 
@@ -83,6 +84,14 @@ def test_an_earlier_step_is_another_model(workdir):
   assert earlier["tokens"] == newest["tokens"]
   # Evaluating the earlier step last made it what eval.json speaks of.
   assert final["step"] == 2 and final["loss"] == earlier["loss"]
+
+
+def test_inspect_ends_with_one_line_for_the_whole_state(workdir):
+  """`sha256 <hex>`, the same twice, another one for another step."""
+  command = ("tools.inspect_checkpoint", f"--workdir={workdir}")
+  lines = [call(*command, *more).splitlines()[-1] for more in ((), (), ("--step=2",))]
+  assert all(re.fullmatch("sha256 [0-9a-f]{64}", line) for line in lines)
+  assert lines[0] == lines[1] != lines[2]
 
 
 def test_generate_continues_the_prompt(workdir):
