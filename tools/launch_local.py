@@ -81,20 +81,18 @@ def wait(processes: list[subprocess.Popen], logs: pathlib.Path) -> int:
   """
   first: tuple[int, int] | None = None
   deadline = float("inf")
-  while any(p.poll() is None for p in processes):
-    if first is None:
-      first = _failed(processes)
-      if first is not None:
-        deadline = time.monotonic() + GRACE_SECONDS
-        _report(first, logs)
+  running = True
+  while running:
+    # Asked before looking for failures, so that the last to end is looked at too.
+    running = any(p.poll() is None for p in processes)
+    if first is None and (first := _failed(processes)) is not None:
+      deadline = time.monotonic() + GRACE_SECONDS
+      _report(first, logs)
     if time.monotonic() > deadline:
       for process in processes:
         process.kill()
-    time.sleep(0.1)
-  if first is None:
-    first = _failed(processes)
-    if first is not None:
-      _report(first, logs)
+    if running:
+      time.sleep(0.1)
   if first is None:
     return 0
   return first[1] if first[1] > 0 else 128 - first[1]

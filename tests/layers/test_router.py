@@ -174,17 +174,15 @@ def test_expert_dropout_leaves_out_that_many_experts_in_training_only():
 
 
 @pytest.mark.parametrize(
-  "name", [n for n, spec in ROUTERS.items() if spec.by_logits and spec.token_choice]
+  # Under dense every expert is chosen, absent ones with gate 0.
+  "name",
+  [n for n, s in ROUTERS.items() if s.by_logits and s.token_choice and n != "dense"],
 )
 def test_overflow_never_goes_to_an_expert_that_is_out(name):
   """Half of the experts are out and the others have too few slots for all."""
   moe = config(name, expert_dropout=0.5, overflow="next_best")
   load = np.asarray(route(moe, jax.random.key(0), factor=0.75).stats.load)
-  out = int(0.5 * E) if ROUTERS[name].num_selected != E else 0
-  if name == "dense":  # Every expert is one of its choices: gate 0 there.
-    return
-  assert ((load > 0).any(0)).sum() == E - out
-  assert (load.sum(0)[load.sum(0) > 0] >= 1).all()
+  assert ((load > 0).any(0)).sum() == E - int(0.5 * E)
 
 
 def test_expert_dropout_never_leaves_fewer_experts_than_choices():
