@@ -1,7 +1,6 @@
 """Two real processes save and restore one state; one process reads it back."""
 
 import os
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -10,6 +9,7 @@ import numpy as np
 import pytest
 
 from moejax.train.checkpoint import DIRECTORY, restore_params
+from tools.launch_local import free_port
 
 ROOT = Path(__file__).parents[2]
 
@@ -57,9 +57,7 @@ print("done", flush=True)
 @pytest.mark.slow
 def test_two_processes_write_one_checkpoint_and_agree_on_damage(tmp_path):
   """Each holds half; the sums add up, both pass over the damaged step, one reads all."""
-  with socket.socket() as s:
-    s.bind(("127.0.0.1", 0))
-    address = f"127.0.0.1:{s.getsockname()[1]}"
+  address = f"127.0.0.1:{free_port()}"
   environment = os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)}
   processes = [
     subprocess.Popen(
