@@ -250,6 +250,8 @@ class MeshConfig:
   fsdp: int = 1
   expert: int = 1
   tensor: int = 1
+  slice_axis: str = "data"
+  """The axis that crosses the slow network between TPU slices, where there are some."""
 
 
 @dataclass(kw_only=True, slots=True)

@@ -26,6 +26,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
   "moe.exchange": ("auto", "all_to_all", "ragged", "ring", "gspmd"),
   "moe.balance_counts": ("all", "first"),
   "optimizer.name": ("adamw", "adafactor", "lion"),
+  "mesh.slice_axis": ("data", "fsdp", "expert", "tensor"),
   "optimizer.schedule": ("cosine", "linear", "inverse_sqrt", "constant_decay"),
 }
 

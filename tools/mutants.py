@@ -20,6 +20,18 @@ def _in(file: str, *edits: tuple[str, str, str]) -> tuple[Mutant, ...]:
 
 MUTANTS = (
   *_in(
+    "queueing.py",
+    (
+      "second choices before first ones",
+      "position = choice[None, :] * num_tokens + rank[:, None]",
+      "position = (num_selected - 1 - choice)[None, :] * num_tokens + rank[:, None]",
+    ),
+    ("smallest gate first", "(-best, rank)", "(best, rank)"),
+    ("random priority ignored", "jax.random.permutation(key, rank)", "rank"),
+    ("counting includes oneself", "until - 1 + start", "until + start"),
+    ("counting sees empty places", "jnp.where(here, asking, num_experts + 1)", "asking"),
+  ),
+  *_in(
     "capacity.py",
     ("capacity rounded down", "math.ceil(slots)", "math.floor(slots)"),
     (
@@ -28,20 +40,13 @@ MUTANTS = (
       "max(min_capacity, math.ceil(slots))",
     ),
     ("K left out of the capacity", "per_token = num_selected", "per_token = 1"),
-    ("one slot too many", "served & (place < capacity)", "served & (place <= capacity)"),
+    ("one slot too many", "asked & (rank < capacity)", "asked & (rank <= capacity)"),
     ("load not capped", "load = jnp.minimum(chosen, capacity)", "load = chosen"),
     (
       "padding takes slots",
       "asked = jnp.broadcast_to(valid[:, None], expert.shape)",
       "asked = jnp.ones(expert.shape, bool)",
     ),
-    (
-      "second choices before first ones",
-      "position = choice[None, :] * num_tokens + rank[:, None]",
-      "position = (num_selected - 1 - choice)[None, :] * num_tokens + rank[:, None]",
-    ),
-    ("smallest gate first", "(-best, rank)", "(best, rank)"),
-    ("random priority ignored", "jax.random.permutation(key, rank)", "rank"),
     ("dropped keep their gate", "gate = jnp.where(kept, gate, 0.0)", "gate = gate + 0.0"),
     ("never renormalised before drops", "if before_drop:", "if False:"),
     (

@@ -120,11 +120,15 @@ def run_rows(
     return expert_loop(
       x, gate, weights, Sorted(moves=moves, plan=plan, activation=activation)
     )
-  rows = permute.to_rows(x, moves)
   out = apply_ragged_experts(
-    rows, load, weights, activation, implementation=implementation
+    permute.to_rows(x, moves),
+    load,
+    weights,
+    activation,
+    gate=permute.gate_rows(gate, moves),
+    implementation=implementation,
   )
-  return permute.combine(out, gate, moves)
+  return permute.add_up(out, moves)
 
 
 def grouped(

@@ -1,8 +1,10 @@
 """One ragged product, several implementations, chosen by platform.
 
 `grouped_matmul(rows, stack, sizes)` multiplies each run of rows with its own
-expert's matrix. On a GPU or TPU the kernels of tokamax (extra `cuda`) are used
-where they are installed, else `jax.lax.ragged_dot`, and the reason is logged once.
+expert's matrix. On a TPU `jax.lax.ragged_dot` is a kernel of the compiler's own, and
+the gradient of the stack one of ours (`stack_gradient`). On a GPU the kernels of tokamax
+(extra `cuda`) are used where they are installed and the GPU is here, else `ragged_dot`,
+and the reason is logged once.
 On a CPU the dispatcher does not come here: a loop over blocks that fuses both
 products (`expert_loop`) is faster there than any product by itself, and the
 `ragged_dot` of XLA:CPU multiplies every row with every expert.
@@ -13,12 +15,14 @@ Letters: N rows, D width, F hidden width, E experts.
 import functools
 import logging
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from moejax.dispatch.base import ExpertWeights, activate
+from moejax.kernels.stack_gradient import stack_gradient
 from moejax.parallel.platform import target_platform
 
 GroupedMatmul = Callable[[Array, Array, Array], Array]
@@ -30,6 +34,24 @@ def _ragged_dot(rows: Array, stack: Array, sizes: Array) -> Array:
   return jax.lax.ragged_dot(rows, stack, sizes)
 
 
+@jax.custom_vjp
+def _tpu(rows: Array, stack: Array, sizes: Array) -> Array:
+  return jax.lax.ragged_dot(rows, stack, sizes)
+
+
+def _tpu_forward(rows: Array, stack: Array, sizes: Array) -> tuple[Array, Any]:
+  return _tpu(rows, stack, sizes), (rows, stack, sizes)
+
+
+def _tpu_backward(residuals: Any, grad: Array) -> tuple[Array, Array, None]:
+  rows, stack, sizes = residuals
+  d_rows = jax.lax.ragged_dot(grad, stack.swapaxes(1, 2), sizes)
+  return d_rows, stack_gradient(rows, grad, sizes).astype(stack.dtype), None
+
+
+_tpu.defvjp(_tpu_forward, _tpu_backward)
+
+
 def _tokamax(rows: Array, stack: Array, sizes: Array) -> Array:
   import tokamax  # pyright: ignore[reportMissingImports]  # An extra.
 
@@ -38,6 +60,7 @@ def _tokamax(rows: Array, stack: Array, sizes: Array) -> Array:
 
 IMPLEMENTATIONS: Mapping[str, GroupedMatmul] = {
   "ragged_dot": _ragged_dot,
+  "tpu": _tpu,
   "tokamax": _tokamax,
 }
 
@@ -45,7 +68,15 @@ IMPLEMENTATIONS: Mapping[str, GroupedMatmul] = {
 @functools.cache
 def choose(platform: str) -> str:
   """The implementation for this platform; logs once why a kernel is not used."""
+  if platform == "tpu":
+    return "tpu"
   if platform == "cpu":
+    return "ragged_dot"
+  if jax.default_backend() != "gpu":
+    _logger.warning(
+      "grouped_matmul: jax.lax.ragged_dot, because tokamax chooses its kernels by the "
+      "devices of this machine, and the GPUs compiled for are not here."
+    )
     return "ragged_dot"
   try:
     import tokamax  # pyright: ignore[reportMissingImports]  # noqa: F401
@@ -90,10 +121,25 @@ def apply_ragged_experts(
   weights: ExpertWeights,
   activation: str,
   *,
+  gate: Float[Array, "N"] | None = None,
   implementation: str | None = None,
 ) -> Float[Array, "N D"]:
-  """Every expert on its own run of rows: the ragged twin of `apply_experts`."""
+  """Every expert on its own run of rows: the ragged twin of `apply_experts`.
+
+  Args:
+    rows: in experts' order.
+    sizes: of the runs.
+    weights: of the experts.
+    activation: of the experts.
+    gate: weight of each row's output, None for 1. It is applied to the hidden
+      activations: the same by linearity, and then the backward pass needs the hidden
+      activations alone, not the output, which rematerialisation need not make again.
+    implementation: see `grouped_matmul`.
+  """
   product = functools.partial(grouped_matmul, sizes=sizes, implementation=implementation)
   hidden = product(rows, weights.w_in)
-  gate = None if weights.w_gate is None else product(rows, weights.w_gate)
-  return product(activate(hidden, gate, activation), weights.w_out)
+  hidden_gate = None if weights.w_gate is None else product(rows, weights.w_gate)
+  hidden = activate(hidden, hidden_gate, activation)
+  if gate is not None:
+    hidden = (hidden.astype(jnp.float32) * gate[:, None]).astype(rows.dtype)
+  return product(hidden, weights.w_out)

@@ -118,3 +118,37 @@ def _combine_backward(residuals: Any, dy: Array) -> tuple[Array, Array, Any]:
 
 
 combine.defvjp(_combine_forward, _combine_backward)
+
+
+@jax.custom_vjp
+def add_up(rows: Float[Array, "R D"], moves: Moves) -> Float[Array, "T D"]:
+  """Sum over a token's kept assignments of their rows, which are weighted already."""
+  return sum_rows(rows, None, moves)
+
+
+def _add_up_forward(rows: Array, moves: Moves) -> tuple[Array, Moves]:
+  return add_up(rows, moves), moves
+
+
+def _add_up_backward(moves: Moves, dy: Array) -> tuple[Array, Any]:
+  return take_masked(dy, token_of_row(moves), moves.used), None
+
+
+add_up.defvjp(_add_up_forward, _add_up_backward)
+
+
+@jax.custom_vjp
+def gate_rows(gate: Float[Array, "N"], moves: Moves) -> Float[Array, "R"]:
+  """The gate of each row's assignment; zero where the row is unused."""
+  return take_masked(gate, moves.assignment, moves.used)
+
+
+def _gate_rows_forward(gate: Array, moves: Moves) -> tuple[Array, Moves]:
+  return gate_rows(gate, moves), moves
+
+
+def _gate_rows_backward(moves: Moves, grad: Array) -> tuple[Array, Any]:
+  return take_masked(grad, moves.place, moves.kept), None
+
+
+gate_rows.defvjp(_gate_rows_forward, _gate_rows_backward)

@@ -14,9 +14,10 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
 from moejax.config import ModelConfig
+from moejax.kernels.attention import block_size, tpu_attention
 from moejax.layers import parameter
 from moejax.layers.norm import RMSNorm
-from moejax.parallel.platform import target_is_nvidia
+from moejax.parallel.platform import target_is_nvidia, target_platform
 from moejax.types import pytree
 
 
@@ -36,6 +37,8 @@ class Context:
   """Of the new tokens, within their document."""
   mask: Bool[Array, "B 1 S M"]
   """Whether a query may look at a key."""
+  segment_ids: Int[Array, "B S"]
+  """Of the new tokens: what `mask` was made of, for kernels that make their own."""
   index: Int[Array, ""] | None = None
   """Where in the cache the new tokens go; None without a cache."""
 
@@ -126,7 +129,7 @@ class Attention(nnx.Module):
     if config.qk_norm:
       self.query_norm = RMSNorm(size, epsilon=config.norm_eps, axis="head_dim")
       self.key_norm = RMSNorm(size, epsilon=config.norm_eps, axis="head_dim")
-    self.theta = config.rope_theta
+    self.theta, self.window = config.rope_theta, config.sliding_window
     self.has_bias, self.qk_norm = config.attention_bias, config.qk_norm
 
   def __call__(
@@ -146,13 +149,16 @@ class Attention(nnx.Module):
         value=jax.lax.dynamic_update_slice(cache.value, value, start),
       )
       key, value = cache.key, cache.value
-    # jax's own attention mixes dtypes inside when computing in bfloat16. (Its backward
-    # pass does so when it is lowered, out of reach from here: strict promotion and
-    # bfloat16 gradients do not go together.)
-    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
-      mixed = jax.nn.dot_product_attention(
-        query, key, value, mask=context.mask, implementation=_implementation(x.dtype)
-      )
+    if cache is None and target_platform() == "tpu" and block_size(x.shape[1]):
+      mixed = tpu_attention(query, key, value, context.segment_ids, window=self.window)
+    else:
+      # jax's own attention mixes dtypes inside when computing in bfloat16. (Its backward
+      # pass does so when it is lowered, out of reach from here: strict promotion and
+      # bfloat16 gradients do not go together.)
+      with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+        mixed = jax.nn.dot_product_attention(
+          query, key, value, mask=context.mask, implementation=_implementation(x.dtype)
+        )
     out = jnp.einsum("bsha,had->bsd", mixed, self.out[...].astype(x.dtype))
     return out, cache
 

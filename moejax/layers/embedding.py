@@ -7,6 +7,7 @@ from jaxtyping import Array, Float, Int
 from moejax.config import ModelConfig
 from moejax.layers import parameter
 from moejax.layers.norm import RMSNorm
+from moejax.parallel.lookup import lookup
 
 
 class Embedding(nnx.Module):
@@ -33,7 +34,7 @@ class Embedding(nnx.Module):
     self.tied = config.tie_embeddings
 
   def embed(self, tokens: Int[Array, "B S"], dtype: jnp.dtype) -> Float[Array, "B S D"]:
-    return jnp.take(self.table[...], tokens, axis=0).astype(dtype)
+    return lookup(self.table[...], tokens, dtype)
 
   def logits(self, x: Float[Array, "B S D"]) -> Float[Array, "B S V"]:
     x = self.norm(x)

@@ -21,6 +21,7 @@ from moejax.layers import parameter
 from moejax.layers.options import router_options
 from moejax.parallel.expert_parallel import over_groups
 from moejax.parallel.mesh import on_tokens
+from moejax.parallel.platform import target_platform
 from moejax.routing import scores
 from moejax.routing.base import RouterInputs, Routing
 from moejax.routing.capacity import capacity_of
@@ -95,7 +96,8 @@ class Router(nnx.Module):
       slot_logits=self._slot_logits(tokens, capacity) if hasattr(self, "slots") else None,
     )
     bias = self.bias[...] if hasattr(self, "bias") else None
-    options = router_options(moe, capacity)
+    ranking = "count" if target_platform() == "tpu" else "sort"
+    options = dataclasses.replace(router_options(moe, capacity), ranking=ranking)
 
     def route_all(inputs: RouterInputs, bias: Float[Array, "E"] | None) -> Routing:
       def route(group: RouterInputs) -> Routing:

@@ -187,7 +187,7 @@ class Decoder:
 
   def shapes(self) -> Params:
     """Shape and dtype of every parameter, without making it."""
-    return jax.eval_shape(self.init, jax.random.key(0))
+    return jax.eval_shape(lambda: self.init(jax.random.key(0)))
 
   def logical_axes(self) -> Params:
     """Names of every parameter's dimensions, for `moejax.parallel.rules`."""
@@ -297,10 +297,12 @@ class Decoder:
     window = self.config.sliding_window
     if cache is None:
       mask = attention_mask(segment_ids, segment_ids, window=window)
-      return Context(positions=positions, mask=mask), None
+      return Context(positions=positions, mask=mask, segment_ids=segment_ids), None
     seen = jax.lax.dynamic_update_slice(cache.segment_ids, segment_ids, (0, cache.index))
     mask = attention_mask(segment_ids, seen, offset=cache.index, window=window)
-    context = Context(positions=positions, mask=mask, index=cache.index)
+    context = Context(
+      positions=positions, mask=mask, segment_ids=segment_ids, index=cache.index
+    )
     index = cache.index + segment_ids.shape[1]
     return context, dataclasses.replace(cache, segment_ids=seen, index=index)
 

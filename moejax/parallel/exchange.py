@@ -92,15 +92,16 @@ def _run_of(
 
 
 def _move(
-  rows: Float[Array, "n D"],
+  rows: Float[Array, "n *D"],
   length: int,
   axis: str,
   send: tuple[Array, Array, Array],
   receive: tuple[Array, Array, Array],
-) -> Float[Array, "m D"]:
+) -> Float[Array, "m *D"]:
   """Runs (start, size, target) go out, runs (start, size, source) come in."""
-  output = jnp.zeros_like(rows, shape=(length, rows.shape[1]))
-  if target_platform() != "cpu":
+  output = jnp.zeros_like(rows, shape=(length, *rows.shape[1:]))
+  # Single numbers are gathered: as rows they would be padded to a tile of 128 each.
+  if target_platform() != "cpu" and rows.ndim > 1:
     return jax.lax.ragged_all_to_all(
       rows, output, send[0], send[1], send[2], receive[1], axis_name=axis
     )
@@ -109,11 +110,11 @@ def _move(
   everything = jax.lax.all_gather(rows, axis)
   place = jnp.clip(receive[2][run] + index - receive[0][run], 0, rows.shape[0] - 1)
   picked = everything.at[run, place].get(mode="promise_in_bounds")
-  return jnp.where(inside[:, None], picked, output)
+  return jnp.where(inside.reshape(-1, *(1,) * (rows.ndim - 1)), picked, output)
 
 
 @jax.custom_vjp
-def send(rows: Float[Array, "A D"], plan: Plan) -> Float[Array, "R D"]:
+def send(rows: Float[Array, "A *D"], plan: Plan) -> Float[Array, "R *D"]:
   """Each row to the device of its expert; zeros where the buffer stays empty."""
   outgoing = (plan.send_start, plan.send_size, plan.send_target)
   incoming = (plan.receive_start, plan.receive_size, plan.receive_source)
@@ -121,7 +122,7 @@ def send(rows: Float[Array, "A D"], plan: Plan) -> Float[Array, "R D"]:
 
 
 @jax.custom_vjp
-def send_back(rows: Float[Array, "R D"], plan: Plan) -> Float[Array, "A D"]:
+def send_back(rows: Float[Array, "R *D"], plan: Plan) -> Float[Array, "A *D"]:
   """What `send` moved goes back to where it came from; zeros for what was lost."""
   outgoing = (plan.receive_start, plan.receive_size, plan.receive_source)
   incoming = (plan.send_start, plan.send_size, plan.send_target)

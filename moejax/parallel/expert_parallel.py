@@ -27,15 +27,17 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import AbstractMesh, PartitionSpec
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from moejax.dispatch import grouped
 from moejax.dispatch.base import Dispatcher, ExpertWeights, apply_experts
 from moejax.dispatch.gather import slot_moves
 from moejax.errors import ConfigError
 from moejax.kernels import permute
+from moejax.kernels.grouped_matmul import apply_ragged_experts
 from moejax.parallel import exchange as exchange_lib
 from moejax.parallel.mesh import TOKEN_AXES, num_token_shards
+from moejax.parallel.platform import target_platform
 from moejax.parallel.rules import RULES
 from moejax.routing.base import Routing
 
@@ -173,7 +175,8 @@ def run(
     # Everything varies over every axis: what is written by hand (custom_vjp) returns
     # such gradients, and the sums over axes are then the transpose of these lines.
     x, routing = _vary((x, routing), "tensor")
-    weights = _vary(_gather_width(weights), "data")
+    # Before the gather, so that gradients are scattered before they are summed.
+    weights = _gather_width(_vary(weights, "data"))
     if kind == "none":
       y, lost = dispatcher(x, routing, weights, activation=activation), None
     else:
@@ -200,6 +203,10 @@ def _gather_width(weights: ExpertWeights) -> ExpertWeights:
   """Undoes the cut over `fsdp`; the gradient is reduce-scattered."""
 
   def gather(w: Array | None, axis: int) -> Array | None:
+    if w is not None and w.shape[0] == 1:
+      # The compiler for TPUs scatters gradients with a leading dimension of one by an
+      # all-reduce, at twice the bytes.
+      return jax.lax.all_gather(w[0], "fsdp", axis=axis - 1, tiled=True)[None]
     return None if w is None else jax.lax.all_gather(w, "fsdp", axis=axis, tiled=True)
 
   w_in, w_out = gather(weights.w_in, 1), gather(weights.w_out, 2)
@@ -254,10 +261,27 @@ def _ragged(
     load, AXIS, rows.shape[0], buffer_rows(rows.shape[0], options.exchange_buffer)
   )
   received = checkpoint_name(exchange_lib.send(rows, plan), SAVED_NAME)
-  place, row, used = exchange_lib.by_expert(plan)
+  # Gates travel with their rows, so that outputs come back weighted, and the backward
+  # pass needs no output: recomputing it and sending it back would be for the gate alone.
+  gate = permute.gate_rows(routing.gate.reshape(-1), moves)
+  gate = checkpoint_name(exchange_lib.send(gate, plan), SAVED_NAME)
   total = jnp.sum(plan.received, axis=0)
+  if plan.received.shape[1] == 1 and target_platform() != "cpu":
+    # Of a single local expert all rows are its own, one behind the other already.
+    out = apply_ragged_experts(received, total, weights, activation, gate=gate)
+  else:
+    here = _in_experts_order(plan, total)
+    out = grouped.run_rows(received, gate, here, total, weights, activation=activation)
+  back = exchange_lib.send_back(out, plan)
+  y = permute.add_up(back, moves).reshape(x.shape)
+  return y, plan.lost[None].astype(jnp.float32)
+
+
+def _in_experts_order(plan: exchange_lib.Plan, total: Int[Array, "L"]) -> permute.Moves:
+  """Lines up what was received, which lies sender by sender."""
+  place, row, used = exchange_lib.by_expert(plan)
   index = jnp.arange(plan.num_received, dtype=jnp.int32)
-  here = permute.Moves(
+  return permute.Moves(
     token=index,
     place=place,
     kept=used,
@@ -266,11 +290,6 @@ def _ragged(
     num_tokens=plan.num_received,
     num_selected=1,
   )
-  ones = jnp.ones_like(received[:, 0], jnp.float32)
-  out = grouped.run_rows(received, ones, here, total, weights, activation=activation)
-  back = checkpoint_name(exchange_lib.send_back(out, plan), SAVED_NAME)
-  y = permute.combine(back, routing.gate.reshape(-1), moves).reshape(x.shape)
-  return y, plan.lost[None].astype(jnp.float32)
 
 
 def buffer_rows(num_rows: int, factor: float | None) -> int:

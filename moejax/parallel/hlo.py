@@ -12,12 +12,12 @@ tiles and as mesh axes, reduce-scatters that a TPU fuses around an all-reduce.
 """
 
 import dataclasses
-import itertools
 import math
 import re
 from collections.abc import Iterator, Sequence
 
-import numpy as np
+from moejax.parallel.hlo_flops import Instruction, flops_of
+from moejax.parallel.hlo_groups import axis_groups, axis_of, group_size
 
 KINDS = (
   "all-reduce",
@@ -35,6 +35,7 @@ _ARRAY = re.compile(r"([a-z]+\d*(?:e\d+m\d+\w*)?)\[([\d,]*)\]")
 _CALLED = re.compile(
   r"(calls|to_apply|body|condition|true_computation|false_computation)=%?([\w.\-]+)"
 )
+_QUOTED = re.compile(r'"(?:[^"\\]|\\.)*"')
 _BRANCHES = re.compile(r"branch_computations=\{([^}]*)\}")
 
 
@@ -57,22 +58,14 @@ class Collective:
   """The jax operation it comes from."""
 
 
-@dataclasses.dataclass(frozen=True)
-class _Instruction:
-  name: str
-  shape: str
-  opcode: str
-  rest: str
-
-
 class Program:
   """A compiled program's computations, from `compiled.as_text()`."""
 
   def __init__(self, text: str):
-    self._computations: dict[str, list[_Instruction]] = {}
+    self._computations: dict[str, list[Instruction]] = {}
     self._entry = ""
     self._tables = _tables(text)
-    current: list[_Instruction] | None = None
+    current: list[Instruction] | None = None
     for line in _joined(text):
       header = _HEADER.match(line)
       if header:
@@ -91,18 +84,21 @@ class Program:
       axes: names of the mesh's axes, outermost first.
       sizes: devices along each.
     """
-    groups = _axis_groups(axes, sizes)
+    groups = axis_groups(axes, sizes)
     result = []
-    for instruction, count, inside in self._executed(self._entry, 1, ""):
+    for instruction, count, where in self._executed(self._entry, 1, self._entry):
       kind = instruction.opcode.removesuffix("-start")
       if kind not in KINDS:
         continue
-      if kind == "all-reduce" and "all-reduce-scatter" in inside:
+      if kind == "all-reduce" and "all-reduce-scatter" in where:
         kind = "reduce-scatter"
-      axis, size = _axis_of(instruction.rest, groups, math.prod(sizes))
+      axis, size = axis_of(instruction.rest, groups, math.prod(sizes))
       if size == 1:
         continue
-      number = self._buffer_bytes(instruction, kind)
+      number = self._buffer_bytes(instruction)
+      if kind == "ragged-all-to-all":
+        # One of its buffers has room to spare; the other one is what there is to send.
+        number = min(number, self._operand_bytes(instruction, where))
       factor = {"all-reduce": 2 * (size - 1) / size, "collective-permute": 1.0}
       result.append(
         Collective(
@@ -117,9 +113,24 @@ class Program:
       )
     return result
 
+  def flops(self, ragged_fraction: float = 1.0) -> float:
+    """FLOPs of all products that run on one device; see `hlo_flops`.
+
+    Args:
+      ragged_fraction: of a ragged buffer's rows, those that exist.
+    """
+    tables = {
+      name: {i.name: i.shape for i in instructions}
+      for name, instructions in self._computations.items()
+    }
+    return sum(
+      count * flops_of(instruction, tables[where], ragged_fraction)
+      for instruction, count, where in self._executed(self._entry, 1, self._entry)
+    )
+
   def _executed(
     self, name: str, count: int, inside: str
-  ) -> Iterator[tuple[_Instruction, int, str]]:
+  ) -> Iterator[tuple[Instruction, int, str]]:
     for instruction in self._computations.get(name, ()):
       yield instruction, count, inside
       times = self._trips(instruction) if instruction.opcode == "while" else 1
@@ -128,7 +139,7 @@ class Program:
           continue  # The scalar function of a reduction.
         yield from self._executed(called, count * times, called)
 
-  def _trips(self, instruction: _Instruction) -> int:
+  def _trips(self, instruction: Instruction) -> int:
     """How often a loop turns; 1 where it is only known when it runs."""
     known = re.search(r'known_trip_count"?:\s*\{"?n"?:\s*"?(\d+)', instruction.rest)
     if known:
@@ -141,13 +152,19 @@ class Program:
     ]
     return bounds[0] if len(bounds) == 1 else 1
 
-  def _buffer_bytes(self, instruction: _Instruction, kind: str) -> int:
+  def _operand_bytes(self, instruction: Instruction, where: str) -> int:
+    """Of the first operand."""
+    name = instruction.rest.partition(",")[0].strip().lstrip("%")
+    shape = next(i.shape for i in self._computations[where] if i.name == name)
+    return round(sum(_array_bytes(shape)))
+
+  def _buffer_bytes(self, instruction: Instruction) -> int:
     arrays = _array_bytes(instruction.shape)
     if instruction.opcode.endswith("-start") and len(arrays) > 1:
       # (operands, results, contexts): of a gather the result, else the operand.
       arrays = [max(arrays)]
-    if kind == "reduce-scatter":
-      size = _group_size(instruction.rest)
+    if instruction.opcode.startswith("reduce-scatter"):
+      size = group_size(instruction.rest)
       return round(sum(arrays) * (size or 1))
     return round(sum(arrays))
 
@@ -210,22 +227,25 @@ def _short(path: str) -> str:
 
 def _joined(text: str) -> Iterator[str]:
   """Lines, with instructions that a kernel's metadata breaks put together again."""
-  held = ""
+  held, depth = "", 0
   for line in text.splitlines():
     held = f"{held} {line.strip()}" if held else line
-    if held.count('"') % 2 == 0:
+    if held.startswith(" "):  # An instruction, not the start or end of a computation.
+      bare = _QUOTED.sub("", line)
+      depth += bare.count("{") - bare.count("}")
+    if depth <= 0:
       yield held
-      held = ""
+      held, depth = "", 0
 
 
-def _parse(line: str) -> _Instruction | None:
+def _parse(line: str) -> Instruction | None:
   found = _INSTRUCTION.match(line)
   if not found:
     return None
   rest = line[found.end() :]
   shape, rest = _split_shape(rest)
   opcode, _, rest = rest.partition("(")
-  return _Instruction(found[1], shape, opcode.strip(), rest)
+  return Instruction(found[1], shape, opcode.strip(), rest)
 
 
 def _split_shape(text: str) -> tuple[str, str]:
@@ -260,106 +280,3 @@ def _called(rest: str) -> list[tuple[str, str]]:
 def _attribute(rest: str, pattern: str) -> str:
   found = re.search(pattern, rest)
   return found[1] if found else ""
-
-
-def groups_of(rest: str) -> list[tuple[int, ...]] | None:
-  """The device groups of a collective; None where they are not written as numbers."""
-  pairs = re.search(r"source_target_pairs=\{((?:\{\d+,\d+\},?)*)\}", rest)
-  if pairs:
-    return _components(re.findall(r"\{(\d+),(\d+)\}", pairs[1]))
-  listed = re.search(r"replica_groups=\{((?:\{[\d,]*\},?)*)\}", rest)
-  if listed:
-    texts = re.findall(r"\{([\d,]+)\}", listed[1])
-    return [tuple(int(n) for n in text.split(",")) for text in texts]
-  iota = re.search(r"replica_groups=\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", rest)
-  if iota:
-    shape, dims = _numbers(iota[1]), _numbers(iota[2])
-    ids = np.arange(math.prod(dims)).reshape(dims)
-    if iota[3]:
-      ids = ids.transpose(_numbers(iota[3]))
-    return [tuple(row) for row in ids.reshape(shape).tolist()]
-  return _mesh_groups(rest)
-
-
-def _mesh_groups(rest: str) -> list[tuple[int, ...]] | None:
-  """Groups spelt as axes of a mesh, whole or in part: 'a' or 'a':(4)2, where 2 of the
-  axis's devices make a group and 4 stand before them."""
-  found = re.search(
-    r"replica_groups=mesh\[([^\]]*)\]"
-    r"(?:, device_ids=\(\[([\d,]+)\](?:T\(([\d,]+)\))?\))? \{([^}]*)\}",
-    rest,
-  )
-  if not found:
-    return None
-  sizes = {name: int(size) for name, size in re.findall(r"'(\w+)'=(\d+)", found[1])}
-  ids = np.arange(math.prod(sizes.values()))
-  if found[2]:
-    ids = ids.reshape(_numbers(found[2]))
-    ids = ids.transpose(_numbers(found[3])) if found[3] else ids
-  taken = re.findall(r"'(\w+)'(?::\((\d+)\)(\d+))?", found[4])
-  dims, chosen = [], []
-  for name, size in sizes.items():
-    parts = [(int(a), int(b)) for n, a, b in taken if n == name and b]
-    if (name, "", "") in taken:
-      parts = [(1, size)]
-    done = 1
-    for before, width in sorted(parts):
-      dims += [before // done, width]
-      chosen.append(len(dims) - 1)
-      done = before * width
-    dims.append(size // done)
-  others = [d for d in range(len(dims)) if d not in chosen]
-  width = math.prod(dims[d] for d in chosen)
-  rows = ids.reshape(dims).transpose([*others, *chosen]).reshape(-1, width)
-  return [tuple(row) for row in rows.tolist()]
-
-
-def _numbers(text: str) -> list[int]:
-  return [int(n) for n in text.split(",")]
-
-
-def _components(pairs: Sequence[tuple[str, str]]) -> list[tuple[int, ...]]:
-  """Devices that a permutation connects."""
-  groups: list[set[int]] = []
-  for source, target in pairs:
-    joined = {int(source), int(target)}
-    apart = []
-    for group in groups:
-      if group & joined:
-        joined |= group
-      else:
-        apart.append(group)
-    groups = [*apart, joined]
-  return [tuple(sorted(group)) for group in groups]
-
-
-def _group_size(rest: str) -> int:
-  groups = groups_of(rest)
-  return len(groups[0]) if groups else 0
-
-
-def _axis_groups(
-  axes: Sequence[str], sizes: Sequence[int]
-) -> dict[frozenset[frozenset[int]], str]:
-  """The device groups that each set of axes makes; the smallest set that makes them."""
-  ids = np.arange(math.prod(sizes)).reshape(sizes)
-  result: dict[frozenset[frozenset[int]], str] = {}
-  for count in range(1, len(axes) + 1):
-    for chosen in itertools.combinations(range(len(axes)), count):
-      others = [a for a in range(len(axes)) if a not in chosen]
-      width = math.prod(sizes[a] for a in chosen)
-      rows = ids.transpose([*others, *chosen]).reshape(-1, width)
-      key = frozenset(frozenset(row) for row in rows.tolist())
-      result.setdefault(key, ",".join(axes[a] for a in chosen))
-  return result
-
-
-def _axis_of(
-  rest: str, groups: dict[frozenset[frozenset[int]], str], num_devices: int
-) -> tuple[str, int]:
-  """The axes of an instruction's groups, and how many devices are in one."""
-  found = groups_of(rest)
-  if not found:  # No groups are one group of all.
-    found = [tuple(range(num_devices))]
-  key = frozenset(frozenset(group) for group in found)
-  return groups.get(key, "?"), max(len(group) for group in found)

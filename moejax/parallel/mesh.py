@@ -5,12 +5,14 @@ are cut), `expert` (experts are cut; elsewhere a data axis), `tensor` (heads and
 hidden widths are cut).
 """
 
+import functools
 import math
 from collections.abc import Sequence
 from typing import Any
 
 import jax
 import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import AbstractMesh, AxisType, Mesh, PartitionSpec
 from jaxtyping import Array, Float
 
@@ -51,10 +53,41 @@ def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
   """A mesh over all devices (or those given), in the order the hardware suggests."""
   devices = list(jax.devices() if devices is None else devices)
   shape = mesh_shape(config, len(devices))
-  types = (AxisType.Auto,) * len(AXES)
-  if len(devices) == 1:
-    return Mesh(np.asarray(devices).reshape(shape), AXES, axis_types=types)
-  return jax.make_mesh(shape, AXES, axis_types=types, devices=devices)
+  return Mesh(_placed(config, shape, devices), AXES, axis_types=(AxisType.Auto,) * 4)
+
+
+def num_slices(devices: Sequence[Any]) -> int:
+  """Groups of TPUs that a fast network joins inside and a slow one outside."""
+  return len({getattr(device, "slice_index", 0) for device in devices})
+
+
+def _placed(config: MeshConfig, shape: tuple[int, ...], devices: list[Any]) -> np.ndarray:
+  """Devices in the mesh's shape, neighbours on an axis being neighbours in hardware.
+
+  Raises:
+    ConfigError: the axis that is to cross slices cannot.
+  """
+  slices = num_slices(devices)
+  if slices > 1:
+    across = AXES.index(config.slice_axis)
+    if shape[across] % slices:
+      raise ConfigError(
+        f"--config.mesh.{config.slice_axis}={shape[across]} is to cross {slices} slices "
+        f"(--config.mesh.slice_axis={config.slice_axis}), and is no multiple of them. "
+        f"Make it a multiple of {slices}, or choose another slice_axis."
+      )
+    outer = tuple(slices if i == across else 1 for i in range(len(shape)))
+    inner = tuple(a // b for a, b in zip(shape, outer, strict=True))
+    place: Any = functools.partial(
+      mesh_utils.create_hybrid_device_mesh, inner, outer, devices
+    )
+  else:
+    place = functools.partial(mesh_utils.create_device_mesh, shape, devices)
+  try:
+    return place()
+  except NotImplementedError:
+    # Axes that are no products of whole sides of the torus share a side.
+    return place(allow_split_physical_axes=True)
 
 
 def on_tokens(x: Float[Array, "B *rest"]) -> Float[Array, "B *rest"]:

@@ -190,6 +190,9 @@ class RouterOptions:
   sinkhorn_iterations: int = 30
   """base: at most so many."""
   sinkhorn_tolerance: float = 1e-4
+  ranking: Literal["sort", "count"] = "sort"
+  """How assignments are lined up expert by expert; the result is the same. Counting
+  suits TPUs, see `queueing.line_up`."""
 
 
 RouterFn = Callable[[RouterInputs, RouterOptions], Routing]

@@ -49,9 +49,8 @@ def param_shardings(model: Any, mesh: Mesh) -> Any:
 def state_shapes(model: Any, optimizer: Optimizer, mesh: Mesh) -> State:
   """The state as ShapeDtypeStructs with shardings: what a restore aims at."""
   with jax.set_mesh(mesh):
-    shapes = jax.eval_shape(
-      lambda key: initial_state(model, optimizer, key), jax.random.key(0)
-    )
+    # The key is made inside: these devices may be descriptions, which hold no array.
+    shapes = jax.eval_shape(lambda: initial_state(model, optimizer, jax.random.key(0)))
   params = param_shardings(model, mesh)
   everywhere = rules.replicated(mesh)
   shardings = jax.tree.map(lambda _: everywhere, shapes)

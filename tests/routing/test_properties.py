@@ -161,13 +161,34 @@ def test_the_packed_and_the_wide_sort_agree(monkeypatch):
   opts = RouterOptions(num_experts=4, num_selected=2, capacity=3)
   logits = skewed_logits(5, 11, 4)
   packed = route("top_k", logits, opts)
-  monkeypatch.setattr("moejax.routing.capacity._PACKED_BITS", 1)
+  monkeypatch.setattr("moejax.routing.queueing._PACKED_BITS", 1)
   valid = jnp.ones(11, bool)
   expert = packed.expert.reshape(11, 2)
   gate = pick(packed.probs, expert)
   wide = assign(expert, gate, valid, packed.probs, opts)
   for field in ("slot", "order", "load", "kept"):
     np.testing.assert_array_equal(getattr(wide, field), getattr(packed, field))
+
+
+@pytest.mark.parametrize("slot_order", ["choice_major", "token_major", "by_gate"])
+@pytest.mark.parametrize("overflow", ["drop", "next_best"])
+@pytest.mark.parametrize("capacity", [None, 3])
+def test_counting_ranks_as_sorting_does(slot_order, overflow, capacity):
+  """What TPUs do, where a sort is dear, gives every field of the routing the same."""
+  valid = np.arange(11) != 4
+  opts = RouterOptions(
+    num_experts=4,
+    num_selected=2,
+    capacity=capacity,
+    slot_order=slot_order,
+    overflow=overflow,
+    slot_numbering="arrival" if slot_order == "token_major" else "queue",
+  )
+  logits = skewed_logits(5, 11, 4)
+  sorted_ = route("top_k", logits, opts, valid)
+  counted = route("top_k", logits, dataclasses.replace(opts, ranking="count"), valid)
+  for field in ("expert", "slot", "kept", "gate", "order", "load"):
+    np.testing.assert_array_equal(getattr(counted, field), getattr(sorted_, field))
 
 
 def test_nothing_of_size_tokens_times_experts_times_slots_is_made():

@@ -1,0 +1,62 @@
+"""The real train step, compiled for devices that need not exist.
+
+Nothing is allocated: the state and the batch are shapes with shardings. The same
+functions make the step here and in a run (`moejax.train`), so that what is measured is
+what would run.
+"""
+
+import dataclasses
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+from jax.sharding import Mesh
+
+from moejax import config_devices
+from moejax.config import Config
+from moejax.models.decoder import Decoder
+from moejax.parallel import rules
+from moejax.parallel.mesh import make_mesh
+from moejax.plan.parameters import resolve_vocab_size
+from moejax.train import state as state_lib
+from moejax.train import step as step_lib
+from moejax.train.optimizer import make_optimizer
+from moejax.train.state import State
+
+
+@dataclasses.dataclass(frozen=True)
+class CompiledStep:
+  """A train step as the compiler made it."""
+
+  mesh: Mesh
+  state: State
+  """ShapeDtypeStructs with shardings."""
+  compiled: Any
+  """jax.stages.Compiled."""
+  seconds: float
+  """Lowering and compiling; tracing is not in it."""
+
+
+def compile_step(config: Config, devices: Sequence[Any]) -> CompiledStep:
+  """Compiles a train step for these devices, real or described.
+
+  Raises:
+    ConfigError: the config does not fit on so many devices.
+  """
+  config_devices.validate_devices(config, len(devices))
+  mesh = make_mesh(config.mesh, devices)
+  model = Decoder(config.model, config.moe, vocab_size=resolve_vocab_size(config))
+  optimizer = make_optimizer(
+    config.optimizer, num_steps=config.train.num_steps, axes=model.logical_axes()
+  )
+  shape = (config.train.batch_size, config.data.sequence_length)
+  tokens = jax.ShapeDtypeStruct(shape, "int32", sharding=rules.batch_sharding(mesh))
+  with jax.set_mesh(mesh):
+    step: Any = step_lib.make_train_step(model, optimizer, config, mesh)
+    state = state_lib.state_shapes(model, optimizer, mesh)
+    traced = step.trace(state, dict.fromkeys(step_lib.MODEL_KEYS, tokens))
+    start = time.monotonic()
+    lowered = traced.lower()
+    compiled = lowered.compile()
+  return CompiledStep(mesh, state, compiled, time.monotonic() - start)
