@@ -122,6 +122,9 @@ class MoEConfig:
   not fit is dropped and counted."""
   exchange_chunks: int = 1
   """all_to_all: pieces that travel one by one, to overlap with computing."""
+  expert_chunks: int = 1
+  """Dropless on GPU and TPU: parts of the rows computed one after the other, so that the
+  hidden activations of one part are in memory at a time."""
   group_size: int = 0
   """T, tokens per routing group: the scope of capacity and balance; 0 is one sequence,
   -1 the whole batch."""

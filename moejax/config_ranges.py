@@ -100,6 +100,7 @@ RANGES: dict[str, Range] = {
   "moe.min_capacity": _at_least(1),
   "moe.exchange_buffer": _positive("none fits any load"),
   "moe.exchange_chunks": _at_least(1, "1 sends all at once"),
+  "moe.expert_chunks": _at_least(1, "1 computes all at once"),
   "moe.group_size": _at_least(-1, "0 is one group per sequence, -1 the whole batch"),
   "moe.gate_scale": _positive(),
   "moe.num_expert_groups": _at_least(1, "1 is no limit"),

@@ -98,6 +98,7 @@ def run_rows(
   weights: ExpertWeights,
   *,
   activation: str,
+  chunks: int = 1,
   implementation: str | None = None,
 ) -> Float[Array, "T D"]:
   """The experts on rows in their order, whoever lined them up.
@@ -109,6 +110,8 @@ def run_rows(
     load: rows of each expert.
     weights: of the experts.
     activation: of the experts.
+    chunks: parts computed one after the other by ragged products, to save memory; the
+      loop has none of the rows' hidden activations in memory at once.
     implementation: loop, or one of `grouped_matmul.IMPLEMENTATIONS`; None is the loop
       over blocks on a CPU, and the best ragged product elsewhere.
   """
@@ -126,6 +129,7 @@ def run_rows(
     weights,
     activation,
     gate=permute.gate_rows(gate, moves),
+    chunks=chunks,
     implementation=implementation,
   )
   return permute.add_up(out, moves)
@@ -137,6 +141,7 @@ def grouped(
   weights: ExpertWeights,
   *,
   activation: str,
+  chunks: int = 1,
   implementation: str | None = None,
 ) -> Float[Array, "G T D"]:
   """The loop over blocks on a CPU, ragged products elsewhere; see `run_rows`."""
@@ -149,6 +154,7 @@ def grouped(
     load,
     weights,
     activation=activation,
+    chunks=chunks,
     implementation=implementation,
   )
   return out.reshape(x.shape)

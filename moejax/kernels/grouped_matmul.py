@@ -122,6 +122,7 @@ def apply_ragged_experts(
   activation: str,
   *,
   gate: Float[Array, "N"] | None = None,
+  chunks: int = 1,
   implementation: str | None = None,
 ) -> Float[Array, "N D"]:
   """Every expert on its own run of rows: the ragged twin of `apply_experts`.
@@ -134,8 +135,14 @@ def apply_ragged_experts(
     gate: weight of each row's output, None for 1. It is applied to the hidden
       activations: the same by linearity, and then the backward pass needs the hidden
       activations alone, not the output, which rematerialisation need not make again.
+    chunks: parts of the rows that are computed one after the other, forwards and
+      backwards, so that the hidden activations of one part are in memory at a time.
+      The backward pass computes them again, which a block that is rematerialised does
+      anyway.
     implementation: see `grouped_matmul`.
   """
+  if chunks > 1:
+    return _in_chunks(rows, sizes, weights, activation, gate, chunks, implementation)
   product = functools.partial(grouped_matmul, sizes=sizes, implementation=implementation)
   hidden = product(rows, weights.w_in)
   hidden_gate = None if weights.w_gate is None else product(rows, weights.w_gate)
@@ -143,3 +150,39 @@ def apply_ragged_experts(
   if gate is not None:
     hidden = (hidden.astype(jnp.float32) * gate[:, None]).astype(rows.dtype)
   return product(hidden, weights.w_out)
+
+
+def _in_chunks(
+  rows: Float[Array, "N D"],
+  sizes: Int[Array, "E"],
+  weights: ExpertWeights,
+  activation: str,
+  gate: Float[Array, "N"] | None,
+  chunks: int,
+  implementation: str | None,
+) -> Float[Array, "N D"]:
+  """Equal parts of the rows, each with its own share of every run."""
+  num_rows = rows.shape[0]
+  length = -(-num_rows // chunks)
+  padding = chunks * length - num_rows
+  gate = jnp.ones_like(rows[:, 0], jnp.float32) if gate is None else gate
+  parts = jnp.pad(rows, ((0, padding), (0, 0))).reshape(chunks, length, -1)
+  gates = jnp.pad(gate, (0, padding)).reshape(chunks, length)
+  ends = jnp.cumsum(sizes)
+  low = jnp.arange(chunks, dtype=sizes.dtype)[:, None] * length
+  inside = jnp.clip(jnp.stack([ends - sizes, ends])[:, None] - low[None], 0, length)
+
+  def part(weights: ExpertWeights, inputs: tuple[Array, Array, Array]) -> Any:
+    rows, gate, sizes = inputs
+    out = apply_ragged_experts(
+      rows, sizes, weights, activation, gate=gate, implementation=implementation
+    )
+    return weights, out
+
+  # The weights are carried, not closed over: their gradients then add up in the carry.
+  _, out = jax.lax.scan(
+    jax.checkpoint(part, prevent_cse=False),
+    weights,
+    (parts, gates, inside[1] - inside[0]),
+  )
+  return out.reshape(chunks * length, -1)[:num_rows]

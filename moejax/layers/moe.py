@@ -13,6 +13,7 @@ width. With fine-grained experts (m segments) E, K and F here are m*E, m*K, F/m
 """
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -22,6 +23,7 @@ from jaxtyping import Array, Bool, Float, Int, Key
 from moejax.config import ModelConfig, MoEConfig
 from moejax.dispatch import registry as dispatch_registry
 from moejax.dispatch.base import ExpertWeights
+from moejax.dispatch.grouped import grouped
 from moejax.layers import parameter
 from moejax.layers.feed_forward import FeedForward
 from moejax.layers.router import Router
@@ -90,6 +92,7 @@ class MoE(nnx.Module):
       exchange=moe.exchange,
       exchange_buffer=moe.exchange_buffer,
       exchange_chunks=moe.exchange_chunks,
+      expert_chunks=moe.expert_chunks,
     )
     self.activation = model.activation
 
@@ -140,6 +143,8 @@ class MoE(nnx.Module):
       capacity=routing.capacity,
       dense=routing.dense_dispatch is not None,
     )
+    if dispatcher is grouped:
+      dispatcher = functools.partial(grouped, chunks=self.config.expert_chunks)
     weights = self.experts.weights(x.dtype)
     y, lost = expert_parallel.run(
       tokens,

@@ -64,6 +64,8 @@ class ExchangeOptions:
   exchange_chunks: int = 1
   """all_to_all: pieces that travel one by one, so that one moves while another one is
   computed."""
+  expert_chunks: int = 1
+  """ragged, ring: parts of the rows that are computed one after the other."""
 
 
 def mesh_in_scope() -> AbstractMesh | None:
@@ -268,10 +270,20 @@ def _ragged(
   total = jnp.sum(plan.received, axis=0)
   if plan.received.shape[1] == 1 and target_platform() != "cpu":
     # Of a single local expert all rows are its own, one behind the other already.
-    out = apply_ragged_experts(received, total, weights, activation, gate=gate)
+    out = apply_ragged_experts(
+      received, total, weights, activation, gate=gate, chunks=options.expert_chunks
+    )
   else:
     here = _in_experts_order(plan, total)
-    out = grouped.run_rows(received, gate, here, total, weights, activation=activation)
+    out = grouped.run_rows(
+      received,
+      gate,
+      here,
+      total,
+      weights,
+      activation=activation,
+      chunks=options.expert_chunks,
+    )
   back = exchange_lib.send_back(out, plan)
   y = permute.add_up(back, moves).reshape(x.shape)
   return y, plan.lost[None].astype(jnp.float32)
@@ -308,7 +320,6 @@ def _ring(
   options: ExchangeOptions,
 ) -> tuple[Array, None]:
   """All tokens of the expert axis here, this device's experts on them, sums back."""
-  del options
   local = routing.num_experts // jax.lax.axis_size(AXIS)
   first = jax.lax.axis_index(AXIS) * local
 
@@ -329,7 +340,15 @@ def _ring(
     num_selected=routing.num_selected,
   )
   flat, gate = everyone.reshape(-1, x.shape[-1]), gather(routing.gate).reshape(-1)
-  out = grouped.run_rows(flat, gate, moves, total, weights, activation=activation)
+  out = grouped.run_rows(
+    flat,
+    gate,
+    moves,
+    total,
+    weights,
+    activation=activation,
+    chunks=options.expert_chunks,
+  )
   y = jax.lax.psum_scatter(out, AXIS, scatter_dimension=0, tiled=True)
   return checkpoint_name(y.reshape(x.shape), SAVED_NAME), None
 

@@ -54,6 +54,7 @@ MAY_CHANGE = (
   "mesh.*",
   "moe.exchange",
   "moe.exchange_chunks",
+  "moe.expert_chunks",
   "data.cache_dir",
   "data.num_workers",
   "data.prefetch",
