@@ -14,7 +14,6 @@ import os
 import selectors
 import socket
 import time
-from collections.abc import Callable
 from typing import Any
 
 from moejax.errors import DisagreementError, PeerLostError, UserError
@@ -246,6 +245,8 @@ class _Host:
     for link in self._links:
       link.send(verdict)
     if text:
+      for link in self._links:
+        link.close()
       raise error(text)
     return sorted(self._links, key=lambda link: link.index)
 
@@ -268,8 +269,9 @@ def _join(host: str, port: int, index: int, facts: Facts, timeout: float) -> Lin
     time.sleep(_RETRY_SECONDS)
   if not verdict["error"]:
     return link
-  errors: list[Callable[[str], UserError]] = [DisagreementError, PeerLostError]
-  raise errors[verdict["code"] == PeerLostError.exit_code](verdict["error"])
+  link.close()
+  refusals = {error.exit_code: error for error in (DisagreementError, PeerLostError)}
+  raise refusals[verdict["code"]](verdict["error"])
 
 
 def _ask(

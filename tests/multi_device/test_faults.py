@@ -1,0 +1,500 @@
+"""Processes that differ, never come, die, leave or hang: who says what, and how soon."""
+
+import concurrent.futures
+import os
+import pathlib
+import signal
+import socket
+import subprocess
+import sys
+import textwrap
+import time
+
+import pytest
+
+from moejax.errors import DisagreementError, PeerLostError, UserError
+from moejax.parallel import agreement, hang, meeting
+from moejax.train import provenance
+from tests.experiments.test_command_lines import TINY
+from tools import launch_local
+
+ROOT = pathlib.Path(__file__).parents[2]
+CONFIG = {"--config.train.seed": 0, "jax version": "0.10.2"}
+
+
+# ------------------------------------------------------------------------- agreement
+
+
+def test_a_difference_names_the_field_the_processes_and_their_values():
+  """Who is in the majority can be seen; what all share is not mentioned."""
+  facts = {i: CONFIG | {"--config.train.seed": int(i == 2)} for i in range(5)}
+  text = agreement.disagreement(facts)
+  assert "--config.train.seed is 0 on processes 0-1, 3-4 and 1 on process 2" in text
+  assert "jax" not in text
+  assert not agreement.disagreement(dict.fromkeys(range(5), CONFIG))
+
+
+def test_many_differences_are_counted_not_listed():
+  """Two checkouts may differ in a hundred files: eight are named."""
+  facts = {i: {f"SHA-256 of file_{n}": i for n in range(100)} for i in range(2)}
+  text = agreement.disagreement(facts)
+  assert "file_7 " in text and "file_8 " not in text and "and 92 more" in text
+
+
+def test_a_run_states_its_config_revision_versions_and_files():
+  """Two dirty checkouts of one commit differ in a file's digest; cache_dir may differ."""
+  from moejax.config import Config
+
+  facts = provenance.facts(Config())
+  assert facts["--config.train.seed"] == 0
+  assert {"code revision", "version of jax", "SHA-256 of moejax/config.py"} <= set(facts)
+  assert "--config.data.cache_dir" not in facts
+
+
+# --------------------------------------------------------------------------- meeting
+
+
+def meet(members, timeout: float = 20.0, port: int | None = None) -> list:
+  """What each (count, index, facts) gets from the meeting: links or the error."""
+  address = f"127.0.0.1:{port or launch_local.free_port()}"
+
+  def one(member):
+    try:
+      return meeting.meet(address, *member, timeout)
+    except UserError as error:
+      return error
+
+  with concurrent.futures.ThreadPoolExecutor(len(members)) as pool:
+    results = list(pool.map(one, members))
+  for links in results:
+    for link in [] if isinstance(links, UserError) else links:
+      link.close()
+  return results
+
+
+def test_everyone_meets_everyone():
+  """Process 0 has a link to each other, in order; the others have one to process 0."""
+  results = meet([(3, i, CONFIG) for i in (2, 0, 1)])
+  assert [[link.index for link in links] for links in results] == [[0], [1, 2], [0]]
+
+
+def test_the_port_is_free_again_while_the_links_are_open():
+  """The runtime listens at the same port next, and must be able to."""
+  port = launch_local.free_port()
+  for _ in range(2):
+    results = meet([(2, i, CONFIG) for i in range(2)], port=port)
+    assert not any(isinstance(r, UserError) for r in results)
+
+
+@pytest.mark.parametrize(
+  ("members", "words"),
+  [
+    (
+      [(2, 0, CONFIG), (2, 1, CONFIG | {"--config.train.seed": 1})],
+      "--config.train.seed is 0 on process 0 and 1 on process 1",
+    ),
+    (
+      [(2, 0, {"code revision": "a"}), (2, 1, {"code revision": "b"})],
+      'code revision is "a" on process 0 and "b" on process 1',
+    ),
+    ([(3, 0, {}), (2, 1, {})], "--num_processes is 3 on process 0 and 2 on process 1"),
+    (
+      [(2, 0, {}), (3, 1, {}), (3, 2, {})],
+      "--num_processes is 2 on process 0 and 3 on process",
+    ),
+    ([(3, 0, {}), (3, 1, {}), (3, 1, {})], "--process_id=1 was given to several"),
+  ],
+)
+def test_a_disagreement_is_the_same_error_on_every_process(members, words):
+  """Code 4, the difference named; also about their number, which jax never notices."""
+  began = time.monotonic()
+  errors = meet(members)
+  told = [e for e in errors if isinstance(e, DisagreementError)]
+  # Who comes after process 0 knew enough finds nobody; those at the meeting agree.
+  assert len(told) >= 2 and len({str(e) for e in told}) == 1
+  assert words in str(told[0]) and told[0].exit_code == 4
+  assert isinstance(errors[0], DisagreementError)
+  assert time.monotonic() - began < 60
+
+
+def test_who_never_came_is_named_on_all_that_did():
+  """Code 3 after the stated time, not a wait for ever."""
+  errors = meet([(4, 0, CONFIG), (4, 2, CONFIG)], timeout=1.5)
+  assert all(isinstance(e, PeerLostError) for e in errors)
+  assert str(errors[0]) == str(errors[1])
+  assert "processes 1, 3 of 4 did not come within 1.5 s" in str(errors[0])
+
+
+def test_a_coordinator_that_is_not_there_is_given_up():
+  """Code 3 after the stated time, with the address and the last reason."""
+  began = time.monotonic()
+  (error,) = meet([(2, 1, CONFIG)], timeout=1.0)
+  assert isinstance(error, PeerLostError) and error.exit_code == 3
+  assert "did not answer within 1 s (--join_timeout); last: Connection ref" in str(error)
+  assert time.monotonic() - began < 10
+
+
+def test_strangers_at_the_port_are_ignored():
+  """A port scan, an HTTP client and a connection that stays mute do no harm."""
+  port = launch_local.free_port()
+  with concurrent.futures.ThreadPoolExecutor(1) as pool:
+    first = pool.submit(meet, [(2, 0, CONFIG)], port=port)
+    mute = None
+    while mute is None:
+      try:
+        mute = socket.create_connection(("127.0.0.1", port))
+      except OSError:
+        time.sleep(0.05)
+    for junk in (b"GET / HTTP/1.1\r\n\r\n", b'["moejax"]\n', b'{"moejax": "x"}\n', b""):
+      with socket.create_connection(("127.0.0.1", port)) as stranger:
+        stranger.sendall(junk)
+    (second,) = meet_only((2, 1, CONFIG), port)
+    (links,) = first.result()
+    mute.close()
+  assert [x.index for x in links] == [1] and second.index == 0
+
+
+def meet_only(member, port: int) -> list:
+  links = meeting.meet(f"127.0.0.1:{port}", *member, 20.0)
+  for link in links:
+    link.close()
+  return links
+
+
+@pytest.mark.parametrize("address", ["here", "here:", ":1234", "here:http", "here:70000"])
+def test_an_address_that_is_none_is_refused(address):
+  """Code 2, with the flag and its form."""
+  with pytest.raises(UserError, match=f"--coordinator_address={address}: .*HOST:PORT"):
+    meeting.meet(address, 2, 1, {}, 1.0)
+
+
+def test_a_port_that_is_taken_is_refused(monkeypatch):
+  """Two processes with --process_id=0 on one machine, for example."""
+  monkeypatch.setattr(meeting, "_BIND_SECONDS", 0.5)
+  with socket.create_server(("", 0)) as taken:
+    address = f"127.0.0.1:{taken.getsockname()[1]}"
+    with pytest.raises(UserError, match="cannot listen at port"):
+      meeting.meet(address, 2, 0, {}, 1.0)
+
+
+# -------------------------------------------------------------------------- liveness
+
+WATCHED = """
+import os, pathlib, signal, sys, time
+from moejax.errors import UserError
+from moejax.parallel import hang, liveness, meeting
+liveness.GRACE_SECONDS = 1.0
+index, count = (int(os.environ[n]) for n in ("JAX_PROCESS_ID", "JAX_NUM_PROCESSES"))
+links = meeting.meet(os.environ["JAX_COORDINATOR_ADDRESS"], count, index, {}, 60)
+with liveness.Watch(index, links):
+  pathlib.Path(f"ready_{index}").touch()
+"""
+
+
+class Job:
+  """Real processes with a log each, in one directory."""
+
+  def __init__(self, directory: pathlib.Path, command: list[str], count: int, devices=1):
+    self.directory, self.processes = directory, []
+    port = launch_local.free_port()
+    for index in range(count):
+      env = launch_local.environment(index, count, devices, port)
+      env["PYTHONPATH"] = str(ROOT)
+      with open(self.log_file(index), "wb") as log:
+        self.processes.append(
+          subprocess.Popen(
+            command, env=env, stdout=log, stderr=subprocess.STDOUT, cwd=directory
+          )
+        )
+
+  def __enter__(self) -> "Job":
+    return self
+
+  def __exit__(self, *_) -> None:
+    for process in self.processes:
+      process.kill()
+      process.wait()
+
+  def log_file(self, index: int) -> pathlib.Path:
+    return self.directory / f"log_{index}"
+
+  def log(self, index: int) -> str:
+    return self.log_file(index).read_text(errors="replace")
+
+  def wait_for(self, condition, seconds: float = 60.0) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+      logs = [self.log(i)[-2000:] for i in range(len(self.processes))]
+      assert time.monotonic() < deadline, "\n".join(logs)
+      time.sleep(0.02)
+
+  def ready(self) -> bool:
+    return len(list(self.directory.glob("ready_*"))) == len(self.processes)
+
+  def codes(self, seconds: float = 60.0) -> list[int]:
+    return [process.wait(timeout=seconds) for process in self.processes]
+
+
+def watched(directory: pathlib.Path, body: str, count: int = 3) -> Job:
+  script = WATCHED + textwrap.indent(textwrap.dedent(body), "  ")
+  return Job(directory, [sys.executable, "-c", script], count)
+
+
+@pytest.mark.parametrize("victim", [0, 2])
+def test_the_death_of_a_process_ends_the_others_and_has_a_name(tmp_path, victim):
+  """SIGKILL of the coordinator or another: code 3 and who it was, within seconds."""
+  with watched(tmp_path, "time.sleep(300)") as job:
+    job.wait_for(job.ready)
+    job.processes[victim].kill()
+    began = time.monotonic()
+    codes = job.codes()
+    assert time.monotonic() - began < 10
+  assert codes == [-signal.SIGKILL if i == victim else 3 for i in range(3)]
+  for index in {0, 1, 2} - {victim}:
+    assert f"error: process {victim} ({socket.gethostname()}) was lost" in job.log(index)
+
+
+def test_an_error_of_one_process_ends_the_others(tmp_path):
+  """A bug: its own traceback and code 1; the others name it, with code 3."""
+  body = """
+    if index == 1:
+      raise ValueError("a bug")
+    time.sleep(300)
+  """
+  with watched(tmp_path, body) as job:
+    assert job.codes() == [3, 1, 3]
+  assert "Traceback" in job.log(1)
+  for index in (0, 2):
+    assert "process 1" in job.log(index) and "ValueError: a bug" in job.log(index)
+
+
+def test_a_mistake_that_one_process_sees_is_everyone_s(tmp_path):
+  """Such as a --workdir in use, which only process 0 looks for: code 2, the same text."""
+  body = """
+    if index == 0:
+      raise UserError("--workdir=x is in use")
+    time.sleep(300)
+  """
+  with watched(tmp_path, body) as job:
+    assert job.codes() == [2, 2, 2]
+  for index in range(3):
+    assert job.log(index).splitlines()[-1] == "error: --workdir=x is in use"
+
+
+def test_a_mistake_that_all_see_is_told_by_each_itself(tmp_path):
+  """Whoever is first must not take the words from the others."""
+  body = """
+    time.sleep(0.3 * index)
+    raise UserError(f"seen by {index}")
+  """
+  with watched(tmp_path, body) as job:
+    assert job.codes() == [2, 2, 2]
+  for index in range(3):
+    assert job.log(index).splitlines()[-1] == f"error: seen by {index}"
+
+
+def test_nobody_leaves_before_all_are_done(tmp_path):
+  """A process that is done early waits, and still hears of a death."""
+  body = """
+    if index == 2:
+      time.sleep(300)
+  """
+  with watched(tmp_path, body) as job:
+    job.wait_for(job.ready)
+    time.sleep(1)
+    assert all(p.poll() is None for p in job.processes)
+    job.processes[2].kill()
+    assert job.codes() == [3, 3, -signal.SIGKILL]
+
+
+def test_all_done_is_a_success(tmp_path):
+  """Nobody takes the end of another for a death, in whatever order they come to it."""
+  with watched(tmp_path, "time.sleep(0.2 * index)") as job:
+    assert job.codes() == [0, 0, 0]
+  assert not any("error" in job.log(i) for i in range(3))
+
+
+def test_a_forked_worker_does_not_hide_the_death_of_its_parent(tmp_path):
+  """The worker outlives its parent and would keep the parent's connections open."""
+  body = """
+    if os.fork() == 0:
+      time.sleep(20)
+      os._exit(0)
+    time.sleep(300)
+  """
+  with watched(tmp_path, body) as job:
+    job.wait_for(job.ready)
+    time.sleep(0.5)
+    job.processes[1].kill()
+    began = time.monotonic()
+    assert job.codes() == [3, -signal.SIGKILL, 3]
+    assert time.monotonic() - began < 10
+
+
+# ------------------------------------------------------------------------------ hang
+
+
+def test_a_hang_shows_the_stacks_of_each_process_and_goes_on(tmp_path):
+  """A stopped process is not dead: it reports too once it can, then both finish."""
+  body = """
+    with hang.reported(1.5, f"process {index}"):
+      def wait_in_vain():
+        while not pathlib.Path("go").exists():
+          time.sleep(0.1)
+      wait_in_vain()
+      hang.progress()
+  """
+  with watched(tmp_path, body, count=2) as job:
+    job.wait_for(job.ready)
+    job.processes[1].send_signal(signal.SIGSTOP)
+    job.wait_for(lambda: "in wait_in_vain" in job.log(0))
+    assert "has not finished a step" not in job.log(1)
+    job.processes[1].send_signal(signal.SIGCONT)
+    job.wait_for(lambda: "in wait_in_vain" in job.log(1))
+    assert [p.poll() for p in job.processes] == [None, None]
+    (tmp_path / "go").touch()
+    assert job.codes() == [0, 0]
+  for index in range(2):
+    assert f"process {index} has not finished a step for" in job.log(index)
+    assert "--hang_timeout=1.5" in job.log(index) and "goes on" in job.log(index)
+
+
+def test_stacks_can_be_asked_for(tmp_path):
+  """SIGUSR1 writes them at once, without ending the process."""
+  body = """
+    with hang.reported(600.0):
+      pathlib.Path("entered").touch()
+      while not pathlib.Path("go").exists():
+        time.sleep(0.1)
+  """
+  with watched(tmp_path, body, count=2) as job:
+    job.wait_for((tmp_path / "entered").exists)
+    time.sleep(0.2)
+    job.processes[0].send_signal(signal.SIGUSR1)
+    job.wait_for(lambda: "Current thread" in job.log(0))
+    (tmp_path / "go").touch()
+    assert job.codes() == [0, 0]
+
+
+def test_progress_keeps_a_run_from_being_reported(capfd):
+  """Steps of half the time are no hang; unwatched, progress() is nothing."""
+  hang.progress()
+  with hang.reported(0.6):
+    for _ in range(5):
+      time.sleep(0.3)
+      hang.progress()
+  assert "hang" not in capfd.readouterr().err
+
+
+# --------------------------------------------------------------------- whole programs
+
+
+def train(directory: pathlib.Path, *extra: str, per_process=None, steps: int = 4) -> Job:
+  """Two processes of experiments.train, experts over both."""
+  settings = [
+    f"--config.{s}" for s in (*TINY, "mesh.expert=2", "train.tensorboard=false")
+  ]
+  settings += [f"--config.data.cache_dir={directory / 'cache'}"]
+  settings += [f"--config.train.num_steps={steps}", f"--workdir={directory / 'run'}"]
+  code = (
+    "import os, runpy, sys\n"
+    f"sys.argv += {per_process or {}}.get(os.environ['JAX_PROCESS_ID'], [])\n"
+    "runpy.run_module('experiments.train', run_name='__main__', alter_sys=True)"
+  )
+  command = [sys.executable, "-c", code, *settings, *extra]
+  return Job(directory, command, 2)
+
+
+@pytest.mark.parametrize(
+  ("different", "words"),
+  [
+    ("--config.train.seed=7", "--config.train.seed is 0 on process 0 and 7 on process 1"),
+    ("--num_processes=3", "--num_processes is 2 on process 0 and 3 on process 1"),
+  ],
+)
+def test_processes_started_differently_are_refused(tmp_path, different, words):
+  """Code 4 and the same line on both, before a compile or a file in the directory."""
+  place = []
+  if different.startswith("--num"):
+    port = launch_local.free_port()
+    place = [f"--coordinator_address=127.0.0.1:{port}"]
+    ours = {"0": ["--num_processes=2", "--process_id=0"]}
+    ours["1"] = [different, "--process_id=1"]
+  else:
+    ours = {"1": [different]}
+  with train(tmp_path, *place, per_process=ours) as job:
+    assert job.codes() == [4, 4]
+  errors = [[x for x in job.log(i).splitlines() if x[:6] == "error:"] for i in range(2)]
+  assert errors[0] == errors[1] and len(errors[0]) == 1 and words in errors[0][0]
+  assert not (tmp_path / "run").exists()
+
+
+def test_places_by_the_launcher_meet_too(tmp_path):
+  """Slurm's variables alone: jax says who is who, and a lost peer is still told."""
+  port = launch_local.free_port()
+  script = """
+    import os, time
+    index = os.environ.pop("JAX_PROCESS_ID")
+    for name in ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES"):
+      del os.environ[name]
+    os.environ |= {
+      "SLURM_JOB_ID": "1", "SLURM_STEP_NODELIST": "localhost", "SLURM_NTASKS": "2",
+      "SLURM_STEP_NUM_TASKS": "2", "SLURM_PROCID": index, "SLURM_LOCALID": index,
+      "SLURM_STEP_NUM_NODES": "1", "JAX_COORDINATOR_PORT": "PORT",
+    }
+    from moejax.parallel import distributed
+    with distributed.joined(facts={}, timeout=60):
+      open("ready_" + index, "w").close()
+      time.sleep(300)
+  """
+  script = textwrap.dedent(script).replace("PORT", str(port))
+  with Job(tmp_path, [sys.executable, "-c", script], 2) as job:
+    job.wait_for(job.ready)
+    job.processes[0].kill()
+    assert job.codes() == [-signal.SIGKILL, 3]
+  assert "error: process 0" in job.log(1)
+
+
+def steps(job: Job) -> int:
+  metrics = job.directory / "run" / "metrics.jsonl"
+  return len(metrics.read_text().splitlines()) if metrics.exists() else 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("victim", [0, 1])
+def test_a_killed_job_started_again_ends_as_an_undisturbed_one(tmp_path, victim):
+  """Killed at some step after a checkpoint: the same bits in state and every loss."""
+  from tools.kill_loop import compare
+
+  extra = ["--config.train.log_every=1", "--config.train.eval_every=0"]
+  (tmp_path / "calm").mkdir()
+  (tmp_path / "killed").mkdir()
+  with train(tmp_path / "calm", *extra, steps=40) as job:
+    assert job.codes(600) == [0, 0]
+  with train(tmp_path / "killed", *extra, steps=40) as job:
+    job.wait_for(lambda: steps(job) >= 5, 300)
+    job.processes[victim].kill()
+    began = time.monotonic()
+    codes = job.codes()
+    assert time.monotonic() - began < 60
+    assert codes[1 - victim] == 3 and f"process {victim}" in job.log(1 - victim)
+    assert steps(job) < 40
+  with train(tmp_path / "killed", *extra, steps=40) as job:
+    assert job.codes(600) == [0, 0]
+    assert "Resuming" in job.log(0)
+  assert compare(tmp_path / "calm" / "run", tmp_path / "killed" / "run") == []
+
+
+@pytest.mark.slow
+def test_a_stopped_process_of_a_run_is_reported_and_the_run_finishes(tmp_path):
+  """Its peer hangs in a collective and says where; both report, neither leaves."""
+  extra = ["--config.train.log_every=1", "--config.train.eval_every=0"]
+  with train(tmp_path, *extra, "--hang_timeout=40", steps=60) as job:
+    job.wait_for(lambda: steps(job) >= 3, 300)
+    job.processes[1].send_signal(signal.SIGSTOP)
+    job.wait_for(lambda: "hang: process 0 has not finished a step" in job.log(0), 120)
+    job.wait_for(lambda: "step_log.py" in job.log(0))
+    job.processes[1].send_signal(signal.SIGCONT)
+    assert job.codes(600) == [0, 0]
+  assert "hang: process 1 has not finished a step" in job.log(1)
+  assert os.path.exists(tmp_path / "run" / "eval.json")
