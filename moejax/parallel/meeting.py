@@ -22,10 +22,15 @@ from moejax.parallel.agreement import Facts
 
 Message = dict[str, Any]
 
-SILENCE = {"TCP_KEEPIDLE": 10, "TCP_KEEPINTVL": 5, "TCP_KEEPCNT": 4}
-"""Seconds, seconds, times: a machine that vanished is noticed after 30 s. The kernels
-ask and answer, so a process that compiles for minutes, or is stopped, is not taken
-for a dead one."""
+SILENCE = {
+  "TCP_KEEPIDLE": 10,
+  "TCP_KEEPINTVL": 5,
+  "TCP_KEEPCNT": 4,
+  "TCP_USER_TIMEOUT": 30_000,
+}
+"""Seconds, seconds, times, and milliseconds where something is under way: a machine
+that vanished is noticed after 30 s. The kernels ask and answer, so a process that
+compiles for minutes, or is stopped, is not taken for a dead one."""
 
 _COUNT_FACT = "--num_processes"
 _GREETING = "moejax"

@@ -60,7 +60,8 @@ def meet(members, timeout: float = 20.0, port: int | None = None) -> list:
 
   def one(member):
     try:
-      return meeting.meet(address, *member, timeout)
+      count, index, facts = member
+      return meeting.meet(address, count, index, facts, timeout)
     except UserError as error:
       return error
 
@@ -148,17 +149,11 @@ def test_strangers_at_the_port_are_ignored():
     for junk in (b"GET / HTTP/1.1\r\n\r\n", b'["moejax"]\n', b'{"moejax": "x"}\n', b""):
       with socket.create_connection(("127.0.0.1", port)) as stranger:
         stranger.sendall(junk)
-    (second,) = meet_only((2, 1, CONFIG), port)
+    (second,) = meeting.meet(f"127.0.0.1:{port}", 2, 1, CONFIG, 20.0)
     (links,) = first.result()
+    second.close()
     mute.close()
   assert [x.index for x in links] == [1] and second.index == 0
-
-
-def meet_only(member, port: int) -> list:
-  links = meeting.meet(f"127.0.0.1:{port}", *member, 20.0)
-  for link in links:
-    link.close()
-  return links
 
 
 @pytest.mark.parametrize("address", ["here", "here:", ":1234", "here:http", "here:70000"])
@@ -389,13 +384,13 @@ def test_progress_keeps_a_run_from_being_reported(capfd):
 # --------------------------------------------------------------------- whole programs
 
 
-def train(directory: pathlib.Path, *extra: str, per_process=None, steps: int = 4) -> Job:
+def train(directory: pathlib.Path, *extra: str, per_process=None) -> Job:
   """Two processes of experiments.train, experts over both."""
   settings = [
     f"--config.{s}" for s in (*TINY, "mesh.expert=2", "train.tensorboard=false")
   ]
   settings += [f"--config.data.cache_dir={directory / 'cache'}"]
-  settings += [f"--config.train.num_steps={steps}", f"--workdir={directory / 'run'}"]
+  settings += [f"--workdir={directory / 'run'}"]
   code = (
     "import os, runpy, sys\n"
     f"sys.argv += {per_process or {}}.get(os.environ['JAX_PROCESS_ID'], [])\n"
@@ -460,41 +455,60 @@ def steps(job: Job) -> int:
   return len(metrics.read_text().splitlines()) if metrics.exists() else 0
 
 
+STEPS = 24
+LONG = (
+  f"--config.train.num_steps={STEPS}",
+  "--config.train.log_every=1",
+  "--config.train.eval_every=0",
+  "--config.train.checkpoint_every=4",
+)
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory) -> pathlib.Path:
+  """The directory of a run of two processes that nobody killed."""
+  directory = tmp_path_factory.mktemp("undisturbed")
+  with train(directory, *LONG) as job:
+    assert job.codes(600) == [0, 0]
+  return directory / "run"
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("victim", [0, 1])
-def test_a_killed_job_started_again_ends_as_an_undisturbed_one(tmp_path, victim):
-  """Killed at some step after a checkpoint: the same bits in state and every loss."""
+def test_a_killed_job_started_again_ends_as_an_undisturbed_one(
+  tmp_path, undisturbed, victim
+):
+  """Killed some steps after a checkpoint: the same bits in state, every loss the same."""
   from tools.kill_loop import compare
 
-  extra = ["--config.train.log_every=1", "--config.train.eval_every=0"]
-  (tmp_path / "calm").mkdir()
-  (tmp_path / "killed").mkdir()
-  with train(tmp_path / "calm", *extra, steps=40) as job:
-    assert job.codes(600) == [0, 0]
-  with train(tmp_path / "killed", *extra, steps=40) as job:
-    job.wait_for(lambda: steps(job) >= 5, 300)
+  with train(tmp_path, *LONG) as job:
+    job.wait_for(lambda: steps(job) >= 10, 300)
     job.processes[victim].kill()
     began = time.monotonic()
     codes = job.codes()
     assert time.monotonic() - began < 60
-    assert codes[1 - victim] == 3 and f"process {victim}" in job.log(1 - victim)
-    assert steps(job) < 40
-  with train(tmp_path / "killed", *extra, steps=40) as job:
+    assert codes[1 - victim] == 3
+    assert f"error: process {victim} " in job.log(1 - victim)
+    assert steps(job) < STEPS
+  with train(tmp_path, *LONG) as job:
     assert job.codes(600) == [0, 0]
     assert "Resuming" in job.log(0)
-  assert compare(tmp_path / "calm" / "run", tmp_path / "killed" / "run") == []
+  assert compare(undisturbed, tmp_path / "run") == []
 
 
 @pytest.mark.slow
 def test_a_stopped_process_of_a_run_is_reported_and_the_run_finishes(tmp_path):
   """Its peer hangs in a collective and says where; both report, neither leaves."""
-  extra = ["--config.train.log_every=1", "--config.train.eval_every=0"]
-  with train(tmp_path, *extra, "--hang_timeout=40", steps=60) as job:
+  with train(tmp_path, *LONG, "--hang_timeout=20") as job:
     job.wait_for(lambda: steps(job) >= 3, 300)
+    # On a busy machine the first compile is reported too: only what comes now counts.
+    before = [len(job.log(i)) for i in range(2)]
     job.processes[1].send_signal(signal.SIGSTOP)
-    job.wait_for(lambda: "hang: process 0 has not finished a step" in job.log(0), 120)
-    job.wait_for(lambda: "step_log.py" in job.log(0))
+    reported = [f"hang: process {i} has not finished a step" for i in range(2)]
+    job.wait_for(lambda: reported[0] in job.log(0)[before[0] :], 120)
+    job.wait_for(lambda: "moejax/train/loop.py" in job.log(0)[before[0] :])
+    assert reported[1] not in job.log(1)[before[1] :]
     job.processes[1].send_signal(signal.SIGCONT)
     assert job.codes(600) == [0, 0]
-  assert "hang: process 1 has not finished a step" in job.log(1)
+    assert reported[1] in job.log(1)[before[1] :]
   assert os.path.exists(tmp_path / "run" / "eval.json")
