@@ -20,6 +20,7 @@ from absl import flags
 from moejax import cli
 from moejax.config import Config
 from moejax.errors import UserError
+from moejax.parallel import meeting
 
 _INIT_FROM = flags.DEFINE_string(
   "init_from", "", "Directory of a run whose parameters a new run starts from."
@@ -31,7 +32,7 @@ _COUNT = flags.DEFINE_integer("num_processes", None, "Of several processes: how 
 _INDEX = flags.DEFINE_integer("process_id", None, "Of several processes: which one.")
 _JOIN = flags.DEFINE_float(
   "join_timeout",
-  120.0,
+  meeting.JOIN_SECONDS,
   "Of several processes: seconds to wait for the others.",
   lower_bound=0,
 )

@@ -19,6 +19,7 @@ from absl import logging
 from moejax.errors import UserError
 from moejax.parallel import liveness, meeting
 from moejax.parallel.agreement import Facts
+from moejax.parallel.meeting import JOIN_SECONDS
 
 _VARIABLES = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
 _FLAGS = ("coordinator_address", "num_processes", "process_id")
@@ -29,9 +30,6 @@ _LAUNCHED_BY = {
   "MEGASCALE_NUM_SLICES": "a multislice TPU job",
 }
 """Variables that count processes, and who sets them."""
-
-JOIN_SECONDS = 120.0
-"""After so long without the others a process gives up, unless --join_timeout says so."""
 
 _HEARTBEAT_SECONDS = 3600
 """The runtime's own heartbeat ends a job by an abort without a name, also when a

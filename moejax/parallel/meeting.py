@@ -22,6 +22,9 @@ from moejax.parallel.agreement import Facts
 
 Message = dict[str, Any]
 
+JOIN_SECONDS = 120.0
+"""After so long without the others a process gives up, unless --join_timeout says so."""
+
 SILENCE = {
   "TCP_KEEPIDLE": 10,
   "TCP_KEEPINTVL": 5,
