@@ -25,7 +25,7 @@ from absl import logging as absl_logging
 from moejax import config_io, config_list
 from moejax.config import Config
 from moejax.config_check import validate
-from moejax.errors import EXIT_CODE, ConfigError, UserError, did_you_mean, nearest
+from moejax.errors import ConfigError, UserError, did_you_mean, nearest
 
 # Flags defined by `define_config` belong to the program that called it.
 flags.disclaim_key_flags()
@@ -140,7 +140,7 @@ def run(main: Callable[[], int | None]) -> None:
   """Parses the command line, calls `main` and exits with what it returns.
 
   A `UserError` from anywhere, and every mistake on the command line, is one
-  line on stderr and exit code 2.
+  line on stderr and the error's exit code: 2, if it says nothing else.
   """
   app.run(
     lambda _: _guarded(functools.partial(_main_or_list, main)),
@@ -153,7 +153,7 @@ def _guarded(function: Callable[[], _T]) -> _T:
     return function()
   except UserError as error:
     print(f"error: {error}", file=sys.stderr)
-    sys.exit(EXIT_CODE)
+    sys.exit(error.exit_code)
   except KeyboardInterrupt:
     print("interrupted", file=sys.stderr)
     sys.exit(_INTERRUPTED)

@@ -1,7 +1,7 @@
-"""Errors that are the user's to mend: one line, no traceback, exit code 2.
+"""Errors that end a program with one line, no traceback, and an exit code of their own.
 
 A message names the flag, the value and the way out. Anything else that goes
-wrong is a bug, and keeps its traceback.
+wrong is a bug, and keeps its traceback (exit code 1).
 """
 
 import difflib
@@ -10,13 +10,33 @@ from collections.abc import Iterable
 EXIT_CODE = 2
 """What a process returns when it refuses what it was asked to do."""
 
+PEER_LOST = 3
+"""... when another process of the job died or never came."""
+
+NOT_IN_AGREEMENT = 4
+"""... when the processes of a job were not started alike."""
+
 
 class UserError(Exception):
   """Something the user gave (a path, a prompt, a directory) cannot be used."""
 
+  exit_code = EXIT_CODE
+
 
 class ConfigError(UserError):
   """A configuration value, alone or beside another, makes no sense."""
+
+
+class PeerLostError(UserError):
+  """Another process of the job is gone; starting the job again goes on."""
+
+  exit_code = PEER_LOST
+
+
+class DisagreementError(UserError):
+  """The processes of a job run different configs, code or versions."""
+
+  exit_code = NOT_IN_AGREEMENT
 
 
 def nearest(name: str, choices: Iterable[str]) -> str | None:

@@ -25,7 +25,7 @@ from jaxtyping import Float, Int
 from moejax.config import Config, MeshConfig
 from moejax.errors import ConfigError, UserError
 from moejax.models.decoder import Decoder
-from moejax.parallel import rules
+from moejax.parallel import hang, rules
 from moejax.parallel.mesh import mesh_shape, num_token_shards
 from moejax.routing.base import RouterStats
 from moejax.train import metrics
@@ -251,6 +251,7 @@ class _Totals:
     if fetched is None:
       return
     where, outputs = jax.device_get(fetched)
+    hang.progress()
     valid = where["segment_ids"] > 0
     domain = where["domain"][valid]
     count = functools.partial(np.bincount, domain, minlength=len(self.tokens))

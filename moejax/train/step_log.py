@@ -6,6 +6,7 @@ from typing import Any
 
 import jax
 
+from moejax.parallel import hang
 from moejax.train import metrics, writers
 from moejax.train.progress import Reporter
 from moejax.train.setup import Run
@@ -93,6 +94,7 @@ class StepLog:
 
   def _read(self, step: int, device_metrics: Metrics, *, keep: bool = False) -> None:
     sums = jax.device_get(device_metrics)
+    hang.progress()
     self._speed.add(float(sums["tokens"]))
     config = self._run.config.train
     in_a_row = int(sums["bad_in_a_row"])

@@ -6,7 +6,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from moejax.parallel import rules
+from moejax.parallel import hang, rules
 from moejax.train import metrics
 from moejax.train import step as step_lib
 from moejax.types import Params
@@ -39,6 +39,7 @@ def evaluate(
     # The sums of one batch are fetched while the next is computed. They are
     # added in float64: thousands of batches would lose digits in float32.
     total, pending = _add(total, pending), sums
+    hang.progress()
   total = _add(total, pending)
   if total is None or total["tokens"] == 0:
     return None
