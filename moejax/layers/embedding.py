@@ -7,6 +7,7 @@ from jaxtyping import Array, Float, Int
 from moejax.config import ModelConfig
 from moejax.layers import parameter
 from moejax.layers.norm import RMSNorm
+from moejax.parallel.rules import in_use
 
 
 class Embedding(nnx.Module):
@@ -33,7 +34,8 @@ class Embedding(nnx.Module):
     self.tied = config.tie_embeddings
 
   def embed(self, tokens: Int[Array, "B S"], dtype: jnp.dtype) -> Float[Array, "B S D"]:
-    return jnp.take(self.table[...], tokens, axis=0).astype(dtype)
+    table = in_use(self.table[...], ("vocab", "width"))
+    return jnp.take(table, tokens, axis=0).astype(dtype)
 
   def logits(self, x: Float[Array, "B S D"]) -> Float[Array, "B S V"]:
     x = self.norm(x)
