@@ -7,6 +7,8 @@ Cloud TPU pods, Slurm, MPI, and Kubernetes jobs with an index.
 """
 
 import os
+import pathlib
+import urllib.request
 
 import jax
 
@@ -21,6 +23,12 @@ _LAUNCHED_BY = {
   "MEGASCALE_NUM_SLICES": "a multislice TPU job",
 }
 """Variables that count processes, and who sets them."""
+
+_TPU_HOSTS = (
+  "http://metadata.google.internal/computeMetadata/v1/instance/attributes/"
+  "worker-network-endpoints"
+)
+"""The hosts of a pod, joined by commas; only a Cloud TPU VM gets an answer."""
 
 TIMEOUT_SECONDS = 120
 """After so long without the coordinator a process gives up."""
@@ -63,7 +71,25 @@ def launcher() -> str | None:
     return "a Cloud TPU pod"
   if "JOB_COMPLETION_INDEX" in os.environ and "KUBERNETES_SERVICE_HOST" in os.environ:
     return "an indexed Kubernetes job"
+  if _on_tpu_pod():
+    return "a Cloud TPU pod"
   return None
+
+
+def _on_tpu_pod() -> bool:
+  """Whether this machine is a TPU VM of a pod: those set no variable in a shell."""
+  chips = [
+    *pathlib.Path("/dev").glob("accel*"),
+    *pathlib.Path("/dev/vfio").glob("[0-9]*"),
+  ]
+  if not chips or "TPU_SKIP_MDS_QUERY" in os.environ:
+    return False
+  request = urllib.request.Request(_TPU_HOSTS, headers={"Metadata-Flavor": "Google"})
+  try:
+    with urllib.request.urlopen(request, timeout=2) as answer:
+      return b"," in answer.read()
+  except OSError:
+    return False
 
 
 def _join(values: list[str], names: list[str]) -> None:

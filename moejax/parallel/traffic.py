@@ -67,5 +67,5 @@ def complaint(rows: Sequence[Row], command: str) -> str:
     f"{row['source'] or 'line unknown'}"
     for row in stray
   ]
-  lines.append(f"All of it, and what it is for: {command} (docs/sharding.md).")
+  lines.append(f"All of it, and what it is for: {command} (docs/collectives.md).")
   return "\n".join(lines)
