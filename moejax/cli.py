@@ -13,6 +13,7 @@ import functools
 import importlib.util
 import logging
 import pathlib
+import shlex
 import sys
 import textwrap
 import traceback
@@ -83,6 +84,14 @@ def get_config(base: Config | None = None) -> Config:
 def overrides() -> dict[str, Any]:
   """The overridden fields of this command line: dotted name to value."""
   return dict(_overrides)
+
+
+def config_flags() -> str:
+  """What gives another program the config of this command line."""
+  file = flags.FLAGS["config"].value if "config" in flags.FLAGS else None
+  words = [f"--config={file or DEFAULT_CONFIG}"]
+  words += [f"--config.{name}={value}" for name, value in _overrides.items()]
+  return shlex.join(words)
 
 
 def load_config(path: str) -> Config:

@@ -9,8 +9,6 @@ device sends, the line of moejax it comes from, and what it is for. Exit code 1 
 program holds one that nothing asks for.
 """
 
-import collections
-import dataclasses
 import json
 from typing import Any
 
@@ -63,26 +61,6 @@ def compile_step(config: Config, devices: int) -> tuple[str, tuple[int, ...]]:
     return lowered.compile().as_text(), mesh.devices.shape
 
 
-def rows_of(config: Config, text: str, sizes: tuple[int, ...]) -> list[dict[str, Any]]:
-  """One row per kind, axis, buffer and line, the largest traffic first."""
-  from moejax.parallel import hlo, intended
-  from moejax.parallel.mesh import AXES
-
-  counts: collections.Counter[hlo.Collective] = collections.Counter()
-  for found in hlo.Program(text).collectives(AXES, sizes):
-    counts[dataclasses.replace(found, count=1, operation="")] += found.count
-  rows = [
-    dataclasses.asdict(found)
-    | {
-      "count": count,
-      "bytes_per_chip": count * found.wire_bytes,
-      "purpose": intended.reason(found, config),
-    }
-    for found, count in counts.items()
-  ]
-  return sorted(rows, key=lambda row: -row["bytes_per_chip"])
-
-
 def make_table(rows: list[dict[str, Any]]) -> Table:
   table = Table(box=box.SIMPLE_HEAD)
   for name in ("kind", "axis", "count", "buffer", "sent/step", "line", "for"):
@@ -103,7 +81,11 @@ def make_table(rows: list[dict[str, Any]]) -> Table:
 
 def main() -> int:
   config = cli.get_config()
-  rows = rows_of(config, *compile_step(config, _DEVICES.value))
+  text, sizes = compile_step(config, _DEVICES.value)
+
+  from moejax.parallel import traffic
+
+  rows = traffic.rows_of(config, text, sizes, platform="cpu")
   if _JSON.value:
     print(json.dumps(rows, indent=1))
   else:

@@ -11,6 +11,8 @@ A single process is left alone: no socket, no thread.
 import contextlib
 import dataclasses
 import os
+import pathlib
+import urllib.request
 from collections.abc import Iterator
 
 import jax
@@ -35,6 +37,12 @@ _HEARTBEAT_SECONDS = 3600
 """The runtime's own heartbeat ends a job by an abort without a name, also when a
 process is merely stopped. Our connections know of a death within seconds, so this is
 only the last net."""
+
+_TPU_HOSTS = (
+  "http://metadata.google.internal/computeMetadata/v1/instance/attributes/"
+  "worker-network-endpoints"
+)
+"""The hosts of a pod, joined by commas; only a Cloud TPU VM gets an answer."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -117,7 +125,25 @@ def launcher() -> str | None:
     return "a Cloud TPU pod"
   if "JOB_COMPLETION_INDEX" in os.environ and "KUBERNETES_SERVICE_HOST" in os.environ:
     return "an indexed Kubernetes job"
+  if _on_tpu_pod():
+    return "a Cloud TPU pod"
   return None
+
+
+def _on_tpu_pod() -> bool:
+  """Whether this machine is a TPU VM of a pod: those set no variable in a shell."""
+  chips = [
+    *pathlib.Path("/dev").glob("accel*"),
+    *pathlib.Path("/dev/vfio").glob("[0-9]*"),
+  ]
+  if not chips or "TPU_SKIP_MDS_QUERY" in os.environ:
+    return False
+  request = urllib.request.Request(_TPU_HOSTS, headers={"Metadata-Flavor": "Google"})
+  try:
+    with urllib.request.urlopen(request, timeout=2) as answer:
+      return b"," in answer.read()
+  except OSError:
+    return False
 
 
 def _place(values: list[str], names: list[str]) -> Place:

@@ -111,6 +111,8 @@ def axis_of(
 ) -> tuple[str, int]:
   """The axes of an instruction's groups, and how many devices are in one."""
   found = groups_of(rest)
+  if found is None and (written := re.search(r"replica_groups=\S+", rest)):
+    raise ValueError(f"device groups in a spelling that is not known: {written[0]}")
   if not found:  # No groups are one group of all.
     found = [tuple(range(num_devices))]
   key = frozenset(frozenset(group) for group in found)

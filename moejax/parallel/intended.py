@@ -12,17 +12,22 @@ _SMALL = 1 << 16
 """Bytes below which an all-reduce over fsdp is sums and norms, and no weight matrix."""
 
 
-def reason(collective: Collective, config: Config) -> str:
+_NO_SCATTER = "gradients of weights (a CPU has no reduce-scatter pass)"
+"""XLA:CPU leaves an all-reduce of which each device keeps a part as it is."""
+
+
+def reason(collective: Collective, config: Config, platform: str = "") -> str:
   """Why it is there; empty if nothing asks for it.
 
   Args:
     collective: from `hlo.Program.collectives`.
     config: of the run whose train step was compiled.
+    platform: that it was compiled for, cpu, gpu or tpu; empty excuses nothing.
   """
   axes = set(collective.axis.split(","))
   match collective.kind:
     case "all-reduce":
-      return _all_reduce(axes, collective)
+      return _all_reduce(axes, collective, platform)
     case "all-gather" if axes == {"fsdp"}:
       return "weights for use"
     case "reduce-scatter" if axes == {"fsdp"}:
@@ -36,13 +41,16 @@ def reason(collective: Collective, config: Config) -> str:
   return ""
 
 
-def _all_reduce(axes: set[str], collective: Collective) -> str:
+def _all_reduce(axes: set[str], collective: Collective, platform: str) -> str:
   if axes == {"tensor"}:
     return "partial sums over a cut width"
   if "tensor" in axes and collective.bytes > _SMALL:
     return ""
   if "fsdp" in axes and collective.bytes > _SMALL:
-    return ""  # Gradients of weights cut over fsdp should be reduce-scattered.
+    # Gradients of weights cut over fsdp should be reduce-scattered. Those of experts
+    # are by hand, so for them no compiler is excused.
+    by_hand = "moejax/parallel/" in collective.source
+    return "" if platform != "cpu" or by_hand else _NO_SCATTER
   if axes <= {*TOKEN_AXES, "tensor"}:
     return "sums over tokens: gradients, losses, statistics"
   return ""

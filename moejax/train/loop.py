@@ -23,7 +23,7 @@ import numpy as np
 from moejax.config import Config
 from moejax.parallel import rules
 from moejax.routing.registry import ROUTERS
-from moejax.train import finish, validation
+from moejax.train import finish, validation, wire
 from moejax.train import setup as setup_lib
 from moejax.train import step as step_lib
 from moejax.train import workdir as workdir_lib
@@ -111,6 +111,7 @@ def fit(run: Run, reporter: Reporter, stop: StopRequest) -> int:
   train_step = step_lib.make_train_step(
     run.model, run.optimizer, run.config, run.mesh, token_bytes=run.token_bytes
   )
+  train_step = wire.watched(train_step, run.config, run.mesh)
   evaluate = make_evaluate(run)
   sharding = rules.batch_sharding(run.mesh)
   log = StepLog(run, reporter)

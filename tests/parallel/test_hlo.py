@@ -181,3 +181,24 @@ def test_a_weight_gathered_over_the_expert_axis_is_not_intended():
   )
   config = Config(moe=MoEConfig(exchange="all_to_all"))
   assert not intended.reason(stray, config)
+
+
+def test_only_a_cpu_is_excused_from_scattering_gradients():
+  """It has no such pass; and what moejax scatters by hand no compiler is excused from."""
+
+  def reason(platform: str, source: str) -> str:
+    found = hlo.Collective(
+      kind="all-reduce",
+      axis="fsdp",
+      count=1,
+      bytes=1 << 20,
+      wire_bytes=1 << 20,
+      source=source,
+      operation="",
+    )
+    return intended.reason(found, Config(), platform)
+
+  dense = "moejax/layers/feed_forward.py:34"
+  assert "CPU" in reason("cpu", dense)
+  assert not reason("tpu", dense) and not reason("gpu", dense) and not reason("", dense)
+  assert not reason("cpu", "moejax/parallel/expert_parallel.py:203")
