@@ -37,28 +37,10 @@ def compile_step(config: Config, devices: int) -> tuple[str, tuple[int, ...]]:
   jax.config.update("jax_platforms", "cpu")
   jax.config.update("jax_num_cpu_devices", devices)
 
-  from moejax import config_devices
-  from moejax.models.decoder import Decoder
-  from moejax.parallel import rules
-  from moejax.parallel.mesh import make_mesh
-  from moejax.plan.parameters import resolve_vocab_size
-  from moejax.train import state as state_lib
-  from moejax.train import step as step_lib
-  from moejax.train.optimizer import make_optimizer
+  from moejax.plan import compile as plan_compile
 
-  config_devices.validate_devices(config, devices)
-  mesh = make_mesh(config.mesh, jax.devices())
-  model = Decoder(config.model, config.moe, vocab_size=resolve_vocab_size(config))
-  optimizer = make_optimizer(
-    config.optimizer, num_steps=config.train.num_steps, axes=model.logical_axes()
-  )
-  shape = (config.train.batch_size, config.data.sequence_length)
-  tokens = jax.ShapeDtypeStruct(shape, "int32", sharding=rules.batch_sharding(mesh))
-  with jax.set_mesh(mesh):
-    step: Any = step_lib.make_train_step(model, optimizer, config, mesh)
-    state = state_lib.state_shapes(model, optimizer, mesh)
-    lowered = step.lower(state, dict.fromkeys(step_lib.MODEL_KEYS, tokens))
-    return lowered.compile().as_text(), mesh.devices.shape
+  step = plan_compile.compile_step(config, jax.devices())
+  return step.compiled.as_text(), step.mesh.devices.shape
 
 
 def make_table(rows: list[dict[str, Any]]) -> Table:

@@ -81,10 +81,9 @@ def measure(devices: int) -> dict[str, Any]:
   exchanges = [row for row in rows if row["kind"] == "all-to-all"]
   count = sum(row["count"] for row in exchanges)
   total = sum(row["count"] * row["bytes"] for row in exchanges)
-  flops = getattr(hlo.Program(text), "flops", None)
   return {
     "devices": devices,
-    "flops_per_device": None if flops is None else flops(),
+    "flops_per_device": hlo.Program(text).flops(),
     "all_to_alls": count,
     "all_to_all_bytes_per_device": total // max(1, count),
     "formula_bytes_per_device": bytes_by_formula(devices),

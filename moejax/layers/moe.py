@@ -28,7 +28,6 @@ from moejax.layers import parameter
 from moejax.layers.feed_forward import FeedForward
 from moejax.layers.router import Router
 from moejax.parallel import expert_parallel
-from moejax.parallel.mesh import num_token_shards
 from moejax.parallel.platform import target_platform
 from moejax.routing import losses
 from moejax.routing.base import RouterStats, Routing, sum_groups
@@ -171,12 +170,11 @@ class MoE(nnx.Module):
   def _num_groups(
     self, batch: int, sequence: int, train: bool, capacity_factor: float | None
   ) -> int:
-    """G. Outside training a dropless layer needs no groups: no token affects another."""
+    """G. Outside training a dropless layer needs no groups, since no token affects
+    another: it takes one per sequence, so that its losses are those of any mesh."""
     size = self.config.group_size or sequence
     if not train and capacity_factor is None:
-      mesh = expert_parallel.mesh_in_scope()
-      shards = 1 if mesh is None else num_token_shards(mesh)
-      return 1 if batch % shards else shards
+      return batch
     if size == WHOLE_BATCH:
       return 1
     if batch * sequence % size:

@@ -35,6 +35,7 @@ _ARRAY = re.compile(r"([a-z]+\d*(?:e\d+m\d+\w*)?)\[([\d,]*)\]")
 _CALLED = re.compile(
   r"(calls|to_apply|body|condition|true_computation|false_computation)=%?([\w.\-]+)"
 )
+_LAYOUT = re.compile(r"\{[^}]*\}")
 _QUOTED = re.compile(r'"(?:[^"\\]|\\.)*"')
 _BRANCHES = re.compile(r"branch_computations=\{([^}]*)\}")
 
@@ -127,6 +128,29 @@ class Program:
       count * flops_of(instruction, tables[where], ragged_fraction)
       for instruction, count, where in self._executed(self._entry, 1, self._entry)
     )
+
+  def stacked_bytes(self, parameters: set[tuple[int, ...]]) -> int:
+    """Bytes of the stacks that the loop over layers leaves for its backward pass.
+
+    Args:
+      parameters: shapes of parameters, which are stacks too and do not count.
+    """
+    best = 0
+    for instruction in self._computations.get(self._entry, ()):
+      if instruction.opcode != "while":
+        continue
+      trips, total = self._trips(instruction), 0.0
+      for text, size in zip(
+        _ARRAY.findall(_LAYOUT.sub("", instruction.shape)),
+        _array_bytes(instruction.shape),
+        strict=True,
+      ):
+        dims = tuple(int(d) for d in text[1].split(",") if d)
+        is_stack = len(dims) > 2 and dims[0] == trips > 1
+        if is_stack and dims not in parameters:
+          total += size
+      best = max(best, round(total))
+    return best
 
   def _executed(
     self, name: str, count: int, inside: str
@@ -263,7 +287,7 @@ def _split_shape(text: str) -> tuple[str, str]:
 def _array_bytes(shape: str) -> list[float]:
   """Bytes of each array of a shape, layouts left out."""
   result = []
-  for dtype, dims in _ARRAY.findall(re.sub(r"\{[^}]*\}", "", shape)):
+  for dtype, dims in _ARRAY.findall(_LAYOUT.sub("", shape)):
     digits = re.search(r"\d+", dtype)
     width = _BYTES.get(dtype, int(digits[0]) / 8 if digits else 4)
     result.append(width * math.prod(int(d) for d in dims.split(",") if d))

@@ -1,0 +1,44 @@
+"""What XLA needs to know of a GPU that is not here: a GpuTargetConfig in text form.
+
+Fields and figures are those that XLA's device descriptions of the same GPUs give, cut
+down to what compiling reads: sizes and limits, of which both kinds differ in memory only.
+"""
+
+_MEMORY: dict[str, tuple[int, int, str]] = {
+  "h100": (84_942_979_072, 3_352_320_000_000, "NVIDIA H100 80GB HBM3"),
+  "h200": (151_397_597_184, 4_800_000_000_000, "NVIDIA H200 141GB HBM3e"),
+}
+"""Bytes, bytes per second, and the name it goes by."""
+
+_TEXT = """
+gpu_device_info {{
+  threads_per_block_limit: 1024
+  threads_per_warp: 32
+  shared_memory_per_block: 49152
+  shared_memory_per_core: 233472
+  threads_per_core_limit: 2048
+  core_count: 132
+  fpus_per_core: 128
+  block_dim_limit_x: 2147483647
+  block_dim_limit_y: 65535
+  block_dim_limit_z: 65535
+  memory_bandwidth: {bandwidth}
+  l2_cache_size: 52428800
+  clock_rate_ghz: 1.98
+  device_memory_size: {memory}
+  shared_memory_per_block_optin: 232448
+  cuda_compute_capability {{ major: 9 }}
+  registers_per_core_limit: 65536
+  registers_per_block_limit: 65536
+}}
+platform_name: "CUDA"
+dnn_version_info {{ major: 9 minor: 10 }}
+runtime_version {{ major: 12 minor: 9 }}
+device_description_str: "{name}"
+"""
+
+
+def target_config(kind: str) -> str:
+  """The description of an `h100` or `h200`."""
+  memory, bandwidth, name = _MEMORY[kind]
+  return _TEXT.format(memory=memory, bandwidth=bandwidth, name=name)

@@ -1,0 +1,208 @@
+"""What a compiled train step needs of each chip: memory, FLOPs, traffic, time.
+
+Memory and the verdict whether it fits are the compiler's. FLOPs and bytes are counted in
+the optimised program, loops multiplied out. A ragged exchange or product is counted under
+even routing: the rows that exist, not the buffer that could hold more.
+
+Letters: P devices of an axis, D width, K choices per token, C slots per expert.
+"""
+
+import dataclasses
+import math
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from moejax.config import Config
+from moejax.parallel import traffic
+from moejax.parallel.hlo import Program
+from moejax.parallel.mesh import AXES
+from moejax.plan import flops as plan_flops
+from moejax.plan import topology as topology_lib
+from moejax.plan.compile import CompiledStep
+from moejax.plan.parameters import resolve_vocab_size
+from moejax.plan.topology import Chip, Topology
+from moejax.plan.wire_bound import wire_bound
+
+
+def report(
+  config: Config, topology: Topology, step: CompiledStep, chip: Chip
+) -> dict[str, Any]:
+  """Everything `tools.compile_for` prints, as plain numbers.
+
+  Args:
+    config: validated.
+    topology: that `step` was compiled for.
+    step: the compiled train step.
+    chip: figures of one of its devices.
+  """
+  text, mesh = step.compiled.as_text(), step.mesh
+  program, platform = Program(text), chip.family
+  rows = traffic.rows_of(config, text, mesh.devices.shape, platform)
+  network = Network(mesh, topology, chip)
+  for row in rows:
+    row["network"], row["seconds"] = network.time_of(row)
+  executed = program.flops(ragged_fraction(config, mesh))
+  memory = memory_of(step, program)
+  model = model_flops(config, mesh.size)
+  bound = wire_bound(config, dict(mesh.shape))
+  sent = sum(row["bytes_per_chip"] for row in rows)
+  return {
+    "topology": str(topology),
+    "slices": topology.slices,
+    "chips": mesh.size,
+    "mesh": dict(mesh.shape),
+    "memory_per_chip_bytes": memory,
+    "hbm_bytes": chip.hbm_bytes,
+    "fits": not chip.hbm_bytes or memory["total"] <= chip.hbm_bytes,
+    "executed_flops_per_chip": executed,
+    "model_flops_per_chip": model,
+    "wire_bytes_per_chip": sent,
+    "wire_bound_bytes_per_chip": bound,
+    "collectives": rows,
+    "roofline": roofline(executed, memory, rows, chip),
+    "compile_seconds": step.seconds,
+  }
+
+
+def refused(topology: Topology, chips: int, chip: Chip, message: str) -> dict[str, Any]:
+  """The report of a step that the compiler could not fit into memory."""
+  return {
+    "topology": str(topology),
+    "slices": topology.slices,
+    "chips": chips,
+    "hbm_bytes": chip.hbm_bytes,
+    "fits": False,
+    "refusal": message,
+  }
+
+
+def model_flops(config: Config, devices: int) -> float:
+  """FLOPs of the mathematics per step and device, causal attention pairs only."""
+  tokens = config.train.batch_size * config.data.sequence_length
+  vocab = resolve_vocab_size(config)
+  return (
+    plan_flops.flops_per_token(config, vocab, causal=True)["total"] * tokens / devices
+  )
+
+
+def ragged_fraction(config: Config, mesh: Mesh) -> float:
+  """Of the rows that a device can receive, those that come under even routing."""
+  devices, moe = mesh.shape["expert"], config.moe
+  if moe.capacity_factor is not None or moe.dense_twin or devices == 1:
+    return 1.0
+  ring = moe.exchange == "ring" or (
+    moe.exchange == "auto" and devices <= moe.fine_selected
+  )
+  if ring:  # All rows of the axis are lined up, and one device's share computed.
+    return 1.0 / devices
+  return 1.0 / min(devices, moe.exchange_buffer or devices)
+
+
+def memory_of(step: CompiledStep, program: Program) -> dict[str, int]:
+  """Bytes on one device by kind; `total` is what the compiler sets aside.
+
+  `saved_activations` are the stacks that the forward loop over layers leaves for the
+  backward one; `gradients` is a copy of the parameters in float32; `buffers` is the
+  rest of the temporaries. `peak` is what lives at once at the worst moment, which the
+  compiler cannot always pack without gaps.
+  """
+  analysis = step.compiled.memory_analysis()
+  params = _device_bytes(step.state["params"])
+  optimizer = _device_bytes(step.state["opt_state"])
+  arguments, temporaries = (
+    analysis.argument_size_in_bytes,
+    analysis.temp_size_in_bytes,
+  )
+  gradients = sum(4 * math.prod(s) for s in _shards(step.state["params"]))
+  shapes = {tuple(s) for s in _shards(step.state["params"])}
+  saved = program.stacked_bytes(shapes)
+  gradients = min(gradients, temporaries)
+  saved = min(saved, temporaries - gradients)
+  return {
+    "parameters": params,
+    "optimizer": optimizer,
+    "other_arguments": max(0, arguments - params - optimizer),
+    "saved_activations": saved,
+    "gradients": gradients,
+    "buffers": temporaries - gradients - saved,
+    "arguments": arguments,
+    "temporaries": temporaries,
+    "total": arguments + temporaries,
+    "peak": getattr(analysis, "peak_memory_in_bytes", 0),
+  }
+
+
+def _shards(tree: Any) -> list[tuple[int, ...]]:
+  return [leaf.sharding.shard_shape(leaf.shape) for leaf in jax.tree.leaves(tree)]
+
+
+def _device_bytes(tree: Any) -> int:
+  leaves = jax.tree.leaves(tree)
+  sizes = [leaf.dtype.itemsize for leaf in leaves]
+  return sum(math.prod(s) * n for s, n in zip(_shards(tree), sizes, strict=True))
+
+
+@dataclasses.dataclass
+class Network:
+  """Where a mesh's axes lie in the machine, and what sending over them takes."""
+
+  mesh: Mesh
+  topology: Topology
+  chip: Chip
+
+  def time_of(self, row: traffic.Row) -> tuple[str, float]:
+    """The network that a collective goes over, and a lower bound of its seconds.
+
+    Rings send in both directions of every side of the torus that the axis spans; an
+    all-to-all's bytes travel a quarter of each ring on average. Over the slow network
+    the devices of an island share the work of a ring.
+    """
+    sent = row["bytes_per_chip"]
+    if not self.chip.link_bandwidth:
+      return "", 0.0
+    group = self._group(row["axis"])
+    islands = [topology_lib.island(self.topology, d) for d in group]
+    exchange = "all-to-all" in row["kind"]
+    if len(set(islands)) > 1:
+      inside = islands.count(islands[0])
+      share = 1 - inside / len(group) if exchange else 1 / inside
+      return "dcn", sent * share / self.chip.slow_bandwidth
+    if self.chip.family == "gpu":
+      return "nvlink", sent / self.chip.link_bandwidth
+    coordinates = np.array([d.coords for d in group])
+    sides = [len(np.unique(column)) for column in coordinates.T]
+    sides = [n for n in sides if n > 1] or [1]
+    hops = sum(sides) / 4 if exchange else 1.0
+    return "ici", sent * max(1.0, hops) / (2 * len(sides) * self.chip.link_bandwidth)
+
+  def _group(self, axis: str) -> list[Any]:
+    """The devices of one group; of all, where no axes make the groups."""
+    named = axis.split(",")
+    devices = self.mesh.devices
+    if not all(name in AXES for name in named):
+      return list(devices.flat)
+    index = tuple(slice(None) if name in named else 0 for name in AXES)
+    return list(np.atleast_1d(devices[index]).flat)
+
+
+def roofline(
+  executed: float, memory: dict[str, int], rows: list[traffic.Row], chip: Chip
+) -> dict[str, Any]:
+  """Seconds of a step if each resource were used at its peak and all overlapped.
+
+  Memory traffic is a lower bound: every argument read and written once, every
+  temporary written and read once.
+  """
+  if not chip.flops:
+    return {}
+  seconds = {
+    "compute": executed / chip.flops,
+    "hbm": 2 * (memory["arguments"] + memory["temporaries"]) / chip.hbm_bandwidth,
+  }
+  for row in rows:
+    seconds[row["network"]] = seconds.get(row["network"], 0.0) + row["seconds"]
+  bound_by = max(seconds, key=lambda name: seconds[name])
+  return seconds | {"step_seconds": seconds[bound_by], "bound_by": bound_by}

@@ -1,0 +1,77 @@
+"""The least that a train step must send under its sharding, to compare with what it does.
+
+Every matrix is gathered over `fsdp` for the forward and again for the backward pass, and
+its gradient scattered once, all in the compute type; what several devices hold alike has
+its gradient's shard summed over them. Tokens go to their experts and back, forward and
+backward, each chosen one once (or each slot, with a capacity).
+"""
+
+import math
+
+import jax
+
+from moejax.config import Config
+from moejax.models.decoder import Decoder
+from moejax.parallel.rules import RULES
+from moejax.plan.parameters import resolve_vocab_size
+from moejax.routing.capacity import capacity_of
+
+
+def wire_bound(config: Config, mesh: dict[str, int]) -> float:
+  """Bytes that one device sends in a step.
+
+  Args:
+    config: validated, of MoE layers without soft routing.
+    mesh: devices along each axis.
+  """
+  width = _bytes(config)
+  model = Decoder(config.model, config.moe, vocab_size=resolve_vocab_size(config))
+
+  axes = jax.tree.leaves(model.logical_axes(), is_leaf=lambda a: isinstance(a, tuple))
+  total = 0.0
+  for names, leaf in zip(axes, jax.tree.leaves(model.shapes()), strict=True):
+    spec = [axis for axis in RULES.spec(names) if axis is not None]
+    size = width * math.prod(leaf.shape)
+    for axis in spec:
+      size /= mesh[axis] if axis != "fsdp" else 1
+    if "fsdp" in spec:
+      total += 3 * size * _part(mesh["fsdp"])
+      size /= mesh["fsdp"]
+    others = math.prod(n for a, n in mesh.items() if a not in spec and a != "tensor")
+    total += 2 * size * _part(others)
+  return total + exchange_bound(config, mesh)
+
+
+def exchange_bound(config: Config, mesh: dict[str, int]) -> float:
+  """Bytes that one device sends to experts and back, forward and backward."""
+  moe, devices = config.moe, mesh["expert"]
+  if moe.dense_twin or devices == 1:
+    return 0.0
+  layers = config.model.num_layers - moe.dense_prefix
+  layers = len(range(moe.offset, layers, moe.every))
+  shards = mesh["data"] * mesh["fsdp"] * devices
+  tokens = config.train.batch_size * config.data.sequence_length
+  size = moe.group_size or config.data.sequence_length
+  size = tokens if size == -1 else size
+  rows = size * moe.fine_selected
+  capacity = capacity_of(
+    size,
+    moe.fine_experts,
+    moe.fine_selected,
+    moe.capacity_factor,
+    convention=moe.capacity_convention,
+    min_capacity=moe.min_capacity,
+  )
+  if capacity is not None:
+    rows = capacity * moe.fine_experts
+  per_device = tokens / size * rows / shards * config.model.width * _bytes(config)
+  return 4 * layers * per_device * _part(devices)
+
+
+def _part(devices: int) -> float:
+  """Of a buffer, what a ring over so many devices sends."""
+  return (devices - 1) / devices
+
+
+def _bytes(config: Config) -> int:
+  return 2 if config.model.dtype == "bfloat16" else 4
