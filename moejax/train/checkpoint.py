@@ -40,7 +40,7 @@ from moejax.train.checkpoint_read import (
   list_steps,
   quiet,
   read_meta,
-  read_state,
+  read_step,
   restore_params,
 )
 
@@ -278,20 +278,10 @@ class Checkpointer:
     self, step: int, target: dict[str, Any]
   ) -> tuple[dict[str, Any], dict[str, Any], str | None]:
     """Restores one step; a description of the damage if any process found some."""
-    path, problem, state, meta = self.directory / str(step), None, {}, {}
     try:
-      meta = read_meta(path)
+      state, meta = read_step(self.directory / str(step), lambda meta: target)
     except DamagedCheckpointError as e:
-      problem = str(e)
-    # Processes agree before each collective, or one would wait for the others.
-    if _any_process(problem is not None):
-      return {}, {}, problem or "another process found it damaged"
-    try:
-      state = read_state(path, meta, target)
-    except DamagedCheckpointError as e:
-      problem = str(e)
-    if _any_process(problem is not None):
-      return {}, {}, problem or "another process found it damaged"
+      return {}, {}, str(e)
     return state, meta, None
 
   def _set_aside(self, step: int, reason: str, used: int) -> None:
@@ -359,9 +349,3 @@ class Checkpointer:
       if metric is not None:
         found[step] = metric
     return found
-
-
-def _any_process(here: bool) -> bool:
-  if jax.process_count() == 1:
-    return here
-  return bool(np.any(multihost_utils.process_allgather(np.array(here))))

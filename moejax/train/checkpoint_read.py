@@ -13,10 +13,12 @@ Orbax's own metadata, so that a checkpoint of another model (the user's mistake)
 and a damaged one (the disk's) are never taken for each other.
 """
 
+import contextlib
 import functools
 import json
 import logging
 import zlib
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +26,7 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 from absl import logging as absl_logging
+from jax.experimental import multihost_utils
 
 from moejax import config_io
 from moejax.config import Config
@@ -54,6 +57,19 @@ def quiet() -> None:
 
 class DamagedCheckpointError(Exception):
   """What is on disk is not what was written. Names the step and the reason."""
+
+
+def agree(damage: DamagedCheckpointError | None) -> None:
+  """Raises in every process what one of them found.
+
+  Before each collective: a process that gave up alone would leave the others
+  waiting for it there.
+  """
+  found = damage is not None
+  if jax.process_count() > 1:
+    found = bool(np.any(multihost_utils.process_allgather(np.array(found))))
+  if found:
+    raise damage or DamagedCheckpointError("another process found it damaged")
 
 
 def list_steps(directory: Path) -> list[int]:
@@ -134,8 +150,35 @@ def mismatches(saved: dict[str, Any], target: Any, *, prefix: str = "") -> list[
   return lines
 
 
+def read_step(
+  step_directory: Path, target_of: Callable[[dict[str, Any]], Any]
+) -> tuple[Any, dict[str, Any]]:
+  """Restores a step. Every process calls it, and all of them succeed or none.
+
+  Args:
+    step_directory: `.../checkpoints/N`.
+    target_of: from the step's meta to what `read_state` is to restore.
+
+  Returns:
+    The state and the meta.
+
+  Raises:
+    ConfigError, DamagedCheckpointError: as `read_meta` and `read_state`.
+  """
+  damage, meta = None, {}
+  try:
+    meta = read_meta(step_directory)
+  except DamagedCheckpointError as e:
+    damage = e
+  agree(damage)
+  return read_state(step_directory, meta, target_of(meta)), meta
+
+
 def read_state(step_directory: Path, meta: dict[str, Any], target: Any) -> Any:
   """Restores arrays bit for bit, straight into the target's shardings.
+
+  No array is ever whole where it is not wanted whole: each device is given its part
+  of what is read.
 
   Args:
     step_directory: `.../checkpoints/N`.
@@ -157,27 +200,34 @@ def read_state(step_directory: Path, meta: dict[str, Any], target: Any) -> Any:
       f"{step_directory} holds another model or optimizer: "
       f"{'; '.join(problems[:5])}{more}. Use the --config it was made with."
     )
-  target = as_target(target)
-  quiet()
+  damage, state = None, None
   try:
-    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
-      args = ocp.args.PyTreeRestore(
-        item=target,
-        restore_args=ocp.checkpoint_utils.construct_restore_args(target),
-        partial_restore=True,
-      )
-      state = reader.restore(step_directory / "state", args=args)
+    state = _read_arrays(step_directory / "state", as_target(target))
   except Exception as e:
     if _is_ours(e):
       raise
-    raise DamagedCheckpointError(f"its arrays cannot be read: {_one_line(e)}") from e
-  found = fingerprint.checksums(fingerprint.snapshot(state, saved_expert_axes(wanted)))
-  found = fingerprint.all_processes(found)
+    damage = DamagedCheckpointError(f"its arrays cannot be read: {_one_line(e)}")
+    damage.__cause__ = e
+  agree(damage)
+  found = fingerprint.verified(state, saved_expert_axes(wanted))
   changed = fingerprint.differences(wanted, found)
   if changed:
     more = f" (and {len(changed) - 5} more)" if len(changed) > 5 else ""
     raise DamagedCheckpointError(f"{'; '.join(changed[:5])}{more}")
   return state
+
+
+def _read_arrays(directory: Path, target: Any) -> Any:
+  quiet()
+  args = ocp.args.PyTreeRestore(
+    item=target,
+    restore_args=ocp.checkpoint_utils.construct_restore_args(target),
+    partial_restore=True,
+  )
+  # Not through Orbax's Checkpointer, whose restore ends in a barrier: where one
+  # process cannot read its part, the others would wait for it there.
+  with contextlib.closing(ocp.PyTreeCheckpointHandler()) as handler:
+    return handler.restore(directory, args=args)
 
 
 def restore_params(
@@ -208,9 +258,10 @@ def restore_params(
   reasons = []
   for candidate in [step] if step is not None else reversed(steps):
     try:
-      meta = read_meta(directory / str(candidate))
-      target = params_target(meta, shardings)
-      state = read_state(directory / str(candidate), meta, {"params": target})
+      state, meta = read_step(
+        directory / str(candidate),
+        lambda meta: {"params": params_target(meta, shardings)},
+      )
       return state["params"], config_io.from_dict(meta["config"]), meta
     except DamagedCheckpointError as e:
       reasons.append(f"step {candidate}: {e}")
