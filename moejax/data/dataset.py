@@ -211,6 +211,7 @@ def load(
   *,
   workdir: Path | str | None = None,
   like: Path | str | None = None,
+  store: bool = True,
 ) -> Dataset:
   """Prepares and tokenizes what `config` names, or finds it in the cache.
 
@@ -221,6 +222,7 @@ def load(
       stored there. None stores it in the cache only.
     like: directory of another run, whose tokenizer a new run takes over: parameters
       that are taken over know no other.
+    store: whether it is this process that stores the tokenizer.
 
   Raises:
     ConfigError, UserError: anything wrong with the flags or the text behind them.
@@ -245,7 +247,7 @@ def load(
       dataset.num_skipped,
       "; ".join(named + more),
     )
-  if workdir is not None:
+  if workdir is not None and store:
     chosen.save(Path(workdir))
   return dataset
 

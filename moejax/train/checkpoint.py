@@ -9,7 +9,8 @@ Whatever goes wrong with a checkpoint, training is not lost: a save that fails i
 reported and cleaned up and the run goes on; a checkpoint found damaged at restore
 is set aside as `N.damaged` and the one before is used.
 
-Reading is `checkpoint_read`; its `restore_params` and `init_from` are offered here.
+Reading is `checkpoint_read`; its `peek`, `restore_params` and `init_from` are offered
+here.
 """
 
 import json
@@ -38,13 +39,21 @@ from moejax.train.checkpoint_read import (
   empty_dicts,
   init_from,
   list_steps,
+  peek,
   quiet,
   read_meta,
   read_step,
   restore_params,
 )
 
-__all__ = ["DIRECTORY", "Checkpointer", "init_from", "list_steps", "restore_params"]
+__all__ = [
+  "DIRECTORY",
+  "Checkpointer",
+  "init_from",
+  "list_steps",
+  "peek",
+  "restore_params",
+]
 
 _PARTIAL = "*.orbax-checkpoint-tmp*"
 """What a save is called until it is complete."""

@@ -230,6 +230,28 @@ def _read_arrays(directory: Path, target: Any) -> Any:
     return handler.restore(directory, args=args)
 
 
+def peek(
+  workdir: Path | str, step: int | None = None
+) -> tuple[Params, Config, dict[str, Any]]:
+  """What `restore_params` would return, with shapes in place of arrays.
+
+  For who must know the model before the parameters have a place to go to. Only meta
+  is read: the arrays may still turn out damaged, and an older step be restored.
+
+  Raises:
+    UserError: as `restore_params`.
+  """
+  directory, candidates = _candidates(workdir, step)
+  reasons = []
+  for candidate in candidates:
+    try:
+      meta = read_meta(directory / str(candidate))
+      return params_target(meta), config_io.from_dict(meta["config"]), meta
+    except DamagedCheckpointError as e:
+      reasons.append(f"step {candidate}: {e}")
+  raise _none_whole(directory, reasons)
+
+
 def restore_params(
   workdir: Path | str, step: int | None = None, shardings: Any = None
 ) -> tuple[Params, Config, dict[str, Any]]:
@@ -249,14 +271,9 @@ def restore_params(
   Raises:
     UserError: no checkpoint there (says what is), no such step, or all damaged.
   """
-  directory = checkpoint_directory(workdir)
-  steps = list_steps(directory)
-  if step is not None and step not in steps:
-    raise UserError(
-      f"--step={step} is not in {directory}: there are {_numbers_in_words(steps)}."
-    )
+  directory, candidates = _candidates(workdir, step)
   reasons = []
-  for candidate in [step] if step is not None else reversed(steps):
+  for candidate in candidates:
     try:
       state, meta = read_step(
         directory / str(candidate),
@@ -266,7 +283,24 @@ def restore_params(
     except DamagedCheckpointError as e:
       reasons.append(f"step {candidate}: {e}")
       absl_logging.warning("%s: checkpoint is damaged, %s", directory, reasons[-1])
-  raise UserError(
+  raise _none_whole(directory, reasons)
+
+
+def _candidates(workdir: Path | str, step: int | None) -> tuple[Path, list[int]]:
+  """The steps to try, the best one first."""
+  directory = checkpoint_directory(workdir)
+  steps = list_steps(directory)
+  if step is None:
+    return directory, steps[::-1]
+  if step not in steps:
+    raise UserError(
+      f"--step={step} is not in {directory}: there are {_numbers_in_words(steps)}."
+    )
+  return directory, [step]
+
+
+def _none_whole(directory: Path, reasons: list[str]) -> UserError:
+  return UserError(
     f"{directory} has no checkpoint that is whole. {'. '.join(reasons)}. "
     "Choose another --step, or train again."
   )
