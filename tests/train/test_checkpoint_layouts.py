@@ -13,6 +13,7 @@ from jax.sharding import NamedSharding, PartitionSpec, SingleDeviceSharding
 
 from moejax.config import Config
 from moejax.errors import UserError
+from moejax.train import finish, loop, writers
 from moejax.train.checkpoint import DIRECTORY, Checkpointer
 from moejax.train.checkpoint_read import read_meta
 from tests.train import layouts
@@ -192,3 +193,37 @@ def test_the_measurement_sees_a_detour_over_one_device(large):
   sharding = NamedSharding(layouts.mesh_of("fsdp 8"), PartitionSpec(None, "fsdp"))
   one = SingleDeviceSharding(jax.devices()[0])
   assert peak_of(large, one, then=sharding) >= 8
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+  ("source", "goal"),
+  [
+    ("expert 2 x fsdp 2 x tensor 2", "data 8"),
+    ("expert 4 x data 2", "expert 2 x fsdp 2 x tensor 2"),
+  ],
+)
+def test_training_goes_on_as_on_the_mesh_it_left(
+  cache_dir, tmp_path, monkeypatch, source, goal
+):
+  """Six steps on one mesh, or three there and three on another: the same losses."""
+
+  def end(run, reporter):
+    return {"status": "done", "exit_code": 0}
+
+  def train(workdir, mesh):
+    config = layouts.layout_config(mesh)
+    config.data.cache_dir, config.moe.group_size = cache_dir, 0
+    config.train.num_steps, config.train.checkpoint_every = 6, 3
+    loop.train(config, workdir)
+    lines = writers.read(workdir / writers.METRICS_FILE)
+    return [line["loss"] for line in lines], [line["dropped_fraction"] for line in lines]
+
+  monkeypatch.setattr(finish, "finish", end)
+  stayed = train(tmp_path / "run", source)
+  shutil.rmtree(tmp_path / "run" / DIRECTORY / "6")
+  moved = train(tmp_path / "run", goal)
+  assert len(moved[0]) == 6 and moved[0][:3] == stayed[0][:3]
+  np.testing.assert_allclose(moved[0], stayed[0], rtol=1e-5)
+  assert moved[1] == stayed[1]
+  assert moved[0][5] < moved[0][0]
