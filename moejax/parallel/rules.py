@@ -152,7 +152,8 @@ def place_rows(mesh: Mesh, rows: Shaped[np.ndarray, "b *rest"]) -> jax.Array:
   here = local_rows(mesh, num_blocks)
   size = len(rows) // len(here)
 
-  def block(index: tuple[slice, ...]) -> np.ndarray:
+  def block(index: tuple[slice, ...] | None) -> np.ndarray:
+    assert index is not None  # This process holds a part on each of its devices.
     nth = np.searchsorted(here, (index[0].start or 0) // size)
     return rows[nth * size : (nth + 1) * size]
 

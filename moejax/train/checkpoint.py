@@ -9,8 +9,8 @@ Whatever goes wrong with a checkpoint, training is not lost: a save that fails i
 reported and cleaned up and the run goes on; a checkpoint found damaged at restore
 is set aside as `N.damaged` and the one before is used.
 
-Reading is `checkpoint_read`; its `peek`, `restore_params` and `init_from` are offered
-here.
+Reading is `checkpoint_read`. For who does not train, `checkpoint_params` reads
+parameters alone; what it has is offered here.
 """
 
 import json
@@ -32,18 +32,16 @@ from moejax.config import Config
 from moejax.errors import ConfigError, UserError
 from moejax.train import fingerprint, provenance
 from moejax.train.checkpoint_orbax import KeepBest, MetaSave, is_refusal, reason
+from moejax.train.checkpoint_params import init_from, peek, restore_params
 from moejax.train.checkpoint_read import (
   DIRECTORY,
   FORMAT,
   DamagedCheckpointError,
   empty_dicts,
-  init_from,
   list_steps,
-  peek,
   quiet,
   read_meta,
   read_step,
-  restore_params,
 )
 
 __all__ = [

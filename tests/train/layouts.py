@@ -9,6 +9,7 @@ from collections import Counter
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from moejax.config import Config, MeshConfig
@@ -61,7 +62,7 @@ def target(name: str) -> state_lib.State:
 
 
 def key_data(shape: jax.ShapeDtypeStruct) -> bool:
-  return jax.dtypes.issubdtype(shape.dtype, jax.dtypes.prng_key)
+  return jnp.issubdtype(shape.dtype, jax.dtypes.prng_key)
 
 
 @functools.cache
