@@ -131,8 +131,7 @@ def snapshot(tree: Any, axes: Mapping[str, int] | None = None) -> dict[str, Host
 def verified(tree: Any, axes: Mapping[str, int]) -> dict[str, Checksum]:
   """The checksums of what was restored, over all processes and all their copies.
 
-  Leaf by leaf, so that the host never holds more than one that is not its own. A
-  collective: every process calls it. Arguments as those of `snapshot`.
+  A collective: every process calls it. Arguments as those of `snapshot`.
   """
   every_copy = jax.process_count() > 1
   return all_processes(
