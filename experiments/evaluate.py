@@ -7,6 +7,10 @@ Needs nothing but the run's directory: the config is the checkpoint's, and
 --config.data... is laid over it (another text, a longer sequence). Prints tables and
 writes DIR/eval_STEP_SPLIT.json; an evaluation of the run as it is, on its whole
 validation split, also renews DIR/eval.json.
+
+Several processes evaluate together, started as those of experiments.train are: by
+tools.launch_local, by a cluster, or with JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and
+JAX_PROCESS_ID. The first one prints and writes.
 """
 
 import json
@@ -42,29 +46,38 @@ _OUTPUT = flags.DEFINE_string(
 
 def main() -> None:
   # jax is imported after the flags are known to be right.
-  from moejax import data
-  from moejax.evaluate import perplexity, tables
-  from moejax.parallel import host_memory
-  from moejax.parallel.mesh import make_mesh
-  from moejax.train.checkpoint import restore_params
+  import jax
 
-  host_memory.keep_freed_pages()
+  from moejax import data
+  from moejax.evaluate import perplexity
+  from moejax.parallel import distributed, host_memory
+  from moejax.parallel.mesh import make_mesh
+  from moejax.train.checkpoint import peek, restore_params
+  from moejax.train.state import param_shardings
+
   workdir = _workdir()
   output = _writable(pathlib.Path(_OUTPUT.value or workdir))
   factors = perplexity.parse_capacity_factors(_FACTORS.value) if _FACTORS.value else None
 
-  params, config, meta = restore_params(workdir, _STEP.value)
+  distributed.initialize()
+  host_memory.keep_freed_pages()
+  tells = jax.process_index() == 0
+  shapes, config, _ = peek(workdir, _STEP.value)
   config = cli.get_config(base=config)
-  dataset = data.load(config.data, workdir=workdir)
+  dataset = data.load(config.data, workdir=workdir, store=tells)
   model = perplexity.make_model(config, dataset.tokenizer.vocab_size)
-  perplexity.check_params(model, params)
+  perplexity.check_params(model, shapes)
+  mesh = make_mesh(perplexity.choose_mesh(config.mesh))
+  # Straight to their places: no device need hold a whole model for a moment.
+  shardings = param_shardings(model, mesh)
+  params, _, meta = restore_params(workdir, _STEP.value, shardings)
 
   what: dict[str, Any] = {
     "model": model,
     "params": params,
     "dataset": dataset,
     "split": _SPLIT.value,
-    "mesh": make_mesh(perplexity.choose_mesh(config.mesh)),
+    "mesh": mesh,
     "batch_size": _BATCH.value or config.train.batch_size,
     "limit": _LIMIT.value,
   }
@@ -81,24 +94,36 @@ def main() -> None:
     "is_training_dataset": is_same_text,
   } | evaluation
   evaluation |= perplexity.headline(evaluation, config.moe.eval_capacity_factor)
+  if tells:
+    _tell(evaluation, output)
+  if _ROUTING.value:
+    stem = output / f"routing_{meta['step']}_{_SPLIT.value}"
+    _analyse_routing(what, stem, meta["step"], tells)
+
+
+def _tell(evaluation: dict[str, Any], output: pathlib.Path) -> None:
+  """Prints the tables and writes the files."""
+  from moejax.evaluate import tables
+
   console = tables.make_console()
   tables.print_evaluation(console, evaluation)
-  if not is_same_text:
+  if not evaluation["is_training_dataset"]:
     console.print("Note: this is not the text the run was trained on.")
-  file = output / f"eval_{meta['step']}_{_SPLIT.value}.json"
+  file = output / f"eval_{evaluation['step']}_{_SPLIT.value}.json"
   _write(file, evaluation)
   if not (_SPLIT.value != "validation" or _LIMIT.value or cli.overrides()):
     _renew(output / "eval.json", evaluation)
   print(file)
-  if _ROUTING.value:
-    stem = output / f"routing_{meta['step']}_{_SPLIT.value}"
-    _analyse_routing(what, stem, meta["step"])
 
 
-def _analyse_routing(what: dict[str, Any], stem: pathlib.Path, step: int) -> None:
+def _analyse_routing(
+  what: dict[str, Any], stem: pathlib.Path, step: int, tells: bool
+) -> None:
   from moejax.evaluate import routing_analysis
 
   analysis = routing_analysis.analyse(**what)
+  if not tells:
+    return
   _write(stem.with_suffix(".json"), {"step": step} | analysis)
   routing_analysis.draw(analysis, stem.with_suffix(".png"))
   print(stem.with_suffix(".json"))

@@ -4,9 +4,10 @@
     [--temperature=0.8] [--top_k=0] [--top_p=1] [--max_tokens=200] [--seed=0]
     [--num_samples=1]
 
-Needs nothing but the run's directory. --prompt may be given several times; without
-one the model begins a document of its own. Keys and values are cached; tokens/s is of
-the one-token steps, over all samples, without compiling and reading the prompt.
+Needs nothing but the run's directory, and is one process. --prompt may be given several
+times; without one the model begins a document of its own. Keys and values are cached;
+tokens/s is of the one-token steps, over all samples, without compiling and reading the
+prompt.
 """
 
 import pathlib
@@ -29,12 +30,20 @@ _NUM_SAMPLES = flags.DEFINE_integer("num_samples", 1, "Samples of each prompt.")
 
 def main() -> None:
   # jax is imported after the flags are known to be right.
+  import jax
+
   from moejax.data.tokenizer import load_tokenizer
   from moejax.evaluate import generation
   from moejax.models.decoder import Decoder
-  from moejax.parallel import host_memory
+  from moejax.parallel import distributed, host_memory
   from moejax.train.checkpoint import restore_params
 
+  distributed.initialize()
+  if jax.process_count() > 1:
+    raise UserError(
+      f"experiments.generate samples in one process, and this is one of "
+      f"{jax.process_count()}: start it by itself, without a launcher."
+    )
   host_memory.keep_freed_pages()
   if not flags.FLAGS.workdir:
     raise UserError("--workdir=DIR is missing: give the directory of a run.")

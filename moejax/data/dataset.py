@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 from absl import logging
+from jaxtyping import Int
 
 from moejax.config import DataConfig
 from moejax.data import cache, pipeline, tokenizer, tokens
@@ -126,24 +127,35 @@ class Dataset:
     start_step: int = 0,
     process_index: int = 0,
     process_count: int = 1,
+    rows: Int[np.ndarray, "b"] | None = None,
   ) -> Generator[Batch, None, None]:
     """Endless batches, from the one of step `start_step` on.
 
-    The global batch is a function of (seed, step); a process gets its rows of it,
-    batch_size / process_count. Close the iterator to end threads and workers.
+    The global batch is a function of (seed, step); a process gets its rows of it.
+    Close the iterator to end threads and workers.
+
+    Args:
+      batch_size: of the global batch.
+      seed: of the order.
+      start_step: the first batch is that of this step.
+      process_index: whose rows, if the processes divide them evenly in order.
+      process_count: among how many.
+      rows: which rows instead, ascending: those that a mesh gives this process
+        (`rules.local_rows`).
 
     Raises:
       ConfigError: at once, if the corpus is smaller than a batch, or batch_size
         does not divide among the processes.
     """
     self.check_batch_size(batch_size)
+    if rows is None:
+      rows = pipeline.process_rows(batch_size, process_index, process_count)
     source = pipeline.TrainSource(
       self.tokens,
       "train",
       sequence_length=self.config.sequence_length,
       batch_size=batch_size,
-      process_index=process_index,
-      process_count=process_count,
+      rows=rows,
       seed=seed,
       start_step=start_step,
     )
@@ -156,6 +168,7 @@ class Dataset:
     limit: int = 0,
     process_index: int = 0,
     process_count: int = 1,
+    rows: Int[np.ndarray, "b"] | None = None,
   ) -> Generator[Batch, None, None]:
     """Each token of a split once, in stored order; the last batch is padded.
 
@@ -163,8 +176,9 @@ class Dataset:
       split: train, validation or test.
       batch_size: global, as in `train_batches`.
       limit: at most so many batches; 0 is all.
-      process_index: whose rows.
-      process_count: among how many the rows are divided.
+      process_index: whose rows, as in `train_batches`.
+      process_count: among how many.
+      rows: which rows instead.
 
     Raises:
       UserError: at once, if there is no such split.
@@ -174,13 +188,14 @@ class Dataset:
         f"--split={split}: {self.config.name} has no such documents. Choose another"
         f" split, or raise --config.data.{split}_fraction."
       )
+    if rows is None:
+      rows = pipeline.process_rows(batch_size, process_index, process_count)
     source = pipeline.EvalSource(
       self.tokens,
       split,
       sequence_length=self.config.sequence_length,
       batch_size=batch_size,
-      process_index=process_index,
-      process_count=process_count,
+      rows=rows,
     )
     return self._iterate(source, limit)
 
@@ -196,6 +211,7 @@ def load(
   *,
   workdir: Path | str | None = None,
   like: Path | str | None = None,
+  store: bool = True,
 ) -> Dataset:
   """Prepares and tokenizes what `config` names, or finds it in the cache.
 
@@ -206,6 +222,7 @@ def load(
       stored there. None stores it in the cache only.
     like: directory of another run, whose tokenizer a new run takes over: parameters
       that are taken over know no other.
+    store: whether it is this process that stores the tokenizer.
 
   Raises:
     ConfigError, UserError: anything wrong with the flags or the text behind them.
@@ -230,7 +247,7 @@ def load(
       dataset.num_skipped,
       "; ".join(named + more),
     )
-  if workdir is not None:
+  if workdir is not None and store:
     chosen.save(Path(workdir))
   return dataset
 

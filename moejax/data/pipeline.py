@@ -12,6 +12,7 @@ from typing import Any
 import grain
 import numpy as np
 from absl import flags
+from jaxtyping import Int
 
 from moejax.data.packing import (
   Batch,
@@ -28,6 +29,21 @@ _ENDLESS = 2**62
 """Steps of a training run, as far as Grain needs to know."""
 
 
+def process_rows(batch_size: int, index: int, count: int) -> Int[np.ndarray, "b"]:
+  """The index-th of `count` equal parts of a global batch's rows.
+
+  Raises:
+    ConfigError: they cannot be divided so.
+  """
+  if batch_size < 1 or batch_size % count:
+    raise ConfigError(
+      f"--config.train.batch_size={batch_size} must be a positive multiple of the"
+      f" number of processes, {count}."
+    )
+  rows = batch_size // count
+  return np.arange(index * rows, (index + 1) * rows)
+
+
 class BatchSource:
   """This process's rows of the global batch of each step: a Grain source."""
 
@@ -38,19 +54,12 @@ class BatchSource:
     *,
     sequence_length: int,
     batch_size: int,
-    process_index: int,
-    process_count: int,
+    rows: Int[np.ndarray, "b"],
   ):
-    """batch_size is global; this process makes its `process_count`-th part of rows."""
-    if batch_size < 1 or batch_size % process_count:
-      raise ConfigError(
-        f"--config.train.batch_size={batch_size} must be a positive multiple of the"
-        f" number of processes, {process_count}."
-      )
+    """batch_size is global; `rows` are those of it that this process makes."""
     self._tokens, self._split_name = tokens, split
     self._sequence_length, self._batch_size = sequence_length, batch_size
-    rows = batch_size // process_count
-    self._rows = np.arange(process_index * rows, (process_index + 1) * rows)
+    self._rows = rows
     self._open()
 
   def _open(self) -> None:
@@ -107,7 +116,7 @@ class TrainSource(BatchSource):
       )
       for epoch in np.unique(epochs).tolist()
     ]
-    # Epochs of the rows ascend, so the parts lie in row order.
+    # Rows ascend and so do their epochs: the parts lie in row order.
     return {k: np.concatenate([p[k] for p in parts]) for k in parts[0]}
 
 

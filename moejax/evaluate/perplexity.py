@@ -140,17 +140,9 @@ def device_batches(
   dataset: Any, split: str, *, mesh: Mesh, batch_size: int, limit: int = 0
 ) -> Iterator[Batch]:
   """The batches of a split, each token once, on the devices of the mesh."""
-  sharding = rules.batch_sharding(mesh)
-  place = functools.partial(jax.make_array_from_process_local_data, sharding)
-  batches = dataset.eval_batches(
-    split,
-    batch_size,
-    limit,
-    process_index=jax.process_index(),
-    process_count=jax.process_count(),
-  )
-  for batch in batches:
-    yield {name: place(batch[name]) for name in _BATCH_KEYS}
+  rows = rules.local_rows(mesh, batch_size)
+  for batch in dataset.eval_batches(split, batch_size, limit, rows=rows):
+    yield {name: rules.place_rows(mesh, batch[name]) for name in _BATCH_KEYS}
 
 
 def evaluate(

@@ -10,11 +10,12 @@ import dataclasses
 from typing import Any
 
 import jax
+import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
-from jaxtyping import Array
+from jaxtyping import Array, Int, Shaped
 
 from moejax.errors import ConfigError
-from moejax.parallel.mesh import TOKEN_AXES
+from moejax.parallel.mesh import TOKEN_AXES, num_token_shards
 
 LogicalAxes = tuple[str | None, ...]
 
@@ -140,6 +141,36 @@ def like_parameters(mesh: Mesh, tree: Any, params: Any, param_shardings: Any) ->
 def batch_sharding(mesh: Mesh) -> NamedSharding:
   """Of arrays [B, ...]: the batch over every axis that holds tokens."""
   return NamedSharding(mesh, PartitionSpec(TOKEN_AXES))
+
+
+def local_rows(mesh: Mesh, batch_size: int) -> Int[np.ndarray, "b"]:
+  """Which rows of a global batch the devices of this process hold, ascending.
+
+  Asked of the mesh and not of the process's number: processes that share a sequence,
+  which `tensor` cuts no further, hold the same rows, and on some hardware the rows of
+  one process are not neighbours.
+  """
+  held = batch_sharding(mesh).addressable_devices_indices_map((batch_size,))
+  blocks = {index[0].indices(batch_size) for index in held.values() if index}
+  return np.concatenate([np.arange(*block) for block in sorted(blocks)])
+
+
+def place_rows(mesh: Mesh, rows: Shaped[np.ndarray, "b *rest"]) -> jax.Array:
+  """The global array [B, ...] of which this process gives its `local_rows`."""
+  sharding = batch_sharding(mesh)
+  if sharding.is_fully_addressable:
+    return jax.device_put(rows, sharding)
+  num_blocks = num_token_shards(mesh)
+  here = local_rows(mesh, num_blocks)
+  size = len(rows) // len(here)
+
+  def block(index: tuple[slice, ...] | None) -> np.ndarray:
+    assert index is not None  # This process holds a part on each of its devices.
+    nth = np.searchsorted(here, (index[0].start or 0) // size)
+    return rows[nth * size : (nth + 1) * size]
+
+  shape = (num_blocks * size, *rows.shape[1:])
+  return jax.make_array_from_callback(shape, sharding, block)
 
 
 def replicated(mesh: Mesh) -> NamedSharding:

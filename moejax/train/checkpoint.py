@@ -9,7 +9,8 @@ Whatever goes wrong with a checkpoint, training is not lost: a save that fails i
 reported and cleaned up and the run goes on; a checkpoint found damaged at restore
 is set aside as `N.damaged` and the one before is used.
 
-Reading is `checkpoint_read`; its `restore_params` and `init_from` are offered here.
+Reading is `checkpoint_read`. For who does not train, `checkpoint_params` reads
+parameters alone; what it has is offered here.
 """
 
 import json
@@ -31,20 +32,26 @@ from moejax.config import Config
 from moejax.errors import ConfigError, UserError
 from moejax.train import fingerprint, provenance
 from moejax.train.checkpoint_orbax import KeepBest, MetaSave, is_refusal, reason
+from moejax.train.checkpoint_params import init_from, peek, restore_params
 from moejax.train.checkpoint_read import (
   DIRECTORY,
   FORMAT,
   DamagedCheckpointError,
   empty_dicts,
-  init_from,
   list_steps,
   quiet,
   read_meta,
-  read_state,
-  restore_params,
+  read_step,
 )
 
-__all__ = ["DIRECTORY", "Checkpointer", "init_from", "list_steps", "restore_params"]
+__all__ = [
+  "DIRECTORY",
+  "Checkpointer",
+  "init_from",
+  "list_steps",
+  "peek",
+  "restore_params",
+]
 
 _PARTIAL = "*.orbax-checkpoint-tmp*"
 """What a save is called until it is complete."""
@@ -278,20 +285,10 @@ class Checkpointer:
     self, step: int, target: dict[str, Any]
   ) -> tuple[dict[str, Any], dict[str, Any], str | None]:
     """Restores one step; a description of the damage if any process found some."""
-    path, problem, state, meta = self.directory / str(step), None, {}, {}
     try:
-      meta = read_meta(path)
+      state, meta = read_step(self.directory / str(step), lambda meta: target)
     except DamagedCheckpointError as e:
-      problem = str(e)
-    # Processes agree before each collective, or one would wait for the others.
-    if _any_process(problem is not None):
-      return {}, {}, problem or "another process found it damaged"
-    try:
-      state = read_state(path, meta, target)
-    except DamagedCheckpointError as e:
-      problem = str(e)
-    if _any_process(problem is not None):
-      return {}, {}, problem or "another process found it damaged"
+      return {}, {}, str(e)
     return state, meta, None
 
   def _set_aside(self, step: int, reason: str, used: int) -> None:
@@ -359,9 +356,3 @@ class Checkpointer:
       if metric is not None:
         found[step] = metric
     return found
-
-
-def _any_process(here: bool) -> bool:
-  if jax.process_count() == 1:
-    return here
-  return bool(np.any(multihost_utils.process_allgather(np.array(here))))

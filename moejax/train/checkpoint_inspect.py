@@ -13,7 +13,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 from moejax.errors import UserError
-from moejax.train import checkpoint_read, fingerprint
+from moejax.train import checkpoint_params, checkpoint_read, fingerprint
 
 HASHED = ("params", "opt_state")
 """What the SHA-256 covers: not the step, the random key or the counts of bad steps."""
@@ -35,7 +35,7 @@ def inspect(workdir: Path | str, step: int | None = None) -> dict[str, Any]:
   Raises:
     UserError: no such checkpoint, or one that cannot be read at all.
   """
-  directory = checkpoint_read.checkpoint_directory(workdir)
+  directory = checkpoint_params.checkpoint_directory(workdir)
   steps = checkpoint_read.list_steps(directory)
   if step is not None and step not in steps:
     raise UserError(f"--step={step} is not in {directory}: there are {steps}.")

@@ -13,23 +13,21 @@ Orbax's own metadata, so that a checkpoint of another model (the user's mistake)
 and a damaged one (the disk's) are never taken for each other.
 """
 
-import functools
+import contextlib
 import json
 import logging
 import zlib
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
-from absl import logging as absl_logging
+from jax.experimental import multihost_utils
 
-from moejax import config_io
-from moejax.config import Config
 from moejax.errors import ConfigError, UserError
 from moejax.train import fingerprint
-from moejax.types import Params
 
 FORMAT = 1
 """Raised when `meta` changes so that an older reader would misread it."""
@@ -54,6 +52,19 @@ def quiet() -> None:
 
 class DamagedCheckpointError(Exception):
   """What is on disk is not what was written. Names the step and the reason."""
+
+
+def agree(damage: DamagedCheckpointError | None) -> None:
+  """Raises in every process what one of them found.
+
+  Before each collective: a process that gave up alone would leave the others
+  waiting for it there.
+  """
+  found = damage is not None
+  if jax.process_count() > 1:
+    found = bool(np.any(multihost_utils.process_allgather(np.array(found))))
+  if found:
+    raise damage or DamagedCheckpointError("another process found it damaged")
 
 
 def list_steps(directory: Path) -> list[int]:
@@ -134,8 +145,35 @@ def mismatches(saved: dict[str, Any], target: Any, *, prefix: str = "") -> list[
   return lines
 
 
+def read_step(
+  step_directory: Path, target_of: Callable[[dict[str, Any]], Any]
+) -> tuple[Any, dict[str, Any]]:
+  """Restores a step. Every process calls it, and all of them succeed or none.
+
+  Args:
+    step_directory: `.../checkpoints/N`.
+    target_of: from the step's meta to what `read_state` is to restore.
+
+  Returns:
+    The state and the meta.
+
+  Raises:
+    ConfigError, DamagedCheckpointError: as `read_meta` and `read_state`.
+  """
+  damage, meta = None, {}
+  try:
+    meta = read_meta(step_directory)
+  except DamagedCheckpointError as e:
+    damage = e
+  agree(damage)
+  return read_state(step_directory, meta, target_of(meta)), meta
+
+
 def read_state(step_directory: Path, meta: dict[str, Any], target: Any) -> Any:
   """Restores arrays bit for bit, straight into the target's shardings.
+
+  No array is ever whole where it is not wanted whole: each device is given its part
+  of what is read.
 
   Args:
     step_directory: `.../checkpoints/N`.
@@ -157,22 +195,16 @@ def read_state(step_directory: Path, meta: dict[str, Any], target: Any) -> Any:
       f"{step_directory} holds another model or optimizer: "
       f"{'; '.join(problems[:5])}{more}. Use the --config it was made with."
     )
-  target = as_target(target)
-  quiet()
+  damage, state = None, None
   try:
-    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
-      args = ocp.args.PyTreeRestore(
-        item=target,
-        restore_args=ocp.checkpoint_utils.construct_restore_args(target),
-        partial_restore=True,
-      )
-      state = reader.restore(step_directory / "state", args=args)
+    state = _read_arrays(step_directory / "state", as_target(target))
   except Exception as e:
     if _is_ours(e):
       raise
-    raise DamagedCheckpointError(f"its arrays cannot be read: {_one_line(e)}") from e
-  found = fingerprint.checksums(fingerprint.snapshot(state, saved_expert_axes(wanted)))
-  found = fingerprint.all_processes(found)
+    damage = DamagedCheckpointError(f"its arrays cannot be read: {_one_line(e)}")
+    damage.__cause__ = e
+  agree(damage)
+  found = fingerprint.verified(state, saved_expert_axes(wanted))
   changed = fingerprint.differences(wanted, found)
   if changed:
     more = f" (and {len(changed) - 5} more)" if len(changed) > 5 else ""
@@ -180,118 +212,17 @@ def read_state(step_directory: Path, meta: dict[str, Any], target: Any) -> Any:
   return state
 
 
-def restore_params(
-  workdir: Path | str, step: int | None = None, shardings: Any = None
-) -> tuple[Params, Config, dict[str, Any]]:
-  """Parameters of a run, with nothing but its directory.
-
-  Args:
-    workdir: of a training run; its `checkpoints` directory is accepted too.
-    step: which one; None is the newest that is whole. Nothing is renamed here: a
-      reader may run beside the training run.
-    shardings: tree like the parameters, or one sharding for all, or None for the
-      first local device.
-
-  Returns:
-    The parameters, the config they were trained with (migrated to the present
-    schema), and everything else the step says about itself.
-
-  Raises:
-    UserError: no checkpoint there (says what is), no such step, or all damaged.
-  """
-  directory = checkpoint_directory(workdir)
-  steps = list_steps(directory)
-  if step is not None and step not in steps:
-    raise UserError(
-      f"--step={step} is not in {directory}: there are {_numbers_in_words(steps)}."
-    )
-  reasons = []
-  for candidate in [step] if step is not None else reversed(steps):
-    try:
-      meta = read_meta(directory / str(candidate))
-      target = params_target(meta, shardings)
-      state = read_state(directory / str(candidate), meta, {"params": target})
-      return state["params"], config_io.from_dict(meta["config"]), meta
-    except DamagedCheckpointError as e:
-      reasons.append(f"step {candidate}: {e}")
-      absl_logging.warning("%s: checkpoint is damaged, %s", directory, reasons[-1])
-  raise UserError(
-    f"{directory} has no checkpoint that is whole. {'. '.join(reasons)}. "
-    "Choose another --step, or train again."
+def _read_arrays(directory: Any, target: Any) -> Any:
+  quiet()
+  args = ocp.args.PyTreeRestore(
+    item=target,
+    restore_args=ocp.checkpoint_utils.construct_restore_args(target),
+    partial_restore=True,
   )
-
-
-def checkpoint_directory(workdir: Path | str) -> Path:
-  """Where a workdir's checkpoints are, which must exist.
-
-  An absolute path, because Orbax takes no other, and a user types runs/default.
-
-  Raises:
-    UserError: there are none; lists what is there instead.
-  """
-  workdir = Path(workdir)
-  for directory in (workdir / DIRECTORY, workdir):
-    if list_steps(directory):
-      return directory.resolve()
-  if not workdir.is_dir():
-    raise UserError(f"--workdir={workdir} is not a directory.")
-  found = sorted(p.name for p in workdir.iterdir())
-  inside = f"it holds {', '.join(found[:10])}" if found else "it is empty"
-  if len(found) > 10:
-    inside += f" and {len(found) - 10} more"
-  raise UserError(
-    f"--workdir={workdir} has no checkpoint: {inside}. Give the directory that "
-    "experiments.train was given, after its first checkpoint."
-  )
-
-
-def params_target(meta: dict[str, Any], shardings: Any = None) -> Params:
-  """The shapes of a checkpoint's parameters, as a nested dict."""
-  target: Params = {}
-  for name, leaf in meta["leaves"].items():
-    keys = name.split(".")
-    if keys[0] != "params":
-      continue
-    node = functools.reduce(lambda n, key: n.setdefault(key, {}), keys[1:-1], target)
-    node[keys[-1]] = jax.ShapeDtypeStruct(tuple(leaf["shape"]), np.dtype(leaf["dtype"]))
-  for name in meta.get("empty", []):
-    functools.reduce(lambda n, key: n.setdefault(key, {}), name.split(".")[1:], target)
-  if shardings is None:
-    return target
-  if isinstance(shardings, jax.sharding.Sharding):
-    one = shardings
-    shardings = jax.tree.map(lambda _: one, target)
-  return jax.tree.map(
-    lambda s, h: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=h), target, shardings
-  )
-
-
-def init_from(source: Path | str, target: Params, step: int | None = None) -> Params:
-  """Parameters of another run, to start a new one from.
-
-  Args:
-    source: the other run's workdir, --init_from.
-    target: the new model's parameters, shapes with shardings (or arrays).
-
-  Raises:
-    ConfigError: the shapes differ; names the leaves.
-    UserError: as `restore_params`.
-  """
-  directory = checkpoint_directory(source)
-  newest = list_steps(directory)[-1] if step is None else step
-  try:
-    meta = read_meta(directory / str(newest))
-  except DamagedCheckpointError:
-    meta = {}
-  problems = mismatches(meta["leaves"], target, prefix="params.") if meta else []
-  if problems:
-    more = f" (and {len(problems) - 5} more)" if len(problems) > 5 else ""
-    raise ConfigError(
-      f"--init_from={source} does not fit the model of --config: "
-      f"{'; '.join(problems[:5])}{more}. Give both the same model and moe fields."
-    )
-  shardings = jax.tree.map(lambda leaf: leaf.sharding, as_target(target))
-  return restore_params(source, step, shardings)[0]
+  # Not through Orbax's Checkpointer, whose restore ends in a barrier: where one
+  # process cannot read its part, the others would wait for it there.
+  with contextlib.closing(ocp.PyTreeCheckpointHandler()) as handler:
+    return handler.restore(directory, args=args)
 
 
 def saved_expert_axes(leaves: dict[str, Any]) -> dict[str, int]:
@@ -315,7 +246,3 @@ def _is_ours(error: Exception) -> bool:
 def _one_line(error: Exception, limit: int = 200) -> str:
   text = " ".join(str(error).split()) or type(error).__name__
   return text if len(text) <= limit else text[: limit - 3] + "..."
-
-
-def _numbers_in_words(steps: list[int]) -> str:
-  return ", ".join(str(s) for s in steps) if steps else "none"

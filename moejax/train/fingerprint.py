@@ -10,7 +10,8 @@ it always (an odd weight has an inverse modulo 2^64), two swapped blocks or many
 changed words all but surely. Before the weights of the expert axis and of the
 axes in front of it are applied, the partial sums are one number per expert, and
 equal experts have equal numbers wherever they stand: a swapped, duplicated or
-missing expert is found and named.
+missing expert is found and named. What several processes hold is summed by one of
+them; `every_copy` finds out whether the others hold the same.
 
 `sha256` is what a person compares between two runs: over every byte of every
 leaf in a fixed order, on one host.
@@ -38,7 +39,7 @@ Checksum = dict[str, Any]
 nested lists of hex numbers, one per index up to and including the expert axis."""
 
 
-_SUMS = ("sum", "experts")
+_SUMS = ("sum", "experts", "apart")
 
 
 def leaf_name(path: tuple[Any, ...]) -> str:
@@ -92,14 +93,27 @@ def expert_axes(tree: Any, logical_axes: Any) -> dict[str, int]:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class _Part:
+  """A part of an array, on the host."""
+
+  index: tuple[slice, ...]
+  bits: np.ndarray
+  answers: bool
+  """Whether this process is the one of its holders that adds it to the sum."""
+  balance: int
+  """Weight under which equal copies cancel: how many others hold it, or -1."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class HostLeaf:
   """A leaf as far as this process holds it, on the host."""
 
   shape: tuple[int, ...]
   dtype: str
-  shards: list[tuple[tuple[slice, ...], np.ndarray]]
-  """Where each part lies in the array of bits, and the part; each element once."""
+  parts: list[_Part]
+  """No element is in two of them."""
   bits_shape: tuple[int, ...]
+  every_copy: bool
   expert_axis: int | None = None
 
 
@@ -111,18 +125,34 @@ def snapshot(tree: Any, axes: Mapping[str, int] | None = None) -> dict[str, Host
     axes: the expert axis of each leaf that has one; see `expert_axes`.
   """
   axes = axes or {}
-  out = {}
-  for name, leaf in named_leaves(tree).items():
-    bits = raw(leaf)
-    bits = bits if isinstance(bits, jax.Array) else np.asarray(bits)
-    out[name] = HostLeaf(
-      shape=tuple(np.shape(leaf)),
-      dtype=str(getattr(leaf, "dtype", bits.dtype)),
-      shards=_shards(bits),
-      bits_shape=tuple(bits.shape),
-      expert_axis=axes.get(name),
-    )
-  return out
+  return {n: _host_leaf(leaf, axes.get(n)) for n, leaf in named_leaves(tree).items()}
+
+
+def verified(tree: Any, axes: Mapping[str, int]) -> dict[str, Checksum]:
+  """The checksums of what was restored, over all processes and all their copies.
+
+  A collective: every process calls it. Arguments as those of `snapshot`.
+  """
+  every_copy = jax.process_count() > 1
+  return all_processes(
+    {
+      name: _leaf_checksum(_host_leaf(leaf, axes.get(name), every_copy))
+      for name, leaf in named_leaves(tree).items()
+    }
+  )
+
+
+def _host_leaf(leaf: Any, axis: int | None, every_copy: bool = False) -> HostLeaf:
+  bits = raw(leaf)
+  bits = bits if isinstance(bits, jax.Array) else np.asarray(bits)
+  return HostLeaf(
+    shape=tuple(np.shape(leaf)),
+    dtype=str(getattr(leaf, "dtype", bits.dtype)),
+    parts=_parts(bits, every_copy),
+    bits_shape=tuple(bits.shape),
+    every_copy=every_copy,
+    expert_axis=axis,
+  )
 
 
 def checksums(leaves: Mapping[str, HostLeaf]) -> dict[str, Checksum]:
@@ -166,6 +196,13 @@ def differences(
       if "experts" in was and "experts" in now:
         detail = _experts_in_words(was["experts"], now["experts"])
       lines.append(f"{name} changed{detail}")
+    elif any(apart := _numbers(now.get("apart", []))):
+      detail = ""
+      if "experts" in now:
+        detail = _experts_in_words(
+          _with_numbers(now["apart"], iter([0] * len(apart))), now["apart"]
+        )
+      lines.append(f"{name} is not the same in all processes{detail}")
   return lines
 
 
@@ -213,33 +250,65 @@ def _contract(words: np.ndarray, first_axis: int, index: tuple[slice, ...]):
   return words.astype(np.uint64)
 
 
-def _shards(bits: jax.Array | np.ndarray) -> list[tuple[tuple[slice, ...], np.ndarray]]:
-  """The parts of an array that this process answers for, each element once."""
+def _parts(bits: jax.Array | np.ndarray, every_copy: bool) -> list[_Part]:
+  """What this process answers for and, if asked, what it holds a copy of."""
+  if isinstance(bits, np.ndarray) or bits.is_fully_addressable:
+    holders = dict.fromkeys(_held(bits), frozenset(range(jax.process_count())))
+  else:
+    sets: dict[_Place, set[int]] = {}
+    for device, index in bits.sharding.devices_indices_map(bits.shape).items():
+      sets.setdefault(_place(index), set()).add(device.process_index)
+    holders = {place: frozenset(processes) for place, processes in sets.items()}
+  parts = []
+  for place, (index, data) in _held(bits).items():
+    answers = jax.process_index() == min(holders[place])
+    if answers or every_copy:
+      # On CPU this is a view: it keeps the buffer, which jax then does not reuse for
+      # the result of a donating step but copies.
+      balance = len(holders[place]) - 1 if answers else -1
+      parts.append(
+        _Part(index=index, bits=np.asarray(data), answers=answers, balance=balance)
+      )
+  return parts
+
+
+_Place = tuple[tuple[int | None, int | None], ...]
+
+
+def _place(index: tuple[slice, ...]) -> _Place:
+  """An index as a key: slices have no hash before Python 3.12."""
+  return tuple((s.start, s.stop) for s in index)
+
+
+def _held(bits: jax.Array | np.ndarray) -> dict[_Place, tuple[tuple[slice, ...], Any]]:
+  """The different parts of an array on this process's devices, not yet fetched."""
   if isinstance(bits, np.ndarray):
     everything = (slice(None),) * bits.ndim
-    return [(everything, bits)] if jax.process_index() == 0 else []
-  # On CPU these are views: they keep the buffer, which jax then does not reuse for
-  # the result of a donating step but copies.
-  return [
-    (s.index, np.asarray(s.data)) for s in bits.addressable_shards if s.replica_id == 0
-  ]
+    return {_place(everything): (everything, bits)}
+  return {_place(s.index): (s.index, s.data) for s in bits.addressable_shards}
 
 
 @np.errstate(over="ignore")  # the sums are modulo 2^64 by design
 def _leaf_checksum(leaf: HostLeaf) -> Checksum:
   kept = 0 if leaf.expert_axis is None else leaf.expert_axis + 1
   partial = np.zeros(leaf.bits_shape[:kept], np.uint64)
-  for index, shard in leaf.shards:
-    partial[index[:kept]] += _contract(_words(shard), kept, index)
+  apart = np.zeros_like(partial)
+  for part in leaf.parts:
+    numbers = _contract(_words(part.bits), kept, part.index)
+    apart[part.index[:kept]] += numbers * np.uint64(part.balance % 2**64)
+    if part.answers:
+      partial[part.index[:kept]] += numbers
   total = _contract(partial, 0, (slice(None),) * kept)
   out: Checksum = {
     "shape": list(leaf.shape),
     "dtype": leaf.dtype,
     "sum": _hex(int(total)),
   }
+  as_hex = np.vectorize(lambda v: _hex(int(v)), otypes=[object])
   if kept:
-    as_hex = np.vectorize(lambda v: _hex(int(v)), otypes=[object])
     out["experts"] = as_hex(partial).tolist()
+  if leaf.every_copy:
+    out["apart"] = as_hex(apart).tolist()
   return out
 
 

@@ -51,7 +51,7 @@ def already_done(run: Run, reporter: Reporter) -> dict[str, Any]:
   result = _read(path)
   if result.get("step") != run.start_step:
     return finish(run, reporter)
-  picture = report.draw(run.workdir)
+  picture = report.draw(run.workdir) if jax.process_index() == 0 else None
   reporter.close()
   reporter.message(
     f"Already done: {run.workdir} is at step {run.start_step} of "

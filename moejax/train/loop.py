@@ -113,14 +113,13 @@ def fit(run: Run, reporter: Reporter, stop: StopRequest) -> int:
   )
   train_step = wire.watched(train_step, run.config, run.mesh)
   evaluate = make_evaluate(run)
-  sharding = rules.batch_sharding(run.mesh)
   log = StepLog(run, reporter)
   batches = train_batches(run)
   step = start
   reporter.update(step, {})
   try:
     while step < end:
-      batch = step_lib.to_devices(next(batches), sharding)
+      batch = step_lib.to_devices(next(batches), run.mesh)
       run.state, device_metrics = train_step(run.state, batch)
       step += 1
       # Step n-1's metrics are read after step n was started: the device never
@@ -153,8 +152,7 @@ def train_batches(run: Run) -> Iterator[dict[str, np.ndarray]]:
     run.config.train.batch_size,
     run.config.train.seed,
     start_step=run.start_step,
-    process_index=jax.process_index(),
-    process_count=jax.process_count(),
+    rows=rules.local_rows(run.mesh, run.config.train.batch_size),
   )
 
 
@@ -167,14 +165,11 @@ def make_evaluate(run: Run):
     run.model, run.mesh, config.moe.eval_capacity_factor, token_bytes=run.token_bytes
   )
 
+  batch_size = config.train.batch_size // config.train.accumulation
+  rows = rules.local_rows(run.mesh, batch_size)
+
   def evaluate(limit: int = config.train.eval_batches) -> dict[str, Any] | None:
-    batches = run.dataset.eval_batches(
-      "validation",
-      config.train.batch_size // config.train.accumulation,
-      limit=limit,
-      process_index=jax.process_index(),
-      process_count=jax.process_count(),
-    )
+    batches = run.dataset.eval_batches("validation", batch_size, limit=limit, rows=rows)
     return validation.evaluate(eval_step, run.state["params"], batches, run.mesh)
 
   return evaluate

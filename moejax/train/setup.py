@@ -71,7 +71,12 @@ def set_up(
   mesh = make_mesh(config.mesh, devices)
   # Twice: refused before minutes of preparing data, written once they are known.
   workdir_lib.prepare(workdir, config)
-  dataset = data.load(config.data, workdir=workdir, like=init_from or None)
+  dataset = data.load(
+    config.data,
+    workdir=workdir,
+    like=init_from or None,
+    store=jax.process_index() == 0,
+  )
   dataset.check_batch_size(config.train.batch_size)
   workdir_lib.prepare(workdir, config, dataset.fingerprint)
 

@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh, PartitionSpec
 from jaxtyping import Array, Float, Int, Key
 
 from moejax.config import Config
@@ -314,12 +314,9 @@ def make_eval_step(
   )
 
 
-def to_devices(batch: dict[str, Any], sharding: NamedSharding) -> Batch:
+def to_devices(batch: dict[str, Any], mesh: Mesh) -> Batch:
   """Puts this process's rows of a batch where the compiled steps expect them.
 
   Keys that no model reads (`domain`) stay behind.
   """
-  return {
-    name: jax.make_array_from_process_local_data(sharding, batch[name])
-    for name in MODEL_KEYS
-  }
+  return {name: rules.place_rows(mesh, batch[name]) for name in MODEL_KEYS}

@@ -6,7 +6,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from moejax.parallel import hang, rules
+from moejax.parallel import hang
 from moejax.train import metrics
 from moejax.train import step as step_lib
 from moejax.types import Params
@@ -32,10 +32,9 @@ def evaluate(
     loss, bits_per_byte where known, aux terms, dropped_fraction, num_tokens and
     `moe` (per layer); None if there was not one valid token.
   """
-  sharding = rules.batch_sharding(mesh)
   total, pending = None, None
   for batch in batches:
-    sums = eval_step(params, step_lib.to_devices(batch, sharding))
+    sums = eval_step(params, step_lib.to_devices(batch, mesh))
     # The sums of one batch are fetched while the next is computed. They are
     # added in float64: thousands of batches would lose digits in float32.
     total, pending = _add(total, pending), sums

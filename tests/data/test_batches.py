@@ -43,6 +43,36 @@ def test_processes_divide_the_rows_of_the_same_global_batch(small: Dataset, coun
   assert_same(alone, together)
 
 
+@pytest.mark.parametrize("kind", ["train_batches", "eval_batches"])
+def test_any_rows_may_be_asked_for(small: Dataset, kind):
+  """Rows that are no neighbours, as some meshes give them, are those of the whole."""
+  rows = np.array([0, 3, 5])
+  args = {"train_batches": (8, 3), "eval_batches": ("test", 8)}[kind]
+  make = getattr(small, kind)
+  alone, some = take(make(*args), 3), take(make(*args, rows=rows), 3)
+  assert_same([{k: v[rows] for k, v in batch.items()} for batch in alone], some)
+
+
+@pytest.mark.parametrize("count", [1, 2, 4])
+def test_processes_read_every_token_of_an_epoch_once(small: Dataset, count):
+  """Over one epoch, what the processes read adds up to the corpus, each token once."""
+  steps = -(-small.num_sequences("train") // 8)
+  parts = [
+    take(small.train_batches(8, 0, process_index=i, process_count=count), steps)
+    for i in range(count)
+  ]
+  # The last batch is filled up from the next epoch, in the order of its rows.
+  end = small.num_sequences("train")
+  numbers = np.arange(steps * 8).reshape(steps, count, -1)
+  counts = np.zeros(264, np.int64)
+  for index, part in enumerate(parts):
+    for step, batch in enumerate(part):
+      mine = (numbers[step, index] < end)[:, None] & (batch["segment_ids"] > 0)
+      counts += np.bincount(batch["targets"][mine], minlength=264)
+  np.testing.assert_array_equal(counts[:256], small.byte_counts("train"))
+  assert counts.sum() == small.num_tokens("train")
+
+
 def test_a_restart_goes_on_where_it_stopped(small: Dataset):
   """Starting at step n gives the n-th batch of an unbroken run, over epoch ends too."""
   steps = 2 * small.num_sequences("train") // 32 + 3

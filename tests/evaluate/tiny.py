@@ -81,15 +81,15 @@ class TinyDataset:
     split: str,
     batch_size: int,
     limit: int = 0,
-    process_index: int = 0,
-    process_count: int = 1,
+    rows: np.ndarray | None = None,
   ) -> Iterator[dict[str, np.ndarray]]:
-    del split, process_index, process_count
-    rows = len(next(iter(self.arrays.values())))
-    for number, start in enumerate(range(0, rows, batch_size)):
+    del split
+    assert rows is None or len(rows) == batch_size  # one process has them all
+    count = len(next(iter(self.arrays.values())))
+    for number, start in enumerate(range(0, count, batch_size)):
       if limit and number == limit:
         return
-      missing = max(0, start + batch_size - rows)
+      missing = max(0, start + batch_size - count)
       yield {
         name: np.pad(array[start : start + batch_size], ((0, missing), (0, 0)))
         for name, array in self.arrays.items()

@@ -1,6 +1,7 @@
-"""Two real processes save and restore one state; one process reads it back."""
+"""Several real processes save and restore one state; one process reads it back."""
 
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -9,6 +10,10 @@ import numpy as np
 import pytest
 
 from moejax.train.checkpoint import DIRECTORY, restore_params
+from moejax.train.checkpoint_read import read_meta
+from tests.train import layouts
+from tests.train.test_checkpoint_layouts import W_IN, change
+from tools import launch_local
 from tools.launch_local import free_port
 
 ROOT = Path(__file__).parents[2]
@@ -78,3 +83,105 @@ def test_two_processes_write_one_checkpoint_and_agree_on_damage(tmp_path):
   assert len(meta["leaves"]["params.w"]["experts"]) == 4
   names = sorted(p.name for p in (tmp_path / DIRECTORY).iterdir())
   assert names == ["1", "2.damaged"]
+
+
+def launch(tmp_path: Path, script: str, *args: object) -> int:
+  """Two processes with four devices each."""
+  command = [sys.executable, "-c", script, *(str(arg) for arg in args)]
+  flags = ["--devices_per_process=4", f"--logs={tmp_path}", "--", *command]
+  return launch_local.main(flags)
+
+
+_ACROSS = """
+import sys
+from pathlib import Path
+from moejax.parallel import distributed
+distributed.initialize()
+from tests.train import layouts
+
+source, goal = map(Path, sys.argv[1:])
+for mesh in ("data 8", "expert 2 x fsdp 2 x tensor 2"):
+  state, step = layouts.resume(source, mesh)
+  assert step == layouts.STEP
+  layouts.assert_whole(state, mesh)
+checkpoints = layouts.open_checkpoints(goal, mesh)
+assert checkpoints.save(step, state, position={"step": step})
+assert checkpoints.close()
+"""
+
+
+@pytest.mark.slow
+def test_another_number_of_processes_restores_the_same_bits(tmp_path):
+  """One process saves, two restore on two meshes and save, one restores again.
+
+  Every part is compared on the device where it lies, and the checksums of both
+  checkpoints are the same. Both processes wrote arrays.
+  """
+  one, two = tmp_path / "one", tmp_path / "two"
+  layouts.save(one, "expert 4 x data 2")
+  assert launch(tmp_path, _ACROSS, one, two) == 0
+  for mesh in ("1", "fsdp 8"):
+    state = layouts.restore(two, mesh, warn=pytest.fail)
+    layouts.assert_whole(state, mesh)
+  steps = [path / DIRECTORY / str(layouts.STEP) for path in (one, two)]
+  first, second = (read_meta(step)["leaves"] for step in steps)
+  assert first == second
+  for index in range(2):
+    files = (steps[1] / "state" / f"ocdbt.process_{index}").rglob("*")
+    assert sum(f.stat().st_size for f in files if f.is_file()) > 100_000
+
+
+_OWN_DISK = """
+import sys
+from pathlib import Path
+import jax
+from moejax.parallel import distributed
+distributed.initialize()
+from moejax.errors import UserError
+from tests.train import layouts
+
+for case in sys.argv[1].split(","):
+  mesh, name = case.split(":")
+  workdir = Path(sys.argv[2 + jax.process_index()]) / name
+  try:
+    layouts.resume(workdir, mesh)
+    print("said: restored", flush=True)
+  except UserError as error:
+    print("said:", " ".join(str(error).split()), flush=True)
+"""
+
+
+@pytest.mark.slow
+def test_a_process_that_reads_something_else_is_found_out(tmp_path, capfd):
+  """Process 1 has a disk of its own, on which a checkpoint has changed.
+
+  In parts that it alone holds, in copies of what process 0 holds too, and in a file
+  that it cannot read. Each time both refuse, and neither waits for the other.
+  """
+  good, bad = tmp_path / "0", tmp_path / "1"
+  layouts.save(good / "own", "expert 8")
+  shutil.copytree(good / "own", bad / "own")
+
+  def swap(w):
+    w[0, [5, 6]] = w[0, [6, 5]]
+
+  change(bad / "own", f"params.{W_IN}", swap)
+  for root in (good, bad):
+    for name in ("copy", "file"):
+      shutil.copytree(root / "own", root / name)
+  shutil.rmtree(bad / "file" / DIRECTORY / str(layouts.STEP) / "state" / "d")
+  cases = "expert 8:own,data 8:copy,data 8:file"
+  assert launch(tmp_path, _OWN_DISK, cases, good, bad) == 0
+  texts = capfd.readouterr().out, (tmp_path / "process_1.log").read_text()
+  first, second = (
+    [line for line in text.splitlines() if line.startswith("said:")] for text in texts
+  )
+  changed = (
+    f"params.{W_IN} changed: expert 5 of layer 0 holds what was expert 6 of layer 0"
+  )
+  apart = f"params.{W_IN} is not the same in all processes: expert 5 of layer 0, expert 6"
+  for said in (first, second):
+    assert len(said) == 3
+    assert changed in said[0] and apart in said[1]
+  assert "another process found it damaged" in first[2]
+  assert "its arrays cannot be read" in second[2]
