@@ -46,20 +46,36 @@ _OUTPUT = flags.DEFINE_string(
 
 def main() -> None:
   # jax is imported after the flags are known to be right.
-  import jax
-
-  from moejax import data
   from moejax.evaluate import perplexity
-  from moejax.parallel import distributed, host_memory
-  from moejax.parallel.mesh import make_mesh
-  from moejax.train.checkpoint import peek, restore_params
-  from moejax.train.state import param_shardings
+  from moejax.parallel import distributed
 
   workdir = _workdir()
   output = _writable(pathlib.Path(_OUTPUT.value or workdir))
   factors = perplexity.parse_capacity_factors(_FACTORS.value) if _FACTORS.value else None
+  facts = {f"--{name}": str(value) for name, value in _asked().items()}
+  with distributed.joined(facts=facts):
+    evaluate(workdir, output, factors)
 
-  distributed.initialize()
+
+def _asked() -> dict[str, Any]:
+  """What all processes of one evaluation must have been asked for."""
+  flag_values = {f.name: f.value for f in (_STEP, _SPLIT, _FACTORS, _BATCH, _LIMIT)}
+  return {"workdir": flags.FLAGS.workdir} | flag_values | cli.overrides()
+
+
+def evaluate(
+  workdir: pathlib.Path, output: pathlib.Path, factors: tuple[float | None, ...] | None
+) -> None:
+  """Restores, evaluates and tells; in every process of a job alike."""
+  import jax
+
+  from moejax import data
+  from moejax.evaluate import perplexity
+  from moejax.parallel import host_memory
+  from moejax.parallel.mesh import make_mesh
+  from moejax.train.checkpoint import peek, restore_params
+  from moejax.train.state import param_shardings
+
   host_memory.keep_freed_pages()
   tells = jax.process_index() == 0
   shapes, config, _ = peek(workdir, _STEP.value)

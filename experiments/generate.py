@@ -30,7 +30,6 @@ _NUM_SAMPLES = flags.DEFINE_integer("num_samples", 1, "Samples of each prompt.")
 
 def main() -> None:
   # jax is imported after the flags are known to be right.
-  import jax
 
   from moejax.data.tokenizer import load_tokenizer
   from moejax.evaluate import generation
@@ -38,11 +37,11 @@ def main() -> None:
   from moejax.parallel import distributed, host_memory
   from moejax.train.checkpoint import restore_params
 
-  distributed.initialize()
-  if jax.process_count() > 1:
+  place = distributed.find_place()
+  if place is not None and place.count > 1:
     raise UserError(
       f"experiments.generate samples in one process, and this is one of "
-      f"{jax.process_count()}: start it by itself, without a launcher."
+      f"{place.count}: start it by itself, without a launcher."
     )
   host_memory.keep_freed_pages()
   if not flags.FLAGS.workdir:

@@ -114,12 +114,10 @@ def show(found: dict[str, Any], console: Console) -> None:
   console.print(memory_table(found))
   for line in summary(found):
     console.print(line, markup=False, highlight=False)
-  verdict = "fits" if found["fits"] else "does NOT fit"
   if found["hbm_bytes"]:
-    console.print(
-      f"{found['topology']}: {verdict}, {found['memory_per_chip_bytes']['total'] / 1e9:.1f}"
-      f" of {found['hbm_bytes'] / 1e9:.1f} GB."
-    )
+    used, there = found["memory_per_chip_bytes"]["total"] / 1e9, found["hbm_bytes"] / 1e9
+    verdict = "fits" if found["fits"] else "does NOT fit"
+    console.print(f"{found['topology']}: {verdict}, {used:.1f} of {there:.1f} GB.")
 
 
 def main() -> int:

@@ -50,10 +50,10 @@ def tpu_attention(
   def local(query: Array, key: Array, value: Array, segment_ids: Array) -> Array:
     kernel = _kernel(query.shape[2], query.shape[1], window, interpret)
     scaled = query * jnp.asarray(query.shape[-1] ** -0.5, query.dtype)
-    heads_first = (a.swapaxes(1, 2) for a in (scaled, key, value))
+    q, k, v = (a.swapaxes(1, 2) for a in (scaled, key, value))
     with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
       out = jax.vmap(lambda q, k, v, ids: kernel(q, k, v, _segments(ids)))(
-        *heads_first, segment_ids
+        q, k, v, segment_ids
       )
     return out.swapaxes(1, 2)
 

@@ -32,7 +32,7 @@ _DEFAULT = (
 def keep_freed_pages() -> bool:
   """Makes glibc keep freed memory for later, if this process computes on its CPU.
 
-  To be called before jax starts its threads, and after `distributed.initialize`. The
+  To be called before jax starts its threads, and inside `distributed.joined`. The
   process never gets smaller again, as with an accelerator's allocator.
 
   Returns:

@@ -164,8 +164,8 @@ def prepare(topology: Topology) -> None:
   if needs and importlib.util.find_spec(needs[0]) is None:
     raise UserError(
       f"--topology={topology}: compiling for it needs the package {needs[0]}, which is "
-      f"not installed. Install the extra: pip install 'moejax[{needs[1]}]', in a checkout "
-      f"pip install -e '.[{needs[1]}]'."
+      f"not installed. Install the extra: pip install 'moejax[{needs[1]}]', in a "
+      f"checkout pip install -e '.[{needs[1]}]'."
     )
   os.environ["JAX_PLATFORMS"] = "cpu"
   if family == "tpu":

@@ -1,5 +1,7 @@
 """Kernels for TPUs, run by Pallas's interpreter, against what a CPU computes."""
 
+import itertools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -36,7 +38,7 @@ def test_steps_visit_every_row_once(sizes):
   expert, row_tile, bounds, count = plan_steps(jnp.asarray(sizes), num_tiles, tile)
   steps = list(zip(np.asarray(expert), np.asarray(row_tile), strict=True))[: int(count)]
   assert len(set(steps)) == len(steps) and steps == sorted(steps, key=lambda s: s[0])
-  for number, (start, end) in enumerate(zip(bounds[:-1], bounds[1:], strict=True)):
+  for number, (start, end) in enumerate(itertools.pairwise(bounds)):
     tiles = {int(row) // tile for row in range(int(start), int(end))}
     visited = {int(t) for e, t in steps if e == number}
     assert tiles <= visited and len(visited) == max(1, len(tiles))

@@ -10,6 +10,7 @@ from tests.data.conftest import small_config
 from tools import launch_local
 
 _READ = """
+import contextlib
 import sys
 import jax, numpy as np
 from jax.sharding import AxisType, Mesh
@@ -17,7 +18,8 @@ from moejax.parallel import distributed, mesh as meshes, rules
 from tests.data.conftest import small_config
 from moejax.data import load
 
-distributed.initialize()
+stack = contextlib.ExitStack()
+stack.enter_context(distributed.joined())
 cache, out = sys.argv[1:]
 dataset, batch = load(small_config(cache)), 8
 steps = -(-dataset.num_sequences("train") // batch)
@@ -44,6 +46,7 @@ np.savez(
   interleaved=read((2, 1, 2, 1), [0, 2, 1, 3]),
   shared=read((1, 1, 1, 4), [0, 1, 2, 3]),
 )
+stack.close()
 """
 
 

@@ -5,7 +5,7 @@ import pytest
 
 from moejax.config import Config, MeshConfig, ModelConfig, MoEConfig
 from moejax.models.decoder import Decoder
-from moejax.parallel import hlo, intended, rules
+from moejax.parallel import hlo, hlo_groups, intended, rules
 from moejax.parallel.mesh import AXES, make_mesh
 from moejax.train import state as state_lib
 from moejax.train import step as step_lib
@@ -103,7 +103,9 @@ def test_a_program_by_hand():
 )
 def test_every_spelling_of_device_groups(spelling, groups):
   """Lists, iota tiles, and axes of a mesh, whole or in part."""
-  assert hlo.groups_of(f"%x), replica_groups={spelling}, dimensions={{0}}") == groups
+  assert (
+    hlo_groups.groups_of(f"%x), replica_groups={spelling}, dimensions={{0}}") == groups
+  )
 
 
 B, S, D, E, LAYERS = 8, 16, 16, 8, 2

@@ -93,10 +93,12 @@ def launch(tmp_path: Path, script: str, *args: object) -> int:
 
 
 _ACROSS = """
+import contextlib
 import sys
 from pathlib import Path
 from moejax.parallel import distributed
-distributed.initialize()
+stack = contextlib.ExitStack()
+stack.enter_context(distributed.joined())
 from tests.train import layouts
 
 source, goal = map(Path, sys.argv[1:])
@@ -107,6 +109,7 @@ for mesh in ("data 8", "expert 2 x fsdp 2 x tensor 2"):
 checkpoints = layouts.open_checkpoints(goal, mesh)
 assert checkpoints.save(step, state, position={"step": step})
 assert checkpoints.close()
+stack.close()
 """
 
 
@@ -132,11 +135,13 @@ def test_another_number_of_processes_restores_the_same_bits(tmp_path):
 
 
 _OWN_DISK = """
+import contextlib
 import sys
 from pathlib import Path
 import jax
 from moejax.parallel import distributed
-distributed.initialize()
+stack = contextlib.ExitStack()
+stack.enter_context(distributed.joined())
 from moejax.errors import UserError
 from tests.train import layouts
 
@@ -148,6 +153,7 @@ for case in sys.argv[1].split(","):
     print("said: restored", flush=True)
   except UserError as error:
     print("said:", " ".join(str(error).split()), flush=True)
+stack.close()
 """
 
 
