@@ -10,15 +10,13 @@ program holds one that nothing asks for.
 """
 
 import json
-from typing import Any
 
 from absl import flags
-from rich import box
 from rich.console import Console
-from rich.table import Table
 
 from moejax import cli
 from moejax.config import Config
+from tools.collective_table import make_table
 
 _DEVICES = flags.DEFINE_integer("devices", 8, "Fake devices.", lower_bound=1)
 _JSON = flags.DEFINE_bool("json", False, "Print JSON instead of a table.")
@@ -41,24 +39,6 @@ def compile_step(config: Config, devices: int) -> tuple[str, tuple[int, ...]]:
 
   step = plan_compile.compile_step(config, jax.devices())
   return step.compiled.as_text(), step.mesh.devices.shape
-
-
-def make_table(rows: list[dict[str, Any]]) -> Table:
-  table = Table(box=box.SIMPLE_HEAD)
-  for name in ("kind", "axis", "count", "buffer", "sent/step", "line", "for"):
-    right = name in ("count", "buffer", "sent/step")
-    table.add_column(name, justify="right" if right else "left")
-  for row in rows:
-    table.add_row(
-      row["kind"],
-      row["axis"],
-      str(row["count"]),
-      f"{row['bytes']:,}",
-      f"{row['bytes_per_chip']:,}",
-      row["source"],
-      row["purpose"] or "NOT INTENDED",
-    )
-  return table
 
 
 def main() -> int:

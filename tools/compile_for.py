@@ -21,6 +21,7 @@ from rich.table import Table
 
 from moejax import cli
 from moejax.plan import topology as topology_lib
+from tools.collective_table import make_table
 
 _TOPOLOGY = flags.DEFINE_string("topology", "cpu:8", "KIND:SHAPE, such as v5p:4x4x8.")
 _SLICES = flags.DEFINE_integer("slices", 1, "TPU slices of that shape.", lower_bound=1)
@@ -105,8 +106,6 @@ def summary(found: dict[str, Any]) -> list[str]:
 
 
 def show(found: dict[str, Any], console: Console) -> None:
-  from tools.collectives import make_table
-
   if "refusal" in found:
     console.print(f"Does not fit: {found['refusal']}", markup=False)
     return

@@ -7,7 +7,7 @@ from jaxtyping import Array, Float, Int
 from moejax.config import ModelConfig
 from moejax.layers import parameter
 from moejax.layers.norm import RMSNorm
-from moejax.parallel.lookup import lookup
+from moejax.parallel.vocabulary import lookup, score
 
 
 class Embedding(nnx.Module):
@@ -39,6 +39,4 @@ class Embedding(nnx.Module):
   def logits(self, x: Float[Array, "B S D"]) -> Float[Array, "B S V"]:
     x = self.norm(x)
     head = self.table[...].T if self.tied else self.head[...]
-    return jnp.einsum(
-      "bsd,dv->bsv", x, head.astype(x.dtype), preferred_element_type=jnp.float32
-    )
+    return score(x, head.astype(x.dtype))

@@ -8,12 +8,12 @@ from moejax.config import Config
 from moejax.parallel.hlo import Collective
 from moejax.parallel.mesh import TOKEN_AXES
 
-_SMALL = 1 << 16
-"""Bytes below which an all-reduce over fsdp is sums and norms, and no weight matrix."""
-
-
 _NO_SCATTER = "gradients of weights (a CPU has no reduce-scatter pass)"
 """XLA:CPU leaves an all-reduce of which each device keeps a part as it is."""
+
+
+_EVENED_OUT = "edges of a padded reduce-scatter (the TPU compiler's)"
+_LARGEST_EDGE = 1 << 26
 
 
 def reason(collective: Collective, config: Config, platform: str = "") -> str:
@@ -27,26 +27,36 @@ def reason(collective: Collective, config: Config, platform: str = "") -> str:
   axes = set(collective.axis.split(","))
   match collective.kind:
     case "all-reduce":
-      return _all_reduce(axes, collective, platform)
+      small = collective.bytes <= _small(config)
+      return _all_reduce(axes, collective, small, platform)
     case "all-gather" if axes == {"fsdp"}:
       return "weights for use"
     case "reduce-scatter" if axes == {"fsdp"}:
       return "gradients of weights"
     case "all-to-all" | "ragged-all-to-all" if axes == {"expert"}:
       return "tokens to experts and back"
+    case "collective-permute" if platform == "tpu" and not collective.source:
+      # The compiler pads what it scatters to whole tiles, and evens it out afterwards.
+      return _EVENED_OUT if collective.bytes <= _LARGEST_EDGE else ""
     case "all-gather" | "reduce-scatter" if axes == {"expert"}:
       return _over_experts(collective, config)
-    case "all-gather" if axes == {"tensor"} and "embedding" in collective.source:
-      return "looking up a cut vocabulary"
   return ""
 
 
-def _all_reduce(axes: set[str], collective: Collective, platform: str) -> str:
+def _small(config: Config) -> int:
+  """Bytes up to which an all-reduce over fsdp is sums and norms, and no matrix: a few
+  vectors of D numbers, which the compiler may join into one."""
+  return max(1 << 16, 64 * config.model.width)
+
+
+def _all_reduce(
+  axes: set[str], collective: Collective, small: bool, platform: str
+) -> str:
   if axes == {"tensor"}:
     return "partial sums over a cut width"
-  if "tensor" in axes and collective.bytes > _SMALL:
+  if "tensor" in axes and not small:
     return ""
-  if "fsdp" in axes and collective.bytes > _SMALL:
+  if "fsdp" in axes and not small:
     # Gradients of weights cut over fsdp should be reduce-scattered. Those of experts
     # are by hand, so for them no compiler is excused.
     by_hand = "moejax/parallel/" in collective.source

@@ -41,7 +41,7 @@ def report(
   text, mesh = step.compiled.as_text(), step.mesh
   program, platform = Program(text), chip.family
   rows = traffic.rows_of(config, text, mesh.devices.shape, platform)
-  network = Network(mesh, topology, chip)
+  network = Network(mesh.devices, topology, chip)
   for row in rows:
     row["network"], row["seconds"] = network.time_of(row)
   executed = program.flops(ragged_fraction(config, mesh))
@@ -149,7 +149,8 @@ def _device_bytes(tree: Any) -> int:
 class Network:
   """Where a mesh's axes lie in the machine, and what sending over them takes."""
 
-  mesh: Mesh
+  devices: np.ndarray
+  """In the shape of `AXES`."""
   topology: Topology
   chip: Chip
 
@@ -181,11 +182,10 @@ class Network:
   def _group(self, axis: str) -> list[Any]:
     """The devices of one group; of all, where no axes make the groups."""
     named = axis.split(",")
-    devices = self.mesh.devices
     if not all(name in AXES for name in named):
-      return list(devices.flat)
-    index = tuple(slice(None) if name in named else 0 for name in AXES)
-    return list(np.atleast_1d(devices[index]).flat)
+      return list(self.devices.flat)
+    index = tuple(slice(None) if name in named else slice(1) for name in AXES)
+    return list(self.devices[index].flat)
 
 
 def roofline(
