@@ -3,7 +3,7 @@ r"""A decoder of Switch-C's size (arXiv:2101.03961, table 9): 1.57T parameters.
 30 layers of D 2080 with 32 heads of 64, every feed-forward a Switch layer of 2,048 ReLU
 experts of F 6144, top-1, capacity factor 1.25. Switch-C itself is an encoder-decoder of
 15 + 15 such layers. One routing group per chip, so that 8,192 tokens have 5 slots at each
-expert; experts stand on planes of 64 chips, and are cut over the 16 planes.
+expert; experts stand on 128 chips (8x16), and are cut over the eight such planes.
 
 Command:  python -m tools.compile_for --config=configs/switch_c.py --topology=v5p:8x8x16
 Hardware: 1,024 chips of a v5p pod; never run, only compiled
@@ -46,7 +46,7 @@ def get_config() -> Config:
       group_size=8192,
     ),
     optimizer=OptimizerConfig(learning_rate=1e-3, warmup_steps=10_000),
-    mesh=MeshConfig(data=1, fsdp=16, expert=-1, tensor=1),
+    mesh=MeshConfig(data=1, fsdp=8, expert=-1, tensor=1),
   )
   config.train.num_steps = 500_000
   config.train.batch_size = 8192

@@ -121,8 +121,8 @@ def show(found: dict[str, Any], console: Console) -> None:
 
 def main() -> int:
   topology = topology_lib.parse(_TOPOLOGY.value, _SLICES.value)
+  topology_lib.prepare(topology)  # Before anything imports jax.
   cli.get_config()  # Refuses a bad config before the compiler starts.
-  topology_lib.prepare(topology)
   found = measure(topology, _HLO.value)
   if _JSON.value:
     print(json.dumps(found, indent=1))

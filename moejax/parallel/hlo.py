@@ -57,6 +57,8 @@ class Collective:
   """file:line of moejax that it comes from, as far as the compiler says."""
   operation: str
   """The jax operation it comes from."""
+  across: bool = False
+  """Whether it goes over the slow network between TPU slices."""
 
 
 class Program:
@@ -78,16 +80,22 @@ class Program:
       elif current is not None and (found := _parse(line.strip())):
         current.append(found)
 
-  def collectives(self, axes: Sequence[str], sizes: Sequence[int]) -> list[Collective]:
+  def collectives(
+    self, axes: Sequence[str], sizes: Sequence[int], across: str = ""
+  ) -> list[Collective]:
     """Every collective that runs, in the order of the text.
 
     Args:
       axes: names of the mesh's axes, outermost first.
-      sizes: devices along each.
+      sizes: devices along each, within a slice: several slices run the same program.
+      across: the axis that goes over slices.
     """
     groups = axis_groups(axes, sizes)
     result = []
     for instruction, count, where in self._executed(self._entry, 1, self._entry):
+      if instruction.opcode == "send" and "megascale" in instruction.rest:
+        result.append(_across_slices(instruction, count, across))
+        continue
       kind = instruction.opcode.removesuffix("-start")
       if kind not in KINDS:
         continue
@@ -96,10 +104,7 @@ class Program:
       axis, size = axis_of(instruction.rest, groups, math.prod(sizes))
       if size == 1:
         continue
-      number = self._buffer_bytes(instruction)
-      if kind == "ragged-all-to-all":
-        # One of its buffers has room to spare; the other one is what there is to send.
-        number = min(number, self._operand_bytes(instruction, where))
+      number = self._buffer_bytes(instruction, kind, where)
       factor = {"all-reduce": 2 * (size - 1) / size, "collective-permute": 1.0}
       result.append(
         Collective(
@@ -139,7 +144,7 @@ class Program:
     for instruction in self._computations.get(self._entry, ()):
       if instruction.opcode != "while":
         continue
-      trips, total = self._trips(instruction), 0.0
+      trips, total = self._trips(instruction, self._entry), 0.0
       for text, size in zip(
         _ARRAY.findall(_LAYOUT.sub("", instruction.shape)),
         _array_bytes(instruction.shape),
@@ -157,40 +162,55 @@ class Program:
   ) -> Iterator[tuple[Instruction, int, str]]:
     for instruction in self._computations.get(name, ()):
       yield instruction, count, inside
-      times = self._trips(instruction) if instruction.opcode == "while" else 1
+      times = self._trips(instruction, name) if instruction.opcode == "while" else 1
       for role, called in _called(instruction.rest):
         if role == "to_apply" and instruction.opcode != "call":
           continue  # The scalar function of a reduction.
         yield from self._executed(called, count * times, called)
 
-  def _trips(self, instruction: Instruction) -> int:
+  def _trips(self, loop: Instruction, where: str) -> int:
     """How often a loop turns; 1 where it is only known when it runs."""
-    known = re.search(r'known_trip_count"?:\s*\{"?n"?:\s*"?(\d+)', instruction.rest)
+    known = re.search(r'known_trip_count"?:\s*\{"?n"?:\s*"?(\d+)', loop.rest)
     if known:
       return int(known[1])
-    condition = dict(_called(instruction.rest)).get("condition", "")
-    bounds = [
-      int(found[1])
-      for i in self._computations.get(condition, ())
-      if i.opcode == "constant" and (found := re.match(r"(\d+)\)", i.rest))
-    ]
-    return bounds[0] if len(bounds) == 1 else 1
+    condition = dict(_called(loop.rest)).get("condition", "")
+    inside = self._computations.get(condition, ())
+    bounds = [n for i in inside if (n := _constant(i)) is not None]
+    if len(bounds) != 1:
+      return 1
+    places = [re.search(r"index=(\d+)", i.rest) for i in inside]
+    first = [self._start(loop, int(place[1]), where) for place in places if place]
+    return bounds[0] - (first[0] if first else 0)
 
-  def _operand_bytes(self, instruction: Instruction, where: str) -> int:
-    """Of the first operand."""
-    name = instruction.rest.partition(",")[0].strip().lstrip("%")
-    shape = next(i.shape for i in self._computations[where] if i.name == name)
-    return round(sum(_array_bytes(shape)))
+  def _start(self, loop: Instruction, index: int, where: str) -> int:
+    """What a loop counts from: 0, or 1 where its first turn was taken out before it."""
+    named = {i.name: i for i in self._computations[where]}
+    at = named.get(_first_name(loop.rest))
+    if at is not None and at.opcode == "tuple":
+      names = re.findall(r"%([\w.\-]+)", at.rest.partition(")")[0])
+      at = named.get(names[index]) if index < len(names) else None
+    while at is not None and at.opcode.startswith(("copy", "bitcast")):
+      at = named.get(_first_name(at.rest))
+    return (_constant(at) or 0) if at is not None else 0
 
-  def _buffer_bytes(self, instruction: Instruction) -> int:
+  def _buffer_bytes(self, instruction: Instruction, kind: str, where: str) -> int:
     arrays = _array_bytes(instruction.shape)
+    if kind == "ragged-all-to-all":
+      # One of its buffers has room to spare; the other one is what there is to send.
+      return round(min(arrays[-1], self._operand_bytes(instruction, where)))
     if instruction.opcode.endswith("-start") and len(arrays) > 1:
       # (operands, results, contexts): of a gather the result, else the operand.
-      arrays = [max(arrays)]
-    if instruction.opcode.startswith("reduce-scatter"):
-      size = group_size(instruction.rest)
-      return round(sum(arrays) * (size or 1))
+      return round(max(arrays))
+    if instruction.opcode == "reduce-scatter":
+      return round(sum(arrays) * (group_size(instruction.rest) or 1))
     return round(sum(arrays))
+
+  def _operand_bytes(self, instruction: Instruction, where: str) -> float:
+    """Of the first operand."""
+    name = _first_name(instruction.rest)
+    return sum(
+      sum(_array_bytes(i.shape)) for i in self._computations[where] if i.name == name
+    )
 
   def _source(self, rest: str) -> str:
     direct = re.search(r'source_file="([^"]*)" source_line=(\d+)', rest)
@@ -198,6 +218,24 @@ class Program:
       return f"{_short(direct[1])}:{direct[2]}"
     frame = re.search(r"stack_frame_id=(\d+)", rest)
     return self._tables.source(int(frame[1])) if frame else ""
+
+
+def _across_slices(send: Instruction, count: int, axis: str) -> Collective:
+  """A transfer that the runtime takes from here to the other slices."""
+  kind = _attribute(send.rest, r'megascale_transfer_type="(\w+)"')
+  slices = _attribute(send.rest, r'megascale_target="\{([\d,]+)\}').count(",") + 1
+  number = round(_array_bytes(send.shape)[0])
+  part = (slices - 1) / slices
+  return Collective(
+    kind=kind.lower().replace("_", "-"),
+    axis=axis,
+    count=count,
+    bytes=number,
+    wire_bytes=round(number * part * (2 if kind == "ALL_REDUCE" else 1)),
+    source="",
+    operation="",
+    across=True,
+  )
 
 
 @dataclasses.dataclass
@@ -299,6 +337,18 @@ def _called(rest: str) -> list[tuple[str, str]]:
   for names in _BRANCHES.findall(rest):
     found += [("branch", name.strip().lstrip("%")) for name in names.split(",")]
   return found
+
+
+def _first_name(rest: str) -> str:
+  """Of the operands."""
+  found = re.match(r"[^%)]*%([\w.\-]+)", rest)
+  return found[1] if found else ""
+
+
+def _constant(instruction: Instruction) -> int | None:
+  """The value of an integer constant."""
+  found = re.match(r"(\d+)\)", instruction.rest)
+  return int(found[1]) if instruction.opcode == "constant" and found else None
 
 
 def _attribute(rest: str, pattern: str) -> str:

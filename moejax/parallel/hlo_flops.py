@@ -142,6 +142,11 @@ def _kernel(instruction: Instruction, shapes: Mapping[str, str]) -> float:
   splash = re.match(r"splash_m[hq]a_(fwd|dq|dkv)", instruction.name)
   if splash:
     return _splash(rest, splash[1])
+  if "__cudnn$fmha" in rest:
+    # The mask is a bias there, so no block is left out. Backward: scores again, and the
+    # gradients of values, scores, queries and keys.
+    size = _layouts(rest)[0]
+    return 2.0 * (5 if "Backward" in rest else 2) * math.prod(size) * size[1]
   if "gemm" in rest.partition("custom_call_target=")[2][:40]:
     return _gemm(instruction, shapes)
   return 0.0
@@ -149,15 +154,19 @@ def _kernel(instruction: Instruction, shapes: Mapping[str, str]) -> float:
 
 def _splash(rest: str, part: str) -> float:
   """Blocks on and below the diagonal; a window's savings are not counted."""
-  layouts = rest.partition("operand_layout_constraints={")[2]
-  arrays = [[int(n) for n in d.split(",")] for d in _ARRAY.findall(layouts)]
-  *batch, length, size = next(a for a in arrays if len(a) >= 3 and a[-1] >= 64)
+  *batch, length, size = next(a for a in _layouts(rest) if len(a) > 2 and a[-1] >= 64)
   suffix = "" if part == "fwd" else f"_{part}"
   block = _numbers(rest, rf'block_q{suffix}\\?": (\d+)') or [length]
   blocks = length // block[0]
   visited = (blocks + 1) / (2 * blocks)
   products = _ATTENTION_PRODUCTS[part]
   return 2.0 * products * math.prod(batch) * length * length * size * visited
+
+
+def _layouts(rest: str) -> list[list[int]]:
+  """Dimensions of a kernel's operands."""
+  text = rest.partition("operand_layout_constraints={")[2]
+  return [[int(n) for n in dims.split(",") if n] for dims in _ARRAY.findall(text)]
 
 
 def _gemm(instruction: Instruction, shapes: Mapping[str, str]) -> float:

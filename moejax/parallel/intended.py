@@ -12,6 +12,9 @@ _NO_SCATTER = "gradients of weights (a CPU has no reduce-scatter pass)"
 """XLA:CPU leaves an all-reduce of which each device keeps a part as it is."""
 
 
+_FAR_BELOW = 8
+"""Times that something must be smaller than one matrix of an expert to be none."""
+
 _EVENED_OUT = "edges of a padded reduce-scatter (the TPU compiler's)"
 _LARGEST_EDGE = 1 << 26
 
@@ -68,6 +71,10 @@ def _all_reduce(
 
 def _over_experts(collective: Collective, config: Config) -> str:
   """Legitimate for exchanges that see all tokens; never for expert weights."""
+  one = config.model.width * config.moe.fine_hidden * 2
+  if not collective.source and _FAR_BELOW * collective.bytes < one:
+    # Between slices compilers forget lines, and sum in steps: scattered, then gathered.
+    return "sums over tokens, in two steps, or gates (ragged)"
   in_exchange = "parallel/" in collective.source
   if in_exchange and config.moe.exchange in ("auto", "ring", "ragged"):
     return "tokens of the expert axis (ring), loads (ragged), rows (ragged on a CPU)"

@@ -20,7 +20,11 @@ a device sends in a step; `purpose`, empty where nothing asks for it."""
 
 
 def rows_of(
-  config: Config, text: str, sizes: Sequence[int], platform: str = ""
+  config: Config,
+  text: str,
+  sizes: Sequence[int],
+  platform: str = "",
+  slices: int = 1,
 ) -> list[Row]:
   """One row per kind, axis, buffer and line, the largest traffic first.
 
@@ -30,9 +34,12 @@ def rows_of(
     sizes: of the mesh's axes.
     platform: that it was compiled for: what one compiler cannot do better is no
       complaint there.
+    slices: of TPUs, which share the mesh along `mesh.slice_axis`.
   """
+  across = config.mesh.slice_axis
+  sizes = [n // slices if a == across else n for a, n in zip(AXES, sizes, strict=True)]
   counts: collections.Counter[hlo.Collective] = collections.Counter()
-  for found in hlo.Program(text).collectives(AXES, sizes):
+  for found in hlo.Program(text).collectives(AXES, sizes, across):
     counts[dataclasses.replace(found, count=1, operation="")] += found.count
   rows = [
     dataclasses.asdict(found)

@@ -40,7 +40,7 @@ def report(
   """
   text, mesh = step.compiled.as_text(), step.mesh
   program, platform = Program(text), chip.family
-  rows = traffic.rows_of(config, text, mesh.devices.shape, platform)
+  rows = traffic.rows_of(config, text, mesh.devices.shape, platform, topology.slices)
   network = Network(mesh.devices, topology, chip)
   for row in rows:
     row["network"], row["seconds"] = network.time_of(row)
@@ -164,6 +164,8 @@ class Network:
     sent = row["bytes_per_chip"]
     if not self.chip.link_bandwidth:
       return "", 0.0
+    if row.get("across"):
+      return "dcn", sent / self.chip.slow_bandwidth
     group = self._group(row["axis"])
     islands = [topology_lib.island(self.topology, d) for d in group]
     exchange = "all-to-all" in row["kind"]

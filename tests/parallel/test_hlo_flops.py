@@ -10,7 +10,9 @@ from moejax.parallel.hlo_flops import Instruction, flops_of
 
 def count(function, *shapes: tuple[int, ...]) -> float:
   arrays = [jax.ShapeDtypeStruct(s, jnp.float32) for s in shapes]
-  return hlo.Program(jax.jit(function).lower(*arrays).compile().as_text()).flops()
+  text = jax.jit(function).lower(*arrays).compile().as_text()
+  assert text is not None
+  return hlo.Program(text).flops()
 
 
 def test_products():
@@ -95,6 +97,62 @@ def test_kernels():
   assert flops_of(forward, {}) == 2 * square * 9 / 16
   back = Instruction("splash_mha_dq.3", "(f32[1], bf16[2])", "custom-call", rest)
   assert flops_of(back, {}) == 3 * square * 5 / 8
+
+
+def test_attention_of_a_gpu_library():
+  """CuDNN's kernel computes every block: two products forward, five backward."""
+  rest = (
+    '%q, %k), custom_call_target="__cudnn$fmhaScaleBiasSoftmax{}", '
+    "operand_layout_constraints={{bf16[1,4096,32,128]{{3,2,1,0}}, bf16[1,4096,8,128]}}"
+  )
+  for name, products in (("", 2), ("Backward", 5)):
+    call = Instruction("f", "(bf16[1])", "custom-call", rest.format(name))
+    assert flops_of(call, {}) == products * 2 * 4096 * 32 * 128 * 4096
+
+
+def test_a_peeled_loop_turns_once_less():
+  """Where the compiler took the first turn out, the loop begins at one."""
+  text = """HloModule step
+%condition (p: (s32[], f32[8,16])) -> pred[] {
+  %p = (s32[], f32[8,16]) parameter(0)
+  %bound = s32[] constant(32)
+  %i = s32[] get-tuple-element(%p), index=0
+  ROOT %lt = pred[] compare(%i, %bound), direction=LT
+}
+%body (p: (s32[], f32[8,16])) -> (s32[], f32[8,16]) {
+  %x = f32[8,16] parameter(0)
+  %w = f32[16,16] parameter(1)
+  ROOT %d = f32[8,16] dot(%x, %w), lhs_contracting_dims={1}, rhs_contracting_dims={0}
+}
+ENTRY %main (x: f32[8,16]) -> f32[8,16] {
+  %one = s32[] constant(START)
+  %copy.1 = s32[] copy(%one)
+  %x = f32[8,16] parameter(0)
+  %tuple.1 = (s32[], f32[8,16]) tuple(%copy.1, %x)
+  ROOT %loop = (s32[], f32[8,16]) while(%tuple.1), condition=%condition, body=%body
+}
+"""
+  one = 2 * 8 * 16 * 16
+  for start in (0, 1):
+    program = hlo.Program(text.replace("START", str(start)))
+    assert program.flops() == (32 - start) * one
+
+
+def test_what_goes_between_slices():
+  """A transfer that the runtime takes to the other slice is a collective over the axis
+  that crosses them, and is told apart."""
+  text = """HloModule step
+ENTRY %main (x: bf16[256,8]) -> bf16[256,8] {
+  %x = bf16[256,8] parameter(0)
+  %send.1 = (bf16[256,8], u32[], token[]) send(%x, %t), channel_id=2, \
+is_host_transfer=true, frontend_attributes={_xla_host_transfer_handler_name=\
+"xla_megascale_runtime",_xla_megascale_target="{1,2}x{0:63}",\
+_xla_megascale_transfer_type="ALL_REDUCE"}
+}
+"""
+  [found] = hlo.Program(text).collectives(("data", "fsdp"), (1, 64), "data")
+  assert (found.kind, found.axis, found.across) == ("all-reduce", "data", True)
+  assert found.bytes == found.wire_bytes == 256 * 8 * 2
 
 
 TPU_PROGRAM = """HloModule step
