@@ -2,6 +2,7 @@
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from jax.sharding import PartitionSpec
 
@@ -72,3 +73,38 @@ def test_a_colliding_unknown_or_indivisible_axis_is_an_error():
   mesh = meshes.make_mesh(MeshConfig(tensor=8))
   with pytest.raises(ConfigError, match=r"--config.mesh.tensor=8 .* \(12\) of w"):
     rules.shardings(mesh, {"w": ("hidden",)}, {"w": jnp.zeros((12,))})
+
+
+class _Sliced:
+  """A device of one of two TPU slices."""
+
+  platform, device_kind = "tpu", "TPU v5"
+
+  def __init__(self, index: int):
+    self.id, self.slice_index = index, index // 4
+
+
+def test_an_axis_that_cannot_cross_slices_is_refused():
+  """With the axis, its size and both remedies named."""
+  devices = [_Sliced(i) for i in range(8)]
+  with pytest.raises(ConfigError, match="mesh.data=1 is to cross 2 slices") as caught:
+    meshes.make_mesh(MeshConfig(data=1, fsdp=-1), devices)
+  assert "slice_axis" in str(caught.value)
+
+
+def test_slices_are_crossed_by_the_axis_that_is_named(monkeypatch):
+  """Inside a slice are the other axes, and what the axis has beyond the slices."""
+  asked = {}
+
+  def place(inner, outer, devices, **options):
+    del options
+    asked.update(inner=inner, outer=outer)
+    return np.array(devices, dtype=object).reshape(np.multiply(inner, outer))
+
+  monkeypatch.setattr("jax.experimental.mesh_utils.create_hybrid_device_mesh", place)
+  devices = jax.devices()
+  monkeypatch.setattr("moejax.parallel.mesh.num_slices", lambda devices: 2)
+  meshes.make_mesh(MeshConfig(data=4, expert=2), devices)
+  assert asked == {"inner": (2, 1, 2, 1), "outer": (2, 1, 1, 1)}
+  meshes.make_mesh(MeshConfig(data=1, fsdp=4, expert=2, slice_axis="expert"), devices)
+  assert asked == {"inner": (1, 4, 1, 1), "outer": (1, 1, 2, 1)}
