@@ -11,6 +11,8 @@ checks over which axes its values vary.
 Letters: N rows, D and F their widths and their gradients', E experts, M rows of a tile.
 """
 
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
@@ -54,6 +56,41 @@ def stack_gradient(
     sizes,
   )
 
+  grid = pltpu.PrefetchScalarGridSpec(
+    num_scalar_prefetch=3,
+    grid=(pl.cdiv(rows.shape[1], d_tile), pl.cdiv(grad.shape[1], f_tile), num_steps),
+    in_specs=[
+      pl.BlockSpec((tile, d_tile), lambda d, f, s, expert, row, bounds: (row[s], d)),
+      pl.BlockSpec((tile, f_tile), lambda d, f, s, expert, row, bounds: (row[s], f)),
+    ],
+    out_specs=pl.BlockSpec(
+      (None, d_tile, f_tile), lambda d, f, s, expert, row, bounds: (expert[s], d, f)
+    ),
+    scratch_shapes=[pltpu.VMEM((d_tile, f_tile), jnp.float32)],
+  )
+  products = 2 * rows.shape[0] * rows.shape[1] * grad.shape[1]
+  return pl.pallas_call(
+    _kernel(tile),
+    out_shape=shape,
+    grid_spec=grid,
+    compiler_params=pltpu.CompilerParams(
+      dimension_semantics=("parallel", "parallel", "arbitrary")
+    ),
+    cost_estimate=pl.CostEstimate(
+      flops=products,
+      transcendentals=0,
+      bytes_accessed=2 * (rows.size + grad.size + shape.size),
+    ),
+    interpret=interpret,
+    name="ragged_dot_stack_gradient",
+  )(expert, row_tile, bounds, rows, grad)
+
+
+def _kernel(tile: int) -> Callable[..., None]:
+  """One step: adds a tile of M = `tile` rows to its expert's sum, which begins with the
+  expert's first step and is written with its last."""
+  from jax.experimental import pallas as pl
+
   def kernel(expert, row_tile, bounds, rows, grad, out, total):
     step, steps = pl.program_id(2), pl.num_programs(2)
     here = expert[step]
@@ -91,34 +128,7 @@ def stack_gradient(
     def _():
       out[...] = total[...].astype(out.dtype)
 
-  grid = pltpu.PrefetchScalarGridSpec(
-    num_scalar_prefetch=3,
-    grid=(pl.cdiv(rows.shape[1], d_tile), pl.cdiv(grad.shape[1], f_tile), num_steps),
-    in_specs=[
-      pl.BlockSpec((tile, d_tile), lambda d, f, s, expert, row, bounds: (row[s], d)),
-      pl.BlockSpec((tile, f_tile), lambda d, f, s, expert, row, bounds: (row[s], f)),
-    ],
-    out_specs=pl.BlockSpec(
-      (None, d_tile, f_tile), lambda d, f, s, expert, row, bounds: (expert[s], d, f)
-    ),
-    scratch_shapes=[pltpu.VMEM((d_tile, f_tile), jnp.float32)],
-  )
-  products = 2 * rows.shape[0] * rows.shape[1] * grad.shape[1]
-  return pl.pallas_call(
-    kernel,
-    out_shape=shape,
-    grid_spec=grid,
-    compiler_params=pltpu.CompilerParams(
-      dimension_semantics=("parallel", "parallel", "arbitrary")
-    ),
-    cost_estimate=pl.CostEstimate(
-      flops=products,
-      transcendentals=0,
-      bytes_accessed=2 * (rows.size + grad.size + shape.size),
-    ),
-    interpret=interpret,
-    name="ragged_dot_stack_gradient",
-  )(expert, row_tile, bounds, rows, grad)
+  return kernel
 
 
 def plan_steps(

@@ -77,13 +77,10 @@ def _arrival(num_tokens: int, num_selected: int) -> Int[Array, "N"]:
 
 
 def invert(permutation: Int[Array, "N"]) -> Int[Array, "N"]:
-  return scatter(permutation, jnp.arange(permutation.shape[0], dtype=jnp.int32))
-
-
-def scatter(index: Int[Array, "N"], value: Int[Array, "N"]) -> Int[Array, "N"]:
-  """out[index[i]] = value[i]; index is a permutation."""
-  out = jnp.zeros(value.shape, value.dtype)
-  return out.at[index].set(value, unique_indices=True, mode="promise_in_bounds")
+  """out[permutation[i]] = i."""
+  index = jnp.arange(permutation.shape[0], dtype=jnp.int32)
+  out = jnp.zeros_like(index)
+  return out.at[permutation].set(index, unique_indices=True, mode="promise_in_bounds")
 
 
 class Line(NamedTuple):
