@@ -37,11 +37,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
   parser.add_argument("--seconds", type=float, default=15.0, help="per shape")
   parser.add_argument("--json", default="", help="write the rows to this file")
   args = parser.parse_args(argv)
-  for name, known in (("shapes", SHAPES), ("variants", VARIANTS)):
-    values = [v for v in getattr(args, name).split(",") if v]
-    if unknown := set(values) - set(known):
-      parser.error(f"--{name}: unknown {sorted(unknown)}; choose from {sorted(known)}")
-    setattr(args, name, values)
+  timing.split_names(parser, args, shapes=SHAPES, variants=VARIANTS)
   return args
 
 

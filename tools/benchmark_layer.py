@@ -69,11 +69,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
   parser.add_argument("--all", action="store_true", help="growth, skew and routers too")
   parser.add_argument("--json", default="", help="write the rows to this file")
   args = parser.parse_args(argv)
-  for name, known in (("shapes", SHAPES), ("variants", VARIANTS)):
-    values = [v for v in getattr(args, name).split(",") if v]
-    if unknown := set(values) - set(known):
-      parser.error(f"--{name}: unknown {sorted(unknown)}; choose from {sorted(known)}")
-    setattr(args, name, values)
+  timing.split_names(parser, args, shapes=SHAPES, variants=VARIANTS)
   return args
 
 

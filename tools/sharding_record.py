@@ -192,6 +192,7 @@ def _steps(
   seen: dict[str, dict[int, np.ndarray]],
 ) -> list[Held]:
   w_in, router = params["experts"]["w_in"], params["router"]["weight"]
+  gathered = weights.get("all_gather 0 out")
   held = [
     Held("tokens", "GTD", x.shape, placed(x)),
     Held("router weight, at rest", "DE", router.shape, placed(router)),
@@ -200,7 +201,10 @@ def _steps(
       "expert weight, in use",
       "EDF",
       w_in.shape,
-      {d: box_of(a, w_in.shape) for d, a in weights["all_gather 0 out"].items()},
+      # Used as it lies where nothing cuts it over fsdp.
+      {d: box_of(a, w_in.shape) for d, a in gathered.items()}
+      if gathered
+      else placed(w_in),
     ),
   ]
   slots = (sizes.experts, sizes.groups * sizes.slots, sizes.width)

@@ -4,10 +4,11 @@ jax is not imported here, so that cores can be pinned before its thread pools
 are made: XLA:CPU makes as many threads as the process may use cores.
 """
 
+import argparse
 import os
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any, NamedTuple
 
 
@@ -79,3 +80,15 @@ def compare(times: list[float], baseline: list[float]) -> Ratio:
   ratios = sorted(a / b for a, b in zip(times, baseline, strict=True))
   q1, median, q3 = statistics.quantiles(ratios, n=4, method="inclusive")
   return Ratio(median, q1, q3, min(times) / min(baseline))
+
+
+def split_names(
+  parser: argparse.ArgumentParser, args: argparse.Namespace, **known: Collection[str]
+) -> None:
+  """Makes lists of arguments like A,B, in place; a name that is not known is an error."""
+  for argument, names in known.items():
+    values = [v for v in getattr(args, argument).split(",") if v]
+    if unknown := set(values) - set(names):
+      choices = f"choose from {sorted(names)}"
+      parser.error(f"--{argument}: unknown {sorted(unknown)}; {choices}")
+    setattr(args, argument, values)

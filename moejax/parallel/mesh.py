@@ -105,3 +105,18 @@ def on_tokens(x: Float[Array, "B *rest"]) -> Float[Array, "B *rest"]:
 def num_token_shards(mesh: Mesh | AbstractMesh) -> int:
   """Over how many devices the tokens of a batch are cut."""
   return math.prod(mesh.shape[axis] for axis in TOKEN_AXES)
+
+
+def gather_over(name: str, array: Array, *, axis: int) -> Array:
+  """Undoes a cut of one dimension, inside a `jax.shard_map`; the gradient is
+  reduce-scattered.
+
+  Args:
+    name: the mesh axis over which it is cut.
+    array: this device's part.
+    axis: the dimension that is cut.
+  """
+  if jax.lax.axis_size(name) == 1:
+    # Else XLA:CPU gathers from one device, with a transposed copy on each side.
+    return array
+  return jax.lax.all_gather(array, name, axis=axis, tiled=True)

@@ -116,9 +116,9 @@ def memory_of(step: CompiledStep, program: Program) -> dict[str, int]:
     analysis.argument_size_in_bytes,
     analysis.temp_size_in_bytes,
   )
-  gradients = sum(4 * math.prod(s) for s in _shards(step.state["params"]))
-  shapes = {tuple(s) for s in _shards(step.state["params"])}
-  saved = program.stacked_bytes(shapes)
+  shards = _shards(step.state["params"])
+  gradients = sum(4 * math.prod(shard) for shard in shards)
+  saved = program.stacked_bytes(set(shards))
   gradients = min(gradients, temporaries)
   saved = min(saved, temporaries - gradients)
   return {
