@@ -1,9 +1,13 @@
 r"""A decoder of Switch-C's size (arXiv:2101.03961, table 9): 1.57T parameters.
 
-30 layers of D 2080 with 32 heads of 64, every feed-forward a Switch layer of 2,048 ReLU
-experts of F 6144, top-1, capacity factor 1.25. Switch-C itself is an encoder-decoder of
-15 + 15 such layers. One routing group per chip, so that 8,192 tokens have 5 slots at each
-expert; experts stand on 128 chips (8x16), and are cut over the eight such planes.
+30 layers of D 2048 with 32 heads of 64, every feed-forward a Switch layer of 2,048 ReLU
+experts of F 6240, top-1, capacity factor 1.25. Switch-C itself is an encoder-decoder of
+15 + 15 such layers with D 2080 and F 6144, which makes experts of the same size: but an
+eighth of 2080 is no whole tile of a TPU, and its compiler would all-reduce gradients that
+it can reduce-scatter. For the same reason there is room for 32,256 words.
+
+One routing group per chip, so that 8,192 tokens have 5 slots at each expert; experts
+stand on 128 chips (8x16), and are cut over the eight such planes.
 
 Command:  python -m tools.compile_for --config=configs/switch_c.py --topology=v5p:8x8x16
 Hardware: 1,024 chips of a v5p pod; never run, only compiled
@@ -25,12 +29,12 @@ def get_config() -> Config:
     data=DataConfig(name="c4", tokenizer="bpe", vocab_size=32_128, sequence_length=1024),
     model=ModelConfig(
       num_layers=30,
-      width=2080,
+      width=2048,
       num_heads=32,
       head_dim=64,
-      hidden=6144,
+      hidden=6240,
       activation="relu",
-      vocab_size=32_128,
+      vocab_size=32_256,
       tie_embeddings=False,
       dtype="bfloat16",
       remat="full",
@@ -38,7 +42,7 @@ def get_config() -> Config:
     moe=MoEConfig(
       num_experts=2048,
       num_selected=1,
-      hidden=6144,
+      hidden=6240,
       router="switch",
       every=1,
       offset=0,

@@ -22,7 +22,7 @@ from moejax.layers.options import router_options
 from moejax.parallel.expert_parallel import over_groups
 from moejax.parallel.mesh import on_tokens
 from moejax.parallel.platform import target_platform
-from moejax.parallel.rules import in_use
+from moejax.parallel.vocabulary import score
 from moejax.routing import scores
 from moejax.routing.base import RouterInputs, Routing
 from moejax.routing.capacity import capacity_of
@@ -154,10 +154,5 @@ def _project(
   tokens: Float[Array, "G T D"], weight: Float[Array, "D E"]
 ) -> Float[Array, "G T E"]:
   """Logits in float32, whatever the compute dtype and the chip's default precision."""
-  weight = in_use(weight, ("width", "router_expert"))
-  return jnp.einsum(
-    "gtd,de->gte",
-    tokens,
-    weight.astype(jnp.float32),
-    precision=jax.lax.Precision.HIGHEST,
-  )
+  weight = weight.astype(jnp.float32)
+  return score(tokens, weight, cut_over=None, precision=jax.lax.Precision.HIGHEST)

@@ -12,7 +12,7 @@ from typing import Any
 import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
-from jaxtyping import Array, Int, Shaped
+from jaxtyping import Int, Shaped
 
 from moejax.errors import ConfigError
 from moejax.parallel.mesh import TOKEN_AXES, num_token_shards
@@ -93,18 +93,6 @@ def shardings(
   return jax.tree_util.tree_map_with_path(
     one, logical_axes, shapes, is_leaf=lambda x: isinstance(x, tuple)
   )
-
-
-def in_use(weight: Array, axes: LogicalAxes, rules: ShardingRules = RULES) -> Array:
-  """Says that a weight is whole in its width while it is used: gathered over `fsdp`.
-
-  Left to itself the compiler may keep a lookup's table cut over its width, and move
-  what was looked up between devices where the table would have been less.
-  """
-  if jax.sharding.get_abstract_mesh().empty:
-    return weight
-  axes = tuple(None if axis == "width" else axis for axis in axes)
-  return jax.lax.with_sharding_constraint(weight, rules.spec(axes))
 
 
 def like_parameters(mesh: Mesh, tree: Any, params: Any, param_shardings: Any) -> Any:

@@ -44,23 +44,33 @@ def lookup(
   )(table, tokens)
 
 
-def score(x: Float[Array, "B S D"], head: Float[Array, "D V"]) -> Float[Array, "B S V"]:
-  """X @ head in float32, whatever the type of both.
+def score(
+  x: Float[Array, "B S D"],
+  head: Float[Array, "D V"],
+  *,
+  cut_over: str | None = "tensor",
+  precision: jax.lax.Precision | None = None,
+) -> Float[Array, "B S V"]:
+  """X @ head in float32, whatever the type of both; of words, or of experts.
 
   Args:
     x: activations.
-    head: in the type of x; the width cut over `fsdp`, the vocabulary over `tensor`.
+    head: in the type of x; the width cut over `fsdp`.
+    cut_over: the mesh axis that cuts what is scored.
+    precision: of the product; None is the chip's default.
   """
 
   def local(x: Array, head: Array) -> Array:
-    return jnp.einsum("bsd,dv->bsv", x, head, preferred_element_type=jnp.float32)
+    return jnp.einsum(
+      "bsd,dv->bsv", x, head, precision=precision, preferred_element_type=jnp.float32
+    )
 
   if not _is_cut(x):
     return local(x, head)
   return jax.shard_map(
     lambda x, head: local(x, _whole(head, axis=0)),
-    in_specs=(PartitionSpec(TOKEN_AXES), PartitionSpec("fsdp", "tensor")),
-    out_specs=PartitionSpec(TOKEN_AXES, None, "tensor"),
+    in_specs=(PartitionSpec(TOKEN_AXES), PartitionSpec("fsdp", cut_over)),
+    out_specs=PartitionSpec(TOKEN_AXES, None, cut_over),
   )(x, head)
 
 
