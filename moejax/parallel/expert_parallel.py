@@ -36,7 +36,7 @@ from moejax.errors import ConfigError
 from moejax.kernels import permute
 from moejax.kernels.grouped_matmul import apply_ragged_experts
 from moejax.parallel import exchange as exchange_lib
-from moejax.parallel.mesh import TOKEN_AXES, gather_over, num_token_shards
+from moejax.parallel.mesh import TOKEN_AXES, is_cut_over, num_token_shards
 from moejax.parallel.platform import target_platform
 from moejax.parallel.rules import RULES
 from moejax.routing.base import Routing
@@ -205,11 +205,13 @@ def _gather_width(weights: ExpertWeights) -> ExpertWeights:
   """Undoes the cut over `fsdp`; the gradient is reduce-scattered."""
 
   def gather(w: Array | None, axis: int) -> Array | None:
-    if w is not None and w.shape[0] == 1:
+    if w is None or not is_cut_over("fsdp"):
+      return w
+    if w.shape[0] == 1:
       # The compiler for TPUs scatters gradients with a leading dimension of one by an
       # all-reduce, at twice the bytes.
-      return gather_over("fsdp", w[0], axis=axis - 1)[None]
-    return None if w is None else gather_over("fsdp", w, axis=axis)
+      return jax.lax.all_gather(w[0], "fsdp", axis=axis - 1, tiled=True)[None]
+    return jax.lax.all_gather(w, "fsdp", axis=axis, tiled=True)
 
   w_in, w_out = gather(weights.w_in, 1), gather(weights.w_out, 2)
   assert w_in is not None and w_out is not None

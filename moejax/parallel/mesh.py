@@ -107,16 +107,10 @@ def num_token_shards(mesh: Mesh | AbstractMesh) -> int:
   return math.prod(mesh.shape[axis] for axis in TOKEN_AXES)
 
 
-def gather_over(name: str, array: Array, *, axis: int) -> Array:
-  """Undoes a cut of one dimension, inside a `jax.shard_map`; the gradient is
-  reduce-scattered.
+def is_cut_over(name: str) -> bool:
+  """Inside a `jax.shard_map`: whether an axis has devices to gather from.
 
-  Args:
-    name: the mesh axis over which it is cut.
-    array: this device's part.
-    axis: the dimension that is cut.
+  With one alone nothing would move, but XLA:CPU would still lay out the operand anew,
+  copy it and lay it out back, and the same for the transpose.
   """
-  if jax.lax.axis_size(name) == 1:
-    # Else XLA:CPU gathers from one device, with a transposed copy on each side.
-    return array
-  return jax.lax.all_gather(array, name, axis=axis, tiled=True)
+  return jax.lax.axis_size(name) > 1

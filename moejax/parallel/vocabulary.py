@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Int, Shaped
 
-from moejax.parallel.mesh import TOKEN_AXES, gather_over, num_token_shards
+from moejax.parallel.mesh import TOKEN_AXES, is_cut_over, num_token_shards
 
 
 def lookup(
@@ -85,4 +85,6 @@ def _whole(weight: Array, *, axis: int) -> Array:
   are summed over the other axes."""
   for name in ("data", "expert"):
     weight = jax.lax.pcast(weight, name, to="varying")
-  return gather_over("fsdp", weight, axis=axis)
+  if not is_cut_over("fsdp"):
+    return weight
+  return jax.lax.all_gather(weight, "fsdp", axis=axis, tiled=True)

@@ -4,6 +4,7 @@ Routing groups are set by the config and not by the device count, so what is dro
 the loads, the losses and all gradients must be those of one device.
 """
 
+import contextlib
 import functools
 import itertools
 
@@ -58,6 +59,13 @@ def inputs():
 
 def compute(shell: Shell, factor: float | None, mesh_config: MeshConfig, devices: int):
   """Output, losses, stats, and gradients of all parameters and of the input."""
+  with prepared(shell, factor, mesh_config, devices) as (step, arguments):
+    return jax.device_get(step(*arguments))
+
+
+@contextlib.contextmanager
+def prepared(shell: Shell, factor: float | None, mesh_config: MeshConfig, devices: int):
+  """What `compute` calls, and with what, on its mesh."""
   mesh = make_mesh(mesh_config, jax.devices()[:devices])
   x, valid, weight = inputs()
 
@@ -79,7 +87,7 @@ def compute(shell: Shell, factor: float | None, mesh_config: MeshConfig, devices
     tokens = rules.batch_sharding(mesh)
     params = jax.device_put(shell.init(jax.random.key(0)), placed)
     step = jax.jit(call, in_shardings=(placed, tokens, tokens, tokens))
-    return jax.device_get(step(params, x, valid, weight))
+    yield step, (params, x, valid, weight)
 
 
 @functools.cache
@@ -170,3 +178,14 @@ def test_one_group_for_the_batch_falls_to_the_compiler():
   ]
   np.testing.assert_array_equal(out[1][0][2].load, out[0][0][2].load)
   np.testing.assert_allclose(out[1][0][0], out[0][0][0], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(("mesh", "gathers"), [("expert 4 x data 2", 0), ("fsdp 8", 3)])
+def test_weights_are_gathered_only_where_they_are_cut(mesh, gathers):
+  """A gather from one device costs copies: three matrices over fsdp, or none."""
+  shell = make("switch", 1.25, exchange="auto")
+  with prepared(shell, 1.25, MESHES[mesh], 8) as (step, arguments):
+    lines = step.lower(*arguments).as_text().splitlines()
+  found = [line for line in lines if "stablehlo.all_gather" in line]
+  experts = [line for line in found if line.endswith(f"tensor<{E}x{D}x{D}xf32>")]
+  assert len(experts) == gathers

@@ -123,27 +123,3 @@ def test_an_axis_that_is_no_side_of_the_torus_shares_one(monkeypatch):
   monkeypatch.setattr("jax.experimental.mesh_utils.create_device_mesh", place)
   mesh = meshes.make_mesh(MeshConfig(data=2, expert=-1))
   assert asked == [False, True] and mesh.shape["expert"] == 4
-
-
-@pytest.mark.parametrize(("fsdp", "gathers"), [(1, 0), (2, 1)])
-def test_only_what_is_cut_is_gathered(fsdp, gathers):
-  """On one device of an axis there is nothing to move, nor in the backward pass."""
-  mesh = meshes.make_mesh(MeshConfig(data=-1, fsdp=fsdp))
-  weight = np.arange(24, dtype=np.float32).reshape(4, 6)
-
-  @jax.jit
-  def squares(weight):
-    spec = PartitionSpec(None, "fsdp")
-    whole = jax.shard_map(
-      lambda w: jnp.square(meshes.gather_over("fsdp", w, axis=1))[None],
-      in_specs=spec,
-      out_specs=PartitionSpec("fsdp"),
-    )
-    return jnp.sum(whole(weight)) / fsdp
-
-  with jax.set_mesh(mesh):
-    gradient = jax.jit(jax.grad(squares))
-    text = gradient.lower(weight).as_text()
-    np.testing.assert_array_equal(gradient(weight), 2 * weight)
-  assert text.count("stablehlo.all_gather") == gathers
-  assert text.count("stablehlo.reduce_scatter") == gathers

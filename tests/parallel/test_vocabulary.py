@@ -71,3 +71,16 @@ def test_a_batch_that_devices_cannot_share(mesh):
   with jax.set_mesh(mesh):
     rows = jax.jit(lambda t, i: vocabulary.lookup(t, i, jnp.float32))(TABLE, TOKENS[:3])
   np.testing.assert_array_equal(rows, TABLE[TOKENS[:3]])
+
+
+@pytest.mark.parametrize(("fsdp", "gathers"), [(1, 0), (2, 1)])
+def test_only_what_is_cut_is_gathered(fsdp, gathers):
+  """On one device of an axis there is nothing to move, nor in the backward pass."""
+
+  def loss(x, head):
+    return jnp.sum(jnp.square(vocabulary.score(x, head)))
+
+  with jax.set_mesh(make_mesh(MeshConfig(data=-1, fsdp=fsdp))):
+    text = jax.jit(jax.grad(loss, argnums=1)).lower(WEIGHTS, TABLE.T).as_text()
+  assert text.count("stablehlo.all_gather") == gathers
+  assert text.count("stablehlo.reduce_scatter") == gathers
