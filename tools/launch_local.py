@@ -48,7 +48,10 @@ def free_port() -> int:
 
 def environment(index: int, count: int, devices: int, port: int) -> dict[str, str]:
   """What tells a process who it is; see moejax/parallel/distributed.py."""
+  # `python` is then the one that runs this, in a virtual environment entered or not.
+  own = os.path.dirname(sys.executable)
   return os.environ | {
+    "PATH": os.pathsep.join([own, os.environ.get("PATH", os.defpath)]),
     "JAX_PLATFORMS": "cpu",
     "JAX_NUM_CPU_DEVICES": str(devices),
     "JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{port}",

@@ -186,14 +186,16 @@ def evaluate(
   totals = _Totals(len(factors), max(len(dataset.domains), 1))
   pending = None
   batch_size = divisible_batch(batch_size, mesh)
-  for batch in device_batches(
-    dataset, split, mesh=mesh, batch_size=batch_size, limit=limit
-  ):
-    where = gather({n: batch[n] for n in ("targets", "segment_ids", "domain")})
-    outputs = [step(params, batch) for step in steps]
-    # A batch's losses are fetched while the next batch is computed.
-    totals.add(pending, token_bytes)
-    pending = (where, outputs)
+  batches = device_batches(dataset, split, mesh=mesh, batch_size=batch_size, limit=limit)
+  # Without a mesh in scope the layers would leave it to the compiler how tokens reach
+  # experts elsewhere.
+  with jax.set_mesh(mesh):
+    for batch in batches:
+      where = gather({n: batch[n] for n in ("targets", "segment_ids", "domain")})
+      outputs = [step(params, batch) for step in steps]
+      # A batch's losses are fetched while the next batch is computed.
+      totals.add(pending, token_bytes)
+      pending = (where, outputs)
   totals.add(pending, token_bytes)
   if not totals.tokens.sum():
     raise UserError(

@@ -89,11 +89,13 @@ def count(
   params = jax.device_put(params, shardings)
   total = None
   batch_size = perplexity.divisible_batch(batch_size, mesh)
-  for batch in perplexity.device_batches(
+  batches = perplexity.device_batches(
     dataset, split, mesh=mesh, batch_size=batch_size, limit=limit
-  ):
-    sums = [np.asarray(x, np.int64) for x in jax.device_get(compiled(params, batch))]
-    total = sums if total is None else [a + b for a, b in zip(total, sums, strict=True)]
+  )
+  with jax.set_mesh(mesh):
+    for batch in batches:
+      sums = [np.asarray(x, np.int64) for x in jax.device_get(compiled(params, batch))]
+      total = sums if total is None else [a + b for a, b in zip(total, sums, strict=True)]
   if total is None:
     raise UserError(f"--split={split} has no text in this dataset. Choose another split.")
   by_domain, by_token, domain, token = total

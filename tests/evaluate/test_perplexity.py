@@ -9,6 +9,7 @@ import pytest
 from moejax.config import MeshConfig
 from moejax.errors import ConfigError, UserError
 from moejax.evaluate import perplexity
+from moejax.parallel import expert_parallel
 from moejax.parallel.mesh import make_mesh
 from tests.evaluate import tiny
 
@@ -27,14 +28,14 @@ def dataset():
   return tiny.TinyDataset(_TEXTS)
 
 
-def _evaluate(dataset, batch_size, factors, devices=1, **changes):
+def _evaluate(dataset, batch_size, factors, devices=1, mesh=None, **changes):
   model, params = tiny.model_and_params(**changes)
   return perplexity.evaluate(
     model,
     params,
     dataset,
     split="validation",
-    mesh=make_mesh(MeshConfig(), jax.devices()[:devices]),
+    mesh=make_mesh(mesh or MeshConfig(), jax.devices()[:devices]),
     batch_size=batch_size,
     capacity_factors=factors,
   )
@@ -160,6 +161,29 @@ def test_flags_that_change_the_model_are_refused():
   wider = perplexity.make_model(tiny.config(moe__hidden=48), 264)
   with pytest.raises(ConfigError, match=r"w_in is \(1, 4, 16, 48\) here"):
     perplexity.check_params(wider, params)
+
+
+def test_experts_on_other_devices(dataset, evaluation, monkeypatch):
+  """The numbers of one device, and tokens travel as in training: slots where there are
+  any, rows (here all to all devices, since each token visits most) where none are."""
+  travelled = []
+
+  def noted(kind):
+    real = expert_parallel.EXCHANGES[kind]
+
+    def call(*args):
+      travelled.append(kind)
+      return real(*args)
+
+    return call
+
+  noting = {kind: noted(kind) for kind in expert_parallel.EXCHANGES}
+  monkeypatch.setattr(expert_parallel, "EXCHANGES", noting)
+  mesh = MeshConfig(data=-1, fsdp=2, expert=2)
+  apart = _evaluate(dataset, 8, _FACTORS, devices=8, mesh=mesh)
+  assert set(travelled) == {"all_to_all", "ring"}
+  for one, other in zip(evaluation["results"], apart["results"], strict=True):
+    np.testing.assert_allclose(_numbers(other), _numbers(one), rtol=1e-5, atol=1e-6)
 
 
 def test_the_mesh_is_the_runs_own_where_it_fits():

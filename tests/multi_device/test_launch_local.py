@@ -1,6 +1,7 @@
 """Several real processes on one machine: exit codes, logs, and the same training."""
 
 import json
+import os
 import pathlib
 import subprocess
 import sys
@@ -31,6 +32,15 @@ def test_every_process_knows_its_place(tmp_path):
   lines = [(tmp_path / f"process_{i}.log").read_text().split() for i in (1, 2)]
   assert [line[:3] for line in lines] == [["1", "3", "1"], ["2", "3", "1"]]
   assert lines[0][3] == lines[1][3]
+
+
+def test_python_is_the_launchers_own(tmp_path, monkeypatch):
+  """Also where a virtual environment was not entered, and PATH knows another one."""
+  monkeypatch.setenv("PATH", os.defpath)
+  command = ["python", "-c", "import sys; print(sys.executable)"]
+  assert launch_local.main(["--processes=2", f"--logs={tmp_path}", "--", *command]) == 0
+  used = (tmp_path / "process_1.log").read_text().strip()
+  assert os.path.dirname(used) == os.path.dirname(sys.executable)
 
 
 def test_the_first_failure_is_the_exit_code_and_the_others_are_ended(
