@@ -192,7 +192,8 @@ def _steps(
   seen: dict[str, dict[int, np.ndarray]],
 ) -> list[Held]:
   w_in, router = params["experts"]["w_in"], params["router"]["weight"]
-  gathered = weights.get("all_gather 0 out")
+  # The first gather is that of the router's weight.
+  gathered = weights.get("all_gather 1 out")
   held = [
     Held("tokens", "GTD", x.shape, placed(x)),
     Held("router weight, at rest", "DE", router.shape, placed(router)),

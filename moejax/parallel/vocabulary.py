@@ -1,4 +1,5 @@
 """The ends of the model, which hold the vocabulary: looking up, and scoring every word.
+A router, which scores every expert, does as the head does.
 
 Tokens are cut over the devices that hold them, the vocabulary over `tensor`, the width
 over `fsdp`. Left to itself the compiler all-reduces the gradient of a whole table, or
