@@ -31,7 +31,13 @@ from moejax import config_io
 from moejax.config import Config
 from moejax.errors import ConfigError, UserError
 from moejax.train import fingerprint, provenance
-from moejax.train.checkpoint_orbax import KeepBest, MetaSave, is_refusal, reason
+from moejax.train.checkpoint_orbax import (
+  KeepBest,
+  MetaSave,
+  StateHandler,
+  is_refusal,
+  reason,
+)
 from moejax.train.checkpoint_params import init_from, peek, restore_params
 from moejax.train.checkpoint_read import (
   DIRECTORY,
@@ -55,6 +61,8 @@ __all__ = [
 
 _PARTIAL = "*.orbax-checkpoint-tmp*"
 """What a save is called until it is complete."""
+_POLL_SECONDS = 0.01
+"""Between two looks at a save that others take part in."""
 
 
 class Checkpointer:
@@ -106,13 +114,20 @@ class Checkpointer:
     self._logical_axes = logical_axes
     self._warn = warn
     self._pending: int | None = None
+    self._told: list[Exception] = []
+    """By the threads that write."""
+    self._alone = False
+    """Whether a save failed here, of which other processes know nothing."""
     self._clear_partial()
     self._metrics = self._read_metrics()
     policies: list[Any] = [ocp_managers.LatestN(keep_last)]
     if keep_best:
       policies.append(KeepBest(metrics=self._metrics, n=keep_best))
+    handlers = ocp.handlers.DefaultCheckpointHandlerRegistry()
+    handlers.add("state", ocp.args.StandardSave, StateHandler(self._told.append))
     self._manager = ocp.CheckpointManager(
       self.directory,
+      handler_registry=handlers,
       options=ocp.CheckpointManagerOptions(
         preservation_policy=ocp_managers.AnyPreservationPolicy(policies),
         save_root_metadata=False,
@@ -132,7 +147,7 @@ class Checkpointer:
     """Starts a save; the state may be donated as soon as this returns.
 
     Waits first for a save still being written. A failure, of that one or of this,
-    is reported by `warn` and does not raise.
+    is reported by `warn` and does not raise, unless there are other processes.
 
     Args:
       step: names the checkpoint.
@@ -143,6 +158,9 @@ class Checkpointer:
 
     Returns:
       Whether a save was started; False where the step is already there.
+
+    Raises:
+      UserError: this process could not write its part, and others wait for it.
     """
     start = time.monotonic()
     self.wait()
@@ -172,6 +190,7 @@ class Checkpointer:
       if meta["metric"] is not None:
         self._metrics[step] = meta["metric"]
       self._pending = step
+      self._told.clear()
 
       def make_meta() -> dict[str, Any]:
         return meta | {"leaves": summed or fingerprint.checksums(leaves)}
@@ -179,7 +198,7 @@ class Checkpointer:
       self._manager.save(
         step,
         args=ocp.args.Composite(
-          state=ocp.args.StandardSave(state), meta=MetaSave(make_meta)
+          state=ocp.args.StandardSave(state), meta=MetaSave(make_meta, self._told.append)
         ),
         force=True,
       )
@@ -198,9 +217,8 @@ class Checkpointer:
     Returns:
       Whether nothing is known to have failed.
     """
-    if self._pending is not None and not self._manager.is_saving_in_progress():
-      return self.wait()
-    return True
+    busy = self._manager.is_saving_in_progress() and not self._told
+    return True if self._pending is None or busy else self.wait()
 
   def wait(self) -> bool:
     """Waits until the last save is on disk.
@@ -212,6 +230,11 @@ class Checkpointer:
     if step is None:
       return True
     try:
+      while jax.process_count() > 1 and self._manager.is_saving_in_progress():
+        # Orbax would wait for the others, and they for this process.
+        if self._told:
+          raise self._told[0]
+        time.sleep(_POLL_SECONDS)
       self._manager.wait_until_finished()
     except Exception as e:
       # Nothing that happens while writing is worth a run's life.
@@ -222,6 +245,8 @@ class Checkpointer:
 
   def close(self) -> bool:
     """Waits for the last save, then frees Orbax's threads. Returns as `wait` does."""
+    if self._alone:
+      return False
     whole = self.wait()
     self._manager.close()
     if self.failures:
@@ -311,13 +336,25 @@ class Checkpointer:
     )
 
   def _failed(self, step: int, error: Exception) -> None:
-    """After a save that failed: clears what it left, and says what there is."""
+    """After a save that failed: clears what it left, and says what there is.
+
+    Raises:
+      UserError: there are other processes. They may have written their parts, and then
+        wait for this one in the midst of a save; the job ends, rather than hangs.
+    """
     self._pending = None
     self._metrics.pop(step, None)
     why = reason(error)
     if not is_refusal(error):
       logging.warning("Unexpected error while saving:", exc_info=error)
     self.failures.append((step, why))
+    what = f"checkpoint at step {step} could not be saved to {self.directory}"
+    if jax.process_count() > 1:
+      self._alone = True
+      raise UserError(
+        f"{what} by process {jax.process_index()} ({why}). The job ends, since all its "
+        "processes must save; started again, it goes on from the newest checkpoint."
+      )
     self._clear_partial()
     self._manager.reload()
     good = self.latest()
@@ -326,10 +363,7 @@ class Checkpointer:
       if good is not None
       else ("there is no checkpoint yet")
     )
-    self._warn(
-      f"checkpoint at step {step} could not be saved to {self.directory} ({why}): "
-      f"the run goes on, {last}"
-    )
+    self._warn(f"{what} ({why}): the run goes on, {last}")
 
   def _clear_partial(self, patience: float = 2.0) -> None:
     """Removes unfinished saves. No save may be in progress."""

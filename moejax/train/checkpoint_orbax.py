@@ -33,15 +33,59 @@ class _MetaHandler(ocp.AsyncCheckpointHandler):
 
   async def _write(self, directory: Any, args: "MetaSave") -> None:
     if jax.process_index() == 0:
-      (Path(directory) / "metadata").write_text(pack_meta(args.make()))
+      try:
+        (Path(directory) / "metadata").write_text(pack_meta(args.make()))
+      except Exception as error:
+        args.tell(error)
+        raise
 
 
 @ocp.args.register_with_handler(_MetaHandler, for_save=True, for_restore=True)
 @dataclasses.dataclass
 class MetaSave(ocp.args.CheckpointArgs):
-  """The meta item of a save: a function, called once the loop has gone on."""
+  """The meta item of a save: a function, called once the loop has gone on, and who is
+  told in that thread if it fails."""
 
   make: Callable[[], dict[str, Any]]
+  tell: Callable[[Exception], None]
+
+
+class _Told:
+  """A future whose failure is told as soon as it is known.
+
+  Orbax tells of a failed write only after all processes met at the end of the save, and
+  those that wrote their parts wait elsewhere for this one: ten minutes of silence.
+  """
+
+  def __init__(self, future: Any, tell: Callable[[Exception], None]):
+    self._future, self._tell = future, tell
+
+  def result(self, timeout: float | None = None) -> Any:
+    try:
+      return self._future.result(timeout=timeout)
+    except Exception as error:
+      self._tell(error)
+      raise
+
+  def cancel(self) -> bool | None:
+    return self._future.cancel()
+
+
+class StateHandler(ocp.StandardCheckpointHandler):
+  """Orbax's own, which tells of failures, in the thread that met them."""
+
+  def __init__(self, tell: Callable[[Exception], None]):
+    super().__init__()
+    self._tell = tell
+
+  @classmethod
+  def typestr(cls) -> str:
+    # What is written is the same, and is said to be.
+    return ocp.StandardCheckpointHandler.typestr()
+
+  async def async_save(self, *args: Any, **kwargs: Any) -> list[Any]:
+    futures = await super().async_save(*args, **kwargs)
+    return [_Told(future, self._tell) for future in futures or []]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -2,6 +2,7 @@
 
 import os
 import pathlib
+import resource
 import signal
 import socket
 import subprocess
@@ -336,6 +337,28 @@ def test_a_killed_job_started_again_ends_as_an_undisturbed_one(
     assert codes[1 - victim] == 3
     assert f"error: process {victim} " in job.log(1 - victim)
     assert steps(job) < STEPS
+  with train(tmp_path, *LONG) as job:
+    assert job.codes(600) == [0, 0]
+    assert "Resuming" in job.log(0)
+  assert compare(undisturbed, tmp_path / "run") == []
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(
+  not hasattr(resource, "prlimit"), reason="Linux limits other processes"
+)
+def test_a_save_that_fails_in_one_process_ends_the_job(tmp_path, undisturbed):
+  """Not a hang: the others would wait in the midst of the save. Nothing saved is lost."""
+  from tools.kill_loop import compare
+
+  with train(tmp_path, *LONG) as job:
+    job.wait_for((tmp_path / "run" / "checkpoints" / "4").exists, 300)
+    limit = (10_000, resource.RLIM_INFINITY)
+    resource.prlimit(job.processes[1].pid, resource.RLIMIT_FSIZE, limit)
+    assert job.codes(120) == [2, 2]
+    for index in (0, 1):
+      assert "could not be saved" in job.log(index)
+      assert "by process 1" in job.log(index)
   with train(tmp_path, *LONG) as job:
     assert job.codes(600) == [0, 0]
     assert "Resuming" in job.log(0)
