@@ -225,6 +225,9 @@ class Checkpointer:
 
     Returns:
       False if it failed, which has then been reported and cleaned up.
+
+    Raises:
+      UserError: it failed in this process, and there are others.
     """
     step = self._pending
     if step is None:
