@@ -15,41 +15,6 @@ from orbax.checkpoint import future as ocp_future
 from moejax.train.checkpoint_read import pack_meta, read_meta
 
 
-class _MetaHandler(ocp.AsyncCheckpointHandler):
-  """Writes `meta/metadata`, whose content is computed in the background too."""
-
-  async def async_save(self, directory: Any, args: "MetaSave") -> list[Any]:
-    return [
-      ocp_future.CommitFutureAwaitingContractedSignals(
-        self._write(directory, args), name="moejax_meta_save"
-      )
-    ]
-
-  def save(self, directory: Any, args: "MetaSave") -> None:
-    asyncio.run(self._write(directory, args))
-
-  def restore(self, directory: Any, args: Any = None) -> dict[str, Any]:
-    return read_meta(Path(directory).parent)
-
-  async def _write(self, directory: Any, args: "MetaSave") -> None:
-    if jax.process_index() == 0:
-      try:
-        (Path(directory) / "metadata").write_text(pack_meta(args.make()))
-      except Exception as error:
-        args.tell(error)
-        raise
-
-
-@ocp.args.register_with_handler(_MetaHandler, for_save=True, for_restore=True)
-@dataclasses.dataclass
-class MetaSave(ocp.args.CheckpointArgs):
-  """The meta item of a save: a function, called once the loop has gone on, and who is
-  told in that thread if it fails."""
-
-  make: Callable[[], dict[str, Any]]
-  tell: Callable[[Exception], None]
-
-
 class _Told:
   """A future whose failure is told as soon as it is known.
 
@@ -69,6 +34,36 @@ class _Told:
 
   def cancel(self) -> bool | None:
     return self._future.cancel()
+
+
+class _MetaHandler(ocp.AsyncCheckpointHandler):
+  """Writes `meta/metadata`, whose content is computed in the background too."""
+
+  async def async_save(self, directory: Any, args: "MetaSave") -> list[Any]:
+    future = ocp_future.CommitFutureAwaitingContractedSignals(
+      self._write(directory, args), name="moejax_meta_save"
+    )
+    return [_Told(future, args.tell)]
+
+  def save(self, directory: Any, args: "MetaSave") -> None:
+    asyncio.run(self._write(directory, args))
+
+  def restore(self, directory: Any, args: Any = None) -> dict[str, Any]:
+    return read_meta(Path(directory).parent)
+
+  async def _write(self, directory: Any, args: "MetaSave") -> None:
+    if jax.process_index() == 0:
+      (Path(directory) / "metadata").write_text(pack_meta(args.make()))
+
+
+@ocp.args.register_with_handler(_MetaHandler, for_save=True, for_restore=True)
+@dataclasses.dataclass
+class MetaSave(ocp.args.CheckpointArgs):
+  """The meta item of a save: a function, called once the loop has gone on, and who is
+  told in that thread if it fails."""
+
+  make: Callable[[], dict[str, Any]]
+  tell: Callable[[Exception], None]
 
 
 class StateHandler(ocp.StandardCheckpointHandler):
