@@ -58,7 +58,10 @@ class Stepper:
     mesh = make_mesh(config.mesh, jax.devices()[:1])
     model = Decoder(config.model, config.moe, vocab_size=vocab_size)
     optimizer = make_optimizer(
-      config.optimizer, num_steps=config.train.num_steps, axes=model.logical_axes()
+      config.optimizer,
+      num_steps=config.train.num_steps,
+      axes=model.logical_axes(),
+      trained=model.trained(),
     )
     self.state = make_init(model, optimizer, mesh)(jax.random.key(0))
     shape = (config.train.batch_size, config.data.sequence_length)

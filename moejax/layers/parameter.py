@@ -23,32 +23,50 @@ def matrix(
   fan_in: int,
   scale: float = 1.0,
   dtype: str = "float32",
+  trained: bool = True,
 ) -> nnx.Param:
   """A weight drawn from a normal cut at two deviations, of std scale/sqrt(fan_in)."""
   # 0.8796 is the standard deviation of a unit normal cut at two of its own.
   deviation = scale / (0.87962566103423978 * fan_in**0.5)
   value = jax.random.truncated_normal(rngs.params(), -2.0, 2.0, shape, jnp.float32)
-  return _declare((value * deviation).astype(dtype), axes)
+  return _declare((value * deviation).astype(dtype), axes, trained)
 
 
 def constant(
-  value: float, shape: tuple[int, ...], axes: LogicalAxes, *, dtype: str = "float32"
+  value: float,
+  shape: tuple[int, ...],
+  axes: LogicalAxes,
+  *,
+  dtype: str = "float32",
+  trained: bool = True,
 ) -> nnx.Param:
-  """A parameter that starts at one value: norm scales (1), biases (0)."""
-  return _declare(jnp.full(shape, value, dtype), axes)
+  """A parameter that starts at one value: norm scales (1), biases (0).
+
+  Args:
+    trained: False keeps it from gradients and from the optimizer.
+  """
+  return _declare(jnp.full(shape, value, dtype), axes, trained)
 
 
-def _declare(value: Array, axes: LogicalAxes) -> nnx.Param:
+def _declare(value: Array, axes: LogicalAxes, trained: bool) -> nnx.Param:
   assert value.ndim == len(axes), (value.shape, axes)
-  return nnx.Param(value, logical_axes=axes)
+  return nnx.Param(value, logical_axes=axes, trained=trained)
 
 
 def logical_axes(module: nnx.Module) -> dict[str, Any]:
   """The declared axes of every parameter, as a plain nested dict."""
-  state = nnx.state(module)
-  axes = jax.tree.map(
-    lambda variable: variable.get_metadata()["logical_axes"],
-    state,
+  return _declared(module, "logical_axes")
+
+
+def trained(module: nnx.Module) -> dict[str, Any]:
+  """Whether each parameter is trained, as a plain nested dict."""
+  return _declared(module, "trained")
+
+
+def _declared(module: nnx.Module, what: str) -> dict[str, Any]:
+  values = jax.tree.map(
+    lambda variable: variable.get_metadata()[what],
+    nnx.state(module),
     is_leaf=lambda leaf: isinstance(leaf, nnx.Variable),
   )
-  return nnx.to_pure_dict(axes)
+  return nnx.to_pure_dict(values)

@@ -38,14 +38,21 @@ class Router(nnx.Module):
     self.num_selected = moe.fine_selected
     shape, axes = (width, self.num_experts), ("width", "router_expert")
     self.weight = parameter.matrix(
-      rngs, shape, axes, fan_in=width, scale=moe.router_init_scale
+      rngs,
+      shape,
+      axes,
+      fan_in=width,
+      scale=moe.router_init_scale,
+      trained=self.spec.learned,
     )
     if "noise_logits" in self.spec.needs and moe.noise == "learned":
       # Shazeer et al., appendix A: zeros, so that all experts are equally noisy.
       self.noise = parameter.constant(0.0, shape, axes)
     if "bias" in self.spec.needs:
-      # No gradient reaches it: the train step moves it (Decoder.update_router_bias).
-      self.bias = parameter.constant(0.0, (self.num_experts,), ("router_expert",))
+      # The train step moves it, not the optimizer (Decoder.update_router_bias).
+      self.bias = parameter.constant(
+        0.0, (self.num_experts,), ("router_expert",), trained=False
+      )
     if "slot_logits" in self.spec.needs:
       slots = self._capacity(moe.group_size, moe.capacity_factor) or 1
       self.slots = parameter.matrix(

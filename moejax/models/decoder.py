@@ -146,9 +146,9 @@ class Decoder:
     return params
 
   def _hash_table(self) -> Float[Array, "V K"]:
-    """A leaf like the parameters, so that it travels with every checkpoint.
+    """A leaf beside the parameters, so that it travels with every checkpoint.
 
-    In floats, because gradients are taken by the whole tree; it gets none.
+    In floats, which checkpoints have held from the beginning.
     """
     counts = None
     if self.moe.hash_table == "balanced" and self._token_counts is not None:
@@ -191,19 +191,32 @@ class Decoder:
 
   def logical_axes(self) -> Params:
     """Names of every parameter's dimensions, for `moejax.parallel.rules`."""
+
+    def stacked(block: Params) -> Params:
+      return jax.tree.map(
+        lambda names: ("layer", *names), block, is_leaf=lambda a: isinstance(a, tuple)
+      )
+
     axes: Params = {"embedding": self._embedding.axes}
     for part in PARTS:
-      axes[part] = {}
-      for index, is_moe in enumerate(getattr(self.pattern, part)):
-        block = self._blocks[is_moe].axes
-        if part == "unit":
-          block = jax.tree.map(
-            lambda names: ("layer", *names), block, is_leaf=lambda a: isinstance(a, tuple)
-          )
-        axes[part][str(index)] = block
+      blocks = [self._blocks[is_moe].axes for is_moe in getattr(self.pattern, part)]
+      axes[part] = {
+        str(i): stacked(block) if part == "unit" else block
+        for i, block in enumerate(blocks)
+      }
     if self._has_table:
       axes["hash_table"] = (None, None)
     return axes
+
+  def trained(self) -> Params:
+    """Which parameters gradients and the optimizer see, a tree of bools."""
+    mask: Params = {"embedding": self._embedding.trained}
+    for part in PARTS:
+      kinds = getattr(self.pattern, part)
+      mask[part] = {str(i): self._blocks[kind].trained for i, kind in enumerate(kinds)}
+    if self._has_table:
+      mask["hash_table"] = False
+    return mask
 
   def init_cache(self, batch: int, length: int) -> Cache:
     """An empty cache for `batch` rows of at most `length` tokens."""

@@ -24,6 +24,7 @@ class Shell:
     abstract = nnx.eval_shape(lambda: make(jax.random.key(0)))
     self._graphdef = nnx.graphdef(abstract)
     self.axes = parameter.logical_axes(abstract)
+    self.trained = parameter.trained(abstract)
 
   def init(self, key: Key[Array, ""]) -> Params:
     return nnx.to_pure_dict(nnx.state(self._make(key)))

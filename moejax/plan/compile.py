@@ -48,7 +48,10 @@ def compile_step(config: Config, devices: Sequence[Any]) -> CompiledStep:
   mesh = make_mesh(config.mesh, devices)
   model = Decoder(config.model, config.moe, vocab_size=resolve_vocab_size(config))
   optimizer = make_optimizer(
-    config.optimizer, num_steps=config.train.num_steps, axes=model.logical_axes()
+    config.optimizer,
+    num_steps=config.train.num_steps,
+    axes=model.logical_axes(),
+    trained=model.trained(),
   )
   shape = (config.train.batch_size, config.data.sequence_length)
   tokens = jax.ShapeDtypeStruct(shape, "int32", sharding=rules.batch_sharding(mesh))

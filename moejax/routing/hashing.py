@@ -43,6 +43,24 @@ def hash_table(
   return np.concatenate([first[:, None], rest], axis=1).astype(np.int32)
 
 
+def table_damage(table: np.ndarray, num_experts: int) -> str | None:
+  """What is wrong with a stored table, in a sentence; None if nothing is.
+
+  Weight decay of versions before 0.2 took the table for a matrix: after one step every
+  entry was a little below a whole number, and was read as the expert below it.
+  """
+  wrong = (table != np.floor(table)) | (table < 0) | (table >= num_experts)
+  if not wrong.any():
+    return None
+  token, choice = np.argwhere(wrong)[0]
+  return (
+    f"its hash table is damaged: {np.count_nonzero(wrong.any(axis=1))} of {len(table)} "
+    f"token ids have no expert (id {token}: {table[token, choice]:.6g}, experts are 0 to "
+    f"{num_experts - 1}). Earlier versions let weight decay move the table, so the run "
+    "was trained with other experts than its table had. Train it again"
+  )
+
+
 def hash_router(inputs: RouterInputs, options: RouterOptions) -> Routing:
   """Each token goes to the experts of its id, each with gate 1/K."""
   if inputs.assigned is None:

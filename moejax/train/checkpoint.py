@@ -16,7 +16,7 @@ parameters alone; what it has is offered here.
 import json
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +38,12 @@ from moejax.train.checkpoint_orbax import (
   is_refusal,
   reason,
 )
-from moejax.train.checkpoint_params import init_from, peek, restore_params
+from moejax.train.checkpoint_params import (
+  damaged_table,
+  init_from,
+  peek,
+  restore_params,
+)
 from moejax.train.checkpoint_read import (
   DIRECTORY,
   FORMAT,
@@ -53,6 +58,7 @@ from moejax.train.checkpoint_read import (
 __all__ = [
   "DIRECTORY",
   "Checkpointer",
+  "damaged_table",
   "init_from",
   "list_steps",
   "peek",
@@ -84,6 +90,7 @@ class Checkpointer:
     config: Config,
     metadata: dict[str, Any],
     logical_axes: Any = None,
+    untrained: Sequence[str] = (),
     warn: Callable[[str], None] = logging.warning,
   ):
     """Opens a directory of checkpoints, and clears what a killed save left there.
@@ -95,6 +102,8 @@ class Checkpointer:
       config: stored, resolved, with every step.
       metadata: more to store with every step: JSON, such as `dataset_fingerprint`.
       logical_axes: the model's; with it, checksums are kept for each expert.
+      untrained: dotted names of the parameters that no optimizer has moments of; in
+        checkpoints of earlier versions it had, and those are left unread.
       warn: told, in one sentence each, what went wrong and what was done about it.
 
     Raises:
@@ -112,6 +121,7 @@ class Checkpointer:
     self._config = config_io.to_dict(config)
     self._metadata = json.loads(json.dumps(metadata))
     self._logical_axes = logical_axes
+    self._untrained = tuple(untrained)
     self._warn = warn
     self._pending: int | None = None
     self._told: list[Exception] = []
@@ -314,7 +324,9 @@ class Checkpointer:
   ) -> tuple[dict[str, Any], dict[str, Any], str | None]:
     """Restores one step; a description of the damage if any process found some."""
     try:
-      state, meta = read_step(self.directory / str(step), lambda meta: target)
+      state, meta = read_step(
+        self.directory / str(step), lambda meta: target, self._untrained
+      )
     except DamagedCheckpointError as e:
       return {}, {}, str(e)
     return state, meta, None

@@ -13,8 +13,9 @@ import numpy as np
 from absl import logging
 
 from moejax import config_io
-from moejax.config import Config
+from moejax.config import Config, MoEConfig
 from moejax.errors import ConfigError, UserError
+from moejax.routing import hashing
 from moejax.train.checkpoint_read import (
   DIRECTORY,
   DamagedCheckpointError,
@@ -76,7 +77,10 @@ def restore_params(
         directory / str(candidate),
         lambda meta: {"params": params_target(meta, shardings)},
       )
-      return state["params"], config_io.from_dict(meta["config"]), meta
+      config = config_io.from_dict(meta["config"])
+      if problem := damaged_table(state["params"], config.moe):
+        logging.warning("%s, step %s: %s.", directory, candidate, problem)
+      return state["params"], config, meta
     except DamagedCheckpointError as e:
       reasons.append(f"step {candidate}: {e}")
       logging.warning("%s: checkpoint is damaged, %s", directory, reasons[-1])
@@ -94,6 +98,15 @@ def _candidates(workdir: Path | str, step: int | None) -> tuple[Path, list[int]]
       f"--step={step} is not in {directory}: there are {_numbers_in_words(steps)}."
     )
   return directory, [step]
+
+
+def damaged_table(params: Params, moe: MoEConfig) -> str | None:
+  """What is wrong with a model's hash table, if it has one; see `hashing.table_damage`."""
+  if "hash_table" not in params:
+    return None
+  # Everyone holds all of it, also where it spans processes.
+  table = np.asarray(params["hash_table"].addressable_data(0))
+  return hashing.table_damage(table, moe.fine_experts)
 
 
 def _none_whole(directory: Path, reasons: list[str]) -> UserError:

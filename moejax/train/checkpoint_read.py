@@ -17,7 +17,7 @@ import contextlib
 import json
 import logging
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -146,13 +146,16 @@ def mismatches(saved: dict[str, Any], target: Any, *, prefix: str = "") -> list[
 
 
 def read_step(
-  step_directory: Path, target_of: Callable[[dict[str, Any]], Any]
+  step_directory: Path,
+  target_of: Callable[[dict[str, Any]], Any],
+  untrained: Sequence[str] = (),
 ) -> tuple[Any, dict[str, Any]]:
   """Restores a step. Every process calls it, and all of them succeed or none.
 
   Args:
     step_directory: `.../checkpoints/N`.
     target_of: from the step's meta to what `read_state` is to restore.
+    untrained: as for `read_state`.
 
   Returns:
     The state and the meta.
@@ -166,10 +169,15 @@ def read_step(
   except DamagedCheckpointError as e:
     damage = e
   agree(damage)
-  return read_state(step_directory, meta, target_of(meta)), meta
+  return read_state(step_directory, meta, target_of(meta), untrained), meta
 
 
-def read_state(step_directory: Path, meta: dict[str, Any], target: Any) -> Any:
+def read_state(
+  step_directory: Path,
+  meta: dict[str, Any],
+  target: Any,
+  untrained: Sequence[str] = (),
+) -> Any:
   """Restores arrays bit for bit, straight into the target's shardings.
 
   No array is ever whole where it is not wanted whole: each device is given its part
@@ -180,6 +188,8 @@ def read_state(step_directory: Path, meta: dict[str, Any], target: Any) -> Any:
     meta: of that step, from `read_meta`.
     target: tree of ShapeDtypeStruct; any part of the saved tree that is a subset
       of its top-level keys.
+    untrained: dotted names of parameters whose moments are left unread. Optimizers had
+      some, of no use, before they were kept to what is trained.
 
   Raises:
     ConfigError: the target is another model or optimizer; names the leaves.
@@ -187,7 +197,13 @@ def read_state(step_directory: Path, meta: dict[str, Any], target: Any) -> Any:
   """
   saved = meta["leaves"]
   parts = tuple(f"{key}." for key in target)
-  wanted = {n: s for n, s in saved.items() if n in target or n.startswith(parts)}
+  unread = tuple(f".{name}" for name in untrained)
+  wanted = {
+    name: leaf
+    for name, leaf in saved.items()
+    if (name in target or name.startswith(parts))
+    and not (name.startswith("opt_state.") and name.endswith(unread))
+  }
   problems = mismatches(wanted, target)
   if problems:
     more = f" (and {len(problems) - 5} more)" if len(problems) > 5 else ""

@@ -1,5 +1,9 @@
 """Optimizers by name, learning-rate schedules, the weight-decay mask.
 
+An optimizer is given all parameters and sees the trained ones alone
+(`moejax.models.trained`): the others have no moments, do not decay, and come out as they
+went in.
+
 An optimizer here is an optax chain that stops short of the learning rate: the
 train step multiplies by `schedule(step)` itself. The number that is logged is
 therefore the number that was used, also after a skipped step, where optax's own
@@ -22,6 +26,7 @@ from jaxtyping import Array, Float, Int
 
 from moejax.config import OptimizerConfig
 from moejax.errors import ConfigError
+from moejax.models import trained as trained_lib
 from moejax.types import Params
 
 Schedule = Callable[[Int[Array, ""]], Float[Array, ""]]
@@ -38,11 +43,14 @@ class Optimizer:
   schedule: Schedule
   clip_norm: float
   """Global gradient norm above which gradients are scaled down; 0 is off."""
+  trained: trained_lib.Mask
+  """Of all parameters, those that are its business."""
 
   def init(self, params: Params) -> Any:
     """The optimizer's state: a tree of arrays that Orbax can restore."""
+    learned, _ = trained_lib.split(params, self.trained)
     with jax.numpy_dtype_promotion("standard"):  # optax mixes weak and strong types
-      return self.transform.init(_float32(params))
+      return self.transform.init(_float32(learned))
 
   def apply(
     self,
@@ -53,16 +61,26 @@ class Optimizer:
     learning_rate: Float[Array, ""],
     gradient_norm: Float[Array, ""],
   ) -> tuple[Params, Any]:
-    """One update. The norm is passed in because the step needs it anyway."""
+    """One update. The norm is passed in because the step needs it anyway.
+
+    Args:
+      gradients: of the trained parameters.
+      opt_state: from `init`, or from the update before.
+      params: all of them.
+
+    Returns:
+      All parameters, those that are not trained as they were, and the new state.
+    """
+    learned, kept = trained_lib.split(params, self.trained)
     with jax.numpy_dtype_promotion("standard"):
       if self.clip_norm > 0:
         # max(norm, clip) in the denominator: no division by zero, scale 1 below.
         scale = self.clip_norm / jnp.maximum(gradient_norm, self.clip_norm)
         gradients = jax.tree.map(lambda g: g * scale.astype(g.dtype), gradients)
-      updates, opt_state = self.transform.update(gradients, opt_state, _float32(params))
+      updates, opt_state = self.transform.update(gradients, opt_state, _float32(learned))
       updates = jax.tree.map(lambda u: -learning_rate * u, updates)
-      params = optax.apply_updates(params, updates)  # pyright: ignore[reportAssignmentType]
-    return params, opt_state
+      learned: Params = optax.apply_updates(learned, updates)  # pyright: ignore[reportAssignmentType]
+    return trained_lib.join(learned, kept), opt_state
 
 
 def _float32(params: Params) -> Params:
@@ -96,13 +114,16 @@ OPTIMIZERS: dict[str, Callable[[OptimizerConfig], optax.GradientTransformation]]
 }
 
 
-def make_optimizer(config: OptimizerConfig, *, num_steps: int, axes: Any) -> Optimizer:
+def make_optimizer(
+  config: OptimizerConfig, *, num_steps: int, axes: Params, trained: trained_lib.Mask
+) -> Optimizer:
   """Builds the optimizer a config names.
 
   Args:
     config: name, schedule, moments, decay, clipping.
     num_steps: length of the run, which cosine, linear and constant_decay need.
     axes: the model's `logical_axes()`, from which the decay mask is read.
+    trained: the model's `trained()`.
 
   Raises:
     ConfigError: an unknown optimizer or schedule.
@@ -113,12 +134,14 @@ def make_optimizer(config: OptimizerConfig, *, num_steps: int, axes: Any) -> Opt
     )
   transform = OPTIMIZERS[config.name](config)
   if config.weight_decay:
-    decay = optax.add_decayed_weights(config.weight_decay, mask=decay_mask(axes))
+    learned, _ = trained_lib.split(axes, trained)
+    decay = optax.add_decayed_weights(config.weight_decay, mask=decay_mask(learned))
     transform = optax.chain(transform, decay)
   return Optimizer(
     transform=transform,
     schedule=make_schedule(config, num_steps),
     clip_norm=float(config.clip_norm),
+    trained=trained,
   )
 
 

@@ -18,6 +18,8 @@ from jaxtyping import Float
 
 from moejax import config_devices, data
 from moejax.config import Config
+from moejax.errors import UserError
+from moejax.models import trained as trained_lib
 from moejax.models.decoder import Decoder
 from moejax.parallel.mesh import make_mesh
 from moejax.plan import flops
@@ -88,7 +90,10 @@ def set_up(
     token_counts=functools.partial(dataset.token_counts, "train"),
   )
   optimizer = make_optimizer(
-    config.optimizer, num_steps=config.train.num_steps, axes=model.logical_axes()
+    config.optimizer,
+    num_steps=config.train.num_steps,
+    axes=model.logical_axes(),
+    trained=model.trained(),
   )
   checkpointer = checkpoint.Checkpointer(
     workdir / checkpoint.DIRECTORY,
@@ -100,6 +105,7 @@ def set_up(
       "corpus_fingerprint": dataset.corpus_fingerprint,
     },
     logical_axes=model.logical_axes(),
+    untrained=trained_lib.names(model.trained()),
   )
   try:
     state, start = _state(config, model, optimizer, mesh, checkpointer, init_from)
@@ -133,12 +139,16 @@ def _state(
   if checkpointer.latest() is not None:
     target = state_lib.state_shapes(model, optimizer, mesh)
     state, _ = checkpointer.restore(target)
+    if problem := checkpoint.damaged_table(state["params"], config.moe):
+      raise UserError(f"{checkpointer.directory}: {problem}, in another --workdir.")
     return state, int(state["step"])
   params = None
   if init_from:
     # Before the state is made: a wrong directory should not cost a compilation.
     shapes = state_lib.state_shapes(model, optimizer, mesh)["params"]
     params = checkpoint.init_from(init_from, shapes)
+    if problem := checkpoint.damaged_table(params, config.moe):
+      raise UserError(f"--init_from={init_from}: {problem}.")
     logging.info("Starting from the parameters of %s.", init_from)
   init = state_lib.make_init(model, optimizer, mesh)
   state = init(jax.random.key(config.train.seed))

@@ -23,6 +23,7 @@ from jax.sharding import Mesh, PartitionSpec
 from jaxtyping import Array, Float, Int, Key
 
 from moejax.config import Config
+from moejax.models import trained as trained_lib
 from moejax.parallel import rules
 from moejax.parallel.mesh import TOKEN_AXES
 from moejax.train import state as state_lib
@@ -101,6 +102,7 @@ def loss_gradients(
 ) -> tuple[dict[str, Any], Params]:
   """Sums over the global batch, and the gradient of the mean training loss.
 
+  The gradient is taken by the trained parameters alone (`moejax.models.trained`).
   Microbatches are consecutive runs of sequences, so that a routing group that
   spans several sequences holds the same ones whatever the accumulation.
   """
@@ -114,10 +116,12 @@ def loss_gradients(
     if model.balances_batch:
       chosen = _chosen_in_batch(model, params, indices, microbatches, key)
 
-  def loss_of(params: Params, batch: Batch, key: Key[Array, ""]):
+  learned, kept = trained_lib.split(params, model.trained())
+
+  def loss_of(learned: Params, batch: Batch, key: Key[Array, ""]):
     sums = forward_sums(
       model,
-      params,
+      trained_lib.join(learned, kept),
       batch,
       token_bytes=token_bytes,
       key=key,
@@ -129,16 +133,16 @@ def loss_gradients(
 
   gradients_of = jax.grad(loss_of, has_aux=True)
   if accumulation == 1:
-    gradients, sums = gradients_of(params, batch, jax.random.fold_in(key, 0))
+    gradients, sums = gradients_of(learned, batch, jax.random.fold_in(key, 0))
     return sums, jax.tree.map(lambda g: g.astype(jnp.float32), gradients)
 
   def add(carry: Any, inputs: tuple[Int[Array, ""], Batch]):
     index, microbatch = inputs
-    new = gradients_of(params, microbatch, jax.random.fold_in(key, index))
+    new = gradients_of(learned, microbatch, jax.random.fold_in(key, index))
     return jax.tree.map(lambda a, b: a + b.astype(a.dtype), carry, new), None
 
   first = jax.tree.map(lambda x: x[0], microbatches)
-  shapes = jax.eval_shape(gradients_of, params, first, key)
+  shapes = jax.eval_shape(gradients_of, learned, first, key)
   # Sums in float32 whatever the parameters' type: small terms must not vanish.
   zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, jnp.float32), shapes)
   (gradients, sums), _ = jax.lax.scan(add, zeros, (indices, microbatches))

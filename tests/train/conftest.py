@@ -93,7 +93,10 @@ def make_setup(config: Config, num_devices: int = 1) -> Setup:
   mesh = make_mesh(config.mesh, jax.devices()[:num_devices])
   model = Decoder(config.model, config.moe, vocab_size=VOCAB)
   optimizer = make_optimizer(
-    config.optimizer, num_steps=config.train.num_steps, axes=model.logical_axes()
+    config.optimizer,
+    num_steps=config.train.num_steps,
+    axes=model.logical_axes(),
+    trained=model.trained(),
   )
   return Setup(
     config=config,

@@ -44,8 +44,8 @@ def layout_config(mesh: str = "1") -> Config:
 def parts() -> tuple[Decoder, Optimizer]:
   config = layout_config()
   model = Decoder(config.model, config.moe, vocab_size=VOCAB)
-  axes = model.logical_axes()
-  return model, make_optimizer(config.optimizer, num_steps=20, axes=axes)
+  axes, trained = model.logical_axes(), model.trained()
+  return model, make_optimizer(config.optimizer, num_steps=20, axes=axes, trained=trained)
 
 
 @functools.cache

@@ -90,8 +90,9 @@ def test_only_matrices_decay_and_stacking_makes_no_matrix():
 
 
 def _apply(config: OptimizerConfig, params, gradients, *, rate=0.1):
-  axes = {"w": ("width", "hidden"), "scale": ("norm",)}
-  optimizer = optimizer_lib.make_optimizer(config, num_steps=10, axes=axes)
+  optimizer = optimizer_lib.make_optimizer(
+    config, num_steps=10, axes=PARAM_AXES, trained=TRAINED
+  )
 
   @jax.jit
   def update(gradients, opt_state, params):
@@ -106,6 +107,8 @@ def _apply(config: OptimizerConfig, params, gradients, *, rate=0.1):
   return update(gradients, optimizer.init(params), params)
 
 
+PARAM_AXES = {"w": ("width", "hidden"), "scale": ("norm",)}
+TRAINED = {"w": True, "scale": True}
 PARAMS = {"w": jnp.full((2, 2), 2.0), "scale": jnp.full((2,), 2.0)}
 
 
@@ -142,8 +145,9 @@ def test_every_optimizer_goes_downhill_and_keeps_types(name, dtype):
   params = jax.tree.map(lambda p: p.astype(dtype), PARAMS)
   gradients = jax.tree.map(lambda p: jnp.ones(p.shape, jnp.float32), PARAMS)
   config = OptimizerConfig(name=name)
-  axes = {"w": ("width", "hidden"), "scale": ("norm",)}
-  before = optimizer_lib.make_optimizer(config, num_steps=9, axes=axes).init(params)
+  before = optimizer_lib.make_optimizer(
+    config, num_steps=9, axes=PARAM_AXES, trained=TRAINED
+  ).init(params)
   new, after = _apply(config, params, gradients)
   types = lambda tree: jax.tree.map(lambda a: (a.shape, a.dtype), tree)  # noqa: E731
   assert types(new) == types(params)
@@ -154,4 +158,4 @@ def test_every_optimizer_goes_downhill_and_keeps_types(name, dtype):
 def test_an_unknown_optimizer_is_refused_with_the_known_ones():
   config = dataclasses.replace(OptimizerConfig(), name="adam")
   with pytest.raises(ConfigError, match="name=adam is unknown.*adamw"):
-    optimizer_lib.make_optimizer(config, num_steps=1, axes={})
+    optimizer_lib.make_optimizer(config, num_steps=1, axes={}, trained={})
