@@ -25,7 +25,7 @@ from absl import logging as absl_logging
 
 from moejax import config_io, config_list
 from moejax.config import Config
-from moejax.config_check import validate
+from moejax.config_check import refuse_unread, validate
 from moejax.errors import ConfigError, UserError, did_you_mean, nearest
 
 # Flags defined by `define_config` belong to the program that called it.
@@ -72,12 +72,17 @@ def get_config(base: Config | None = None) -> Config:
   Raises:
     ConfigError: the file cannot be used, or `validate` refuses the result.
   """
+  from_file = base is None
   if base is None:
     base = load_config(flags.FLAGS["config"].value or DEFAULT_CONFIG)
   config = config_io.from_dict(config_io.to_dict(base))
   for dotted, value in _overrides.items():
     config_io.set_field(config, dotted, value)
   validate(config)
+  given = list(_overrides)
+  if from_file:
+    given += [name for name, _, _ in config_io.difference(Config(), config)]
+  refuse_unread(config, given)
   return config
 
 

@@ -97,13 +97,16 @@ class MoEConfig:
   """m: each expert becomes m of width F/m, and m*K are chosen (DeepSeekMoE)."""
   num_shared: int = 0
   """Shared experts, of width F/m each, that every token visits."""
+  shared_gate: bool = False
+  """Weigh the shared experts by sigmoid(x w), w learned (Qwen2-MoE)."""
   router: str = "switch"
   dispatcher: str = "auto"
   """auto, einsum, gather or grouped."""
   every: int = 2
   """Every n-th layer is an MoE layer; 1 is all."""
   offset: int = 1
-  """The first MoE layer after the prefix is layer dense_prefix + offset (0-based)."""
+  """Which of each `every` layers is the MoE layer: the one numbered offset modulo every,
+  counted from 0 after the dense prefix."""
   dense_prefix: int = 0
   """So many first layers are dense whatever `every` says."""
   dense_twin: bool = False
@@ -129,7 +132,9 @@ class MoEConfig:
   """T, tokens per routing group: the scope of capacity and balance; 0 is one sequence,
   -1 the whole batch."""
   renormalize: str = "none"
-  """Scale a token's K gates to sum 1: none, before_drop or after_drop."""
+  """Scale a token's K gates to norm 1: none, before_drop or after_drop."""
+  renormalize_norm: float = 1.0
+  """p of that norm: 1 makes the gates sum to 1, 2 their squares (MegaBlocks)."""
   gate_scale: float = 1.0
   """Multiplies every gate at the end (DeepSeek's routed_scaling_factor)."""
   priority: str = "arrival"
@@ -143,7 +148,9 @@ class MoEConfig:
   """drop, or next_best: the token's next-best expert that has room."""
   second_policy: str = "all"
   """Router top2: the second expert is taken always (all), or at random with
-  probability min(1, 2*g2) (random), or sampled from the rest (sample)."""
+  probability min(1, 2*g2), g2 its normalised gate (random) or its probability
+  (random_raw, as Praxis without its legacy behaviour), or sampled from the rest
+  (sample)."""
   num_expert_groups: int = 1
   """Routers group_limited, sigmoid_bias: experts stand in so many equal groups."""
   num_selected_groups: int = 1
@@ -165,7 +172,8 @@ class MoEConfig:
   jitter: float = 0.0
   """Switch input jitter: the router sees x * uniform(1-j, 1+j) in training."""
   expert_dropout: float = 0.0
-  """In training, this fraction of each layer's experts takes no token, new each step."""
+  """In training, this fraction of each layer's experts takes no token: others in each
+  step, the same for all its microbatches."""
   allow_future_leak: bool = False
   """Generate even if the router looks at later tokens (expert_choice, base, soft)."""
   balance_weight: float = 0.01

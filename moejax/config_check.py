@@ -34,6 +34,34 @@ def validate(config: Config) -> None:
   _registered(config)
 
 
+def refuse_unread(config: Config, given: Iterable[str]) -> None:
+  """Refuses options of a router that was not chosen, where a person gave them.
+
+  Not a part of `validate`: a stored config is never refused for what its run never read.
+
+  Args:
+    config: validated.
+    given: dotted names of the fields that stand on the command line or in a config file.
+
+  Raises:
+    ConfigError: names the flag, and the routers that read it.
+  """
+  from moejax.routing.registry import is_read, readers
+
+  if (
+    config.moe.dense_twin
+  ):  # Its routers are gone, and it keeps the config it is twin to.
+    return
+  for name in given:
+    section, _, field = name.rpartition(".")
+    if section != "moe" or not readers(field) or is_read(config.moe.router, field):
+      continue
+    raise ConfigError(
+      f"{named(config, name, 'moe.router')}: this router does not read it. Leave it out, "
+      f"or use --config.moe.router={' or '.join(readers(field))}."
+    )
+
+
 def _types(config: Config) -> None:
   """A config file can put anything into a field; the flags cannot."""
   for name, (kind, optional) in field_types().items():
@@ -180,6 +208,20 @@ def _one_choice_keeps_its_probability(c: Config) -> str | None:
     )
 
 
+def _a_norm_is_of_something(c: Config) -> str | None:
+  if c.moe.renormalize_norm != 1 and c.moe.renormalize == "none":
+    return (
+      f"{named(c, 'moe.renormalize_norm', 'moe.renormalize')}: gates that are not "
+      "renormalised have no norm. Give --config.moe.renormalize=before_drop or "
+      "after_drop, or leave the norm out."
+    )
+  if c.moe.shared_gate and not c.moe.num_shared:
+    return (
+      "--config.moe.shared_gate=true weighs shared experts, and "
+      "--config.moe.num_shared=0 has none. Raise it, or leave the gate out."
+    )
+
+
 def _some_layer_is_moe(c: Config) -> str | None:
   # A dense twin answers "equal to what?" by the same pattern, so it needs one too.
   if not any(layer_pattern(c.model.num_layers, c.moe).is_moe):
@@ -187,14 +229,6 @@ def _some_layer_is_moe(c: Config) -> str | None:
     return (
       f"{named(c, *names)} makes no layer an MoE layer. Lower the first three, or add "
       "layers."
-    )
-
-
-def _only_top2_has_a_second_policy(c: Config) -> str | None:
-  if c.moe.second_policy != "all" and c.moe.router != "top2":
-    return (
-      f"{named(c, 'moe.second_policy', 'moe.router')}: only router top2 has a second "
-      "expert to decide about. Use --config.moe.router=top2, or second_policy=all."
     )
 
 
@@ -285,8 +319,8 @@ RULES: tuple[Callable[[Config], str | None], ...] = (
   _no_more_choices_than_experts,
   _segments_divide_hidden,
   _one_choice_keeps_its_probability,
+  _a_norm_is_of_something,
   _some_layer_is_moe,
-  _only_top2_has_a_second_policy,
   _accumulation_divides_batch,
   _slots_travel_with_a_capacity,
   _first_choices_are_not_kept,

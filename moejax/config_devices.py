@@ -33,6 +33,7 @@ def validate_devices(config: Config, num_devices: int) -> None:
     )
   if not config.moe.dense_twin:
     _groups_divide_devices(config, micro, shards)
+    _dispatcher_fits_exchange(config, size, micro, shards)
   model, moe = config.model, config.moe
   cut = [
     ("fsdp", "model.width", model.width),
@@ -51,10 +52,36 @@ def validate_devices(config: Config, num_devices: int) -> None:
       )
 
 
+def _num_groups(config: Config, micro: int) -> int:
+  """Routing groups of a microbatch."""
+  tokens, size = micro * config.data.sequence_length, config.moe.group_size
+  return 1 if size == -1 else tokens // (size or config.data.sequence_length)
+
+
+def _dispatcher_fits_exchange(
+  config: Config, size: dict[str, int], micro: int, shards: int
+) -> None:
+  """A dispatcher asked for by name runs, or is refused before anything is compiled."""
+  from moejax.layers.options import num_selected
+  from moejax.parallel.expert_parallel import choose
+
+  if math.prod(size.values()) == 1:
+    return
+  choose(
+    config.moe.exchange,
+    config.moe.dispatcher,
+    devices=size["expert"],
+    token_shards=shards,
+    num_groups=_num_groups(config, micro),
+    num_selected=num_selected(config.moe),
+    capacity=config.moe.capacity_factor is not None,
+    dense=config.moe.router == "soft",
+  )
+
+
 def _groups_divide_devices(config: Config, micro: int, shards: int) -> None:
   """Every device routes whole groups of its own, or the compiler is asked by name."""
-  tokens, size = micro * config.data.sequence_length, config.moe.group_size
-  groups = 1 if size == -1 else tokens // (size or config.data.sequence_length)
+  groups = _num_groups(config, micro)
   if groups % shards and config.moe.exchange != "gspmd":
     raise ConfigError(
       f"{named(config, 'moe.group_size')} makes {groups} routing group(s) of a "

@@ -74,7 +74,7 @@ def make_layer(shape: Any, capacity_factor: float | None, exchange: str) -> Call
       params["experts"],
       resolve("auto", capacity=capacity),
       activation="gelu",
-      einsum=False,
+      dispatcher_name="auto",
       options=expert_parallel.ExchangeOptions(exchange=exchange),
     )
     return jnp.sum(y * x)

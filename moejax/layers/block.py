@@ -6,8 +6,9 @@ from jaxtyping import Array, Bool, Float, Int, Key
 from moejax.config import ModelConfig, MoEConfig
 from moejax.layers.attention import Attention, Context, LayerCache
 from moejax.layers.feed_forward import FeedForward
-from moejax.layers.moe import MoE, MoEAux
+from moejax.layers.moe import LayerInputs, MoE, MoEAux
 from moejax.layers.norm import RMSNorm
+from moejax.layers.options import num_selected
 from moejax.parallel.mesh import on_tokens
 from moejax.types import pytree, static_field
 
@@ -30,6 +31,8 @@ class BlockInputs:
   token_ids: Int[Array, "B S"]
   assigned: Int[Array, "B S K"] | None
   """The experts of each token, where a table says them (hash routing)."""
+  step: Int[Array, ""] | None
+  """Optimizer steps taken, in training."""
   options: CallOptions = static_field()
 
 
@@ -54,7 +57,7 @@ class Block(nnx.Module):
     *,
     key: Key[Array, ""] | None,
     cache: LayerCache | None,
-    batch_chosen: Float[Array, "E"] | None = None,
+    layer: LayerInputs | None = None,
   ) -> tuple[Float[Array, "B S D"], MoEAux | None, LayerCache | None]:
     mixed, cache = self.attention(self.attention_norm(x), inputs.context, cache)
     x = on_tokens(x + mixed)
@@ -67,10 +70,12 @@ class Block(nnx.Module):
       inputs.valid,
       inputs.token_ids,
       inputs.assigned,
-      batch_chosen,
+      layer,
       key=key,
       train=options.train,
       capacity_factor=options.capacity_factor,
+      positions=inputs.context.positions,
+      step=inputs.step,
       return_served=options.return_served,
     )
     return on_tokens(x + y), aux, cache
@@ -78,4 +83,4 @@ class Block(nnx.Module):
 
 def twin_hidden(moe: MoEConfig) -> int:
   """Hidden width of the dense layer with an MoE layer's active FLOPs: K*F plus shared."""
-  return moe.num_selected * moe.hidden + moe.num_shared * moe.fine_hidden
+  return (num_selected(moe) + moe.num_shared) * moe.fine_hidden

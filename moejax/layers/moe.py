@@ -26,7 +26,8 @@ from moejax.dispatch.base import ExpertWeights
 from moejax.dispatch.grouped import grouped
 from moejax.layers import parameter
 from moejax.layers.feed_forward import FeedForward
-from moejax.layers.router import Router
+from moejax.layers.options import num_present
+from moejax.layers.router import Router, project
 from moejax.parallel import expert_parallel
 from moejax.parallel.platform import target_platform
 from moejax.routing import losses
@@ -47,6 +48,17 @@ class MoEAux:
   """Summed over groups."""
   served: Bool[Array, "*l B S E"] | None = None
   """Which experts computed each token; only where it was asked for."""
+
+
+@pytree
+class LayerInputs:
+  """What an MoE layer is told that other layers of the same call are not."""
+
+  batch_chosen: Float[Array, "*l E"] | None = None
+  """Assignments asked for in the whole batch, where the call has a part of it and
+  `balance_scope` is batch; None takes those of the call."""
+  present: Bool[Array, "*l E"] | None = None
+  """The experts that take part in this step, under expert dropout."""
 
 
 class Experts(nnx.Module):
@@ -86,6 +98,10 @@ class MoE(nnx.Module):
     self.experts = Experts(model, self.num_experts, hidden, rngs)
     if moe.num_shared:
       self.shared = FeedForward(model, moe.num_shared * hidden, rngs)
+    self.shared_gate = None
+    if moe.shared_gate:
+      shape, axes = (model.width, 1), ("width", None)
+      self.shared_gate = parameter.matrix(rngs, shape, axes, fan_in=model.width)
     self.config = moe
     self.exchange = expert_parallel.ExchangeOptions(
       exchange=moe.exchange,
@@ -101,11 +117,13 @@ class MoE(nnx.Module):
     valid: Bool[Array, "B S"],
     token_ids: Int[Array, "B S"],
     assigned: Int[Array, "B S K"] | None = None,
-    batch_chosen: Float[Array, "E"] | None = None,
+    layer: LayerInputs | None = None,
     *,
     key: Key[Array, ""] | None,
     train: bool,
     capacity_factor: float | None,
+    positions: Int[Array, "B S"] | None = None,
+    step: Int[Array, ""] | None = None,
     return_served: bool = False,
   ) -> tuple[Float[Array, "B S D"], MoEAux]:
     """The layer's output, and what its router did.
@@ -115,18 +133,22 @@ class MoE(nnx.Module):
       valid: False for padding.
       token_ids: vocabulary ids.
       assigned: the experts of each token, where a table says them.
-      batch_chosen: assignments asked for in the whole batch, where `x` is a part of
-        it and `balance_scope` is batch; None takes those of `x`.
+      layer: what this layer is told and others are not.
       key: randomness of this step; used in training only.
       train: whether routing noise applies and routing groups matter.
       capacity_factor: None is dropless.
+      positions: of each token in its document.
+      step: optimizer steps taken, in training.
       return_served: whether `MoEAux.served` is wanted.
     """
+    layer = layer or LayerInputs()
     num_groups = self._num_groups(x.shape[0], x.shape[1], train, capacity_factor)
     tokens = x.reshape(num_groups, -1, x.shape[-1])
     valid = valid.reshape(num_groups, -1)
     if assigned is not None:
       assigned = assigned.reshape(num_groups, -1, assigned.shape[-1])
+    if positions is not None:
+      positions = positions.reshape(num_groups, -1)
     logits, routing = self.router(
       tokens,
       valid,
@@ -134,6 +156,9 @@ class MoE(nnx.Module):
       assigned,
       key=key if train else None,
       capacity_factor=capacity_factor,
+      positions=positions,
+      step=step,
+      present=layer.present if train else None,
     )
     name = self.config.dispatcher
     dispatcher = dispatch_registry.resolve(
@@ -151,21 +176,36 @@ class MoE(nnx.Module):
       weights,
       dispatcher,
       activation=self.activation,
-      einsum=name == "einsum",
-      # Evaluation loses nothing on the way, and its groups are others.
+      # Evaluation must not lose tokens on the way, and it may be dropless where training
+      # is not: it travels by the rule of auto.
+      dispatcher_name=name if train or name == "einsum" else "auto",
       options=self.exchange if train else expert_parallel.ExchangeOptions(),
     )
     y = y.reshape(x.shape)
     if self.config.num_shared:
-      y = y + self.shared(x)
-    aux = self._losses(logits, routing, valid, batch_chosen)
+      y = y + self._shared(x)
+    aux = self._losses(logits, routing, valid, layer.batch_chosen, train)
     served = None
     if return_served:
       served = _served(routing).reshape(*x.shape[:2], self.num_experts)
     stats = sum_groups(routing.stats)
     if lost is not None:
-      stats = dataclasses.replace(stats, load=stats.load - lost, lost=jnp.sum(lost))
+      stats = dataclasses.replace(
+        stats,
+        load=stats.load - lost.assignments,
+        lost=jnp.sum(lost.assignments),
+        dropped_tokens=stats.dropped_tokens + lost.tokens,
+      )
     return y, MoEAux(losses=aux, stats=stats, served=served)
+
+  def _shared(self, x: Float[Array, "B S D"]) -> Float[Array, "B S D"]:
+    """What the shared experts add: all of it, or a learned part (Qwen2-MoE)."""
+    y = self.shared(x)
+    if self.shared_gate is None:
+      return y
+    # In float32, as every gate.
+    part = jax.nn.sigmoid(project(x.astype(jnp.float32), self.shared_gate[...]))
+    return y * part.astype(y.dtype)
 
   def _num_groups(
     self, batch: int, sequence: int, train: bool, capacity_factor: float | None
@@ -190,6 +230,7 @@ class MoE(nnx.Module):
     routing: Routing,
     valid: Bool[Array, "G T"],
     batch_chosen: Float[Array, "E"] | None,
+    train: bool,
   ) -> dict[str, Float[Array, ""]]:
     """Each term times its valid tokens, so that dividing by all tokens is the mean."""
     count = routing.stats.num_valid
@@ -205,7 +246,9 @@ class MoE(nnx.Module):
       if batch_chosen is not None:
         chosen = batch_chosen[None]
       valid, count = valid.reshape(1, -1), count.sum(keepdims=True)
-    balance = jnp.sum(jax.vmap(losses.balance_loss)(probs, chosen, valid) * count)
+    present = num_present(self.config) if train else self.num_experts
+    balance_loss = functools.partial(losses.balance_loss, num_present=present)
+    balance = jnp.sum(jax.vmap(balance_loss)(probs, chosen, valid) * count)
     return {"balance_loss": balance, **sums}
 
 

@@ -7,7 +7,19 @@ field that `MoEConfig` and `RouterOptions` share by name reaches both at once.
 import dataclasses
 
 from moejax.config import MoEConfig
+from moejax.routing import registry
 from moejax.routing.base import RouterOptions
+
+
+def num_selected(moe: MoEConfig) -> int:
+  """K that the router sees: segments counted, and all experts under router dense."""
+  return registry.selected(moe.router, moe.fine_experts, moe.fine_selected)
+
+
+def num_present(moe: MoEConfig) -> int:
+  """Experts that take part in a training step: all but a fixed number, at least K."""
+  out = int(moe.expert_dropout * moe.fine_experts)
+  return moe.fine_experts - min(out, moe.fine_experts - num_selected(moe))
 
 
 def router_options(moe: MoEConfig, capacity: int | None) -> RouterOptions:
@@ -23,5 +35,5 @@ def router_options(moe: MoEConfig, capacity: int | None) -> RouterOptions:
   shared = {f.name for f in dataclasses.fields(RouterOptions)} - {"capacity"}
   given = {name: getattr(moe, name) for name in shared if hasattr(moe, name)}
   given["num_experts"] = moe.fine_experts
-  given["num_selected"] = moe.fine_selected
+  given["num_selected"] = num_selected(moe)
   return RouterOptions(**given, capacity=capacity)

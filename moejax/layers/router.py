@@ -18,7 +18,7 @@ from jaxtyping import Array, Bool, Float, Int, Key
 from moejax.config import MoEConfig
 from moejax.errors import ConfigError
 from moejax.layers import parameter
-from moejax.layers.options import router_options
+from moejax.layers.options import num_present, num_selected, router_options
 from moejax.parallel.expert_parallel import over_groups
 from moejax.parallel.mesh import on_tokens
 from moejax.parallel.platform import target_platform
@@ -35,7 +35,7 @@ class Router(nnx.Module):
   def __init__(self, width: int, moe: MoEConfig, rngs: nnx.Rngs):
     self.config, self.spec = moe, ROUTERS[moe.router]
     self.num_experts = moe.fine_experts
-    self.num_selected = moe.fine_selected
+    self.num_selected = num_selected(moe)
     shape, axes = (width, self.num_experts), ("width", "router_expert")
     self.weight = parameter.matrix(
       rngs,
@@ -69,6 +69,9 @@ class Router(nnx.Module):
     *,
     key: Key[Array, ""] | None,
     capacity_factor: float | None,
+    positions: Int[Array, "G T"] | None = None,
+    step: Int[Array, ""] | None = None,
+    present: Bool[Array, "E"] | None = None,
   ) -> tuple[Float[Array, "G T E"], Routing]:
     """Logits, and who goes where.
 
@@ -79,8 +82,12 @@ class Router(nnx.Module):
       assigned: the experts of each token, for routers that read them out of a table.
       key: randomness of this step; None in evaluation, which is deterministic.
       capacity_factor: None is dropless.
+      positions: of each token in its document.
+      step: optimizer steps taken, in training.
+      present: the experts that take part in this step under expert dropout; None draws
+        them by `key`.
     """
-    moe, keys, dropout_key = self.config, None, None
+    moe, keys = self.config, None
     tokens = tokens.astype(jnp.float32)
     seen = tokens
     if key is not None:
@@ -88,11 +95,13 @@ class Router(nnx.Module):
       keys = jax.random.split(router_key, tokens.shape[0])
       if moe.jitter:
         seen = scores.jitter(tokens, jitter_key, moe.jitter)
-    logits = on_tokens(_project(seen, self.weight[...]))
+      if moe.expert_dropout and present is None:
+        present = present_experts(dropout_key, moe)
+    logits = on_tokens(project(seen, self.weight[...]))
     if not self.spec.learned:
       logits = jax.lax.stop_gradient(logits)
-    if dropout_key is not None and moe.expert_dropout:
-      logits = jnp.where(self._present(dropout_key), logits, scores.ABSENT)
+    if present is not None:
+      logits = jnp.where(present[None, None], logits, scores.ABSENT)
     capacity = self._capacity(tokens.shape[1], capacity_factor)
     inputs = RouterInputs(
       logits=logits,
@@ -100,20 +109,30 @@ class Router(nnx.Module):
       key=keys,
       token_ids=token_ids,
       assigned=assigned,
-      noise_logits=_project(seen, self.noise[...]) if hasattr(self, "noise") else None,
+      positions=positions,
+      noise_logits=project(seen, self.noise[...]) if hasattr(self, "noise") else None,
       slot_logits=self._slot_logits(tokens, capacity) if hasattr(self, "slots") else None,
     )
-    bias = self.bias[...] if hasattr(self, "bias") else None
+    same = {
+      "bias": self.bias[...] if hasattr(self, "bias") else None,
+      "step": step,
+      "present": present,
+    }
     ranking = "count" if target_platform() == "tpu" else "sort"
     options = dataclasses.replace(router_options(moe, capacity), ranking=ranking)
 
-    def route_all(inputs: RouterInputs, bias: Float[Array, "E"] | None) -> Routing:
+    def route_all(inputs: RouterInputs, same: dict[str, Array | None]) -> Routing:
       def route(group: RouterInputs) -> Routing:
-        return self.spec.fn(dataclasses.replace(group, bias=bias), options)
+        routing = self.spec.fn(dataclasses.replace(group, **same), options)
+        if same["present"] is None:
+          return routing
+        here = same["present"].astype(jnp.float32)
+        stats = dataclasses.replace(routing.stats, present=here)
+        return dataclasses.replace(routing, stats=stats)
 
       return jax.vmap(route)(inputs)
 
-    return logits, over_groups(route_all, inputs, bias, tokens.shape[0])
+    return logits, over_groups(route_all, inputs, same, tokens.shape[0])
 
   def _capacity(self, num_tokens: int, capacity_factor: float | None) -> int | None:
     """C of a group of so many tokens."""
@@ -125,12 +144,6 @@ class Router(nnx.Module):
       convention=self.config.capacity_convention,
       min_capacity=self.config.min_capacity,
     )
-
-  def _present(self, key: Key[Array, ""]) -> Bool[Array, "E"]:
-    """The experts that are in during this step: all but a fixed number at random."""
-    dropped = int(self.config.expert_dropout * self.num_experts)
-    dropped = min(dropped, self.num_experts - self.num_selected)
-    return jax.random.permutation(key, jnp.arange(self.num_experts) >= dropped)
 
   def _slot_logits(
     self, tokens: Float[Array, "G T D"], capacity: int | None
@@ -157,7 +170,13 @@ class Router(nnx.Module):
     )
 
 
-def _project(
+def present_experts(key: Key[Array, ""], moe: MoEConfig) -> Bool[Array, "E"]:
+  """The experts of a layer that take part in a step: `num_present` at random."""
+  dropped = moe.fine_experts - num_present(moe)
+  return jax.random.permutation(key, jnp.arange(moe.fine_experts) >= dropped)
+
+
+def project(
   tokens: Float[Array, "G T D"], weight: Float[Array, "D E"]
 ) -> Float[Array, "G T E"]:
   """Logits in float32, whatever the compute dtype and the chip's default precision."""

@@ -29,8 +29,9 @@ from moejax.config import ModelConfig, MoEConfig
 from moejax.layers.attention import Context, LayerCache, attention_mask
 from moejax.layers.block import Block, BlockInputs, CallOptions
 from moejax.layers.embedding import Embedding
-from moejax.layers.moe import MoEAux
+from moejax.layers.moe import LayerInputs, MoEAux
 from moejax.layers.options import router_options
+from moejax.layers.router import present_experts
 from moejax.models.pattern import layer_pattern
 from moejax.models.per_layer import PARTS, by_part
 from moejax.models.stack import Shell, remat, split_key, unrolled
@@ -185,6 +186,18 @@ class Decoder:
         params[part][name] = block | {"moe": block["moe"] | {"router": router}}
     return params
 
+  def present_experts(self, key: Key[Array, ""]) -> Bool[Array, "L E"] | None:
+    """The experts of each MoE layer that take part in a step; None where all do.
+
+    Args:
+      key: of the step, so that all its microbatches leave out the same ones.
+    """
+    if not self.moe.expert_dropout or not self.moe_layers:
+      return None
+    # Away from the keys of microbatches, which are folded in by number.
+    keys = jax.random.split(jax.random.fold_in(key, 2**31 - 1), len(self.moe_layers))
+    return jax.vmap(lambda key: present_experts(key, self.moe))(keys)
+
   def shapes(self) -> Params:
     """Shape and dtype of every parameter, without making it."""
     return jax.eval_shape(lambda: self.init(jax.random.key(0)))
@@ -247,6 +260,8 @@ class Decoder:
     cache: Cache | None = None,
     return_served: bool = False,
     batch_chosen: Float[Array, "L E"] | None = None,
+    present: Bool[Array, "L E"] | None = None,
+    step: Int[Array, ""] | None = None,
   ) -> DecoderOutput:
     """Logits of the next token at every position.
 
@@ -262,6 +277,9 @@ class Decoder:
       return_served: whether `served` is wanted, for analysis.
       batch_chosen: assignments asked for per MoE layer in the whole batch, where
         this is one of its microbatches and `balances_batch`.
+      present: from `present_experts`, for all microbatches of a step; None draws by
+        `key`.
+      step: optimizer steps taken, in training.
     """
     if capacity_factor is _UNSET:
       moe = self.moe
@@ -280,12 +298,15 @@ class Decoder:
       valid=segment_ids > 0,
       token_ids=tokens,
       assigned=assigned,
+      step=step,
       options=options,
     )
+    if present is None and train and key is not None:
+      present = self.present_experts(key)
     embedding = self._embedding.merge(params["embedding"])
     x = on_tokens(embedding.embed(tokens, jnp.dtype(self.config.dtype)))
-    counts = by_part(batch_chosen, self.pattern)
-    x, auxes, layers = self._run_blocks(params, x, inputs, key, cache, counts)
+    told = by_part(LayerInputs(batch_chosen=batch_chosen, present=present), self.pattern)
+    x, auxes, layers = self._run_blocks(params, x, inputs, key, cache, told)
     if cache is not None:
       cache = dataclasses.replace(cache, layers=layers)
     aux, stats, served = _collect(auxes)
@@ -326,7 +347,7 @@ class Decoder:
     inputs: BlockInputs,
     key: Key[Array, ""] | None,
     cache: Cache | None,
-    counts: dict[str, dict[str, Any]],
+    told: dict[str, dict[str, LayerInputs]],
   ) -> tuple[Float[Array, "B S D"], list[MoEAux], dict[str, dict[str, LayerCache]]]:
     """Prefix, repeated units, suffix. Each aux has a leading axis of layers."""
     auxes: list[MoEAux] = []
@@ -336,7 +357,7 @@ class Decoder:
       part_key = None if key is None else jax.random.fold_in(key, number)
       part_cache = {} if cache is None else cache.layers[part]
       repeats = self.pattern.repeats if part == "unit" else 1
-      stacked = (params[part], part_cache, counts[part])
+      stacked = (params[part], part_cache, told[part])
       if part != "unit":
         stacked = jax.tree.map(lambda leaf: leaf[None], stacked)
       stacked = (*stacked, split_key(part_key, repeats))
@@ -369,7 +390,7 @@ class Decoder:
     inputs: BlockInputs,
     params: Params,
     cache: dict[str, LayerCache],
-    counts: dict[str, Float[Array, "E"] | None],
+    told: dict[str, LayerInputs],
     key: Key[Array, ""] | None,
   ) -> tuple[Float[Array, "B S D"], tuple[MoEAux | None, dict[str, LayerCache]]]:
     """One repeat: its blocks in order, their aux stacked."""
@@ -379,7 +400,7 @@ class Decoder:
       block = self._blocks[is_moe].merge(params[name])
       block_key = None if key is None else jax.random.fold_in(key, index)
       x, aux, layer = block(
-        x, inputs, key=block_key, cache=cache.get(name), batch_chosen=counts.get(name)
+        x, inputs, key=block_key, cache=cache.get(name), layer=told.get(name)
       )
       if aux is not None:
         auxes.append(aux)

@@ -27,7 +27,7 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import AbstractMesh, PartitionSpec
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from moejax.dispatch import grouped
 from moejax.dispatch.base import Dispatcher, ExpertWeights, apply_experts
@@ -40,6 +40,7 @@ from moejax.parallel.mesh import TOKEN_AXES, is_cut_over, num_token_shards
 from moejax.parallel.platform import target_platform
 from moejax.parallel.rules import RULES
 from moejax.routing.base import Routing
+from moejax.types import pytree
 
 AXIS = "expert"
 SAVED_NAME = "expert_exchange"
@@ -68,6 +69,16 @@ class ExchangeOptions:
   """ragged, ring: parts of the rows that are computed one after the other."""
 
 
+@pytree
+class Lost:
+  """What a bounded buffer had no room for; inside a `shard_map`, one row a device."""
+
+  assignments: Float[Array, "*p E"]
+  """By expert."""
+  tokens: Float[Array, "*p"]
+  """Tokens that had kept assignments and lost all of them."""
+
+
 def mesh_in_scope() -> AbstractMesh | None:
   """The mesh of `jax.set_mesh`, if it has more than one device."""
   mesh = jax.sharding.get_abstract_mesh()
@@ -94,51 +105,98 @@ def over_groups(
   )
 
 
-def resolve(
-  options: ExchangeOptions, routing: Routing, *, einsum: bool, mesh: AbstractMesh
+CARRIED_AS = {
+  "gspmd": "einsum",
+  "all_to_all": "gather",
+  "ragged": "grouped",
+  "ring": "grouped",
+}
+"""The dispatcher whose layout each exchange carries: masks, slots, or sorted rows."""
+
+
+def choose(
+  exchange: str,
+  dispatcher: str,
+  *,
+  devices: int,
+  token_shards: int,
+  num_groups: int,
+  num_selected: int,
+  capacity: bool,
+  dense: bool,
 ) -> str:
-  """The exchange of this layer; the rule of auto.
+  """The exchange of a layer: one of `CARRIED_AS`, or none; the rule of auto.
 
   gspmd for dense weights (Soft MoE), for the einsum dispatcher, and where groups do not
   divide over the devices; else, without an expert axis, none. Capacity takes
   all_to_all. Dropless takes a ring where P <= K, since a token then visits nearly every
   device and no buffer can overflow, and ragged otherwise.
 
+  Args:
+    exchange: --config.moe.exchange.
+    dispatcher: --config.moe.dispatcher.
+    devices: P, of the expert axis.
+    token_shards: devices that hold tokens of their own.
+    num_groups: routing groups of all of them.
+    num_selected: K.
+    capacity: whether experts have slots.
+    dense: whether the router mixes tokens.
+
   Raises:
-    ConfigError: this exchange cannot carry this routing.
+    ConfigError: this exchange cannot carry this routing, or not as the dispatcher asks.
   """
-  name, devices = options.exchange, mesh.shape[AXIS]
-  num_groups = routing.probs.shape[0]
-  dense = routing.dense_dispatch is not None
-  undivided = num_groups % num_token_shards(mesh)
-  if name == "auto" and (dense or einsum or undivided):
-    return "gspmd"
-  if name == "gspmd":
-    return name
-  if dense or undivided:
+  kind = exchange
+  if exchange == "auto":
+    if dense or dispatcher == "einsum" or num_groups % token_shards:
+      kind = "gspmd"
+    elif capacity:
+      kind = "all_to_all"
+    else:
+      kind = "ring" if devices <= num_selected else "ragged"
+  if kind != "gspmd" and (dense or num_groups % token_shards):
     reason = (
       "this router mixes tokens"
       if dense
-      else (
-        f"{num_groups} routing groups do not divide over {num_token_shards(mesh)} devices"
-      )
+      else f"{num_groups} routing groups do not divide over {token_shards} devices"
     )
     raise ConfigError(
-      f"--config.moe.exchange={name}: {reason}. Use gspmd or auto, or another "
+      f"--config.moe.exchange={exchange}: {reason}. Use gspmd or auto, or another "
       "--config.moe.group_size."
     )
-  if devices == 1:
+  if kind != "gspmd" and devices == 1:
     return "none"
-  if name == "auto":
-    if routing.capacity is not None:
-      return "all_to_all"
-    return "ring" if devices <= (routing.num_selected or 1) else "ragged"
-  if name == "all_to_all" and routing.capacity is None:
+  if kind == "all_to_all" and not capacity:
     raise ConfigError(
       "--config.moe.exchange=all_to_all sends slots, and dropless has none. Use ragged, "
       "ring or auto, or give --config.moe.capacity_factor."
     )
-  return name
+  if dispatcher not in ("auto", CARRIED_AS[kind]):
+    carriers = [name for name, layout in CARRIED_AS.items() if layout == dispatcher]
+    if not capacity:
+      carriers = [name for name in carriers if name != "all_to_all"]
+    another = f", or --config.moe.exchange={' or '.join(carriers)}" if carriers else ""
+    raise ConfigError(
+      f"--config.moe.dispatcher={dispatcher} does not run with --config.moe.exchange="
+      f"{exchange} on this mesh: tokens travel by {kind}, which carries them as "
+      f"dispatcher {CARRIED_AS[kind]} does. Use --config.moe.dispatcher=auto{another}."
+    )
+  return kind
+
+
+def resolve(
+  options: ExchangeOptions, routing: Routing, *, dispatcher: str, mesh: AbstractMesh
+) -> str:
+  """`choose` for a routing on a mesh."""
+  return choose(
+    options.exchange,
+    dispatcher,
+    devices=mesh.shape[AXIS],
+    token_shards=num_token_shards(mesh),
+    num_groups=routing.probs.shape[0],
+    num_selected=routing.num_selected or 1,
+    capacity=routing.capacity is not None,
+    dense=routing.dense_dispatch is not None,
+  )
 
 
 def run(
@@ -148,9 +206,9 @@ def run(
   dispatcher: Dispatcher,
   *,
   activation: str,
-  einsum: bool,
+  dispatcher_name: str,
   options: ExchangeOptions,
-) -> tuple[Float[Array, "G T D"], Float[Array, "E"] | None]:
+) -> tuple[Float[Array, "G T D"], Lost | None]:
   """The experts' output, wherever the experts are.
 
   Args:
@@ -159,17 +217,17 @@ def run(
     weights: of all experts.
     dispatcher: runs experts that are all on one device.
     activation: of the experts.
-    einsum: whether the dispatcher is the one of dense masks.
+    dispatcher_name: as the config has it.
     options: how tokens travel.
 
   Returns:
-    The gate-weighted sum of each token's experts, and the assignments of each expert
-    that did not fit a bounded buffer (None where nothing is bounded).
+    The gate-weighted sum of each token's experts, and what did not fit a bounded buffer
+    (None where nothing is bounded).
   """
   mesh = mesh_in_scope()
   if mesh is None:
     return dispatcher(x, routing, weights, activation=activation), None
-  kind = resolve(options, routing, einsum=einsum, mesh=mesh)
+  kind = resolve(options, routing, dispatcher=dispatcher_name, mesh=mesh)
   if kind == "gspmd":
     return _constrained(x, routing, weights, activation), None
 
@@ -185,8 +243,9 @@ def run(
       y, lost = EXCHANGES[kind](x, routing, weights, activation, options)
     y = jax.lax.psum(y, "tensor")
     if lost is None:
-      lost = jnp.zeros_like(routing.load[:1], jnp.float32)
-    return y, jax.lax.pmax(lost, "tensor")
+      none = jnp.zeros_like(routing.load[:1], jnp.float32)
+      lost = Lost(assignments=none, tokens=none[:, 0])
+    return y, jax.tree.map(lambda leaf: jax.lax.pmax(leaf, "tensor"), lost)
 
   specs = jax.tree_util.tree_map_with_path(
     lambda path, _: RULES.spec(_WEIGHT_AXES[path[0].name]), weights
@@ -194,7 +253,9 @@ def run(
   y, lost = jax.shard_map(
     on_device, in_specs=(_TOKENS, _TOKENS, specs), out_specs=(_TOKENS, _TOKENS)
   )(x, routing, weights)
-  return y, jnp.sum(lost, axis=0) if kind == "ragged" else None
+  if kind != "ragged":
+    return y, None
+  return y, jax.tree.map(lambda leaf: jnp.sum(leaf, axis=0), lost)
 
 
 def _vary(tree: Any, axis: str) -> Any:
@@ -257,7 +318,7 @@ def _ragged(
   weights: ExpertWeights,
   activation: str,
   options: ExchangeOptions,
-) -> tuple[Array, Float[Array, "1 E"]]:
+) -> tuple[Array, Lost]:
   """Rows in experts' order, run by run to their devices and back."""
   moves, load = grouped.sorted_moves(routing)
   rows = permute.to_rows(x.reshape(-1, x.shape[-1]), moves)
@@ -288,7 +349,29 @@ def _ragged(
     )
   back = exchange_lib.send_back(out, plan)
   y = permute.add_up(back, moves).reshape(x.shape)
-  return y, plan.lost[None].astype(jnp.float32)
+  return y, _count_lost(routing, moves, load, plan)
+
+
+def _count_lost(
+  routing: Routing, moves: permute.Moves, load: Int[Array, "E"], plan: exchange_lib.Plan
+) -> Lost:
+  """Of each expert's run of rows the last ones are lost, as `Plan.lost` counts them."""
+  fits = jnp.cumsum(load) - plan.lost
+  expert = routing.expert.reshape(-1)
+  sent = moves.kept & (moves.place < fits[expert])
+  num_groups, num_tokens = routing.probs.shape[:2]
+  group = jnp.arange(num_groups, dtype=jnp.int32)[:, None] * num_tokens
+  token = (routing.token + group).reshape(-1)
+
+  def served(rows: Bool[Array, "A"]) -> Bool[Array, "T"]:
+    none = jnp.zeros_like(rows, shape=(num_groups * num_tokens,))
+    return none.at[token].max(rows)
+
+  tokens = served(moves.kept) & ~served(sent)
+  return Lost(
+    assignments=plan.lost[None].astype(jnp.float32),
+    tokens=jnp.sum(tokens.astype(jnp.float32))[None],
+  )
 
 
 def _in_experts_order(plan: exchange_lib.Plan, total: Int[Array, "L"]) -> permute.Moves:
@@ -355,7 +438,7 @@ def _ring(
   return checkpoint_name(y.reshape(x.shape), SAVED_NAME), None
 
 
-EXCHANGES: Mapping[str, Callable[..., tuple[Array, Array | None]]] = {
+EXCHANGES: Mapping[str, Callable[..., tuple[Array, Lost | None]]] = {
   "all_to_all": _all_to_all,
   "ragged": _ragged,
   "ring": _ring,

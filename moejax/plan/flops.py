@@ -75,13 +75,14 @@ def forward_flops_per_token(
   num_sparse = 0 if d.is_twin else len(d.moe_layers)
   num_twin = len(d.moe_layers) if d.is_twin else 0
   expert = d.matrices * d.width * d.expert_hidden
+  gate = d.width if config.moe.shared_gate else 0
   dense_hidden = d.num_dense_layers * d.hidden + num_twin * d.twin_hidden
   macs = {
     "attention": d.num_layers * projections,
     "attention_scores": d.num_layers * scores,
     "dense": d.matrices * d.width * dense_hidden,
     "experts": num_sparse * experts_per_token(config, d) * expert,
-    "shared_experts": num_sparse * d.num_shared * expert,
+    "shared_experts": num_sparse * (d.num_shared * expert + gate),
     "router": num_sparse * router_macs(config, d),
     "head": d.width * d.vocab_size,
   }
@@ -110,10 +111,7 @@ def flops_per_token(
 
 def experts_per_token(config: Config, d: Dimensions) -> float:
   """Experts computed per token, drops not counted: K, but for routers that fix it."""
-  moe = config.moe
-  if moe.router == "dense":
-    return d.num_experts
-  if moe.router == "soft":
+  if config.moe.router == "soft":
     return soft_slots(config, d) / group_tokens(config)
   return d.num_selected
 

@@ -54,7 +54,7 @@ class Dimensions:
   num_experts: int
   """E, after segmentation."""
   num_selected: int
-  """K, after segmentation."""
+  """K, after segmentation; E under router dense."""
   expert_hidden: int
   """F of one expert, after segmentation."""
   num_shared: int
@@ -87,6 +87,8 @@ def moe_layer_indices(config: Config) -> tuple[int, ...]:
 def dimensions(config: Config, vocab_size: int) -> Dimensions:
   """Resolves the zeros of the configuration that mean "derive it"."""
   model, moe = config.model, config.moe
+  # Under router dense a token uses every expert, whatever num_selected says.
+  selected = moe.fine_experts if moe.router == "dense" else moe.fine_selected
   return Dimensions(
     num_layers=model.num_layers,
     width=model.width,
@@ -97,10 +99,10 @@ def dimensions(config: Config, vocab_size: int) -> Dimensions:
     hidden=model.hidden,
     matrices=3 if model.activation == "swiglu" else 2,
     moe_layers=moe_layer_indices(config),
-    twin_hidden=moe.num_selected * moe.hidden + moe.num_shared * moe.fine_hidden,
+    twin_hidden=(selected + moe.num_shared) * moe.fine_hidden,
     is_twin=moe.dense_twin,
     num_experts=moe.fine_experts,
-    num_selected=moe.fine_selected,
+    num_selected=selected,
     expert_hidden=moe.fine_hidden,
     num_shared=moe.num_shared,
   )
@@ -133,6 +135,7 @@ def count_parameters(
     attention += query + 2 * key_value
   norms = 2 * d.width + (2 * d.head_dim if config.model.qk_norm else 0)
   expert = d.matrices * d.width * d.expert_hidden
+  gate = d.width if config.moe.shared_gate else 0
   sparse_layers = 0 if d.is_twin else len(d.moe_layers)
   twin_layers = len(d.moe_layers) if d.is_twin else 0
   hidden_sum = d.num_dense_layers * d.hidden + twin_layers * d.twin_hidden
@@ -142,7 +145,7 @@ def count_parameters(
     "attention": d.num_layers * attention,
     "dense": d.matrices * d.width * hidden_sum,
     "experts": sparse_layers * d.num_experts * expert,
-    "shared_experts": sparse_layers * d.num_shared * expert,
+    "shared_experts": sparse_layers * (d.num_shared * expert + gate),
     "router": sparse_layers * router_parameters(config, d),
     "norms": d.num_layers * norms + d.width,
     "head": 0 if config.model.tie_embeddings else d.vocab_size * d.width,
@@ -159,7 +162,7 @@ def router_parameters(config: Config, d: Dimensions) -> int:
   count = d.width * d.num_experts
   if moe.router == "noisy_top_k" and moe.noise == "learned":
     count += d.width * d.num_experts
-  if moe.router in ("sigmoid_bias", "quantile_bias"):
+  if moe.router in ("sigmoid_bias", "quantile_bias", "quantile_balancing"):
     count += d.num_experts
   if moe.router == "soft":
     count += d.width * soft_slots(config, d) + 1

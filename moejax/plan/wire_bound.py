@@ -11,7 +11,9 @@ import math
 import jax
 
 from moejax.config import Config
+from moejax.layers.options import num_selected
 from moejax.models.decoder import Decoder
+from moejax.models.pattern import layer_pattern
 from moejax.parallel.rules import RULES
 from moejax.plan.parameters import resolve_vocab_size
 from moejax.routing.capacity import capacity_of
@@ -47,17 +49,16 @@ def exchange_bound(config: Config, mesh: dict[str, int]) -> float:
   moe, devices = config.moe, mesh["expert"]
   if moe.dense_twin or devices == 1:
     return 0.0
-  layers = config.model.num_layers - moe.dense_prefix
-  layers = len(range(moe.offset, layers, moe.every))
+  layers = sum(layer_pattern(config.model.num_layers, moe).is_moe)
   shards = mesh["data"] * mesh["fsdp"] * devices
   tokens = config.train.batch_size * config.data.sequence_length
   size = moe.group_size or config.data.sequence_length
   size = tokens if size == -1 else size
-  rows = size * moe.fine_selected
+  rows = size * num_selected(moe)
   capacity = capacity_of(
     size,
     moe.fine_experts,
-    moe.fine_selected,
+    num_selected(moe),
     moe.capacity_factor,
     convention=moe.capacity_convention,
     min_capacity=moe.min_capacity,

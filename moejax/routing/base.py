@@ -45,11 +45,16 @@ class RouterStats:
   entropy: Float[Array, "*g"]
   """Sum over valid tokens of the entropy of the router's probabilities, in nats."""
   dropped_tokens: Float[Array, "*g"]
-  """Valid tokens of which no assignment was kept."""
+  """Valid tokens of which no assignment was kept, or none arrived."""
   lost: Float[Array, "*g"] | None = None
   """Assignments that did not fit a bounded exchange between devices; not in `load`."""
+  present: Float[Array, "*g E"] | None = None
+  """expert_dropout only: above 0 for the experts that took part in this step."""
   moments: Float[Array, "*g 2 E"] | None = None
   """quantile_bias only: sums over valid tokens of the score, and of its square."""
+  margins: Float[Array, "*g E M"] | None = None
+  """quantile_balancing only: valid tokens by expert and bin of their margin; see
+  `moejax.routing.bias`."""
 
 
 @pytree
@@ -78,6 +83,9 @@ class Routing:
   probs: Float[Array, "*g T E"]
   """The router's probabilities, for losses and analysis; differentiable."""
   stats: RouterStats
+  first: Int[Array, "*g T"] | None = None
+  """Each token's first choice, before overflow moved it; None where tokens choose
+  nothing."""
   losses: dict[str, Float[Array, "*g"]] | None = None
   """Terms that only this router has, each a value of one group, by name; the
   balance and z-losses, which every router has, are made from `probs` by the layer."""
@@ -144,6 +152,15 @@ class RouterInputs:
   bias: Float[Array, "*g E"] | None = None
   """sigmoid_bias, quantile_bias: added to scores for choosing only; the same for all
   groups."""
+  step: Int[Array, "*g"] | None = None
+  """Optimizer steps taken, for what anneals; None outside training. The same for all
+  groups."""
+  positions: Int[Array, "*g T"] | None = None
+  """Of each token in its document. What a router without randomness may count by: in
+  generation, a group is whatever one call brings."""
+  present: Bool[Array, "*g E"] | None = None
+  """expert_dropout: the experts that take part in this step, whose logits alone are
+  above `scores.ABSENT`. None is all. The same for all groups."""
   noise_logits: Float[Array, "*g T E"] | None = None
   """noisy_top_k: a second projection of the token, softplus of which scales the noise."""
   slot_logits: Float[Array, "*g T E C"] | None = None
@@ -159,11 +176,13 @@ class RouterOptions:
   capacity: int | None = None
   """C, from `capacity.capacity_of`; None is dropless."""
   renormalize: Renormalize = "none"
-  """Whether the K gates of a token are scaled to sum 1, and before or after drops."""
+  """Whether the K gates of a token are scaled to norm 1, and before or after drops."""
+  renormalize_norm: float = 1.0
+  """p of that norm: 1 makes their sum 1, 2 the sum of their squares (MegaBlocks)."""
   priority: Priority = "arrival"
   overflow: Overflow = "drop"
-  second_policy: Literal["all", "random", "sample"] = "all"
-  """top2 only: GShard's fate of the second choice."""
+  second_policy: Literal["all", "random", "random_raw", "sample"] = "all"
+  """top2 only: GShard's fate of the second choice; see `token_choice.top2`."""
   slot_order: SlotOrder = "choice_major"
   """How a token's choices are interleaved in the queue for slots. choice_major: all
   first choices before any second; token_major: all choices of the earlier token;

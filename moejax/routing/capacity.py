@@ -141,12 +141,13 @@ def assign(
     values: what the gate of an expert taken by next_best is; default probs.
   """
   num_tokens, num_selected = expert.shape
+  first, norm = expert[:, 0], options.renormalize_norm
   asked = jnp.broadcast_to(valid[:, None], expert.shape)
   gate = jnp.where(asked, gate.astype(jnp.float32), 0.0)
   before_drop = options.renormalize == "before_drop"
   # by_gate compares final weights; batch priority compares what the router said.
   by_gate = options.slot_order == "by_gate" and before_drop
-  queue = make_queue(normalize(gate) if by_gate else gate, options, key)
+  queue = make_queue(normalize(gate, norm) if by_gate else gate, options, key)
   if wanted is not None:
     asked = asked & wanted
   slots = _give_slots(expert.reshape(-1), asked.reshape(-1), queue, options, num_tokens)
@@ -160,10 +161,10 @@ def assign(
     slots = _renumber(expert, slots, options)
   kept = slots.kept.reshape(expert.shape)
   if before_drop:
-    gate = normalize(gate)
+    gate = normalize(gate, norm)
   gate = jnp.where(kept, gate, 0.0)
   if options.renormalize == "after_drop":
-    gate = normalize(gate)
+    gate = normalize(gate, norm)
   if options.gate_scale != 1.0:
     gate = gate * options.gate_scale
   token = jnp.arange(num_tokens * num_selected, dtype=jnp.int32) // num_selected
@@ -177,6 +178,7 @@ def assign(
     load=slots.load,
     probs=probs,
     stats=make_stats(probs, valid, chosen, slots.load, jnp.any(kept, axis=-1)),
+    first=first,
     capacity=options.capacity,
     num_selected=num_selected,
   )

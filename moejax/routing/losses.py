@@ -27,15 +27,25 @@ def _mean_over_valid(
 
 
 def balance_loss(
-  probs: Float[Array, "T E"], chosen: Float[Array, "E"], valid: Bool[Array, "T"]
+  probs: Float[Array, "T E"],
+  chosen: Float[Array, "E"],
+  valid: Bool[Array, "T"],
+  num_present: int | None = None,
 ) -> Float[Array, ""]:
   """E * sum_e f_e P_e: 1 at perfect balance whatever K, E with one expert for all.
 
   f_e is the expert's share of the assignments asked for (before capacity, or an
   overloaded expert would look balanced); P_e the mean probability over valid
   tokens. Only P has a gradient. A group of padding alone gives 0.
+
+  Args:
+    probs: the router's probabilities.
+    chosen: assignments asked for, per expert.
+    valid: False for padding.
+    num_present: experts that take part, in place of E, where some are out for the
+      step (expert dropout): balance is then among those.
   """
-  num_experts = probs.shape[-1]
+  num_experts = num_present or probs.shape[-1]
   fraction = jax.lax.stop_gradient(chosen) / jnp.maximum(jnp.sum(chosen), 1.0)
   return num_experts * jnp.sum(fraction * _mean_over_valid(probs, valid))
 
@@ -43,10 +53,11 @@ def balance_loss(
 def first_choices(routing: Routing, valid: Bool[Array, "T"]) -> Float[Array, "E"]:
   """Valid tokens per expert by their FIRST choice alone, for `balance_loss`.
 
-  GShard's own form of the loss counts these; V-MoE, Praxis, AXLearn's Top2,
-  DeepSpeed's top-2 and Tutel follow it.
+  As asked for, before overflow moved any. GShard's own form of the loss counts these;
+  V-MoE, Praxis, AXLearn's Top2, DeepSpeed's top-2 and Tutel follow it.
   """
-  first = routing.expert.reshape(valid.shape[0], -1)[:, 0]
+  first = routing.first
+  assert first is not None, "tokens make no first choice under this router"
   index = jnp.arange(routing.num_experts, dtype=jnp.int32)[None, :]
   return jnp.sum(((first[:, None] == index) & valid[:, None]).astype(jnp.float32), axis=0)
 
@@ -151,18 +162,36 @@ def communication_loss(
 
 
 def updated_bias(
-  bias: Float[Array, "*l E"], chosen: Float[Array, "*l E"], rate: float
+  bias: Float[Array, "*l E"],
+  chosen: Float[Array, "*l E"],
+  rate: float,
+  present: Bool[Array, "*l E"] | None = None,
 ) -> Float[Array, "*l E"]:
   """sigmoid_bias after one optimizer step: up where the load was below its mean.
 
   b + rate * sign(mean load - load). Never in evaluation, never per microbatch.
 
   Args:
+    bias: before the step.
     chosen: assignments asked for, summed over the WHOLE batch: groups, devices and
       accumulation.
+    rate: the length of the step.
+    present: the experts that took part. The others say nothing about balance: they
+      keep their bias and are not in the mean. None is all.
   """
-  error = jnp.mean(chosen, axis=-1, keepdims=True) - chosen
+  if present is None:
+    error = jnp.mean(chosen, axis=-1, keepdims=True) - chosen
+  else:
+    error = jnp.where(present, mean_load(chosen, present) - chosen, 0.0)
   return bias + rate * jnp.sign(error)
+
+
+def mean_load(
+  chosen: Float[Array, "*l E"], present: Bool[Array, "*l E"]
+) -> Float[Array, "*l 1"]:
+  """Assignments per expert that took part."""
+  count = jnp.sum(present.astype(jnp.float32), axis=-1, keepdims=True)
+  return jnp.sum(chosen, axis=-1, keepdims=True) / jnp.maximum(count, 1.0)
 
 
 def entropy_bonus(

@@ -14,6 +14,7 @@ from jaxtyping import Array, Float
 from moejax.routing import losses
 from moejax.routing.base import RouterInputs, RouterOptions, Routing
 from moejax.routing.capacity import assign
+from moejax.routing.queueing import normalize
 from moejax.routing.scores import choose, pick, present, softmax
 
 
@@ -62,7 +63,7 @@ def _sparse(
 ) -> Float[Array, "T E"]:
   """G(x): gates at their experts before drops, zero elsewhere."""
   if options.renormalize != "none":
-    gate = gate / jnp.sum(gate, axis=-1, keepdims=True)
+    gate = normalize(gate, options.renormalize_norm)
   index = jnp.arange(options.num_experts, dtype=jnp.int32)[None, :]
   dense = jnp.zeros((gate.shape[0], options.num_experts), jnp.float32)
   for k in range(gate.shape[-1]):

@@ -143,7 +143,12 @@ def _line_up_by_counting(expert: Int[Array, "N"], queue: Queue, num_experts: int
   return Line(place, invert(place), start)
 
 
-def normalize(gate: Float[Array, "T K"]) -> Float[Array, "T K"]:
-  """Scales each row to sum 1; a row of zeros stays."""
-  total = jnp.sum(gate, axis=-1, keepdims=True)
+def normalize(gate: Float[Array, "T K"], norm: float = 1.0) -> Float[Array, "T K"]:
+  """Scales each row to p-norm 1, p = `norm`; a row of zeros stays."""
+  if norm == 1.0:
+    total = jnp.sum(gate, axis=-1, keepdims=True)
+  else:
+    # Rows of zeros are taken out before the root, whose slope there is infinite.
+    powers = jnp.sum(jnp.power(gate, norm), axis=-1, keepdims=True)
+    total = jnp.where(powers > 0, powers, 1.0) ** (1.0 / norm)
   return gate / jnp.where(total > 0, total, 1.0)

@@ -62,12 +62,30 @@ class RouterSpec:
   """Whether num_expert_groups is read."""
   update_bias: BiasFn | None = None
   """How a step moves the bias, where one is needed; see `moejax.routing.bias`."""
+  all_experts: bool = False
+  """Whether a token's K choices are all experts, whatever the flag says."""
   by_logits: bool = True
   """Whether the logits alone decide who goes where, so that expert dropout, which
   lowers some of them, keeps tokens away from an expert."""
+  reads: tuple[str, ...] = ()
+  """Fields of `MoEConfig` that this router reads and not every router does, beside
+  those of its `losses` and, under token choice, `TOKEN_CHOICE_READS`."""
   learned: bool = True
   """Whether anything is learned; if not, no loss may reach tokens through the logits."""
 
+
+TOKEN_CHOICE_READS = (
+  "renormalize",
+  "renormalize_norm",
+  "priority",
+  "slot_order",
+  "slot_numbering",
+  "overflow",
+  "gate_scale",
+)
+"""Fields of `MoEConfig` that the routers whose tokens choose read, through `assign`."""
+
+_GROUPS = ("num_expert_groups", "num_selected_groups", "group_best")
 
 ROUTERS: dict[str, RouterSpec] = {
   "switch": RouterSpec(
@@ -78,6 +96,7 @@ ROUTERS: dict[str, RouterSpec] = {
   "top2": RouterSpec(
     fn=token_choice.top2,
     num_selected=2,
+    reads=("second_policy",),
     summary="best expert and a second one: always, at random or sampled (GShard)",
   ),
   "top_k": RouterSpec(
@@ -88,6 +107,7 @@ ROUTERS: dict[str, RouterSpec] = {
     fn=noisy.noisy_top_k,
     needs=("noise_logits",),
     losses=("importance_loss", "load_loss"),
+    reads=("noise", "noise_std"),
     summary="K best of noisy logits, noise scale learned (Shazeer) or fixed (V-MoE)",
   ),
   "expert_choice": RouterSpec(
@@ -95,6 +115,8 @@ ROUTERS: dict[str, RouterSpec] = {
     causal=False,
     needs_capacity=True,
     token_choice=False,
+    by_logits=False,
+    reads=("gate_scale",),
     summary="every expert picks its C most probable tokens; leaks the future",
   ),
   "sigmoid_bias": RouterSpec(
@@ -102,6 +124,7 @@ ROUTERS: dict[str, RouterSpec] = {
     needs=("bias",),
     update_bias=bias.sign_step,
     groups=True,
+    reads=(*_GROUPS, "bias_update_rate"),
     summary="sigmoid scores balanced by a bias that only choosing sees (DeepSeek-V3)",
   ),
   "quantile_bias": RouterSpec(
@@ -109,17 +132,26 @@ ROUTERS: dict[str, RouterSpec] = {
     needs=("bias",),
     update_bias=bias.quantile_step,
     groups=True,
-    summary="sigmoid_bias whose bias steps to the quantile of balance (moejax)",
+    reads=(*_GROUPS, "quantile_rate"),
+    summary="sigmoid_bias whose bias steps towards an estimate of that quantile",
+  ),
+  "quantile_balancing": RouterSpec(
+    fn=token_choice.quantile_balancing,
+    needs=("bias",),
+    update_bias=bias.quantile_balance,
+    summary="sigmoid_bias whose bias is the quantile that balances the last batch (Su)",
   ),
   "group_limited": RouterSpec(
     fn=token_choice.group_limited,
     losses=("device_loss", "communication_loss"),
     groups=True,
+    reads=_GROUPS,
     summary="top-k within a token's best groups of experts (DeepSeek-V2)",
   ),
   "hash": RouterSpec(
     fn=hashing.hash_router,
     needs=("assigned",),
+    reads=("hash_table",),
     by_logits=False,
     learned=False,
     summary="experts fixed per vocabulary id, nothing learned (Hash layers)",
@@ -128,6 +160,7 @@ ROUTERS: dict[str, RouterSpec] = {
     fn=assignment.base,
     causal=False,
     by_logits=False,
+    reads=("sinkhorn_iterations", "sinkhorn_tolerance"),
     summary="balanced assignment by Sinkhorn in training, greedy at test (BASE)",
   ),
   "soft": RouterSpec(
@@ -151,9 +184,35 @@ ROUTERS: dict[str, RouterSpec] = {
   ),
   "dense": RouterSpec(
     fn=token_choice.dense,
+    all_experts=True,
+    by_logits=False,
     summary="every token to every expert: what sparse routing approximates",
   ),
 }
+
+
+def selected(name: str, num_experts: int, num_selected: int) -> int:
+  """K of a router: what the config asks for, or all experts.
+
+  Args:
+    name: of the router.
+    num_experts: E.
+    num_selected: K as the config has it.
+  """
+  return num_experts if ROUTERS[name].all_experts else num_selected
+
+
+def is_read(name: str, field: str) -> bool:
+  """Whether a router reads a field of `MoEConfig` that only some routers read."""
+  spec = ROUTERS[name]
+  weights = [loss.replace("_loss", "_weight") for loss in spec.losses]
+  common = TOKEN_CHOICE_READS if spec.token_choice else ()
+  return field in (*spec.reads, *weights, *common)
+
+
+def readers(field: str) -> list[str]:
+  """The routers that read a field of `MoEConfig`; empty where all routers do."""
+  return [name for name in ROUTERS if is_read(name, field)]
 
 
 def is_causal(name: str, options: RouterOptions) -> bool:
@@ -178,14 +237,14 @@ def check(name: str, options: RouterOptions) -> None:
   """
   spec = ROUTERS[name]
   experts = options.num_experts
-  k = spec.num_selected or options.num_selected
+  k = experts if spec.all_experts else spec.num_selected or options.num_selected
   flag = "--config.moe."
   if k > experts:
     raise ConfigError(
       f"{flag}num_selected={k} is more than {flag}num_experts={experts}: a token cannot "
       "choose an expert twice. Lower the first or raise the second."
     )
-  if spec.token_choice and k == 1 and options.renormalize != "none" and name != "dense":
+  if spec.token_choice and k == 1 and options.renormalize != "none":
     raise ConfigError(
       f"{flag}renormalize={options.renormalize} with one choice per token makes every "
       "gate 1 and takes the router its gradient. Use none."

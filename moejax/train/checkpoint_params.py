@@ -101,7 +101,7 @@ def _candidates(workdir: Path | str, step: int | None) -> tuple[Path, list[int]]
 
 
 def damaged_table(params: Params, moe: MoEConfig) -> str | None:
-  """What is wrong with a model's hash table, if it has one; see `hashing.table_damage`."""
+  """What is wrong with a model's hash table; see `hashing.table_damage`."""
   if "hash_table" not in params:
     return None
   # Everyone holds all of it, also where it spans processes.

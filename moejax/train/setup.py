@@ -72,7 +72,7 @@ def set_up(
   config_devices.validate_devices(config, len(devices))
   mesh = make_mesh(config.mesh, devices)
   # Twice: refused before minutes of preparing data, written once they are known.
-  workdir_lib.prepare(workdir, config)
+  workdir_lib.prepare(workdir, config, mesh=mesh.shape)
   dataset = data.load(
     config.data,
     workdir=workdir,
@@ -80,7 +80,7 @@ def set_up(
     store=jax.process_index() == 0,
   )
   dataset.check_batch_size(config.train.batch_size)
-  workdir_lib.prepare(workdir, config, dataset.fingerprint)
+  workdir_lib.prepare(workdir, config, dataset.fingerprint, mesh.shape)
 
   vocab_size = dataset.tokenizer.vocab_size
   model = Decoder(

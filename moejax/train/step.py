@@ -12,6 +12,7 @@ nats per token; aux terms are reported unweighted under their own names.
 Letters: A microbatches, B sequences of the global batch, S tokens of a sequence.
 """
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -63,7 +64,8 @@ def forward_sums(
     params: its parameters.
     batch: arrays [B, S]; targets count where `segment_ids` > 0.
     token_bytes: bytes of text each vocabulary id stands for; None if not known.
-    **kwargs: passed to the model: key, train, capacity_factor, batch_chosen.
+    **kwargs: passed to the model: key, train, capacity_factor, batch_chosen, present,
+      step.
 
   Returns:
     loss (sum of cross-entropy), tokens (how many), bytes (that they stand for, 0
@@ -99,6 +101,7 @@ def loss_gradients(
   *,
   accumulation: int = 1,
   token_bytes: Float[Array, "V"] | None = None,
+  step: Int[Array, ""] | None = None,
 ) -> tuple[dict[str, Any], Params]:
   """Sums over the global batch, and the gradient of the mean training loss.
 
@@ -109,12 +112,13 @@ def loss_gradients(
   valid = jnp.sum(batch["segment_ids"] > 0, dtype=jnp.float32)
   total = jnp.maximum(valid, 1.0)
   weights, chosen = model.aux_weights, None
+  same = {"train": True, "present": model.present_experts(key), "step": step}
   indices = jnp.arange(accumulation, dtype=jnp.int32)
   microbatches = batch
   if accumulation > 1:
     microbatches = jax.tree.map(lambda x: _split(x, accumulation), batch)
     if model.balances_batch:
-      chosen = _chosen_in_batch(model, params, indices, microbatches, key)
+      chosen = _chosen_in_batch(model, params, indices, microbatches, key, same)
 
   learned, kept = trained_lib.split(params, model.trained())
 
@@ -125,8 +129,8 @@ def loss_gradients(
       batch,
       token_bytes=token_bytes,
       key=key,
-      train=True,
       batch_chosen=chosen,
+      **same,
     )
     aux = sum(weights[name] * value for name, value in sums["aux"].items())
     return (sums["loss"] + aux) / total, sums
@@ -155,6 +159,7 @@ def _chosen_in_batch(
   indices: Int[Array, "A"],
   microbatches: Batch,
   key: Key[Array, ""],
+  same: dict[str, Any],
 ) -> Float[Array, "L E"]:
   """Assignments asked for in the whole batch, by a forward pass of its own.
 
@@ -165,7 +170,7 @@ def _chosen_in_batch(
 
   def count(index: Int[Array, ""], microbatch: Batch) -> Float[Array, "L E"]:
     step_key = jax.random.fold_in(key, index)
-    sums = forward_sums(model, params, microbatch, key=step_key, train=True)
+    sums = forward_sums(model, params, microbatch, key=step_key, **same)
     return sums["stats"].chosen
 
   def add(total: Float[Array, "L E"], inputs: tuple[Int[Array, ""], Batch]):
@@ -207,7 +212,13 @@ def train_step(
   step, params = state["step"], state["params"]
   key = jax.random.fold_in(state["key"], step)
   sums, gradients = loss_gradients(
-    model, params, batch, key, accumulation=accumulation, token_bytes=token_bytes
+    model,
+    params,
+    batch,
+    key,
+    accumulation=accumulation,
+    token_bytes=token_bytes,
+    step=step,
   )
   norm = optax.tree.norm(gradients)
   learning_rate = optimizer.schedule(step)
@@ -222,6 +233,8 @@ def train_step(
     # From the loads of the whole batch, outside the gradient (DeepSeek-V3).
     moved = model.update_router_bias(updated[0], sums["stats"])
     updated = (moved, updated[1])
+    # A histogram per expert is for this update alone, and large to fetch every step.
+    sums["stats"] = dataclasses.replace(sums["stats"], margins=None)
   finite = jnp.isfinite(sums["loss"]) & jnp.isfinite(norm)
   new_params, opt_state = jax.tree.map(
     lambda new, old: jnp.where(finite, new, old), updated, (params, state["opt_state"])

@@ -1,7 +1,7 @@
 """A run's directory: whose it is, what it was begun with, who works in it now.
 
     config.json     the resolved config, sorted; rewritten when an allowed field changes
-    run.json        corpus fingerprint, versions and git revision at the beginning
+    run.json        corpus fingerprint, mesh, versions and git revision at the beginning
     tokenizer/  metrics.jsonl  checkpoints/  tensorboard/  eval*.json  report.png
 
 A directory belongs to one run. It is refused when it was begun with another
@@ -18,6 +18,7 @@ import json
 import os
 import tempfile
 import time
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -69,8 +70,12 @@ MAY_CHANGE = (
 )
 """Fields that may differ when a run goes on: where it runs, what it logs, how often
 it looks and saves, when it gives up. None of them enters the arithmetic of a step,
-except that another mesh or exchange may sum in another order. train.num_steps may
-grow."""
+except that another mesh or exchange may sum in another order; with
+moe.exchange_buffer they also decide what is lost on the way, and may not change.
+train.num_steps may grow."""
+
+_BUFFERED = ("moe.exchange", "mesh.*")
+"""Of those, what may not change under moe.exchange_buffer."""
 
 _LOCK_WAIT_SECONDS = 5.0
 """A killed run's worker processes may hold its lock for a moment longer."""
@@ -98,7 +103,10 @@ class Resume:
 
 
 def prepare(
-  workdir: Path | str, config: Config, dataset_fingerprint: str | None = None
+  workdir: Path | str,
+  config: Config,
+  dataset_fingerprint: str | None = None,
+  mesh: Mapping[str, int] | None = None,
 ) -> New | Resume:
   """Takes a directory for this run, or refuses before anything is written in it.
 
@@ -109,6 +117,7 @@ def prepare(
     config: resolved and validated.
     dataset_fingerprint: of the tokenized corpus. None checks and locks only, for
       use before the data are read, and a second call with it writes the files.
+    mesh: devices along each axis; None does not look at them.
 
   Raises:
     ConfigError: begun with another config (every differing field is named) or corpus.
@@ -119,7 +128,7 @@ def prepare(
   if jax.process_index() == 0:
     _lock(path)
   try:
-    found = _examine(path, config, dataset_fingerprint)
+    found = _examine(path, config, dataset_fingerprint, mesh)
   except UserError:
     release(path)
     raise
@@ -128,6 +137,7 @@ def prepare(
     if not (path / RUN_FILE).exists():
       run = {
         "dataset_fingerprint": dataset_fingerprint,
+        "mesh": None if mesh is None else dict(mesh),
         "versions": provenance.versions(),
         "revision": provenance.revision(),
       }
@@ -182,7 +192,8 @@ def refused_changes(old: Config, new: Config) -> list[tuple[str, Any, Any]]:
   """The differences that make it another run: (dotted field, old, new)."""
   refused = []
   for name, before, now in config_io.difference(old, new):
-    if any(fnmatch.fnmatch(name, pattern) for pattern in MAY_CHANGE):
+    buffered = old.moe.exchange_buffer is not None and _matches(name, _BUFFERED)
+    if _matches(name, MAY_CHANGE) and not buffered:
       continue
     if name == "train.num_steps" and now > before:
       continue
@@ -190,7 +201,12 @@ def refused_changes(old: Config, new: Config) -> list[tuple[str, Any, Any]]:
   return refused
 
 
-def _examine(path: Path, config: Config, fingerprint: str | None) -> New | Resume:
+def _examine(
+  path: Path,
+  config: Config,
+  fingerprint: str | None,
+  mesh: Mapping[str, int] | None,
+) -> New | Resume:
   if not (path / CONFIG_FILE).exists():
     _refuse_foreign(path)
     return New(path=path)
@@ -207,6 +223,7 @@ def _examine(path: Path, config: Config, fingerprint: str | None) -> New | Resum
   old = read_config(path)
   _refuse_config(path, old, config)
   _refuse_dataset(path, fingerprint)
+  _refuse_mesh(path, config, mesh)
   return Resume(
     path=path,
     changed=config_io.difference(old, config),
@@ -292,11 +309,37 @@ def _refuse_config(path: Path, old: Config, new: Config) -> None:
   )
 
 
-def _refuse_dataset(path: Path, fingerprint: str | None) -> None:
+def _matches(name: str, patterns: Iterable[str]) -> bool:
+  return any(fnmatch.fnmatch(name, pattern) for pattern in patterns)
+
+
+def _begun_with(path: Path) -> dict[str, Any]:
+  """What run.json says; empty where it cannot be read, for nothing in it is vital."""
   try:
-    begun_with = json.loads((path / RUN_FILE).read_text()).get("dataset_fingerprint")
+    return json.loads((path / RUN_FILE).read_text())
   except (OSError, ValueError):
-    return  # not vital: every checkpoint's own meta holds the fingerprint as well
+    return {}
+
+
+def _refuse_mesh(path: Path, config: Config, mesh: Mapping[str, int] | None) -> None:
+  """Under a bounded exchange the devices decide what is lost: arithmetic, not place."""
+  begun_with = _begun_with(path).get("mesh")
+  if config.moe.exchange_buffer is None or mesh is None or begun_with is None:
+    return
+  if begun_with != dict(mesh):
+    was, now = (
+      " x ".join(f"{axis} {size}" for axis, size in shape.items())
+      for shape in (begun_with, mesh)
+    )
+    raise ConfigError(
+      f"--workdir={path} was begun on the mesh {was} and would go on on {now}: with "
+      f"--config.moe.exchange_buffer={config.moe.exchange_buffer} other tokens would be "
+      "lost on the way. Give the same devices and mesh, or another --workdir."
+    )
+
+
+def _refuse_dataset(path: Path, fingerprint: str | None) -> None:
+  begun_with = _begun_with(path).get("dataset_fingerprint")
   if fingerprint is not None and begun_with not in (None, fingerprint):
     raise ConfigError(
       f"--workdir={path} was begun on other data: the corpus fingerprint was "

@@ -2,10 +2,13 @@
 
 import math
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from moejax.config import ModelConfig, MoEConfig
+from moejax.models.decoder import Decoder
 from moejax.routing import losses
 from moejax.routing.base import RouterOptions
 from moejax.routing.capacity import capacity_of
@@ -48,41 +51,104 @@ def test_rounding_differs_as_the_table_says():
 
 
 def mean_probability(probs):
-  return np.mean(np.asarray(probs, np.float64), axis=0)
+  return np.mean(np.asarray(probs, np.float64), axis=-2)
 
 
+def shares(chosen, divide_by):
+  """Assignments of each expert over `divide_by`; choices are [T,K]."""
+  return np.bincount(chosen.ravel(), minlength=E) / divide_by
+
+
+def each_layer(scale, divide_by):
+  """Their loss of every layer: scale * sum_e (count_e / divide_by) P_e."""
+  return lambda chosen, p: np.array(
+    [scale * np.sum(shares(c, divide_by) * q) for c, q in zip(chosen, p)]
+  )
+
+
+def pooled(chosen, p):
+  """HF: fractions and probabilities are means over layers before they are multiplied."""
+  layers = len(chosen)
+  return E * np.sum(shares(chosen, layers * T) * p.mean(axis=0))
+
+
+LAYERS = 2
 BALANCE = {
-  # who: their loss from choices [T,K] and probabilities [T,E], and its factor to ours
-  "megatron, megablocks, deepspeed, axlearn": (
-    lambda chosen, p: E * np.sum(np.bincount(chosen.ravel(), minlength=E) / (T * K) * p),
+  # who: their loss of a whole model, from choices [L,T,K] and mean probabilities [L,E],
+  # and what their coefficient is multiplied by to be ours, which adds up layers.
+  "megatron, megatron-deepspeed, praxis (top_k), v-moe, swin-moe": (
+    lambda chosen, p: each_layer(E, T * K)(chosen, p).sum(),
     1,
   ),
-  "flaxformer, hf mixtral, maxtext": (
-    lambda chosen, p: E * np.sum(np.bincount(chosen.ravel(), minlength=E) / T * p),
-    K,
+  "megablocks, axlearn": (
+    lambda chosen, p: each_layer(E, T * K)(chosen, p).sum() / LAYERS,
+    1 / LAYERS,
   ),
+  "flaxformer under t5x, maxtext": (
+    lambda chosen, p: each_layer(E, T)(chosen, p).mean(),
+    K / LAYERS,
+  ),
+  "hf mixtral": (pooled, K / LAYERS),
   "levanter mixtral": (
-    lambda chosen, p: (
-      E * np.sum(np.bincount(chosen.ravel(), minlength=E) / (T * K) * p / K)
-    ),
+    lambda chosen, p: each_layer(E / K, T * K)(chosen, p).sum(),
     1 / K,
   ),
 }
 
 
-@pytest.mark.parametrize("who", BALANCE)
-def test_coefficients_translate(who):
-  """Theirs is ours times the table's factor, off balance too."""
-  formula, factor = BALANCE[who]
-  routing = route(
-    "top_k", skewed_logits(3, T, E), RouterOptions(num_experts=E, num_selected=K)
-  )
+def two_layers(seeds):
+  """Choices, probabilities, and our own losses of two layers."""
+  options = RouterOptions(num_experts=E, num_selected=K)
+  routings = [route("top_k", skewed_logits(seed, T, E), options) for seed in seeds]
   valid = jnp.ones(T, bool)
-  ours = float(losses.balance_loss(routing.probs, routing.stats.chosen, valid))
-  chosen = np.asarray(routing.expert).reshape(T, K)
-  theirs = formula(chosen, mean_probability(routing.probs))
-  assert theirs == pytest.approx(factor * ours, rel=1e-5)
-  assert abs(ours - 1) > 0.05
+  ours = [
+    float(losses.balance_loss(r.probs, r.stats.chosen, valid)) for r in routings
+  ]
+  chosen = np.stack([np.asarray(r.expert).reshape(T, K) for r in routings])
+  return chosen, mean_probability(np.stack([r.probs for r in routings])), ours
+
+
+@pytest.mark.parametrize("who", BALANCE)
+def test_coefficients_translate_for_a_model_of_two_layers(who):
+  """Their loss of the model times their coefficient = ours times the translated one.
+
+  Ours is the sum over layers (`DecoderOutput.aux`). Off balance, and with layers that
+  differ; HF's, which multiplies means over layers, is another function there, and equal
+  where both layers do the same.
+  """
+  formula, factor = BALANCE[who]
+  chosen, p, ours = two_layers((3, 3) if who == "hf mixtral" else (3, 8))
+  assert formula(chosen, p) == pytest.approx(factor * sum(ours), rel=1e-5)
+  assert all(abs(loss - 1) > 0.05 for loss in ours)
+
+
+def test_pooling_layers_is_another_loss_where_layers_differ():
+  """HF's hides what one layer's imbalance is if another's is the opposite."""
+  chosen, p, _ = two_layers((3, 3))
+  mirrored = (np.stack([chosen[0], E - 1 - chosen[0]]), np.stack([p[0], p[0][::-1]]))
+  assert pooled(*mirrored) < 0.99 * pooled(chosen, p)
+
+
+def test_the_decoder_adds_up_the_losses_of_its_layers():
+  """Two equal layers have twice the aux terms of one: what the table rests on."""
+
+  def aux_of(layers: int) -> dict[str, float]:
+    model = Decoder(
+      ModelConfig(num_layers=layers, width=8, num_heads=2, hidden=8),
+      MoEConfig(num_experts=4, num_selected=2, hidden=8, router="top_k", every=1),
+      vocab_size=16,
+    )
+    # Without weights every layer sees uniform probabilities.
+    params = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), model.shapes())
+    tokens = jnp.zeros((2, 8), jnp.int32)
+    out = model(params, tokens, train=True, capacity_factor=None)
+    return {name: float(value) / tokens.size for name, value in out.aux.items()}
+
+  one, two = aux_of(1), aux_of(2)
+  assert one["balance_loss"] == pytest.approx(1.0)
+  assert one["z_loss"] == pytest.approx(math.log(4) ** 2)
+  for name in ("balance_loss", "z_loss"):
+    assert two[name] == pytest.approx(2 * one[name])
 
 
 def test_first_choices_alone():

@@ -19,7 +19,7 @@ from moejax.train.checkpoint import Checkpointer, init_from, restore_params
 from moejax.train.optimizer import make_optimizer
 from tests.train.conftest import VOCAB, make_batch, make_setup, tiny_config
 
-BY_RULE = {"sigmoid_bias", "quantile_bias"}
+BY_RULE = {"sigmoid_bias", "quantile_bias", "quantile_balancing"}
 """Routers with a leaf that the train step moves by a rule of its own."""
 
 

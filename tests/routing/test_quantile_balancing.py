@@ -1,0 +1,124 @@
+"""Quantile Balancing: the bias is the quantile, by numpy, over the whole batch."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from moejax.routing import bias as bias_lib
+from moejax.routing.base import RouterInputs, RouterOptions, RouterStats, sum_groups
+from moejax.routing.registry import ROUTERS
+
+T, E, K = 400, 8, 2
+OPTIONS = RouterOptions(num_experts=E, num_selected=K)
+
+
+def by_numpy(logits, valid, bias, k=K):
+  """kexue.fm/archives/11619: alpha, then beta, then minus beta with mean zero."""
+  scores = 1 / (1 + np.exp(-logits.astype(np.float64)))[valid]
+  alpha = -np.sort(-(scores + bias), axis=1)[:, k : k + 1]
+  margin = -np.sort(-(scores - alpha), axis=0)
+  beta = margin[len(scores) * k // scores.shape[1] - 1]
+  return -beta + beta.mean()
+
+
+def spread_logits(seed: int, groups: int = 1) -> np.ndarray:
+  rng = np.random.default_rng(seed)
+  centres = np.linspace(-1.5, 1.5, E)
+  return rng.normal(centres, 1.0, (groups, T, E)).astype(np.float32)
+
+
+def stats_of(logits, valid, bias, options=OPTIONS, **extra) -> RouterStats:
+  """Of all groups together, as training has them."""
+  fn = ROUTERS["quantile_balancing"].fn
+
+  def group(logits, valid):
+    inputs = RouterInputs(
+      logits=logits, valid=valid, bias=bias, key=jax.random.key(0), **extra
+    )
+    return fn(inputs, options).stats
+
+  return sum_groups(jax.vmap(group)(jnp.asarray(logits), jnp.asarray(valid)))
+
+
+@pytest.mark.parametrize("groups", [1, 5])
+def test_the_bias_is_the_quantile_of_the_batch(groups):
+  """Whatever the routing groups: histograms add up, quantiles of groups would not.
+
+  Expert 0's scores differ by group, so that a mean of quantiles would be another number.
+  To the width of a bin; padding does not count.
+  """
+  logits = spread_logits(0, groups)
+  logits[..., 0] += np.linspace(0, 2, groups, dtype=np.float32)[:, None]
+  valid = np.broadcast_to(np.arange(T) < 360, (groups, T))
+  before = np.linspace(0.2, -0.2, E).astype(np.float32)
+  stats = stats_of(logits, valid, jnp.asarray(before))
+  got = bias_lib.quantile_balance(jnp.asarray(before), stats, OPTIONS)
+  flat = logits.reshape(-1, E)
+  expected = by_numpy(flat, valid.reshape(-1), before)
+  # Between the wanted and the next margin any number balances; bins are 4e-3 at most.
+  np.testing.assert_allclose(got, expected, atol=4e-3)
+  assert abs(float(jnp.mean(got))) < 1e-6
+
+
+def test_two_iterations_balance_what_sign_steps_hardly_move():
+  """On one batch again and again: no expert has 1.05 times its share after ten."""
+  logits, valid = spread_logits(1), np.ones((1, T), bool)
+  bias, loads = jnp.zeros(E), []
+  for _ in range(10):
+    stats = stats_of(logits, valid, bias)
+    loads.append(np.asarray(stats.chosen))
+    bias = bias_lib.quantile_balance(bias, stats, OPTIONS)
+  assert all(load.sum() == T * K for load in loads)
+  assert loads[0].max() > 1.6 * T * K / E
+  assert loads[-1].max() < 1.05 * T * K / E
+
+
+def test_k_of_all_experts_and_padding_alone_move_nothing():
+  """K = E has no K+1-th score, and padding no score at all."""
+  options = dataclasses.replace(OPTIONS, num_selected=E)
+  logits, bias = spread_logits(2), jnp.linspace(-0.1, 0.1, E)
+  stats = stats_of(logits, np.ones((1, T), bool), bias, options)
+  assert np.isfinite(bias_lib.quantile_balance(bias, stats, options)).all()
+  stats = stats_of(logits, np.zeros((1, T), bool), bias)
+  np.testing.assert_array_equal(bias_lib.quantile_balance(bias, stats, OPTIONS), bias)
+
+
+def test_evaluation_counts_nothing():
+  """The histogram is for the step alone: none without a key."""
+  inputs = RouterInputs(
+    logits=jnp.asarray(spread_logits(3)[0]), valid=jnp.ones(T, bool), bias=jnp.zeros(E)
+  )
+  assert ROUTERS["quantile_balancing"].fn(inputs, OPTIONS).stats.margins is None
+
+
+@pytest.mark.parametrize("name", ["sigmoid_bias", "quantile_bias", "quantile_balancing"])
+def test_an_expert_that_was_out_says_nothing_about_balance(name):
+  """Expert dropout: an absent expert keeps its place among the biases, and the others
+  are balanced among themselves."""
+  present = jnp.asarray([True] * 6 + [False] * 2)
+  fn, update = ROUTERS[name].fn, ROUTERS[name].update_bias
+  assert update is not None
+  options = dataclasses.replace(OPTIONS, bias_update_rate=0.01)
+  logits = np.where(present, spread_logits(4)[0], -1e9).astype(np.float32)
+  inputs = RouterInputs(
+    logits=jnp.asarray(logits),
+    valid=jnp.ones(T, bool),
+    bias=jnp.zeros(E),
+    key=jax.random.key(0),
+    present=present,
+  )
+  stats = dataclasses.replace(
+    fn(inputs, options).stats, present=present.astype(jnp.float32)
+  )
+  assert not np.any(stats.chosen[6:])
+  moved = np.asarray(update(jnp.zeros(E), stats, options))
+  # Mean zero is kept by taking the same from all, absent ones included.
+  np.testing.assert_allclose(moved[6], moved[7], atol=1e-7)
+  chosen = np.asarray(stats.chosen)[:6]
+  above = chosen > T * K / 6
+  steps = moved[:6] - moved[6]
+  # A margin of exactly zero (its own K+1-th score) is read as half a bin, 4e-6.
+  assert (steps[above] < 0).all() and (steps[~above] > -1e-5).all()
