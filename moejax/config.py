@@ -97,6 +97,8 @@ class MoEConfig:
   """m: each expert becomes m of width F/m, and m*K are chosen (DeepSeekMoE)."""
   num_shared: int = 0
   """Shared experts, of width F/m each, that every token visits."""
+  shared_hidden: int = 0
+  """Hidden width of all shared experts together; 0 is num_shared * F/m."""
   shared_gate: bool = False
   """Weigh the shared experts by sigmoid(x w), w learned (Qwen2-MoE)."""
   router: str = "switch"
@@ -209,6 +211,11 @@ class MoEConfig:
   def fine_hidden(self) -> int:
     """F of one segment."""
     return self.hidden // self.segments
+
+  @property
+  def shared_width(self) -> int:
+    """Hidden width of what every token visits; 0 is no shared expert."""
+    return self.shared_hidden or self.num_shared * self.fine_hidden
 
 
 @dataclass(kw_only=True, slots=True)

@@ -215,7 +215,7 @@ def _a_norm_is_of_something(c: Config) -> str | None:
       "renormalised have no norm. Give --config.moe.renormalize=before_drop or "
       "after_drop, or leave the norm out."
     )
-  if c.moe.shared_gate and not c.moe.num_shared:
+  if c.moe.shared_gate and not c.moe.shared_width:
     return (
       "--config.moe.shared_gate=true weighs shared experts, and "
       "--config.moe.num_shared=0 has none. Raise it, or leave the gate out."

@@ -44,6 +44,7 @@ def validate_devices(config: Config, num_devices: int) -> None:
   ]
   if not moe.dense_twin:
     cut.append(("expert", "moe.num_experts", moe.fine_experts))
+    cut.append(("tensor", "moe.shared_hidden", moe.shared_width))
   for axis, name, extent in cut:
     if extent % size[axis]:
       raise ConfigError(

@@ -92,6 +92,7 @@ RANGES: dict[str, Range] = {
   "moe.hidden": _at_least(1),
   "moe.segments": _at_least(1, "1 leaves the experts whole"),
   "moe.num_shared": _at_least(0),
+  "moe.shared_hidden": _at_least(0, "0 is num_shared * hidden / segments"),
   "moe.every": _at_least(1, "1 makes every layer an MoE layer"),
   "moe.offset": _at_least(0),
   "moe.dense_prefix": _at_least(0),

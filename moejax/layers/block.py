@@ -83,4 +83,4 @@ class Block(nnx.Module):
 
 def twin_hidden(moe: MoEConfig) -> int:
   """Hidden width of the dense layer with an MoE layer's active FLOPs: K*F plus shared."""
-  return (num_selected(moe) + moe.num_shared) * moe.fine_hidden
+  return num_selected(moe) * moe.fine_hidden + moe.shared_width

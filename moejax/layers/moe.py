@@ -96,12 +96,12 @@ class MoE(nnx.Module):
     hidden = moe.fine_hidden
     self.router = Router(model.width, moe, rngs)
     self.experts = Experts(model, self.num_experts, hidden, rngs)
-    if moe.num_shared:
-      self.shared = FeedForward(model, moe.num_shared * hidden, rngs)
-    self.shared_gate = None
-    if moe.shared_gate:
-      shape, axes = (model.width, 1), ("width", None)
-      self.shared_gate = parameter.matrix(rngs, shape, axes, fan_in=model.width)
+    if moe.shared_width:
+      self.shared = FeedForward(model, moe.shared_width, rngs)
+    shape, axes = (model.width, 1), ("width", None)
+    self.shared_gate = (
+      parameter.matrix(rngs, shape, axes, fan_in=model.width) if moe.shared_gate else None
+    )
     self.config = moe
     self.exchange = expert_parallel.ExchangeOptions(
       exchange=moe.exchange,
@@ -182,7 +182,7 @@ class MoE(nnx.Module):
       options=self.exchange if train else expert_parallel.ExchangeOptions(),
     )
     y = y.reshape(x.shape)
-    if self.config.num_shared:
+    if self.config.shared_width:
       y = y + self._shared(x)
     aux = self._losses(logits, routing, valid, layer.batch_chosen, train)
     served = None

@@ -82,7 +82,7 @@ def forward_flops_per_token(
     "attention_scores": d.num_layers * scores,
     "dense": d.matrices * d.width * dense_hidden,
     "experts": num_sparse * experts_per_token(config, d) * expert,
-    "shared_experts": num_sparse * (d.num_shared * expert + gate),
+    "shared_experts": num_sparse * (d.matrices * d.width * d.shared_hidden + gate),
     "router": num_sparse * router_macs(config, d),
     "head": d.width * d.vocab_size,
   }

@@ -57,7 +57,8 @@ class Dimensions:
   """K, after segmentation; E under router dense."""
   expert_hidden: int
   """F of one expert, after segmentation."""
-  num_shared: int
+  shared_hidden: int
+  """Of the shared experts together."""
 
   @property
   def num_dense_layers(self) -> int:
@@ -99,12 +100,12 @@ def dimensions(config: Config, vocab_size: int) -> Dimensions:
     hidden=model.hidden,
     matrices=3 if model.activation == "swiglu" else 2,
     moe_layers=moe_layer_indices(config),
-    twin_hidden=(selected + moe.num_shared) * moe.fine_hidden,
+    twin_hidden=selected * moe.fine_hidden + moe.shared_width,
     is_twin=moe.dense_twin,
     num_experts=moe.fine_experts,
     num_selected=selected,
     expert_hidden=moe.fine_hidden,
-    num_shared=moe.num_shared,
+    shared_hidden=moe.shared_width,
   )
 
 
@@ -145,7 +146,7 @@ def count_parameters(
     "attention": d.num_layers * attention,
     "dense": d.matrices * d.width * hidden_sum,
     "experts": sparse_layers * d.num_experts * expert,
-    "shared_experts": sparse_layers * (d.num_shared * expert + gate),
+    "shared_experts": sparse_layers * (d.matrices * d.width * d.shared_hidden + gate),
     "router": sparse_layers * router_parameters(config, d),
     "norms": d.num_layers * norms + d.width,
     "head": 0 if config.model.tie_embeddings else d.vocab_size * d.width,

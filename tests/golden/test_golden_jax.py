@@ -189,13 +189,12 @@ def test_praxis(name: str, monkeypatch):
   g = Golden(name)
   policy = g.params.get("second_expert_policy", "all")
   legacy = g.params.get("legacy_mtf_behavior", True)
-  if policy == "random" and not legacy:
-    pytest.skip("compares the raw second gate with the draw: docs/conventions.md")
+  policies = {"sampling": "sample", "random": "random" if legacy else "random_raw"}
   renormalize = "before_drop" if legacy else "after_drop"
   opts = options_of(
     g,
     renormalize="none" if g.params["K"] == 1 else renormalize,
-    second_policy={"sampling": "sample"}.get(policy, policy),
+    second_policy=policies.get(policy, policy),
   )
   valid = jnp.asarray(g["padding"] == 0) if "padding" in g else None
   router = "top2" if "top2" in name else "top_k"

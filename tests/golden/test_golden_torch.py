@@ -172,18 +172,19 @@ def test_megatron_sinkhorn(name: str):
 
 @pytest.mark.parametrize("name", names("megablocks"))
 def test_megablocks(name: str):
-  """Raw or L1-normalised gates; losses per layer."""
+  """Gates raw, over their sum, or over their L2 norm; losses per layer."""
   g = Golden(name)
   norm = g.params["moe_normalize_expert_weights"]
-  opts = options_of(g, renormalize="before_drop" if norm == 1 else "none")
+  opts = options_of(
+    g, renormalize="before_drop" if norm else "none", renormalize_norm=norm or 1.0
+  )
   logits = jnp.einsum("ltd,led->lte", g["x"], g["router_weight"])
   routing = run("top_k", logits, opts)
   g.near("scores", routing.probs)
   g.same("indices", routing.expert)
   g.near("aux_loss", balance(routing), 1e-5)
   g.near("z_loss", [z(one[None]) for one in logits], 1e-5)
-  if norm != 2:
-    g.near("weights", routing.gate)
+  g.near("weights", routing.gate)
 
 
 @pytest.mark.parametrize("name", names("hf_balance_loss"))

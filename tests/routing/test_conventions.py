@@ -101,9 +101,7 @@ def two_layers(seeds):
   options = RouterOptions(num_experts=E, num_selected=K)
   routings = [route("top_k", skewed_logits(seed, T, E), options) for seed in seeds]
   valid = jnp.ones(T, bool)
-  ours = [
-    float(losses.balance_loss(r.probs, r.stats.chosen, valid)) for r in routings
-  ]
+  ours = [float(losses.balance_loss(r.probs, r.stats.chosen, valid)) for r in routings]
   chosen = np.stack([np.asarray(r.expert).reshape(T, K) for r in routings])
   return chosen, mean_probability(np.stack([r.probs for r in routings])), ours
 
