@@ -14,7 +14,8 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from moejax.config import MeshConfig, ModelConfig, MoEConfig
+from moejax.config import Config, MeshConfig, ModelConfig, MoEConfig
+from moejax.config_devices import validate_devices
 from moejax.errors import ConfigError
 from moejax.layers.moe import MoE
 from moejax.models.stack import Shell
@@ -35,17 +36,17 @@ EXCHANGES = ("all_to_all", "ragged", "ring", "gspmd")
 
 
 def make(router: str, factor: float | None, **changes) -> Shell:
-  moe = MoEConfig(
-    num_experts=E,
-    num_selected=K[router],
-    hidden=8,
-    num_shared=1,
-    router=router,
-    capacity_factor=factor,
-    balance_scope="batch",
-    router_init_scale=3.0,
-    **changes,
-  )
+  fields = {
+    "num_experts": E,
+    "num_selected": K[router],
+    "hidden": 8,
+    "num_shared": 1,
+    "router": router,
+    "capacity_factor": factor,
+    "balance_scope": "batch",
+    "router_init_scale": 3.0,
+  }
+  moe = MoEConfig(**(fields | changes))
   return Shell(lambda key: MoE(MODEL, moe, nnx.Rngs(params=key)))
 
 
@@ -158,6 +159,63 @@ def test_what_a_bounded_buffer_cannot_hold_is_counted():
   assert stats.load.sum() <= 0.5 * B * S * K["top2"] < stats1.load.sum()
   assert stats.lost + stats.load.sum() == stats1.load.sum()
   assert np.isfinite(y).all() and not np.allclose(y, y1)
+
+
+def test_a_token_whose_assignments_are_all_lost_on_the_way_is_a_dropped_token():
+  """Without shared experts such a token's output is exactly zero, as a drop's is; the
+  count is of those, padding left out, on the device that sent them."""
+  shell = make("top2", None, exchange="ragged", exchange_buffer=0.25, num_shared=0)
+  (y, _, stats, _), _ = compute(shell, None, MESHES["expert 4 x data 2"], 8)
+  _, valid, _ = inputs()
+  zero = (y == 0).all(-1)
+  assert stats.dropped_tokens == (zero & valid).sum() > 0
+  # Some of the others have lost one of their two experts.
+  assert stats.lost > 2 * stats.dropped_tokens
+
+
+@pytest.mark.parametrize(
+  ("dispatcher", "exchange", "factor", "remedy"),
+  [
+    ("einsum", "all_to_all", 1.0, "auto, or --config.moe.exchange=gspmd"),
+    ("einsum", "ragged", None, "auto, or --config.moe.exchange=gspmd"),
+    ("grouped", "all_to_all", 1.0, "exchange=ragged or ring"),
+    ("grouped", "auto", 1.0, "exchange=ragged or ring"),
+    ("gather", "ragged", 1.0, "exchange=all_to_all"),
+    ("gather", "ring", 1.0, "exchange=all_to_all"),
+    ("gather", "gspmd", 1.0, "exchange=all_to_all"),
+    ("grouped", "gspmd", None, "exchange=ragged or ring"),
+  ],
+)
+def test_a_dispatcher_that_an_exchange_would_ignore_is_refused(
+  dispatcher, exchange, factor, remedy
+):
+  """By name, before anything is compiled, and by the layer itself."""
+  config = Config(mesh=MESHES["expert 4 x data 2"])
+  config.moe.dispatcher, config.moe.exchange = dispatcher, exchange
+  config.moe.capacity_factor = factor
+  with pytest.raises(ConfigError, match=f"dispatcher={dispatcher} does not.*{remedy}"):
+    validate_devices(config, 8)
+  with pytest.raises(ConfigError, match=f"dispatcher={dispatcher} does not"):
+    shell = make("top2", factor, dispatcher=dispatcher, exchange=exchange)
+    compute(shell, factor, MESHES["expert 4 x data 2"], 8)
+
+
+@pytest.mark.parametrize(
+  ("dispatcher", "exchange", "factor"),
+  [("gather", "auto", 1.0), ("grouped", "ring", 1.0), ("einsum", "auto", None)],
+)
+def test_a_dispatcher_that_an_exchange_carries_runs(dispatcher, exchange, factor):
+  """And without an expert axis every dispatcher does."""
+  config = Config(mesh=MESHES["expert 4 x data 2"])
+  config.moe.dispatcher, config.moe.exchange = dispatcher, exchange
+  config.moe.capacity_factor = factor
+  validate_devices(config, 8)
+  for name in ("einsum", "gather", "grouped"):
+    config.mesh, config.moe.dispatcher, config.moe.exchange = MeshConfig(), name, "auto"
+    validate_devices(config, 8)
+  shell = make("top2", factor, dispatcher=dispatcher, exchange=exchange)
+  (_, _, stats, _), _ = compute(shell, factor, MESHES["expert 4 x data 2"], 8)
+  assert stats.load.sum() > 0
 
 
 def test_an_exchange_that_cannot_carry_the_routing_is_refused():

@@ -1,6 +1,7 @@
 """Parameter counts: anchored on published models, then on the model's own tree."""
 
 import dataclasses
+import itertools
 import math
 
 import jax
@@ -9,7 +10,7 @@ import pytest
 from moejax.config import Config, ModelConfig, MoEConfig
 from moejax.models.decoder import Decoder
 from moejax.models.pattern import layer_pattern
-from moejax.plan import parameters
+from moejax.plan import flops, parameters, wire_bound
 from tests.plan import published
 
 
@@ -66,6 +67,20 @@ def test_dense_models_are_all_active():
   assert total == active
 
 
+def test_under_router_dense_every_expert_is_active():
+  """K is E there, whatever num_selected says: in parameters, in FLOPs and in its twin."""
+  config = Config(moe=MoEConfig(router="dense", num_experts=4, num_selected=1))
+  total, active = _count(config)
+  assert active["experts"] == total["experts"] > 0
+  one = Config(moe=MoEConfig(router="switch", num_experts=4))
+  vocab = parameters.resolve_vocab_size(config)
+  every = flops.forward_flops_per_token(config, vocab)["experts"]
+  assert every == 4 * flops.forward_flops_per_token(one, vocab)["experts"]
+  twin = flops.forward_flops_per_token(parameters.dense_twin(config), vocab)
+  dense_layers = flops.forward_flops_per_token(config, vocab)["dense"]
+  assert twin["dense"] == dense_layers + every
+
+
 def test_segmenting_experts_changes_only_the_router():
   """m*E experts of width F/m, m*K chosen: same expert weights, m times the router."""
   coarse = Config(moe=MoEConfig(num_experts=4, num_selected=2, hidden=64))
@@ -97,6 +112,16 @@ _VARIANTS = {
   "noise": Config(moe=MoEConfig(router="noisy_top_k", num_selected=2)),
   "fixed_noise": Config(
     moe=MoEConfig(router="noisy_top_k", num_selected=2, noise="fixed")
+  ),
+  "shared_gate": Config(
+    moe=MoEConfig(
+      num_experts=4, num_selected=2, router="top_k", shared_hidden=40, shared_gate=True
+    )
+  ),
+  "quantile_balancing": Config(moe=MoEConfig(router="quantile_balancing")),
+  "dense": Config(moe=MoEConfig(router="dense", num_shared=1)),
+  "dense_router_twin": Config(
+    moe=MoEConfig(router="dense", num_shared=1, segments=2, dense_twin=True)
   ),
   "bias": Config(moe=MoEConfig(router="sigmoid_bias", num_selected=2, segments=2)),
   "soft": Config(moe=MoEConfig(router="soft", group_size=48, capacity_factor=0.7)),
@@ -135,15 +160,22 @@ def test_the_table_of_hash_routing_is_data_and_not_counted():
   assert sum(math.prod(leaf.shape) for leaf in leaves) == total["total"]
 
 
-def test_moe_layers_are_where_the_model_has_them():
-  """Both readings of prefix, offset and every name the same layers."""
-  cases = [(1, 0, 0), (1, 1, 0), (2, 1, 0), (2, 0, 1), (3, 2, 1), (2, 1, 9)]
-  for every, offset, prefix in cases:
+def test_plan_and_model_agree_on_which_layers_are_moe():
+  """Over all offsets, prefixes and remainders: the layers by index, and how many of them
+  the bound on a step's traffic counts (its bytes, over those of a single layer)."""
+  one = Config(model=ModelConfig(num_layers=1), moe=MoEConfig(every=1, offset=0))
+  mesh = {"data": 1, "fsdp": 1, "expert": 2, "tensor": 1}
+  per_layer = wire_bound.exchange_bound(one, mesh)
+  assert per_layer > 0
+  for layers, every, offset, prefix in itertools.product(
+    range(1, 8), range(1, 5), range(6), range(4)
+  ):
     moe = MoEConfig(every=every, offset=offset, dense_prefix=prefix)
-    config = Config(model=ModelConfig(num_layers=7), moe=moe)
-    is_moe = layer_pattern(7, moe).is_moe
+    config = Config(model=ModelConfig(num_layers=layers), moe=moe)
+    is_moe = layer_pattern(layers, moe).is_moe
     indices = tuple(index for index, sparse in enumerate(is_moe) if sparse)
     assert indices == parameters.moe_layer_indices(config)
+    assert wire_bound.exchange_bound(config, mesh) == len(indices) * per_layer
 
 
 def test_vocabulary_without_data():

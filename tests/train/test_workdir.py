@@ -24,9 +24,9 @@ def release_locks():
     workdir.release(path)
 
 
-def begin(path, config=None, fingerprint="corpus-a"):
+def begin(path, config=None, fingerprint="corpus-a", mesh=None):
   """A run with one logged step: from here on the directory is bound to its config."""
-  found = workdir.prepare(path, config or Config(), fingerprint)
+  found = workdir.prepare(path, config or Config(), fingerprint, mesh)
   (path / "metrics.jsonl").write_text('{"step": 1}\n')
   return found
 
@@ -190,3 +190,24 @@ def test_an_interrupted_write_leaves_the_old_file(tmp_path):
     workdir.write_json(path, {"a": object()})
   assert json.loads(path.read_text()) == {"a": 1}
   assert [p.name for p in tmp_path.iterdir()] == ["config.json"]
+
+
+def test_a_bounded_exchange_makes_the_mesh_part_of_the_arithmetic(tmp_path):
+  """What does not fit the buffer depends on the devices: the run goes on on the same
+  mesh only. Without a buffer it goes on anywhere."""
+  one, other = {"data": 1, "expert": 4}, {"data": 2, "expert": 2}
+  bounded = changed(moe__exchange_buffer=1.25, moe__capacity_factor=None)
+  begin(tmp_path / "bounded", bounded, mesh=one)
+  assert isinstance(
+    workdir.prepare(tmp_path / "bounded", bounded, "corpus-a", one), workdir.Resume
+  )
+  with pytest.raises(ConfigError, match="data 1 x expert 4 and would.*data 2 x expert 2"):
+    workdir.prepare(tmp_path / "bounded", bounded, "corpus-a", other)
+  ring = changed(
+    moe__exchange_buffer=1.25, moe__capacity_factor=None, moe__exchange="ragged"
+  )
+  with pytest.raises(ConfigError, match="moe.exchange was 'auto' and is now 'ragged'"):
+    workdir.prepare(tmp_path / "bounded", ring, "corpus-a", one)
+  begin(tmp_path / "free", Config(), mesh=one)
+  found = workdir.prepare(tmp_path / "free", Config(), "corpus-a", other)
+  assert isinstance(found, workdir.Resume)
