@@ -64,6 +64,26 @@ def refused(*arguments: str) -> str:
   return str(caught.value)
 
 
+def test_an_option_of_another_router_is_refused_where_a_person_gave_it(tmp_path):
+  """On the line and in a file; a config stored with a run is read as it is."""
+  flag = "--config.moe.quantile_rate=0.5"
+  assert "router=quantile_bias" in refused(flag)
+  assert get(flag, "--config.moe.router=quantile_bias").moe.quantile_rate == 0.5
+  file = tmp_path / "mine.py"
+  file.write_text(
+    "from moejax.config import Config\n"
+    "def get_config():\n"
+    "  config = Config()\n"
+    "  config.moe.quantile_rate = 0.5\n"
+    "  return config\n"
+  )
+  assert "moe.quantile_rate=0.5" in refused(f"--config={file}")
+  stored = Config()
+  stored.moe.quantile_rate = 0.5
+  cli.parse(["program"])
+  assert cli.get_config(base=stored).moe.quantile_rate == 0.5
+
+
 def test_overrides_reach_their_fields():
   config = get(
     "--config.moe.num_experts=16",

@@ -1,16 +1,18 @@
 """Every bad configuration is one error that names the flag, its value and a way out."""
 
+import dataclasses
 import re
 
 import pytest
 
 from moejax import config_check, config_devices, config_io
-from moejax.config import Config
+from moejax.config import Config, MoEConfig
+from moejax.config_check import refuse_unread
 from moejax.config_ranges import CHOICES, RANGES, Range
 from moejax.dispatch.registry import DISPATCHERS
 from moejax.errors import ConfigError
 from moejax.routing import base
-from moejax.routing.registry import ROUTERS
+from moejax.routing.registry import ROUTERS, TOKEN_CHOICE_READS, is_read, readers
 
 
 def make(**fields: object) -> Config:
@@ -98,7 +100,8 @@ REFUSED = [
     dict(moe__segments=3, **TOP_K),
     "--config.moe.segments=3 with --config.moe.hidden=512",
   ),
-  (dict(moe__second_policy="random"), "only router top2"),
+  (dict(moe__shared_gate=True), "--config.moe.num_shared=0 has none"),
+  (dict(moe__renormalize_norm=2.0), "gates that are not renormalised have no norm"),
   (dict(moe__offset=4, moe__every=8), "makes no layer an MoE layer"),
   (dict(moe__dense_prefix=4), "makes no layer an MoE layer"),
   (dict(model__width=130), "--config.model.width=130 with --config.model.num_heads=4"),
@@ -256,6 +259,32 @@ SOFT = dict(
 def test_soft_needs_slots_that_stay(fields, part):
   """Its slots are parameters, so group, capacity and dispatcher must fit them."""
   assert part in refusal(make(**(SOFT | fields)))
+
+
+@pytest.mark.parametrize("field", sorted({f for s in ROUTERS.values() for f in s.reads}))
+def test_an_option_is_refused_exactly_where_the_router_does_not_read_it(field):
+  """By name, with the routers that do; a config that nobody wrote by hand is let pass."""
+  for router in ROUTERS:
+    config = make(moe__router=router)
+    if is_read(router, field):
+      refuse_unread(config, [f"moe.{field}"])
+      continue
+    with pytest.raises(ConfigError) as error:
+      refuse_unread(config, ["moe.num_experts", f"moe.{field}"])
+    text = str(error.value)
+    assert f"--config.moe.{field}=" in text and f"router={router}" in text
+    assert all(name in text for name in readers(field))
+    config.moe.dense_twin = True
+    refuse_unread(config, [f"moe.{field}"])
+  assert 0 < len(readers(field)) < len(ROUTERS)
+
+
+def test_every_option_that_a_router_alone_reads_is_a_field():
+  """A slip in `reads` would refuse nothing."""
+  known = {field.name for field in dataclasses.fields(MoEConfig)}
+  for spec in ROUTERS.values():
+    assert set(spec.reads) <= known
+  assert set(TOKEN_CHOICE_READS) <= known
 
 
 @pytest.mark.parametrize(

@@ -82,6 +82,12 @@ VARIANTS: dict[str, tuple[str, ...]] = {
     "moe.renormalize=before_drop",
     "moe.balance_weight=0",
   ),
+  "quantile_balancing": (
+    *TWO,
+    "moe.router=quantile_balancing",
+    "moe.renormalize=before_drop",
+    "moe.balance_weight=0",
+  ),
 }
 
 
