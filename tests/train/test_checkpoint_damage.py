@@ -161,7 +161,7 @@ def test_endless_nesting_and_what_is_no_file_are_damage(run):
 
 
 def test_what_may_not_be_read_is_an_error_and_no_damage(run, monkeypatch):
-  """Permissions are the user's to mend: one line, nothing set aside (root may read all)."""
+  """Permissions are the user's to mend: one line, nothing set aside."""
   workdir, states = run
 
   def refuse(path):
