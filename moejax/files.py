@@ -5,11 +5,12 @@ pipe, at which opening waits for ever, a file without an end, or JSON that nests
 than Python's stack.
 """
 
+import io
 import json
 import os
 import stat
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 _MAX_JSON_BYTES = 1 << 28
 """Far more than any file of ours: a checkpoint's meta has some 200 bytes an array."""
@@ -30,7 +31,7 @@ def kind(mode: int) -> str:
   return _KINDS.get(stat.S_IFMT(mode), "")
 
 
-def open_regular(path: Path | str) -> BinaryIO:
+def open_regular(path: Path | str) -> io.BufferedReader:
   """Opens a regular file, or a link to one, to read its bytes; never waits.
 
   Raises:
