@@ -8,6 +8,9 @@ Needs nothing but the run's directory: the config is the checkpoint's, and
 writes DIR/eval_STEP_SPLIT.json; an evaluation of the run as it is, on its whole
 validation split, also renews DIR/eval.json.
 
+Of a run that this user did not train, paths in its config are not used:
+--config.data.path must be given if it has one, and the cache is one's own.
+
 Several processes evaluate together, started as those of experiments.train are: by
 tools.launch_local, by a cluster, or with JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and
 JAX_PROCESS_ID. The first one prints and writes.
@@ -69,7 +72,7 @@ def evaluate(
   """Restores, evaluates and tells; in every process of a job alike."""
   import jax
 
-  from moejax import data
+  from moejax import data, owner
   from moejax.evaluate import perplexity
   from moejax.parallel import host_memory
   from moejax.parallel.mesh import make_mesh
@@ -78,9 +81,10 @@ def evaluate(
 
   host_memory.keep_freed_pages()
   tells = jax.process_index() == 0
-  shapes, config, _ = peek(workdir, _STEP.value)
+  shapes, config, found = peek(workdir, _STEP.value)
+  config = owner.own_paths(config, found.get("owner"), cli.overrides(), workdir)
   config = cli.get_config(base=config)
-  dataset = data.load(config.data, workdir=workdir, store=tells)
+  dataset = data.load(config.data, workdir=workdir, store=False)
   model = perplexity.make_model(config, dataset.tokenizer.vocab_size)
   perplexity.check_params(model, shapes)
   mesh = make_mesh(perplexity.choose_mesh(config.mesh))

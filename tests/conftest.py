@@ -7,10 +7,13 @@ hide mistakes that a large run pays for; and every jaxtyping signature of
 """
 
 import os
+import tempfile
 
 # The fake devices share few cores: one thread each is fastest and most even.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+# The key by which evaluation knows the tests' runs is none of the user's.
+os.environ["XDG_CONFIG_HOME"] = tempfile.mkdtemp(prefix="moejax_tests_")
 # Tests compile far more than they compute: two to three times faster so.
 os.environ["XLA_FLAGS"] = " ".join(
   (os.environ.get("XLA_FLAGS", ""), "--xla_backend_optimization_level=0")

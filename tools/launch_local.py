@@ -4,19 +4,24 @@
       python -m experiments.train --config=configs/default.py --workdir=DIR ...
 
 Each process gets so many CPU devices and talks to the others through gloo. Process 0
-writes to this terminal, the others to LOGS/process_N.log. The exit code is that of the
-first process that failed; the others are then given a while to notice, and ended.
+writes to this terminal, the others to LOGS/process_N.log. They meet at 127.0.0.1, by a
+secret made for this job (MOEJAX_JOB_SECRET, unless it is set already). The exit code is
+that of the first process that failed; the others are then given a while to notice, and
+ended.
 """
 
 import argparse
 import os
 import pathlib
+import secrets
 import signal
 import socket
 import subprocess
 import sys
 import tempfile
 import time
+
+from moejax.parallel import secret
 
 GRACE_SECONDS = 60.0
 """How long the others may take to notice that one is gone."""
@@ -46,25 +51,42 @@ def free_port() -> int:
     return opened.getsockname()[1]
 
 
-def environment(index: int, count: int, devices: int, port: int) -> dict[str, str]:
-  """What tells a process who it is; see moejax/parallel/distributed.py."""
+def environment(
+  index: int, count: int, devices: int, port: int, shared: str = ""
+) -> dict[str, str]:
+  """What tells a process who it is; see moejax/parallel/distributed.py.
+
+  Args:
+    index: of the process.
+    count: of processes.
+    devices: of each process.
+    port: of process 0.
+    shared: the job's secret; empty leaves it to this process's own environment.
+  """
   # `python` is then the one that runs this, in a virtual environment entered or not.
   own = os.path.dirname(sys.executable)
-  return os.environ | {
-    "PATH": os.pathsep.join([own, os.environ.get("PATH", os.defpath)]),
-    "JAX_PLATFORMS": "cpu",
-    "JAX_NUM_CPU_DEVICES": str(devices),
-    "JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{port}",
-    "JAX_NUM_PROCESSES": str(count),
-    "JAX_PROCESS_ID": str(index),
-  }
+  return (
+    os.environ
+    | {
+      "PATH": os.pathsep.join([own, os.environ.get("PATH", os.defpath)]),
+      "JAX_PLATFORMS": "cpu",
+      "JAX_NUM_CPU_DEVICES": str(devices),
+      "JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{port}",
+      "JAX_NUM_PROCESSES": str(count),
+      "JAX_PROCESS_ID": str(index),
+    }
+    | ({secret.ENV: shared} if shared else {})
+  )
 
 
 def start(args: argparse.Namespace, logs: pathlib.Path) -> list[subprocess.Popen]:
   """Starts all processes; process 0 has the terminal."""
   port, processes = free_port(), []
+  # By the environment: a command line is there for every user of the machine to read.
+  given = os.environ.get(secret.ENV) or os.environ.get(secret.FILE_ENV)
+  shared = "" if given else secrets.token_hex(32)
   for index in range(args.processes):
-    env = environment(index, args.processes, args.devices_per_process, port)
+    env = environment(index, args.processes, args.devices_per_process, port, shared)
     if index == 0:
       processes.append(subprocess.Popen(args.command, env=env))
       continue

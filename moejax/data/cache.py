@@ -57,6 +57,14 @@ def _not_writable(where: str, error: OSError) -> ConfigError:
   )
 
 
+def damaged(directory: Path, error: Exception) -> UserError:
+  """The error for an entry of the cache that is not as it was made."""
+  why = " ".join(str(error).split())[:200] or type(error).__name__
+  return UserError(
+    f"{directory}, in the cache, is damaged ({why}). Delete it: it is made again."
+  )
+
+
 def digest(*parts: Any) -> str:
   """A short name for what `parts` (JSON values) say, stable across processes."""
   text = json.dumps(parts, sort_keys=True, ensure_ascii=True)

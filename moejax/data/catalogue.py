@@ -25,7 +25,8 @@ from moejax.errors import ConfigError, did_you_mean, nearest
 
 _FORMAT = 1
 
-_NAME = re.compile(r"(?P<name>\w+)(?P<config>/[\w.\-/]+)?(:(?P<version>[\d.]+))?")
+_NAME = re.compile(r"(?P<name>\w+)(?P<config>(/[\w\-][\w.\-]*)+)?(:(?P<version>[\d.]+))?")
+"""No part begins with a point: `..` would lead out of the directory of datasets."""
 
 _OWN_SPLITS = {
   "train": ("train",),

@@ -302,7 +302,10 @@ def _make_tokenizer(config: DataConfig, source: Source, root: Path) -> Tokenizer
   key = cache.digest("bpe", _BPE_FORMAT, source.fingerprint, config.vocab_size)
   what = f"bpe tokenizer of {source.name}"
   directory = cache.build_once(root / "tokenizers" / key, build, what=what)
-  return tokenizer.load_tokenizer(directory)
+  try:
+    return tokenizer.load_tokenizer(directory)
+  except UserError as e:
+    raise cache.damaged(directory, e) from e
 
 
 def _sample(source: Source) -> Iterator[bytes]:

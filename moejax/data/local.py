@@ -10,6 +10,7 @@ from pathlib import Path
 
 from absl import logging
 
+from moejax import files
 from moejax.data import cache
 from moejax.data.corpus import Corpus
 from moejax.data.plan import Plan, make_plan
@@ -71,7 +72,10 @@ class LocalSource:
     )
 
   def _report(self) -> Plan:
-    report = json.loads((self._directory / "report.json").read_text("utf-8"))
+    try:
+      report = files.read_json(self._directory / "report.json")
+    except (OSError, ValueError) as e:
+      raise cache.damaged(self._directory, e) from e
     skipped = [Skipped(**s) for s in report["skipped"]]
     return Plan({}, report["is_cut"], skipped, report["num_duplicates"])
 

@@ -26,7 +26,8 @@ def stdlib_corpus() -> Corpus:
     UserError: the interpreter has no sources on disk (a zipped or stripped one).
   """
   root = Path(sysconfig.get_paths()["stdlib"])
-  files = tuple(f for f in find_files(root, _SKIPPED_FOLDERS) if _is_wanted(f))
+  found, _ = find_files(root, _SKIPPED_FOLDERS)
+  files = tuple(f for f in found if _is_wanted(f))
   if len(files) < 100:
     raise UserError(
       f"--config.data.name=python_stdlib: found {len(files)} sources of the standard"

@@ -22,6 +22,7 @@ import tokenizers
 from jaxtyping import Int, Integer
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
+from moejax import files
 from moejax.data import cache
 from moejax.errors import ConfigError, UserError, did_you_mean
 
@@ -37,6 +38,10 @@ _BYTES_VOCAB = 264
 """256 bytes and the separator, rounded up so that it divides among 8 devices."""
 
 _MIN_BPE_VOCAB = 257
+_MAX_VOCAB = 2**24
+_MAX_BYTES = 1 << 30
+_MAX_DEPTH = 4
+_FIELDS = ("kind", "vocab_size", "model", "fingerprint")
 
 
 class Tokenizer(abc.ABC):
@@ -172,7 +177,7 @@ class BPETokenizer(Tokenizer):
     Raises:
       ConfigError: vocab_size has no room for all bytes and the separator.
     """
-    if not _MIN_BPE_VOCAB <= vocab_size <= 2**24:
+    if not _MIN_BPE_VOCAB <= vocab_size <= _MAX_VOCAB:
       raise ConfigError(
         f"--config.data.vocab_size={vocab_size} must be at least {_MIN_BPE_VOCAB}"
         " (256 bytes and the separator) for --config.data.tokenizer=bpe."
@@ -230,12 +235,31 @@ class BPETokenizer(Tokenizer):
     return self._tokenizer.to_str()
 
 
-def from_json(text: str) -> Tokenizer:
-  """The tokenizer that `to_json` wrote."""
-  fields = json.loads(text)
-  if fields["kind"] == "bytes":
+def from_json(text: str | bytes) -> Tokenizer:
+  """The tokenizer that `to_json` wrote.
+
+  Raises:
+    ValueError: it is none, or is not as it was written.
+  """
+  fields = files.parse_json(text, _MAX_DEPTH)
+  if not isinstance(fields, dict) or not set(_FIELDS) <= set(fields):
+    raise ValueError(f"it does not have the fields {', '.join(_FIELDS)}")
+  kind, size, model, fingerprint = (fields[name] for name in _FIELDS)
+  if fingerprint != cache.digest(kind, size, model):
+    raise ValueError("its fingerprint does not fit its content")
+  if kind == "bytes":
     return ByteTokenizer()
-  return BPETokenizer(fields["model"], fields["vocab_size"])
+  # A fingerprint is not a signature: anyone can make one.
+  if kind != "bpe" or type(size) is not int or not _MIN_BPE_VOCAB <= size <= _MAX_VOCAB:
+    raise ValueError(f"it is of kind {kind!r} with {size!r} ids")
+  try:
+    loaded = BPETokenizer(model, size)
+    complete = all(bytes([b]) in loaded.pieces[:-1] for b in range(256))
+  except Exception as e:  # the library raises nothing narrower
+    raise ValueError(str(e) or type(e).__name__) from e
+  if not complete:
+    raise ValueError("it does not know all bytes")
+  return loaded
 
 
 def load_tokenizer(workdir: Path | str) -> Tokenizer:
@@ -246,13 +270,18 @@ def load_tokenizer(workdir: Path | str) -> Tokenizer:
   """
   path = Path(workdir) / FILE
   try:
-    return from_json(path.read_text("utf-8"))
+    with files.open_regular(path) as file:
+      return from_json(file.read(_MAX_BYTES))
   except OSError as e:
     raise UserError(
-      f"--workdir={str(workdir)!r} holds no tokenizer ({FILE}). Is it a run's directory?"
+      f"--workdir={str(workdir)!r} holds no tokenizer that can be read ({FILE}: "
+      f"{e.strerror or e}). Is it a run's directory?"
     ) from e
-  except (ValueError, KeyError, TypeError) as e:
-    raise UserError(f"{path} is damaged: {e}") from e
+  except (ValueError, RecursionError) as e:
+    raise UserError(
+      f"{path} is damaged: {' '.join(str(e).split())[:200]}. Copy it from a backup, or "
+      "from another run of the same text and --config.data.vocab_size: it is the same."
+    ) from e
 
 
 def check_name(name: str) -> None:

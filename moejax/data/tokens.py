@@ -23,6 +23,7 @@ import numpy as np
 from absl import logging
 from jaxtyping import Int, Shaped
 
+from moejax import files
 from moejax.data import cache
 from moejax.data.tokenizer import Tokenizer
 from moejax.data.types import EMPTY, SPLITS, Document, Skipped, Source
@@ -70,18 +71,28 @@ class TokenCache:
   @functools.cached_property
   def meta(self) -> dict[str, Any]:
     """Counts per split, domain names, skipped documents."""
-    return json.loads((self.directory / "meta.json").read_text("utf-8"))
+    try:
+      return files.read_json(self.directory / "meta.json")
+    except (OSError, ValueError) as e:
+      raise cache.damaged(self.directory, e) from e
 
   def open(self, split: str) -> TokenSplit:
     """Maps one split; costs no memory but what is touched."""
     stem = self.directory / split
     dtype = np.dtype(self.meta["dtype"])
-    return TokenSplit(
-      # A plain view: memmap's own indexing builds a memmap for every result.
-      tokens=np.memmap(f"{stem}.tokens", dtype, "r").view(np.ndarray),
-      offsets=np.load(f"{stem}.offsets.npy"),
-      domains=np.load(f"{stem}.domains.npy"),
-    )
+    try:
+      opened = TokenSplit(
+        # A plain view: memmap's own indexing builds a memmap for every result.
+        tokens=np.memmap(f"{stem}.tokens", dtype, "r").view(np.ndarray),
+        offsets=np.load(f"{stem}.offsets.npy"),
+        domains=np.load(f"{stem}.domains.npy"),
+      )
+    except (OSError, ValueError, EOFError) as e:
+      raise cache.damaged(self.directory, e) from e
+    if len(opened.tokens) != opened.num_places + 1:
+      error = ValueError(f"{split}.tokens has another size")
+      raise cache.damaged(self.directory, error)
+    return opened
 
 
 def token_cache(source: Source, tokenizer: Tokenizer, root: Path) -> TokenCache:

@@ -13,7 +13,9 @@ Facts = dict[str, Any]
 """What must be the same on every process: name to JSON value."""
 
 _SHOWN = 8
-"""Differences that an error names."""
+"""Differences that an error names, and values of each."""
+_LONGEST = 200
+"""Characters of a value that an error shows."""
 
 
 def disagreement(facts: Mapping[int, Facts]) -> str:
@@ -63,5 +65,11 @@ def _difference(name: str, facts: Mapping[int, Facts]) -> str:
     holders.setdefault(value, []).append(index)
   if len(holders) < 2:
     return ""
-  values = [f"{value} on {processes(who)}" for value, who in holders.items()]
+  values = [f"{_cut(value)} on {processes(who)}" for value, who in holders.items()]
+  if len(values) > _SHOWN:
+    values[_SHOWN - 1 :] = [f"{len(values) - _SHOWN + 1} other values"]
   return f"{name} is {', '.join(values[:-1])} and {values[-1]}"
+
+
+def _cut(value: str) -> str:
+  return value if len(value) <= _LONGEST else value[:_LONGEST] + "..."

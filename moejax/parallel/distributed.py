@@ -19,7 +19,7 @@ import jax
 from absl import logging
 
 from moejax.errors import UserError
-from moejax.parallel import liveness, meeting
+from moejax.parallel import listening, liveness, meeting, secret
 from moejax.parallel.agreement import Facts
 from moejax.parallel.meeting import JOIN_SECONDS
 
@@ -80,7 +80,8 @@ def joined(
     timeout: seconds to wait for the others.
 
   Raises:
-    UserError: a place among others is named by halves, or is no such place.
+    UserError: a place among others is named by halves, or is no such place, or there is
+      something wrong with the job's secret.
     PeerLostError: the others did not come in time.
     DisagreementError: they were started with something else.
   """
@@ -91,7 +92,9 @@ def joined(
     _start_runtime(place)
     yield
   else:
-    links = meeting.meet(place.address, place.count, place.index, facts or {}, timeout)
+    links = meeting.meet(
+      place.address, place.count, place.index, facts or {}, timeout, secret.job_secret()
+    )
     with liveness.Watch(place.index, links):
       _start_runtime(place, _HEARTBEAT_SECONDS)
       yield
@@ -119,7 +122,7 @@ def find_place(
 def launcher() -> str | None:
   """Who started this process as one of several; None for a single one."""
   for name, who in _LAUNCHED_BY.items():
-    if os.environ.get(name, "").isdigit() and int(os.environ[name]) > 1:
+    if os.environ.get(name, "").isdecimal() and int(os.environ[name]) > 1:
       return who
   if "," in os.environ.get("TPU_WORKER_HOSTNAMES", ""):
     return "a Cloud TPU pod"
@@ -150,7 +153,7 @@ def _place(values: list[str], names: list[str]) -> Place:
   address, count, index = values
   missing = [n for n, v in zip(names, values, strict=True) if not v]
   missing += [
-    n for n, v in zip(names[1:], values[1:], strict=True) if v and not v.isdigit()
+    n for n, v in zip(names[1:], values[1:], strict=True) if v and not v.isdecimal()
   ]
   if missing:
     raise UserError(
@@ -161,7 +164,7 @@ def _place(values: list[str], names: list[str]) -> Place:
     raise UserError(
       f"{names[2]}={index} is not below {names[1]}={count}: they are numbered from 0."
     )
-  meeting.split_address(address, names[0])
+  listening.split_address(address, names[0])
   return Place(address=address, count=int(count), index=int(index))
 
 
@@ -199,4 +202,6 @@ def _start_runtime(place: Place, heartbeat: int = 100) -> None:
     place.index if known else None,
     initialization_timeout=int(JOIN_SECONDS),
     heartbeat_timeout_seconds=heartbeat,
+    # The runtime asks nobody for a secret: no farther open than it must be.
+    coordinator_bind_address=listening.bind_address(place.address) if known else None,
   )

@@ -27,7 +27,7 @@ from types import TracebackType
 from typing import NoReturn
 
 from moejax.errors import EXIT_CODE, NOT_IN_AGREEMENT, PEER_LOST, UserError
-from moejax.parallel.meeting import Link, Message
+from moejax.parallel.link import Link, Message, field, printable
 
 GRACE_SECONDS = 15.0
 """After a peer's error, how long a process may take to come to one of its own."""
@@ -37,6 +37,8 @@ _LAST_SECONDS = GRACE_SECONDS + 5
 """Process 0 leaves last, since the runtime aborts those who outlive it: at most so
 long after its error."""
 _INTERRUPTED = 130
+_LONGEST = 20_000
+"""Characters of another process's error that are repeated."""
 
 _SAME_CODE = (EXIT_CODE, NOT_IN_AGREEMENT)
 """A peer's mistake of these kinds is everyone's."""
@@ -95,7 +97,11 @@ class Watch:
     selector = selectors.DefaultSelector()
     for link in self._links:
       selector.register(link.socket, selectors.EVENT_READ, link)
-      self._hear(link, link.early)
+      try:
+        self._hear(link, link.early)
+      except ValueError as error:
+        selector.unregister(link.socket)
+        self._gone(link, error)
     while selector.get_map():
       for key, _ in selector.select():
         link = key.data
@@ -112,10 +118,13 @@ class Watch:
         if len(self._done) == len(self._links):
           self._all_done.set()
       elif "failed" in message:
-        self._note(message, link)
-        if not message["at_once"]:
+        code, text = field(message, "code", int), field(message, "text", str)
+        at_once = field(message, "at_once", bool)
+        failed = _failed(code % 256 or 1, printable(text, _LONGEST), at_once=at_once)
+        self._note(failed, link)
+        if not at_once:
           time.sleep(GRACE_SECONDS)
-        self._end(message["code"], message["text"])
+        self._end(failed["code"], failed["text"])
 
   def _gone(self, link: Link, error: Exception) -> None:
     if link.index in self._done:

@@ -27,7 +27,7 @@ from absl import logging
 from jax.experimental import multihost_utils
 from orbax.checkpoint import checkpoint_managers as ocp_managers
 
-from moejax import config_io
+from moejax import config_io, owner
 from moejax.config import Config
 from moejax.errors import ConfigError, UserError
 from moejax.train import fingerprint, provenance
@@ -120,6 +120,8 @@ class Checkpointer:
     self.blocked_seconds = 0.0
     self._config = config_io.to_dict(config)
     self._metadata = json.loads(json.dumps(metadata))
+    if jax.process_index() == 0:  # which writes them
+      self._metadata["owner"] = owner.mark(config)
     self._logical_axes = logical_axes
     self._untrained = tuple(untrained)
     self._warn = warn

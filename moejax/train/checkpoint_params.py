@@ -141,7 +141,26 @@ def checkpoint_directory(workdir: Path | str) -> Path:
 
 
 def params_target(meta: dict[str, Any], shardings: Any = None) -> Params:
-  """The shapes of a checkpoint's parameters, as a nested dict."""
+  """The shapes of a checkpoint's parameters, as a nested dict.
+
+  Raises:
+    DamagedCheckpointError: they make no tree, which no save of ours wrote.
+  """
+  try:
+    target = _shapes(meta)
+  except (AttributeError, TypeError) as e:
+    raise DamagedCheckpointError("its table of arrays is no tree of parameters") from e
+  if shardings is None:
+    return target
+  if isinstance(shardings, jax.sharding.Sharding):
+    one = shardings
+    shardings = jax.tree.map(lambda _: one, target)
+  return jax.tree.map(
+    lambda s, h: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=h), target, shardings
+  )
+
+
+def _shapes(meta: dict[str, Any]) -> Params:
   target: Params = {}
   for name, leaf in meta["leaves"].items():
     keys = name.split(".")
@@ -151,14 +170,7 @@ def params_target(meta: dict[str, Any], shardings: Any = None) -> Params:
     node[keys[-1]] = jax.ShapeDtypeStruct(tuple(leaf["shape"]), np.dtype(leaf["dtype"]))
   for name in meta.get("empty", []):
     functools.reduce(lambda n, key: n.setdefault(key, {}), name.split(".")[1:], target)
-  if shardings is None:
-    return target
-  if isinstance(shardings, jax.sharding.Sharding):
-    one = shardings
-    shardings = jax.tree.map(lambda _: one, target)
-  return jax.tree.map(
-    lambda s, h: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=h), target, shardings
-  )
+  return target
 
 
 def init_from(source: Path | str, target: Params, step: int | None = None) -> Params:

@@ -16,6 +16,7 @@ and a damaged one (the disk's) are never taken for each other.
 import contextlib
 import json
 import logging
+import re
 import zlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -26,14 +27,20 @@ import numpy as np
 import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 
+from moejax import files
 from moejax.errors import ConfigError, UserError
-from moejax.train import fingerprint
+from moejax.train import fingerprint, orbax_loop
 
 FORMAT = 1
 """Raised when `meta` changes so that an older reader would misread it."""
 
 DIRECTORY = "checkpoints"
 """Where a workdir keeps its steps."""
+
+_META = {"format": int, "step": int, "config": dict, "leaves": dict}
+"""What a reader relies on, and its JSON type."""
+
+_STEP = re.compile("0|[1-9][0-9]{0,17}")
 
 
 class _NotOrbax(logging.Filter):
@@ -45,6 +52,7 @@ class _NotOrbax(logging.Filter):
 
 def quiet() -> None:
   """Keeps Orbax from writing over the progress bar. Its errors still reach us."""
+  orbax_loop.install()
   logger = logging.getLogger("absl")
   if not any(isinstance(f, _NotOrbax) for f in logger.filters):
     logger.addFilter(_NotOrbax())
@@ -75,7 +83,8 @@ def list_steps(directory: Path) -> list[int]:
   """
   if not directory.is_dir():
     return []
-  return sorted(int(p.name) for p in directory.iterdir() if p.name.isdigit())
+  # "007" and digits of other scripts are nobody's steps.
+  return sorted(int(p.name) for p in directory.iterdir() if _STEP.fullmatch(p.name))
 
 
 def pack_meta(meta: dict[str, Any]) -> str:
@@ -89,18 +98,24 @@ def read_meta(step_directory: Path) -> dict[str, Any]:
 
   Raises:
     DamagedCheckpointError: the file is missing, cut short or changed.
-    UserError: it was written by a newer version in a form unknown here.
+    UserError: it was written by a newer version in a form unknown here, or it may not
+      be read.
   """
   path = step_directory / "meta" / "metadata"
   try:
-    stored = json.loads(path.read_text())
+    stored = files.read_json(path)
     meta = stored["meta"]
     body = json.dumps(meta, sort_keys=True)
     if stored["crc32"] != zlib.crc32(body.encode()):
       raise ValueError("its checksum does not match")
+    # What a newer format means is for a newer version to check.
+    if not meta["format"] > FORMAT:
+      _check_meta(meta)
   except FileNotFoundError as e:
     raise DamagedCheckpointError(f"{path} is missing") from e
-  except (ValueError, KeyError, TypeError, UnicodeDecodeError) as e:
+  except PermissionError as e:
+    raise _not_permitted(path) from e
+  except (OSError, ValueError, KeyError, TypeError, RecursionError) as e:
     raise DamagedCheckpointError(f"{path} is not as written: {_one_line(e)}") from e
   if meta["format"] > FORMAT:
     raise UserError(
@@ -109,6 +124,31 @@ def read_meta(step_directory: Path) -> dict[str, Any]:
       f"({meta.get('versions', {}).get('moejax', 'unknown')}) or a later one."
     )
   return meta
+
+
+def _check_meta(meta: dict[str, Any]) -> None:
+  """Refuses what a checksum does not: a file that somebody made by hand.
+
+  Raises:
+    ValueError, KeyError, TypeError: something that readers rely on is of another type.
+  """
+  for name, kind in _META.items():
+    if type(meta[name]) is not kind:
+      raise ValueError(f"{name} is no {kind.__name__}")
+  for name, leaf in meta["leaves"].items():
+    shape, dtype = leaf["shape"], leaf["dtype"]
+    if not all(type(size) is int and 0 <= size < 2**40 for size in shape):
+      raise ValueError(f"{name} has shape {shape}")
+    if type(dtype) is not str:
+      raise ValueError(f"{name} has dtype {dtype}")
+    if not dtype.startswith("key<") and not _is_number(np.dtype(dtype)):
+      raise ValueError(f"{name} has dtype {dtype}")
+    int(leaf["sum"], 16)
+
+
+def _is_number(dtype: np.dtype) -> bool:
+  """Whether arrays of it can be: bfloat16 and its like are of kind V, and not void."""
+  return dtype.kind in "biufcV" and dtype.type is not np.void
 
 
 def as_target(tree: Any) -> Any:
@@ -215,7 +255,9 @@ def read_state(
   try:
     state = _read_arrays(step_directory / "state", as_target(target))
   except Exception as e:
-    if _is_ours(e):
+    if _is_refused(e):
+      raise _not_permitted(step_directory) from e
+    if _is_memory(e):
       raise
     damage = DamagedCheckpointError(f"its arrays cannot be read: {_one_line(e)}")
     damage.__cause__ = e
@@ -252,13 +294,22 @@ def saved_expert_axes(leaves: dict[str, Any]) -> dict[str, int]:
   }
 
 
-def _is_ours(error: Exception) -> bool:
-  """Whether reading failed for want of memory or rights, not for what is on disk."""
-  if isinstance(error, MemoryError | PermissionError):
-    return True
-  return any(w in str(error) for w in ("RESOURCE_EXHAUSTED", "PERMISSION_DENIED"))
+def _is_memory(error: Exception) -> bool:
+  """Whether reading failed for want of memory, not for what is on disk."""
+  return isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error)
 
 
-def _one_line(error: Exception, limit: int = 200) -> str:
+def _is_refused(error: Exception) -> bool:
+  return isinstance(error, PermissionError) or "PERMISSION_DENIED" in str(error)
+
+
+def _not_permitted(path: Path) -> UserError:
+  return UserError(f"{path} may not be read by this user. Change its permissions.")
+
+
+def _one_line(error: BaseException, limit: int = 200) -> str:
+  # Orbax wraps what TensorStore says in a text that says less.
+  while error.__cause__ is not None:
+    error = error.__cause__
   text = " ".join(str(error).split()) or type(error).__name__
   return text if len(text) <= limit else text[: limit - 3] + "..."

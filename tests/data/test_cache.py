@@ -128,3 +128,25 @@ def test_a_text_file_is_replaced_whole(tmp_path):
     cache.write_text(path, text)
     assert path.read_text() == text
   assert [p.name for p in path.parent.iterdir()] == ["file"]
+
+
+@pytest.mark.parametrize(
+  ("file", "content"),
+  [
+    ("tokens/*/meta.json", b"{"),
+    ("tokens/*/meta.json", b"[" * 100_000),
+    ("tokens/*/train.tokens", b""),
+    ("tokens/*/train.tokens", b"odd"),
+    ("tokens/*/train.tokens", bytes(64)),
+    ("tokens/*/train.offsets.npy", b"x"),
+    ("tokens/*/train.domains.npy", b""),
+  ],
+)
+def test_a_damaged_entry_is_named_with_the_remedy(tmp_path, file, content):
+  """One line that says what to delete, where a traceback or wrong tokens were."""
+  config = small_config(tmp_path)
+  load(config)
+  (path,) = (p for p in tmp_path.glob(file) if ".locks" not in p.parts)
+  path.write_bytes(content)
+  with pytest.raises(UserError, match=f"{path.parent}, in the cache, .* Delete it"):
+    next(load(config).train_batches(2, seed=0))

@@ -166,3 +166,10 @@ def test_reading_imports_no_tensorflow(prepared):
   with pytest.raises(ConfigError):
     make_source(config_of(prepared, "c5"), prepared)
   assert "tensorflow" not in sys.modules
+
+
+@pytest.mark.parametrize("name", ["x/../../y", "x/..", "x//etc", "x/.hidden", "../x"])
+def test_a_name_does_not_lead_out_of_the_directory(name, tmp_path):
+  """A run's config is a file that anyone can have written."""
+  with pytest.raises(ConfigError, match="is no dataset name"):
+    catalogue.find_directory(name, tmp_path)

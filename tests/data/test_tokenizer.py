@@ -1,6 +1,7 @@
 """Tokenizers lose nothing, count bytes exactly, and come back from a run's directory."""
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -9,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moejax.config import DataConfig
-from moejax.data import load
+from moejax.data import cache, load
 from moejax.data.tokenizer import (
   FILE,
   BPETokenizer,
@@ -155,3 +156,51 @@ def test_a_directory_without_a_tokenizer_is_refused(tmp_path):
   path.write_text(json.dumps({"kind": "bpe"}))
   with pytest.raises(UserError, match="damaged"):
     load_tokenizer(tmp_path)
+
+
+def forged(**changes) -> str:
+  """A tokenizer file with a right fingerprint, as anyone can write one."""
+  fields = {"kind": "bpe", "vocab_size": 300, "model": "{}"} | changes
+  parts = (fields["kind"], fields["vocab_size"], fields["model"])
+  return json.dumps(fields | {"fingerprint": cache.digest(*parts)})
+
+
+@pytest.mark.parametrize(
+  "damage",
+  [
+    lambda text: text[: len(text) // 2],
+    lambda text: text.replace("byte", "bite"),
+    lambda text: "[" * 100_000,
+    lambda text: "[]",
+    lambda text: forged(),
+    lambda text: forged(model="[" * 9000),
+    lambda text: forged(model=3),
+    lambda text: forged(vocab_size=10**12),
+    lambda text: forged(vocab_size="300"),
+    lambda text: forged(kind=["bpe"]),
+    lambda text: forged(model=json.loads(text)["model"], vocab_size=257),
+    lambda text: forged(model=json.loads(text)["model"].replace('"a"', '"zz"')),
+  ],
+)
+def test_a_damaged_tokenizer_is_one_line_with_its_file_and_a_remedy(
+  session_cache, tmp_path, damage
+):
+  """Cut, changed, nested, forged: what the library raises never gets out."""
+  load(bpe_config(session_cache), workdir=tmp_path)
+  path = tmp_path / FILE
+  path.write_text(damage(path.read_text()))
+  with pytest.raises(UserError, match="is damaged: .* Copy it from a backup") as error:
+    load_tokenizer(tmp_path)
+  assert str(path) in str(error.value) and "\n" not in str(error.value)
+
+
+def test_a_damaged_tokenizer_in_the_cache_is_to_be_deleted(tmp_path):
+  """The way out is another than for a run's: it is made again."""
+  config = bpe_config(tmp_path)
+  load(config)
+  (path,) = tmp_path.glob(f"tokenizers/[!.]*/{FILE}")
+  path.write_text("{")
+  with pytest.raises(UserError, match=f"{path.parents[1]}, in the cache, .* Delete it"):
+    load(config)
+  shutil.rmtree(path.parents[1])
+  load(config)

@@ -173,6 +173,22 @@ def test_a_forked_worker_does_not_hide_the_death_of_its_parent(tmp_path):
     assert time.monotonic() - began < 10
 
 
+@pytest.mark.parametrize("message", ['{"failed": true}', "[" * 9000])
+def test_a_peer_that_talks_nonsense_is_lost_and_does_not_stop_the_watch(
+  tmp_path, message
+):
+  """Code 3 and its name; the thread that watches does not die of it in silence."""
+  body = f"""
+    liveness._LAST_SECONDS = 1.0
+    if index == 1:
+      links[0].socket.sendall(b'{message}' + bytes([10]))
+    time.sleep(300)
+  """
+  with watched(tmp_path, body) as job:
+    assert job.codes() == [3, 3, 3]
+  assert "process 1" in job.log(0) and "was lost" in job.log(0)
+
+
 # ------------------------------------------------------------------------------ hang
 
 

@@ -9,6 +9,7 @@ import textwrap
 
 import pytest
 
+from moejax.parallel import secret
 from tests.experiments.test_command_lines import TINY
 from tools import launch_local
 
@@ -32,6 +33,30 @@ def test_every_process_knows_its_place(tmp_path):
   lines = [(tmp_path / f"process_{i}.log").read_text().split() for i in (1, 2)]
   assert [line[:3] for line in lines] == [["1", "3", "1"], ["2", "3", "1"]]
   assert lines[0][3] == lines[1][3]
+
+
+def test_each_job_has_a_secret_of_its_own_that_no_command_line_shows(
+  tmp_path, monkeypatch
+):
+  """The same in all processes, another in the next job; one that is given is kept."""
+  monkeypatch.delenv(secret.ENV, raising=False)
+  script = """
+    import os, pathlib
+    words = pathlib.Path("/proc/self/cmdline").read_bytes()
+    print(os.environ["MOEJAX_JOB_SECRET"])
+    assert os.environ["MOEJAX_JOB_SECRET"].encode() not in words
+  """
+  seen = []
+  for job in range(2):
+    (tmp_path / str(job)).mkdir()
+    assert launch(tmp_path / str(job), script, processes=3) == 0
+    logs = [tmp_path / str(job) / f"process_{i}.log" for i in (1, 2)]
+    seen.append({log.read_text().strip() for log in logs})
+  assert all(len(job) == 1 for job in seen) and seen[0] != seen[1]
+  assert all(len(bytes.fromhex(text)) == 32 for job in seen for text in job)
+  monkeypatch.setenv(secret.ENV, "a secret that the user gave")
+  assert launch(tmp_path, script) == 0
+  assert (tmp_path / "process_1.log").read_text().strip() == "a secret that the user gave"
 
 
 def test_python_is_the_launchers_own(tmp_path, monkeypatch):

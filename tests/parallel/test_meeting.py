@@ -10,7 +10,7 @@ import pytest
 
 from moejax.config import Config
 from moejax.errors import DisagreementError, PeerLostError, UserError
-from moejax.parallel import agreement, distributed, meeting
+from moejax.parallel import agreement, distributed, listening, meeting
 from moejax.train import provenance
 from tools import launch_local
 
@@ -187,7 +187,7 @@ def test_an_address_that_is_none_is_refused(address):
 
 def test_a_port_that_is_taken_is_refused(monkeypatch):
   """Two processes with --process_id=0 on one machine, for example."""
-  monkeypatch.setattr(meeting, "_BIND_SECONDS", 0.5)
+  monkeypatch.setattr(listening, "_BIND_SECONDS", 0.5)
   with socket.create_server(("", 0)) as taken:
     address = f"127.0.0.1:{taken.getsockname()[1]}"
     with pytest.raises(UserError, match="cannot listen at port"):

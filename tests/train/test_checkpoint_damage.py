@@ -1,5 +1,6 @@
 """Damage and full disks: whatever happens to files, no wrong bit is ever restored."""
 
+import functools
 import json
 import os
 import shutil
@@ -11,15 +12,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from moejax import files
 from moejax.errors import UserError
 from moejax.train import checkpoint_orbax
-from moejax.train.checkpoint import DIRECTORY, restore_params
+from moejax.train.checkpoint import DIRECTORY, list_steps, peek, restore_params
 from moejax.train.checkpoint_read import pack_meta, read_meta
 from tests.train import test_checkpoint as helpers
-
-# After the first error Orbax drops its other futures and event loops unclosed, which
-# Python reports whenever it collects them.
-pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 
 ROOT = Path(__file__).parents[2]
 
@@ -115,6 +113,72 @@ def test_a_changed_meta_file_is_damage(run):
   assert '"step": 2' in text
   path.write_text(text.replace('"step": 2', '"step": 3'))
   assert assert_restored_or_set_aside(workdir, states, "meta") == 1
+
+
+_LEAF = {"shape": [2], "dtype": "float32", "sum": "0"}
+
+
+@pytest.mark.parametrize(
+  "forged",
+  [
+    {"leaves": []},
+    {"leaves": {"params.w": _LEAF | {"shape": [-1]}}},
+    {"leaves": {"params.w": _LEAF | {"shape": ["2"]}}},
+    {"leaves": {"params.w": _LEAF | {"dtype": "object"}}},
+    {"leaves": {"params.w": _LEAF | {"dtype": 3}}},
+    {"leaves": {"params.w": _LEAF | {"sum": "x"}}},
+    {"leaves": {"params.w": {}}},
+    {"leaves": {"params.w": _LEAF, "params.w.x": _LEAF}},
+    {"config": 3},
+    {"step": "../../1"},
+    {"format": "1"},
+  ],
+)
+def test_a_forged_meta_file_is_damage_and_no_traceback(run, forged):
+  """Its checksum is right, as anyone can make it; what readers rely on is not."""
+  workdir, _ = run
+  meta = read_meta(workdir / DIRECTORY / "2") | forged
+  (workdir / DIRECTORY / "2" / "meta" / "metadata").write_text(pack_meta(meta))
+  _, _, found = restore_params(workdir)
+  assert found["step"] == 1
+  with pytest.raises(UserError, match="step 2"):
+    peek(workdir, 2)
+
+
+def test_endless_nesting_and_what_is_no_file_are_damage(run):
+  """A meta file of 100,000 brackets, of nested configs, a folder, a pipe: no hang."""
+  workdir, _ = run
+  path = workdir / DIRECTORY / "2" / "meta" / "metadata"
+  config = functools.reduce(lambda inner, _: {"a": inner}, range(300), 1)
+  for text in ("[" * 100_000, pack_meta(read_meta(path.parents[1]) | {"config": config})):
+    path.write_text(text)
+    assert restore_params(workdir)[2]["step"] == 1
+  path.unlink()
+  for make in (os.mkfifo, os.mkdir):
+    make(path)
+    assert restore_params(workdir)[2]["step"] == 1
+    path.unlink() if make is os.mkfifo else path.rmdir()
+
+
+def test_what_may_not_be_read_is_an_error_and_no_damage(run, monkeypatch):
+  """Permissions are the user's to mend: one line, nothing set aside."""
+  workdir, states = run
+
+  def refuse(path):
+    raise PermissionError(13, "Permission denied")
+
+  monkeypatch.setattr(files, "read_json", refuse)
+  with pytest.raises(UserError, match="metadata may not be read by this user"):
+    restore(workdir, states[1])
+  assert (workdir / DIRECTORY / "2").exists()
+
+
+def test_only_plain_numbers_are_steps(run):
+  """A name that Python takes for a number and Orbax does not write is no step."""
+  workdir, _ = run
+  for name in ("007", "\u00b2", "\u0663", "-1", "9" * 30):
+    (workdir / DIRECTORY / name).mkdir()
+  assert list_steps(workdir / DIRECTORY) == [1, 2]
 
 
 def test_a_swapped_or_missing_expert_is_named(tmp_path):
@@ -247,6 +311,7 @@ def _run_limited(workdir, how):
     timeout=120,
   )
   assert done.returncode == 0, done.stderr[-2000:]
+  assert "Traceback" not in done.stderr and "never" not in done.stderr, done.stderr
   names = sorted(p.name for p in (workdir / DIRECTORY).iterdir())
   return done.stdout.splitlines(), names
 
@@ -281,7 +346,8 @@ def test_the_run_goes_on_on_a_full_disk(tmp_path):
 
 def test_meta_round_trips_whatever_json_holds(tmp_path):
   """Floats, nested lists, unicode: the checksum is of what a reader computes again."""
-  meta = {"format": 1, "x": [1.1, 1e300, -0.0], "é": {"b": None, "a": [True]}}
+  meta = {"format": 1, "step": 1, "config": {}, "leaves": {}}
+  meta |= {"x": [1.1, 1e300, -0.0], "é": {"b": None, "a": [True]}}
   path = tmp_path / "1" / "meta" / "metadata"
   path.parent.mkdir(parents=True)
   path.write_text(pack_meta(meta))

@@ -71,8 +71,6 @@ def test_equal_experts_have_equal_fingerprints_wherever_they_stand(tmp_path):
   assert a["sha256"] != b["sha256"]
 
 
-# Orbax drops the futures of its other reads after the first error.
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 def test_damage_is_reported(tmp_path):
   """Arrays that are not those of the meta file are named; unreadable ones refused."""
   helpers.save_steps(tmp_path, [1, 2])

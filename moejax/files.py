@@ -1,0 +1,95 @@
+"""Files that others may have made: read without hanging, and JSON without surprises.
+
+A folder of text or a run's directory may come from anywhere. What lies there can be a
+pipe, at which opening waits for ever, a file without an end, or JSON that nests deeper
+than Python's stack.
+"""
+
+import io
+import json
+import os
+import stat
+from pathlib import Path
+from typing import Any
+
+_MAX_JSON_BYTES = 1 << 28
+"""Far more than any file of ours: a checkpoint's meta has some 200 bytes an array."""
+
+_MAX_JSON_DEPTH = 32
+
+_KINDS = {
+  stat.S_IFDIR: "a folder",
+  stat.S_IFIFO: "a pipe",
+  stat.S_IFSOCK: "a socket",
+  stat.S_IFCHR: "a device",
+  stat.S_IFBLK: "a device",
+}
+
+
+def kind(mode: int) -> str:
+  """What a file is, by its `st_mode`, in words; empty for a regular file."""
+  return _KINDS.get(stat.S_IFMT(mode), "")
+
+
+def open_regular(path: Path | str) -> io.BufferedReader:
+  """Opens a regular file, or a link to one, to read its bytes; never waits.
+
+  Raises:
+    OSError: as `open`, and for what is no file.
+  """
+  _refuse(os.stat(path).st_mode)
+  # Without waiting, in case it was exchanged for a pipe since.
+  descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+  try:
+    _refuse(os.fstat(descriptor).st_mode)
+    return os.fdopen(descriptor, "rb")
+  except BaseException:
+    os.close(descriptor)
+    raise
+
+
+def _refuse(mode: int) -> None:
+  if what := kind(mode):
+    raise OSError(f"it is {what}, not a file")
+
+
+def parse_json(text: str | bytes, max_depth: int | None = None) -> Any:
+  """As `json.loads`; ValueError also for what nests too deep.
+
+  Args:
+    text: JSON.
+    max_depth: of lists and dicts in each other; None is as far as Python's stack goes,
+      which is further than `copy.deepcopy` and the like can follow.
+  """
+  try:
+    value = json.loads(text)
+  except RecursionError:
+    value, max_depth = [], -1
+  if max_depth is not None and _is_deeper(value, max_depth):
+    raise ValueError("it nests too deep")
+  return value
+
+
+def _is_deeper(value: Any, depth: int) -> bool:
+  level = [value]
+  while level:
+    nodes = [node for node in level if isinstance(node, dict | list)]
+    if nodes and depth <= 0:
+      return True
+    depth -= 1
+    level = [x for n in nodes for x in (n.values() if isinstance(n, dict) else n)]
+  return False
+
+
+def read_json(path: Path | str, limit: int = _MAX_JSON_BYTES) -> Any:
+  """The content of a JSON file.
+
+  Raises:
+    OSError: as `open_regular`.
+    ValueError: not JSON, not UTF-8, nested too deep, or more than `limit` bytes.
+  """
+  with open_regular(path) as file:
+    data = file.read(limit + 1)
+  if len(data) > limit:
+    raise ValueError(f"it has more than {limit >> 20} MiB")
+  return parse_json(data.decode("utf-8"), _MAX_JSON_DEPTH)

@@ -1,0 +1,121 @@
+"""Whose run a directory is: a mark that only the user who trained it can make.
+
+A run's config names paths: the text it read and the cache it wrote. Evaluation takes
+them from there, which is right for a run of one's own. A directory that came from
+elsewhere could name any path of this machine. So training marks each checkpoint with an
+HMAC of those paths, under a key that lies in the user's own configuration directory and
+leaves it never. Who owns the files says nothing: whoever unpacks an archive does.
+"""
+
+import contextlib
+import copy
+import hashlib
+import hmac
+import json
+import os
+import secrets
+import tempfile
+from collections.abc import Collection
+from pathlib import Path
+
+from absl import logging
+
+from moejax.config import Config
+from moejax.errors import UserError
+
+_KEY_BYTES = 32
+
+
+def key_file() -> Path:
+  """Where the key lies: `$XDG_CONFIG_HOME/moejax/key`, or below ~/.config."""
+  home = os.environ.get("XDG_CONFIG_HOME", "") or "~/.config"
+  return Path(home).expanduser() / "moejax" / "key"
+
+
+def mark(config: Config) -> str | None:
+  """The mark of a run's paths; None where no key can be kept."""
+  try:
+    key = _read_key() or _make_key()
+  except (OSError, RuntimeError):  # RuntimeError: a user without a home
+    return None
+  return _mark(key, config)
+
+
+def is_own(config: Config, found: object) -> bool:
+  """Whether this user trained with these paths, by the mark a checkpoint has."""
+  try:
+    key = _read_key()
+  except (OSError, RuntimeError):
+    return False
+  return key is not None and isinstance(found, str) and _equal(found, _mark(key, config))
+
+
+def own_paths(
+  config: Config, found: object, given: Collection[str], workdir: Path | str
+) -> Config:
+  """The config of a run, without paths that this user did not choose.
+
+  Args:
+    config: of a checkpoint.
+    found: the mark that the checkpoint has.
+    given: fields that are on the command line: these the user did choose.
+    workdir: the run's directory, for the error.
+
+  Returns:
+    The config itself for a run of one's own; else one that uses one's own cache.
+
+  Raises:
+    UserError: the text is read from a path that only the run names.
+  """
+  data = config.data
+  if not (data.path or data.cache_dir) or is_own(config, found):
+    return config
+  if data.path and "data.path" not in given:
+    raise UserError(
+      f"--workdir={workdir} has no mark of this user's trainings ({key_file()}), and its "
+      f"config reads --config.data.path={data.path!r}. If that is what shall be read, "
+      f"give --config.data.path={data.path} yourself; or give another path."
+    )
+  if data.cache_dir and "data.cache_dir" not in given:
+    logging.info(
+      "%s was trained elsewhere: its --config.data.cache_dir=%r is not used.",
+      workdir,
+      data.cache_dir,
+    )
+    config = copy.deepcopy(config)
+    config.data.cache_dir = ""
+  return config
+
+
+def _mark(key: bytes, config: Config) -> str:
+  paths = json.dumps([config.data.path, config.data.cache_dir])
+  return hmac.new(key, f"moejax paths\0{paths}".encode(), hashlib.sha256).hexdigest()
+
+
+def _equal(a: str, b: str) -> bool:
+  return hmac.compare_digest(a.encode("utf-8", "replace"), b.encode())
+
+
+def _read_key() -> bytes | None:
+  with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+    key = key_file().read_bytes()
+    return key if len(key) == _KEY_BYTES else None
+  return None
+
+
+def _make_key() -> bytes:
+  """Makes the key, or returns that of a process that made one meanwhile."""
+  path = key_file()
+  path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+  handle, name = tempfile.mkstemp(prefix=".key-", dir=path.parent)
+  try:
+    with os.fdopen(handle, "wb") as file:
+      file.write(secrets.token_bytes(_KEY_BYTES))
+    if _read_key() is None and path.exists():
+      os.replace(name, path)  # one that is none, such as an empty file of a full disk
+    else:
+      with contextlib.suppress(FileExistsError):
+        os.link(name, path)
+  finally:
+    Path(name).unlink(missing_ok=True)
+  return path.read_bytes()

@@ -1,0 +1,63 @@
+"""The secret of a job: by it processes know each other from strangers at the port.
+
+It comes by the environment or a file, never by a flag, which every user of a machine
+can read in its list of processes. It does not travel: both sides prove by an HMAC over
+two fresh random numbers that they have it, and every later line carries an HMAC under a
+key that is made of all three.
+"""
+
+import hashlib
+import hmac
+import os
+import pathlib
+
+from moejax.errors import UserError
+
+ENV = "MOEJAX_JOB_SECRET"
+FILE_ENV = "MOEJAX_JOB_SECRET_FILE"
+
+_LEAST = 16
+_MOST = 4096
+_REMEDY = (
+  "Make one with `openssl rand -hex 32`, and give it to every process of the job alone."
+)
+
+
+def job_secret() -> bytes | None:
+  """The secret that this process was given; None if it was given none.
+
+  Raises:
+    UserError: given twice, too short, or its file cannot be read. The error does not
+      repeat the secret.
+  """
+  text, file = os.environ.get(ENV, ""), os.environ.get(FILE_ENV, "")
+  if not text and not file:
+    return None
+  if text and file:
+    raise UserError(f"{ENV} and {FILE_ENV} exclude each other: give one.")
+  if file:
+    try:
+      with open(pathlib.Path(file).expanduser(), "rb") as opened:
+        secret = opened.read(_MOST + 1).strip()
+    except OSError as error:
+      raise UserError(
+        f"{FILE_ENV}={file} cannot be read ({error.strerror}). {_REMEDY}"
+      ) from error
+  else:
+    secret = os.fsencode(text.strip())
+  if not _LEAST <= len(secret) <= _MOST:
+    where = f"{FILE_ENV}={file}" if file else ENV
+    raise UserError(
+      f"{where} has {len(secret)} characters, not {_LEAST} to {_MOST}. {_REMEDY}"
+    )
+  return secret
+
+
+def session_key(secret: bytes, of_caller: str, of_host: str) -> bytes:
+  """The key of one connection, from the secret and both sides' random numbers."""
+  return code(secret, f"moejax meeting\0{of_caller}\0{of_host}".encode())
+
+
+def code(key: bytes, message: bytes) -> bytes:
+  """HMAC-SHA256."""
+  return hmac.new(key, message, hashlib.sha256).digest()

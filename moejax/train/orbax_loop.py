@@ -1,0 +1,64 @@
+"""Event loops in which Orbax can fail without noise.
+
+Orbax reads or writes all arrays at once in a loop of its own, and closes the loop as
+soon as one of them fails. The others are then abandoned: TensorStore's threads,
+Python's collector and asyncio each report every one of them, in hundreds of lines
+around the one error that we report. A loop from here first lets the others end, and
+takes note of what became of them.
+"""
+
+import asyncio
+import time
+import traceback
+from typing import Any
+
+_PATIENCE_SECONDS = 5.0
+"""How long the others may take to end by themselves; after that they are cancelled.
+One that is cancelled before it began would be reported as never awaited."""
+
+
+def install() -> None:
+  """Makes new event loops of this process such ones; called again, does nothing.
+
+  For good, since Orbax makes loops in threads that work in the background. A policy
+  that somebody else chose stays.
+  """
+  if type(asyncio.get_event_loop_policy()) is asyncio.DefaultEventLoopPolicy:
+    asyncio.set_event_loop_policy(_Policy())
+
+
+class _Loop(asyncio.SelectorEventLoop):
+  def __init__(self):
+    super().__init__()
+    self.set_exception_handler(_report)
+
+  def close(self) -> None:
+    if not (self.is_closed() or self.is_running()):
+      self._end_tasks()
+    super().close()
+
+  def _end_tasks(self) -> None:
+    deadline = time.monotonic() + _PATIENCE_SECONDS
+    # One may begin others.
+    while (tasks := asyncio.all_tasks(self)) and time.monotonic() < deadline:
+      self.run_until_complete(asyncio.wait(tasks, timeout=deadline - time.monotonic()))
+    for task in tasks:
+      task.cancel()
+    if tasks:
+      self.run_until_complete(asyncio.gather(*tasks, return_exceptions=True))
+
+
+class _Policy(asyncio.DefaultEventLoopPolicy):
+  def new_event_loop(self) -> asyncio.AbstractEventLoop:
+    return _Loop()
+
+
+def _report(loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
+  """Passes on what a task left behind, unless it is one of Orbax's several errors.
+
+  The first of them is raised, and reported by us.
+  """
+  error = context.get("exception")
+  frames = traceback.extract_tb(error.__traceback__) if error else []
+  if not any("orbax" in frame.filename for frame in frames):
+    loop.default_exception_handler(context)
