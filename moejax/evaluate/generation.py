@@ -27,6 +27,7 @@ from jaxtyping import Array, Bool, Float, Int, Key
 
 from moejax.config import Config
 from moejax.errors import UserError
+from moejax.evaluate import groups
 from moejax.models.decoder import Decoder
 from moejax.routing.registry import ROUTERS
 from moejax.types import Params, pytree
@@ -105,19 +106,13 @@ def sample_token(
   return order[jnp.where(is_greedy, 0, drawn)]
 
 
-def _factor(model: Any) -> float | None:
-  """Dropless, but for routers whose experts must have a number of slots."""
-  needs_capacity = model.moe_layers and ROUTERS[model.moe.router].needs_capacity
-  return model.moe.eval_capacity_factor if needs_capacity else None
-
-
 @functools.partial(jax.jit, static_argnames=("model", "length"))
 def _prefill(
   model: Any, params: Params, tokens: Int[Array, "B P"], *, length: int
 ) -> tuple[Float[Array, "B V"], Any]:
   """Reads what all prompts have; logits of the next token, and a cache for M."""
   cache = model.init_cache(tokens.shape[0], length)
-  out = model(params, tokens, cache=cache, capacity_factor=_factor(model))
+  out = model(params, tokens, cache=cache, capacity_factor=groups.least_factor(model))
   return out.logits[:, -1], out.cache
 
 
@@ -172,7 +167,7 @@ def _decode(
       token[:, None],
       segment_ids=(~is_done).astype(jnp.int32)[:, None],
       cache=cache,
-      capacity_factor=_factor(model),
+      capacity_factor=groups.least_factor(model),
     )
     return step + 1, tokens, out.logits[:, 0], length, out.cache
 
@@ -217,7 +212,7 @@ def generate(
       only what is there so far, which is not what it was trained with.
   """
   _check(model, max_tokens, temperature, top_k, top_p, num_samples)
-  if _factor(model) is not None:
+  if groups.least_factor(model) is not None:
     # Groups of the size trained with do not exist yet: each call is one of its own.
     moe = dataclasses.replace(model.moe, group_size=0)
     model = Decoder(model.config, moe, vocab_size=model.vocab_size)

@@ -217,10 +217,9 @@ def test_processes_evaluate_together(machine, four):
     out, _, logs = machine.run(
       "experiments.evaluate", *flags, f"--output={output}", count=count, devices=2
     )
-    assert str(output / "eval_4_test.json") in out
-    results.append(
-      [json.loads((output / f"{n}_4_test.json").read_text()) for n in ("eval", "routing")]
-    )
+    assert str(output / "eval_4_test_capacity_0.5_dropless.json") in out
+    names = ("eval_4_test_capacity_0.5_dropless", "routing_4_test")
+    results.append([json.loads((output / f"{n}.json").read_text()) for n in names])
   assert ours(logs[0]) == []
   assert not [p for p in machine.notes(1) if p.startswith(str(machine.root / "by_2"))]
   (one, routing), (two, routing_of_two) = results
