@@ -149,6 +149,9 @@ def test_generate_continues_the_prompt(workdir):
     ("generate", ["--prompt=" + "x" * 40], ["--prompt", "32"]),
     ("generate", ["--temprature=1"], ["--temprature", "temperature"]),
     ("generate", ["--temperature=-1"], ["--temperature=-1"]),
+    ("generate", ["--num_samples=0"], ["--num_samples=0", "1 or more"]),
+    ("generate", ["--seed=-1"], ["--seed=-1"]),
+    ("generate", ["--step=3"], ["--step=3", "2, 4"]),
   ],
 )
 def test_mistakes_are_refused_by_name(workdir, program, args, names):
@@ -157,6 +160,26 @@ def test_mistakes_are_refused_by_name(workdir, program, args, names):
   assert "Traceback" not in error
   for name in names:
     assert name in error
+
+
+@pytest.mark.parametrize(
+  ("program", "args", "name"),
+  [
+    ("generate", ["--prompt=" + "x" * 40], "--prompt"),
+    ("generate", ["--prompt=\udcff"], "UTF-8"),
+    ("generate", ["--num_samples=0"], "--num_samples=0"),
+    ("evaluate", ["--config.data.test_fraction=0", "--split=test"], "--split=test"),
+  ],
+)
+def test_mistakes_are_found_before_parameters_are_read(
+  workdir, tmp_path, program, args, name
+):
+  """In a directory whose parameters are gone: those of a large run take minutes."""
+  shutil.copytree(workdir, tmp_path / "run")
+  for state in (tmp_path / "run" / "checkpoints").glob("*/state"):
+    shutil.rmtree(state)
+  error = call(f"experiments.{program}", f"--workdir={tmp_path / 'run'}", *args, code=2)
+  assert name in error and "Traceback" not in error and "damaged" not in error
 
 
 @pytest.mark.parametrize("program", ["evaluate", "generate"])
