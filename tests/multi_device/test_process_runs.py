@@ -28,6 +28,7 @@ LINES = (
   *("loss", "bits_per_byte", "balance_loss", "z_loss", "grad_norm", "learning_rate"),
   *("dropped_fraction", "skipped_steps", "validation_loss", "validation_num_tokens"),
   *("validation_bits_per_byte", "validation_z_loss", "validation_dropped_fraction"),
+  "validation_split_tokens",
 )
 """What a line of metrics.jsonl has, besides speed, `moe` (compared apart), and what
 says how the work was cut: `validation_balance_loss` is a mean over routing groups, of
