@@ -14,9 +14,11 @@ tools.launch_local, by a cluster, or with JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCE
 JAX_PROCESS_ID. The first one prints and writes.
 """
 
+import contextlib
 import os
 import pathlib
 import sys
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from absl import flags
@@ -183,7 +185,8 @@ def _batch_size(config: Any, mesh: Any, factors: Any, tells: bool) -> int:
   return size
 
 
-def _watched(what: dict[str, Any], tells: bool) -> Any:
+@contextlib.contextmanager
+def _watched(what: dict[str, Any], tells: bool) -> Iterator[Callable[[int], None]]:
   """A bar of the tokens evaluated so far, beside the tables and not among them."""
   from moejax.train.progress import make_reporter, watched
 
@@ -192,7 +195,11 @@ def _watched(what: dict[str, Any], tells: bool) -> Any:
   total = dataset.num_tokens(split)
   covered = what["limit"] * what["batch_size"] * length or total
   reporter = make_reporter(0, 0, process_index=0 if tells else 1, stream=sys.stderr)
-  return watched(reporter, f"{split}, tokens", min(covered, total))
+  try:
+    with watched(reporter, f"{split}, tokens", min(covered, total)) as progress:
+      yield progress
+  finally:
+    reporter.close()
 
 
 def _tell(
