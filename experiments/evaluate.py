@@ -5,8 +5,9 @@
 
 Needs nothing but the run's directory: the config is the checkpoint's, and
 --config.data... is laid over it (another text, a longer sequence). Prints tables and
-writes DIR/eval_STEP_SPLIT.json; an evaluation of the run as it is, on its whole
-validation split, also renews DIR/eval.json.
+writes DIR/eval_STEP_SPLIT.json; another capacity, a part of the split and an override
+each add to that name. DIR/eval.json is the run's own and stays as it is; where this
+evaluation contradicts it, that is said (docs/evaluation.md).
 
 Of a run that this user did not train, paths in its config are not used:
 --config.data.path must be given if it has one, and the cache is one's own.
@@ -16,9 +17,11 @@ tools.launch_local, by a cluster, or with JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCE
 JAX_PROCESS_ID. The first one prints and writes.
 """
 
-import json
+import contextlib
 import os
 import pathlib
+import sys
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from absl import flags
@@ -26,7 +29,9 @@ from absl import flags
 from moejax import cli
 from moejax.errors import UserError
 
-_STEP = flags.DEFINE_integer("step", None, "Which checkpoint; default the newest.")
+_STEP = flags.DEFINE_integer(
+  "step", None, "Which checkpoint; default the newest.", lower_bound=0
+)
 _SPLIT = flags.DEFINE_enum(
   "split", "validation", ["train", "validation", "test"], "Which documents."
 )
@@ -36,9 +41,15 @@ _FACTORS = flags.DEFINE_string(
   "Capacity factors to compare, e.g. 1,1.25,2,dropless; default the config's.",
 )
 _BATCH = flags.DEFINE_integer(
-  "batch_size", None, "Sequences per step; changes no result; default the config's."
+  "batch_size",
+  None,
+  "Sequences per step, raised to whole routing groups on every device; changes no "
+  "result; default a microbatch of training.",
+  lower_bound=1,
 )
-_LIMIT = flags.DEFINE_integer("max_batches", 0, "Only so many batches; 0 is all.")
+_LIMIT = flags.DEFINE_integer(
+  "max_batches", 0, "Only so many batches; 0 is all.", lower_bound=0
+)
 _ROUTING = flags.DEFINE_bool(
   "routing", False, "Also write routing_STEP_SPLIT.json and .png: who serves what."
 )
@@ -73,21 +84,25 @@ def evaluate(
   import jax
 
   from moejax import data, owner
-  from moejax.evaluate import perplexity
+  from moejax.evaluate import groups, perplexity
   from moejax.parallel import host_memory
   from moejax.parallel.mesh import make_mesh
+  from moejax.train import workdir as workdir_lib
   from moejax.train.checkpoint import peek, restore_params
   from moejax.train.state import param_shardings
 
   host_memory.keep_freed_pages()
   tells = jax.process_index() == 0
-  shapes, config, found = peek(workdir, _STEP.value)
-  config = owner.own_paths(config, found.get("owner"), cli.overrides(), workdir)
-  config = cli.get_config(base=config)
+  shapes, trained, meta = peek(workdir, _STEP.value)
+  trained = owner.own_paths(trained, meta.get("owner"), cli.overrides(), workdir)
+  config = cli.get_config(base=trained)
+  factors = factors or (config.moe.eval_capacity_factor,)
   dataset = data.load(config.data, workdir=workdir, store=False)
-  model = perplexity.make_model(config, dataset.tokenizer.vocab_size)
+  model = groups.make_model(config, dataset.tokenizer.vocab_size)
+  _check(model, dataset, factors)
   perplexity.check_params(model, shapes)
   mesh = make_mesh(perplexity.choose_mesh(config.mesh))
+  batch_size = _batch_size(config, mesh, factors, tells)
   # Straight to their places: no device need hold a whole model for a moment.
   shardings = param_shardings(model, mesh)
   params, _, meta = restore_params(workdir, _STEP.value, shardings)
@@ -98,56 +113,142 @@ def evaluate(
     "dataset": dataset,
     "split": _SPLIT.value,
     "mesh": mesh,
-    "batch_size": _BATCH.value or config.train.batch_size,
+    "batch_size": batch_size,
     "limit": _LIMIT.value,
   }
-  evaluation = perplexity.evaluate(
-    capacity_factors=factors or (config.moe.eval_capacity_factor,), **what
-  )
+  with _watched(what, tells) as progress:
+    evaluation = perplexity.evaluate(capacity_factors=factors, progress=progress, **what)
+  changes = workdir_lib.refused_changes(trained, config)
   # Trained and held-out text are told apart by content: on other text than the run's,
   # such as another Python version's library, a "validation" document may have been seen.
-  is_same_text = dataset.fingerprint == meta.get("dataset_fingerprint")
+  if dataset.fingerprint != meta.get("dataset_fingerprint"):
+    changes.append(("dataset", meta.get("dataset_fingerprint"), dataset.fingerprint))
   evaluation = {
     "step": meta["step"],
     "workdir": str(workdir),
     "dataset_fingerprint": dataset.fingerprint,
-    "is_training_dataset": is_same_text,
+    "is_training_dataset": not any(field == "dataset" for field, _, _ in changes),
+    "changed": {field: now for field, _, now in changes},
   } | evaluation
   evaluation |= perplexity.headline(evaluation, config.moe.eval_capacity_factor)
   if tells:
-    _tell(evaluation, output)
+    _tell(evaluation, workdir, output, changes, _own_factor(model))
   if _ROUTING.value:
-    stem = output / f"routing_{meta['step']}_{_SPLIT.value}"
-    _analyse_routing(what, stem, meta["step"], tells)
+    _analyse_routing(what, evaluation, output, changes, tells)
 
 
-def _tell(evaluation: dict[str, Any], output: pathlib.Path) -> None:
-  """Prints the tables and writes the files."""
-  from moejax.evaluate import tables
+def _check(model: Any, dataset: Any, factors: tuple[float | None, ...]) -> None:
+  """Refuses what would otherwise fail after parameters were read.
+
+  Raises:
+    UserError: nothing to evaluate, or nothing that could be evaluated so.
+  """
+  from moejax.routing.registry import ROUTERS
+
+  split, router = _SPLIT.value, model.moe.router
+  if not dataset.num_tokens(split):
+    raise UserError(
+      f"--split={split} has no text in this dataset. Choose another split, or raise "
+      f"--config.data.{split}_fraction."
+    )
+  if _ROUTING.value and not model.moe_layers:
+    raise UserError("--routing: this model has no MoE layer, so nothing is routed.")
+  if model.moe_layers and ROUTERS[router].needs_capacity and None in factors:
+    raise UserError(
+      f"--eval_capacity_factor={_FACTORS.value}: experts of router {router} have a "
+      "number of slots, so it cannot be evaluated dropless. Give numbers."
+    )
+  if (
+    model.moe_layers and router == "soft" and set(factors) != {model.moe.capacity_factor}
+  ):
+    raise UserError(
+      f"--eval_capacity_factor={_FACTORS.value}: the slots of router soft are learned. "
+      f"Give {model.moe.capacity_factor}, as trained."
+    )
+
+
+def _own_factor(model: Any) -> float | str:
+  """The capacity factor of the run's own evaluation, as files name it."""
+  from moejax.evaluate import perplexity
+
+  factor = model.moe.eval_capacity_factor if model.moe_layers else None
+  return perplexity.DROPLESS if factor is None else factor
+
+
+def _batch_size(config: Any, mesh: Any, factors: Any, tells: bool) -> int:
+  """Of an evaluation; tells if it is not the one that was asked for."""
+  from moejax.evaluate import groups
+
+  wanted = _BATCH.value or 0
+  size = groups.batch_size(config, mesh, factors, wanted)
+  if tells and wanted and size != wanted:
+    print(
+      f"Note: --batch_size={wanted} is raised to {size}, so that each of {mesh.size} "
+      f"device(s) has whole routing groups of {groups.group_tokens(config)} tokens."
+    )
+  return size
+
+
+@contextlib.contextmanager
+def _watched(what: dict[str, Any], tells: bool) -> Iterator[Callable[[int], None]]:
+  """A bar of the tokens evaluated so far, beside the tables and not among them."""
+  from moejax.train.progress import make_reporter, watched
+
+  dataset, split = what["dataset"], what["split"]
+  length = dataset.config.sequence_length
+  total = dataset.num_tokens(split)
+  covered = what["limit"] * what["batch_size"] * length or total
+  reporter = make_reporter(0, 0, process_index=0 if tells else 1, stream=sys.stderr)
+  try:
+    with watched(reporter, f"{split}, tokens", min(covered, total)) as progress:
+      yield progress
+  finally:
+    reporter.close()
+
+
+def _tell(
+  evaluation: dict[str, Any],
+  workdir: pathlib.Path,
+  output: pathlib.Path,
+  changes: list[tuple[str, Any, Any]],
+  own_factor: float | str,
+) -> None:
+  """Prints the tables, writes the file and says what contradicts the run's own."""
+  from moejax.evaluate import results, tables
 
   console = tables.make_console()
   tables.print_evaluation(console, evaluation)
   if not evaluation["is_training_dataset"]:
     console.print("Note: this is not the text the run was trained on.")
-  file = output / f"eval_{evaluation['step']}_{_SPLIT.value}.json"
-  _write(file, evaluation)
-  if not (_SPLIT.value != "validation" or _LIMIT.value or cli.overrides()):
-    _renew(output / "eval.json", evaluation)
+  if not changes:
+    own = results.read(workdir / results.EVAL_FILE)
+    if note := results.disagreement(own, evaluation):
+      print(note)
+  file = output / f"{results.name('eval', evaluation, changes, own_factor)}.json"
+  results.write(file, evaluation)
   print(file)
 
 
 def _analyse_routing(
-  what: dict[str, Any], stem: pathlib.Path, step: int, tells: bool
+  what: dict[str, Any],
+  evaluation: dict[str, Any],
+  output: pathlib.Path,
+  changes: list[tuple[str, Any, Any]],
+  tells: bool,
 ) -> None:
-  from moejax.evaluate import routing_analysis
+  from moejax.evaluate import results, routing_analysis
 
   analysis = routing_analysis.analyse(**what)
   if not tells:
     return
-  _write(stem.with_suffix(".json"), {"step": step} | analysis)
-  routing_analysis.draw(analysis, stem.with_suffix(".png"))
-  print(stem.with_suffix(".json"))
-  print(stem.with_suffix(".png"))
+  # The analysis knows no capacity factors.
+  named = {name: value for name, value in evaluation.items() if name != "results"}
+  stem = results.name("routing", named, changes)
+  file, picture = output / f"{stem}.json", output / f"{stem}.png"
+  results.write(file, {"step": evaluation["step"]} | analysis)
+  routing_analysis.draw(analysis, picture)
+  print(file)
+  print(picture)
 
 
 def _workdir() -> pathlib.Path:
@@ -163,22 +264,6 @@ def _writable(directory: pathlib.Path) -> pathlib.Path:
       f"{directory} is not a directory one can write to. Give another with --output=DIR."
     )
   return directory
-
-
-def _renew(path: pathlib.Path, evaluation: dict[str, Any]) -> None:
-  """Keeps what else the end of training wrote about the same step (its baselines)."""
-  try:
-    old = json.loads(path.read_text())
-  except (OSError, ValueError):
-    old = {}
-  _write(path, (old if old.get("step") == evaluation["step"] else {}) | evaluation)
-
-
-def _write(path: pathlib.Path, values: dict[str, Any]) -> None:
-  """Whole or not at all: a reader never sees half a file."""
-  temporary = path.with_name(f".{path.name}.{os.getpid()}")
-  temporary.write_text(json.dumps(values, indent=1) + "\n")
-  temporary.replace(path)
 
 
 if __name__ == "__main__":

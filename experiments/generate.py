@@ -11,6 +11,7 @@ prompt.
 """
 
 import pathlib
+from typing import Any
 
 from absl import flags
 
@@ -30,12 +31,11 @@ _NUM_SAMPLES = flags.DEFINE_integer("num_samples", 1, "Samples of each prompt.")
 
 def main() -> None:
   # jax is imported after the flags are known to be right.
-
   from moejax.data.tokenizer import load_tokenizer
   from moejax.evaluate import generation
   from moejax.models.decoder import Decoder
   from moejax.parallel import distributed, host_memory
-  from moejax.train.checkpoint import restore_params
+  from moejax.train.checkpoint import peek, restore_params
 
   place = distributed.find_place()
   if place is not None and place.count > 1:
@@ -48,23 +48,23 @@ def main() -> None:
     raise UserError("--workdir=DIR is missing: give the directory of a run.")
   workdir = pathlib.Path(flags.FLAGS.workdir)
   prompts = _prompts()
-  params, config, meta = restore_params(workdir, _STEP.value)
+  _, config, meta = peek(workdir, _STEP.value)
   config = cli.get_config(base=config)
   tokenizer = load_tokenizer(workdir)
   model = Decoder(config.model, config.moe, vocab_size=tokenizer.vocab_size)
-  generated = generation.generate(
-    model,
-    params,
-    tokenizer,
-    prompts,
-    max_length=generation.context_length(config),
-    max_tokens=_MAX_TOKENS.value,
-    temperature=_TEMPERATURE.value,
-    top_k=_TOP_K.value,
-    top_p=_TOP_P.value,
-    seed=_SEED.value,
-    num_samples=_NUM_SAMPLES.value,
-  )
+  how: dict[str, Any] = {
+    "max_length": generation.context_length(config),
+    "max_tokens": _MAX_TOKENS.value,
+    "temperature": _TEMPERATURE.value,
+    "top_k": _TOP_K.value,
+    "top_p": _TOP_P.value,
+    "seed": _SEED.value,
+    "num_samples": _NUM_SAMPLES.value,
+  }
+  # Before parameters are read, which may take minutes.
+  generation.check(model, tokenizer, prompts, **how)
+  params, _, meta = restore_params(workdir, _STEP.value)
+  generated = generation.generate(model, params, tokenizer, prompts, **how)
   for number, sample in enumerate(generated.completions):
     if len(generated.completions) > 1:
       print(f"--- sample {number + 1} of {len(generated.completions)}")

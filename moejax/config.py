@@ -252,6 +252,13 @@ class TrainConfig:
   eval_every: int = 250
   eval_batches: int = 16
   """Batches of the validation split per evaluation while training; 0 is all."""
+  final_eval_tokens: int = -1
+  """Validation tokens of the evaluation after the last step, the first so many; 0 is all,
+  -1 a quarter of the tokens trained on (at most 4M, at least those of eval_batches)."""
+  sample: bool = True
+  """After the last step, continue the beginning of a held-out document."""
+  report: bool = True
+  """After the last step, draw report.png."""
   checkpoint_every: int = 250
   keep_last: int = 2
   keep_best: int = 1

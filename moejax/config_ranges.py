@@ -139,6 +139,7 @@ RANGES: dict[str, Range] = {
   "train.log_every": _at_least(1),
   "train.eval_every": _at_least(0, "0 is only at the end"),
   "train.eval_batches": _at_least(0, "0 is the whole validation split"),
+  "train.final_eval_tokens": _at_least(-1, "0 is all, -1 a quarter of those trained on"),
   "train.checkpoint_every": _at_least(0, "0 is only at the end"),
   "train.keep_last": _at_least(1, "a run resumes from its newest checkpoint"),
   "train.keep_best": _at_least(0),

@@ -125,7 +125,9 @@ def main() -> int:
 
 def train(workdir: pathlib.Path, cache: pathlib.Path, extra: tuple[str, ...]) -> None:
   """One run in its own process; seeds of one router share what was compiled."""
-  settings = ("train.eval_every=0", "train.checkpoint_every=0", *extra)
+  # The loss that is compared is that of the whole validation split.
+  whole = "train.final_eval_tokens=0"
+  settings = ("train.eval_every=0", "train.checkpoint_every=0", whole, *extra)
   environment = os.environ | {"JAX_COMPILATION_CACHE_DIR": str(cache.resolve())}
   log = workdir.with_suffix(".log")
   log.parent.mkdir(parents=True, exist_ok=True)

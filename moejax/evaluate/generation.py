@@ -27,6 +27,7 @@ from jaxtyping import Array, Bool, Float, Int, Key
 
 from moejax.config import Config
 from moejax.errors import UserError
+from moejax.evaluate import groups
 from moejax.models.decoder import Decoder
 from moejax.routing.registry import ROUTERS
 from moejax.types import Params, pytree
@@ -105,19 +106,13 @@ def sample_token(
   return order[jnp.where(is_greedy, 0, drawn)]
 
 
-def _factor(model: Any) -> float | None:
-  """Dropless, but for routers whose experts must have a number of slots."""
-  needs_capacity = model.moe_layers and ROUTERS[model.moe.router].needs_capacity
-  return model.moe.eval_capacity_factor if needs_capacity else None
-
-
 @functools.partial(jax.jit, static_argnames=("model", "length"))
 def _prefill(
   model: Any, params: Params, tokens: Int[Array, "B P"], *, length: int
 ) -> tuple[Float[Array, "B V"], Any]:
   """Reads what all prompts have; logits of the next token, and a cache for M."""
   cache = model.init_cache(tokens.shape[0], length)
-  out = model(params, tokens, cache=cache, capacity_factor=_factor(model))
+  out = model(params, tokens, cache=cache, capacity_factor=groups.least_factor(model))
   return out.logits[:, -1], out.cache
 
 
@@ -172,7 +167,7 @@ def _decode(
       token[:, None],
       segment_ids=(~is_done).astype(jnp.int32)[:, None],
       cache=cache,
-      capacity_factor=_factor(model),
+      capacity_factor=groups.least_factor(model),
     )
     return step + 1, tokens, out.logits[:, 0], length, out.cache
 
@@ -212,16 +207,24 @@ def generate(
     num_samples: for each prompt.
 
   Raises:
-    UserError: a prompt as long as the context or longer, a bad number, or a router
-      that looks at later tokens without `moe.allow_future_leak`: in generation it sees
-      only what is there so far, which is not what it was trained with.
+    UserError: see `check`.
   """
-  _check(model, max_tokens, temperature, top_k, top_p, num_samples)
-  if _factor(model) is not None:
+  encoded = check(
+    model,
+    tokenizer,
+    prompts,
+    max_length=max_length,
+    max_tokens=max_tokens,
+    temperature=temperature,
+    top_k=top_k,
+    top_p=top_p,
+    seed=seed,
+    num_samples=num_samples,
+  )
+  if groups.least_factor(model) is not None:
     # Groups of the size trained with do not exist yet: each call is one of its own.
     moe = dataclasses.replace(model.moe, group_size=0)
     model = Decoder(model.config, moe, vocab_size=model.vocab_size)
-  encoded = [_encode(tokenizer, prompt, max_length) for prompt in prompts]
   lengths = np.repeat([len(ids) for ids in encoded], num_samples).astype(np.int32)
   limits = np.minimum(lengths + max_tokens, max_length)
   tokens = np.full((len(lengths), int(limits.max())), tokenizer.separator, np.int32)
@@ -285,18 +288,6 @@ def _run(
   return np.asarray(out), np.asarray(ends), seconds
 
 
-def _encode(tokenizer: Any, prompt: str, max_length: int) -> list[int]:
-  ids = [tokenizer.separator, *tokenizer.encode(prompt)]
-  if len(ids) >= max_length:
-    raise UserError(
-      f"--prompt has {len(ids) - 1} tokens, and the context holds {max_length}: the "
-      f"separator before it and at least one generated token need room too. Shorten it "
-      f"to {max_length - 2} tokens, or train with a larger --config.data.sequence_length "
-      "or --config.model.max_position."
-    )
-  return ids
-
-
 def _allowed(tokenizer: Any, vocab_size: int) -> Bool[np.ndarray, "V"]:
   """Ids worth sampling: a model's vocabulary may be padded with ids of no text."""
   allowed = np.zeros(vocab_size, bool)
@@ -317,24 +308,45 @@ def _completion(
   )
 
 
-def _check(
+def check(
   model: Any,
+  tokenizer: Any,
+  prompts: Sequence[str],
+  *,
+  max_length: int,
   max_tokens: int,
   temperature: float,
   top_k: int,
   top_p: float,
+  seed: int,
   num_samples: int,
-) -> None:
+) -> list[list[int]]:
+  """Refuses what `generate` cannot do; needs no parameters.
+
+  Returns:
+    The prompts as token ids, each after a separator.
+
+  Raises:
+    UserError: a prompt as long as the context or longer, a bad number, or a router
+      that looks at later tokens without `moe.allow_future_leak`: in generation it sees
+      only what is there so far, which is not what it was trained with.
+  """
   rules = [
     ("max_tokens", max_tokens, max_tokens >= 1, "1 or more"),
     ("temperature", temperature, 0 <= temperature < math.inf, "0 (greedy) or more"),
     ("top_k", top_k, top_k >= 0, "0 (off) or more"),
     ("top_p", top_p, 0 < top_p <= 1, "above 0 and at most 1 (off)"),
+    ("seed", seed, 0 <= seed < 2**31, "0 or more, and below 2**31"),
     ("num_samples", num_samples, num_samples >= 1, "1 or more"),
   ]
   for flag, value, is_good, wanted in rules:
     if not is_good:
       raise UserError(f"--{flag}={value} makes no sense: give {wanted}.")
+  _check_router(model)
+  return [_encode(tokenizer, prompt, max_length) for prompt in prompts]
+
+
+def _check_router(model: Any) -> None:
   router, allowed = model.moe.router, model.moe.allow_future_leak
   if model.moe_layers and "slot_logits" in ROUTERS[router].needs:
     raise UserError(
@@ -346,3 +358,21 @@ def _check(
       f"--config.moe.router={router} looks at later tokens, which generation does not "
       "have. Give --config.moe.allow_future_leak=true to sample from it all the same."
     )
+
+
+def _encode(tokenizer: Any, prompt: str, max_length: int) -> list[int]:
+  try:
+    prompt.encode()
+  except UnicodeEncodeError:  # What a shell passed on were bytes of another encoding.
+    raise UserError(
+      f"--prompt={prompt!a} is no UTF-8. Give it as UTF-8, or in a file by --prompt_file."
+    ) from None
+  ids = [tokenizer.separator, *tokenizer.encode(prompt)]
+  if len(ids) >= max_length:
+    raise UserError(
+      f"The --prompt has {len(ids) - 1} tokens, and the context holds {max_length}: the "
+      f"separator before it and at least one generated token need room too. Shorten it "
+      f"to {max_length - 2} tokens, or train with a larger --config.data.sequence_length "
+      "or --config.model.max_position."
+    )
+  return ids

@@ -1,15 +1,13 @@
 """Evaluation: the loss of every token of a split, once, under several capacities.
 
 Per-token losses come back from the device and are added in float64 on the host, by
-domain, so that the result does not depend on how sequences were batched. With a
-finite capacity a token's fate depends on its routing group; groups that span
-sequences are therefore cut to one sequence here (docs/conventions.md), and the last
-batch's empty rows are padding, which takes no slot.
+domain, so that the result does not depend on how sequences were batched. Routing groups
+and the batches that keep them whole are those of `groups`; the last batch's empty rows
+are padding, which takes no slot.
 
 Letters: B batch, S sequence, E experts, L MoE layers, R domains, V vocabulary.
 """
 
-import copy
 import functools
 import math
 import time
@@ -22,11 +20,11 @@ import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Float, Int
 
-from moejax.config import Config, MeshConfig
+from moejax.config import MeshConfig
 from moejax.errors import ConfigError, UserError
 from moejax.models.decoder import Decoder
 from moejax.parallel import hang, rules
-from moejax.parallel.mesh import mesh_shape, num_token_shards
+from moejax.parallel.mesh import mesh_shape
 from moejax.routing.base import RouterStats
 from moejax.train import metrics
 from moejax.train.state import param_shardings
@@ -63,16 +61,6 @@ def parse_capacity_factors(text: str) -> tuple[float | None, ...]:
     if factor not in factors:
       factors.append(factor)
   return tuple(factors)
-
-
-def make_model(config: Config, vocab_size: int) -> Decoder:
-  """The model of an evaluation: routing groups of one sequence, or a part of one."""
-  moe = copy.deepcopy(config.moe)
-  if moe.group_size < 0 or (
-    moe.group_size and config.data.sequence_length % moe.group_size
-  ):
-    moe.group_size = 0
-  return Decoder(config.model, moe, vocab_size=vocab_size)
 
 
 def choose_mesh(mesh: MeshConfig, num_devices: int | None = None) -> MeshConfig:
@@ -130,12 +118,6 @@ def make_step(
   )
 
 
-def divisible_batch(batch_size: int, mesh: Mesh) -> int:
-  """The smallest batch of at least `batch_size` that the mesh's devices can share."""
-  shards = num_token_shards(mesh)
-  return -(-batch_size // shards) * shards
-
-
 def device_batches(
   dataset: Any, split: str, *, mesh: Mesh, batch_size: int, limit: int = 0
 ) -> Iterator[Batch]:
@@ -155,24 +137,27 @@ def evaluate(
   batch_size: int,
   capacity_factors: Sequence[float | None] = (None,),
   limit: int = 0,
+  progress: Callable[[int], None] | None = None,
 ) -> dict[str, Any]:
   """Losses of a split, per domain, and what the routers did, per capacity factor.
 
   Args:
-    model: from `make_model`.
+    model: from `groups.make_model`.
     params: its parameters, anywhere; they are placed on the mesh.
     dataset: from `moejax.data.load`.
     split: train, validation or test.
     mesh: where it runs.
-    batch_size: sequences per step; raised to what the mesh can share.
+    batch_size: sequences per step, from `groups.batch_size`.
     capacity_factors: evaluated side by side on each batch; None is dropless. A
       model without MoE layers is evaluated once.
     limit: at most so many batches; 0 is all.
+    progress: called with the tokens evaluated so far.
 
   Returns:
-    JSON-ready: split, tokens, bytes, seconds, tokens_per_second (all factors
-    together, compiling included) and `results`, one per factor, with loss
-    (nats/token), bits_per_byte, perplexity, dropped_fraction, layers and domains.
+    JSON-ready: split, tokens, split_tokens (of the whole split), bytes, seconds,
+    tokens_per_second (all factors together, compiling included) and `results`, one per
+    factor, with loss (nats/token), bits_per_byte, perplexity, dropped_fraction, layers
+    and domains.
 
   Raises:
     UserError: the split has no text.
@@ -185,7 +170,6 @@ def evaluate(
   token_bytes = np.asarray(dataset.tokenizer.bytes_per_token, np.int64)
   totals = _Totals(len(factors), max(len(dataset.domains), 1))
   pending = None
-  batch_size = divisible_batch(batch_size, mesh)
   batches = device_batches(dataset, split, mesh=mesh, batch_size=batch_size, limit=limit)
   # Without a mesh in scope the layers would leave it to the compiler how tokens reach
   # experts elsewhere.
@@ -196,6 +180,8 @@ def evaluate(
       # A batch's losses are fetched while the next batch is computed.
       totals.add(pending, token_bytes)
       pending = (where, outputs)
+      if progress is not None:
+        progress(int(totals.tokens.sum()))
   totals.add(pending, token_bytes)
   if not totals.tokens.sum():
     raise UserError(
@@ -206,6 +192,7 @@ def evaluate(
   return {
     "split": split,
     "tokens": int(totals.tokens.sum()),
+    "split_tokens": dataset.num_tokens(split),
     "bytes": int(totals.bytes.sum()),
     "seconds": seconds,
     "tokens_per_second": float(totals.tokens.sum()) * len(factors) / seconds,

@@ -6,7 +6,6 @@ picture can be drawn again at any time, also of a run that is still going.
 Letters: L MoE layers, E experts, R logged steps.
 """
 
-import json
 import logging
 import math
 import pathlib
@@ -15,6 +14,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float
 
+from moejax.evaluate import results
 from moejax.train import writers
 
 FILE = "report.png"
@@ -38,7 +38,7 @@ def draw(workdir: pathlib.Path | str) -> pathlib.Path | None:
   lines = writers.read(workdir / writers.METRICS_FILE)
   if not lines:
     return None
-  final = _read_json(workdir / "eval.json")
+  final = results.read(workdir / results.EVAL_FILE)
   # Not pyplot: it keeps figures alive and chooses a backend for the whole process.
   from matplotlib.backends.backend_agg import FigureCanvasAgg
   from matplotlib.figure import Figure
@@ -72,7 +72,8 @@ def draw_loss(axes: Any, lines: list[dict[str, Any]], final: dict[str, Any]) -> 
   axes.plot(steps, smooth(losses), color="tab:blue", linewidth=1.8, label="training")
   at, validation = _series(lines, "validation_loss")
   if at.size:
-    axes.plot(at, validation, "o-", color="tab:orange", markersize=4, label="validation")
+    label = f"validation{_covered(lines)}"
+    axes.plot(at, validation, "o-", color="tab:orange", markersize=4, label=label)
   for (name, baseline), style in zip(
     final.get("baselines", {}).items(), ("--", ":", "-."), strict=False
   ):
@@ -150,17 +151,21 @@ def _series(lines: list[dict[str, Any]], name: str) -> tuple[np.ndarray, np.ndar
   return table[:, 0], table[:, 1]
 
 
+def _covered(lines: list[dict[str, Any]]) -> str:
+  """Of which tokens the validation curve is; nothing if an earlier version logged it."""
+  for line in reversed(lines):
+    if "validation_split_tokens" in line:
+      tokens = line["validation_num_tokens"], line["validation_split_tokens"]
+      return f" ({results.coverage(*tokens)})"
+  return ""
+
+
 def _title(final: dict[str, Any]) -> str:
   if "loss" not in final:
     return "Loss"
-  text = f"Validation loss {final['loss']:.3f} nats/token"
+  text = f"Final validation loss {final['loss']:.3f} nats/token"
   if final.get("bits_per_byte"):
     text += f" = {final['bits_per_byte']:.2f} bits/byte"
+  if "tokens" in final:
+    text += f"\n{results.coverage(final['tokens'], final.get('split_tokens'))}"
   return text
-
-
-def _read_json(path: pathlib.Path) -> dict[str, Any]:
-  try:
-    return json.loads(path.read_text(encoding="utf-8"))
-  except (OSError, json.JSONDecodeError):
-    return {}

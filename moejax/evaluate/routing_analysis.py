@@ -1,9 +1,9 @@
 """Routing analysis: which experts serve which domains and which tokens.
 
-Counts the assignments that the experts computed, dropless, over a split: per layer
-and domain, and per layer and vocabulary id. An expert's `lift` for a token or a
-domain is how many times more often it serves that than it serves anything: 1 is no
-preference. (Mixtral, arXiv:2401.04088, section 5, looks at domains; Switch and
+Counts the assignments that the experts computed over a split, dropless where the router
+can: per layer and domain, and per layer and vocabulary id. An expert's `lift` for a
+token or a domain is how many times more often it serves that than it serves anything: 1
+is no preference. (Mixtral, arXiv:2401.04088, section 5, looks at domains; Switch and
 ST-MoE, arXiv:2202.08906, section 7, at tokens.)
 
 Letters: B batch, S sequence, L MoE layers, E experts, R domains, V vocabulary.
@@ -20,7 +20,7 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int
 
 from moejax.errors import UserError
-from moejax.evaluate import perplexity
+from moejax.evaluate import groups, perplexity
 from moejax.models.decoder import Decoder
 from moejax.parallel import rules
 from moejax.train.state import param_shardings
@@ -64,7 +64,7 @@ def count(
       batch["inputs"],
       segment_ids=batch["segment_ids"],
       positions=batch["positions"],
-      capacity_factor=None,
+      capacity_factor=groups.least_factor(model),
       return_served=True,
     )
     assert out.served is not None
@@ -88,7 +88,6 @@ def count(
   )
   params = jax.device_put(params, shardings)
   total = None
-  batch_size = perplexity.divisible_batch(batch_size, mesh)
   batches = perplexity.device_batches(
     dataset, split, mesh=mesh, batch_size=batch_size, limit=limit
   )
@@ -121,7 +120,7 @@ def analyse(
   """Loads per domain and favourite tokens per expert, ready for JSON.
 
   Args:
-    model: from `perplexity.make_model`; others as in `perplexity.evaluate`.
+    model: from `groups.make_model`; others as in `perplexity.evaluate`.
     params: its parameters.
     dataset: from `moejax.data.load`.
     split: train, validation or test.

@@ -6,6 +6,8 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from moejax.evaluate.results import coverage
+
 MAX_DOMAINS = 20
 """Rows of the domain table on screen; the file has all."""
 
@@ -35,7 +37,8 @@ def _name(result: dict[str, Any]) -> str:
 def _summary(evaluation: dict[str, Any]) -> Table:
   title = (
     f"{evaluation['split']}, step {evaluation.get('step', '?')}: "
-    f"{evaluation['tokens']:,} tokens, {evaluation['bytes']:,} bytes"
+    f"{coverage(evaluation['tokens'], evaluation['split_tokens'])}, "
+    f"{evaluation['bytes']:,} bytes"
   )
   table = Table(title=title, box=box.SIMPLE_HEAD, title_justify="left")
   for header in (

@@ -4,11 +4,7 @@ Fields and figures are those that XLA's device descriptions of the same GPUs giv
 down to what compiling reads: sizes and limits, of which both kinds differ in memory only.
 """
 
-_MEMORY: dict[str, tuple[int, int, str]] = {
-  "h100": (84_942_979_072, 3_352_320_000_000, "NVIDIA H100 80GB HBM3"),
-  "h200": (151_397_597_184, 4_800_000_000_000, "NVIDIA H200 141GB HBM3e"),
-}
-"""Bytes, bytes per second, and the name it goes by."""
+from moejax.plan.chips import CHIPS
 
 _TEXT = """
 gpu_device_info {{
@@ -40,5 +36,7 @@ device_description_str: "{name}"
 
 def target_config(kind: str) -> str:
   """The description of an `h100` or `h200`."""
-  memory, bandwidth, name = _MEMORY[kind]
-  return _TEXT.format(memory=memory, bandwidth=bandwidth, name=name)
+  chip = CHIPS[kind]
+  return _TEXT.format(
+    memory=chip.hbm_bytes, bandwidth=round(chip.hbm_bandwidth), name=chip.kinds[0]
+  )

@@ -21,9 +21,10 @@ from moejax.parallel.hlo import Program
 from moejax.parallel.mesh import AXES
 from moejax.plan import flops as plan_flops
 from moejax.plan import topology as topology_lib
+from moejax.plan.chips import Chip
 from moejax.plan.compile import CompiledStep
 from moejax.plan.parameters import resolve_vocab_size
-from moejax.plan.topology import Chip, Topology
+from moejax.plan.topology import Topology
 from moejax.plan.wire_bound import wire_bound
 
 

@@ -1,12 +1,10 @@
-"""Machines that need not exist: what their chips can do, and devices to compile for.
+"""Machines that need not exist: their names, and devices to compile for.
 
 `v5p:4x4x8` is a slice of 128 TPUs, `h100:4x8` four nodes of eight GPUs, `cpu:8` eight
 fake devices of this machine. Compilers need descriptions only; the extra `tpu` brings
 the one for TPUs (libtpu), the extra `cuda` the one for GPUs.
 
-Figures of a chip are its maker's: TPUs from Google's system architecture pages and
-"How to Scale Your Model" (Austin et al. 2025, chapters 2 and 12), GPUs from NVIDIA's
-data sheets and XLA's own device descriptions.
+What a chip can do stands in `chips`.
 """
 
 import dataclasses
@@ -17,95 +15,10 @@ import re
 from typing import Any
 
 from moejax.errors import ConfigError, UserError, did_you_mean
+from moejax.plan.chips import CHIPS, Chip
 
-GIB = 2**30
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Chip:
-  """What one device, as jax counts them, can do."""
-
-  family: str
-  """tpu, gpu or cpu."""
-  hbm_bytes: int
-  flops: float
-  """Of bfloat16 products, per second."""
-  hbm_bandwidth: float
-  """Bytes per second."""
-  link_bandwidth: float
-  """Bytes per second that it can send: on a TPU in one direction of one link, of which
-  each side of the torus has two; on a GPU to its node."""
-  slow_bandwidth: float
-  """Bytes per second that it can send to another slice (TPU) or node (GPU)."""
-
-
-CHIPS: dict[str, Chip] = {
-  "v4": Chip(
-    family="tpu",
-    hbm_bytes=32 * GIB,
-    flops=275e12,
-    hbm_bandwidth=1.23e12,
-    link_bandwidth=45e9,
-    slow_bandwidth=6.25e9,
-  ),
-  "v5e": Chip(
-    family="tpu",
-    hbm_bytes=16 * GIB,
-    flops=197e12,
-    hbm_bandwidth=0.82e12,
-    link_bandwidth=45e9,
-    slow_bandwidth=3.125e9,
-  ),
-  "v5p": Chip(
-    family="tpu",
-    hbm_bytes=95 * GIB,
-    flops=459e12,
-    hbm_bandwidth=2.765e12,
-    link_bandwidth=90e9,
-    slow_bandwidth=6.25e9,
-  ),
-  "v6e": Chip(
-    family="tpu",
-    hbm_bytes=32 * GIB,
-    flops=918e12,
-    hbm_bandwidth=1.64e12,
-    link_bandwidth=90e9,
-    slow_bandwidth=12.5e9,
-  ),
-  # Per chip; jax counts its two halves as devices of their own.
-  "tpu7x": Chip(
-    family="tpu",
-    hbm_bytes=192 * GIB,
-    flops=2307e12,
-    hbm_bandwidth=7.37e12,
-    link_bandwidth=100e9,
-    slow_bandwidth=12.5e9,
-  ),
-  "h100": Chip(
-    family="gpu",
-    hbm_bytes=84_942_979_072,
-    flops=989e12,
-    hbm_bandwidth=3.35e12,
-    link_bandwidth=450e9,
-    slow_bandwidth=50e9,
-  ),
-  "h200": Chip(
-    family="gpu",
-    hbm_bytes=151_397_597_184,
-    flops=989e12,
-    hbm_bandwidth=4.8e12,
-    link_bandwidth=450e9,
-    slow_bandwidth=50e9,
-  ),
-  "cpu": Chip(
-    family="cpu",
-    hbm_bytes=0,
-    flops=0.0,
-    hbm_bandwidth=0.0,
-    link_bandwidth=0.0,
-    slow_bandwidth=0.0,
-  ),
-}
+COMPILED_FOR = ("v4", "v5e", "v5p", "v6e", "tpu7x", "h100", "h200", "cpu")
+"""Names in `CHIPS` that the compilers have descriptions of."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -113,7 +26,7 @@ class Topology:
   """A machine by name."""
 
   kind: str
-  """A key of `CHIPS`."""
+  """One of `COMPILED_FOR`."""
   shape: tuple[int, ...]
   """Sides of the torus, (nodes, GPUs), or (devices,)."""
   slices: int = 1
@@ -130,10 +43,10 @@ def parse(text: str, slices: int = 1) -> Topology:
     ConfigError: no such kind, or no such shape of it.
   """
   kind, _, sides = text.partition(":")
-  if kind not in CHIPS:
+  if kind not in COMPILED_FOR:
     raise ConfigError(
-      f"--topology={text}: {did_you_mean(kind, CHIPS)} Name a kind and a shape, such as "
-      "v5p:4x4x8, v5e:4x4, h100:4x8 (nodes x GPUs) or cpu:8."
+      f"--topology={text}: {did_you_mean(kind, COMPILED_FOR)} Name a kind and a shape, "
+      "such as v5p:4x4x8, v5e:4x4, h100:4x8 (nodes x GPUs) or cpu:8."
     )
   dimensions = {"tpu": (2, 3), "gpu": (2,), "cpu": (1,)}[CHIPS[kind].family]
   shape = tuple(int(n) for n in sides.split("x")) if _SIDES.fullmatch(sides) else ()
@@ -217,17 +130,8 @@ def devices_of(topology: Topology) -> list[Any]:
 
 def chip_of(topology: Topology, devices: list[Any]) -> Chip:
   """Figures of one device, where a chip shows as several devices."""
-  chip = CHIPS[topology.kind]
-  parts = len(devices) // (math.prod(topology.shape) * topology.slices)
-  if parts == 1:
-    return chip
-  return dataclasses.replace(
-    chip,
-    hbm_bytes=chip.hbm_bytes // parts,
-    flops=chip.flops / parts,
-    hbm_bandwidth=chip.hbm_bandwidth / parts,
-    link_bandwidth=chip.link_bandwidth / parts,
-    slow_bandwidth=chip.slow_bandwidth / parts,
+  return CHIPS[topology.kind].divided(
+    len(devices) // (math.prod(topology.shape) * topology.slices)
   )
 
 

@@ -1,24 +1,25 @@
 """What a finished run leaves behind: eval.json, report.png, and a few lines to read."""
 
-import json
 import math
-import os
 import pathlib
 from typing import Any
 
 import jax
 
+from moejax.config import Config
 from moejax.data import baselines
 from moejax.errors import UserError
-from moejax.evaluate import generation, perplexity, report
+from moejax.evaluate import generation, groups, perplexity, report, results
+from moejax.evaluate.results import EVAL_FILE
 from moejax.train import checkpoint, writers
-from moejax.train.progress import Reporter
+from moejax.train.progress import Reporter, watched
 from moejax.train.setup import Run
 
-EVAL_FILE = "eval.json"
-
 MAX_TOKENS = 4_000_000
-"""The final evaluation reads at most so many validation tokens."""
+"""Above so many validation tokens more are only evaluated if the config asks for them."""
+
+_TRAINED_SHARE = 4
+"""A forward pass is a third of a step: a quarter of the tokens, a twelfth of the time."""
 
 _PROMPT_BYTES = 60
 _SAMPLE_TOKENS = 160
@@ -31,15 +32,19 @@ def finish(run: Run, reporter: Reporter) -> dict[str, Any]:
     The content of eval.json with `status` and `exit_code`.
   """
   step = int(run.state["step"])
+  writes = jax.process_index() == 0
   result: dict[str, Any] = {"step": step}
   if run.dataset.num_tokens("validation"):
-    result |= final_evaluation(run)
-  if jax.process_count() == 1:
+    result |= final_evaluation(run, reporter)
+  if writes:
+    # Before the sample, which needs the whole model on one device.
+    results.write(run.workdir / EVAL_FILE, result)
+  if run.config.train.sample and jax.process_count() == 1:
     # A sample is for a person to look at, and not worth a collective.
     result["sample"] = sample(run)
-  if jax.process_index() == 0:
-    write_json(run.workdir / EVAL_FILE, result)
-    picture = report.draw(run.workdir)
+    results.write(run.workdir / EVAL_FILE, result)
+  if writes:
+    picture = _picture(run)
     reporter.close()
     reporter.message(summary(run, result, picture))
   return result | {"status": "done", "exit_code": 0}
@@ -47,11 +52,10 @@ def finish(run: Run, reporter: Reporter) -> dict[str, Any]:
 
 def already_done(run: Run, reporter: Reporter) -> dict[str, Any]:
   """Says that nothing is left to do, after making up what a kill prevented."""
-  path = run.workdir / EVAL_FILE
-  result = _read(path)
+  result = results.read(run.workdir / EVAL_FILE)
   if result.get("step") != run.start_step:
     return finish(run, reporter)
-  picture = report.draw(run.workdir) if jax.process_index() == 0 else None
+  picture = _picture(run) if jax.process_index() == 0 else None
   reporter.close()
   reporter.message(
     f"Already done: {run.workdir} is at step {run.start_step} of "
@@ -61,40 +65,64 @@ def already_done(run: Run, reporter: Reporter) -> dict[str, Any]:
   return result | {"status": "already_done", "exit_code": 0}
 
 
-def final_evaluation(run: Run) -> dict[str, Any]:
+def _picture(run: Run) -> pathlib.Path | None:
+  return report.draw(run.workdir) if run.config.train.report else None
+
+
+def final_evaluation(run: Run, reporter: Reporter) -> dict[str, Any]:
   """Validation loss, by domain too, and the baselines on the same bytes."""
-  config = run.config
-  batch_size = perplexity.divisible_batch(
-    config.train.batch_size // config.train.accumulation, run.mesh
-  )
+  config, factors = run.config, (run.config.moe.eval_capacity_factor,)
+  batch_size = groups.batch_size(config, run.mesh, factors)
+  per_batch = batch_size * config.data.sequence_length
   num_tokens = run.dataset.num_tokens("validation")
-  limit = 0
-  if num_tokens > MAX_TOKENS:
-    limit = MAX_TOKENS // (batch_size * config.data.sequence_length)
-  values = perplexity.evaluate(
-    perplexity.make_model(config, run.dataset.tokenizer.vocab_size),
-    run.state["params"],
-    run.dataset,
-    split="validation",
-    mesh=run.mesh,
-    batch_size=batch_size,
-    capacity_factors=(config.moe.eval_capacity_factor,),
-    limit=limit,
-  )
-  out = values | perplexity.headline(values, config.moe.eval_capacity_factor)
+  limit = -(-final_tokens(config, per_batch, num_tokens) // per_batch)
+  covered = min(limit * per_batch, num_tokens)
+  with watched(reporter, "final evaluation, tokens", covered) as progress:
+    values = perplexity.evaluate(
+      groups.make_model(config, run.dataset.tokenizer.vocab_size),
+      run.state["params"],
+      run.dataset,
+      split="validation",
+      mesh=run.mesh,
+      batch_size=batch_size,
+      capacity_factors=factors,
+      limit=limit,
+      progress=progress,
+    )
+  out = values | perplexity.headline(values, factors[0])
   # The bytes of all processes' rows: process 0 reads them again by itself.
   if jax.process_index() == 0:
-    out["baselines"] = measure_baselines(run.dataset, values, batch_size, limit)
+    limit = 0 if covered == num_tokens else limit
+    out["baselines"] = measure_baselines(run, reporter, values, batch_size, limit)
   return out
 
 
+def final_tokens(config: Config, per_batch: int, num_tokens: int) -> int:
+  """How many validation tokens the evaluation after the last step is to cover.
+
+  Args:
+    config: of the run.
+    per_batch: tokens of a batch of the evaluation.
+    num_tokens: of the whole split.
+  """
+  train = config.train
+  wanted = train.final_eval_tokens
+  if wanted < 0:
+    trained = train.num_steps * train.batch_size * config.data.sequence_length
+    # Never less than what was looked at on the way.
+    on_the_way = train.eval_batches * per_batch or num_tokens
+    wanted = min(max(trained // _TRAINED_SHARE, on_the_way), MAX_TOKENS)
+  return min(wanted or num_tokens, num_tokens)
+
+
 def measure_baselines(
-  dataset: Any, values: dict[str, Any], batch_size: int, limit: int
+  run: Run, reporter: Reporter, values: dict[str, Any], batch_size: int, limit: int
 ) -> dict[str, dict[str, float]]:
   """What knowing nothing but byte frequencies, and what xz, make of the same bytes.
 
   Args:
-    dataset: the run's.
+    run: whose dataset was evaluated.
+    reporter: shows how far xz is.
     values: of the evaluation, for its numbers of tokens and bytes.
     batch_size: of the evaluation.
     limit: of the evaluation.
@@ -103,7 +131,8 @@ def measure_baselines(
     For each, bits_per_byte and `loss`, the same in nats per token of this run's
     tokenizer, so that it can be drawn beside the loss.
   """
-  bits = baselines.baselines(dataset, "validation", batch_size, limit)
+  with watched(reporter, "xz -9 of the same text, bytes", values["bytes"]) as progress:
+    bits = baselines.baselines(run.dataset, "validation", batch_size, limit, progress)
   nats = math.log(2) * values["bytes"] / values["tokens"]
   return {
     name: {"bits_per_byte": bits[name], "loss": bits[name] * nats}
@@ -138,7 +167,8 @@ def summary(run: Run, result: dict[str, Any], picture: pathlib.Path | None) -> s
   """The lines a run ends with."""
   lines = [""]
   if "loss" in result:
-    lines.append(_row("validation loss", result))
+    covered = results.coverage(result["tokens"], result.get("split_tokens"))
+    lines.append(f"{_row('validation loss', result)}  ({covered})")
     for name, title in (("unigram", "unigram entropy"), ("xz", "xz -9")):
       if name in result.get("baselines", {}):
         lines.append(_row(title, result["baselines"][name]))
@@ -162,18 +192,3 @@ def _row(title: str, values: dict[str, Any]) -> str:
   row = f"{title:<18}{values['loss']:7.4f} nats/token"
   bits = values.get("bits_per_byte")
   return row if bits is None else row + f"  {bits:6.3f} bits/byte"
-
-
-def write_json(path: pathlib.Path, value: dict[str, Any]) -> None:
-  """Replaces a JSON file whole, or not at all; NaN becomes null."""
-  temporary = path.with_name(path.name + ".tmp")
-  text = json.dumps(writers.finite(value), indent=2, ensure_ascii=False)
-  temporary.write_text(text + "\n", encoding="utf-8")
-  os.replace(temporary, path)
-
-
-def _read(path: pathlib.Path) -> dict[str, Any]:
-  try:
-    return json.loads(path.read_text(encoding="utf-8"))
-  except (OSError, json.JSONDecodeError):
-    return {}

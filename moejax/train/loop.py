@@ -21,13 +21,14 @@ import jax
 import numpy as np
 
 from moejax.config import Config
+from moejax.evaluate import groups
 from moejax.parallel import rules
 from moejax.routing.registry import ROUTERS
 from moejax.train import finish, validation, wire
 from moejax.train import setup as setup_lib
 from moejax.train import step as step_lib
 from moejax.train import workdir as workdir_lib
-from moejax.train.progress import Reporter, make_reporter
+from moejax.train.progress import Reporter, make_reporter, watched
 from moejax.train.setup import Run
 from moejax.train.signals import StopRequest
 from moejax.train.step_log import StepLog
@@ -112,7 +113,7 @@ def fit(run: Run, reporter: Reporter, stop: StopRequest) -> int:
     run.model, run.optimizer, run.config, run.mesh, token_bytes=run.token_bytes
   )
   train_step = wire.watched(train_step, run.config, run.mesh)
-  evaluate = make_evaluate(run)
+  evaluate = make_evaluate(run, reporter)
   log = StepLog(run, reporter)
   batches = train_batches(run)
   step = start
@@ -156,21 +157,29 @@ def train_batches(run: Run) -> Iterator[dict[str, np.ndarray]]:
   )
 
 
-def make_evaluate(run: Run):
+def make_evaluate(run: Run, reporter: Reporter):
   """() -> validation metrics of the run's current parameters, or None without data."""
-  config = run.config
-  if not run.dataset.num_tokens("validation"):
+  config, factor = run.config, run.config.moe.eval_capacity_factor
+  num_tokens = run.dataset.num_tokens("validation")
+  if not num_tokens:
     return lambda limit=0: None
+  model = groups.make_model(config, run.dataset.tokenizer.vocab_size)
   eval_step = step_lib.make_eval_step(
-    run.model, run.mesh, config.moe.eval_capacity_factor, token_bytes=run.token_bytes
+    model, run.mesh, factor, token_bytes=run.token_bytes
   )
-
-  batch_size = config.train.batch_size // config.train.accumulation
+  batch_size = groups.batch_size(config, run.mesh, (factor,))
   rows = rules.local_rows(run.mesh, batch_size)
 
   def evaluate(limit: int = config.train.eval_batches) -> dict[str, Any] | None:
+    covered = limit * batch_size * config.data.sequence_length or num_tokens
+    covered = min(covered, num_tokens)
     batches = run.dataset.eval_batches("validation", batch_size, limit=limit, rows=rows)
-    return validation.evaluate(eval_step, run.state["params"], batches, run.mesh)
+    with watched(reporter, "validation, tokens", covered) as progress:
+      values = validation.evaluate(
+        eval_step, run.state["params"], batches, run.mesh, progress
+      )
+    # So that whoever reads the loss can say what it is of.
+    return None if values is None else values | {"split_tokens": num_tokens}
 
   return evaluate
 

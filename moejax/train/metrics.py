@@ -12,37 +12,13 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float
 
+from moejax.plan import chips
 from moejax.routing.base import RouterStats
 
 MAX_LOAD_NUMBERS = 1024
 """Above so many (layer, expert) pairs a log line holds quantiles, not every load."""
 
 QUANTILES = (0.0, 0.25, 0.5, 0.75, 1.0)
-
-PEAK_FLOPS = {
-  "NVIDIA A100": 312e12,
-  "NVIDIA H100 PCIe": 756e12,
-  "NVIDIA H100": 989e12,
-  "NVIDIA H200": 989e12,
-  "NVIDIA B200": 2250e12,
-  "TPU v4": 275e12,
-  "TPU v5 lite": 197e12,
-  "TPU v5e": 197e12,
-  "TPU v5": 459e12,
-  "TPU v6 lite": 918e12,
-  "TPU v6e": 918e12,
-  "TPU7x": 2307e12,
-}
-"""Dense bfloat16 FLOP/s of one device by the start of its `device_kind`, from its maker.
-
-Utilisation is measured against these whatever the compute type, so that a float32
-run shows what it leaves unused."""
-
-
-def peak_flops(device_kind: str) -> float | None:
-  """The device's dense bfloat16 peak, or None where it is not known (CPUs)."""
-  names = [n for n in PEAK_FLOPS if device_kind.lower().startswith(n.lower())]
-  return PEAK_FLOPS[max(names, key=len)] if names else None
 
 
 def layer_metrics(stats: RouterStats) -> dict[str, Float[np.ndarray, "..."]]:
@@ -148,9 +124,11 @@ def speed_metrics(
   out = {"tokens_per_second": rate}
   if flops_per_token:
     out["model_flops_per_second"] = rate * flops_per_token
-    peak = peak_flops(device_kind)
-    if peak:
-      out["utilisation"] = rate * flops_per_token / (peak * num_devices)
+    chip = chips.per_device(device_kind)
+    # Against bfloat16 whatever the compute type, so that a float32 run shows what it
+    # leaves unused.
+    if chip is not None and chip.flops is not None:
+      out["utilisation"] = rate * flops_per_token / (chip.flops * num_devices)
   return out
 
 

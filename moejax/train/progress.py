@@ -2,19 +2,27 @@
 
 A terminal gets a bar with step, loss, tokens/s, time left and dropped tokens. A
 file or a pipe gets a bounded number of lines, so that the log of a million steps
-can still be read. Processes other than the first are silent.
+can still be read. What takes long beside the steps, such as an evaluation, has a bar
+of its own, or a line every ten seconds. Processes other than the first are silent.
 """
 
+import contextlib
 import sys
 import time
+from collections.abc import Callable, Iterator
 from typing import Any, Protocol, runtime_checkable
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn
 from rich.text import Text
 
+from moejax.evaluate.results import coverage
+
 MAX_LINES = 25
-"""Plain progress lines of a whole run, messages not counted."""
+"""Plain progress lines of a whole run, messages and phases not counted."""
+
+PHASE_SECONDS = 10.0
+"""Between two plain lines about a phase."""
 
 
 @runtime_checkable
@@ -23,6 +31,16 @@ class Reporter(Protocol):
 
   def update(self, step: int, values: dict[str, Any]) -> None:
     """Shows that `step` steps are done, with the latest metrics known."""
+    ...
+
+  def phase(self, name: str, done: int, total: int) -> None:
+    """Shows how far something beside the steps is; it begins with `done` = 0.
+
+    Args:
+      name: of the phase and its unit, such as "validation, tokens".
+      done: how much of it.
+      total: at which it is over, and no longer shown.
+    """
     ...
 
   def message(self, text: str) -> None:
@@ -35,12 +53,12 @@ class Reporter(Protocol):
 class _TimeLeft(ProgressColumn):
   """Time left from the mean speed of this process, ignoring the first (compile) step."""
 
-  def __init__(self, clock: "_Clock"):
+  def __init__(self, clocks: "dict[Any, _Clock]"):
     super().__init__()
-    self._clock = clock
+    self._clocks = clocks
 
   def render(self, task: Task) -> Text:
-    return Text(self._clock.left(int(task.completed)))
+    return Text(self._clocks[task.id].left(int(task.completed)))
 
 
 class _Clock:
@@ -72,7 +90,7 @@ def describe(values: dict[str, Any]) -> str:
   if "loss" in values:
     parts.append(f"loss {values['loss']:.3f}")
   if "validation_loss" in values:
-    parts.append(f"validation {values['validation_loss']:.3f}")
+    parts.append(f"validation {values['validation_loss']:.3f}{_covered(values)}")
   if "tokens_per_second" in values:
     parts.append(f"{_short(values['tokens_per_second'])} tokens/s")
   if "dropped_fraction" in values:
@@ -80,6 +98,14 @@ def describe(values: dict[str, Any]) -> str:
   if values.get("skipped_steps"):
     parts.append(f"skipped {values['skipped_steps']}")
   return "  ".join(parts)
+
+
+def _covered(values: dict[str, Any]) -> str:
+  """Of which tokens the validation loss is."""
+  if "validation_num_tokens" not in values:
+    return ""
+  split = values.get("validation_split_tokens")
+  return f" ({coverage(values['validation_num_tokens'], split, _short)})"
 
 
 def _short(value: float) -> str:
@@ -93,24 +119,50 @@ class Bar:
   """A live progress bar on a terminal."""
 
   def __init__(self, total: int, start: int, console: Console):
-    self._clock = _Clock(total)
+    self._total, self._start = total, start
+    self._clocks: dict[Any, _Clock] = {}
     self._progress = Progress(
-      TextColumn("step {task.completed:.0f}/{task.total:.0f}"),
+      TextColumn("{task.description}"),
       BarColumn(bar_width=None),
       TextColumn("{task.fields[numbers]}"),
       TextColumn("left"),
-      _TimeLeft(self._clock),
+      _TimeLeft(self._clocks),
       console=console,
     )
-    self._task = self._progress.add_task("", total=total, completed=start, numbers="")
+    self._steps: Any = None
+    self._phase: Any = None
     self._values: dict[str, Any] = {}
     self._progress.start()
 
   def update(self, step: int, values: dict[str, Any]) -> None:
-    self._clock.start(step)
+    if self._steps is None:
+      self._steps = self._add(self._total, self._start)
     self._values.update(values)
     numbers = describe(self._values) or "compiling"
-    self._progress.update(self._task, completed=step, numbers=numbers)
+    self._show(self._steps, step, f"step {step}/{self._total}", numbers)
+
+  def phase(self, name: str, done: int, total: int) -> None:
+    if self._phase is None:
+      self._phase = self._add(total, 0)
+    if done < total:
+      self._show(self._phase, done, name, f"{_short(done)}/{_short(total)}")
+    else:
+      self._progress.remove_task(self._phase)
+      self._phase = None
+
+  def _add(self, total: int, done: int) -> Any:
+    # Not drawn before it has its clock.
+    task = self._progress.add_task(
+      "", total=total, completed=done, numbers="", visible=False
+    )
+    self._clocks[task] = _Clock(total)
+    return task
+
+  def _show(self, task: Any, done: int, description: str, numbers: str) -> None:
+    self._clocks[task].start(done)
+    self._progress.update(
+      task, completed=done, description=description, numbers=numbers, visible=True
+    )
 
   def message(self, text: str) -> None:
     self._progress.console.print(text, markup=False, highlight=False)
@@ -129,6 +181,7 @@ class Lines:
     self._every = max(1, -(-(total - start) // MAX_LINES))
     self._next = start + 1
     self._values: dict[str, Any] = {}
+    self._phase: tuple[_Clock, float] | None = None
 
   def update(self, step: int, values: dict[str, Any]) -> None:
     self._clock.start(step)
@@ -139,6 +192,18 @@ class Lines:
     self._next = step - step % self._every + self._every
     left = self._clock.left(step)
     self.message(f"step {step}/{self._total}  {describe(self._values)}  left {left}")
+
+  def phase(self, name: str, done: int, total: int) -> None:
+    now = time.monotonic()
+    clock, told = self._phase or (_Clock(total), now)
+    clock.start(done)
+    if done >= total:
+      self._phase = None
+      return
+    if now - told >= PHASE_SECONDS:
+      told = now
+      self.message(f"{name}  {done:,}/{total:,}  left {clock.left(done)}")
+    self._phase = (clock, told)
 
   def message(self, text: str) -> None:
     print(text, file=self._stream, flush=True)
@@ -153,11 +218,27 @@ class Silent:
   def update(self, step: int, values: dict[str, Any]) -> None:
     pass
 
+  def phase(self, name: str, done: int, total: int) -> None:
+    pass
+
   def message(self, text: str) -> None:
     pass
 
   def close(self) -> None:
     pass
+
+
+@contextlib.contextmanager
+def watched(reporter: Reporter, name: str, total: int) -> Iterator[Callable[[int], None]]:
+  """Shows a phase while its body runs, which tells the given function what is done.
+
+  Only leaving ends it: what is told may reach an estimated total too early.
+  """
+  reporter.phase(name, 0, total)
+  try:
+    yield lambda done: reporter.phase(name, min(done, total - 1), total)
+  finally:
+    reporter.phase(name, total, total)
 
 
 def make_reporter(

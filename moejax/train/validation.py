@@ -19,6 +19,7 @@ def evaluate(
   params: Params,
   batches: Iterable[dict[str, np.ndarray]],
   mesh: jax.sharding.Mesh,
+  progress: Callable[[int], None] | None = None,
 ) -> dict[str, Any] | None:
   """Adds up the batches' sums, then divides once.
 
@@ -27,6 +28,7 @@ def evaluate(
     params: on the devices of `mesh`.
     batches: this process's rows of every batch.
     mesh: the run's.
+    progress: called with the tokens evaluated so far.
 
   Returns:
     loss, bits_per_byte where known, aux terms, dropped_fraction, num_tokens and
@@ -39,6 +41,8 @@ def evaluate(
     # added in float64: thousands of batches would lose digits in float32.
     total, pending = _add(total, pending), sums
     hang.progress()
+    if progress is not None:
+      progress(0 if total is None else int(total["tokens"]))
   total = _add(total, pending)
   if total is None or total["tokens"] == 0:
     return None

@@ -62,6 +62,9 @@ MAY_CHANGE = (
   "train.log_every",
   "train.eval_every",
   "train.eval_batches",
+  "train.final_eval_tokens",
+  "train.sample",
+  "train.report",
   "train.tensorboard",
   "train.checkpoint_every",
   "train.keep_last",
@@ -174,10 +177,15 @@ def read_config(workdir: Path | str) -> Config:
 
 def write_json(path: Path, value: Any) -> None:
   """Writes sorted JSON so that a reader sees the old file or the new one, whole."""
+  write_text(path, json.dumps(value, indent=2, sort_keys=True) + "\n")
+
+
+def write_text(path: Path, text: str) -> None:
+  """Replaces a file so that a reader sees the old one or the new one, whole."""
   descriptor, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
   try:
-    with os.fdopen(descriptor, "w") as file:
-      file.write(json.dumps(value, indent=2, sort_keys=True) + "\n")
+    with os.fdopen(descriptor, "w", encoding="utf-8") as file:
+      file.write(text)
       file.flush()
       os.fsync(file.fileno())
     # mkstemp is for secrets; these files are for whoever may read the directory.

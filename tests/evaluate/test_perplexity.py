@@ -8,7 +8,7 @@ import pytest
 
 from moejax.config import MeshConfig
 from moejax.errors import ConfigError, UserError
-from moejax.evaluate import perplexity
+from moejax.evaluate import groups, perplexity
 from moejax.parallel import expert_parallel
 from moejax.parallel.mesh import make_mesh
 from tests.evaluate import tiny
@@ -30,13 +30,14 @@ def dataset():
 
 def _evaluate(dataset, batch_size, factors, devices=1, mesh=None, **changes):
   model, params = tiny.model_and_params(**changes)
+  made = make_mesh(mesh or MeshConfig(), jax.devices()[:devices])
   return perplexity.evaluate(
     model,
     params,
     dataset,
     split="validation",
-    mesh=make_mesh(mesh or MeshConfig(), jax.devices()[:devices]),
-    batch_size=batch_size,
+    mesh=made,
+    batch_size=groups.batch_size(tiny.config(**changes), made, factors, batch_size),
     capacity_factors=factors,
   )
 
@@ -122,15 +123,6 @@ def test_dense_models_have_one_result_and_no_routing(dataset):
   assert result["eval_capacity_factor"] == perplexity.DROPLESS
 
 
-def test_groups_over_several_sequences_are_cut_to_one():
-  """Otherwise the loss under a capacity would depend on what a batch holds."""
-  config = tiny.config(moe__group_size=4 * tiny.LENGTH)
-  assert perplexity.make_model(config, 264).moe.group_size == 0
-  assert config.moe.group_size == 4 * tiny.LENGTH
-  config.moe.group_size = tiny.LENGTH // 2
-  assert perplexity.make_model(config, 264).moe.group_size == tiny.LENGTH // 2
-
-
 def test_capacity_factors_are_read_or_refused():
   """Numbers, dropless and none; anything else names the flag and the word."""
   read = perplexity.parse_capacity_factors
@@ -158,7 +150,7 @@ def test_an_empty_split_is_an_error():
 def test_flags_that_change_the_model_are_refused():
   """A wider model than the checkpoint's names the parameter that does not fit."""
   _, params = tiny.model_and_params()
-  wider = perplexity.make_model(tiny.config(moe__hidden=48), 264)
+  wider = groups.make_model(tiny.config(moe__hidden=48), 264)
   with pytest.raises(ConfigError, match=r"w_in is \(1, 4, 16, 48\) here"):
     perplexity.check_params(wider, params)
 

@@ -76,6 +76,10 @@ class TinyDataset:
       for name, column in zip(names, columns, strict=True)
     }
 
+  def num_tokens(self, split: str) -> int:
+    del split
+    return int((self.arrays["segment_ids"] > 0).sum())
+
   def eval_batches(
     self,
     split: str,

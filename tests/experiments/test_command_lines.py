@@ -4,6 +4,7 @@ import json
 import os
 import pathlib
 import re
+import shutil
 import subprocess
 import sys
 
@@ -52,7 +53,7 @@ def workdir(tmp_path_factory) -> str:
 
 
 def test_evaluate_needs_only_the_directory(workdir):
-  """Every factor asked for is on screen and in the file named by step and split."""
+  """Every factor asked for is on screen and in the file named by what was asked."""
   printed = call(
     "experiments.evaluate",
     f"--workdir={workdir}",
@@ -60,7 +61,9 @@ def test_evaluate_needs_only_the_directory(workdir):
     "--eval_capacity_factor=0.5,dropless",
     "--routing",
   )
-  result = json.loads((pathlib.Path(workdir) / "eval_4_test.json").read_text())
+  file = pathlib.Path(workdir) / "eval_4_test_capacity_0.5_dropless.json"
+  assert str(file) in printed
+  result = json.loads(file.read_text())
   by_factor = {r["eval_capacity_factor"]: r for r in result["results"]}
   assert by_factor[0.5]["dropped_fraction"] > 0.2
   assert by_factor["dropless"]["dropped_fraction"] == 0
@@ -72,18 +75,50 @@ def test_evaluate_needs_only_the_directory(workdir):
   assert (pathlib.Path(workdir) / "routing_4_test.png").exists()
 
 
-def test_an_earlier_step_is_another_model(workdir):
-  """--step names the checkpoint; the newest is what the end of training evaluated."""
-  call("experiments.evaluate", f"--workdir={workdir}")
-  call("experiments.evaluate", f"--workdir={workdir}", "--step=2")
+def test_no_evaluation_replaces_the_runs_own_or_another(workdir):
+  """Each setting has a file of its own, and eval.json is what the run wrote, to the byte.
+
+  The same step, an earlier one, a part of the split under another capacity, other
+  sequences; and another capacity of the first at the same time.
+  """
   folder = pathlib.Path(workdir)
-  newest = json.loads((folder / "eval_4_validation.json").read_text())
-  earlier = json.loads((folder / "eval_2_validation.json").read_text())
-  final = json.loads((folder / "eval.json").read_text())
-  assert earlier["loss"] != newest["loss"]
-  assert earlier["tokens"] == newest["tokens"]
-  # Evaluating the earlier step last made it what eval.json speaks of.
-  assert final["step"] == 2 and final["loss"] == earlier["loss"]
+  own = (folder / "eval.json").read_bytes()
+  for file in folder.glob("eval_*.json"):
+    file.unlink()
+  command = [sys.executable, "-m", "experiments.evaluate", f"--workdir={workdir}"]
+  beside = subprocess.Popen([*command, "--eval_capacity_factor=dropless,2"])
+  for flags in (
+    [],
+    ["--step=2"],
+    ["--max_batches=1", "--eval_capacity_factor=0.25"],
+    ["--config.data.sequence_length=16"],
+  ):
+    call("experiments.evaluate", f"--workdir={workdir}", *flags)
+  assert beside.wait(timeout=300) == 0
+  assert (folder / "eval.json").read_bytes() == own
+
+  found = {p.stem: json.loads(p.read_text()) for p in folder.glob("eval_*.json")}
+  newest, earlier = found.pop("eval_4_validation"), found.pop("eval_2_validation")
+  assert newest["loss"] == pytest.approx(json.loads(own)["loss"], rel=1e-6)
+  assert earlier["loss"] != newest["loss"] and earlier["tokens"] == newest["tokens"]
+  part = found.pop("eval_4_validation_capacity_0.25_first_256")
+  assert part["tokens"] == 8 * 32 < part["split_tokens"] == newest["tokens"]
+  assert len(found.pop("eval_4_validation_capacity_dropless_2")["results"]) == 2
+  [(name, shorter)] = found.items()
+  assert shorter["changed"] == {"data.sequence_length": 16}
+  assert name.startswith("eval_4_validation_")
+
+
+def test_a_contradiction_of_the_runs_own_evaluation_is_said(workdir, tmp_path):
+  """Another loss for the same text, as from another machine: both named, none lost."""
+  copy = tmp_path / "run"
+  shutil.copytree(workdir, copy)
+  own = json.loads((copy / "eval.json").read_text())
+  own["results"][0]["loss"] = own["loss"] = 1.25
+  (copy / "eval.json").write_text(json.dumps(own))
+  printed = call("experiments.evaluate", f"--workdir={copy}")
+  assert "eval.json has 1.2500 nats/token for the same step" in printed
+  assert json.loads((copy / "eval.json").read_text()) == own
 
 
 def test_inspect_ends_with_one_line_for_the_whole_state(workdir):
@@ -109,9 +144,14 @@ def test_generate_continues_the_prompt(workdir):
     ("evaluate", ["--step=3"], ["--step=3", "2, 4"]),
     ("evaluate", ["--eval_capacity_factor=0"], ["--eval_capacity_factor=0"]),
     ("evaluate", ["--config.model.width=64"], ["--config.model", "checkpoint"]),
+    ("evaluate", ["--max_batches=-1"], ["--max_batches", "-1"]),
+    ("evaluate", ["--batch_size=0"], ["--batch_size", "0"]),
     ("generate", ["--prompt=" + "x" * 40], ["--prompt", "32"]),
     ("generate", ["--temprature=1"], ["--temprature", "temperature"]),
     ("generate", ["--temperature=-1"], ["--temperature=-1"]),
+    ("generate", ["--num_samples=0"], ["--num_samples=0", "1 or more"]),
+    ("generate", ["--seed=-1"], ["--seed=-1"]),
+    ("generate", ["--step=3"], ["--step=3", "2, 4"]),
   ],
 )
 def test_mistakes_are_refused_by_name(workdir, program, args, names):
@@ -120,6 +160,26 @@ def test_mistakes_are_refused_by_name(workdir, program, args, names):
   assert "Traceback" not in error
   for name in names:
     assert name in error
+
+
+@pytest.mark.parametrize(
+  ("program", "args", "name"),
+  [
+    ("generate", ["--prompt=" + "x" * 40], "--prompt"),
+    ("generate", ["--prompt=\udcff"], "UTF-8"),
+    ("generate", ["--num_samples=0"], "--num_samples=0"),
+    ("evaluate", ["--config.data.test_fraction=0", "--split=test"], "--split=test"),
+  ],
+)
+def test_mistakes_are_found_before_parameters_are_read(
+  workdir, tmp_path, program, args, name
+):
+  """In a directory whose parameters are gone: those of a large run take minutes."""
+  shutil.copytree(workdir, tmp_path / "run")
+  for state in (tmp_path / "run" / "checkpoints").glob("*/state"):
+    shutil.rmtree(state)
+  error = call(f"experiments.{program}", f"--workdir={tmp_path / 'run'}", *args, code=2)
+  assert name in error and "Traceback" not in error and "damaged" not in error
 
 
 @pytest.mark.parametrize("program", ["evaluate", "generate"])

@@ -28,6 +28,7 @@ LINES = (
   *("loss", "bits_per_byte", "balance_loss", "z_loss", "grad_norm", "learning_rate"),
   *("dropped_fraction", "skipped_steps", "validation_loss", "validation_num_tokens"),
   *("validation_bits_per_byte", "validation_z_loss", "validation_dropped_fraction"),
+  "validation_split_tokens",
 )
 """What a line of metrics.jsonl has, besides speed, `moe` (compared apart), and what
 says how the work was cut: `validation_balance_loss` is a mean over routing groups, of
@@ -217,10 +218,9 @@ def test_processes_evaluate_together(machine, four):
     out, _, logs = machine.run(
       "experiments.evaluate", *flags, f"--output={output}", count=count, devices=2
     )
-    assert str(output / "eval_4_test.json") in out
-    results.append(
-      [json.loads((output / f"{n}_4_test.json").read_text()) for n in ("eval", "routing")]
-    )
+    assert str(output / "eval_4_test_capacity_0.5_dropless.json") in out
+    names = ("eval_4_test_capacity_0.5_dropless", "routing_4_test")
+    results.append([json.loads((output / f"{n}.json").read_text()) for n in names])
   assert ours(logs[0]) == []
   assert not [p for p in machine.notes(1) if p.startswith(str(machine.root / "by_2"))]
   (one, routing), (two, routing_of_two) = results

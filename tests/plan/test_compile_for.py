@@ -10,6 +10,7 @@ import pytest
 
 from moejax.config import Config, MeshConfig, ModelConfig, MoEConfig
 from moejax.plan import pod, topology, wire_bound
+from moejax.plan.chips import CHIPS
 from moejax.plan.compile import compile_step
 
 COMMAND = [sys.executable, "-m", "tools.compile_for"]
@@ -35,7 +36,7 @@ def test_report(compiled):
   """Memory, FLOPs and bytes against what they must be by hand."""
   config, step = compiled
   machine = topology.parse("cpu:8")
-  found = pod.report(config, machine, step, topology.CHIPS["cpu"])
+  found = pod.report(config, machine, step, CHIPS["cpu"])
   memory = found["memory_per_chip_bytes"]
   assert found["chips"] == 8 and found["fits"] and found["topology"] == "cpu:8"
   kinds = ("parameters", "optimizer", "other_arguments")
@@ -86,7 +87,7 @@ def test_time_on_a_torus():
   chips = [_Chip((x, y, 0), z) for z in range(2) for x in range(4) for y in range(4)]
 
   devices = np.array(chips, dtype=object).reshape(2, 4, 4, 1)
-  chip = topology.CHIPS["v5p"]
+  chip = CHIPS["v5p"]
   network = pod.Network(devices, topology.parse("v5p:4x4x1", 2), chip)
   sent, link = 1e9, chip.link_bandwidth
 

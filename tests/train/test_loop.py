@@ -16,7 +16,7 @@ import pytest
 
 from moejax import data
 from moejax.config import Config
-from moejax.evaluate import report
+from moejax.evaluate import report, results
 from moejax.parallel.mesh import make_mesh
 from moejax.train import finish, loop, progress, step_log, writers
 from moejax.train import step as step_lib
@@ -222,7 +222,7 @@ class TestReport:
     assert report.draw(tmp_path) == tmp_path / "report.png"
     baseline = {"loss": 3.0, "bits_per_byte": 4.3}
     final = {"loss": 2.5, "bits_per_byte": 3.6, "baselines": {"unigram": baseline}}
-    finish.write_json(tmp_path / "eval.json", final)
+    results.write(tmp_path / "eval.json", final)
     path = report.draw(tmp_path)
     assert path is not None and path.read_bytes().startswith(b"\x89PNG")
 

@@ -97,10 +97,25 @@ def test_utilisation_is_flops_over_the_peak_of_all_devices():
   assert "utilisation" not in on_cpu
 
 
-def test_the_longest_device_name_wins():
-  assert metrics.peak_flops("NVIDIA H100 PCIe") == 756e12
-  assert metrics.peak_flops("TPU v5 lite") == 197e12
-  assert metrics.peak_flops("TPU v5p") == 459e12
+def test_utilisation_is_by_device_where_a_chip_has_two():
+  """Four chips of TPU7x are eight devices: 2307e12 / 2 each, so half of it is half."""
+  values = metrics.speed_metrics(
+    1e6,
+    1.0,
+    flops_per_token=4 * 2307e12 / 2 / 1e6,
+    num_devices=8,
+    device_kind="TPU7x",
+  )
+  assert values["utilisation"] == pytest.approx(0.5)
+
+
+@pytest.mark.parametrize("kind", ["NVIDIA H100 MIG 1g.10gb", "Tesla V100-SXM2-16GB"])
+def test_without_a_known_peak_there_is_no_utilisation(kind):
+  """A slice of a GPU is not in the table, and a V100 has no bfloat16 products."""
+  values = metrics.speed_metrics(
+    1.0, 1.0, flops_per_token=1.0, num_devices=1, device_kind=kind
+  )
+  assert set(values) == {"tokens_per_second", "model_flops_per_second"}
 
 
 def test_many_experts_are_logged_as_quantiles():

@@ -50,7 +50,7 @@ def test_a_run_with_a_hole_in_a_sharding_rule_warns_once(
   """
   break_rule(monkeypatch, expert=None)
   monkeypatch.setattr(finish, "finish", lambda run, reporter: {"exit_code": 0})
-  monkeypatch.setattr(loop, "make_evaluate", lambda run: lambda: None)
+  monkeypatch.setattr(loop, "make_evaluate", lambda *_: lambda: None)
   config = one_layer(MeshConfig(data=2, expert=4))
   config.data.cache_dir = cache_dir
   loop.train(config, tmp_path, devices=jax.devices())

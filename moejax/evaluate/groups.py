@@ -1,0 +1,74 @@
+"""Which tokens share a routing group when a model is evaluated: the same as in training.
+
+Under a finite capacity the fate of a token depends on its group, so the evaluation while
+training, the one after the last step and `experiments.evaluate` all ask here. A group is
+
+  moe.group_size = 0   a sequence
+  moe.group_size = n   n consecutive tokens of the split, in the order they are stored in
+  moe.group_size = -1  as many tokens as a microbatch of training has
+
+and a batch holds whole groups, on every device. So a result depends neither on the batch
+size nor on the mesh. Only a split's last group may be part padding, which takes no slot.
+
+Letters: B sequences of a microbatch, S tokens of a sequence, T of a group.
+"""
+
+import copy
+import math
+from collections.abc import Sequence
+from typing import Any
+
+from jax.sharding import Mesh
+
+from moejax.config import Config
+from moejax.layers.moe import WHOLE_BATCH
+from moejax.models.decoder import Decoder
+from moejax.parallel.mesh import num_token_shards
+from moejax.routing.registry import ROUTERS
+
+
+def group_tokens(config: Config) -> int:
+  """T."""
+  length = config.data.sequence_length
+  if config.moe.group_size == WHOLE_BATCH:
+    return _microbatch(config) * length
+  return config.moe.group_size or length
+
+
+def make_model(config: Config, vocab_size: int) -> Decoder:
+  """The model to evaluate: that of training, with groups that no batch size changes."""
+  moe = copy.deepcopy(config.moe)
+  if moe.group_size == WHOLE_BATCH:
+    moe.group_size = group_tokens(config)
+  return Decoder(config.model, moe, vocab_size=vocab_size)
+
+
+def batch_size(
+  config: Config, mesh: Mesh, factors: Sequence[float | None], wanted: int = 0
+) -> int:
+  """Sequences of an evaluation's batch: whole groups for each device of the mesh.
+
+  Args:
+    config: of the run, with what was overridden.
+    mesh: where it is evaluated.
+    factors: the capacity factors; if all are None there are no groups to keep whole.
+    wanted: the least; 0 is a microbatch of training.
+  """
+  shards = num_token_shards(mesh)
+  multiple = shards
+  if not config.moe.dense_twin and any(factor is not None for factor in factors):
+    # Under gspmd devices share a group, as they do in training.
+    devices = 1 if config.moe.exchange == "gspmd" else shards
+    tokens, length = group_tokens(config) * devices, config.data.sequence_length
+    multiple = math.lcm(shards, tokens // math.gcd(tokens, length))
+  return -(-(wanted or _microbatch(config)) // multiple) * multiple
+
+
+def least_factor(model: Any) -> float | None:
+  """Dropless, but for routers whose experts must have a number of slots."""
+  needs_capacity = model.moe_layers and ROUTERS[model.moe.router].needs_capacity
+  return model.moe.eval_capacity_factor if needs_capacity else None
+
+
+def _microbatch(config: Config) -> int:
+  return config.train.batch_size // config.train.accumulation
