@@ -189,4 +189,53 @@ MUTANTS = (
       "expert = choose(logits,",
     ),
   ),
+  *_in(
+    "losses.py",
+    (
+      "first choices counted after overflow moved them",
+      "first = routing.first\n",
+      "first = routing.expert.reshape(valid.shape[0], -1)[:, 0]\n",
+    ),
+    (
+      "absent experts count in the balance loss",
+      "num_experts = num_present or probs.shape[-1]",
+      "num_experts = probs.shape[-1]",
+    ),
+  ),
+  *_in(
+    "token_choice.py",
+    (
+      "an absent expert takes tokens",
+      "inputs.present[expert]",
+      "inputs.present[expert] | True",
+    ),
+    (
+      "generation counts from zero",
+      "return inputs.positions",
+      "return jnp.zeros_like(inputs.positions)",
+    ),
+    (
+      "the raw second gate is normalised",
+      "gate if raw else normalize(gate)",
+      "normalize(gate)",
+    ),
+  ),
+  *_in(
+    "bias.py",
+    ("the threshold is the K-th score", "[0][:, order:]", "[0][:, order - 1 : order]"),
+    (
+      "padding counts in margins",
+      "counted = jnp.broadcast_to(valid.astype(jnp.float32)[:, None], index.shape)",
+      "counted = jnp.ones(index.shape, jnp.float32)",
+    ),
+    (
+      "absent experts' biases move",
+      "moved = jnp.where(present, moved, bias)",
+      "moved = moved + 0.0",
+    ),
+  ),
+  *_in(
+    "queueing.py",
+    ("every norm is the sum", "if norm == 1.0:", "if True:"),
+  ),
 )

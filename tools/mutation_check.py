@@ -21,7 +21,7 @@ import tempfile
 from tools.mutants import MUTANTS, Mutant
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
-COPIED = ("moejax", "tests", "configs", "pyproject.toml")
+COPIED = ("moejax", "tests", "configs", "experiments", "docs", "pyproject.toml")
 TESTS = ("tests/routing", "tests/layers", "tests/golden")
 
 
