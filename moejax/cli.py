@@ -25,7 +25,7 @@ from absl import logging as absl_logging
 
 from moejax import config_io, config_list
 from moejax.config import Config
-from moejax.config_check import validate
+from moejax.config_check import validate, validate_fields
 from moejax.errors import ConfigError, UserError, did_you_mean, nearest
 
 # Flags defined by `define_config` belong to the program that called it.
@@ -63,11 +63,14 @@ def define_config(default: str | None = DEFAULT_CONFIG) -> None:
   flags.FLAGS.set_default("config", default)
 
 
-def get_config(base: Config | None = None) -> Config:
+def get_config(
+  base: Config | None = None, announce: Callable[[], None] | None = None
+) -> Config:
   """The config of this command line, checked; every call returns a new one.
 
   Args:
     base: what the overrides are laid over, itself unchanged; None reads --config.
+    announce: called once every check has passed that does not take seconds to import.
 
   Raises:
     ConfigError: the file cannot be used, or `validate` refuses the result.
@@ -77,8 +80,28 @@ def get_config(base: Config | None = None) -> Config:
   config = config_io.from_dict(config_io.to_dict(base))
   for dotted, value in _overrides.items():
     config_io.set_field(config, dotted, value)
+  validate_fields(config)
+  if announce is not None:
+    announce()
   validate(config)
   return config
+
+
+def run_directory() -> pathlib.Path:
+  """--workdir of a program that reads a run.
+
+  Raises:
+    UserError: it is missing, or no directory.
+  """
+  given = flags.FLAGS["workdir"].value
+  remedy = "Give the directory that experiments.train was given as --workdir."
+  if not given:
+    raise UserError(f"--workdir=DIR is missing. {remedy}")
+  path = pathlib.Path(given)
+  if not path.is_dir():
+    what = "is a file" if path.exists() else "does not exist"
+    raise UserError(f"--workdir={given} {what}. {remedy}")
+  return path
 
 
 def overrides() -> dict[str, Any]:
@@ -112,14 +135,11 @@ def load_config(path: str) -> Config:
     spec.loader.exec_module(module)
     make = getattr(module, "get_config", None)
     config = make() if callable(make) else None
-  except ConfigError:
+  except (ConfigError, KeyboardInterrupt):
     raise
-  except Exception as error:
-    line = traceback.extract_tb(error.__traceback__)[-1]
-    raise ConfigError(
-      f"--config={path} fails at {line.filename}:{line.lineno}: "
-      f"{type(error).__name__}: {error}"
-    ) from error
+  except BaseException as error:
+    # Not only Exception: a file that calls sys.exit must not end the program in silence.
+    raise ConfigError(f"--config={path} {_failure(error, file)}") from error
   if not isinstance(config, Config):
     raise ConfigError(
       f"--config={path}: it needs a function get_config() that returns a "
@@ -128,6 +148,23 @@ def load_config(path: str) -> Config:
       + ". See configs/default.py."
     )
   return config
+
+
+def _failure(error: BaseException, file: pathlib.Path) -> str:
+  """Where a config file fails and why, on one line."""
+  if isinstance(error, SyntaxError):
+    text = f": {error.text.strip()}" if error.text else ""
+    return f"fails at {error.filename}:{error.lineno}: SyntaxError: {error.msg}{text}"
+  # The innermost line of the file itself: what it called may lie deep in a library.
+  frames = traceback.extract_tb(error.__traceback__)
+  own = [frame.lineno for frame in frames if frame.filename == str(file)]
+  where = f"{file}:{own[-1]}" if own else str(file)
+  if isinstance(error, SystemExit):
+    return (
+      f"leaves the program at {where} ({error.code!r}). A config file only describes."
+    )
+  words = " ".join(str(error).split())
+  return f"fails at {where}: {type(error).__name__}{f': {words}' if words else ''}"
 
 
 def _find_config(path: str) -> pathlib.Path:
