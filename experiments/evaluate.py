@@ -20,10 +20,12 @@ from typing import Any
 
 from absl import flags
 
-from moejax import cli
+from moejax import cli, compilation_cache
 from moejax.errors import UserError
 
-_STEP = flags.DEFINE_integer("step", None, "Which checkpoint; default the newest.")
+_STEP = flags.DEFINE_integer(
+  "step", None, "Which checkpoint; default the newest.", lower_bound=0
+)
 _SPLIT = flags.DEFINE_enum(
   "split", "validation", ["train", "validation", "test"], "Which documents."
 )
@@ -33,9 +35,15 @@ _FACTORS = flags.DEFINE_string(
   "Capacity factors to compare, e.g. 1,1.25,2,dropless; default the config's.",
 )
 _BATCH = flags.DEFINE_integer(
-  "batch_size", None, "Sequences per step; changes no result; default the config's."
+  "batch_size",
+  None,
+  "Sequences per step; changes no result; default the config's.",
+  lower_bound=1,
+  upper_bound=2**31 - 1,
 )
-_LIMIT = flags.DEFINE_integer("max_batches", 0, "Only so many batches; 0 is all.")
+_LIMIT = flags.DEFINE_integer(
+  "max_batches", 0, "Only so many batches; 0 is all.", lower_bound=0
+)
 _ROUTING = flags.DEFINE_bool(
   "routing", False, "Also write routing_STEP_SPLIT.json and .png: who serves what."
 )
@@ -49,7 +57,7 @@ def main() -> None:
   from moejax.evaluate import perplexity
   from moejax.parallel import distributed
 
-  workdir = _workdir()
+  workdir = cli.run_directory()
   output = _writable(pathlib.Path(_OUTPUT.value or workdir))
   factors = perplexity.parse_capacity_factors(_FACTORS.value) if _FACTORS.value else None
   facts = {f"--{name}": str(value) for name, value in _asked().items()}
@@ -80,6 +88,7 @@ def evaluate(
   tells = jax.process_index() == 0
   shapes, config, _ = peek(workdir, _STEP.value)
   config = cli.get_config(base=config)
+  compilation_cache.enable(config.data.cache_dir)
   dataset = data.load(config.data, workdir=workdir, store=tells)
   model = perplexity.make_model(config, dataset.tokenizer.vocab_size)
   perplexity.check_params(model, shapes)
@@ -146,12 +155,6 @@ def _analyse_routing(
   print(stem.with_suffix(".png"))
 
 
-def _workdir() -> pathlib.Path:
-  if not flags.FLAGS.workdir:
-    raise UserError("--workdir=DIR is missing: give the directory of a run.")
-  return pathlib.Path(flags.FLAGS.workdir)
-
-
 def _writable(directory: pathlib.Path) -> pathlib.Path:
   """Refuses now what would otherwise fail after the whole evaluation."""
   if not directory.is_dir() or not os.access(directory, os.W_OK):
@@ -179,4 +182,5 @@ def _write(path: pathlib.Path, values: dict[str, Any]) -> None:
 
 if __name__ == "__main__":
   cli.define_config(default=None)
+  compilation_cache.define_flag()
   cli.run(main)

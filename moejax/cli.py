@@ -9,13 +9,16 @@ Nothing here imports jax, so a misspelt flag is refused in a fraction of a secon
 by every program that imports its heavy parts inside `main`.
 """
 
+import _thread
 import functools
 import importlib.util
 import logging
 import pathlib
 import shlex
+import signal
 import sys
 import textwrap
+import threading
 import traceback
 from collections.abc import Callable
 from typing import Any, TypeVar
@@ -35,6 +38,9 @@ DEFAULT_CONFIG = "configs/default.py"
 _HELP = ("help", "h", "helpshort", "helpfull")
 _INTERRUPTED = 130
 _T = TypeVar("_T")
+
+_pressed: list[int] = []
+"""Ctrl-C so far."""
 
 _overrides: dict[str, Any] = {}
 """Dotted name to value, from the last parsed command line."""
@@ -195,14 +201,37 @@ def run(main: Callable[[], int | None]) -> None:
 
 
 def _guarded(function: Callable[[], _T]) -> _T:
+  _listen()
   try:
     return function()
   except UserError as error:
     print(f"error: {error}", file=sys.stderr)
     sys.exit(error.exit_code)
-  except KeyboardInterrupt:
+  except (KeyboardInterrupt, Exception) as error:
+    # A library that is being imported may make another error of it.
+    if not (_pressed or isinstance(error, KeyboardInterrupt)):
+      raise
     print("interrupted", file=sys.stderr)
     sys.exit(_INTERRUPTED)
+
+
+def _listen() -> None:
+  """Notes each Ctrl-C, and repeats one that was lost in a callback of a library."""
+  if signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
+    return  # Ignored, as of a job in the background, or somebody else's.
+
+  def interrupt(number: int, frame: Any) -> None:
+    _pressed.append(number)
+    signal.default_int_handler(number, frame)
+
+  def lost(unraisable: Any) -> None:
+    if unraisable.exc_type is KeyboardInterrupt:
+      threading.Timer(0.1, _thread.interrupt_main).start()
+    else:
+      sys.__unraisablehook__(unraisable)
+
+  signal.signal(signal.SIGINT, interrupt)
+  sys.unraisablehook = lost
 
 
 class _OursOrWarning(logging.Filter):

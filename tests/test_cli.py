@@ -12,7 +12,7 @@ from absl import flags
 from absl.testing import flagsaver
 
 from configs import default
-from moejax import cli
+from moejax import cli, startup
 from moejax.config import Config
 from moejax.errors import ConfigError, UserError, did_you_mean, nearest
 
@@ -329,6 +329,69 @@ def test_a_misspelt_flag_is_refused_before_jax_is_imported():
   command = [sys.executable, "-c", code]
   result = subprocess.run(command, capture_output=True, text=True, timeout=60)
   assert result.stdout == "False\n", result.stderr
+
+
+def test_the_first_line_comes_before_jax():
+  """What is announced is on screen before the seconds that importing jax takes."""
+  code = (
+    "import sys\nfrom moejax import cli, startup\ncli.define_config()\n"
+    "cli.parse(['p'])\n"
+    "cli.get_config(announce=lambda: startup.announce(str('jax' in sys.modules)))\n"
+  )
+  command = [sys.executable, "-c", code]
+  result = subprocess.run(command, capture_output=True, text=True, timeout=60)
+  assert result.stdout == "False\n", result.stderr
+
+
+@pytest.mark.parametrize("name", ["JAX_PROCESS_ID", "SLURM_PROCID", "TPU_WORKER_ID"])
+def test_only_the_first_process_announces(monkeypatch, capsys, name):
+  """Known before jax is there, from the launcher's variables or the flag."""
+  for variable in startup._INDEX_VARIABLES:
+    monkeypatch.delenv(variable, raising=False)
+  startup.announce("alone")
+  monkeypatch.setenv(name, "0")
+  startup.announce("first")
+  monkeypatch.setenv(name, "1")
+  startup.announce("second")
+  startup.announce("first by flag", 0)
+  startup.announce("second by flag", 1)
+  assert capsys.readouterr().out == "alone\nfirst\nfirst by flag\n"
+
+
+_PRESSED = """
+import os, signal, sys
+from absl import flags
+from moejax import cli
+
+class Lost:
+  def __del__(self):
+    signal.raise_signal(signal.SIGINT)
+
+def main():
+  if sys.argv[-1] == "--how=import":
+    try:
+      signal.raise_signal(signal.SIGINT)
+    except KeyboardInterrupt:
+      raise ImportError("initializing the extension")
+  lost = Lost()
+  del lost
+  signal.sigtimedwait([], 20)
+  print("went on")
+
+flags.DEFINE_string("how", "", "")
+cli.run(main)
+"""
+
+
+@pytest.mark.parametrize("how", ["import", "callback"])
+def test_ctrl_c_is_one_line_wherever_it_falls(tmp_path, how):
+  """In an import that makes an ImportError of it; in a destructor, where it is lost."""
+  file = tmp_path / "program.py"
+  file.write_text(_PRESSED)
+  command = [sys.executable, str(file), f"--how={how}"]
+  result = subprocess.run(command, capture_output=True, text=True, timeout=60)
+  assert (result.returncode, result.stdout) == (130, ""), result.stderr
+  assert result.stderr == "interrupted\n"
 
 
 def test_config_error_is_a_user_error():

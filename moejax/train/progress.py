@@ -2,16 +2,21 @@
 
 A terminal gets a bar with step, loss, tokens/s, time left and dropped tokens. A
 file or a pipe gets a bounded number of lines, so that the log of a million steps
-can still be read. Processes other than the first are silent.
+can still be read. What takes long before the first step is named while it lasts.
+Processes other than the first are silent.
 """
 
+import contextlib
 import sys
 import time
-from typing import Any, Protocol, runtime_checkable
+from collections.abc import Callable, Iterator
+from typing import Any, Protocol, TypeVar, runtime_checkable
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn
 from rich.text import Text
+
+_T = TypeVar("_T")
 
 MAX_LINES = 25
 """Plain progress lines of a whole run, messages not counted."""
@@ -27,6 +32,10 @@ class Reporter(Protocol):
 
   def message(self, text: str) -> None:
     """Says something once, above the bar."""
+    ...
+
+  def working(self, what: str) -> contextlib.AbstractContextManager[None]:
+    """Names what is being done in its body, and then how long it took."""
     ...
 
   def close(self) -> None: ...
@@ -66,6 +75,23 @@ class _Clock:
     return f"{hours}:{minutes:02d}:{seconds:02d}" if hours else f"{minutes}:{seconds:02d}"
 
 
+def first_call(
+  function: Callable[..., _T], what: str, reporter: Reporter
+) -> Callable[..., _T]:
+  """The function, whose first call is told of: the one that compiles."""
+  calls = 0
+
+  def call(*args: Any, **kwargs: Any) -> _T:
+    nonlocal calls
+    calls += 1
+    if calls > 1:
+      return function(*args, **kwargs)
+    with reporter.working(what):
+      return function(*args, **kwargs)
+
+  return call
+
+
 def describe(values: dict[str, Any]) -> str:
   """The few numbers worth watching, on one line."""
   parts = []
@@ -89,31 +115,56 @@ def _short(value: float) -> str:
   return f"{value:.0f}"
 
 
-class Bar:
-  """A live progress bar on a terminal."""
+class _Numbers(ProgressColumn):
+  """The latest numbers, or what is being done and since when."""
 
-  def __init__(self, total: int, start: int, console: Console):
+  def __init__(self):
+    super().__init__()
+    self.work: tuple[str, float] | None = None
+
+  def render(self, task: Task) -> Text:
+    if self.work is None:
+      return Text(task.fields["numbers"])
+    what, since = self.work
+    return Text(f"{what} {time.monotonic() - since:.0f} s")
+
+
+class Bar:
+  """A live progress bar on a terminal, from the first update or work on."""
+
+  def __init__(self, total: int, console: Console):
     self._clock = _Clock(total)
+    self._numbers = _Numbers()
     self._progress = Progress(
       TextColumn("step {task.completed:.0f}/{task.total:.0f}"),
       BarColumn(bar_width=None),
-      TextColumn("{task.fields[numbers]}"),
+      self._numbers,
       TextColumn("left"),
       _TimeLeft(self._clock),
       console=console,
     )
-    self._task = self._progress.add_task("", total=total, completed=start, numbers="")
+    self._task = self._progress.add_task("", total=total, numbers="")
     self._values: dict[str, Any] = {}
-    self._progress.start()
 
   def update(self, step: int, values: dict[str, Any]) -> None:
+    self._progress.start()
     self._clock.start(step)
     self._values.update(values)
-    numbers = describe(self._values) or "compiling"
-    self._progress.update(self._task, completed=step, numbers=numbers)
+    self._progress.update(self._task, completed=step, numbers=describe(self._values))
 
   def message(self, text: str) -> None:
     self._progress.console.print(text, markup=False, highlight=False)
+
+  @contextlib.contextmanager
+  def working(self, what: str) -> Iterator[None]:
+    self._progress.start()
+    since = time.monotonic()
+    self._numbers.work = (what, since)
+    try:
+      yield
+    finally:
+      self._numbers.work = None
+    self.message(_took(what, since))
 
   def close(self) -> None:
     self._progress.stop()
@@ -122,15 +173,17 @@ class Bar:
 class Lines:
   """Plain lines at even distances."""
 
-  def __init__(self, total: int, start: int, stream: Any):
+  def __init__(self, total: int, stream: Any):
     self._clock = _Clock(total)
     self._total = total
     self._stream = stream
-    self._every = max(1, -(-(total - start) // MAX_LINES))
-    self._next = start + 1
+    self._every = self._next = 0
     self._values: dict[str, Any] = {}
 
   def update(self, step: int, values: dict[str, Any]) -> None:
+    if not self._every:
+      self._every = max(1, -(-(self._total - step) // MAX_LINES))
+      self._next = step + 1
     self._clock.start(step)
     self._values.update(values)
     # Only where there is something new to show.
@@ -142,6 +195,13 @@ class Lines:
 
   def message(self, text: str) -> None:
     print(text, file=self._stream, flush=True)
+
+  @contextlib.contextmanager
+  def working(self, what: str) -> Iterator[None]:
+    self.message(f"{what} ...")
+    since = time.monotonic()
+    yield
+    self.message(_took(what, since))
 
   def close(self) -> None:
     pass
@@ -156,17 +216,22 @@ class Silent:
   def message(self, text: str) -> None:
     pass
 
+  def working(self, what: str) -> contextlib.AbstractContextManager[None]:
+    return contextlib.nullcontext()
+
   def close(self) -> None:
     pass
 
 
-def make_reporter(
-  total: int, start: int, *, process_index: int = 0, stream: Any = None
-) -> Reporter:
+def _took(what: str, since: float) -> str:
+  return f"{what}: {time.monotonic() - since:.1f} s"
+
+
+def make_reporter(total: int, *, process_index: int = 0, stream: Any = None) -> Reporter:
   """A bar on a terminal, lines elsewhere, nothing on other processes."""
   if process_index:
     return Silent()
   stream = sys.stdout if stream is None else stream
   if stream.isatty():
-    return Bar(total, start, Console(file=stream))
-  return Lines(total, start, stream)
+    return Bar(total, Console(file=stream))
+  return Lines(total, stream)
