@@ -86,7 +86,7 @@ def _misfit(config: Config, num_devices: int) -> str | None:
     shape = mesh_shape(config.mesh, num_devices)
   except ConfigError as error:
     return str(error)
-  size = dict(zip(_AXES, shape, strict=True))
+  size: dict[str, int] = dict(zip(_AXES, shape, strict=True))
   return (
     _undivided_batch(config, size)
     or _undivided_groups(config, size)

@@ -2,6 +2,7 @@
 
 import collections
 import warnings
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -34,6 +35,10 @@ def _jax(monkeypatch):
   jax_cache.reset_cache()
 
 
+def setting(name: str) -> Any:
+  return getattr(jax.config, name)
+
+
 def give(directory) -> None:
   flags = compilation_cache.flags.FLAGS
   flags.compilation_cache = str(directory)
@@ -46,7 +51,7 @@ def test_it_lies_with_the_prepared_data(tmp_path, monkeypatch):
     directory = compilation_cache.enable(given)
     assert directory is not None and directory.parent == tmp_path / root / "xla"
     assert jax.__version__ in directory.name
-    assert jax.config.jax_compilation_cache_dir == str(directory)
+    assert setting("jax_compilation_cache_dir") == str(directory)
     assert directory.stat().st_mode & 0o077 == 0
 
 
@@ -56,7 +61,7 @@ def test_the_flag_wins_and_none_turns_it_off(tmp_path):
   assert directory is not None and directory.parent == tmp_path / "mine"
   give("none")
   assert compilation_cache.enable(str(tmp_path / "data")) is None
-  assert not jax.config.jax_enable_compilation_cache
+  assert not setting("jax_enable_compilation_cache")
   assert not (tmp_path / "data").exists()
 
 
@@ -64,9 +69,9 @@ def test_the_flag_wins_and_none_turns_it_off(tmp_path):
 def test_what_jax_was_told_is_left_alone(tmp_path, monkeypatch, name):
   """Those who set its variables have decided."""
   monkeypatch.setenv(name, "")
-  before = jax.config.jax_compilation_cache_dir
+  before = setting("jax_compilation_cache_dir")
   assert compilation_cache.enable(str(tmp_path / "data")) is None
-  assert jax.config.jax_compilation_cache_dir == before
+  assert setting("jax_compilation_cache_dir") == before
   assert not (tmp_path / "data").exists()
 
 
@@ -81,7 +86,7 @@ def test_several_processes_use_only_a_directory_that_was_given(tmp_path, monkeyp
 def test_a_directory_that_cannot_be_used_is_a_warning(tmp_path, monkeypatch, caplog):
   """A file in the way, and a full disk: one line with the remedy, and no cache."""
   (tmp_path / "file").write_text("")
-  before = jax.config.jax_compilation_cache_dir
+  before = setting("jax_compilation_cache_dir")
   give(tmp_path / "file")
   assert compilation_cache.enable("") is None
   usage = collections.namedtuple("usage", "total used free")
@@ -90,7 +95,7 @@ def test_a_directory_that_cannot_be_used_is_a_warning(tmp_path, monkeypatch, cap
   )
   give(tmp_path / "full")
   assert compilation_cache.enable("") is None
-  assert jax.config.jax_compilation_cache_dir == before
+  assert setting("jax_compilation_cache_dir") == before
   lines = [record.getMessage() for record in caplog.records]
   assert len(lines) == 2 and all("--compilation_cache=DIR" in line for line in lines)
   assert "file" in lines[0] and "has only 1 MB left" in lines[1]

@@ -299,7 +299,7 @@ def test_a_mesh_with_a_free_axis_goes_on_over_other_numbers_of_devices(
   text = said.getvalue()
   assert "Using 2 of 3 devices: --config.train.batch_size=8" in text
   assert "Using 4 of 8 devices: --config.moe.group_size=64" in text
-  for part in ("2 x CPU, mesh data 2; 3", " parameters, ", "256 tokens a step, 2 steps"):
+  for part in ("2 x CPU, mesh data 2; ", " parameters, ", "256 tokens a step, 2 steps"):
     assert part in text
   for what in ("making the parameters", "restoring checkpoint 2", "compiling the train"):
     assert f"{what}" in text
