@@ -26,7 +26,7 @@ from typing import Any
 
 from absl import flags
 
-from moejax import cli
+from moejax import cli, compilation_cache
 from moejax.errors import UserError
 
 _STEP = flags.DEFINE_integer(
@@ -46,6 +46,7 @@ _BATCH = flags.DEFINE_integer(
   "Sequences per step, raised to whole routing groups on every device; changes no "
   "result; default a microbatch of training.",
   lower_bound=1,
+  upper_bound=2**31 - 1,
 )
 _LIMIT = flags.DEFINE_integer(
   "max_batches", 0, "Only so many batches; 0 is all.", lower_bound=0
@@ -63,7 +64,7 @@ def main() -> None:
   from moejax.evaluate import perplexity
   from moejax.parallel import distributed
 
-  workdir = _workdir()
+  workdir = cli.run_directory()
   output = _writable(pathlib.Path(_OUTPUT.value or workdir))
   factors = perplexity.parse_capacity_factors(_FACTORS.value) if _FACTORS.value else None
   facts = {f"--{name}": str(value) for name, value in _asked().items()}
@@ -96,6 +97,7 @@ def evaluate(
   shapes, trained, meta = peek(workdir, _STEP.value)
   trained = owner.own_paths(trained, meta.get("owner"), cli.overrides(), workdir)
   config = cli.get_config(base=trained)
+  compilation_cache.enable(config.data.cache_dir)
   factors = factors or (config.moe.eval_capacity_factor,)
   dataset = data.load(config.data, workdir=workdir, store=False)
   model = groups.make_model(config, dataset.tokenizer.vocab_size)
@@ -198,7 +200,7 @@ def _watched(what: dict[str, Any], tells: bool) -> Iterator[Callable[[int], None
   length = dataset.config.sequence_length
   total = dataset.num_tokens(split)
   covered = what["limit"] * what["batch_size"] * length or total
-  reporter = make_reporter(0, 0, process_index=0 if tells else 1, stream=sys.stderr)
+  reporter = make_reporter(0, process_index=0 if tells else 1, stream=sys.stderr)
   try:
     with watched(reporter, f"{split}, tokens", min(covered, total)) as progress:
       yield progress
@@ -251,12 +253,6 @@ def _analyse_routing(
   print(picture)
 
 
-def _workdir() -> pathlib.Path:
-  if not flags.FLAGS.workdir:
-    raise UserError("--workdir=DIR is missing: give the directory of a run.")
-  return pathlib.Path(flags.FLAGS.workdir)
-
-
 def _writable(directory: pathlib.Path) -> pathlib.Path:
   """Refuses now what would otherwise fail after the whole evaluation."""
   if not directory.is_dir() or not os.access(directory, os.W_OK):
@@ -268,4 +264,5 @@ def _writable(directory: pathlib.Path) -> pathlib.Path:
 
 if __name__ == "__main__":
   cli.define_config(default=None)
+  compilation_cache.define_flag()
   cli.run(main)

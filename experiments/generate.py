@@ -15,21 +15,36 @@ from typing import Any
 
 from absl import flags
 
-from moejax import cli
+from moejax import cli, compilation_cache
 from moejax.errors import UserError
 
 _PROMPT = flags.DEFINE_multi_string("prompt", None, "Text to continue; repeatable.")
 _PROMPT_FILE = flags.DEFINE_string("prompt_file", None, "Read the prompt from a file.")
-_STEP = flags.DEFINE_integer("step", None, "Which checkpoint; default the newest.")
-_MAX_TOKENS = flags.DEFINE_integer("max_tokens", 200, "Most tokens of a sample.")
-_TEMPERATURE = flags.DEFINE_float("temperature", 0.8, "0 is greedy.")
-_TOP_K = flags.DEFINE_integer("top_k", 0, "Only the k most probable; 0 is off.")
-_TOP_P = flags.DEFINE_float("top_p", 1.0, "Only the most probable mass p; 1 is off.")
-_SEED = flags.DEFINE_integer("seed", 0, "Same seed, same samples.")
-_NUM_SAMPLES = flags.DEFINE_integer("num_samples", 1, "Samples of each prompt.")
+_STEP = flags.DEFINE_integer(
+  "step", None, "Which checkpoint; default the newest.", lower_bound=0
+)
+_MAX_TOKENS = flags.DEFINE_integer(
+  "max_tokens", 200, "Most tokens of a sample.", lower_bound=1, upper_bound=2**31 - 1
+)
+_TEMPERATURE = flags.DEFINE_float(
+  "temperature", 0.8, "0 is greedy.", lower_bound=0, upper_bound=1e6
+)
+_TOP_K = flags.DEFINE_integer(
+  "top_k", 0, "Only the k most probable; 0 is off.", lower_bound=0, upper_bound=2**31 - 1
+)
+_TOP_P = flags.DEFINE_float(
+  "top_p", 1.0, "Only the most probable mass p; 1 is off.", lower_bound=0, upper_bound=1
+)
+_SEED = flags.DEFINE_integer(
+  "seed", 0, "Same seed, same samples.", lower_bound=0, upper_bound=2**31 - 1
+)
+_NUM_SAMPLES = flags.DEFINE_integer(
+  "num_samples", 1, "Samples of each prompt.", lower_bound=1, upper_bound=65_536
+)
 
 
 def main() -> None:
+  workdir, prompts = cli.run_directory(), _prompts()
   # jax is imported after the flags are known to be right.
   from moejax.data.tokenizer import load_tokenizer
   from moejax.evaluate import generation
@@ -44,12 +59,9 @@ def main() -> None:
       f"{place.count}: start it by itself, without a launcher."
     )
   host_memory.keep_freed_pages()
-  if not flags.FLAGS.workdir:
-    raise UserError("--workdir=DIR is missing: give the directory of a run.")
-  workdir = pathlib.Path(flags.FLAGS.workdir)
-  prompts = _prompts()
   _, config, meta = peek(workdir, _STEP.value)
   config = cli.get_config(base=config)
+  compilation_cache.enable(config.data.cache_dir)
   tokenizer = load_tokenizer(workdir)
   model = Decoder(config.model, config.moe, vocab_size=tokenizer.vocab_size)
   how: dict[str, Any] = {
@@ -90,4 +102,5 @@ def _prompts() -> list[str]:
 
 if __name__ == "__main__":
   cli.define_config(default=None)
+  compilation_cache.define_flag()
   cli.run(main)

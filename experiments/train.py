@@ -17,10 +17,14 @@ import sys
 
 from absl import flags
 
-from moejax import cli
+from moejax import cli, compilation_cache, startup
 from moejax.config import Config
 from moejax.errors import UserError
 from moejax.parallel import meeting
+
+_SHOWN = 5
+"""Overrides that the first line names."""
+_DAYS = 30 * 86_400.0
 
 _INIT_FROM = flags.DEFINE_string(
   "init_from", "", "Directory of a run whose parameters a new run starts from."
@@ -28,13 +32,26 @@ _INIT_FROM = flags.DEFINE_string(
 _ADDRESS = flags.DEFINE_string(
   "coordinator_address", "", "Of several processes: host:port of process 0."
 )
-_COUNT = flags.DEFINE_integer("num_processes", None, "Of several processes: how many.")
-_INDEX = flags.DEFINE_integer("process_id", None, "Of several processes: which one.")
+_COUNT = flags.DEFINE_integer(
+  "num_processes",
+  None,
+  "Of several processes: how many.",
+  lower_bound=1,
+  upper_bound=65_536,
+)
+_INDEX = flags.DEFINE_integer(
+  "process_id",
+  None,
+  "Of several processes: which one.",
+  lower_bound=0,
+  upper_bound=65_535,
+)
 _JOIN = flags.DEFINE_float(
   "join_timeout",
   meeting.JOIN_SECONDS,
   "Of several processes: seconds to wait for the others.",
   lower_bound=0,
+  upper_bound=_DAYS,
 )
 _HANG = flags.DEFINE_float(
   "hang_timeout",
@@ -42,15 +59,19 @@ _HANG = flags.DEFINE_float(
   "Seconds without a step after which all stacks are written; 0 never. "
   "Default: 600 with several processes, else never.",
   lower_bound=0,
+  upper_bound=_DAYS,
+)
+_IGNORE_MEMORY = flags.DEFINE_bool(
+  "ignore_memory", False, "Start even if the run cannot fit into memory by its shapes."
 )
 
 
 def main() -> int:
   # ------------------------------------------------------------------ configuration
-  config = cli.get_config()
   if not flags.FLAGS.workdir:
-    raise UserError("--workdir is missing: give the directory of the run.")
+    raise UserError("--workdir=DIR is missing: give the directory of the run.")
   workdir = pathlib.Path(flags.FLAGS.workdir)
+  config = cli.get_config(announce=_announce)
 
   # ------------------------------------------------------------------------ devices
   # After the configuration: a mistake there should not cost the import of jax.
@@ -64,12 +85,24 @@ def main() -> int:
     return train(config, workdir)
 
 
+def _announce() -> None:
+  """The first line; what follows takes seconds to import."""
+  changed = [f"{name}={value}" for name, value in cli.overrides().items()]
+  if len(changed) > _SHOWN:
+    changed[_SHOWN:] = [f"{len(changed) - _SHOWN} more"]
+  text = f"Training {flags.FLAGS.config} in {flags.FLAGS.workdir}"
+  startup.announce(
+    text + (f" with {', '.join(changed)}" if changed else "") + ".", _INDEX.value
+  )
+
+
 def train(config: Config, workdir: pathlib.Path) -> int:
   import jax
 
   from moejax.parallel import hang, host_memory
 
   host_memory.keep_freed_pages()
+  compilation_cache.enable(config.data.cache_dir)
 
   # ----------------------------------------------------------------------- training
   from moejax.train import loop, step_log
@@ -79,7 +112,12 @@ def train(config: Config, workdir: pathlib.Path) -> int:
     patience = hang.DEFAULT_SECONDS if jax.process_count() > 1 else 0.0
   try:
     with hang.reported(patience, f"process {jax.process_index()}"):
-      result = loop.train(config, workdir, init_from=_INIT_FROM.value)
+      result = loop.train(
+        config,
+        workdir,
+        init_from=_INIT_FROM.value,
+        ignore_memory=_IGNORE_MEMORY.value,
+      )
   except step_log.TrainingStopped as error:
     print(f"error: {error}", file=sys.stderr)
     return 1
@@ -88,4 +126,5 @@ def train(config: Config, workdir: pathlib.Path) -> int:
 
 if __name__ == "__main__":
   cli.define_config()
+  compilation_cache.define_flag()
   cli.run(main)

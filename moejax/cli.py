@@ -9,13 +9,16 @@ Nothing here imports jax, so a misspelt flag is refused in a fraction of a secon
 by every program that imports its heavy parts inside `main`.
 """
 
+import _thread
 import functools
 import importlib.util
 import logging
 import pathlib
 import shlex
+import signal
 import sys
 import textwrap
+import threading
 import traceback
 from collections.abc import Callable
 from typing import Any, TypeVar
@@ -25,7 +28,7 @@ from absl import logging as absl_logging
 
 from moejax import config_io, config_list
 from moejax.config import Config
-from moejax.config_check import refuse_unread, validate
+from moejax.config_check import refuse_unread, validate, validate_fields
 from moejax.errors import ConfigError, UserError, did_you_mean, nearest
 
 # Flags defined by `define_config` belong to the program that called it.
@@ -35,6 +38,9 @@ DEFAULT_CONFIG = "configs/default.py"
 _HELP = ("help", "h", "helpshort", "helpfull")
 _INTERRUPTED = 130
 _T = TypeVar("_T")
+
+_pressed: list[int] = []
+"""Ctrl-C so far."""
 
 _overrides: dict[str, Any] = {}
 """Dotted name to value, from the last parsed command line."""
@@ -63,11 +69,14 @@ def define_config(default: str | None = DEFAULT_CONFIG) -> None:
   flags.FLAGS.set_default("config", default)
 
 
-def get_config(base: Config | None = None) -> Config:
+def get_config(
+  base: Config | None = None, announce: Callable[[], None] | None = None
+) -> Config:
   """The config of this command line, checked; every call returns a new one.
 
   Args:
     base: what the overrides are laid over, itself unchanged; None reads --config.
+    announce: called once every check has passed that does not take seconds to import.
 
   Raises:
     ConfigError: the file cannot be used, or `validate` refuses the result.
@@ -78,12 +87,32 @@ def get_config(base: Config | None = None) -> Config:
   config = config_io.from_dict(config_io.to_dict(base))
   for dotted, value in _overrides.items():
     config_io.set_field(config, dotted, value)
+  validate_fields(config)
+  if announce is not None:
+    announce()
   validate(config)
   given = list(_overrides)
   if from_file:
     given += [name for name, _, _ in config_io.difference(Config(), config)]
   refuse_unread(config, given)
   return config
+
+
+def run_directory() -> pathlib.Path:
+  """--workdir of a program that reads a run.
+
+  Raises:
+    UserError: it is missing, or no directory.
+  """
+  given = flags.FLAGS["workdir"].value
+  remedy = "Give the directory that experiments.train was given as --workdir."
+  if not given:
+    raise UserError(f"--workdir=DIR is missing. {remedy}")
+  path = pathlib.Path(given)
+  if not path.is_dir():
+    what = "is a file" if path.exists() else "does not exist"
+    raise UserError(f"--workdir={given} {what}. {remedy}")
+  return path
 
 
 def overrides() -> dict[str, Any]:
@@ -117,14 +146,11 @@ def load_config(path: str) -> Config:
     spec.loader.exec_module(module)
     make = getattr(module, "get_config", None)
     config = make() if callable(make) else None
-  except ConfigError:
+  except (ConfigError, KeyboardInterrupt):
     raise
-  except Exception as error:
-    line = traceback.extract_tb(error.__traceback__)[-1]
-    raise ConfigError(
-      f"--config={path} fails at {line.filename}:{line.lineno}: "
-      f"{type(error).__name__}: {error}"
-    ) from error
+  except BaseException as error:
+    # Not only Exception: a file that calls sys.exit must not end the program in silence.
+    raise ConfigError(f"--config={path} {_failure(error, file)}") from error
   if not isinstance(config, Config):
     raise ConfigError(
       f"--config={path}: it needs a function get_config() that returns a "
@@ -133,6 +159,23 @@ def load_config(path: str) -> Config:
       + ". See configs/default.py."
     )
   return config
+
+
+def _failure(error: BaseException, file: pathlib.Path) -> str:
+  """Where a config file fails and why, on one line."""
+  if isinstance(error, SyntaxError):
+    text = f": {error.text.strip()}" if error.text else ""
+    return f"fails at {error.filename}:{error.lineno}: SyntaxError: {error.msg}{text}"
+  # The innermost line of the file itself: what it called may lie deep in a library.
+  frames = traceback.extract_tb(error.__traceback__)
+  own = [frame.lineno for frame in frames if frame.filename == str(file)]
+  where = f"{file}:{own[-1]}" if own else str(file)
+  if isinstance(error, SystemExit):
+    return (
+      f"leaves the program at {where} ({error.code!r}). A config file only describes."
+    )
+  words = " ".join(str(error).split())
+  return f"fails at {where}: {type(error).__name__}{f': {words}' if words else ''}"
 
 
 def _find_config(path: str) -> pathlib.Path:
@@ -163,14 +206,37 @@ def run(main: Callable[[], int | None]) -> None:
 
 
 def _guarded(function: Callable[[], _T]) -> _T:
+  _listen()
   try:
     return function()
   except UserError as error:
     print(f"error: {error}", file=sys.stderr)
     sys.exit(error.exit_code)
-  except KeyboardInterrupt:
+  except (KeyboardInterrupt, Exception) as error:
+    # A library that is being imported may make another error of it.
+    if not (_pressed or isinstance(error, KeyboardInterrupt)):
+      raise
     print("interrupted", file=sys.stderr)
     sys.exit(_INTERRUPTED)
+
+
+def _listen() -> None:
+  """Notes each Ctrl-C, and repeats one that was lost in a callback of a library."""
+  if signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
+    return  # Ignored, as of a job in the background, or somebody else's.
+
+  def interrupt(number: int, frame: Any) -> None:
+    _pressed.append(number)
+    signal.default_int_handler(number, frame)
+
+  def lost(unraisable: Any) -> None:
+    if unraisable.exc_type is KeyboardInterrupt:
+      threading.Timer(0.1, _thread.interrupt_main).start()
+    else:
+      sys.__unraisablehook__(unraisable)
+
+  signal.signal(signal.SIGINT, interrupt)
+  sys.unraisablehook = lost
 
 
 class _OursOrWarning(logging.Filter):

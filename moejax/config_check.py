@@ -25,13 +25,22 @@ def validate(config: Config) -> None:
   Raises:
     ConfigError: names the flag, its value and the way out.
   """
+  validate_fields(config)
+  _registered(config)
+
+
+def validate_fields(config: Config) -> None:
+  """The part of `validate` that is done at once: it does not import jax.
+
+  Raises:
+    ConfigError: as `validate`.
+  """
   for check in (_types, _choices, _ranges):
     check(config)
   for rule in RULES:
     error = rule(config)
     if error:
       raise ConfigError(error)
-  _registered(config)
 
 
 def refuse_unread(config: Config, given: Iterable[str]) -> None:
@@ -90,7 +99,7 @@ def _ranges(config: Config) -> None:
   for name, allowed in RANGES.items():
     value = get_field(config, name)
     if value is not None and value not in allowed:
-      why = f" ({allowed.why})" if allowed.why else ""
+      why = f" ({allowed.reason(value)})" if allowed.reason(value) else ""
       raise ConfigError(f"--config.{name}={_show(value)} must be {allowed}{why}.")
 
 

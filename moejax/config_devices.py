@@ -1,41 +1,171 @@
-"""A config that does not fit on the devices is one clear error, before any compile.
+"""On which devices a config runs, and one clear error if on none, before any compile.
+
+A mesh with a free axis (-1) takes as many devices as its batch and its routing groups
+divide over: the default config runs on one device and on eight. A mesh whose sizes are
+all given runs as given or not at all. Of several processes each gives the same number
+of devices, so that none is without work.
 
 Letters: B sequences of a microbatch, S sequence.
 """
 
+import copy
+import itertools
 import math
+from collections.abc import Iterator, Sequence
+from typing import Any
 
+from moejax import config_io
 from moejax.config import Config
-from moejax.config_check import named
+from moejax.config_check import named, validate
 from moejax.errors import ConfigError
+
+_AXES = ("data", "fsdp", "expert", "tensor")
+
+
+def choose_devices(config: Config, devices: Sequence[Any]) -> tuple[list[Any], str]:
+  """The devices that a run uses: all, or as many as the config divides over.
+
+  Args:
+    config: validated.
+    devices: of all processes.
+
+  Returns:
+    The devices, in the order given; and one line that says why some are left out,
+    empty if none is.
+
+  Raises:
+    ConfigError: the config runs on no such number, or its mesh is given in full.
+  """
+  problem = _misfit(config, len(devices))
+  if problem is None:
+    _check_dispatcher(config, len(devices))
+    return list(devices), ""
+  owners = [device.process_index for device in devices]
+  counts = {owner: owners.count(owner) for owner in set(owners)}
+  share = _share(config, list(counts.values()))
+  if share is None:
+    raise ConfigError(f"{problem} {_remedy(config, list(counts.values()))}")
+  chosen = [d for i, d in enumerate(devices) if owners[:i].count(owners[i]) < share]
+  _check_dispatcher(config, len(chosen))
+  each = f" ({share} of each process)" if len(counts) > 1 else ""
+  return chosen, f"Using {len(chosen)} of {len(devices)} devices{each}: {problem}"
 
 
 def validate_devices(config: Config, num_devices: int) -> None:
-  """Refuses a config that does not fit on so many devices.
+  """Refuses a config that does not run on exactly so many devices.
 
   Raises:
     ConfigError: the mesh's product is not `num_devices`, or an axis does not
       divide what it cuts. Sizes known only with the vocabulary are checked when
       the parameters get their shardings.
   """
-  from moejax.parallel.mesh import AXES, TOKEN_AXES, mesh_shape
+  problem = _misfit(config, num_devices)
+  if problem is not None:
+    raise ConfigError(f"{problem} {_remedy(config, [num_devices])}")
+  _check_dispatcher(config, num_devices)
 
+
+def _check_dispatcher(config: Config, num_devices: int) -> None:
+  """A dispatcher asked for by name runs, or is refused before anything is compiled."""
+  from moejax.layers.options import num_selected
+  from moejax.parallel.expert_parallel import choose
+  from moejax.parallel.mesh import mesh_shape
+
+  if config.moe.dense_twin or num_devices == 1:
+    return
   shape = mesh_shape(config.mesh, num_devices)
-  size: dict[str, int] = dict(zip(AXES, shape, strict=True))
-  shards = math.prod(size[axis] for axis in TOKEN_AXES)
+  size: dict[str, int] = dict(zip(_AXES, shape, strict=True))
+  choose(
+    config.moe.exchange,
+    config.moe.dispatcher,
+    devices=size["expert"],
+    token_shards=_shards(size),
+    num_groups=_num_groups(config),
+    num_selected=num_selected(config.moe),
+    capacity=config.moe.capacity_factor is not None,
+    dense=config.moe.router == "soft",
+  )
+
+
+def _share(config: Config, counts: Sequence[int]) -> int | None:
+  """The most devices of each process that fit, if the mesh leaves that open."""
+  if not _has_free_axis(config):
+    return None
+  fitting = (
+    share
+    for share in range(min(counts), 0, -1)
+    if _misfit(config, share * len(counts)) is None
+  )
+  return next(fitting, None)
+
+
+def _has_free_axis(config: Config) -> bool:
+  return any(getattr(config.mesh, axis) == -1 for axis in _AXES)
+
+
+def _misfit(config: Config, num_devices: int) -> str | None:
+  """Why the config cannot run on so many devices; None if it can."""
+  from moejax.parallel.mesh import mesh_shape
+
+  try:
+    shape = mesh_shape(config.mesh, num_devices)
+  except ConfigError as error:
+    return str(error)
+  size: dict[str, int] = dict(zip(_AXES, shape, strict=True))
+  return (
+    _undivided_batch(config, size)
+    or _undivided_groups(config, size)
+    or _undivided_model(config, size)
+  )
+
+
+def _shards(size: dict[str, int]) -> int:
+  """Devices over which the batch is cut."""
+  return size["data"] * size["fsdp"] * size["expert"]
+
+
+def _undivided_batch(config: Config, size: dict[str, int]) -> str | None:
+  shards = _shards(size)
   micro = config.train.batch_size // config.train.accumulation
   if micro % shards:
-    raise ConfigError(
+    return (
       f"{named(config, 'train.batch_size', 'train.accumulation')}: a microbatch has "
       f"{micro} sequences, which {shards} devices (data {size['data']} x fsdp "
-      f"{size['fsdp']} x expert {size['expert']}) cannot share equally. Make it a "
-      f"multiple of {shards}."
+      f"{size['fsdp']} x expert {size['expert']}) cannot share equally."
     )
-  if not config.moe.dense_twin:
-    _groups_divide_devices(config, micro, shards)
-    _dispatcher_fits_exchange(config, size, micro, shards)
+
+
+def _num_groups(config: Config) -> int:
+  """Routing groups of a microbatch."""
+  length = config.data.sequence_length
+  tokens = config.train.batch_size // config.train.accumulation * length
+  return 1 if config.moe.group_size == -1 else tokens // (config.moe.group_size or length)
+
+
+def _undivided_groups(config: Config, size: dict[str, int]) -> str | None:
+  """Every device routes whole groups of its own, or the compiler is asked by name."""
+  if config.moe.dense_twin or config.moe.exchange == "gspmd":
+    return None
+  shards, groups = _shards(size), _num_groups(config)
+  if groups % shards:
+    return (
+      f"{named(config, 'moe.group_size')} makes {groups} routing group(s) of a "
+      f"microbatch, which {shards} devices cannot share equally."
+    )
+
+
+def _undivided_model(config: Config, size: dict[str, int]) -> str | None:
+  for axis, name, extent in _cuts(config):
+    if extent % size[axis]:
+      return (
+        f"--config.mesh.{axis}={size[axis]} does not divide --config.{name} ({extent})."
+      )
+
+
+def _cuts(config: Config) -> list[tuple[str, str, int]]:
+  """What each axis cuts, but for the batch: (axis, field, extent)."""
   model, moe = config.model, config.moe
-  cut = [
+  cuts = [
     ("fsdp", "model.width", model.width),
     ("tensor", "model.num_heads", model.num_heads),
     ("tensor", "model.num_kv_heads", model.num_kv_heads or model.num_heads),
@@ -43,50 +173,64 @@ def validate_devices(config: Config, num_devices: int) -> None:
     ("tensor", "moe.hidden", moe.fine_hidden),
   ]
   if not moe.dense_twin:
-    cut.append(("expert", "moe.num_experts", moe.fine_experts))
-    cut.append(("tensor", "moe.shared_hidden", moe.shared_width))
-  for axis, name, extent in cut:
-    if extent % size[axis]:
-      raise ConfigError(
-        f"--config.mesh.{axis}={size[axis]} does not divide --config.{name} ({extent}). "
-        f"Choose a divisor of {extent}, or change the model."
-      )
+    cuts.append(("expert", "moe.num_experts", moe.fine_experts))
+    cuts.append(("tensor", "moe.shared_hidden", moe.shared_width))
+  return cuts
 
 
-def _num_groups(config: Config, micro: int) -> int:
-  """Routing groups of a microbatch."""
-  tokens, size = micro * config.data.sequence_length, config.moe.group_size
-  return 1 if size == -1 else tokens // (size or config.data.sequence_length)
-
-
-def _dispatcher_fits_exchange(
-  config: Config, size: dict[str, int], micro: int, shards: int
-) -> None:
-  """A dispatcher asked for by name runs, or is refused before anything is compiled."""
-  from moejax.layers.options import num_selected
-  from moejax.parallel.expert_parallel import choose
-
-  if math.prod(size.values()) == 1:
-    return
-  choose(
-    config.moe.exchange,
-    config.moe.dispatcher,
-    devices=size["expert"],
-    token_shards=shards,
-    num_groups=_num_groups(config, micro),
-    num_selected=num_selected(config.moe),
-    capacity=config.moe.capacity_factor is not None,
-    dense=config.moe.router == "soft",
-  )
-
-
-def _groups_divide_devices(config: Config, micro: int, shards: int) -> None:
-  """Every device routes whole groups of its own, or the compiler is asked by name."""
-  groups = _num_groups(config, micro)
-  if groups % shards and config.moe.exchange != "gspmd":
-    raise ConfigError(
-      f"{named(config, 'moe.group_size')} makes {groups} routing group(s) of a "
-      f"microbatch, which {shards} devices cannot share equally. Choose a group_size "
-      "that divides what a device holds, or --config.moe.exchange=gspmd, under which "
-      "devices gather each other's logits."
+def _remedy(config: Config, counts: Sequence[int]) -> str:
+  """Flags that do run on these devices, each tried before it is recommended."""
+  fitting = [
+    change for change in _changes(config, sum(counts)) if _runs(config, change, counts)
+  ]
+  if not fitting:
+    return "Use another number of devices, or another --config.mesh."
+  flags = " ".join(f"--config.{name}={value}" for name, value in fitting[0].items())
+  gspmd = {"moe.exchange": "gspmd"}
+  if fitting[0] != gspmd and _runs(config, gspmd, counts):
+    flags += (
+      ", or --config.moe.exchange=gspmd, under which devices gather each other's logits"
     )
+  return f"Use {flags}."
+
+
+def _runs(config: Config, change: dict[str, Any], counts: Sequence[int]) -> bool:
+  changed = _changed(config, change)
+  try:
+    validate(changed)
+  except ConfigError:
+    return False
+  return _misfit(changed, sum(counts)) is None or _share(changed, counts) is not None
+
+
+def _changed(config: Config, change: dict[str, Any]) -> Config:
+  config = copy.deepcopy(config)
+  for name, value in change.items():
+    config_io.set_field(config, name, value)
+  return config
+
+
+def _changes(config: Config, num_devices: int) -> Iterator[dict[str, Any]]:
+  """Changes that may help, the smallest first; which do is for `_runs` to say."""
+  if not _has_free_axis(config):
+    yield from ({f"mesh.{axis}": -1} for axis in _AXES)
+  for axis, _, extent in _cuts(config):
+    yield {f"mesh.{axis}": math.gcd(extent, abs(getattr(config.mesh, axis)))}
+  # As many replicas as there are devices, and nothing cut, fits any model.
+  replicas = {"mesh.data": -1} | {f"mesh.{axis}": 1 for axis in _AXES[1:]}
+  unit = num_devices * config.train.accumulation
+  batch = -(-config.train.batch_size // unit) * unit
+  for mesh, size in itertools.product(({}, replicas), (config.train.batch_size, batch)):
+    for group in _group_sizes(config, size // unit):
+      change = mesh | {"train.batch_size": size, "moe.group_size": group}
+      yield {n: v for n, v in change.items() if v != config_io.get_field(config, n)}
+
+
+def _group_sizes(config: Config, sequences: int) -> Iterator[int]:
+  """The group size itself, then ones that divide what a device holds."""
+  size, length = config.moe.group_size, config.data.sequence_length
+  yield size
+  if sequences:
+    yield math.gcd(max(size, 0), sequences * length)
+  yield math.gcd(max(size, 0), length)
+  yield 0

@@ -7,6 +7,7 @@ A dotted name is a field's path without the flag prefix, such as
 import copy
 import dataclasses
 import functools
+import math
 import types
 import typing
 from collections.abc import Callable, Mapping
@@ -82,7 +83,11 @@ def set_field(config: Config, dotted: str, value: Any) -> None:
   check_name(dotted)
   kind, optional = field_types()[dotted]
   if kind is float and type(value) is int:
-    value = float(value)
+    # Of an int beyond all floats the range check makes an error.
+    if abs(value) < 2**1000:
+      value = float(value)
+    else:
+      value = math.inf if value > 0 else -math.inf
   if not (type(value) is kind or (optional and value is None)):
     raise ConfigError(f"--config.{dotted}={value!r}: {expected(dotted)}.")
   *section, leaf = dotted.split(".")

@@ -19,6 +19,9 @@ os.environ["XLA_FLAGS"] = " ".join(
   (os.environ.get("XLA_FLAGS", ""), "--xla_backend_optimization_level=0")
 ).strip()
 
+# What tests start leaves no compiled programs in the user's home.
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", "")
+
 import jax
 from absl import flags
 from jaxtyping import install_import_hook

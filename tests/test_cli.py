@@ -12,7 +12,7 @@ from absl import flags
 from absl.testing import flagsaver
 
 from configs import default
-from moejax import cli
+from moejax import cli, startup
 from moejax.config import Config
 from moejax.errors import ConfigError, UserError, did_you_mean, nearest
 
@@ -162,6 +162,11 @@ def test_overrides_in_a_flagfile(tmp_path):
     ("--config.moe=3", "group of fields"),
     ("--config.schema_version=7", "schema_version=7"),
     ("--config.moe.num_experts=0", "--config.moe.num_experts=0 must be at least 1"),
+    ("--config.moe.num_experts=100000000000000000000", "must be at least 1 and at most"),
+    ("--config.model.hidden=" + "9" * 400, "at most 16,777,216 (no device holds"),
+    ("--config.train.num_steps=100000000000000000000", "counted in 32 bits"),
+    ("--config.moe.capacity_factor=1e30", "every token a slot everywhere"),
+    ("--config.optimizer.learning_rate=1e10", "at most 10 (a step moves"),
     ("--config.moe.router=swich", "Did you mean switch?"),
     ("--config=configs/defualt.py", "no such file. Did you mean default?"),
     ("--config=configs", "is a directory"),
@@ -181,7 +186,16 @@ def test_refused(argument, part):
     ("x = 1\n", "needs a function get_config() that returns a moejax.config.Config"),
     ("def get_config():\n  return {}\n", "returns a dict"),
     ("import no_such_module\n", ":1: ModuleNotFoundError: No module named"),
-    ("def get_config(:\n", "SyntaxError"),
+    (
+      "x = 1\ndef get_config(:\n",
+      "mine.py:2: SyntaxError: invalid syntax: def get_config(",
+    ),
+    ("import sys\nsys.exit(3)\n", "leaves the program at "),
+    ("def get_config():\n  exit()\n", "mine.py:2"),
+    ("def get_config():\n  raise SystemExit('bye')\n", "mine.py:2 ('bye')"),
+    ("import json\ndef get_config():\n  json.loads('{')\n", "mine.py:3: JSONDecodeError"),
+    ("raise ValueError('one\\ntwo')\n", "mine.py:1: ValueError: one two"),
+    ("x = '\\0'\n\0", "mine.py"),
     ("def get_config():\n  return 1 / 0\n", ":2: ZeroDivisionError"),
     (
       "from moejax.config import *\n"
@@ -195,6 +209,37 @@ def test_a_config_file_that_fails_is_refused(tmp_path, text, part):
   file.write_text(text)
   message = refused(f"--config={file}")
   assert part in message and "mine.py" in message
+
+
+def test_ctrl_c_in_a_config_file_is_no_fault_of_the_file(tmp_path):
+  """It ends the program as anywhere else."""
+  file = tmp_path / "mine.py"
+  file.write_text("raise KeyboardInterrupt\n")
+  with pytest.raises(KeyboardInterrupt):
+    get(f"--config={file}")
+
+
+def test_what_is_announced_has_passed_all_that_is_checked_at_once():
+  """Called before the checks that import jax, and never for a bad value."""
+  said = []
+  cli.parse(["program", "--config.moe.num_experts=16"])
+  cli.get_config(announce=lambda: said.append("start"))
+  assert said == ["start"]
+  cli.parse(["program", "--config.moe.num_experts=0"])
+  with pytest.raises(ConfigError):
+    cli.get_config(announce=lambda: said.append("again"))
+  assert said == ["start"]
+
+
+@pytest.mark.parametrize("given", [None, "no/such/directory", "file"])
+def test_the_directory_of_a_run_must_be_one(tmp_path, monkeypatch, given):
+  """The error says what was given, and which directory is wanted."""
+  monkeypatch.chdir(tmp_path)
+  (tmp_path / "file").write_text("")
+  cli.parse(["program", *([] if given is None else [f"--workdir={given}"])])
+  with pytest.raises(UserError, match="that experiments.train was given") as caught:
+    cli.run_directory()
+  assert f"--workdir={given or 'DIR'} " in str(caught.value)
 
 
 def test_a_config_file_that_is_no_python_is_refused(tmp_path):
@@ -304,6 +349,69 @@ def test_a_misspelt_flag_is_refused_before_jax_is_imported():
   command = [sys.executable, "-c", code]
   result = subprocess.run(command, capture_output=True, text=True, timeout=60)
   assert result.stdout == "False\n", result.stderr
+
+
+def test_the_first_line_comes_before_jax():
+  """What is announced is on screen before the seconds that importing jax takes."""
+  code = (
+    "import sys\nfrom moejax import cli, startup\ncli.define_config()\n"
+    "cli.parse(['p'])\n"
+    "cli.get_config(announce=lambda: startup.announce(str('jax' in sys.modules)))\n"
+  )
+  command = [sys.executable, "-c", code]
+  result = subprocess.run(command, capture_output=True, text=True, timeout=60)
+  assert result.stdout == "False\n", result.stderr
+
+
+@pytest.mark.parametrize("name", ["JAX_PROCESS_ID", "SLURM_PROCID", "TPU_WORKER_ID"])
+def test_only_the_first_process_announces(monkeypatch, capsys, name):
+  """Known before jax is there, from the launcher's variables or the flag."""
+  for variable in startup._INDEX_VARIABLES:
+    monkeypatch.delenv(variable, raising=False)
+  startup.announce("alone")
+  monkeypatch.setenv(name, "0")
+  startup.announce("first")
+  monkeypatch.setenv(name, "1")
+  startup.announce("second")
+  startup.announce("first by flag", 0)
+  startup.announce("second by flag", 1)
+  assert capsys.readouterr().out == "alone\nfirst\nfirst by flag\n"
+
+
+_PRESSED = """
+import os, signal, sys
+from absl import flags
+from moejax import cli
+
+class Lost:
+  def __del__(self):
+    signal.raise_signal(signal.SIGINT)
+
+def main():
+  if sys.argv[-1] == "--how=import":
+    try:
+      signal.raise_signal(signal.SIGINT)
+    except KeyboardInterrupt:
+      raise ImportError("initializing the extension")
+  lost = Lost()
+  del lost
+  signal.sigtimedwait([], 20)
+  print("went on")
+
+flags.DEFINE_string("how", "", "")
+cli.run(main)
+"""
+
+
+@pytest.mark.parametrize("how", ["import", "callback"])
+def test_ctrl_c_is_one_line_wherever_it_falls(tmp_path, how):
+  """In an import that makes an ImportError of it; in a destructor, where it is lost."""
+  file = tmp_path / "program.py"
+  file.write_text(_PRESSED)
+  command = [sys.executable, str(file), f"--how={how}"]
+  result = subprocess.run(command, capture_output=True, text=True, timeout=60)
+  assert (result.returncode, result.stdout) == (130, ""), result.stderr
+  assert result.stderr == "interrupted\n"
 
 
 def test_config_error_is_a_user_error():

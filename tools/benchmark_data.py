@@ -18,14 +18,28 @@ from absl import flags
 from moejax import cli
 from moejax.errors import UserError
 
-_SECONDS = flags.DEFINE_float("seconds", 1.0, "Length of one round.")
-_ROUNDS = flags.DEFINE_integer("rounds", 5, "Rounds of each setting.")
+_SECONDS = flags.DEFINE_float(
+  "seconds", 1.0, "Length of one round.", lower_bound=0, upper_bound=86_400
+)
+_ROUNDS = flags.DEFINE_integer(
+  "rounds", 5, "Rounds of each setting.", lower_bound=2, upper_bound=100_000
+)
 _WORKERS = flags.DEFINE_list("workers", ["0"], "Settings of --config.data.num_workers.")
 _MODEL = flags.DEFINE_float(
-  "model_tokens_per_second", 0.0, "What the model consumes; 0 reads --run."
+  "model_tokens_per_second",
+  0.0,
+  "What the model consumes; 0 reads --run.",
+  lower_bound=0,
+  upper_bound=1e15,
 )
 _RUN = flags.DEFINE_string("run", "", "A run's directory: its median tokens_per_second.")
-_AT_LEAST = flags.DEFINE_float("at_least", 0.0, "Fail below this multiple of the model.")
+_AT_LEAST = flags.DEFINE_float(
+  "at_least",
+  0.0,
+  "Fail below this multiple of the model.",
+  lower_bound=0,
+  upper_bound=1e9,
+)
 _JSON = flags.DEFINE_string("json", "", "Write the rows to this file.")
 
 
@@ -47,6 +61,15 @@ def model_speed(run: Path) -> float:
   return statistics.median(speeds[1:] or speeds)
 
 
+def _workers() -> list[int]:
+  texts = _WORKERS.value
+  if not texts or not all(t.isdigit() and int(t) <= 1024 for t in texts):
+    raise UserError(
+      f"--workers={','.join(texts)}: give whole numbers from 0 to 1,024, such as 0,2."
+    )
+  return [int(text) for text in texts]
+
+
 def measure(batches, batch_tokens: int, seconds: float) -> float:
   """Tokens per second of an iterator over at least `seconds`."""
   count, began = 0, time.perf_counter()
@@ -66,7 +89,7 @@ def main() -> int:
   size, length = config.train.batch_size, config.data.sequence_length
   model = _MODEL.value or (model_speed(Path(_RUN.value)) if _RUN.value else 0.0)
   iterators = {}
-  for workers in map(int, _WORKERS.value):
+  for workers in _workers():
     data = dataclasses.replace(config.data, num_workers=workers)
     began = time.perf_counter()
     batches = load(data).train_batches(size, config.train.seed)

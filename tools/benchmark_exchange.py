@@ -34,7 +34,9 @@ def parse(argv: list[str]) -> argparse.Namespace:
   )
   parser.add_argument("--shapes", default="A,B,C,D", help="of A,B,C,D")
   parser.add_argument("--variants", default=",".join(VARIANTS))
-  parser.add_argument("--seconds", type=float, default=15.0, help="per shape")
+  parser.add_argument(
+    "--seconds", type=timing.at_least(0.0), default=15.0, help="per shape"
+  )
   parser.add_argument("--json", default="", help="write the rows to this file")
   args = parser.parse_args(argv)
   timing.split_names(parser, args, shapes=SHAPES, variants=VARIANTS)

@@ -59,8 +59,12 @@ def parse(argv: list[str]) -> argparse.Namespace:
   )
   parser.add_argument("--shapes", default="A,B,C,D", help="of A,B,C,D; empty is none")
   parser.add_argument("--variants", default="dropless,capacity,gather,einsum")
-  parser.add_argument("--cores", type=int, default=1, help="cores to use; 0 is all")
-  parser.add_argument("--seconds", type=float, default=10.0, help="per shape")
+  parser.add_argument(
+    "--cores", type=timing.at_least(0), default=1, help="cores to use; 0 is all"
+  )
+  parser.add_argument(
+    "--seconds", type=timing.at_least(0.0), default=10.0, help="per shape"
+  )
   parser.add_argument("--dtype", default="auto", help="float32; auto: bfloat16 on a GPU")
   parser.add_argument("--activation", default="gelu", help="relu, gelu or swiglu")
   parser.add_argument("--growth", action="store_true", help="add E from 8 to 512")

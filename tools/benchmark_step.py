@@ -24,8 +24,10 @@ def parse(argv: list[str]) -> argparse.Namespace:
     description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
   )
   parser.add_argument("--config", default="configs/default.py", help="a config file")
-  parser.add_argument("--cores", type=int, default=2, help="cores to use; 0 is all")
-  parser.add_argument("--seconds", type=float, default=20.0)
+  parser.add_argument(
+    "--cores", type=timing.at_least(0), default=2, help="cores to use; 0 is all"
+  )
+  parser.add_argument("--seconds", type=timing.at_least(0.0), default=20.0)
   parser.add_argument("--dispatcher", default="", help="instead of the config's")
   parser.add_argument("--json", default="", help="write the result to this file")
   return parser.parse_args(argv)

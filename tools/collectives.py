@@ -18,7 +18,9 @@ from moejax import cli
 from moejax.config import Config
 from tools.collective_table import make_table
 
-_DEVICES = flags.DEFINE_integer("devices", 8, "Fake devices.", lower_bound=1)
+_DEVICES = flags.DEFINE_integer(
+  "devices", 8, "Fake devices.", lower_bound=1, upper_bound=4096
+)
 _JSON = flags.DEFINE_bool("json", False, "Print JSON instead of a table.")
 
 _TABLE_WIDTH = 150

@@ -24,7 +24,9 @@ from moejax.plan import topology as topology_lib
 from tools.collective_table import make_table
 
 _TOPOLOGY = flags.DEFINE_string("topology", "cpu:8", "KIND:SHAPE, such as v5p:4x4x8.")
-_SLICES = flags.DEFINE_integer("slices", 1, "TPU slices of that shape.", lower_bound=1)
+_SLICES = flags.DEFINE_integer(
+  "slices", 1, "TPU slices of that shape.", lower_bound=1, upper_bound=4096
+)
 _JSON = flags.DEFINE_bool("json", False, "Print JSON instead of tables.")
 _HLO = flags.DEFINE_string("hlo", None, "Write the optimised program to this file.")
 

@@ -14,19 +14,19 @@ import json
 from absl import flags
 
 from moejax import cli
-from moejax.errors import UserError
 
 
 def define_flags() -> None:
   flags.DEFINE_string("workdir", None, "Directory of the run.")
-  flags.DEFINE_integer("step", None, "Which checkpoint; the newest if not given.")
+  flags.DEFINE_integer(
+    "step", None, "Which checkpoint; the newest if not given.", lower_bound=0
+  )
   flags.DEFINE_bool("json", False, "Print one JSON object, with config and meta.")
 
 
 def main() -> int:
   values = flags.FLAGS.flag_values_dict()
-  if not values["workdir"]:
-    raise UserError("--workdir is missing: give the directory of a run.")
+  cli.run_directory()
   from moejax.train.checkpoint_inspect import inspect, render
 
   report = inspect(values["workdir"], values["step"])

@@ -213,8 +213,10 @@ def train_arguments(root: Path) -> list[str]:
 
 def define_flags() -> None:
   cli.define_config()
-  flags.DEFINE_integer("kills", 12, "How often to kill.", lower_bound=1)
-  flags.DEFINE_integer("seed", 0, "Of the moments.")
+  flags.DEFINE_integer(
+    "kills", 12, "How often to kill.", lower_bound=1, upper_bound=100_000
+  )
+  flags.DEFINE_integer("seed", 0, "Of the moments.", lower_bound=0, upper_bound=2**31 - 1)
   flags.DEFINE_bool("small", True, "A small model on a small generated text.")
 
 

@@ -25,6 +25,7 @@ from moejax.parallel import secret
 
 GRACE_SECONDS = 60.0
 """How long the others may take to notice that one is gone."""
+_MOST = 1024
 _TAIL = 15
 """Lines of a failed process's log that are shown."""
 
@@ -39,8 +40,8 @@ def parse(argv: list[str]) -> argparse.Namespace:
   parser.add_argument("command", nargs="+", help="after --: what each process runs")
   args = parser.parse_args(argv)
   for name in ("processes", "devices_per_process"):
-    if getattr(args, name) < 1:
-      parser.error(f"--{name}={getattr(args, name)}: at least 1")
+    if not 1 <= getattr(args, name) <= _MOST:
+      parser.error(f"--{name}={getattr(args, name)}: at least 1, at most {_MOST}")
   return args
 
 

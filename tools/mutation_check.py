@@ -18,6 +18,7 @@ import subprocess
 import sys
 import tempfile
 
+from tools import timing
 from tools.mutants import MUTANTS, Mutant
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
@@ -82,7 +83,9 @@ def main() -> int:
   parser = argparse.ArgumentParser(
     description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
   )
-  parser.add_argument("--jobs", type=int, default=2, help="tests at a time")
+  parser.add_argument(
+    "--jobs", type=timing.at_least(1), default=2, help="tests at a time"
+  )
   parser.add_argument("--only", default="", help="mutants whose name contains this")
   args = parser.parse_args()
   mutants = [m for m in MUTANTS if args.only in m.name]

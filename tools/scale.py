@@ -24,6 +24,8 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+_MOST_DEVICES = 4096
+
 TOKENS = 256
 """Of a sequence: as many as the largest number of experts, so that C is never rounded."""
 WIDTH, LAYERS = 32, 2
@@ -161,8 +163,8 @@ def parse(argv: list[str]) -> argparse.Namespace:
     args.devices = [int(number) for number in args.devices.split(",")]
   except ValueError:
     parser.error(f"--devices={args.devices}: numbers joined by commas, as 8,16")
-  if min(args.devices) < 2:
-    parser.error(f"--devices={args.devices}: at least 2")
+  if not 2 <= min(args.devices) <= max(args.devices) <= _MOST_DEVICES:
+    parser.error(f"--devices={args.devices}: at least 2, at most {_MOST_DEVICES:,}")
   return args
 
 

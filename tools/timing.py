@@ -11,6 +11,8 @@ import time
 from collections.abc import Callable, Collection, Mapping
 from typing import Any, NamedTuple
 
+_MOST = 1_000_000
+
 
 def prepare(cores: int) -> int:
   """Pins the process, and gives it the memory settings that training runs under.
@@ -80,6 +82,19 @@ def compare(times: list[float], baseline: list[float]) -> Ratio:
   ratios = sorted(a / b for a, b in zip(times, baseline, strict=True))
   q1, median, q3 = statistics.quantiles(ratios, n=4, method="inclusive")
   return Ratio(median, q1, q3, min(times) / min(baseline))
+
+
+def at_least(low: float) -> Callable[[str], Any]:
+  """What argparse calls with a number's text; the number is of the type of `low`."""
+
+  def number(text: str) -> Any:
+    value = type(low)(text)
+    if not low <= value <= _MOST:
+      raise argparse.ArgumentTypeError(f"{text}: at least {low}, at most {_MOST:,}")
+    return value
+
+  number.__name__ = "whole number" if isinstance(low, int) else "number"
+  return number
 
 
 def split_names(

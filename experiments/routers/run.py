@@ -94,7 +94,9 @@ VARIANTS: dict[str, tuple[str, ...]] = {
 def define_flags() -> None:
   cli.define_config()
   flags.DEFINE_string("output", str(_HERE), "Where the result is written.")
-  flags.DEFINE_integer("seeds", 3, "Runs of each router.", lower_bound=1)
+  flags.DEFINE_integer(
+    "seeds", 3, "Runs of each router.", lower_bound=1, upper_bound=1000
+  )
   flags.DEFINE_string("only", "", "Variants whose name contains this.")
 
 

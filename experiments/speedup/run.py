@@ -31,7 +31,13 @@ VARIANTS = {"moe": (), "dense": ("moe.dense_twin=true",)}
 def define_flags() -> None:
   cli.define_config()
   flags.DEFINE_string("output", str(_HERE), "Where the result is written.")
-  flags.DEFINE_integer("eval_every", 50, "Steps between evaluations: the resolution.")
+  flags.DEFINE_integer(
+    "eval_every",
+    50,
+    "Steps between evaluations: the resolution.",
+    lower_bound=1,
+    upper_bound=2**31 - 1,
+  )
 
 
 def main() -> int:

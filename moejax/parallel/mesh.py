@@ -88,6 +88,9 @@ def _placed(config: MeshConfig, shape: tuple[int, ...], devices: list[Any]) -> n
   except NotImplementedError:
     # Axes that are no products of whole sides of the torus share a side.
     return place(allow_split_physical_axes=True)
+  except AssertionError:
+    # Some devices of a slice, which leave holes in its torus.
+    return np.asarray(devices).reshape(shape)
 
 
 def on_tokens(x: Float[Array, "B *rest"]) -> Float[Array, "B *rest"]:

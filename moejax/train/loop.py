@@ -28,7 +28,7 @@ from moejax.train import finish, validation, wire
 from moejax.train import setup as setup_lib
 from moejax.train import step as step_lib
 from moejax.train import workdir as workdir_lib
-from moejax.train.progress import Reporter, make_reporter, watched
+from moejax.train.progress import Reporter, first_call, make_reporter, watched
 from moejax.train.setup import Run
 from moejax.train.signals import StopRequest
 from moejax.train.step_log import StepLog
@@ -41,6 +41,7 @@ def train(
   init_from: str = "",
   devices: Sequence[Any] | None = None,
   stream: Any = None,
+  ignore_memory: bool = False,
 ) -> dict[str, Any]:
   """Trains, or goes on training, the run in a directory.
 
@@ -50,6 +51,7 @@ def train(
     init_from: directory of a run whose parameters a new run starts from.
     devices: jax devices to train on; all of them if None.
     stream: where progress goes; standard output if None.
+    ignore_memory: start even if the run cannot fit into memory; see `plan.memory`.
 
   Returns:
     `step` (steps done), `status` (done, already_done or stopped) and `exit_code`
@@ -60,21 +62,18 @@ def train(
     TrainingStopped: `train.max_bad_steps` non-finite steps in a row.
   """
   workdir = pathlib.Path(workdir)
+  index = jax.process_index()
+  reporter = make_reporter(config.train.num_steps, process_index=index, stream=stream)
   try:
-    run = setup_lib.set_up(config, workdir, init_from, devices)
-    return _train(run, stream)
+    run = setup_lib.set_up(config, workdir, init_from, devices, reporter, ignore_memory)
+    return _train(run, reporter)
   finally:
+    reporter.close()
     workdir_lib.release(workdir)
 
 
-def _train(run: Run, stream: Any) -> dict[str, Any]:
+def _train(run: Run, reporter: Reporter) -> dict[str, Any]:
   config, workdir = run.config, run.workdir
-  reporter = make_reporter(
-    config.train.num_steps,
-    run.start_step,
-    process_index=jax.process_index(),
-    stream=stream,
-  )
   stop = StopRequest()
   try:
     if run.start_step >= config.train.num_steps:
@@ -98,7 +97,6 @@ def _train(run: Run, stream: Any) -> dict[str, Any]:
     )
     return {"step": step, "status": "stopped", "exit_code": stop.exit_code}
   finally:
-    reporter.close()
     run.checkpointer.close()
 
 
@@ -113,7 +111,9 @@ def fit(run: Run, reporter: Reporter, stop: StopRequest) -> int:
     run.model, run.optimizer, run.config, run.mesh, token_bytes=run.token_bytes
   )
   train_step = wire.watched(train_step, run.config, run.mesh)
+  train_step = first_call(train_step, "compiling the train step", reporter)
   evaluate = make_evaluate(run, reporter)
+  evaluate = first_call(evaluate, "evaluating for the first time (compiles)", reporter)
   log = StepLog(run, reporter)
   batches = train_batches(run)
   step = start

@@ -2,21 +2,24 @@
 
 A terminal gets a bar with step, loss, tokens/s, time left and dropped tokens. A
 file or a pipe gets a bounded number of lines, so that the log of a million steps
-can still be read. What takes long beside the steps, such as an evaluation, has a bar
-of its own, or a line every ten seconds. Processes other than the first are silent.
+can still be read. What takes long before the first step is named while it lasts; what
+takes long beside the steps, such as an evaluation, has a bar of its own, or a line every
+ten seconds. Processes other than the first are silent.
 """
 
 import contextlib
 import sys
 import time
 from collections.abc import Callable, Iterator
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Protocol, TypeVar, runtime_checkable
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn
 from rich.text import Text
 
 from moejax.evaluate.results import coverage
+
+_T = TypeVar("_T")
 
 MAX_LINES = 25
 """Plain progress lines of a whole run, messages and phases not counted."""
@@ -45,6 +48,10 @@ class Reporter(Protocol):
 
   def message(self, text: str) -> None:
     """Says something once, above the bar."""
+    ...
+
+  def working(self, what: str) -> contextlib.AbstractContextManager[None]:
+    """Names what is being done in its body, and then how long it took."""
     ...
 
   def close(self) -> None: ...
@@ -84,6 +91,23 @@ class _Clock:
     return f"{hours}:{minutes:02d}:{seconds:02d}" if hours else f"{minutes}:{seconds:02d}"
 
 
+def first_call(
+  function: Callable[..., _T], what: str, reporter: Reporter
+) -> Callable[..., _T]:
+  """The function, whose first call is told of: the one that compiles."""
+  calls = 0
+
+  def call(*args: Any, **kwargs: Any) -> _T:
+    nonlocal calls
+    calls += 1
+    if calls > 1:
+      return function(*args, **kwargs)
+    with reporter.working(what):
+      return function(*args, **kwargs)
+
+  return call
+
+
 def describe(values: dict[str, Any]) -> str:
   """The few numbers worth watching, on one line."""
   parts = []
@@ -115,31 +139,50 @@ def _short(value: float) -> str:
   return f"{value:.0f}"
 
 
-class Bar:
-  """A live progress bar on a terminal."""
+class _Numbers(ProgressColumn):
+  """The latest numbers; in the row of steps, while another thing is done, that."""
 
-  def __init__(self, total: int, start: int, console: Console):
-    self._total, self._start = total, start
+  def __init__(self):
+    super().__init__()
+    self.steps: Any = None
+    self.work: tuple[str, float] | None = None
+
+  def render(self, task: Task) -> Text:
+    if self.work is None or task.id != self.steps:
+      return Text(task.fields["numbers"])
+    what, since = self.work
+    return Text(f"{what} {time.monotonic() - since:.0f} s")
+
+
+class Bar:
+  """A live progress bar on a terminal, from the first update or work on."""
+
+  def __init__(self, total: int, console: Console):
+    self._total = total
     self._clocks: dict[Any, _Clock] = {}
+    self._numbers = _Numbers()
     self._progress = Progress(
       TextColumn("{task.description}"),
       BarColumn(bar_width=None),
-      TextColumn("{task.fields[numbers]}"),
+      self._numbers,
       TextColumn("left"),
       _TimeLeft(self._clocks),
       console=console,
     )
-    self._steps: Any = None
     self._phase: Any = None
+    self._step = 0
     self._values: dict[str, Any] = {}
-    self._progress.start()
 
   def update(self, step: int, values: dict[str, Any]) -> None:
-    if self._steps is None:
-      self._steps = self._add(self._total, self._start)
+    self._step = step
     self._values.update(values)
-    numbers = describe(self._values) or "compiling"
-    self._show(self._steps, step, f"step {step}/{self._total}", numbers)
+    self._show_steps()
+
+  def _show_steps(self) -> None:
+    if self._numbers.steps is None:
+      self._numbers.steps = self._add(self._total, self._step)
+    label = f"step {self._step}/{self._total}"
+    self._show(self._numbers.steps, self._step, label, describe(self._values))
 
   def phase(self, name: str, done: int, total: int) -> None:
     if self._phase is None:
@@ -151,6 +194,7 @@ class Bar:
       self._phase = None
 
   def _add(self, total: int, done: int) -> Any:
+    self._progress.start()
     # Not drawn before it has its clock.
     task = self._progress.add_task(
       "", total=total, completed=done, numbers="", visible=False
@@ -167,6 +211,18 @@ class Bar:
   def message(self, text: str) -> None:
     self._progress.console.print(text, markup=False, highlight=False)
 
+  @contextlib.contextmanager
+  def working(self, what: str) -> Iterator[None]:
+    if self._numbers.steps is None:
+      self._show_steps()
+    since = time.monotonic()
+    self._numbers.work = (what, since)
+    try:
+      yield
+    finally:
+      self._numbers.work = None
+    self.message(_took(what, since))
+
   def close(self) -> None:
     self._progress.stop()
 
@@ -174,16 +230,18 @@ class Bar:
 class Lines:
   """Plain lines at even distances."""
 
-  def __init__(self, total: int, start: int, stream: Any):
+  def __init__(self, total: int, stream: Any):
     self._clock = _Clock(total)
     self._total = total
     self._stream = stream
-    self._every = max(1, -(-(total - start) // MAX_LINES))
-    self._next = start + 1
+    self._every = self._next = 0
     self._values: dict[str, Any] = {}
     self._phase: tuple[_Clock, float] | None = None
 
   def update(self, step: int, values: dict[str, Any]) -> None:
+    if not self._every:
+      self._every = max(1, -(-(self._total - step) // MAX_LINES))
+      self._next = step + 1
     self._clock.start(step)
     self._values.update(values)
     # Only where there is something new to show.
@@ -208,6 +266,13 @@ class Lines:
   def message(self, text: str) -> None:
     print(text, file=self._stream, flush=True)
 
+  @contextlib.contextmanager
+  def working(self, what: str) -> Iterator[None]:
+    self.message(f"{what} ...")
+    since = time.monotonic()
+    yield
+    self.message(_took(what, since))
+
   def close(self) -> None:
     pass
 
@@ -223,6 +288,9 @@ class Silent:
 
   def message(self, text: str) -> None:
     pass
+
+  def working(self, what: str) -> contextlib.AbstractContextManager[None]:
+    return contextlib.nullcontext()
 
   def close(self) -> None:
     pass
@@ -241,13 +309,15 @@ def watched(reporter: Reporter, name: str, total: int) -> Iterator[Callable[[int
     reporter.phase(name, total, total)
 
 
-def make_reporter(
-  total: int, start: int, *, process_index: int = 0, stream: Any = None
-) -> Reporter:
+def _took(what: str, since: float) -> str:
+  return f"{what}: {time.monotonic() - since:.1f} s"
+
+
+def make_reporter(total: int, *, process_index: int = 0, stream: Any = None) -> Reporter:
   """A bar on a terminal, lines elsewhere, nothing on other processes."""
   if process_index:
     return Silent()
   stream = sys.stdout if stream is None else stream
   if stream.isatty():
-    return Bar(total, start, Console(file=stream))
-  return Lines(total, start, stream)
+    return Bar(total, Console(file=stream))
+  return Lines(total, stream)

@@ -22,11 +22,13 @@ from moejax.errors import UserError
 from moejax.models import trained as trained_lib
 from moejax.models.decoder import Decoder
 from moejax.parallel.mesh import make_mesh
-from moejax.plan import flops
+from moejax.plan import flops, memory, parameters
 from moejax.train import checkpoint
+from moejax.train import init_from as init_from_lib
 from moejax.train import state as state_lib
 from moejax.train import workdir as workdir_lib
 from moejax.train.optimizer import Optimizer, make_optimizer
+from moejax.train.progress import Reporter, Silent
 from moejax.train.state import State
 
 
@@ -55,6 +57,8 @@ def set_up(
   workdir: pathlib.Path,
   init_from: str = "",
   devices: Sequence[Any] | None = None,
+  reporter: Reporter | None = None,
+  ignore_memory: bool = False,
 ) -> Run:
   """Builds or restores a run.
 
@@ -64,15 +68,25 @@ def set_up(
     init_from: directory of a run whose parameters a new run starts from. A run
       that resumes has its own and does not look there.
     devices: jax devices; all of them if None.
+    reporter: told what is being set up.
+    ignore_memory: start even if the run cannot fit into memory.
 
   Raises:
     ConfigError, UserError: anything the user can mend; nothing is half-written.
   """
+  reporter = reporter or Silent()
   devices = jax.devices() if devices is None else devices
-  config_devices.validate_devices(config, len(devices))
+  devices, left_out = config_devices.choose_devices(config, devices)
   mesh = make_mesh(config.mesh, devices)
+  if not ignore_memory:
+    memory.check(config, mesh, mesh.local_devices)
+  if init_from and not checkpoint.list_steps(workdir / checkpoint.DIRECTORY):
+    init_from_lib.check(init_from, config)
   # Twice: refused before minutes of preparing data, written once they are known.
   workdir_lib.prepare(workdir, config, mesh=mesh.shape)
+  if left_out:
+    reporter.message(left_out)
+  reporter.message(describe(config, mesh))
   dataset = data.load(
     config.data,
     workdir=workdir,
@@ -108,7 +122,10 @@ def set_up(
     untrained=trained_lib.names(model.trained()),
   )
   try:
-    state, start = _state(config, model, optimizer, mesh, checkpointer, init_from)
+    found = checkpointer.latest()
+    what = "making the parameters" if found is None else f"restoring checkpoint {found}"
+    with reporter.working(what):
+      state, start = _state(config, model, optimizer, mesh, checkpointer, init_from)
   except BaseException:
     checkpointer.close()
     raise
@@ -125,6 +142,24 @@ def set_up(
     start_step=start,
     resumed=start > 0,
     flops_per_token=flops.flops_per_token(config, model.vocab_size)["total"],
+  )
+
+
+def describe(config: Config, mesh: Mesh) -> str:
+  """On what a run trains what, on one line."""
+  vocab_size = parameters.resolve_vocab_size(config)
+  total, active = parameters.count_parameters(config, vocab_size)
+  device = mesh.devices.flat[0]
+  axes = " x ".join(f"{axis} {size}" for axis, size in mesh.shape.items() if size > 1)
+  kind = device.platform.upper()
+  if device.device_kind != device.platform:
+    kind += f" ({device.device_kind})"
+  train = config.train
+  return (
+    f"{mesh.size} x {kind}{f', mesh {axes}' if axes else ''}; "
+    f"{total['total']:,} parameters, {active['total']:,} of them active for a token; "
+    f"{train.batch_size * config.data.sequence_length:,} tokens a step, "
+    f"{train.num_steps:,} steps."
   )
 
 

@@ -187,3 +187,62 @@ def test_a_directory_without_a_run_is_refused(program, tmp_path):
   """It is named, and nothing is written there."""
   error = call(f"experiments.{program}", f"--workdir={tmp_path}", code=2)
   assert str(tmp_path) in error and not list(tmp_path.iterdir())
+
+
+@pytest.mark.slow
+def test_a_warm_start_ends_as_a_cold_one(tmp_path):
+  """Loaded programs and compiled ones give the same parameters and moments, bit for bit.
+
+  The second run has every program from the first one's cache: nothing is added to it.
+  """
+  digests, entries = [], []
+  for name, cache in (("none", "none"), ("cold", "xla"), ("warm", "xla")):
+    folder = tmp_path / name
+    printed = call(
+      "experiments.train",
+      f"--workdir={folder}",
+      f"--config.data.cache_dir={tmp_path / 'data'}",
+      f"--compilation_cache={cache if cache == 'none' else tmp_path / cache}",
+      *(f"--config.{setting}" for setting in TINY),
+    )
+    first = printed.splitlines()[0]
+    assert first.startswith(
+      f"Training configs/default.py in {folder} with data.name=text"
+    )
+    assert re.search("compiling the train step: [0-9.]+ s", printed)
+    shown = call("tools.inspect_checkpoint", f"--workdir={folder}")
+    digests.append(shown.splitlines()[-1])
+    entries.append({p.name for p in (tmp_path / "xla").rglob("*-cache")})
+  assert digests[0] == digests[1] == digests[2]
+  assert not entries[0] and any(n.startswith("jit_step") for n in entries[1])
+  assert entries[1] == entries[2]
+
+
+@pytest.mark.parametrize(
+  ("program", "args", "names"),
+  [
+    ("evaluate", ["--batch_size=0"], ["--batch_size=0"]),
+    ("evaluate", ["--max_batches=-1"], ["--max_batches=-1"]),
+    ("evaluate", ["--step=-1"], ["--step=-1"]),
+    ("generate", ["--num_samples=0"], ["--num_samples=0"]),
+    ("generate", ["--top_p=2"], ["--top_p=2"]),
+    (
+      "generate",
+      ["--workdir=no_such"],
+      ["--workdir=no_such does not exist", "was given"],
+    ),
+    (
+      "evaluate",
+      ["--workdir=no_such"],
+      ["--workdir=no_such does not exist", "was given"],
+    ),
+    ("train", ["--join_timeout=1e300"], ["--join_timeout=1e300"]),
+    ("train", ["--process_id=-1"], ["--process_id=-1"]),
+  ],
+)
+def test_bad_numbers_are_refused_before_jax_is_imported(program, args, names):
+  """One line that has the flag and its value, exit code 2."""
+  error = call(f"experiments.{program}", *args, code=2)
+  assert error.count("\n") == 1 and error.startswith("error: ")
+  for name in names:
+    assert name in error

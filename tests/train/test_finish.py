@@ -117,7 +117,7 @@ def test_a_phase_is_a_line_every_ten_seconds(monkeypatch):
   now = iter(range(0, 10_000, 4))
   monkeypatch.setattr(progress.time, "monotonic", lambda: float(next(now)))
   out = io.StringIO()
-  reporter = progress.Lines(1, 0, out)
+  reporter = progress.Lines(1, out)
   times = []
   with progress.watched(reporter, "text", 100) as at:
     for done in range(10, 100, 10):
@@ -133,7 +133,7 @@ def test_a_phase_is_a_line_every_ten_seconds(monkeypatch):
 def test_a_bar_shows_phases_beside_the_steps_and_drops_them_when_over():
   """Also one that is left by an exception, and one whose total was an estimate."""
   out = io.StringIO()
-  bar = progress.Bar(10, 0, Console(file=out, force_terminal=True, width=100))
+  bar = progress.Bar(10, Console(file=out, force_terminal=True, width=100))
   bar.update(1, {"loss": 2.0})
   with pytest.raises(KeyError), progress.watched(bar, "validation", 100) as at:
     at(150)

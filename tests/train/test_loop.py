@@ -1,5 +1,6 @@
 """The loop: what it writes, when it reads, how it stops and goes on."""
 
+import io
 import json
 import os
 import pathlib
@@ -276,3 +277,29 @@ def test_sigterm_saves_the_same_command_goes_on_and_a_third_call_says_done(
   assert final["step"] == 400 and final["loss"] < 4
   assert (tmp_path / "report.png").exists()
   assert "Already done" in run().stdout
+
+
+def test_a_mesh_with_a_free_axis_goes_on_over_other_numbers_of_devices(
+  config, states, tmp_path
+):
+  """Four routing groups: two steps on two of three devices, two more on four of eight.
+
+  The same losses as on one device throughout, up to the order of sums; what is left out
+  is said, and what takes long is named.
+  """
+  config.mesh.data, config.moe.group_size = -1, 64
+  config.train.eval_every = config.train.checkpoint_every = 0
+  said = io.StringIO()
+  for steps, count in ((2, 3), (4, 8)):
+    config.train.num_steps = steps
+    loop.train(config, tmp_path / "many", devices=jax.devices()[:count], stream=said)
+  loop.train(config, tmp_path / "one", devices=jax.devices()[:1], stream=io.StringIO())
+  many, one = ([x["loss"] for x in _lines(tmp_path / d)] for d in ("many", "one"))
+  np.testing.assert_allclose(many, one, rtol=1e-4)
+  text = said.getvalue()
+  assert "Using 2 of 3 devices: --config.train.batch_size=8" in text
+  assert "Using 4 of 8 devices: --config.moe.group_size=64" in text
+  for part in ("2 x CPU, mesh data 2; ", " parameters, ", "256 tokens a step, 2 steps"):
+    assert part in text
+  for what in ("making the parameters", "restoring checkpoint 2", "compiling the train"):
+    assert f"{what}" in text

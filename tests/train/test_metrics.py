@@ -4,6 +4,7 @@ import dataclasses
 import io
 import json
 import math
+import time
 
 import jax.numpy as jnp
 import numpy as np
@@ -184,7 +185,7 @@ class TestProgress:
 
   def test_a_log_file_gets_a_bounded_number_of_lines(self):
     stream = io.StringIO()
-    reporter = progress.make_reporter(10_000, 0, stream=stream)
+    reporter = progress.make_reporter(10_000, stream=stream)
     for step in range(1, 10_001):
       reporter.update(step, {"loss": 1.0} if step % 10 == 0 else {})
     reporter.close()
@@ -199,10 +200,35 @@ class TestProgress:
 
   def test_other_processes_are_silent(self):
     stream = io.StringIO()
-    reporter = progress.make_reporter(1, 0, process_index=1, stream=stream)
+    reporter = progress.make_reporter(1, process_index=1, stream=stream)
     reporter.update(1, {"loss": 1.0})
     reporter.message("hello")
+    with reporter.working("compiling"):
+      pass
     assert stream.getvalue() == ""
+
+  @pytest.mark.parametrize("terminal", [False, True])
+  def test_what_takes_long_is_named_while_it_lasts(self, terminal):
+    """Before the work is done it is named; afterwards its seconds are. Once only."""
+
+    class Stream(io.StringIO):
+      def isatty(self):
+        return terminal
+
+    stream = Stream()
+    reporter = progress.make_reporter(4, stream=stream)
+
+    def work(x):
+      time.sleep(0.3)  # Longer than the bar takes to draw itself again.
+      return stream.getvalue(), x
+
+    step = progress.first_call(work, "compiling the train step", reporter)
+    seen, value = step(7)
+    assert value == 7 and "compiling the train step" in seen
+    assert "compiling the train step: 0." not in seen
+    step(8)
+    reporter.close()
+    assert stream.getvalue().count("compiling the train step: 0.3 s") == 1
 
   def test_a_terminal_gets_a_bar(self):
     class Terminal(io.StringIO):
@@ -210,7 +236,7 @@ class TestProgress:
         return True
 
     stream = Terminal()
-    reporter = progress.make_reporter(4, 1, stream=stream)
+    reporter = progress.make_reporter(4, stream=stream)
     reporter.update(2, {"loss": 1.5, "tokens_per_second": 100.0})
     reporter.update(4, {"loss": 1.25})
     reporter.close()
