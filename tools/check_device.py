@@ -28,7 +28,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from tools import timing
-from tools.device_runner import FAILED, NOT_RUN, OK, Row, run_all
+from tools.device_runner import FAILED, INTERRUPTED, NOT_RUN, OK, Row, run_all
 
 GROUPS = (
   "kernels",
@@ -146,6 +146,8 @@ def main(argv: Sequence[str] | None = None) -> int:
   counts = collections.Counter(row.status for row in rows)
   summary = ", ".join(f"{counts[status]} {status}" for status in (OK, FAILED, NOT_RUN))
   console.print(f"{summary}, {time.time() - begun:.0f} s")
+  if any(row.detail == INTERRUPTED for row in rows):
+    return 130
   return 1 if counts[FAILED] else 0
 
 

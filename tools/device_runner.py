@@ -8,12 +8,14 @@ jax: the process that waits must not hold the device.
 
 import dataclasses
 import multiprocessing
+import signal
 import time
 from collections.abc import Callable, Sequence
 from multiprocessing.connection import Connection
 from typing import Any, Literal
 
 OK, FAILED, NOT_RUN = "ok", "failed", "not run"
+INTERRUPTED = "interrupted"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,6 +94,8 @@ def first_line(error: BaseException) -> str:
 
 def _serve(pipe: Connection, make_checks: MakeChecks, options: Any) -> None:
   """The worker: sends the list of checks, then a row for each index it is sent."""
+  # Ctrl-C reaches both processes; the one that waits decides what comes of it.
+  signal.signal(signal.SIGINT, signal.SIG_IGN)
   try:
     checks = make_checks(options)
   except Exception as error:
@@ -199,6 +203,9 @@ def run_all(
         elif index + 1 < len(names):
           worker = _Worker(make_checks, options, left())
       add(row)
+  except KeyboardInterrupt:
+    for name in names[len(rows) :]:
+      add(Row(*name, NOT_RUN, INTERRUPTED))
   finally:
     worker.end()
   return rows

@@ -45,3 +45,18 @@ def test_devices_that_cannot_be_listed_are_a_failure():
   """Not an empty table that passes."""
   [row] = rows_of("fine", make=fake_checks.refuse)
   assert (row.status, row.detail) == ("failed", "RuntimeError: no device for 1 checks")
+
+
+def test_an_interruption_leaves_a_whole_table():
+  """Ctrl-C after the second row: what was found so far, and the rest by name."""
+  shown = []
+
+  def show(row):
+    shown.append(row)
+    if len(shown) == 2:
+      raise KeyboardInterrupt
+
+  names = ("fine", "wrong", "fine", "fine")
+  rows = run_all(fake_checks.make_checks, names, seconds=100, longest=30, show=show)
+  assert [row.status for row in rows] == ["ok", "failed", "not run", "not run"]
+  assert {row.detail for row in rows[2:]} == {"interrupted"}
