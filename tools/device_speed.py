@@ -34,6 +34,7 @@ SHAPES = (
   Shape("OLMoE", T=16384, D=2048, F=1024, E=64, K=8),
   Shape("Mixtral", T=16384, D=4096, F=14336, E=8, K=2),
 )
+PRODUCT = "matrix product"
 SECONDS = 5.0
 """Of timing per shape and direction, warm-up and compiling aside."""
 MEMORY_SHARE = 0.4
@@ -72,24 +73,21 @@ def scaled(shape: Shape, options: Options) -> Shape:
   return fit(shape, memory)
 
 
-def time_of(function: Callable[[], Any], seconds: float) -> float:
-  """The median of its runs, in seconds."""
-  return statistics.median(timing.interleave({"it": function}, seconds=seconds)["it"])
-
-
 @functools.cache
-def product_rate(small: bool) -> tuple[float, str]:
-  """FLOP/s of one product of square matrices, and what was multiplied."""
+def product(small: bool) -> tuple[int, Callable[[], Any]]:
+  """The side of square matrices, and their product, ready to be timed."""
   size = 128 if small else 1024 if platform() == "cpu" else 8192
   a, b = (jax.random.normal(jax.random.key(i), (size, size), dtype()) for i in range(2))
-  product = jax.jit(jnp.matmul).lower(a, b).compile()
-  seconds = time_of(lambda: product(a, b).block_until_ready(), 0.1 if small else 2.0)
-  return 2 * size**3 / seconds, f"{size}^3 {dtype()}"
+  compiled = jax.jit(jnp.matmul).lower(a, b).compile()
+  return size, lambda: compiled(a, b).block_until_ready()
 
 
 def check_rate(options: Options) -> Outcome:
-  rate, what = product_rate(options.small)
-  detail = f"{rate / 1e12:.3g} TFLOP/s, {what}"
+  """FLOP/s of the product alone."""
+  size, run = product(options.small)
+  times = timing.interleave({PRODUCT: run}, seconds=0.1 if options.small else 2.0)
+  rate = 2 * size**3 / statistics.median(times[PRODUCT])
+  detail = f"{rate / 1e12:.3g} TFLOP/s, {size}^3 {dtype()}"
   return Outcome(detail, {"flops": rate})
 
 
@@ -99,19 +97,33 @@ def flops_of(shape: Shape, direction: str) -> float:
   return forward * (1 if direction == "forward" else 3)
 
 
-def report(shape: Shape, flops: float, times: dict[str, list[float]], small: bool) -> Any:
-  """Medians and shares of the measured rate, of everything that was timed together."""
-  rate, _ = product_rate(small)
+def report(
+  shape: Shape, flops: float, times: dict[str, list[float]], product_flops: float
+) -> Outcome:
+  """Medians, and shares of the product's rate, of everything that was timed together."""
+  rate = product_flops / statistics.median(times[PRODUCT])
   numbers: dict[str, float] = dataclasses.asdict(shape) | {"rate": rate}
   numbers.pop("name")
   parts = []
   for name, runs in times.items():
+    if name == PRODUCT:
+      continue
     seconds = statistics.median(runs)
     share = flops / seconds / rate
     numbers |= {f"{name} ms": 1e3 * seconds, f"{name} share": share}
     parts.append(f"{name} {share:.0%} ({1e3 * seconds:.3g} ms)")
   sizes = " ".join(f"{k}={getattr(shape, k)}" for k in "TDFEK")
   return Outcome(f"{', '.join(parts)}; {sizes}", numbers)
+
+
+def time_beside_product(
+  shape: Shape, flops: float, functions: dict[str, Callable[[], Any]], options: Options
+) -> Outcome:
+  """Interleaved with the product, so that a slow spell of the machine meets both."""
+  size, run = product(options.small)
+  seconds = 0.1 if options.small else SECONDS
+  times = timing.interleave({**functions, PRODUCT: run}, seconds=seconds, min_rounds=3)
+  return report(shape, flops, times, 2 * size**3)
 
 
 def check_layer(shape: Shape, direction: str, options: Options) -> Outcome:
@@ -127,9 +139,7 @@ def check_layer(shape: Shape, direction: str, options: Options) -> Outcome:
     name: layer_variants.compile_direction(*layer, shape, settings, direction).run
     for name, layer in layers.items()
   }
-  seconds = 0.1 if options.small else SECONDS
-  times = timing.interleave(compiled, seconds=seconds, min_rounds=3)
-  return report(shape, flops_of(shape, direction), times, options.small)
+  return time_beside_product(shape, flops_of(shape, direction), compiled, options)
 
 
 # Torch.
@@ -204,10 +214,8 @@ def check_torch(shape: Shape, options: Options) -> Outcome:
     return jax.block_until_ready(compiled(rows, params["experts"], sizes))
 
   functions = {"moejax": ours, name: run_torch}
-  seconds = 0.1 if options.small else SECONDS
-  times = timing.interleave(functions, seconds=seconds, min_rounds=3)
   flops = 6 * shape.T * shape.K * shape.D * shape.F
-  return report(shape, flops, times, options.small)
+  return time_beside_product(shape, flops, functions, options)
 
 
 def _experts_on_rows(rows: jax.Array, weights: ExpertWeights, sizes: jax.Array) -> Any:
@@ -231,7 +239,7 @@ def _experts_on_rows(rows: jax.Array, weights: ExpertWeights, sizes: jax.Array) 
 
 def speed_checks(options: Options) -> Iterator[Check]:
   """The rate, then each shape: layers forward, with gradients, and torch's product."""
-  yield Check("speed", "matrix product", functools.partial(check_rate, options))
+  yield Check("speed", PRODUCT, functools.partial(check_rate, options))
   for shape in SHAPES:
     for direction in ("forward", "both"):
       run = functools.partial(check_layer, shape, direction, options)
