@@ -1,10 +1,11 @@
 # Two commands do everything: `make train` and `make test`. Each sets up .venv itself.
 #
 #   make train [ARGS="--config.moe.num_experts=16"] [WORKDIR=runs/mine]
-#   make test | test-all | lint | benchmark | clean
+#   make test | test-core | test-all | test-matrix | lint | benchmark | clean
 #
-# PYTHON=... names the interpreter for .venv; without it, the newest one that is
-# supported and found on the PATH. GNU make 3.81, which macOS has, is enough.
+# PYTHON=3.12, or the path of an interpreter, says what to make .venv with; without it,
+# the newest one that is supported and found on the PATH. VENV=.venv-3.12 puts it
+# elsewhere. GNU make 3.81, which macOS has, is enough.
 
 SHELL := /bin/bash
 VENV := .venv
@@ -14,22 +15,36 @@ WORKDIR ?= runs/default
 ARGS ?=
 # Two test processes: each wants about one core, and memory is dear.
 JOBS ?= 2
+# What a change of Python or jax breaks first: numerics, layers, the step, checkpoints,
+# command lines. CI runs it under the Pythons that do not get the whole suite.
+CORE := tests/routing tests/kernels tests/dispatch tests/layers tests/models \
+  tests/parallel tests/multi_device/test_expert_parallel.py tests/data/test_local.py \
+  tests/data/test_batches.py tests/train/test_step.py tests/train/test_loop.py \
+  tests/train/test_optimizer.py tests/train/test_checkpoint.py tests/evaluate \
+  tests/test_cli.py tests/test_config_check.py tests/test_config_io.py \
+  tests/test_packaging.py
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help setup train test test-all lint format benchmark clean
+.PHONY: help setup train test test-core test-all test-matrix lint format benchmark clean
 
 help:
 	@sed -n '3,4s/^# *//p' Makefile
 
 setup: $(STAMP)
 
+# An environment that is there stays, unless another Python was asked for by PYTHON.
+VERSION := -c 'import sys; print(sys.version_info[:2])'
+KEEP_VENV = [ -x $(BIN)/python ] && \
+  $(BIN)/python -c 'import sys; sys.exit(sys.version_info < (3, 11))' && \
+  { [ -z "$(PYTHON)" ] || \
+    [ "$$($(BIN)/python $(VERSION))" = "$$("$$python" $(VERSION))" ]; }
+
 # The stamp is written last, so an interrupted install starts over.
 $(STAMP): setup.py constraints.txt tools/find_python.sh
 	@rm -f $(STAMP)
 	@python=$$(bash tools/find_python.sh "$(PYTHON)") && \
 	  echo "Setting up $(VENV) with $$python" && \
-	  { [ -x $(BIN)/python ] && $(BIN)/python -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
-	    || "$$python" -m venv --clear $(VENV); }
+	  { $(KEEP_VENV) || "$$python" -m venv --clear $(VENV); }
 	@$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[dev]"
 	@touch $(STAMP)
 
@@ -39,13 +54,20 @@ train: $(STAMP)
 test: $(STAMP)
 	$(BIN)/python -m pytest -q -n $(JOBS) -m "not slow" $(ARGS)
 
+test-core: $(STAMP)
+	$(BIN)/python -m pytest -q -n $(JOBS) -m "not slow" $(CORE) $(ARGS)
+
+# The fast tests under every supported Python that is here, each in its own environment.
+test-matrix:
+	@bash tools/test_matrix.sh test
+
 test-all: $(STAMP)
 	$(BIN)/python -m pytest -q -n $(JOBS) $(ARGS)
 
 lint: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/pyright
+	$(BIN)/pyright --pythonpath $(BIN)/python
 
 format: $(STAMP)
 	$(BIN)/ruff check --fix .
@@ -56,5 +78,5 @@ benchmark: $(STAMP)
 
 # Runs are results and stay; `rm -r runs` is yours to type.
 clean:
-	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
-	find . -name __pycache__ -not -path './$(VENV)/*' -prune -exec rm -rf {} +
+	rm -rf $(VENV) .venv-3.* build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -not -path './.venv*/*' -prune -exec rm -rf {} +

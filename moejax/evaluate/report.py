@@ -92,7 +92,7 @@ def draw_load(axes: Any, lines: list[dict[str, Any]]) -> Any:
   from matplotlib import colors
 
   rows = [line for line in lines if "load" in line.get("moe", {})]
-  loads = np.asarray([row["moe"]["load"] for row in rows], np.float64)
+  loads = np.stack([np.asarray(row["moe"]["load"], np.float64) for row in rows])
   num_layers, num_experts = loads.shape[1:]
   relative = loads * num_experts
   # Log colours: half and double the mean are equally far from white.

@@ -62,8 +62,8 @@ def quantile_step(
   share of tokens f is a tail of the distribution of its scores. Were that normal
   with standard deviation s, moving the bias by s * (z(K/E) - z(f)), z the normal
   quantile, would make the share K/E. Whatever the distribution, the step is zero
-  exactly at balance and has the sign of the error; only its length is approximate,
-  and `options.quantile_rate` of it is taken. Biases keep mean zero.
+  at balance (but for rounding) and has the sign of the error; only its length is
+  approximate, and `options.quantile_rate` of it is taken. Biases keep mean zero.
   """
   assert stats.moments is not None
   tokens = jnp.maximum(stats.num_valid, 1.0)[..., None]

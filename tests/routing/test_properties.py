@@ -204,4 +204,5 @@ def test_nothing_of_size_tokens_times_experts_times_slots_is_made():
   assert f"{num_tokens},{num_experts},{capacity}" not in text
   for variable in shapes.jaxpr.eqns:
     for out in variable.outvars:
-      assert out.aval.size <= 4 * num_tokens * num_experts
+      size = out.aval.size  # pyright: ignore[reportAttributeAccessIssue]  # By its type.
+      assert size <= 4 * num_tokens * num_experts

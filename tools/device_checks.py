@@ -1,0 +1,355 @@
+"""Kernels, attention and dispatchers on a device against the CPU: values and gradients.
+
+Letters: N rows, T tokens, D width, F hidden width, E experts, K choices, B batch, S
+sequence, H query heads, J key/value heads, A head width.
+"""
+
+import dataclasses
+import functools
+import importlib.util
+import sys
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from moejax.dispatch.base import ExpertWeights, activate
+from moejax.dispatch.einsum import einsum
+from moejax.dispatch.gather import gather
+from moejax.dispatch.grouped import LOOP, grouped
+from moejax.kernels import grouped_matmul as kernels
+from moejax.kernels.attention import tpu_attention
+from moejax.kernels.stack_gradient import stack_gradient
+from moejax.layers.attention import attention_mask
+from moejax.parallel import host_memory
+from moejax.parallel.platform import target_is_nvidia
+from moejax.routing.base import RouterInputs, RouterOptions, Routing
+from moejax.routing.capacity import capacity_of
+from moejax.routing.registry import ROUTERS
+from tools.device_compare import (
+  DTYPES,
+  agree,
+  compute,
+  cpu,
+  device,
+  exact_products,
+  rounded,
+  value_and_gradients,
+)
+from tools.device_runner import Check, Outcome
+
+SIZES = (130, 0, 1, 200, 57, 0, 100, 8)
+"""Rows of each expert: none, one, less than a tile, across tiles."""
+ROWS = 512
+"""The last 16 belong to nobody, and hold what must not be read."""
+D, F = 128, 256
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+  """What to check."""
+
+  small: bool = False
+  """Basic checks alone, and tiny layers."""
+  only: tuple[str, ...] = ()
+  """Names of groups; empty is all."""
+
+
+def platform() -> str:
+  """cpu, gpu or tpu: what is checked."""
+  name = jax.default_backend()
+  return name if name in ("cpu", "tpu") else "gpu"
+
+
+def normal(seed: int, *shape: int) -> jax.Array:
+  return jnp.asarray(np.random.default_rng(seed).normal(size=shape), jnp.float32)
+
+
+def experts(num_experts: int, *, width: int = D, hidden: int = F) -> ExpertWeights:
+  return ExpertWeights(
+    w_in=width**-0.5 * normal(1, num_experts, width, hidden),
+    w_out=hidden**-0.5 * normal(2, num_experts, hidden, width),
+    w_gate=width**-0.5 * normal(3, num_experts, width, hidden),
+  )
+
+
+def against(
+  reference: Callable[..., Any], function: Callable[..., Any], dtype: str, *args: Any
+) -> Outcome:
+  """function(*args) in this dtype here against reference(*args) in float32 on the CPU."""
+  args = rounded(args, dtype)
+  with exact_products(dtype):
+    got = compute(device(), function, *args)
+  with exact_products("float32"):
+    want = compute(cpu(), reference, *rounded(args, "float32"))
+  return agree(got, want, dtype)
+
+
+# Ragged products.
+
+
+def _runs() -> Iterator[tuple[int, int, int]]:
+  """(expert, first row, end) of each run."""
+  end = 0
+  for expert, size in enumerate(SIZES):
+    yield expert, end, end + size
+    end += size
+
+
+def _owned(x: jax.Array) -> jax.Array:
+  """The rows that belong to an expert."""
+  return x[: sum(SIZES)]
+
+
+def _plain_product(rows: jax.Array, stack: jax.Array) -> jax.Array:
+  parts = [rows[start:end] @ stack[e] for e, start, end in _runs()]
+  behind = rows.shape[0] - sum(SIZES)
+  return jnp.concatenate([*parts, jnp.zeros((behind, stack.shape[2]), rows.dtype)])
+
+
+def _product(rows: jax.Array, stack: jax.Array, implementation: str) -> jax.Array:
+  sizes = jnp.asarray(SIZES, jnp.int32)
+  return kernels.grouped_matmul(rows, stack, sizes, implementation=implementation)
+
+
+def check_product(implementation: str, dtype: str) -> Outcome:
+  """One ragged product with its gradients, by rows (those owned) and by the stack."""
+
+  def both(function: Callable[..., Any], rows: Any, stack: Any, dy: Any) -> Any:
+    y, (d_rows, d_stack) = value_and_gradients(function, dy, rows, stack)
+    return {"y": y, "d_rows": _owned(d_rows), "d_stack": d_stack}
+
+  rows = normal(0, ROWS, D).at[sum(SIZES) :].set(100.0)
+  stack, dy = D**-0.5 * normal(1, len(SIZES), D, F), normal(2, ROWS, F)
+  product = functools.partial(_product, implementation=implementation)
+  return against(
+    functools.partial(both, _plain_product),
+    functools.partial(both, product),
+    dtype,
+    *(rows, stack, dy),
+  )
+
+
+def _plain_experts(rows: Any, weights: ExpertWeights, gate: Any) -> Any:
+  assert weights.w_gate is not None
+  hidden = _plain_product(rows, weights.w_in)
+  hidden = activate(hidden, _plain_product(rows, weights.w_gate), "swiglu")
+  return gate[:, None] * _plain_product(hidden, weights.w_out)
+
+
+def check_ragged_experts(chunks: int, dtype: str) -> Outcome:
+  """Gated experts on ragged rows, in one part or several, as this device chooses."""
+
+  def ragged(rows: Any, weights: ExpertWeights, gate: Any) -> Any:
+    sizes = jnp.asarray(SIZES, jnp.int32)
+    return kernels.apply_ragged_experts(
+      rows, sizes, weights, "swiglu", gate=gate.astype(jnp.float32), chunks=chunks
+    )
+
+  def both(function: Callable[..., Any], *args: Any) -> Any:
+    y, (d_rows, d_weights, d_gate) = value_and_gradients(function, args[-1], *args[:-1])
+    return y, _owned(d_rows), d_weights, _owned(d_gate)
+
+  rows, gate = normal(0, ROWS, D), jnp.abs(normal(4, ROWS))
+  args = (rows, experts(len(SIZES)), gate, normal(5, ROWS, D))
+  return against(
+    functools.partial(both, _plain_experts), functools.partial(both, ragged), dtype, *args
+  )
+
+
+def check_stack_gradient(dtype: str) -> Outcome:
+  """rows^T grad of each run; interpreted where there is no TPU."""
+
+  def kernel(rows: Any, grad: Any) -> Any:
+    sizes = jnp.asarray(SIZES, jnp.int32)
+    return stack_gradient(rows, grad, sizes, interpret=platform() != "tpu")
+
+  def plain(rows: Any, grad: Any) -> Any:
+    return jnp.stack([rows[a:b].T @ grad[a:b] for _, a, b in _runs()])
+
+  return against(plain, kernel, dtype, normal(0, ROWS, D), normal(1, ROWS, F))
+
+
+def _why_not(implementation: str) -> str:
+  """Why a ragged product is not for this device; empty if it is."""
+  here = platform()
+  if implementation == "tpu" and here != "tpu":
+    return f"for TPUs; this is a {here}"
+  if implementation == "tokamax" and here != "gpu":
+    return f"used on GPUs; this is a {here}"
+  if implementation == "tokamax" and importlib.util.find_spec("tokamax") is None:
+    return "tokamax is not installed (extra `cuda`)"
+  if implementation == LOOP and here != "cpu":
+    return f"used on CPUs; this is a {here}"
+  return ""
+
+
+def kernel_checks() -> Iterator[Check]:
+  """Every ragged product, the experts made of them, and the kernels for TPUs."""
+  for dtype in DTYPES:
+    for name in kernels.IMPLEMENTATIONS:
+      run = functools.partial(check_product, name, dtype)
+      yield Check("kernels", f"grouped_matmul {name} {dtype}", run, _why_not(name))
+    for chunks in (1, 3):
+      run = functools.partial(check_ragged_experts, chunks, dtype)
+      label = f"ragged experts, {chunks} part(s), {dtype}"
+      yield Check("kernels", label, run, basic=chunks == 1 and dtype == "bfloat16")
+    run = functools.partial(check_stack_gradient, dtype)
+    reason = _why_not("tpu") if platform() == "gpu" else ""
+    label = f"stack_gradient {dtype}"
+    yield Check("kernels", label, run, reason, basic=dtype == "float32")
+
+
+# Attention.
+
+
+def check_attention(implementation: str, window: int, dtype: str) -> Outcome:
+  """Two documents and padding, grouped heads, with gradients."""
+  ids = np.ones((2, 256), np.int32)
+  ids[0, 100:], ids[1, 200:] = 2, 0
+  segments = jnp.asarray(ids)
+
+  def plain(kind: Any, query: Any, key: Any, value: Any) -> Any:
+    mask = attention_mask(segments, segments, window=window)
+    with jax.numpy_rank_promotion("allow"), jax.numpy_dtype_promotion("standard"):
+      return jax.nn.dot_product_attention(
+        query, key, value, mask=mask, implementation=kind
+      )
+
+  def splash(query: Any, key: Any, value: Any) -> Any:
+    return tpu_attention(
+      *(query, key, value, segments), window=window, interpret=platform() != "tpu"
+    )
+
+  chosen = splash if implementation == "splash" else None
+  chosen = chosen or functools.partial(plain, implementation)
+
+  def both(function: Callable[..., Any], *args: Any) -> Any:
+    return value_and_gradients(function, args[-1], *args[:-1])
+
+  args = [normal(i, 2, 256, heads, 128) for i, heads in enumerate((4, 2, 2, 4))]
+  return against(
+    functools.partial(both, functools.partial(plain, "xla")),
+    functools.partial(both, chosen),
+    dtype,
+    *args,
+  )
+
+
+def attention_checks() -> Iterator[Check]:
+  """What `layers/attention` may choose: XLA's, cuDNN's, and the kernel for TPUs."""
+  for name in ("xla", "cudnn", "splash"):
+    for dtype in DTYPES:
+      for window in (0, 40):
+        reason = ""
+        if name == "cudnn" and not target_is_nvidia():
+          reason = "for NVIDIA GPUs"
+        elif name == "cudnn" and dtype == "float32":
+          reason = "half precision only"
+        elif name == "splash" and platform() == "gpu":
+          reason = "for TPUs"
+        label = f"{name}{f', window {window}' if window else ''} {dtype}"
+        run = functools.partial(check_attention, name, window, dtype)
+        basic = bool(window) and dtype == "float32"
+        yield Check("attention", label, run, reason, basic)
+
+
+# Dispatchers.
+
+
+@functools.cache
+def _routed(factor: float | None) -> Routing:
+  """Two groups of 64 tokens to two of eight experts; decided on the CPU."""
+  options = RouterOptions(
+    num_experts=8, num_selected=2, capacity=capacity_of(64, 8, 2, factor)
+  )
+
+  def route(logits: Any, valid: Any) -> Any:
+    inputs = RouterInputs(logits=logits, valid=valid)
+    return jax.vmap(lambda i: ROUTERS["top_k"].fn(i, options))(inputs)
+
+  valid = jnp.ones((2, 64), bool).at[:, -5:].set(False)
+  # Some experts are favoured, so that a capacity overflows.
+  logits = normal(9, 2, 64, 8) + jnp.linspace(1.0, 0.0, 8)[None, None, :]
+  return compute(cpu(), route, logits, valid)
+
+
+def _layer_and_gradients(
+  dispatcher: Any, routing: Routing, x: Any, weights: Any, dy: Any
+) -> Any:
+  def layer(x: Any, gate: Any, weights: Any) -> Any:
+    gated = dataclasses.replace(routing, gate=gate)
+    return dispatcher(x, gated, weights, activation="swiglu")
+
+  y, (dx, d_gate, d_weights) = value_and_gradients(layer, dy, x, routing.gate, weights)
+  # A dropped assignment's gate is a constant 0 already.
+  return y, dx, jnp.where(routing.kept, d_gate, 0.0), d_weights
+
+
+def _layer_inputs(dtype: str) -> Any:
+  return rounded((normal(6, 2, 64, D), experts(8), normal(7, 2, 64, D)), dtype)
+
+
+@functools.cache
+def _dense_masks(factor: float | None, dtype: str) -> Any:
+  """By dense masks on the CPU, in float32, of inputs rounded to this dtype."""
+  args = rounded(_layer_inputs(dtype), "float32")
+  with exact_products("float32"):
+    run = functools.partial(_layer_and_gradients, einsum)
+    return compute(cpu(), run, _routed(factor), *args)
+
+
+def check_dispatcher(dispatcher: Any, factor: float | None, dtype: str) -> Outcome:
+  """Output and gradients by tokens, gates and weights, against dense masks."""
+  run = functools.partial(_layer_and_gradients, dispatcher)
+  with exact_products(dtype):
+    got = compute(device(), run, _routed(factor), *_layer_inputs(dtype))
+  return agree(got, _dense_masks(factor, dtype), dtype)
+
+
+def dispatcher_checks() -> Iterator[Check]:
+  """Each dispatcher, and `grouped` over each product that it may use."""
+  variants: dict[str, tuple[Any, str]] = {"einsum": (einsum, ""), "gather": (gather, "")}
+  for name in (LOOP, *kernels.IMPLEMENTATIONS):
+    run: Any = functools.partial(grouped, implementation=name)
+    variants[f"grouped ({name})"] = run, _why_not(name)
+  for dtype in DTYPES:
+    for factor in (None, 1.0):
+      for name, (dispatcher, reason) in variants.items():
+        label = f"{name}, {'dropless' if factor is None else 'capacity'}, {dtype}"
+        run = functools.partial(check_dispatcher, dispatcher, factor, dtype)
+        basic = (factor is None) == (dtype == "float32")
+        basic = basic and (factor is None or name == "gather")
+        yield Check("dispatchers", label, run, reason, basic)
+
+
+def check_devices() -> Outcome:
+  """What is here: not a check, but the head of the table."""
+  found = jax.devices()
+  kind = f"{len(found)} x {found[0].platform} {found[0].device_kind}"
+  python = ".".join(map(str, sys.version_info[:3]))
+  return Outcome(f"{kind}; jax {jax.__version__}, Python {python}")
+
+
+def make_checks(options: Options) -> list[Check]:
+  """All checks that were asked for, simple ones first."""
+  from tools import device_layers, device_speed
+
+  # As in training; it must precede the first computation.
+  host_memory.keep_freed_pages()
+  checks = [
+    *kernel_checks(),
+    *dispatcher_checks(),
+    *attention_checks(),
+    *device_layers.router_checks(),
+    *device_layers.exchange_checks(),
+    *device_layers.training_checks(),
+    *device_speed.speed_checks(options),
+  ]
+  if options.small:
+    checks = [check for check in checks if check.basic]
+  if options.only:
+    checks = [check for check in checks if check.group in options.only]
+  return [Check("devices", "found", check_devices), *checks]
