@@ -207,7 +207,7 @@ def test_a_warm_start_ends_as_a_cold_one(tmp_path):
     )
     first = printed.splitlines()[0]
     assert first.startswith(
-      f"Training configs/default.py in {folder} with data.name=text"
+      f"Training configs/default.py in {folder} with data.cache_dir="
     )
     assert re.search("compiling the train step: [0-9.]+ s", printed)
     shown = call("tools.inspect_checkpoint", f"--workdir={folder}")
