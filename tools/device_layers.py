@@ -267,7 +267,10 @@ def losses_on(where: Any, dtype: str, nudge: float = 0.0) -> np.ndarray:
   config = training_config(dtype)
   model = Decoder(config.model, config.moe, vocab_size=256)
   optimizer = make_optimizer(
-    config.optimizer, num_steps=config.train.num_steps, axes=model.logical_axes()
+    config.optimizer,
+    num_steps=config.train.num_steps,
+    axes=model.logical_axes(),
+    trained=model.trained(),
   )
   first = state_lib.make_init(model, optimizer, mesh_of(cpu()))(jax.random.key(0))
   params = jax.tree.map(lambda p: p * jnp.asarray(1 + nudge, p.dtype), first["params"])
