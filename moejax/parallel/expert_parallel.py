@@ -32,10 +32,10 @@ from jaxtyping import Array, Bool, Float, Int
 from moejax.dispatch import grouped
 from moejax.dispatch.base import Dispatcher, ExpertWeights, apply_experts
 from moejax.dispatch.gather import slot_moves
-from moejax.errors import ConfigError
 from moejax.kernels import permute
 from moejax.kernels.grouped_matmul import apply_ragged_experts
 from moejax.parallel import exchange as exchange_lib
+from moejax.parallel.exchange_rule import choose
 from moejax.parallel.mesh import TOKEN_AXES, is_cut_over, num_token_shards
 from moejax.parallel.platform import target_platform
 from moejax.parallel.rules import RULES
@@ -103,84 +103,6 @@ def over_groups(
   return jax.shard_map(function, in_specs=(_TOKENS, PartitionSpec()), out_specs=_TOKENS)(
     mapped, shared
   )
-
-
-CARRIED_AS = {
-  "gspmd": "einsum",
-  "all_to_all": "gather",
-  "ragged": "grouped",
-  "ring": "grouped",
-}
-"""The dispatcher whose layout each exchange carries: masks, slots, or sorted rows."""
-
-
-def choose(
-  exchange: str,
-  dispatcher: str,
-  *,
-  devices: int,
-  token_shards: int,
-  num_groups: int,
-  num_selected: int,
-  capacity: bool,
-  dense: bool,
-) -> str:
-  """The exchange of a layer: one of `CARRIED_AS`, or none; the rule of auto.
-
-  gspmd for dense weights (Soft MoE), for the einsum dispatcher, and where groups do not
-  divide over the devices; else, without an expert axis, none. Capacity takes
-  all_to_all. Dropless takes a ring where P <= K, since a token then visits nearly every
-  device and no buffer can overflow, and ragged otherwise.
-
-  Args:
-    exchange: --config.moe.exchange.
-    dispatcher: --config.moe.dispatcher.
-    devices: P, of the expert axis.
-    token_shards: devices that hold tokens of their own.
-    num_groups: routing groups of all of them.
-    num_selected: K.
-    capacity: whether experts have slots.
-    dense: whether the router mixes tokens.
-
-  Raises:
-    ConfigError: this exchange cannot carry this routing, or not as the dispatcher asks.
-  """
-  kind = exchange
-  if exchange == "auto":
-    if dense or dispatcher == "einsum" or num_groups % token_shards:
-      kind = "gspmd"
-    elif capacity:
-      kind = "all_to_all"
-    else:
-      kind = "ring" if devices <= num_selected else "ragged"
-  if kind != "gspmd" and (dense or num_groups % token_shards):
-    reason = (
-      "this router mixes tokens"
-      if dense
-      else f"{num_groups} routing groups do not divide over {token_shards} devices"
-    )
-    raise ConfigError(
-      f"--config.moe.exchange={exchange}: {reason}. Use gspmd or auto, or another "
-      "--config.moe.group_size."
-    )
-  if kind != "gspmd" and devices == 1:
-    return "none"
-  if kind == "all_to_all" and not capacity:
-    raise ConfigError(
-      "--config.moe.exchange=all_to_all sends slots, and dropless has none. Use ragged, "
-      "ring or auto, or give --config.moe.capacity_factor."
-    )
-  if dispatcher not in ("auto", CARRIED_AS[kind]):
-    carriers = [name for name, layout in CARRIED_AS.items() if layout == dispatcher]
-    if not capacity:
-      carriers = [name for name in carriers if name != "all_to_all"]
-    another = f", or --config.moe.exchange={' or '.join(carriers)}" if carriers else ""
-    raise ConfigError(
-      f"--config.moe.dispatcher={dispatcher} does not run with --config.moe.exchange="
-      f"{exchange} on this mesh: tokens travel by {kind}, which carries them as "
-      f"dispatcher {CARRIED_AS[kind]} does. Use --config.moe.dispatcher=auto{another}."
-    )
-  return kind
 
 
 def resolve(
