@@ -53,6 +53,7 @@ opened there, and what a run writes."""
 MAY_CHANGE = (
   "schema_version",
   "mesh.*",
+  "moe.dispatcher",
   "moe.exchange",
   "moe.exchange_chunks",
   "moe.expert_chunks",
@@ -73,7 +74,7 @@ MAY_CHANGE = (
 )
 """Fields that may differ when a run goes on: where it runs, what it logs, how often
 it looks and saves, when it gives up. None of them enters the arithmetic of a step,
-except that another mesh or exchange may sum in another order; with
+except that another mesh, exchange or dispatcher may sum in another order; with
 moe.exchange_buffer they also decide what is lost on the way, and may not change.
 train.num_steps may grow."""
 

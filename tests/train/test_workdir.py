@@ -211,3 +211,12 @@ def test_a_bounded_exchange_makes_the_mesh_part_of_the_arithmetic(tmp_path):
   begin(tmp_path / "free", Config(), mesh=one)
   found = workdir.prepare(tmp_path / "free", Config(), "corpus-a", other)
   assert isinstance(found, workdir.Resume)
+
+
+def test_a_run_whose_dispatcher_is_refused_now_can_go_on_under_another(tmp_path):
+  """Dispatchers add in other orders and are the same layer: the remedy of a refused one
+  must not be refused in turn."""
+  begin(tmp_path, changed(moe__dispatcher="gather"))
+  found = workdir.prepare(tmp_path, changed(moe__dispatcher="auto"), "corpus-a")
+  assert isinstance(found, workdir.Resume)
+  assert found.changed == [("moe.dispatcher", "gather", "auto")]
