@@ -210,7 +210,9 @@ def _segments_divide_hidden(c: Config) -> str | None:
 
 
 def _one_choice_keeps_its_probability(c: Config) -> str | None:
-  if c.moe.fine_selected == 1 and c.moe.renormalize != "none":
+  # Under router dense K is E, whatever num_selected says.
+  one = c.moe.fine_selected == 1 and c.moe.router != "dense"
+  if one and c.moe.renormalize != "none":
     return (
       f"{named(c, 'moe.renormalize', 'moe.num_selected')}: a single gate scaled to sum "
       "1 is always 1, and the router gets no gradient. Use --config.moe.renormalize=none."

@@ -48,7 +48,12 @@ def choose_devices(config: Config, devices: Sequence[Any]) -> tuple[list[Any], s
   chosen = [d for i, d in enumerate(devices) if owners[:i].count(owners[i]) < share]
   _check_dispatcher(config, len(chosen))
   each = f" ({share} of each process)" if len(counts) > 1 else ""
-  return chosen, f"Using {len(chosen)} of {len(devices)} devices{each}: {problem}"
+  line = f"Using {len(chosen)} of {len(devices)} devices{each}: {problem}"
+  changes = _changes(config, len(devices))
+  wider = next((c for c in changes if _fits_all(config, c, len(devices))), None)
+  if wider is not None:
+    line += f" All are used with {_as_flags(wider)}."
+  return chosen, line
 
 
 def validate_devices(config: Config, num_devices: int) -> None:
@@ -185,7 +190,7 @@ def _remedy(config: Config, counts: Sequence[int]) -> str:
   ]
   if not fitting:
     return "Use another number of devices, or another --config.mesh."
-  flags = " ".join(f"--config.{name}={value}" for name, value in fitting[0].items())
+  flags = _as_flags(fitting[0])
   gspmd = {"moe.exchange": "gspmd"}
   if fitting[0] != gspmd and _runs(config, gspmd, counts):
     flags += (
@@ -194,13 +199,29 @@ def _remedy(config: Config, counts: Sequence[int]) -> str:
   return f"Use {flags}."
 
 
-def _runs(config: Config, change: dict[str, Any], counts: Sequence[int]) -> bool:
+def _as_flags(change: dict[str, Any]) -> str:
+  return " ".join(f"--config.{name}={value}" for name, value in change.items())
+
+
+def _fits_all(config: Config, change: dict[str, Any], num_devices: int) -> bool:
+  """Whether a change makes the config run on every device."""
   changed = _changed(config, change)
   try:
     validate(changed)
   except ConfigError:
     return False
-  return _misfit(changed, sum(counts)) is None or _share(changed, counts) is not None
+  return _misfit(changed, num_devices) is None
+
+
+def _runs(config: Config, change: dict[str, Any], counts: Sequence[int]) -> bool:
+  if _fits_all(config, change, sum(counts)):
+    return True
+  changed = _changed(config, change)
+  try:
+    validate(changed)
+  except ConfigError:
+    return False
+  return _share(changed, counts) is not None
 
 
 def _changed(config: Config, change: dict[str, Any]) -> Config:
@@ -215,7 +236,11 @@ def _changes(config: Config, num_devices: int) -> Iterator[dict[str, Any]]:
   if not _has_free_axis(config):
     yield from ({f"mesh.{axis}": -1} for axis in _AXES)
   for axis, _, extent in _cuts(config):
-    yield {f"mesh.{axis}": math.gcd(extent, abs(getattr(config.mesh, axis)))}
+    # The largest that divides what the axis cuts, and is not more than what was asked.
+    asked = abs(getattr(config.mesh, axis))
+    for size in range(min(asked, extent), 0, -1):
+      if extent % size == 0:
+        yield {f"mesh.{axis}": size}
   # As many replicas as there are devices, and nothing cut, fits any model.
   replicas = {"mesh.data": -1} | {f"mesh.{axis}": 1 for axis in _AXES[1:]}
   unit = num_devices * config.train.accumulation

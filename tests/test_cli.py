@@ -380,6 +380,8 @@ def test_only_the_first_process_announces(monkeypatch, capsys, name):
 
 _PRESSED = """
 import os, signal, sys
+# A test run that was started in the background hands on that Ctrl-C is ignored.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 from absl import flags
 from moejax import cli
 

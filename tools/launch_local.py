@@ -89,11 +89,13 @@ def start(args: argparse.Namespace, logs: pathlib.Path) -> list[subprocess.Popen
   for index in range(args.processes):
     env = environment(index, args.processes, args.devices_per_process, port, shared)
     if index == 0:
-      processes.append(subprocess.Popen(args.command, env=env))
+      processes.append(subprocess.Popen(args.command, env=env, process_group=0))
       continue
     with open(logs / f"process_{index}.log", "wb") as log:
       processes.append(
-        subprocess.Popen(args.command, env=env, stdout=log, stderr=subprocess.STDOUT)
+        subprocess.Popen(
+          args.command, env=env, stdout=log, stderr=subprocess.STDOUT, process_group=0
+        )
       )
   return processes
 
@@ -154,9 +156,9 @@ def main(argv: list[str] | None = None) -> int:
       if process.poll() is None:
         process.send_signal(number)
 
-  # Ctrl-C reaches the children by itself: they share this terminal's process group.
-  signal.signal(signal.SIGINT, signal.SIG_IGN)
-  signal.signal(signal.SIGTERM, forward)
+  # Once each: the children have groups of their own, which a terminal does not reach.
+  for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+    signal.signal(number, forward)
   return wait(processes, logs)
 
 

@@ -21,6 +21,7 @@ from jax.sharding import Mesh
 from jaxtyping import Float, Int
 
 from moejax.config import MeshConfig
+from moejax.config_ranges import RANGES
 from moejax.errors import ConfigError, UserError
 from moejax.models.decoder import Decoder
 from moejax.parallel import hang, rules
@@ -53,10 +54,11 @@ def parse_capacity_factors(text: str) -> tuple[float | None, ...]:
       factor = None if word in (DROPLESS, "none") else float(word)
     except ValueError:
       factor = math.nan
-    if factor is not None and not 0 < factor < math.inf:
+    allowed = RANGES["moe.eval_capacity_factor"]
+    if factor is not None and factor not in allowed:
       raise UserError(
-        f"--eval_capacity_factor={text}: {word!r} is no capacity factor. Give positive "
-        "numbers or dropless, separated by commas, for example 1,1.25,2,dropless."
+        f"--eval_capacity_factor={text}: {word!r} is no capacity factor. Give numbers "
+        f"{allowed}, or dropless, separated by commas, for example 1,1.25,2,dropless."
       )
     if factor not in factors:
       factors.append(factor)

@@ -18,7 +18,8 @@ def num_selected(moe: MoEConfig) -> int:
 
 def num_present(moe: MoEConfig) -> int:
   """Experts that take part in a training step: all but a fixed number, at least K."""
-  out = int(moe.expert_dropout * moe.fine_experts)
+  # Rounded first: .29 of 100 is 28.999... in floats.
+  out = int(round(moe.expert_dropout * moe.fine_experts, 6))
   return moe.fine_experts - min(out, moe.fine_experts - num_selected(moe))
 
 

@@ -11,9 +11,10 @@ word, and what fails inside its initialize ends in an abort that nobody can catc
     caller   {"index": ..., "host": its machine, "facts": what it was started with}
     host     {"error": ..., "code": ..., "host": ...}     the verdict, to all at once
 
-With a secret (`secret`) the last two are signed and so is whatever follows. Without one
-whoever reaches the port can take a seat. In either case no stranger can stop process 0:
-what is no message of ours ends that connection and nothing else.
+With a secret (`secret`) the last two are signed and so is whatever follows: a stranger
+can neither take a seat nor end the meeting. Without one, whoever reaches the port and
+speaks this protocol can do both: a contradiction ends the job, as it should for friends.
+In either case what is no message of ours ends that connection and nothing else.
 
 The connections stay open: `liveness` learns from them who died.
 """

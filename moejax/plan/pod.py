@@ -16,6 +16,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from moejax.config import Config
+from moejax.layers.options import num_selected
 from moejax.parallel import traffic
 from moejax.parallel.hlo import Program
 from moejax.parallel.mesh import AXES
@@ -95,7 +96,7 @@ def ragged_fraction(config: Config, mesh: Mesh) -> float:
   if moe.capacity_factor is not None or moe.dense_twin or devices == 1:
     return 1.0
   ring = moe.exchange == "ring" or (
-    moe.exchange == "auto" and devices <= moe.fine_selected
+    moe.exchange == "auto" and devices <= num_selected(moe)
   )
   if ring:  # All rows of the axis are lined up, and one device's share computed.
     return 1.0 / devices

@@ -12,6 +12,7 @@ import jax
 
 from moejax.config import Config
 from moejax.layers.options import num_selected
+from moejax.models import trained
 from moejax.models.decoder import Decoder
 from moejax.models.pattern import layer_pattern
 from moejax.parallel.rules import RULES
@@ -29,9 +30,12 @@ def wire_bound(config: Config, mesh: dict[str, int]) -> float:
   width = _bytes(config)
   model = Decoder(config.model, config.moe, vocab_size=resolve_vocab_size(config))
 
-  axes = jax.tree.leaves(model.logical_axes(), is_leaf=lambda a: isinstance(a, tuple))
+  # What is not trained has no gradient to be summed.
+  axes, _ = trained.split(model.logical_axes(), model.trained())
+  shapes, _ = trained.split(model.shapes(), model.trained())
+  names_of = jax.tree.leaves(axes, is_leaf=lambda a: isinstance(a, tuple))
   total = 0.0
-  for names, leaf in zip(axes, jax.tree.leaves(model.shapes()), strict=True):
+  for names, leaf in zip(names_of, jax.tree.leaves(shapes), strict=True):
     spec = [axis for axis in RULES.spec(names) if axis is not None]
     size = width * math.prod(leaf.shape)
     for axis in spec:

@@ -85,28 +85,33 @@ _LARGEST_MARGIN = 2.0
 
 
 def margins(
-  scores: Float[Array, "T E"],
-  biased: Float[Array, "T E"],
-  valid: Bool[Array, "T"],
-  num_selected: int,
+  biased: Float[Array, "T E"], valid: Bool[Array, "T"], num_selected: int
 ) -> Float[Array, "E M"]:
-  """Valid tokens by expert and by bin of s_te - alpha_t.
+  """Valid tokens by expert and by bin of s_te + b_e - alpha_t.
 
-  alpha_t is the K+1-th largest biased score of the token: an expert with bias b is
-  chosen where its margin is above -b, all other biases staying as they are. A
-  histogram, because it adds up over groups, devices and microbatches, as a quantile
-  does not. Bins are narrow around zero, where the quantile is: 8e-6 wide there, 4e-3
-  at a margin of 1/2.
+  alpha_t is the K+1-th largest biased score of the token: an expert is chosen where its
+  margin is above zero, and lowering its bias by q, all others staying as they are,
+  leaves it the tokens whose margin is above q. A histogram, because it adds up over
+  groups, devices and microbatches, as a quantile does not. Bins are narrow around zero,
+  where the quantile is near balance: 8e-6 wide there, 4e-3 at a margin of 1/2.
+
+  Args:
+    biased: scores with their biases, by which tokens choose.
+    valid: False for padding.
+    num_selected: K.
   """
-  order = min(num_selected, scores.shape[-1] - 1)
+  num_experts = biased.shape[-1]
+  order = min(num_selected, num_experts - 1)
+  # An absent expert stands at -inf. Where no more than K take part, all of them are
+  # chosen whatever their biases are, and nothing is learned about balance.
   alpha = jax.lax.top_k(jax.lax.stop_gradient(biased), order + 1)[0][:, order:]
-  margin = jax.lax.stop_gradient(scores) - alpha
+  margin = jnp.where(alpha > -jnp.inf, jax.lax.stop_gradient(biased) - alpha, 0.0)
   root = jnp.sign(margin) * jnp.sqrt(jnp.abs(margin) / _LARGEST_MARGIN)
   index = jnp.floor((root + 1.0) * (NUM_BINS / 2))
   index = jnp.clip(index, 0, NUM_BINS - 1).astype(jnp.int32)
-  expert = jnp.arange(scores.shape[-1], dtype=jnp.int32)[None, :]
+  expert = jnp.arange(num_experts, dtype=jnp.int32)[None, :]
   counted = jnp.broadcast_to(valid.astype(jnp.float32)[:, None], index.shape)
-  zeros = jnp.zeros((scores.shape[-1], NUM_BINS), jnp.float32)
+  zeros = jnp.zeros((num_experts, NUM_BINS), jnp.float32)
   return zeros.at[jnp.broadcast_to(expert, index.shape), index].add(counted)
 
 
@@ -115,9 +120,10 @@ def quantile_balance(
 ) -> Float[Array, "*l E"]:
   """The bias at which every expert would have had its share of this batch.
 
-  b_e = -beta_e, beta_e the (TK/E)-th largest margin of the expert over the batch's
-  tokens; then mean zero. There is no rate: the old bias is in the margins, and nowhere
-  else. Read out of the histogram of `margins`, linearly within a bin.
+  b_e = -beta_e, beta_e the (TK/E)-th largest of s_te - alpha_t over the batch's tokens;
+  then mean zero. Margins have the old bias in them, so that this is b_e less the
+  (TK/E)-th largest margin, which is read out of their histogram, linearly within a bin.
+  There is no rate.
   """
   assert stats.margins is not None
   edges = jnp.linspace(-1.0, 1.0, NUM_BINS + 1, dtype=jnp.float32)
@@ -136,4 +142,4 @@ def quantile_balance(
   missing = jnp.maximum(wanted - (at(above) - inside), 0.0)
   part = jnp.minimum(missing / jnp.maximum(inside, 1.0), 1.0)
   low, high = edges[here], edges[here + 1]
-  return _settled(bias, -(high - part * (high - low)), stats)
+  return _settled(bias, bias - (high - part * (high - low)), stats)

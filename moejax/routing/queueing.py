@@ -148,7 +148,11 @@ def normalize(gate: Float[Array, "T K"], norm: float = 1.0) -> Float[Array, "T K
   if norm == 1.0:
     total = jnp.sum(gate, axis=-1, keepdims=True)
   else:
+    # Over the largest gate, so that small gates to a high power do not vanish. The norm
+    # does not depend on what is divided by, nor does its gradient.
+    top = jax.lax.stop_gradient(jnp.max(gate, axis=-1, keepdims=True))
+    top = jnp.where(top > 0, top, 1.0)
+    powers = jnp.sum(jnp.power(gate / top, norm), axis=-1, keepdims=True)
     # Rows of zeros are taken out before the root, whose slope there is infinite.
-    powers = jnp.sum(jnp.power(gate, norm), axis=-1, keepdims=True)
-    total = jnp.where(powers > 0, powers, 1.0) ** (1.0 / norm)
+    total = top * jnp.where(powers > 0, powers, 1.0) ** (1.0 / norm)
   return gate / jnp.where(total > 0, total, 1.0)

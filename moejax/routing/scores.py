@@ -18,6 +18,9 @@ ABSENT = -1e9
 """Logit of an expert that is out for this step (expert dropout): finite, so that
 nothing becomes NaN."""
 
+_OUT_OF_GROUP = -100.0
+"""What an expert that is out adds to its group's score, where scores are below ten."""
+
 _SMALL_E = 16
 """Up to so many experts XLA:CPU's argmax beats two plain reductions."""
 
@@ -113,7 +116,10 @@ def limit_to_groups(
     return scores
   num_tokens, num_experts = scores.shape
   size = num_experts // num_groups
-  grouped = jax.lax.stop_gradient(scores).reshape(num_tokens, num_groups, size)
+  # An expert that is out (-inf) costs its group more than any score can make up for, and
+  # not everything: of groups that lack one, those with better experts come first.
+  finite = jnp.maximum(jax.lax.stop_gradient(scores), _OUT_OF_GROUP)
+  grouped = finite.reshape(num_tokens, num_groups, size)
   if group_best == 1:
     group_score = jnp.max(grouped, axis=-1)
   else:

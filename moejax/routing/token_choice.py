@@ -195,8 +195,8 @@ def quantile_balancing(inputs: RouterInputs, options: RouterOptions) -> Routing:
   routing = sigmoid_bias(inputs, options)
   if inputs.key is None:
     return routing
-  scores, biased = _biased_scores(inputs)
-  counts = margins(scores, biased, inputs.valid, options.num_selected)
+  _, biased = _biased_scores(inputs)
+  counts = margins(biased, inputs.valid, options.num_selected)
   stats = dataclasses.replace(routing.stats, margins=counts)
   return dataclasses.replace(routing, stats=stats)
 

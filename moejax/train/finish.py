@@ -169,7 +169,7 @@ def summary(run: Run, result: dict[str, Any], picture: pathlib.Path | None) -> s
   if "loss" in result:
     covered = results.coverage(result["tokens"], result.get("split_tokens"))
     lines.append(f"{_row('validation loss', result)}  ({covered})")
-    for name, title in (("unigram", "unigram entropy"), ("xz", "xz -9")):
+    for name, title in (("unigram", "byte entropy"), ("xz", "xz -9")):
       if name in result.get("baselines", {}):
         lines.append(_row(title, result["baselines"][name]))
   if result.get("sample"):

@@ -74,7 +74,7 @@ def train(
 
 def _train(run: Run, reporter: Reporter) -> dict[str, Any]:
   config, workdir = run.config, run.workdir
-  stop = StopRequest()
+  stop = StopRequest(_leaving_time(config))
   try:
     if run.start_step >= config.train.num_steps:
       return finish.already_done(run, reporter)
@@ -191,6 +191,15 @@ def _save(run: Run, step: int, loss: float | None) -> None:
 
 def _every(step: int, interval: int) -> bool:
   return interval > 0 and step % interval == 0
+
+
+def _leaving_time(config: Config) -> str:
+  """When a run that is told to leave does so; see `_agreed`."""
+  if jax.process_count() == 1:
+    return "after this step"
+  return (
+    f"at the next step that --config.train.log_every={config.train.log_every} divides"
+  )
 
 
 def _agreed(stop: StopRequest, step: int, interval: int) -> bool:

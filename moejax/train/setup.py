@@ -80,13 +80,19 @@ def set_up(
   mesh = make_mesh(config.mesh, devices)
   if not ignore_memory:
     memory.check(config, mesh, mesh.local_devices)
-  if init_from and not checkpoint.list_steps(workdir / checkpoint.DIRECTORY):
+  begun = checkpoint.list_steps(workdir / checkpoint.DIRECTORY)
+  if init_from and not begun:
     init_from_lib.check(init_from, config)
   # Twice: refused before minutes of preparing data, written once they are known.
   workdir_lib.prepare(workdir, config, mesh=mesh.shape)
   if left_out:
     reporter.message(left_out)
   reporter.message(describe(config, mesh))
+  if init_from and begun:
+    reporter.message(
+      f"Note: --init_from={init_from} is not read, since {workdir} has parameters of its "
+      f"own (step {begun[-1]})."
+    )
   dataset = data.load(
     config.data,
     workdir=workdir,

@@ -16,7 +16,11 @@ class StopRequest:
   the main thread) the flag just stays unset.
   """
 
-  def __init__(self) -> None:
+  def __init__(self, when: str = "after this step") -> None:
+    """Args:
+    when: the run leaves, for the message.
+    """
+    self._when = when
     self.signal: int | None = None
     self._before: dict[int, Any] = {}
 
@@ -42,5 +46,5 @@ class StopRequest:
     self.signal = number
     # A handler may interrupt a print, so no print here.
     name = signal.Signals(number).name
-    text = f"\n{name}: saving after this step, then leaving. Ctrl-C aborts.\n"
+    text = f"\n{name}: saving {self._when}, then leaving. Ctrl-C aborts.\n"
     os.write(2, text.encode())

@@ -149,7 +149,7 @@ def test_generate_continues_the_prompt(workdir):
     ("generate", ["--prompt=" + "x" * 40], ["--prompt", "32"]),
     ("generate", ["--temprature=1"], ["--temprature", "temperature"]),
     ("generate", ["--temperature=-1"], ["--temperature=-1"]),
-    ("generate", ["--num_samples=0"], ["--num_samples=0", "1 or more"]),
+    ("generate", ["--num_samples=0"], ["--num_samples=0", "[1, 65536]"]),
     ("generate", ["--seed=-1"], ["--seed=-1"]),
     ("generate", ["--step=3"], ["--step=3", "2, 4"]),
   ],

@@ -98,7 +98,7 @@ def test_it_can_be_tried_all_the_same(tmp_path, monkeypatch):
   """--ignore_memory goes on to the run's directory."""
   monkeypatch.setattr(memory, "host_memory", lambda: 10**5)
 
-  def stop(*_):
+  def stop(*_, **__):
     raise UserError("came as far as this")
 
   monkeypatch.setattr(workdir_lib, "prepare", stop)

@@ -12,6 +12,7 @@ from moejax.models.decoder import Decoder
 from moejax.routing import losses
 from moejax.routing.base import RouterOptions
 from moejax.routing.capacity import capacity_of
+from moejax.routing.queueing import normalize
 from tests.routing.common import route, skewed_logits
 
 T, E, K = 24, 6, 3
@@ -180,3 +181,22 @@ def test_a_softmax_over_the_chosen_is_renormalising_before_drops():
   total = np.asarray(routing.gate).reshape(T, 2).sum(axis=1)
   np.testing.assert_allclose(total, kept.any(axis=1), rtol=1e-6)
   assert (kept.sum(axis=1) == 1).any()
+
+
+@pytest.mark.parametrize("norm", [1.5, 2.0, 8.0, 16.0])
+@pytest.mark.parametrize("size", [1.0, 1e-3, 1e-12])
+def test_gates_have_the_norm_that_is_asked_for_however_small_they_are(norm, size):
+  """Values and gradients against float64; a row of zeros stays."""
+  gate = size * np.random.default_rng(0).uniform(0.1, 1, (5, 3)).astype(np.float32)
+  gate[0] = 0
+  wide = gate.astype(np.float64)
+  scale = np.sum(wide**norm, axis=1, keepdims=True) ** (1 / norm)
+  got = normalize(jnp.asarray(gate), norm)
+  np.testing.assert_allclose(got[1:], wide[1:] / scale[1:], rtol=1e-5)
+  assert not np.any(got[0])
+  weight = np.cos(np.arange(15)).reshape(5, 3).astype(np.float32)
+  grad = jax.grad(lambda g: jnp.sum(normalize(g, norm) * weight))(jnp.asarray(gate))
+  along = np.sum(weight * wide, axis=1, keepdims=True) * wide ** (norm - 1)
+  with np.errstate(divide="ignore", invalid="ignore"):
+    expected = weight / scale - along / scale ** (norm + 1)
+  np.testing.assert_allclose(grad[1:] * size, expected[1:] * size, rtol=1e-3, atol=1e-4)

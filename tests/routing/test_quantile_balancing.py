@@ -76,6 +76,36 @@ def test_two_iterations_balance_what_sign_steps_hardly_move():
   assert loads[-1].max() < 1.05 * T * K / E
 
 
+@pytest.mark.parametrize(("noise", "skew"), [(0.02, 1.0), (0.05, 4.0), (1.0, 3.0)])
+def test_bins_are_fine_where_the_bias_is_large(noise, skew):
+  """Narrow scores far apart: step after step the bias is that of the exact formula, to
+  a hundredth of the scores' spread, although it is itself a hundred times as large."""
+  rng = np.random.default_rng(5)
+  bias = np.zeros(E)
+  for _ in range(12):
+    centres = np.linspace(-skew, skew, E)
+    logits = rng.normal(centres, noise, (1, T, E)).astype(np.float32)
+    stats = stats_of(logits, np.ones((1, T), bool), jnp.asarray(bias, jnp.float32))
+    got = bias_lib.quantile_balance(jnp.asarray(bias, jnp.float32), stats, OPTIONS)
+    exact = by_numpy(logits[0], np.ones(T, bool), bias)
+    error = np.abs(np.asarray(got) - exact)
+    bias = exact
+  assert np.abs(bias).max() > 0.1
+  # After the first steps the margins' quantiles are near zero, where bins are narrow.
+  assert error.max() < max(2e-3 * noise / 0.02, 1e-3), error
+
+
+def test_where_all_present_experts_are_chosen_nothing_is_learned():
+  """K experts take part: everyone has all tokens, and biases stay where they are."""
+  present = jnp.arange(E) < K
+  logits = jnp.where(present, jnp.asarray(spread_logits(6)[0]), -1e9)
+  bias = jnp.linspace(-0.2, 0.2, E)
+  stats = stats_of(logits[None], np.ones((1, T), bool), bias, present=present)
+  stats = dataclasses.replace(stats, present=present.astype(jnp.float32))
+  got = bias_lib.quantile_balance(bias, stats, OPTIONS)
+  np.testing.assert_allclose(got, bias, atol=1e-5)
+
+
 def test_k_of_all_experts_and_padding_alone_move_nothing():
   """K = E has no K+1-th score, and padding no score at all."""
   options = dataclasses.replace(OPTIONS, num_selected=E)

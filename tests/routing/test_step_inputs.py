@@ -128,6 +128,32 @@ def test_an_absent_expert_takes_nobody(name):
   assert int(routing.stats.dropped_tokens) == 0
 
 
+def test_groups_that_lack_an_expert_are_chosen_by_those_they_have():
+  """A group's score sums its two best (DeepSeek-V3), and half of each group is out: the
+  better of the live experts decide, and no token is lost while an expert is free."""
+  options = RouterOptions(
+    num_experts=8,
+    num_selected=2,
+    num_expert_groups=4,
+    num_selected_groups=2,
+    group_best=2,
+  )
+  logits = np.random.default_rng(1).normal(size=(64, 8)).astype(np.float32)
+  for here in ([1, 3, 5, 7], [5, 7]):
+    present = jnp.zeros(8, bool).at[jnp.asarray(here)].set(True)
+    inputs = RouterInputs(
+      logits=jnp.where(present, jnp.asarray(logits), -1e9),
+      valid=jnp.ones(64, bool),
+      key=jax.random.key(0),
+      bias=jnp.zeros(8),
+      present=present,
+    )
+    routing = ROUTERS["sigmoid_bias"].fn(inputs, options)
+    best = np.argsort(-logits[:, here], axis=1)[:, :2]
+    expected = np.bincount(np.asarray(here)[best].reshape(-1), minlength=8)
+    np.testing.assert_array_equal(routing.load, expected)
+
+
 @pytest.mark.parametrize("name", ["random", "forced_balance"])
 def test_generation_uses_the_experts_of_evaluation(name):
   """Token by token through a cache gives the logits of the whole sequence: what chooses

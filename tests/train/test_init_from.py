@@ -22,10 +22,11 @@ def source(tmp_path) -> pathlib.Path:
   model = Decoder(config.model, config.moe, vocab_size=VOCAB)
   leaves = fingerprint.named_leaves({"params": model.shapes()})
   meta = {
+    "step": 7,
     "format": checkpoint_read.FORMAT,
     "config": config_io.to_dict(config),
     "leaves": {
-      name: {"shape": list(leaf.shape), "dtype": str(leaf.dtype)}
+      name: {"shape": list(leaf.shape), "dtype": str(leaf.dtype), "sum": "0"}
       for name, leaf in leaves.items()
     },
   }
