@@ -81,7 +81,7 @@ def test_bins_are_fine_where_the_bias_is_large(noise, skew):
   """Narrow scores far apart: step after step the bias is that of the exact formula, to
   a hundredth of the scores' spread, although it is itself a hundred times as large."""
   rng = np.random.default_rng(5)
-  bias = np.zeros(E)
+  bias, error = np.zeros(E), np.zeros(E)
   for _ in range(12):
     centres = np.linspace(-skew, skew, E)
     logits = rng.normal(centres, noise, (1, T, E)).astype(np.float32)
