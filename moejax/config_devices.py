@@ -206,28 +206,25 @@ def _as_flags(change: dict[str, Any]) -> str:
 def _fits_all(config: Config, change: dict[str, Any], num_devices: int) -> bool:
   """Whether a change makes the config run on every device."""
   changed = _changed(config, change)
-  try:
-    validate(changed)
-  except ConfigError:
-    return False
-  return _misfit(changed, num_devices) is None
+  return changed is not None and _misfit(changed, num_devices) is None
 
 
 def _runs(config: Config, change: dict[str, Any], counts: Sequence[int]) -> bool:
-  if _fits_all(config, change, sum(counts)):
-    return True
   changed = _changed(config, change)
-  try:
-    validate(changed)
-  except ConfigError:
+  if changed is None:
     return False
-  return _share(changed, counts) is not None
+  return _misfit(changed, sum(counts)) is None or _share(changed, counts) is not None
 
 
-def _changed(config: Config, change: dict[str, Any]) -> Config:
+def _changed(config: Config, change: dict[str, Any]) -> Config | None:
+  """The config with a change; None if that is no valid one."""
   config = copy.deepcopy(config)
   for name, value in change.items():
     config_io.set_field(config, name, value)
+  try:
+    validate(config)
+  except ConfigError:
+    return None
   return config
 
 
