@@ -5,7 +5,7 @@ of eight SwiGLU experts of F 14336, of which each token takes two, renormalised.
 Dropless: rows travel over `expert` into a buffer of 1.25 times an even load, whose
 overflow is counted; `--config.moe.exchange_buffer=none` fits any load.
 
-Command:  python -m tools.compile_for --config=configs/mixtral_8x7b.py \
+Command:  python -m tools.compile_for --config=configs/mixtral_8x7b.py \\
               --topology=v5p:4x4x8
 Hardware: 128 chips of a v5p pod, or a pod of any other size; never run, only compiled
 Result:   docs/scale.md

@@ -18,16 +18,27 @@ JAX_PROCESS_ID. The first one prints and writes.
 """
 
 import contextlib
+import fnmatch
 import os
 import pathlib
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 from absl import flags
 
 from moejax import cli, compilation_cache
 from moejax.errors import UserError
+
+_TRAINING_ONLY = (
+  "optimizer.*",
+  "train.*",
+  "moe.capacity_factor",
+  "moe.expert_dropout",
+  "moe.jitter",
+  "moe.*_weight",
+)
+"""Fields that no evaluation reads."""
 
 _STEP = flags.DEFINE_integer(
   "step", None, "Which checkpoint; default the newest.", lower_bound=0
@@ -64,12 +75,22 @@ def main() -> None:
   from moejax.evaluate import perplexity
   from moejax.parallel import distributed
 
+  _refuse_unread(cli.overrides())
   workdir = cli.run_directory()
   output = _writable(pathlib.Path(_OUTPUT.value or workdir))
   factors = perplexity.parse_capacity_factors(_FACTORS.value) if _FACTORS.value else None
   facts = {f"--{name}": str(value) for name, value in _asked().items()}
   with distributed.joined(facts=facts):
     evaluate(workdir, output, factors)
+
+
+def _refuse_unread(overrides: Iterable[str]) -> None:
+  for name in overrides:
+    if any(fnmatch.fnmatch(name, pattern) for pattern in _TRAINING_ONLY):
+      raise UserError(
+        f"--config.{name}: only training reads it, so it would change nothing here. "
+        "Leave it out (--batch_size and --eval_capacity_factor are flags of their own)."
+      )
 
 
 def _asked() -> dict[str, Any]:

@@ -1,6 +1,6 @@
 """Trains a sparse Mixture-of-Experts language model, or goes on training one.
 
-  python -m experiments.train --config=configs/default.py --workdir=runs/default \
+  python -m experiments.train --config=configs/default.py --workdir=runs/default \\
     --config.moe.num_experts=16 --config.moe.capacity_factor=1.5
 
 The same command resumes a run that was stopped, and says so when it is done. A

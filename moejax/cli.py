@@ -10,9 +10,11 @@ by every program that imports its heavy parts inside `main`.
 """
 
 import _thread
+import argparse
 import functools
 import importlib.util
 import logging
+import os
 import pathlib
 import shlex
 import signal
@@ -21,7 +23,7 @@ import textwrap
 import threading
 import traceback
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 from absl import app, flags
 from absl import logging as absl_logging
@@ -37,6 +39,7 @@ flags.disclaim_key_flags()
 DEFAULT_CONFIG = "configs/default.py"
 _HELP = ("help", "h", "helpshort", "helpfull")
 _INTERRUPTED = 130
+_BROKEN_PIPE = 141
 _T = TypeVar("_T")
 
 _pressed: list[int] = []
@@ -212,6 +215,10 @@ def _guarded(function: Callable[[], _T]) -> _T:
   except UserError as error:
     print(f"error: {error}", file=sys.stderr)
     sys.exit(error.exit_code)
+  except BrokenPipeError:
+    # Whoever read the output, such as head, has seen enough; nothing may be flushed.
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    sys.exit(_BROKEN_PIPE)
   except (KeyboardInterrupt, Exception) as error:
     # A library that is being imported may make another error of it.
     if not (_pressed or isinstance(error, KeyboardInterrupt)):
@@ -237,6 +244,22 @@ def _listen() -> None:
 
   signal.signal(signal.SIGINT, interrupt)
   sys.unraisablehook = lost
+
+
+class Parser(argparse.ArgumentParser):
+  """For programs without a config: their mistakes look as those of all others."""
+
+  def __init__(self, description: str | None, **options: Any):
+    super().__init__(
+      description=description,
+      formatter_class=argparse.RawDescriptionHelpFormatter,
+      allow_abbrev=False,
+      **options,
+    )
+
+  def error(self, message: str) -> NoReturn:
+    print(f"error: {message.rstrip('.')}. --help lists what there is.", file=sys.stderr)
+    sys.exit(UserError.exit_code)
 
 
 class _OursOrWarning(logging.Filter):

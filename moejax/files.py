@@ -1,14 +1,17 @@
-"""Files that others may have made: read without hanging, and JSON without surprises.
+"""Files: read without hanging whoever made them, and written whole or not at all.
 
 A folder of text or a run's directory may come from anywhere. What lies there can be a
-pipe, at which opening waits for ever, a file without an end, or JSON that nests deeper
-than Python's stack.
+pipe, at which opening waits for ever, a file without an end, JSON that nests deeper than
+Python's stack, or a link that leads out of the folder.
 """
 
+import contextlib
 import io
 import json
 import os
 import stat
+import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -93,3 +96,48 @@ def read_json(path: Path | str, limit: int = _MAX_JSON_BYTES) -> Any:
   if len(data) > limit:
     raise ValueError(f"it has more than {limit >> 20} MiB")
   return parse_json(data.decode("utf-8"), _MAX_JSON_DEPTH)
+
+
+@contextlib.contextmanager
+def replacing(path: Path | str) -> Iterator[Path]:
+  """Replaces a file: a reader sees the old one or the new one, whole, also after a crash.
+
+  A link is replaced, not followed.
+
+  Args:
+    path: of the file, in a directory that exists.
+
+  Yields:
+    A file beside it to write into, which takes its place unless the body raises.
+  """
+  path = Path(path)
+  descriptor, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+  os.close(descriptor)
+  temporary = Path(name)
+  try:
+    yield temporary
+    with temporary.open("rb") as file:
+      os.fsync(file.fileno())
+    # mkstemp is for secrets; these files are for whoever may read the directory.
+    temporary.chmod(0o666 & ~_umask())
+    temporary.replace(path)
+  except BaseException:
+    temporary.unlink(missing_ok=True)
+    raise
+
+
+def write_text(path: Path | str, text: str) -> None:
+  """Replaces a text file; see `replacing`."""
+  with replacing(path) as temporary:
+    temporary.write_text(text, encoding="utf-8")
+
+
+def write_json(path: Path | str, value: Any) -> None:
+  """Replaces a file by sorted JSON; see `replacing`."""
+  write_text(path, json.dumps(value, indent=2, sort_keys=True) + "\n")
+
+
+def _umask() -> int:
+  mask = os.umask(0)
+  os.umask(mask)
+  return mask

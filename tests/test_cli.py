@@ -325,6 +325,38 @@ def test_help_is_short_and_true(tmp_path):
   assert max(map(len, result.stdout.splitlines())) <= 90
 
 
+def test_examples_in_help_keep_their_line_breaks():
+  """They are to be copied: a backslash, and the next line below it."""
+  command = [sys.executable, "-m", "experiments.train", "--help"]
+  result = subprocess.run(command, capture_output=True, text=True, timeout=120)
+  assert "--workdir=runs/default \\\n    --config.moe" in result.stdout
+
+
+def test_a_reader_that_has_seen_enough_is_no_error(tmp_path):
+  """As `--help | head -1`: no traceback, whatever is left to print."""
+  (tmp_path / "program.py").write_text(PROGRAM)
+  command = f"{sys.executable} program.py --help | (exec <&-; sleep 1)"
+  result = subprocess.run(
+    ["bash", "-c", command + "; exit ${PIPESTATUS[0]}"],
+    cwd=tmp_path,
+    capture_output=True,
+    text=True,
+    timeout=120,
+  )
+  assert (result.returncode, result.stderr) == (141, "")
+
+
+def test_programs_without_a_config_say_a_mistake_in_one_line(capsys):
+  parser = cli.Parser("Measures.")
+  parser.add_argument("--rounds", type=int)
+  for line in (["--rounds=x"], ["--round=1"], ["--zzz"]):
+    with pytest.raises(SystemExit) as error:
+      parser.parse_args(line)
+    assert error.value.code == 2
+    text = capsys.readouterr().err
+    assert text.startswith("error: ") and text.count("\n") == 1
+
+
 def test_list_shows_every_registered_name(tmp_path):
   for what, names in {
     "configs": ["default"],

@@ -12,7 +12,13 @@ from moejax.config_ranges import CHOICES, RANGES, Range
 from moejax.dispatch.registry import DISPATCHERS
 from moejax.errors import ConfigError
 from moejax.routing import base
-from moejax.routing.registry import ROUTERS, TOKEN_CHOICE_READS, is_read, readers
+from moejax.routing.registry import (
+  LOGIT_READS,
+  ROUTERS,
+  TOKEN_CHOICE_READS,
+  is_read,
+  readers,
+)
 
 
 def make(**fields: object) -> Config:
@@ -281,7 +287,9 @@ def test_soft_needs_slots_that_stay(fields, part):
   assert part in refusal(make(**(SOFT | fields)))
 
 
-@pytest.mark.parametrize("field", sorted({f for s in ROUTERS.values() for f in s.reads}))
+@pytest.mark.parametrize(
+  "field", sorted({f for s in ROUTERS.values() for f in s.reads}.union(LOGIT_READS))
+)
 def test_an_option_is_refused_exactly_where_the_router_does_not_read_it(field):
   """By name, with the routers that do; a config that nobody wrote by hand is let pass."""
   for router in ROUTERS:

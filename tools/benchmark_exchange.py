@@ -16,6 +16,7 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
+from moejax import cli
 from tools import timing
 from tools.benchmark_layer import FACTOR, SHAPES
 
@@ -29,9 +30,7 @@ VARIANTS: dict[str, tuple[str, float | None]] = {
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
-  parser = argparse.ArgumentParser(
-    description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-  )
+  parser = cli.Parser(__doc__)
   parser.add_argument("--shapes", default="A,B,C,D", help="of A,B,C,D")
   parser.add_argument("--variants", default=",".join(VARIANTS))
   parser.add_argument(

@@ -16,6 +16,7 @@ import json
 import sys
 from typing import Any
 
+from moejax import cli
 from tools import timing
 
 
@@ -54,9 +55,7 @@ VARIANTS: dict[str, tuple[str, float | None]] = {
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
-  parser = argparse.ArgumentParser(
-    description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-  )
+  parser = cli.Parser(__doc__)
   parser.add_argument("--shapes", default="A,B,C,D", help="of A,B,C,D; empty is none")
   parser.add_argument("--variants", default="dropless,capacity,gather,einsum")
   parser.add_argument(

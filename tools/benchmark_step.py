@@ -16,13 +16,12 @@ import sys
 import time
 from typing import Any
 
+from moejax import cli
 from tools import timing
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
-  parser = argparse.ArgumentParser(
-    description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-  )
+  parser = cli.Parser(__doc__)
   parser.add_argument("--config", default="configs/default.py", help="a config file")
   parser.add_argument(
     "--cores", type=timing.at_least(0), default=2, help="cores to use; 0 is all"

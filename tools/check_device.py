@@ -27,6 +27,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from moejax import cli, files
 from tools import timing
 from tools.device_runner import FAILED, INTERRUPTED, NOT_RUN, OK, Row, run_all
 
@@ -45,9 +46,7 @@ _COLOURS = {OK: "green", FAILED: "bold red", NOT_RUN: "dim"}
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
-  parser = argparse.ArgumentParser(
-    description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-  )
+  parser = cli.Parser(__doc__)
   parser.add_argument("--output", default="", help="write the rows to this JSON file")
   parser.add_argument(
     "--minutes", type=float, default=10.0, help="for everything; the rest is not run"
@@ -111,9 +110,7 @@ def write(path: str, rows: Sequence[Row], args: argparse.Namespace, begun: float
     "small": args.small,
     "rows": [dataclasses.asdict(row) for row in rows],
   }
-  part = pathlib.Path(f"{path}.part")
-  part.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-  part.replace(path)
+  files.write_text(path, json.dumps(content, indent=1) + "\n")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

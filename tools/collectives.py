@@ -1,6 +1,6 @@
 """What a train step sends over the wire, on a mesh that need not exist.
 
-  python -m tools.collectives --config=configs/default.py --devices=8 \
+  python -m tools.collectives --config=configs/default.py --devices=8 \\
       --config.mesh.expert=4 [--json]
 
 Compiles the train step for so many fake CPU devices, without data or parameters, and

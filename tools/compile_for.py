@@ -1,6 +1,6 @@
 """The real train step, compiled for a pod that need not be here: does it fit, how fast?
 
-  python -m tools.compile_for --config=configs/mixtral_8x7b.py --topology=v5p:4x4x8 \
+  python -m tools.compile_for --config=configs/mixtral_8x7b.py --topology=v5p:4x4x8 \\
       [--slices=2] [--json] [--hlo=FILE]
 
 Compiles for TPU slices (extra `tpu`: v5p:4x4x8, v5e:16x16, v6e:16x16, ...), for GPU nodes

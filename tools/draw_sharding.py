@@ -1,6 +1,6 @@
 """Draws who holds which part of every array of an MoE layer, while it runs.
 
-  python -m tools.draw_sharding [--out=docs/sharding] \
+  python -m tools.draw_sharding [--out=docs/sharding] \\
       [--config.mesh.fsdp=2 --config.mesh.expert=2 --config.mesh.tensor=2]
 
 Runs a tiny layer on fake CPU devices and draws what it saw (tools/sharding_record.py):

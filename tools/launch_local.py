@@ -1,6 +1,6 @@
 """Real processes on one machine, joined as they would be on several.
 
-  python -m tools.launch_local --processes=4 --devices_per_process=2 -- \
+  python -m tools.launch_local --processes=4 --devices_per_process=2 -- \\
       python -m experiments.train --config=configs/default.py --workdir=DIR ...
 
 Each process gets so many CPU devices and talks to the others through gloo. Process 0
@@ -21,6 +21,7 @@ import sys
 import tempfile
 import time
 
+from moejax import cli
 from moejax.parallel import secret
 
 GRACE_SECONDS = 60.0
@@ -31,9 +32,7 @@ _TAIL = 15
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
-  parser = argparse.ArgumentParser(
-    description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-  )
+  parser = cli.Parser(__doc__)
   parser.add_argument("--processes", type=int, default=2)
   parser.add_argument("--devices_per_process", type=int, default=1)
   parser.add_argument("--logs", default="", help="directory; default: a temporary one")

@@ -8,7 +8,6 @@ outputs until one fails, and goes on to the next. Exit code 1 if an edit is noti
 no test, or if the tests fail without any.
 """
 
-import argparse
 import concurrent.futures
 import functools
 import os
@@ -18,6 +17,7 @@ import subprocess
 import sys
 import tempfile
 
+from moejax import cli
 from tools import timing
 from tools.mutants import MUTANTS, Mutant
 
@@ -80,9 +80,7 @@ def edit(path: pathlib.Path, mutant: Mutant) -> None:
 
 
 def main() -> int:
-  parser = argparse.ArgumentParser(
-    description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-  )
+  parser = cli.Parser(__doc__)
   parser.add_argument(
     "--jobs", type=timing.at_least(1), default=2, help="tests at a time"
   )

@@ -24,6 +24,8 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from moejax import cli
+
 _MOST_DEVICES = 4096
 
 TOKENS = 256
@@ -152,9 +154,7 @@ def make_table(rows: list[dict[str, Any]]) -> Table:
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
-  parser = argparse.ArgumentParser(
-    description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-  )
+  parser = cli.Parser(__doc__)
   parser.add_argument("--devices", default="8,16,32,64,128,256", help="numbers of them")
   parser.add_argument("--json", action="store_true", help="instead of a table")
   parser.add_argument("--compile", type=int, default=0, help=argparse.SUPPRESS)

@@ -131,17 +131,3 @@ def build_once(final: Path, build: Callable[[Path], None], *, what: str) -> Path
         ) from e
       raise
   return final
-
-
-def write_text(path: Path, text: str) -> None:
-  """Writes a file so that a reader sees the old or the new content, nothing between."""
-  path.parent.mkdir(parents=True, exist_ok=True)
-  handle, name = tempfile.mkstemp(prefix=f"{path.name}.tmp-", dir=path.parent)
-  try:
-    with os.fdopen(handle, "w", encoding="utf-8") as file:
-      file.write(text)
-    os.chmod(name, 0o644)
-    os.replace(name, path)
-  except BaseException:
-    Path(name).unlink(missing_ok=True)
-    raise

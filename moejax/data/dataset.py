@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from collections.abc import Generator, Iterator
+from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -212,6 +212,7 @@ def load(
   workdir: Path | str | None = None,
   like: Path | str | None = None,
   store: bool = True,
+  check_corpus: Callable[[str], None] | None = None,
 ) -> Dataset:
   """Prepares and tokenizes what `config` names, or finds it in the cache.
 
@@ -223,6 +224,7 @@ def load(
     like: directory of another run, whose tokenizer a new run takes over: parameters
       that are taken over know no other.
     store: whether it is this process that stores the tokenizer.
+    check_corpus: called with the fingerprint of the text, before it is prepared.
 
   Raises:
     ConfigError, UserError: anything wrong with the flags or the text behind them.
@@ -230,6 +232,8 @@ def load(
   _check(config)
   root = cache.cache_root(config.cache_dir)
   source = make_source(config, root)
+  if check_corpus is not None:
+    check_corpus(source.fingerprint)
   chosen = _stored_tokenizer(config, workdir, "--workdir")
   if chosen is None and like is not None:
     chosen = _stored_tokenizer(config, like, "--init_from")

@@ -95,13 +95,8 @@ class LocalSource:
       "skipped": [dataclasses.asdict(s) for s in plan.skipped[:_MAX_NAMED]],
     }
     (directory / "report.json").write_text(json.dumps(report, indent=1), "utf-8")
-    logging.info(
-      "%s: %d documents, %d duplicates left out, %d skipped.",
-      self.name,
-      len(plan.splits),
-      plan.num_duplicates,
-      len(plan.skipped),
-    )
+    # What was left out is told whenever the dataset is loaded.
+    logging.info("%s: %d documents prepared.", self.name, len(plan.splits))
 
   def _check(self, plan: Plan) -> None:
     if not plan.splits:

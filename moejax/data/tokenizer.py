@@ -113,7 +113,8 @@ class Tokenizer(abc.ABC):
     try:
       if path.exists() and path.read_text("utf-8") == text:
         return
-      cache.write_text(path, text)
+      path.parent.mkdir(parents=True, exist_ok=True)
+      files.write_text(path, text)
     except OSError as e:
       raise ConfigError(
         f"--workdir={str(workdir)!r} is not writable ({e.strerror}). Choose another."

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float
 
+from moejax import files
 from moejax.evaluate import results
 from moejax.train import writers
 
@@ -59,9 +60,8 @@ def draw(workdir: pathlib.Path | str) -> pathlib.Path | None:
     )
     bar.ax.minorticks_off()
   path = workdir / FILE
-  temporary = workdir / (FILE + ".tmp")
-  figure.savefig(temporary, format="png", dpi=130)
-  temporary.replace(path)
+  with files.replacing(path) as temporary:
+    figure.savefig(temporary, format="png", dpi=130)
   return path
 
 

@@ -13,7 +13,7 @@ import pathlib
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from moejax.train import workdir as workdir_lib
+from moejax import files
 from moejax.train import writers
 
 EVAL_FILE = "eval.json"
@@ -25,7 +25,7 @@ _SAME_LOSS = 1e-4
 def write(path: pathlib.Path, values: dict[str, Any]) -> None:
   """Replaces a JSON file whole, or not at all; NaN becomes null."""
   text = json.dumps(writers.finite(values), indent=2, ensure_ascii=False)
-  workdir_lib.write_text(path, text + "\n")
+  files.write_text(path, text + "\n")
 
 
 def read(path: pathlib.Path) -> dict[str, Any]:

@@ -19,6 +19,7 @@ import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int
 
+from moejax import files
 from moejax.errors import UserError
 from moejax.evaluate import groups, perplexity
 from moejax.models.decoder import Decoder
@@ -226,4 +227,5 @@ def draw(analysis: dict[str, Any], path: pathlib.Path) -> None:
     figure.colorbar(image, ax=axis, label="load / even load")
   axes[-1].set_xticks(range(len(shown)), [names[i] for i in shown], rotation=90)
   axes[0].set_title(f"Who serves which domain ({analysis['split']})")
-  figure.savefig(path, dpi=100, bbox_inches="tight")
+  with files.replacing(path) as temporary:
+    figure.savefig(temporary, format="png", dpi=100, bbox_inches="tight")

@@ -85,6 +85,9 @@ TOKEN_CHOICE_READS = (
 )
 """Fields of `MoEConfig` that the routers whose tokens choose read, through `assign`."""
 
+LOGIT_READS = ("balance_weight", "z_weight", "entropy_weight", "jitter")
+"""Fields of `MoEConfig` that act on what a router has learned alone."""
+
 _GROUPS = ("num_expert_groups", "num_selected_groups", "group_best")
 
 ROUTERS: dict[str, RouterSpec] = {
@@ -205,6 +208,8 @@ def selected(name: str, num_experts: int, num_selected: int) -> int:
 def is_read(name: str, field: str) -> bool:
   """Whether a router reads a field of `MoEConfig` that only some routers read."""
   spec = ROUTERS[name]
+  if field in LOGIT_READS:
+    return spec.learned
   weights = [loss.replace("_loss", "_weight") for loss in spec.losses]
   common = TOKEN_CHOICE_READS if spec.token_choice else ()
   return field in (*spec.reads, *weights, *common)

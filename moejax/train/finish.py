@@ -54,6 +54,10 @@ def already_done(run: Run, reporter: Reporter) -> dict[str, Any]:
   """Says that nothing is left to do, after making up what a kill prevented."""
   result = results.read(run.workdir / EVAL_FILE)
   if result.get("step") != run.start_step:
+    reporter.message(
+      f"{run.workdir} has taken its last step, and its final evaluation was not "
+      "finished: compiling and evaluating now."
+    )
     return finish(run, reporter)
   picture = _picture(run) if jax.process_index() == 0 else None
   reporter.close()

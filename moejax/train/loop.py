@@ -127,9 +127,10 @@ def fit(run: Run, reporter: Reporter, stop: StopRequest) -> int:
       # waits for the host.
       log.add(step, device_metrics)
       run.checkpointer.poll()
-      leaving = step == end or _agreed(stop, step, config.log_every)
-      # A run told to leave may have seconds: it saves and does not evaluate.
-      evaluates = step == end or (_every(step, config.eval_every) and not leaving)
+      stopping = _agreed(stop, step, config.log_every, is_last=step == end)
+      leaving = stopping or step == end
+      # A run told to stop may have seconds: it saves and does not evaluate.
+      evaluates = not stopping and (step == end or _every(step, config.eval_every))
       saves = _every(step, config.checkpoint_every) or leaving
       if not (evaluates or saves):
         continue
@@ -202,15 +203,15 @@ def _leaving_time(config: Config) -> str:
   )
 
 
-def _agreed(stop: StopRequest, step: int, interval: int) -> bool:
+def _agreed(stop: StopRequest, step: int, interval: int, *, is_last: bool) -> bool:
   """Whether any process was asked to stop: all must leave at the same step.
 
   Asking the others waits for them, so with several processes it is done only
-  every `interval` steps.
+  every `interval` steps, and after the last one.
   """
   if jax.process_count() == 1:
     return stop.signal is not None
-  if not _every(step, interval):
+  if not (is_last or _every(step, interval)):
     return False
   from jax.experimental import multihost_utils
 

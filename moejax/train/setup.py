@@ -98,9 +98,12 @@ def set_up(
     workdir=workdir,
     like=init_from or None,
     store=jax.process_index() == 0,
+    check_corpus=functools.partial(workdir_lib.check_corpus, workdir),
   )
   dataset.check_batch_size(config.train.batch_size)
-  workdir_lib.prepare(workdir, config, dataset.fingerprint, mesh.shape)
+  workdir_lib.prepare(
+    workdir, config, dataset.fingerprint, mesh.shape, dataset.corpus_fingerprint
+  )
 
   vocab_size = dataset.tokenizer.vocab_size
   model = Decoder(

@@ -14,7 +14,6 @@ import dataclasses
 import errno
 import fcntl
 import fnmatch
-import json
 import os
 import tempfile
 import time
@@ -25,7 +24,7 @@ from typing import Any
 import jax
 from absl import logging
 
-from moejax import config_io
+from moejax import config_io, files
 from moejax.config import Config
 from moejax.errors import ConfigError, UserError
 from moejax.train import provenance
@@ -111,6 +110,7 @@ def prepare(
   config: Config,
   dataset_fingerprint: str | None = None,
   mesh: Mapping[str, int] | None = None,
+  corpus_fingerprint: str | None = None,
 ) -> New | Resume:
   """Takes a directory for this run, or refuses before anything is written in it.
 
@@ -122,6 +122,7 @@ def prepare(
     dataset_fingerprint: of the tokenized corpus. None checks and locks only, for
       use before the data are read, and a second call with it writes the files.
     mesh: devices along each axis; None does not look at them.
+    corpus_fingerprint: of the text alone, for `begun_with_corpus`.
 
   Raises:
     ConfigError: begun with another config (every differing field is named) or corpus.
@@ -137,16 +138,32 @@ def prepare(
     release(path)
     raise
   if jax.process_index() == 0 and dataset_fingerprint is not None:
-    write_json(path / CONFIG_FILE, config_io.to_dict(config))
+    files.write_json(path / CONFIG_FILE, config_io.to_dict(config))
     if not (path / RUN_FILE).exists():
       run = {
         "dataset_fingerprint": dataset_fingerprint,
+        "corpus_fingerprint": corpus_fingerprint,
         "mesh": None if mesh is None else dict(mesh),
         "versions": provenance.versions(),
         "revision": provenance.revision(),
       }
-      write_json(path / RUN_FILE, run)
+      files.write_json(path / RUN_FILE, run)
   return found
+
+
+def check_corpus(workdir: Path | str, fingerprint: str) -> None:
+  """Refuses a text that a run was not begun on, before it is tokenized.
+
+  Args:
+    workdir: one that `prepare` took.
+    fingerprint: of the text alone.
+
+  Raises:
+    ConfigError: a run that has begun there had another text.
+  """
+  path = Path(workdir)
+  if (path / CONFIG_FILE).exists():
+    _refuse_data(path, "corpus_fingerprint", fingerprint)
 
 
 def release(workdir: Path | str) -> None:
@@ -164,7 +181,7 @@ def read_config(workdir: Path | str) -> Config:
   """
   path = Path(workdir) / CONFIG_FILE
   try:
-    return config_io.from_dict(json.loads(path.read_text()))
+    return config_io.from_dict(files.read_json(path))
   except FileNotFoundError as e:
     raise UserError(
       f"--workdir={workdir} has no {CONFIG_FILE}: give the directory of a training run."
@@ -174,27 +191,6 @@ def read_config(workdir: Path | str) -> Config:
       f"{path} cannot be read ({e}). Every checkpoint holds the config too: "
       f"`python -m tools.inspect_checkpoint --workdir={workdir} --json` prints it."
     ) from e
-
-
-def write_json(path: Path, value: Any) -> None:
-  """Writes sorted JSON so that a reader sees the old file or the new one, whole."""
-  write_text(path, json.dumps(value, indent=2, sort_keys=True) + "\n")
-
-
-def write_text(path: Path, text: str) -> None:
-  """Replaces a file so that a reader sees the old one or the new one, whole."""
-  descriptor, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-  try:
-    with os.fdopen(descriptor, "w", encoding="utf-8") as file:
-      file.write(text)
-      file.flush()
-      os.fsync(file.fileno())
-    # mkstemp is for secrets; these files are for whoever may read the directory.
-    os.chmod(name, 0o666 & ~_umask())
-    os.replace(name, path)
-  except BaseException:
-    os.unlink(name)
-    raise
 
 
 def refused_changes(old: Config, new: Config) -> list[tuple[str, Any, Any]]:
@@ -231,7 +227,7 @@ def _examine(
     return New(path=path)
   old = read_config(path)
   _refuse_config(path, old, config)
-  _refuse_dataset(path, fingerprint)
+  _refuse_data(path, "dataset_fingerprint", fingerprint)
   _refuse_mesh(path, config, mesh)
   return Resume(
     path=path,
@@ -325,9 +321,10 @@ def _matches(name: str, patterns: Iterable[str]) -> bool:
 def _begun_with(path: Path) -> dict[str, Any]:
   """What run.json says; empty where it cannot be read, for nothing in it is vital."""
   try:
-    return json.loads((path / RUN_FILE).read_text())
+    found = files.read_json(path / RUN_FILE)
   except (OSError, ValueError):
     return {}
+  return found if isinstance(found, dict) else {}
 
 
 def _refuse_mesh(path: Path, config: Config, mesh: Mapping[str, int] | None) -> None:
@@ -347,18 +344,12 @@ def _refuse_mesh(path: Path, config: Config, mesh: Mapping[str, int] | None) -> 
     )
 
 
-def _refuse_dataset(path: Path, fingerprint: str | None) -> None:
-  begun_with = _begun_with(path).get("dataset_fingerprint")
+def _refuse_data(path: Path, name: str, fingerprint: str | None) -> None:
+  begun_with = _begun_with(path).get(name)
   if fingerprint is not None and begun_with not in (None, fingerprint):
     raise ConfigError(
-      f"--workdir={path} was begun on other data: the corpus fingerprint was "
+      f"--workdir={path} was begun on other data: the {name.replace('_', ' ')} was "
       f"{begun_with} and is now {fingerprint}, with the same --config.data. Restore the "
       "files as they were (the standard library's text differs between Python "
       "versions), or choose another --workdir."
     )
-
-
-def _umask() -> int:
-  mask = os.umask(0)
-  os.umask(mask)
-  return mask

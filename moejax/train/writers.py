@@ -15,6 +15,8 @@ from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 
+from moejax import files
+
 METRICS_FILE = "metrics.jsonl"
 
 MAX_HISTOGRAMS = 16
@@ -88,12 +90,7 @@ def cut(path: pathlib.Path, last_step: int) -> None:
   if not path.exists():
     return
   kept = [entry for entry in read(path) if entry["step"] <= last_step]
-  temporary = path.with_name(path.name + ".tmp")
-  with temporary.open("w", encoding="utf-8") as f:
-    f.writelines(json.dumps(entry) + "\n" for entry in kept)
-    f.flush()
-    os.fsync(f.fileno())
-  os.replace(temporary, path)
+  files.write_text(path, "".join(json.dumps(entry) + "\n" for entry in kept))
 
 
 class TensorBoardWriter:

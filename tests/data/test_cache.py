@@ -121,15 +121,6 @@ def test_a_cache_that_cannot_be_written_still_serves_what_it_has(tmp_path, monke
     cache.build_once(tmp_path / "new", lambda d: None, what="a test")
 
 
-def test_a_text_file_is_replaced_whole(tmp_path):
-  """The old content stays until the new is complete; no temporary is left."""
-  path = tmp_path / "deep" / "file"
-  for text in ("old", "new"):
-    cache.write_text(path, text)
-    assert path.read_text() == text
-  assert [p.name for p in path.parent.iterdir()] == ["file"]
-
-
 @pytest.mark.parametrize(
   ("file", "content"),
   [

@@ -75,6 +75,18 @@ def test_evaluate_needs_only_the_directory(workdir):
   assert (pathlib.Path(workdir) / "routing_4_test.png").exists()
 
 
+@pytest.mark.parametrize(
+  "override", ["train.batch_size=4", "moe.expert_dropout=0.5", "moe.capacity_factor=2"]
+)
+def test_evaluate_refuses_an_override_that_changes_nothing(workdir, override):
+  """At once: another number would be expected, and the same would come out."""
+  error = call(
+    "experiments.evaluate", f"--workdir={workdir}", f"--config.{override}", code=2
+  )
+  assert error.startswith(f"error: --config.{override.partition('=')[0]}: only training")
+  assert error.count("\n") == 1
+
+
 def test_no_evaluation_replaces_the_runs_own_or_another(workdir):
   """Each setting has a file of its own, and eval.json is what the run wrote, to the byte.
 

@@ -66,7 +66,7 @@ def test_a_run_that_was_stopped_ends_like_one_that_was_not(
   """
   _train(config, tmp_path / "whole")
   agreed = loop._agreed
-  monkeypatch.setattr(loop, "_agreed", lambda stop, step, every: _ask(stop, step == 4))
+  monkeypatch.setattr(loop, "_agreed", lambda stop, step, *_, **__: _ask(stop, step == 4))
   stopped = _train(config, tmp_path / "parts")
   assert (stopped["step"], stopped["status"], stopped["exit_code"]) == (4, "stopped", 143)
   monkeypatch.setattr(loop, "_agreed", agreed)
@@ -81,6 +81,20 @@ def test_a_run_that_was_stopped_ends_like_one_that_was_not(
   for name in ("loss", "grad_norm", "learning_rate", "balance_loss"):
     assert [line[name] for line in parts] == [line[name] for line in whole]
   assert [line["step"] for line in whole if "validation_loss" in line] == [3, 6]
+
+
+def test_a_run_stopped_at_its_last_step_saves_and_does_not_evaluate(
+  config, states, tmp_path, monkeypatch
+):
+  """Whoever is told to stop may have seconds. The same command then makes up for it."""
+  agreed = loop._agreed
+  monkeypatch.setattr(loop, "_agreed", lambda stop, step, *_, **__: _ask(stop, step == 6))
+  stopped = _train(config, tmp_path)
+  assert (stopped["step"], stopped["exit_code"], states) == (6, 143, [])
+  assert [s["step"] for s in _lines(tmp_path) if "validation_loss" in s] == [3]
+  monkeypatch.setattr(loop, "_agreed", agreed)
+  assert _train(config, tmp_path)["exit_code"] == 0
+  assert len(states) == 1
 
 
 def _ask(stop, now: bool) -> bool:

@@ -1,5 +1,6 @@
 """A run's directory: taken, refused or gone on with, and never half-written."""
 
+import functools
 import json
 import os
 import signal
@@ -9,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from moejax import config_io
+from moejax import config_io, data, files
 from moejax.config import Config
 from moejax.errors import ConfigError, UserError
 from moejax.train import workdir
@@ -49,6 +50,34 @@ def test_a_new_directory_holds_the_resolved_config(tmp_path):
   run = json.loads((path / "run.json").read_text())
   assert run["dataset_fingerprint"] == "corpus-a" and "jax" in run["versions"]
   assert sorted(p.name for p in path.iterdir()) == ["config.json", "run.json"]
+
+
+def test_another_text_is_refused_before_it_is_prepared(tmp_path):
+  """By the fingerprint of its files: no dataset is made of it, no token written."""
+  text, cache = tmp_path / "text", tmp_path / "cache"
+  text.mkdir()
+  for number in range(8):
+    (text / f"{number}.txt").write_text(f"document {number}, " * 20)
+  config = changed(data__name="text", data__path=str(text), data__tokenizer="bytes")
+  config.data.cache_dir = str(cache)
+  path = tmp_path / "run"
+
+  def load():
+    workdir.prepare(path, config)
+    check = functools.partial(workdir.check_corpus, path)
+    return data.load(config.data, workdir=path, check_corpus=check)
+
+  dataset = load()
+  workdir.prepare(
+    path, config, dataset.fingerprint, corpus_fingerprint=dataset.corpus_fingerprint
+  )
+  (path / "metrics.jsonl").write_text('{"step": 1}\n')
+  assert load().fingerprint == dataset.fingerprint
+  before = sorted(cache.rglob("*"))
+  (text / "0.txt").write_text("another text")
+  with pytest.raises(ConfigError, match="begun on other data: the corpus fingerprint"):
+    load()
+  assert sorted(cache.rglob("*")) == before
 
 
 def test_another_config_is_refused_and_every_field_named(tmp_path):
@@ -185,9 +214,9 @@ def test_two_live_runs_refuse_and_a_killed_one_does_not(tmp_path, monkeypatch):
 def test_an_interrupted_write_leaves_the_old_file(tmp_path):
   """config.json is replaced whole or not at all, and no scrap stays behind."""
   path = tmp_path / "config.json"
-  workdir.write_json(path, {"a": 1})
+  files.write_json(path, {"a": 1})
   with pytest.raises(TypeError):
-    workdir.write_json(path, {"a": object()})
+    files.write_json(path, {"a": object()})
   assert json.loads(path.read_text()) == {"a": 1}
   assert [p.name for p in tmp_path.iterdir()] == ["config.json"]
 
