@@ -1,13 +1,14 @@
 r"""Mixtral 8x7B (arXiv:2401.04088, table 1) on a pod: 46,702,792,704 parameters.
 
-32 layers of D 4096 with 32 query and 8 key/value heads, every feed-forward an MoE layer
-of eight SwiGLU experts of F 14336, of which each token takes two, renormalised.
-Dropless: rows travel over `expert` into a buffer of 1.25 times an even load, whose
-overflow is counted; `--config.moe.exchange_buffer=none` fits any load.
+32 layers of D 4096 with 32 query and 8 key/value heads; every feed-forward is an MoE
+layer of eight SwiGLU experts of F 14336, of which each token uses two, with
+renormalised gates. Dropless: rows travel over `expert` into a buffer of 1.25 times an
+even load; what overflows it is dropped and counted, and
+`--config.moe.exchange_buffer=none` makes room for any load.
 
 Command:  python -m tools.compile_for --config=configs/mixtral_8x7b.py \\
               --topology=v5p:4x4x8
-Hardware: 128 chips of a v5p pod, or a pod of any other size; never run, only compiled
+Hardware: 128 chips of a v5p pod, or a pod of another size; never run, only compiled
 Result:   docs/scale.md
 """
 

@@ -1,13 +1,14 @@
 r"""A decoder of Switch-C's size (arXiv:2101.03961, table 9): 1.57T parameters.
 
-30 layers of D 2048 with 32 heads of 64, every feed-forward a Switch layer of 2,048 ReLU
-experts of F 6240, top-1, capacity factor 1.25. Switch-C itself is an encoder-decoder of
-15 + 15 such layers with D 2080 and F 6144, which makes experts of the same size: but an
-eighth of 2080 is no whole tile of a TPU, and its compiler would all-reduce gradients that
-it can reduce-scatter. For the same reason there is room for 32,256 words.
+30 layers of D 2048 with 32 heads of 64; every feed-forward is a Switch layer of 2,048
+ReLU experts of F 6240, top-1, capacity factor 1.25. Switch-C itself is an
+encoder-decoder of 15 + 15 such layers with D 2080 and F 6144, which gives experts of the
+same size: but an eighth of 2080 is not a whole number of TPU tiles, and the compiler
+would all-reduce gradients that it can otherwise reduce-scatter. For a similar reason the
+vocabulary has room for 32,256 entries (docs/scale.md).
 
-One routing group per chip, so that 8,192 tokens have 5 slots at each expert; experts
-stand on 128 chips (8x16), and are cut over the eight such planes.
+One routing group per chip, so that 8,192 tokens have 5 slots at each expert; the experts
+are spread over a plane of 128 chips (8x16), and each is sharded over the eight planes.
 
 Command:  python -m tools.compile_for --config=configs/switch_c.py --topology=v5p:8x8x16
 Hardware: 1,024 chips of a v5p pod; never run, only compiled

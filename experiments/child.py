@@ -1,4 +1,4 @@
-"""Training runs that a study starts, each in a process of its own."""
+"""Training runs started by a study, each in its own process."""
 
 import sys
 from typing import Any
@@ -9,7 +9,7 @@ from moejax import cli
 
 
 def train_command(workdir: Any, *settings: str) -> list[str]:
-  """The command of one run: this command line's config and overrides, and more.
+  """The command of one run: this command line's config and overrides, and `settings`.
 
   Args:
     workdir: of the run.

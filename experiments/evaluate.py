@@ -4,13 +4,13 @@
     [--eval_capacity_factor=1,1.25,2,dropless] [--routing] [--config.data...]
 
 Needs nothing but the run's directory: the config is the checkpoint's, and
---config.data... is laid over it (another text, a longer sequence). Prints tables and
+--config.data... overrides it (another text, a longer sequence). Prints tables and
 writes DIR/eval_STEP_SPLIT.json; another capacity, a part of the split and an override
-each add to that name. DIR/eval.json is the run's own and stays as it is; where this
-evaluation contradicts it, that is said (docs/evaluation.md).
+each add to that name. DIR/eval.json is the run's own and is left unchanged; if this
+evaluation contradicts it, a note says so (docs/evaluation.md).
 
-Of a run that this user did not train, paths in its config are not used:
---config.data.path must be given if it has one, and the cache is one's own.
+If this user did not train the run, the paths in its config are not used:
+--config.data.path must be given if the run has one, and the user's own cache is used.
 
 Several processes evaluate together, started as those of experiments.train are: by
 tools.launch_local, by a cluster, or with JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and
@@ -94,7 +94,7 @@ def _refuse_unread(overrides: Iterable[str]) -> None:
 
 
 def _asked() -> dict[str, Any]:
-  """What all processes of one evaluation must have been asked for."""
+  """What must be the same in all processes of one evaluation."""
   flag_values = {f.name: f.value for f in (_STEP, _SPLIT, _FACTORS, _BATCH, _LIMIT)}
   return {"workdir": flags.FLAGS.workdir} | flag_values | cli.overrides()
 
@@ -102,7 +102,7 @@ def _asked() -> dict[str, Any]:
 def evaluate(
   workdir: pathlib.Path, output: pathlib.Path, factors: tuple[float | None, ...] | None
 ) -> None:
-  """Restores, evaluates and tells; in every process of a job alike."""
+  """Restores, evaluates and reports; called in every process of a job."""
   import jax
 
   from moejax import data, owner
@@ -161,10 +161,10 @@ def evaluate(
 
 
 def _check(model: Any, dataset: Any, factors: tuple[float | None, ...]) -> None:
-  """Refuses what would otherwise fail after parameters were read.
+  """Refuses what would otherwise fail only after the parameters are read.
 
   Raises:
-    UserError: nothing to evaluate, or nothing that could be evaluated so.
+    UserError: there is nothing to evaluate, or it cannot be evaluated in this way.
   """
   from moejax.routing.registry import ROUTERS
 
@@ -199,7 +199,7 @@ def _own_factor(model: Any) -> float | str:
 
 
 def _batch_size(config: Any, mesh: Any, factors: Any, tells: bool) -> int:
-  """Of an evaluation; tells if it is not the one that was asked for."""
+  """The batch size, with a note if it is not the one that was asked for."""
   from moejax.evaluate import groups
 
   wanted = _BATCH.value or 0
@@ -214,7 +214,7 @@ def _batch_size(config: Any, mesh: Any, factors: Any, tells: bool) -> int:
 
 @contextlib.contextmanager
 def _watched(what: dict[str, Any], tells: bool) -> Iterator[Callable[[int], None]]:
-  """A bar of the tokens evaluated so far, beside the tables and not among them."""
+  """A progress bar of the tokens evaluated so far, on stderr, apart from the tables."""
   from moejax.train.progress import make_reporter, watched
 
   dataset, split = what["dataset"], what["split"]
@@ -236,7 +236,7 @@ def _tell(
   changes: list[tuple[str, Any, Any]],
   own_factor: float | str,
 ) -> None:
-  """Prints the tables, writes the file and says what contradicts the run's own."""
+  """Prints the tables, writes the file and notes a contradiction to the run's own."""
   from moejax.evaluate import results, tables
 
   console = tables.make_console()

@@ -1,13 +1,13 @@
-"""Continue a text with a run's model.
+"""Continue a text with a trained model.
 
   python -m experiments.generate --workdir=DIR --prompt="def main():" [--step=N]
     [--temperature=0.8] [--top_k=0] [--top_p=1] [--max_tokens=200] [--seed=0]
     [--num_samples=1]
 
-Needs nothing but the run's directory, and is one process. --prompt may be given several
-times; without one the model begins a document of its own. Keys and values are cached;
-tokens/s is of the one-token steps, over all samples, without compiling and reading the
-prompt.
+Needs nothing but the run's directory, and runs in one process. --prompt may be given
+several times; without one the model begins a document of its own. Keys and values are
+cached; tokens/s counts the one-token steps of all samples, without compiling and reading
+the prompt.
 """
 
 import pathlib

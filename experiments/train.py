@@ -1,15 +1,15 @@
-"""Trains a sparse Mixture-of-Experts language model, or goes on training one.
+r"""Trains a sparse Mixture-of-Experts language model, or resumes its training.
 
   python -m experiments.train --config=configs/default.py --workdir=runs/default \\
     --config.moe.num_experts=16 --config.moe.capacity_factor=1.5
 
-The same command resumes a run that was stopped, and says so when it is done. A
-larger --config.train.num_steps extends a finished one. SIGTERM or Ctrl-C saves a
-checkpoint and leaves (a second Ctrl-C leaves at once).
+The same command resumes a run that was stopped, and reports a run that is done. A
+larger --config.train.num_steps extends a finished run. SIGTERM or Ctrl-C saves a
+checkpoint and exits (a second Ctrl-C exits at once).
 
 Exit codes: 0 done, 1 stopped for non-finite losses, 2 refused for a mistake in what
-was given, 143 and 130 left on SIGTERM and on Ctrl-C with everything saved. Of several
-processes also: 3 another one was lost, 4 they were not started alike.
+was given, 143 and 130 exited on SIGTERM and on Ctrl-C with everything saved. With
+several processes also: 3 another one was lost, 4 they were not started alike.
 """
 
 import pathlib

@@ -1,16 +1,18 @@
-"""Which router learns best for the same work? Every causal one, several seeds each.
+"""Which router learns best for the same work? Causal ones, several seeds each.
 
   python -m experiments.routers.run --workdir=runs/routers [--seeds=3] [--only=TEXT]
 
-Trains the config under every entry of `VARIANTS`: all have the same active FLOPs and,
-but for the dense twin, the same number of parameters, since K > 1 cuts each expert
-into K parts (`moe.segments`). Reports the validation loss (mean and standard deviation
-over seeds), the drop rate over the whole run, and of the last logged steps the drop
-rate, the largest load, the entropy of the router and the time of a step. Finished runs
-are not repeated: the same command resumes, and --seeds=5 adds two.
+Trains the config under every entry of `VARIANTS`: all have the same active FLOPs
+outside the router and, except for the dense twin, the same number of expert parameters,
+since K > 1 cuts each expert into K parts (`moe.segments`). Every causal router is there
+but `dense`, which cannot have the same FLOPs. Reports the validation loss (mean and
+standard deviation over seeds), the drop rate over the whole run, the time of a step, and
+for the last logged steps the drop rate, the largest load and the entropy of the router.
+Finished runs are not repeated: the same command resumes, and --seeds=5 adds two.
 
-Committed result: 200 steps of 8 sequences, on one core of a machine that was busy
-otherwise, so its times are no comparison (tools.benchmark_layer --routers is one):
+Committed result: 200 steps of 8 sequences, on one core of a machine that was busy with
+other work, so its times are not comparable (those of tools.benchmark_layer --routers
+are):
   --config=configs/default.py --config.train.num_steps=200 --config.train.batch_size=8
 
 To study a router of your own, register it and add a line to `VARIANTS`.
@@ -33,7 +35,7 @@ from moejax.errors import UserError
 
 _HERE = pathlib.Path(__file__).parent
 _LAST = 10
-"""Log lines at the end of a run whose mean speaks for it."""
+"""Log lines at the end of a run that are averaged."""
 
 TWO = ("moe.segments=2",)
 """Sixteen experts of half the width, two chosen: the parameters and FLOPs of top-1."""
@@ -126,7 +128,7 @@ def main() -> int:
 
 
 def train(workdir: pathlib.Path, cache: pathlib.Path, extra: tuple[str, ...]) -> None:
-  """One run in its own process; seeds of one router share what was compiled."""
+  """One run in its own process; seeds of one router share compiled programs."""
   # The loss that is compared is that of the whole validation split.
   whole = "train.final_eval_tokens=0"
   settings = ("train.eval_every=0", "train.checkpoint_every=0", whole, *extra)
@@ -164,7 +166,7 @@ def read_run(workdir: pathlib.Path) -> dict[str, float]:
 
 
 def summarise(runs: list[dict[str, float]]) -> dict[str, Any]:
-  """Means over seeds; of the loss also every value and the standard deviation."""
+  """Means over seeds; for the loss also every value and the standard deviation."""
   losses = [run["loss"] for run in runs]
   means = {name: statistics.mean(run[name] for run in runs) for name in runs[0]}
   spread = statistics.stdev(losses) if len(losses) > 1 else math.nan

@@ -4,10 +4,10 @@
 
 Trains a config and its dense twin of equal active FLOPs (the same command with
 --config.moe.dense_twin=true) on the same batches, and reports at which step, and
-after how much training time, the MoE model first has the validation loss that the
-dense one ends with. Switch Transformers (arXiv:2101.03961, section 3.1 and figure
-5) reports up to 7x; "not reached" is a result too. Finished runs are not repeated:
-the same command resumes what was interrupted and draws the picture again.
+after how much training time, the MoE model first reaches the final validation loss of
+the dense one. Switch Transformers (arXiv:2101.03961, section 3.1 and figure 5) reports
+up to 7x; "not reached" is a result too. Finished runs are not repeated: the same command
+resumes what was interrupted and redraws the picture.
 
 Writes result.json and speedup.png to --output (default: this folder).
 """
@@ -57,7 +57,7 @@ def main() -> int:
 
 
 def train(workdir: pathlib.Path, extra: tuple[str, ...]) -> None:
-  """One run in its own process, so that neither warms caches for the other."""
+  """One run in its own process, so that neither warms the other's caches."""
   every = f"train.eval_every={flags.FLAGS.eval_every}"
   command = train_command(workdir, every, "train.eval_batches=0", *extra)
   if code := subprocess.run(command, check=False).returncode:
@@ -79,8 +79,8 @@ def read_curve(path: pathlib.Path) -> dict[str, Any]:
 
 
 def first_reached(steps: list[int], losses: list[float], target: float) -> float | None:
-  """Step at which a falling curve first has the target loss, between two evaluations
-  by a straight line; None if it never does.
+  """Step at which a falling curve first reaches the target loss, interpolated linearly
+  between two evaluations; None if it never does.
   """
   for index, loss in enumerate(losses):
     if loss <= target:
