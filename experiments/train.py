@@ -1,6 +1,6 @@
 r"""Trains a sparse Mixture-of-Experts language model, or resumes its training.
 
-  python -m experiments.train --config=configs/default.py --workdir=runs/default \\
+  python -m experiments.train --config=configs/default.py --workdir=runs/default \
     --config.moe.num_experts=16 --config.moe.capacity_factor=1.5
 
 The same command resumes a run that was stopped, and reports a run that is done. A

@@ -177,7 +177,7 @@ class MoEConfig:
   """In training, this fraction of each layer's experts takes no token: others in each
   step, the same for all its microbatches."""
   allow_future_leak: bool = False
-  """Generate even if the router looks at later tokens (expert_choice, base, soft)."""
+  """Generate even if the router looks at later tokens (expert_choice, base)."""
   balance_weight: float = 0.01
   balance_scope: str = "group"
   """group: per routing group; batch: over the whole global batch, which with

@@ -125,7 +125,7 @@ def describe(result: dict[str, Any]) -> str:
     f"The MoE model has the dense model's final loss ({result['dense_final_loss']:.4f} "
     f"nats/token after {result['dense_steps']} steps) at step "
     f"{result['moe_step_at_dense_loss']:.0f}: {result['speedup_steps']:.2f}x fewer "
-    f"steps, {result['speedup_seconds']:.2f}x less training time. "
+    f"steps, in {1 / result['speedup_seconds']:.2f}x the dense model's training time. "
     f"It ends at {result['moe_final_loss']:.4f}."
   )
 

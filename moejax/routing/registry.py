@@ -136,7 +136,7 @@ ROUTERS: dict[str, RouterSpec] = {
     update_bias=bias.quantile_step,
     groups=True,
     reads=(*_GROUPS, "quantile_rate"),
-    summary="sigmoid_bias whose bias steps towards an estimate of that quantile",
+    summary="sigmoid_bias whose bias steps towards a quantile's estimate, which balances",
   ),
   "quantile_balancing": RouterSpec(
     fn=token_choice.quantile_balancing,
