@@ -33,7 +33,7 @@ from moejax.dispatch.gather import slot_moves
 from moejax.kernels import permute
 from moejax.layers.moe import MoE
 from moejax.parallel.mesh import TOKEN_AXES, make_mesh
-from moejax.routing.base import RouterInputs, RouterOptions, Routing
+from moejax.routing.base import RouterInputs, Routing, SlotPolicy
 from moejax.routing.capacity import capacity_of
 from moejax.routing.registry import ROUTERS
 
@@ -113,8 +113,8 @@ assert C == 2
 def route(tokens: Any) -> Routing:
   logits = tokens @ ROUTER
   inputs = RouterInputs(logits=logits, valid=jnp.ones(logits.shape[:2], bool))
-  options = RouterOptions(num_experts=E, num_selected=1, capacity=C)
-  return jax.vmap(lambda group: ROUTERS["switch"].fn(group, options))(inputs)
+  policy = SlotPolicy(num_experts=E, num_selected=1, capacity=C)
+  return jax.vmap(lambda group: ROUTERS["switch"]()(group, policy))(inputs)
 
 
 routing = on_devices(route, GROUPS, TOKENS)

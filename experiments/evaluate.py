@@ -166,8 +166,6 @@ def _check(model: Any, dataset: Any, factors: tuple[float | None, ...]) -> None:
   Raises:
     UserError: there is nothing to evaluate, or it cannot be evaluated in this way.
   """
-  from moejax.routing.registry import ROUTERS
-
   split, router = _SPLIT.value, model.moe.router
   if not dataset.num_tokens(split):
     raise UserError(
@@ -176,17 +174,19 @@ def _check(model: Any, dataset: Any, factors: tuple[float | None, ...]) -> None:
     )
   if _ROUTING.value and not model.moe_layers:
     raise UserError("--routing: this model has no MoE layer, so nothing is routed.")
-  if model.moe_layers and ROUTERS[router].needs_capacity and None in factors:
+  if model.moe_layers and model.router.needs_capacity and None in factors:
     raise UserError(
       f"--eval_capacity_factor={_FACTORS.value}: experts of router {router} have a "
       "number of slots, so it cannot be evaluated dropless. Give numbers."
     )
   if (
-    model.moe_layers and router == "soft" and set(factors) != {model.moe.capacity_factor}
+    model.moe_layers
+    and model.router.fixed_slots
+    and set(factors) != {model.moe.capacity_factor}
   ):
     raise UserError(
-      f"--eval_capacity_factor={_FACTORS.value}: the slots of router soft are learned. "
-      f"Give {model.moe.capacity_factor}, as trained."
+      f"--eval_capacity_factor={_FACTORS.value}: the slots of router {router} are "
+      f"learned. Give {model.moe.capacity_factor}, as trained."
     )
 
 

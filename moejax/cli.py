@@ -11,6 +11,7 @@ by every program that imports its heavy parts inside `main`.
 
 import _thread
 import argparse
+import copy
 import functools
 import importlib.util
 import logging
@@ -87,18 +88,28 @@ def get_config(
   from_file = base is None
   if base is None:
     base = load_config(flags.FLAGS["config"].value or DEFAULT_CONFIG)
-  config = config_io.from_dict(config_io.to_dict(base))
+  config = copy.deepcopy(base)
+  options = [name for name in _overrides if config_io.is_router_option(name)]
   for dotted, value in _overrides.items():
-    config_io.set_field(config, dotted, value)
+    if dotted not in options:
+      config_io.set_field(config, dotted, value)
   validate_fields(config)
   if announce is not None:
     announce()
+  # What a router declares is known once its file, and jax, are imported.
+  for dotted in options:
+    value = config_io.parse_value(dotted, _overrides[dotted])
+    config_io.set_field(config, dotted, value)
   validate(config)
-  given = list(_overrides)
-  if from_file:
-    given += [name for name, _, _ in config_io.difference(Config(), config)]
-  refuse_unread(config, given)
+  refuse_unread(config, list(_overrides) + (given_by(config) if from_file else []))
   return config
+
+
+def given_by(config: Config) -> list[str]:
+  """The fields that a config file set: dotted names."""
+  changed = [name for name, _, _ in config_io.difference(Config(), config)]
+  options = config.moe.options.items()
+  return changed + [f"moe.{router}.{name}" for router, given in options for name in given]
 
 
 def run_directory() -> pathlib.Path:
@@ -301,7 +312,7 @@ def parse(argv: list[str]) -> list[str]:
     rest, texts = _split_overrides(argv) if "config" in flags.FLAGS else (argv, {})
     # All at once, after the line is read: a later --config must not undo them.
     _overrides.clear()
-    _overrides.update((k, config_io.parse_value(k, v)) for k, v in texts.items())
+    _overrides.update((k, _parsed(k, v)) for k, v in texts.items())
     positional = flags.FLAGS(rest)
   except flags.UnrecognizedFlagError as error:
     raise UserError(_unknown_flag(error.flagname)) from None
@@ -312,6 +323,13 @@ def parse(argv: list[str]) -> list[str]:
       f"{positional[1]!r} is no flag: every argument has the form --name=value."
     )
   return positional
+
+
+def _parsed(dotted: str, text: str) -> Any:
+  """A field's value; the text of a router's option, which `get_config` parses."""
+  if config_io.is_router_option(dotted):
+    return text
+  return config_io.parse_value(dotted, text)
 
 
 def _split_overrides(argv: list[str]) -> tuple[list[str], dict[str, str]]:
@@ -327,13 +345,16 @@ def _split_overrides(argv: list[str]) -> tuple[list[str], dict[str, str]]:
       rest.append(word)
       continue
     config_io.check_name(dotted)
-    is_bool = config_io.field_types()[dotted][0] is bool
+    kind = config_io.field_types().get(dotted, (str, False))[0]
+    is_bool = kind is bool
     if negated and (has_value or not is_bool):
       raise ConfigError(f"{word}: write --config.{dotted}=VALUE.")
     if not has_value:
       value = str(not negated) if is_bool else next(words, None)
     if value is None:
-      raise ConfigError(f"{word}: no value given; {config_io.expected(dotted)}.")
+      field = not config_io.is_router_option(dotted)
+      wanted = config_io.expected(dotted) if field else f"write {word}=VALUE"
+      raise ConfigError(f"{word}: no value given; {wanted}.")
     found[dotted] = value
   return rest, found
 
@@ -369,5 +390,8 @@ def _help(program: str) -> str:
         lines.append(
           textwrap.indent(textwrap.fill(text, 84, subsequent_indent="  "), "  ")
         )
-    lines.append("moejax/config.py says what each does.")
+    lines += [
+      "moejax/config.py says what each does. --list=routers shows each router's own",
+      "options, --config.moe.ROUTER.OPTION=VALUE.",
+    ]
   return "\n".join(lines)

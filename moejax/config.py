@@ -5,14 +5,18 @@
 nothing is derived here: `moejax.config_check.validate` is called once after
 parsing, and whoever needs a derived number computes it from these fields.
 
+A router's own options are declared by its class (moejax/routing), and only kept here.
+
 No `from __future__ import annotations` here: the flag parser reads the types.
 `float | None` fields take `none` on the command line.
 """
 
 from dataclasses import dataclass, field
+from typing import Any
 
-SCHEMA_VERSION = 1
-"""Raised when a field is renamed or changes meaning; see config_io.MIGRATIONS."""
+SCHEMA_VERSION = 2
+"""Raised when a field is renamed or changes meaning; see config_io.MIGRATIONS. 2: options
+of one router moved from `moe` to that router."""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -102,6 +106,7 @@ class MoEConfig:
   shared_gate: bool = False
   """Weigh the shared experts by sigmoid(x w), w learned (Qwen2-MoE)."""
   router: str = "switch"
+  """By its name in --list=routers, which shows its own options too; see `use_router`."""
   dispatcher: str = "auto"
   """auto, einsum, gather or grouped."""
   every: int = 2
@@ -148,29 +153,6 @@ class MoEConfig:
   """Slots are numbered as given out (queue), or in token order (arrival)."""
   overflow: str = "drop"
   """drop, or next_best: the token's next-best expert that has room."""
-  second_policy: str = "all"
-  """Router top2: the second expert is taken always (all), or at random with
-  probability min(1, 2*g2), g2 its normalised gate (random) or its probability
-  (random_raw, as Praxis without its legacy behaviour), or sampled from the rest
-  (sample)."""
-  num_expert_groups: int = 1
-  """Routers group_limited, sigmoid_bias: experts stand in so many equal groups."""
-  num_selected_groups: int = 1
-  """A token chooses within so many best groups."""
-  group_best: int = 1
-  """A group's score sums so many of its best experts: 1 DeepSeek-V2, 2 DeepSeek-V3."""
-  bias_update_rate: float = 0.001
-  """Router sigmoid_bias: how far a step moves each expert's bias (DeepSeek-V3)."""
-  quantile_rate: float = 0.2
-  """Router quantile_bias: what part of the estimated way to balance a step goes."""
-  noise: str = "learned"
-  """Router noisy_top_k: learned scale (Shazeer), or fixed at noise_std / E (V-MoE)."""
-  noise_std: float = 1.0
-  hash_table: str = "random"
-  """Router hash: vocabulary ids spread at random, or balanced by corpus frequency."""
-  sinkhorn_iterations: int = 30
-  """Router base: at most so many."""
-  sinkhorn_tolerance: float = 1e-4
   jitter: float = 0.0
   """Switch input jitter: the router sees x * uniform(1-j, 1+j) in training."""
   expert_dropout: float = 0.0
@@ -186,16 +168,22 @@ class MoEConfig:
   """all: every choice counts as load in the balance loss; first: first choices only
   (GShard, V-MoE, Praxis, DeepSpeed)."""
   z_weight: float = 0.001
-  importance_weight: float = 0.01
-  """Router noisy_top_k: CV^2 of the summed gates; load_weight: of the smooth load."""
-  load_weight: float = 0.01
-  device_weight: float = 0.05
-  """Router group_limited: balance between groups; communication_weight: of sends."""
-  communication_weight: float = 0.02
   entropy_weight: float = 0.0
   """Above 0 rewards, below 0 punishes, spread-out probabilities of a token."""
   router_init_scale: float = 0.1
   """Switch, section 2.4, uses 0.1 of the usual scale."""
+  options: dict[str, dict[str, Any]] = field(default_factory=dict)
+  """Options of routers that are not at their defaults: router, option, value. A flag sets
+  one by `--config.moe.ROUTER.OPTION=VALUE`."""
+
+  def use_router(self, name: str, **options: Any) -> None:
+    """Chooses a router, with options of its own, in a config file."""
+    self.router, self.options = name, {name: options} if options else {}
+
+  @property
+  def router_options(self) -> dict[str, Any]:
+    """Those of the chosen router that were set."""
+    return self.options.get(self.router, {})
 
   @property
   def fine_experts(self) -> int:

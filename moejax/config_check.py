@@ -10,13 +10,17 @@ E experts, K choices per token, F expert hidden width.
 
 import dataclasses
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import TYPE_CHECKING
 
 from moejax.config import SCHEMA_VERSION, Config
-from moejax.config_io import expected, field_types, get_field
+from moejax.config_io import expected, field_types, get_field, is_router_option
 from moejax.config_ranges import CHOICES, RANGES
 from moejax.errors import ConfigError, did_you_mean
 from moejax.models.pattern import layer_pattern
+from moejax.options import show
+
+if TYPE_CHECKING:
+  from moejax.routing.router import Router
 
 
 def validate(config: Config) -> None:
@@ -55,19 +59,22 @@ def refuse_unread(config: Config, given: Iterable[str]) -> None:
   Raises:
     ConfigError: names the flag, and the routers that read it.
   """
-  from moejax.routing.registry import is_read, readers
+  from moejax.routing.registry import ROUTERS, readers
 
-  if (
-    config.moe.dense_twin
-  ):  # Its routers are gone, and it keeps the config it is twin to.
-    return
+  if config.moe.dense_twin:
+    return  # Its routers are gone, and it keeps the config it is twin to.
+  router = config.moe.router
   for name in given:
     section, _, field = name.rpartition(".")
-    if section != "moe" or not readers(field) or is_read(config.moe.router, field):
+    if section == "moe" and not ROUTERS[router].reads_field(field):
+      remedy = f"or use --config.moe.router={' or '.join(readers(field))}"
+    elif is_router_option(name) and section != f"moe.{router}":
+      remedy = f"or use --config.moe.router={section.removeprefix('moe.')}"
+    else:
       continue
     raise ConfigError(
       f"{named(config, name, 'moe.router')}: this router does not read it. Leave it out, "
-      f"or use --config.moe.router={' or '.join(readers(field))}."
+      f"{remedy}."
     )
 
 
@@ -79,7 +86,7 @@ def _types(config: Config) -> None:
       continue
     # bool is an int to Python, and `width = True` is a slip all the same.
     if type(value) is not kind and not (kind is float and type(value) is int):
-      raise ConfigError(f"--config.{name}={_show(value)}: {expected(name)}.")
+      raise ConfigError(f"--config.{name}={show(value)}: {expected(name)}.")
 
 
 def _choices(config: Config) -> None:
@@ -100,19 +107,12 @@ def _ranges(config: Config) -> None:
     value = get_field(config, name)
     if value is not None and value not in allowed:
       why = f" ({allowed.reason(value)})" if allowed.reason(value) else ""
-      raise ConfigError(f"--config.{name}={_show(value)} must be {allowed}{why}.")
+      raise ConfigError(f"--config.{name}={show(value)} must be {allowed}{why}.")
 
 
 def named(config: Config, *names: str) -> str:
   """`--config.a.b=1 with --config.c.d=2`, values as they are."""
-  return " with ".join(f"--config.{n}={_show(get_field(config, n))}" for n in names)
-
-
-def _show(value: Any) -> str:
-  """A value as it is written on the command line."""
-  if value is None or isinstance(value, bool):
-    return str(value).lower()
-  return str(value)
+  return " with ".join(f"--config.{n}={show(get_field(config, n))}" for n in names)
 
 
 # Each rule returns an error, or None. They may rely on types, names and ranges.
@@ -209,16 +209,6 @@ def _segments_divide_hidden(c: Config) -> str | None:
     )
 
 
-def _one_choice_keeps_its_probability(c: Config) -> str | None:
-  # Under router dense K is E, whatever num_selected says.
-  one = c.moe.fine_selected == 1 and c.moe.router != "dense"
-  if one and c.moe.renormalize != "none":
-    return (
-      f"{named(c, 'moe.renormalize', 'moe.num_selected')}: a single gate scaled to sum "
-      "1 is always 1, and the router gets no gradient. Use --config.moe.renormalize=none."
-    )
-
-
 def _a_norm_is_of_something(c: Config) -> str | None:
   if c.moe.renormalize_norm != 1 and c.moe.renormalize == "none":
     return (
@@ -287,27 +277,6 @@ def _groups_divide_microbatch(c: Config) -> str | None:
     )
 
 
-def _soft_has_fixed_slots(c: Config) -> str | None:
-  moe = c.moe
-  if moe.router != "soft" or moe.dense_twin:
-    return None
-  if moe.capacity_factor != moe.eval_capacity_factor:
-    return (
-      f"{named(c, 'moe.capacity_factor', 'moe.eval_capacity_factor')}: the slots of "
-      "router soft are learned, so both must be the same number."
-    )
-  if moe.group_size <= 0 or c.data.sequence_length % moe.group_size:
-    return (
-      f"{named(c, 'moe.group_size', 'data.sequence_length')}: the slots of router soft "
-      "belong to a group of fixed size. Give group_size a divisor of the sequence."
-    )
-  if moe.dispatcher in ("gather", "grouped"):
-    return (
-      f"--config.moe.dispatcher={moe.dispatcher} moves whole tokens, and router soft "
-      "mixes them into slots. Use einsum or auto."
-    )
-
-
 def _one_mesh_axis_is_free(c: Config) -> str | None:
   sizes = {a: getattr(c.mesh, a) for a in ("data", "fsdp", "expert", "tensor")}
   zero = [f"--config.mesh.{a}=0" for a, size in sizes.items() if size == 0]
@@ -329,54 +298,99 @@ RULES: tuple[Callable[[Config], str | None], ...] = (
   _context_holds_a_sequence,
   _no_more_choices_than_experts,
   _segments_divide_hidden,
-  _one_choice_keeps_its_probability,
   _a_norm_is_of_something,
   _some_layer_is_moe,
   _accumulation_divides_batch,
   _slots_travel_with_a_capacity,
   _first_choices_are_not_kept,
   _groups_divide_microbatch,
-  _soft_has_fixed_slots,
   _one_mesh_axis_is_free,
 )
 
 
 def _registered(config: Config) -> None:
   """Last, because the registries import jax, and the checks above should be fast."""
+  from moejax.config_router import make_router
   from moejax.dispatch.registry import DISPATCHERS
-  from moejax.routing.registry import ROUTERS
 
-  _check_choice(config, "moe.router", ROUTERS)
   _check_choice(config, "moe.dispatcher", ("auto", *DISPATCHERS))
-  moe, spec = config.moe, ROUTERS[config.moe.router]
-  fixed, chosen = spec.num_selected, moe.fine_selected
+  router = make_router(config.moe)
+  if not config.moe.dense_twin:
+    for rule in ROUTER_RULES:
+      error = rule(config, router)
+      if error:
+        raise ConfigError(error)
+  _router_policy(config, router)
+
+
+def _fixed_choices(c: Config, router: "Router") -> str | None:
+  fixed, chosen = router.fixed_selected, c.moe.fine_selected
   if fixed is not None and chosen != fixed:
-    raise ConfigError(
-      f"{named(config, 'moe.router', 'moe.num_selected', 'moe.segments')}: this router "
+    return (
+      f"{named(c, 'moe.router', 'moe.num_selected', 'moe.segments')}: this router "
       f"chooses {fixed} per token, and num_selected * segments is {chosen}. Change them, "
       "or use --config.moe.router=top_k."
     )
-  if moe.expert_dropout and not spec.by_logits and not moe.dense_twin:
-    raise ConfigError(
-      f"{named(config, 'moe.expert_dropout', 'moe.router')}: this router does not go by "
+
+
+def _dropped_experts_are_in_the_logits(c: Config, router: "Router") -> str | None:
+  if c.moe.expert_dropout and not router.by_logits:
+    return (
+      f"{named(c, 'moe.expert_dropout', 'moe.router')}: this router does not go by "
       "the logits, which is where experts are taken out. Use "
       "--config.moe.expert_dropout=0, or another router."
     )
-  if moe.balance_counts == "first" and not spec.token_choice and not moe.dense_twin:
-    raise ConfigError(
-      f"{named(config, 'moe.balance_counts', 'moe.router')}: tokens make no first "
+
+
+def _first_choices_are_made(c: Config, router: "Router") -> str | None:
+  if c.moe.balance_counts == "first" and not router.token_choice:
+    return (
+      f"{named(c, 'moe.balance_counts', 'moe.router')}: tokens make no first "
       "choice under this router. Use --config.moe.balance_counts=all."
     )
-  _router_options(config)
 
 
-def _router_options(config: Config) -> None:
+def _slots_stay(c: Config, router: "Router") -> str | None:
+  moe = c.moe
+  if not router.fixed_slots:
+    return None
+  if moe.capacity_factor != moe.eval_capacity_factor:
+    return (
+      f"{named(c, 'moe.capacity_factor', 'moe.eval_capacity_factor')}: the slots of "
+      f"router {moe.router} are learned, so both must be the same number."
+    )
+  if moe.group_size <= 0 or c.data.sequence_length % moe.group_size:
+    return (
+      f"{named(c, 'moe.group_size', 'data.sequence_length')}: the slots of router "
+      f"{moe.router} belong to a group of fixed size. Give group_size a divisor of the "
+      "sequence."
+    )
+
+
+def _mixtures_are_weighted(c: Config, router: "Router") -> str | None:
+  if router.mixes and c.moe.dispatcher in ("gather", "grouped"):
+    return (
+      f"--config.moe.dispatcher={c.moe.dispatcher} moves whole tokens, and router "
+      f"{c.moe.router} mixes them into slots. Use einsum or auto."
+    )
+
+
+ROUTER_RULES: tuple[Callable[[Config, "Router"], str | None], ...] = (
+  _fixed_choices,
+  _dropped_experts_are_in_the_logits,
+  _first_choices_are_made,
+  _slots_stay,
+  _mixtures_are_weighted,
+)
+"""What a router's kind asks of the rest of the config."""
+
+
+def _router_policy(config: Config, router: "Router") -> None:
   """Asks the router itself, with the capacity of training and that of evaluation."""
-  from moejax.layers.options import router_options
-  from moejax.routing.registry import ROUTERS, check
+  from moejax.config_router import slot_policy
 
   moe = config.moe
-  if ROUTERS[moe.router].needs_capacity and moe.eval_capacity_factor is None:
+  if router.needs_capacity and moe.eval_capacity_factor is None:
     raise ConfigError(
       f"--config.moe.router={moe.router} needs slots in evaluation too, and "
       "--config.moe.eval_capacity_factor=none gives no number of them. Give it "
@@ -384,8 +398,7 @@ def _router_options(config: Config) -> None:
     )
   # A capacity of 1 stands for any: the number needs the group size, the rules do not.
   slots = None if moe.capacity_factor is None else 1
-  check(moe.router, router_options(moe, slots))
+  router.check(slot_policy(moe, slots))
   if moe.eval_capacity_factor is None:
     # Dropless evaluation of a model trained with an overflow policy is no mistake.
-    dropless = router_options(moe, None)
-    check(moe.router, dataclasses.replace(dropless, overflow="drop"))
+    router.check(dataclasses.replace(slot_policy(moe, None), overflow="drop"))

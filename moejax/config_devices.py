@@ -72,7 +72,7 @@ def validate_devices(config: Config, num_devices: int) -> None:
 
 def _check_dispatcher(config: Config, num_devices: int) -> None:
   """A dispatcher asked for by name runs, or is refused before anything is compiled."""
-  from moejax.layers.options import num_selected
+  from moejax.config_router import num_selected
   from moejax.parallel.exchange_rule import choose
   from moejax.parallel.mesh import mesh_shape
 

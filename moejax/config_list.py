@@ -4,6 +4,8 @@ import ast
 import importlib.util
 import pathlib
 
+from moejax.options import show
+
 LISTS = ("configs", "routers", "datasets", "dispatchers")
 
 
@@ -43,9 +45,15 @@ def _configs() -> dict[str, str]:
 
 
 def _routers() -> dict[str, str]:
-  from moejax.routing.registry import ROUTERS
+  from moejax.routing.registry import ROUTERS, options_by_name
 
-  return {name: spec.summary for name, spec in ROUTERS.items()}
+  rows = {}
+  for name, router in ROUTERS.items():
+    rows[name] = router.summary
+    for option, about in options_by_name(name).items():
+      words = f" ({', '.join(about.choices)})" if about.choices else ""
+      rows[f"  {name}.{option}={show(about.default)}"] = f"  {about.text}{words}"
+  return rows
 
 
 def _dispatchers() -> dict[str, str]:

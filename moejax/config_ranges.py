@@ -1,11 +1,11 @@
 """What each field of the config may be, taken by itself: names, and numbers in range.
 
 One line per field. What fields must be *together* stands in `config_check`.
-Routers and dispatchers are not here: their registries say what there is.
+Routers and dispatchers are not here: their registries say what there is, and a router's
+options stand in its class.
 """
 
-import dataclasses
-import math
+from moejax.options import Range, count, weight
 
 CHOICES: dict[str, tuple[str, ...]] = {
   "data.tokenizer": ("bytes", "bpe"),
@@ -17,11 +17,8 @@ CHOICES: dict[str, tuple[str, ...]] = {
   "moe.renormalize": ("none", "before_drop", "after_drop"),
   "moe.priority": ("arrival", "gate", "random"),
   "moe.overflow": ("drop", "next_best"),
-  "moe.second_policy": ("all", "random", "random_raw", "sample"),
   "moe.slot_order": ("choice_major", "token_major", "by_gate", "batch_priority"),
   "moe.slot_numbering": ("queue", "arrival"),
-  "moe.noise": ("learned", "fixed"),
-  "moe.hash_table": ("random", "balanced"),
   "moe.balance_scope": ("group", "batch"),
   "moe.exchange": ("auto", "all_to_all", "ragged", "ring", "gspmd"),
   "moe.balance_counts": ("all", "first"),
@@ -31,41 +28,6 @@ CHOICES: dict[str, tuple[str, ...]] = {
 }
 
 
-@dataclasses.dataclass(frozen=True)
-class Range:
-  """An interval, open at the ends that say so; the reasons complete the error."""
-
-  low: float = -math.inf
-  high: float = math.inf
-  why: str = ""
-  """Of the lower end, or what a special value means."""
-  low_open: bool = False
-  high_open: bool = False
-  why_high: str = ""
-
-  def __contains__(self, value: float) -> bool:
-    # Compared as they are: an int may be larger than any float.
-    above = self.low < value if self.low_open else self.low <= value
-    below = value < self.high if self.high_open else value <= self.high
-    return value not in (math.inf, -math.inf) and above and below
-
-  def __str__(self) -> str:
-    """Such as "at least 1" or "above 0 and at most 1"."""
-    low = "above" if self.low_open else "at least"
-    high = "below" if self.high_open else "at most"
-    words = [f"{low} {_plain(self.low)}"] if math.isfinite(self.low) else []
-    words += [f"{high} {_plain(self.high)}"] if math.isfinite(self.high) else []
-    return " and ".join(words) or "finite"
-
-  def reason(self, value: float) -> str:
-    """Why this value is refused; empty if there is no more to say."""
-    return (self.why_high if value > self.high else "") or self.why
-
-
-def _plain(number: float) -> str:
-  return f"{number:,.0f}" if number == int(number) and number < 1e12 else f"{number:g}"
-
-
 _COUNTED = "steps and sizes are counted in 32 bits"
 _INT32 = 2**31 - 1
 
@@ -73,14 +35,6 @@ _INT32 = 2**31 - 1
 def _count(low: int = 0, why: str = "") -> Range:
   """Of steps, tokens or bytes: whatever a 32-bit counter holds."""
   return Range(low, _INT32, why, why_high=_COUNTED)
-
-
-def _size(low: int, high: int, why_high: str, why: str = "") -> Range:
-  return Range(low, high, why, why_high=why_high)
-
-
-def _weight(why: str = "0 is off") -> Range:
-  return Range(0, 1e4, why, why_high="the loss would be nothing but this term")
 
 
 def _positive(high: float, why_high: str, why: str = "") -> Range:
@@ -102,84 +56,68 @@ _PARTS = "a part must hold at least one row"
 _SECONDS = "a step would take all its time for it"
 
 RANGES: dict[str, Range] = {
-  "data.vocab_size": _size(
+  "data.vocab_size": count(
     257,
     2**24,
     "the output head has a row for each",
     "all bytes and the separator need an id",
   ),
-  "data.sequence_length": _size(1, 2**24, "attention looks at all pairs of a sequence"),
+  "data.sequence_length": count(1, 2**24, "attention looks at all pairs of a sequence"),
   "data.validation_fraction": _BELOW_ONE,
   "data.test_fraction": _BELOW_ONE,
   "data.max_documents": _count(0, "0 is all"),
-  "data.num_workers": _size(
+  "data.num_workers": count(
     0, 1024, "each is a process", "0 reads in threads of this process"
   ),
-  "data.prefetch": _size(0, 4096, "so many batches would wait in memory"),
-  "model.num_layers": _size(1, 10_000, "each layer is compiled and kept"),
-  "model.width": _size(1, 2**20, _WIDE),
-  "model.num_heads": _size(1, 2**16, "each has a width of at least 2"),
-  "model.num_kv_heads": _size(0, 2**16, "at most one for each head", "0 is num_heads"),
-  "model.head_dim": _size(0, 2**16, _WIDE, "0 is width / num_heads"),
-  "model.hidden": _size(1, 2**24, _WIDE),
-  "model.vocab_size": _size(
+  "data.prefetch": count(0, 4096, "so many batches would wait in memory"),
+  "model.num_layers": count(1, 10_000, "each layer is compiled and kept"),
+  "model.width": count(1, 2**20, _WIDE),
+  "model.num_heads": count(1, 2**16, "each has a width of at least 2"),
+  "model.num_kv_heads": count(0, 2**16, "at most one for each head", "0 is num_heads"),
+  "model.head_dim": count(0, 2**16, _WIDE, "0 is width / num_heads"),
+  "model.hidden": count(1, 2**24, _WIDE),
+  "model.vocab_size": count(
     0, 2**24, "the output head has a row for each", "0 is the tokenizer's"
   ),
   "model.sliding_window": _count(0, "0 is no window"),
   "model.rope_theta": _positive(1e12, "positions would not turn within a sequence"),
   "model.norm_eps": _positive(1, "it only keeps a division finite"),
   "model.init_scale": _positive(1e3, "the first activations would overflow"),
-  "model.max_position": _size(
+  "model.max_position": count(
     0, 2**24, "attention looks at all pairs of a sequence", "0 is data.sequence_length"
   ),
-  "moe.num_experts": _size(
+  "moe.num_experts": count(
     1, 2**16, _MANY_EXPERTS, "for a dense model use --config.moe.dense_twin=true"
   ),
-  "moe.num_selected": _size(1, 2**16, "at most num_experts"),
-  "moe.hidden": _size(1, 2**24, _WIDE),
-  "moe.segments": _size(
+  "moe.num_selected": count(1, 2**16, "at most num_experts"),
+  "moe.hidden": count(1, 2**24, _WIDE),
+  "moe.segments": count(
     1, 2**16, "each is an expert to the router", "1 leaves the experts whole"
   ),
-  "moe.num_shared": _size(0, 2**16, "every token visits each of them"),
-  "moe.shared_hidden": _size(0, 2**24, _WIDE, "0 is num_shared * hidden / segments"),
-  "moe.every": _size(
+  "moe.num_shared": count(0, 2**16, "every token visits each of them"),
+  "moe.shared_hidden": count(0, 2**24, _WIDE, "0 is num_shared * hidden / segments"),
+  "moe.every": count(
     1, 10_000, "as many layers at most", "1 makes every layer an MoE layer"
   ),
-  "moe.offset": _size(0, 10_000, "as many layers at most"),
-  "moe.dense_prefix": _size(0, 10_000, "as many layers at most"),
+  "moe.offset": count(0, 10_000, "as many layers at most"),
+  "moe.dense_prefix": count(0, 10_000, "as many layers at most"),
   "moe.capacity_factor": _positive(2**16, _SLOTS, "none is dropless"),
   "moe.eval_capacity_factor": _positive(2**16, _SLOTS, "none is dropless"),
   "moe.min_capacity": _count(1),
   "moe.exchange_buffer": _positive(2**16, "none fits any load", "none fits any load"),
-  "moe.exchange_chunks": _size(1, 2**16, _PARTS, "1 sends all at once"),
-  "moe.expert_chunks": _size(1, 2**16, _PARTS, "1 computes all at once"),
+  "moe.exchange_chunks": count(1, 2**16, _PARTS, "1 sends all at once"),
+  "moe.expert_chunks": count(1, 2**16, _PARTS, "1 computes all at once"),
   "moe.group_size": _count(-1, "0 is one group per sequence, -1 the whole batch"),
   "moe.renormalize_norm": Range(
     1, 16, "1 is the sum, 2 the Euclidean norm", why_high="it would be the largest gate"
   ),
   "moe.gate_scale": _positive(1e4, "the experts would drown all else"),
-  "moe.num_expert_groups": _size(1, 2**16, "at most num_experts", "1 is no limit"),
-  "moe.num_selected_groups": _size(1, 2**16, "at most num_expert_groups"),
-  "moe.group_best": _size(1, 2**16, "at most the experts of a group"),
-  "moe.bias_update_rate": Range(
-    0, 10, "0 leaves the bias at zero", why_high="scores lie between 0 and 1"
-  ),
-  "moe.quantile_rate": Range(
-    0, 10, "0 leaves the bias at zero", why_high="1 goes all the way to balance"
-  ),
-  "moe.noise_std": Range(0, 1e4, why_high="the choice would be nothing but noise"),
-  "moe.sinkhorn_iterations": _size(1, 100_000, _SECONDS),
-  "moe.sinkhorn_tolerance": _positive(1, "nothing would be balanced"),
   "moe.expert_dropout": _BELOW_ONE,
   "moe.jitter": _BELOW_ONE,
-  "moe.balance_weight": _weight(),
-  "moe.z_weight": _weight(),
-  "moe.importance_weight": _weight(),
-  "moe.load_weight": _weight(),
-  "moe.device_weight": _weight(),
-  "moe.communication_weight": _weight(),
+  "moe.balance_weight": weight(),
+  "moe.z_weight": weight(),
   "moe.entropy_weight": Range(
-    -1e4, 1e4, "above 0 rewards spread, 0 is off", why_high=_weight().why_high
+    -1e4, 1e4, "above 0 rewards spread, 0 is off", why_high=weight().why_high
   ),
   "moe.router_init_scale": _positive(1e3, "the first choices would be all or nothing"),
   "optimizer.learning_rate": _positive(10, "a step moves a weight by about the rate"),
@@ -199,8 +137,8 @@ RANGES: dict[str, Range] = {
     0, 1e9, "0 is off", why_high="no gradient is as long, so it would be off"
   ),
   "train.num_steps": _count(1),
-  "train.batch_size": _size(1, 2**24, "a step works on all of them"),
-  "train.accumulation": _size(1, 2**24, "at most train.batch_size", "1 is none"),
+  "train.batch_size": count(1, 2**24, "a step works on all of them"),
+  "train.accumulation": count(1, 2**24, "at most train.batch_size", "1 is none"),
   "train.seed": Range(0, _INT32, why_high="keys are made of 32 bits"),
   "train.log_every": _count(1),
   "train.eval_every": _count(0, "0 is only at the end"),

@@ -6,7 +6,7 @@ with what it judges, and it is meant to be read beside the papers. The routers a
 in tests/reference_routing.py.
 
 Letters: T tokens, D width, E experts, F expert hidden width, K choices, C slots.
-`options` is anything with the fields of `moejax.routing.base.RouterOptions`.
+`options` is anything with the fields of `moejax.routing.base.SlotPolicy`.
 """
 
 import math

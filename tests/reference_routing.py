@@ -8,6 +8,7 @@ Letters: T tokens, E experts, K choices, C slots.
 
 import dataclasses
 import math
+import types
 from typing import Any
 
 import numpy as np
@@ -279,7 +280,7 @@ def route(
   logits = logits.astype(np.float64)
   num_tokens, num_experts = logits.shape
   if name == "switch":
-    options = dataclasses.replace(options, renormalize="none")
+    options = types.SimpleNamespace(**{**vars(options), "renormalize": "none"})
   k: int = {"switch": 1, "top2": 2, "dense": num_experts}.get(name, options.num_selected)
   noisy = logits if noise is None else logits + noise
   probs = np.stack([softmax(row) for row in noisy])

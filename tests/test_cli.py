@@ -15,6 +15,7 @@ from configs import default
 from moejax import cli, startup
 from moejax.config import Config
 from moejax.errors import ConfigError, UserError, did_you_mean, nearest
+from moejax.routing.registry import ROUTERS
 
 PROGRAM = '''"""Trains nothing.
 
@@ -66,22 +67,47 @@ def refused(*arguments: str) -> str:
 
 def test_an_option_of_another_router_is_refused_where_a_person_gave_it(tmp_path):
   """On the line and in a file; a config stored with a run is read as it is."""
-  flag = "--config.moe.quantile_rate=0.5"
+  flag, chosen = "--config.moe.quantile_bias.quantile_rate=0.5", {"quantile_rate": 0.5}
   assert "router=quantile_bias" in refused(flag)
-  assert get(flag, "--config.moe.router=quantile_bias").moe.quantile_rate == 0.5
+  got = get(flag, "--config.moe.router=quantile_bias")
+  assert got.moe.router_options == chosen
   file = tmp_path / "mine.py"
   file.write_text(
     "from moejax.config import Config\n"
     "def get_config():\n"
     "  config = Config()\n"
-    "  config.moe.quantile_rate = 0.5\n"
+    "  config.moe.use_router('quantile_bias', quantile_rate=0.5)\n"
+    "  config.moe.router = 'switch'\n"
     "  return config\n"
   )
-  assert "moe.quantile_rate=0.5" in refused(f"--config={file}")
+  assert "moe.quantile_bias.quantile_rate=0.5" in refused(f"--config={file}")
   stored = Config()
-  stored.moe.quantile_rate = 0.5
+  stored.moe.options = {"quantile_bias": chosen}
   cli.parse(["program"])
-  assert cli.get_config(base=stored).moe.quantile_rate == 0.5
+  assert cli.get_config(base=stored).moe.options == {"quantile_bias": chosen}
+
+
+@pytest.mark.parametrize(
+  ("line", "part"),
+  [
+    ("top2.second_policy=randm", "second_policy=randm is unknown. Did you mean random?"),
+    ("top2.second_polcy=random", "Did you mean --config.moe.top2.second_policy?"),
+    ("topp2.second_policy=random", "Did you mean --config.moe.top2.second_policy?"),
+    ("second_policy=random", "option of a router: --config.moe.top2.second_policy."),
+    ("switch.second_policy=random", "there is no such option. It has none."),
+    ("sigmoid_bias.bias_update_rate=x", "bias_update_rate=x: expected a number."),
+    ("sigmoid_bias.bias_update_rate=-1", "must be at least 0 and at most 10"),
+    ("noisy_top_k.noise_std=1e400", "noise_std=inf must be at least 0"),
+    ("sigmoid_bias=1", "It is a group of options; --list=routers shows them."),
+  ],
+)
+def test_an_option_of_a_router_is_checked_as_its_class_declares(line, part):
+  """Its name, its type, its words and its range, each with a way out."""
+  router = line.partition(".")[0]
+  chosen = [f"--config.moe.router={router}"] if router in ROUTERS else []
+  if router == "top2":
+    chosen.append("--config.moe.num_selected=2")
+  assert part in refused(f"--config.moe.{line}", *chosen)
 
 
 def test_overrides_reach_their_fields():

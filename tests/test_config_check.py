@@ -8,24 +8,23 @@ import pytest
 from moejax import config_check, config_io
 from moejax.config import Config, MoEConfig
 from moejax.config_check import refuse_unread
-from moejax.config_ranges import CHOICES, RANGES, Range
+from moejax.config_ranges import CHOICES, RANGES
 from moejax.dispatch.registry import DISPATCHERS
 from moejax.errors import ConfigError
+from moejax.options import Range
 from moejax.routing import base
-from moejax.routing.registry import (
-  LOGIT_READS,
-  ROUTERS,
-  TOKEN_CHOICE_READS,
-  is_read,
-  readers,
-)
+from moejax.routing.registry import ROUTERS, options_by_name, readers
+from moejax.routing.router import LEARNED_READS, TOKEN_CHOICE_READS
 
 
 def make(**fields: object) -> Config:
   """A config with fields set by dotted name, a dot written as two underscores."""
   config = Config()
   for name, value in fields.items():
-    section, leaf = name.split("__")
+    section, *rest, leaf = name.split("__")
+    if rest:  # A router's option.
+      config.moe.options.setdefault(rest[0], {})[leaf] = value
+      continue
     setattr(getattr(config, section), leaf, value)
   return config
 
@@ -97,8 +96,8 @@ REFUSED = [
     dict(moe__num_experts=4, moe__num_selected=5),
     "a token cannot choose an expert twice",
   ),
-  (dict(moe__renormalize="before_drop"), "the router gets no gradient"),
-  (dict(moe__renormalize="after_drop", **TOP_K), "the router gets no gradient"),
+  (dict(moe__renormalize="before_drop"), "takes the router its gradient"),
+  (dict(moe__renormalize="after_drop", **TOP_K), "takes the router its gradient"),
   (dict(moe__num_selected=2), "--config.moe.router=top_k"),
   (dict(moe__segments=2), "--config.moe.segments=2"),
   (dict(moe__router="top2"), "chooses 2 per token"),
@@ -162,7 +161,7 @@ ACCEPTED = [
   dict(moe__num_experts=4, moe__num_selected=4, **TOP_K),
   dict(moe__num_selected=2, moe__renormalize="before_drop", **TOP_K),
   dict(moe__segments=2, moe__renormalize="before_drop", **TOP_K),
-  dict(moe__router="top2", moe__num_selected=2, moe__second_policy="random"),
+  dict(moe__router="top2", moe__num_selected=2, moe__top2__second_policy="random"),
   dict(moe__every=1),
   dict(moe__every=1, moe__dense_prefix=3),
   dict(moe__dense_twin=True),
@@ -255,7 +254,7 @@ def test_choices_are_those_of_the_code_that_reads_them():
 def test_every_registered_router_passes(router):
   """A router is selected by its name alone, once it is in the registry."""
   spec = ROUTERS[router]
-  fields = {"moe__num_selected": spec.num_selected or 2}
+  fields = {"moe__num_selected": spec.fixed_selected or 2}
   if spec.needs_capacity:
     fields |= {"moe__capacity_factor": 2.0, "moe__eval_capacity_factor": 2.0}
   if router == "soft":
@@ -287,14 +286,12 @@ def test_soft_needs_slots_that_stay(fields, part):
   assert part in refusal(make(**(SOFT | fields)))
 
 
-@pytest.mark.parametrize(
-  "field", sorted({f for s in ROUTERS.values() for f in s.reads}.union(LOGIT_READS))
-)
-def test_an_option_is_refused_exactly_where_the_router_does_not_read_it(field):
+@pytest.mark.parametrize("field", sorted((*TOKEN_CHOICE_READS, *LEARNED_READS)))
+def test_a_field_is_refused_exactly_where_the_router_does_not_read_it(field):
   """By name, with the routers that do; a config that nobody wrote by hand is let pass."""
   for router in ROUTERS:
     config = make(moe__router=router)
-    if is_read(router, field):
+    if ROUTERS[router].reads_field(field):
       refuse_unread(config, [f"moe.{field}"])
       continue
     with pytest.raises(ConfigError) as error:
@@ -307,25 +304,50 @@ def test_an_option_is_refused_exactly_where_the_router_does_not_read_it(field):
   assert 0 < len(readers(field)) < len(ROUTERS)
 
 
-def test_every_option_that_a_router_alone_reads_is_a_field():
-  """A slip in `reads` would refuse nothing."""
+def test_an_option_is_refused_under_every_other_router():
+  """One router each; the twin keeps those of the config it is twin to."""
+  names = [f"{r}.{o}" for r in ROUTERS for o in options_by_name(r)]
+  assert len(names) > 15
+  for router in ROUTERS:
+    config = make(moe__router=router)
+    for name in names:
+      if name.startswith(f"{router}."):
+        refuse_unread(config, [f"moe.{name}"])
+        continue
+      with pytest.raises(ConfigError, match=f"router={name.partition('.')[0]}"):
+        refuse_unread(config, [f"moe.{name}"])
+
+
+def test_every_field_that_only_some_routers_read_is_one():
+  """A slip in these names would refuse nothing."""
   known = {field.name for field in dataclasses.fields(MoEConfig)}
-  for spec in ROUTERS.values():
-    assert set(spec.reads) <= known
-  assert set(TOKEN_CHOICE_READS) <= known
+  assert {*TOKEN_CHOICE_READS, *LEARNED_READS} <= known
+  for router in ROUTERS.values():
+    assert set(router.reads) <= set(TOKEN_CHOICE_READS)
 
 
 @pytest.mark.parametrize(
   ("fields", "part"),
   [
-    (dict(moe__num_expert_groups=3), "does not divide the 8 experts"),
-    (dict(moe__num_expert_groups=4, moe__num_selected_groups=5), "not in 1..4"),
+    (dict(moe__group_limited__num_expert_groups=3), "does not divide the 8 experts"),
     (
-      dict(moe__num_expert_groups=4, moe__num_selected_groups=1, moe__num_selected=3),
+      dict(
+        moe__group_limited__num_expert_groups=4, moe__group_limited__num_selected_groups=5
+      ),
+      "not in 1..4",
+    ),
+    (
+      dict(
+        moe__group_limited__num_expert_groups=4,
+        moe__group_limited__num_selected_groups=1,
+        moe__num_selected=3,
+      ),
       "more than the 2 experts",
     ),
-    (dict(moe__num_expert_groups=4, moe__group_best=3), "group_best=3"),
-    (dict(moe__num_expert_groups=4, **TOP_K), "is not read by --config.moe.router=top_k"),
+    (
+      dict(moe__group_limited__num_expert_groups=4, moe__group_limited__group_best=3),
+      "group_best=3",
+    ),
   ],
 )
 def test_groups_of_experts_must_fit(fields, part):

@@ -49,19 +49,19 @@ def make_layer(shape: Any, capacity_factor: float | None, exchange: str) -> Call
 
   from moejax.dispatch.registry import resolve
   from moejax.parallel import expert_parallel
-  from moejax.routing.base import RouterInputs, RouterOptions
+  from moejax.routing.base import RouterInputs, SlotPolicy
   from moejax.routing.capacity import capacity_of
   from moejax.routing.registry import ROUTERS
   from tools.layer_variants import router_of
 
   capacity = capacity_of(shape.T // DEVICES, shape.E, shape.K, capacity_factor)
-  options = RouterOptions(num_experts=shape.E, num_selected=shape.K, capacity=capacity)
-  route = ROUTERS[router_of(shape.K)].fn
+  policy = SlotPolicy(num_experts=shape.E, num_selected=shape.K, capacity=capacity)
+  route = ROUTERS[router_of(shape.K)]()
 
   def groups(inputs: Any, shared: None) -> Any:
     del shared
     logits, valid = inputs
-    return jax.vmap(lambda a, b: route(RouterInputs(logits=a, valid=b), options))(
+    return jax.vmap(lambda a, b: route(RouterInputs(logits=a, valid=b), policy))(
       logits, valid
     )
 

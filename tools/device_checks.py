@@ -25,7 +25,7 @@ from moejax.kernels.stack_gradient import stack_gradient
 from moejax.layers.attention import attention_mask
 from moejax.parallel import host_memory
 from moejax.parallel.platform import target_is_nvidia
-from moejax.routing.base import RouterInputs, RouterOptions, Routing
+from moejax.routing.base import RouterInputs, Routing, SlotPolicy
 from moejax.routing.capacity import capacity_of
 from moejax.routing.registry import ROUTERS
 from tools.device_compare import (
@@ -262,13 +262,13 @@ def attention_checks() -> Iterator[Check]:
 @functools.cache
 def _routed(factor: float | None) -> Routing:
   """Two groups of 64 tokens to two of eight experts; decided on the CPU."""
-  options = RouterOptions(
+  policy = SlotPolicy(
     num_experts=8, num_selected=2, capacity=capacity_of(64, 8, 2, factor)
   )
 
   def route(logits: Any, valid: Any) -> Any:
     inputs = RouterInputs(logits=logits, valid=valid)
-    return jax.vmap(lambda i: ROUTERS["top_k"].fn(i, options))(inputs)
+    return jax.vmap(lambda i: ROUTERS["top_k"]()(i, policy))(inputs)
 
   valid = jnp.ones((2, 64), bool).at[:, -5:].set(False)
   # Some experts are favoured, so that a capacity overflows.

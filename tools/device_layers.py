@@ -22,12 +22,11 @@ from moejax.config import (
   TrainConfig,
 )
 from moejax.layers.moe import MoE
-from moejax.layers.router import Router
+from moejax.layers.router import RouterLayer
 from moejax.models.decoder import Decoder
 from moejax.models.stack import Shell
 from moejax.parallel import rules
 from moejax.parallel.mesh import make_mesh
-from moejax.routing.hashing import hash_table
 from moejax.routing.registry import ROUTERS
 from moejax.train import state as state_lib
 from moejax.train import step as step_lib
@@ -64,21 +63,23 @@ def router_inputs() -> tuple[Any, Any, Any]:
 
 
 def routed(name: str, training: bool) -> Any:
-  """(params, tokens) -> decisions, values and gradients of a whole `Router`."""
+  """(params, tokens) -> decisions, values and gradients of a whole router layer."""
+  router = ROUTERS[name]
+  options = {"second_policy": "random"} if name == "top2" else {}
   moe = MoEConfig(
     num_experts=EXPERTS,
-    num_selected=ROUTERS[name].num_selected or 2,
+    num_selected=router.fixed_selected or 2,
     router=name,
+    options={name: options},
     router_init_scale=3.0,
     capacity_factor=1.0,
     group_size=TOKENS,
-    second_policy="random",
   )
-  shell = Shell(lambda key: Router(WIDTH, moe, nnx.Rngs(params=key)))
+  shell = Shell(lambda key: RouterLayer(WIDTH, moe, nnx.Rngs(params=key)))
   _, valid, ids = router_inputs()
   assigned = None
-  if "assigned" in ROUTERS[name].needs:
-    assigned = jnp.asarray(hash_table(VOCAB, EXPERTS, 2))[ids]
+  if router.has_table:
+    assigned = jnp.asarray(router().table(VOCAB, EXPERTS, 2, None))[ids]
 
   def run(params: Any, tokens: Any) -> Any:
     def total(params: Any, tokens: Any) -> Any:

@@ -1,6 +1,6 @@
 """The layers that `tools.benchmark_layer` times. Imports jax: pin cores before."""
 
-import dataclasses
+import functools
 import statistics
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -10,10 +10,10 @@ import jax.numpy as jnp
 
 from moejax.dispatch.base import ExpertWeights, activate
 from moejax.dispatch.registry import resolve
-from moejax.routing.base import RouterInputs, RouterOptions
+from moejax.routing.base import RouterInputs, SlotPolicy
 from moejax.routing.capacity import capacity_of
-from moejax.routing.hashing import hash_table
-from moejax.routing.registry import ROUTERS, RouterSpec
+from moejax.routing.registry import ROUTERS
+from moejax.routing.router import Sizes, Tokens
 from tools import timing
 
 Show = Callable[[dict[str, Any]], None]
@@ -62,42 +62,46 @@ def make_router(
   shape: Any, settings: Settings, router: str, capacity: int | None, skew: bool
 ) -> tuple[Any, Callable]:
   """Parameters, and x [T, D] -> `Routing` of one group."""
-  spec = ROUTERS[router]
-  num_selected = spec.num_selected or shape.K
-  options = RouterOptions(
-    num_experts=shape.E, num_selected=num_selected, capacity=capacity
+  chosen = ROUTERS[router]()
+  policy = SlotPolicy(
+    num_experts=shape.E,
+    num_selected=chosen.fixed_selected or shape.K,
+    capacity=capacity,
   )
+  sizes = Sizes(
+    width=shape.D,
+    num_experts=shape.E,
+    num_selected=policy.num_selected,
+    num_tokens=shape.T,
+    capacity=capacity,
+  )
+  draw = functools.partial(jax.random.normal, jax.random.key(2))
   # The usual initialisation, whose loads are near even but not equal.
-  params = 0.1 * shape.D**-0.5 * jax.random.normal(jax.random.key(2), (shape.D, shape.E))
+  params = {"weight": 0.1 * shape.D**-0.5 * draw((shape.D, shape.E))}
+  declared = chosen.parameters(sizes)
+  for name, own in declared.items():
+    params[name] = shape.D**-0.5 * draw(own.shape) if own.fan_in else jnp.zeros(own.shape)
   # Every second token's first choice is expert 0.
   bias = jnp.zeros((shape.T, shape.E)).at[::2, 0].set(20.0 if skew else 0.0)
+  table = None
+  if chosen.has_table:
+    table = jnp.asarray(chosen.table(1024, shape.E, policy.num_selected, None))
 
   def route(params, x):
-    logits = x.astype(jnp.float32) @ params + bias
-    valid = jnp.ones(logits.shape[:1], bool)
-    inputs = RouterInputs(logits=logits, valid=valid, key=jax.random.key(0))
-    inputs = dataclasses.replace(inputs, **_extras(spec, options, params, x))
-    return spec.fn(inputs, options)
+    tokens = x.astype(jnp.float32)
+    seen = Tokens(clean=tokens[None], seen=tokens[None], project=jnp.matmul)
+    features = chosen.features(seen, params, policy)
+    inputs = RouterInputs(
+      logits=tokens @ params["weight"] + bias,
+      valid=jnp.ones(x.shape[:1], bool),
+      key=jax.random.key(0),
+      assigned=None if table is None else table[jnp.arange(x.shape[0]) % 1024],
+      features={name: value[0] for name, value in features.items()},
+      params={name: params[name] for name, own in declared.items() if own.by_group},
+    )
+    return chosen(inputs, policy)
 
   return params, route
-
-
-def _extras(
-  spec: RouterSpec, options: RouterOptions, params: jax.Array, x: jax.Array
-) -> dict[str, jax.Array]:
-  """What the router looks at beside logits, made as the layer makes it, cost included."""
-  made, num_tokens = {}, x.shape[0]
-  if "assigned" in spec.needs:
-    table = jnp.asarray(hash_table(1024, options.num_experts, options.num_selected))
-    made["assigned"] = table[jnp.arange(num_tokens) % 1024]
-  if "bias" in spec.needs:
-    made["bias"] = jnp.zeros(options.num_experts)
-  if "noise_logits" in spec.needs:
-    made["noise_logits"] = x.astype(jnp.float32) @ params
-  if "slot_logits" in spec.needs:
-    slots = jnp.repeat(params[:, :, None], options.capacity or 1, axis=2)
-    made["slot_logits"] = jnp.einsum("td,dec->tec", x.astype(jnp.float32), slots)
-  return made
 
 
 def make_moe(
@@ -220,9 +224,9 @@ def measure_routers(
   """Rows of the routers alone, forward, against the whole dropless layer."""
   layer = make_moe(shape, settings, "auto", None, skew=False)
   compiled = {"layer": compile_direction(*layer, shape, settings, "forward")}
-  for name, spec in ROUTERS.items():
+  for name, chosen in ROUTERS.items():
     # The layer itself is dropless; expert choice and Soft MoE need a number of slots.
-    factor = 1.0 if spec.needs_capacity else None
+    factor = 1.0 if chosen.needs_capacity else None
     capacity = capacity_of(shape.T, shape.E, shape.K, factor)
     router = make_router(shape, settings, name, capacity, skew=False)
     compiled[name] = compile_direction(*router, shape, settings, "forward")

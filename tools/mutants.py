@@ -51,7 +51,7 @@ MUTANTS = (
     ("never renormalised before drops", "if before_drop:", "if False:"),
     (
       "never renormalised after drops",
-      'if options.renormalize == "after_drop":',
+      'if policy.renormalize == "after_drop":',
       "if False:",
     ),
     (
@@ -59,7 +59,7 @@ MUTANTS = (
       "asked = asked & wanted",
       "asked = asked | wanted",
     ),
-    ("gate scale forgotten", "gate = gate * options.gate_scale", "gate = gate * 1.0"),
+    ("gate scale forgotten", "gate = gate * policy.gate_scale", "gate = gate * 1.0"),
     ("padding in the entropy", "jnp.sum(counted * entropy", "jnp.sum(entropy"),
     ("padding counted as dropped", "(valid & ~served)", "(~served)"),
     ("balance from kept ones", "chosen = slots.chosen", "chosen = slots.load"),
@@ -139,14 +139,12 @@ MUTANTS = (
   ),
   *_in(
     "token_choice.py",
-    ("bias in the gate", "pick(scores, expert),", "pick(biased, expert),"),
     ("second kept half as often", "< 2.0 * second", "< second"),
-    ("padding in the scores' spread", "counted @ scores", "counted.size * scores[0]"),
     ("gate of switch is 1", 'num_selected=1, renormalize="none"', "num_selected=1"),
   ),
   *_in(
     "noisy.py",
-    ("noise does not choose", "choose(noisy, options", "choose(logits, options"),
+    ("noise does not choose", "choose(noisy, policy", "choose(logits, policy"),
     ("softplus forgotten", "jax.nn.softplus(", "jnp.abs("),
   ),
   *_in(
@@ -164,9 +162,16 @@ MUTANTS = (
       "quantile(target) - quantile(share)",
       "quantile(share) - quantile(target)",
     ),
-    ("spread ignored", "options.quantile_rate * spread", "options.quantile_rate"),
+    ("spread ignored", "rate * spread", "rate"),
+    ("bias in the gate", "pick(scores, expert),", "pick(biased, expert),"),
+    ("padding in the scores' spread", "counted @ seen", "counted.size * seen[0]"),
+    (
+      "absent experts' biases move",
+      "moved = jnp.where(present, moved, bias)",
+      "moved = moved + 0.0",
+    ),
   ),
-  *_in("hashing.py", ("hash gates sum to K", "1.0 / options.num_selected", "1.0")),
+  *_in("hashing.py", ("hash gates sum to K", "1.0 / policy.num_selected", "1.0")),
   *_in(
     "soft.py",
     ("slots do not mix tokens", "-1e30), axis=0)", "-1e30), axis=1)"),
@@ -203,17 +208,23 @@ MUTANTS = (
     ),
   ),
   *_in(
-    "token_choice.py",
+    "expert_groups.py",
     (
       "an absent expert takes tokens",
       "inputs.present[expert]",
       "inputs.present[expert] | True",
     ),
+  ),
+  *_in(
+    "baselines.py",
     (
       "generation counts from zero",
       "return inputs.positions",
       "return jnp.zeros_like(inputs.positions)",
     ),
+  ),
+  *_in(
+    "token_choice.py",
     (
       "the raw second gate is normalised",
       "gate if raw else normalize(gate)",
@@ -221,17 +232,12 @@ MUTANTS = (
     ),
   ),
   *_in(
-    "bias.py",
+    "quantile_balancing.py",
     ("the threshold is the K-th score", "[0][:, order:]", "[0][:, order - 1 : order]"),
     (
       "padding counts in margins",
       "counted = jnp.broadcast_to(valid.astype(jnp.float32)[:, None], index.shape)",
       "counted = jnp.ones(index.shape, jnp.float32)",
-    ),
-    (
-      "absent experts' biases move",
-      "moved = jnp.where(present, moved, bias)",
-      "moved = moved + 0.0",
     ),
   ),
   *_in(

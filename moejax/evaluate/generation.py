@@ -29,7 +29,6 @@ from moejax.config import Config
 from moejax.errors import UserError
 from moejax.evaluate import groups
 from moejax.models.decoder import Decoder
-from moejax.routing.registry import ROUTERS
 from moejax.types import Params, pytree
 
 DEFAULT_TEMPERATURE = 0.8
@@ -347,16 +346,16 @@ def check(
 
 
 def _check_router(model: Any) -> None:
-  router, allowed = model.moe.router, model.moe.allow_future_leak
-  if model.moe_layers and "slot_logits" in ROUTERS[router].needs:
+  router, allowed = model.router, model.moe.allow_future_leak
+  if model.moe_layers and router.fixed_slots:
     raise UserError(
-      f"--config.moe.router={router} mixes all tokens of a group in a fixed number of "
-      "slots, and cannot generate token by token. Evaluate the run instead."
+      f"--config.moe.router={router.name} mixes all tokens of a group in a fixed number "
+      "of slots, and cannot generate token by token. Evaluate the run instead."
     )
-  if model.moe_layers and not ROUTERS[router].causal and not allowed:
+  if model.moe_layers and not router.causal and not allowed:
     raise UserError(
-      f"--config.moe.router={router} looks at later tokens, which generation does not "
-      "have. Give --config.moe.allow_future_leak=true to sample from it all the same."
+      f"--config.moe.router={router.name} looks at later tokens, which generation does "
+      "not have. Give --config.moe.allow_future_leak=true to sample from it all the same."
     )
 
 

@@ -24,7 +24,6 @@ from moejax.config import Config
 from moejax.layers.moe import WHOLE_BATCH
 from moejax.models.decoder import Decoder
 from moejax.parallel.mesh import num_token_shards
-from moejax.routing.registry import ROUTERS
 
 
 def group_tokens(config: Config) -> int:
@@ -66,7 +65,7 @@ def batch_size(
 
 def least_factor(model: Any) -> float | None:
   """Dropless, but for routers whose experts must have a number of slots."""
-  needs_capacity = model.moe_layers and ROUTERS[model.moe.router].needs_capacity
+  needs_capacity = model.moe_layers and model.router.needs_capacity
   return model.moe.eval_capacity_factor if needs_capacity else None
 
 

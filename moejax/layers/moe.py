@@ -21,13 +21,13 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int, Key
 
 from moejax.config import ModelConfig, MoEConfig
+from moejax.config_router import num_present
 from moejax.dispatch import registry as dispatch_registry
 from moejax.dispatch.base import ExpertWeights
 from moejax.dispatch.grouped import grouped
 from moejax.layers import parameter
 from moejax.layers.feed_forward import FeedForward
-from moejax.layers.options import num_present
-from moejax.layers.router import Router, project
+from moejax.layers.router import RouterLayer, project
 from moejax.parallel import expert_parallel
 from moejax.parallel.platform import target_platform
 from moejax.routing import losses
@@ -94,7 +94,7 @@ class MoE(nnx.Module):
   def __init__(self, model: ModelConfig, moe: MoEConfig, rngs: nnx.Rngs):
     self.num_experts = moe.fine_experts
     hidden = moe.fine_hidden
-    self.router = Router(model.width, moe, rngs)
+    self.router = RouterLayer(model.width, moe, rngs)
     self.experts = Experts(model, self.num_experts, hidden, rngs)
     if moe.shared_width:
       self.shared = FeedForward(model, moe.shared_width, rngs)

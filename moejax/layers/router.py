@@ -1,14 +1,14 @@
 """The router as a module: owns what is learned, and calls the function that decides.
 
-A router of `moejax.routing` is a pure function of `RouterInputs`. What it may look
-at beside the logits is made here, once for every router that asks for it
-(`RouterSpec.needs`), so a new router needs no module of its own.
+A router of `moejax.routing` declares its parameters and is a pure function of
+`RouterInputs`. Both are served here, so that a new router needs no module of its own.
 
 Letters: G routing groups, T tokens of a group, D width, E experts, K choices per
 token, C slots per expert and group.
 """
 
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -16,49 +16,42 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int, Key
 
 from moejax.config import MoEConfig
-from moejax.errors import ConfigError
+from moejax.config_router import (
+  capacity,
+  make_router,
+  num_present,
+  sizes,
+  slot_policy,
+)
 from moejax.layers import parameter
-from moejax.layers.options import num_present, num_selected, router_options
 from moejax.parallel.expert_parallel import over_groups
 from moejax.parallel.mesh import on_tokens
 from moejax.parallel.platform import target_platform
 from moejax.parallel.vocabulary import score
 from moejax.routing import scores
 from moejax.routing.base import RouterInputs, Routing
-from moejax.routing.capacity import capacity_of
-from moejax.routing.registry import ROUTERS
+from moejax.routing.router import Parameter, Tokens
 
 
-class Router(nnx.Module):
+class RouterLayer(nnx.Module):
   """Scores tokens, and lets the configured router choose."""
 
   def __init__(self, width: int, moe: MoEConfig, rngs: nnx.Rngs):
-    self.config, self.spec = moe, ROUTERS[moe.router]
-    self.num_experts = moe.fine_experts
-    self.num_selected = num_selected(moe)
-    shape, axes = (width, self.num_experts), ("width", "router_expert")
+    self.config = moe
+    self.router = make_router(moe)
+    shape, axes = (width, moe.fine_experts), ("width", "router_expert")
     self.weight = parameter.matrix(
       rngs,
       shape,
       axes,
       fan_in=width,
       scale=moe.router_init_scale,
-      trained=self.spec.learned,
+      trained=self.router.learned,
     )
-    if "noise_logits" in self.spec.needs and moe.noise == "learned":
-      # Shazeer et al., appendix A: zeros, so that all experts are equally noisy.
-      self.noise = parameter.constant(0.0, shape, axes)
-    if "bias" in self.spec.needs:
-      # The train step moves it, not the optimizer (Decoder.update_router_bias).
-      self.bias = parameter.constant(
-        0.0, (self.num_experts,), ("router_expert",), trained=False
-      )
-    if "slot_logits" in self.spec.needs:
-      slots = self._capacity(moe.group_size, moe.capacity_factor) or 1
-      self.slots = parameter.matrix(
-        rngs, (*shape, slots), (*axes, None), fan_in=width, scale=1.0
-      )
-      self.slot_scale = parameter.constant(1.0, (1,), (None,))
+    self.declared = self.router.parameters(sizes(moe, width, moe.group_size))
+    for name, declared in self.declared.items():
+      # By their own names, which are those in checkpoints.
+      setattr(self, name, _make(rngs, declared))
 
   def __call__(
     self,
@@ -98,11 +91,15 @@ class Router(nnx.Module):
       if moe.expert_dropout and present is None:
         present = present_experts(dropout_key, moe)
     logits = on_tokens(project(seen, self.weight[...]))
-    if not self.spec.learned:
+    if not self.router.learned:
       logits = jax.lax.stop_gradient(logits)
     if present is not None:
       logits = jnp.where(present[None, None], logits, scores.ABSENT)
-    capacity = self._capacity(tokens.shape[1], capacity_factor)
+    policy = slot_policy(moe, capacity(moe, tokens.shape[1], capacity_factor))
+    ranking = "count" if target_platform() == "tpu" else "sort"
+    policy = dataclasses.replace(policy, ranking=ranking)
+    params = {name: getattr(self, name)[...] for name in self.declared}
+    views = Tokens(clean=tokens, seen=seen, project=project)
     inputs = RouterInputs(
       logits=logits,
       valid=valid,
@@ -110,20 +107,18 @@ class Router(nnx.Module):
       token_ids=token_ids,
       assigned=assigned,
       positions=positions,
-      noise_logits=project(seen, self.noise[...]) if hasattr(self, "noise") else None,
-      slot_logits=self._slot_logits(tokens, capacity) if hasattr(self, "slots") else None,
+      features=self.router.features(views, params, policy),
     )
+    # What all groups share is not mapped over.
     same = {
-      "bias": self.bias[...] if hasattr(self, "bias") else None,
+      "params": {n: v for n, v in params.items() if self.declared[n].by_group},
       "step": step,
       "present": present,
     }
-    ranking = "count" if target_platform() == "tpu" else "sort"
-    options = dataclasses.replace(router_options(moe, capacity), ranking=ranking)
 
-    def route_all(inputs: RouterInputs, same: dict[str, Array | None]) -> Routing:
+    def route_all(inputs: RouterInputs, same: dict[str, Any]) -> Routing:
       def route(group: RouterInputs) -> Routing:
-        routing = self.spec.fn(dataclasses.replace(group, **same), options)
+        routing = self.router(dataclasses.replace(group, **same), policy)
         if same["present"] is None:
           return routing
         here = same["present"].astype(jnp.float32)
@@ -134,40 +129,19 @@ class Router(nnx.Module):
 
     return logits, over_groups(route_all, inputs, same, tokens.shape[0])
 
-  def _capacity(self, num_tokens: int, capacity_factor: float | None) -> int | None:
-    """C of a group of so many tokens."""
-    return capacity_of(
-      num_tokens,
-      self.num_experts,
-      self.num_selected,
-      capacity_factor,
-      convention=self.config.capacity_convention,
-      min_capacity=self.config.min_capacity,
-    )
 
-  def _slot_logits(
-    self, tokens: Float[Array, "G T D"], capacity: int | None
-  ) -> Float[Array, "G T E C"]:
-    """Cosine of each token and each slot's vector, times a learned scale.
-
-    Normalised on both sides because the softmax over many tokens collapses
-    otherwise when D is large (Soft MoE, arXiv:2308.00951, section 2.3).
-    """
-    slots = self.slots[...].astype(jnp.float32)
-    if slots.shape[-1] != capacity:
-      raise ConfigError(
-        f"--config.moe.router=soft has {slots.shape[-1]} learned slots per expert, and "
-        f"this group size and capacity factor ask for {capacity}. Keep "
-        "--config.moe.group_size, capacity_factor and eval_capacity_factor as trained."
-      )
-    unit = slots / (jnp.linalg.norm(slots, axis=0, keepdims=True) + 1e-6)
-    norm = jnp.linalg.norm(tokens, axis=-1, keepdims=True)
-    return jnp.einsum(
-      "gtd,dec->gtec",
-      tokens / (norm + 1e-6),
-      self.slot_scale[...][0] * unit,
-      precision=jax.lax.Precision.HIGHEST,
+def _make(rngs: nnx.Rngs, declared: Parameter) -> nnx.Param:
+  if declared.fan_in is None:
+    return parameter.constant(
+      declared.value, declared.shape, declared.axes, trained=declared.trained
     )
+  return parameter.matrix(
+    rngs,
+    declared.shape,
+    declared.axes,
+    fan_in=declared.fan_in,
+    trained=declared.trained,
+  )
 
 
 def present_experts(key: Key[Array, ""], moe: MoEConfig) -> Bool[Array, "E"]:

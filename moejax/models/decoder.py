@@ -9,7 +9,7 @@ Parameters are a plain dict:
   prefix / "0", "1", ...        one block each
   unit   / "0", "1", ...        one block of the unit each, stacked over repeats
   suffix / "0", ...             one block each
-  hash_table                    [V, K], router hash only: not trained
+  hash_table                    [V, K], of a router that has a table: not trained
   norm, head                    final norm; [D, V] unless tied
 
 Letters: B batch, S sequence, D width, V vocabulary, R repeats, L layers.
@@ -26,22 +26,23 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int, Key
 
 from moejax.config import ModelConfig, MoEConfig
+from moejax.config_router import make_router
 from moejax.layers.attention import Context, LayerCache, attention_mask
 from moejax.layers.block import Block, BlockInputs, CallOptions
 from moejax.layers.embedding import Embedding
 from moejax.layers.moe import LayerInputs, MoEAux
-from moejax.layers.options import router_options
 from moejax.layers.router import present_experts
 from moejax.models.pattern import layer_pattern
 from moejax.models.per_layer import PARTS, by_part
 from moejax.models.stack import Shell, remat, split_key, unrolled
 from moejax.parallel.mesh import on_tokens
 from moejax.routing.base import RouterStats
-from moejax.routing.hashing import hash_table
-from moejax.routing.registry import ROUTERS
 from moejax.types import Params, pytree
 
 _UNSET: Any = object()
+
+TABLE = "hash_table"
+"""Name of a router's table among the parameters: that of the first router with one."""
 
 
 @pytree
@@ -89,9 +90,10 @@ class Decoder:
       moe: of its MoE layers.
       vocab_size: of the tokenizer.
       token_counts: () -> how often each id stands in the training text; called by
-        `init` where `moe.hash_table` is balanced.
+        `init` where the router's table is made from it.
     """
     self.config, self.moe = model, moe
+    self.router = make_router(moe)
     self._token_counts = token_counts
     self.vocab_size = model.vocab_size or vocab_size
     self.pattern = layer_pattern(model.num_layers, moe)
@@ -113,11 +115,10 @@ class Decoder:
     if not self.moe_layers:
       return {}
     moe = self.moe
-    names = ("balance_loss", "z_loss", *ROUTERS[moe.router].losses)
-    weights = {name: getattr(moe, name.replace("_loss", "_weight")) for name in names}
+    weights = {"balance_loss": moe.balance_weight, "z_loss": moe.z_weight}
     if moe.entropy_weight:
       weights["entropy_bonus"] = moe.entropy_weight
-    return weights
+    return weights | self.router.loss_weights()
 
   @property
   def balances_batch(self) -> bool:
@@ -126,7 +127,7 @@ class Decoder:
 
   @property
   def _has_table(self) -> bool:
-    return bool(self.moe_layers) and "assigned" in ROUTERS[self.moe.router].needs
+    return bool(self.moe_layers) and self.router.has_table
 
   def init(self, key: Key[Array, ""]) -> Params:
     """Fresh parameters."""
@@ -143,46 +144,39 @@ class Decoder:
         else:
           params[part][str(index)] = block.init(block_key)
     if self._has_table:
-      params["hash_table"] = self._hash_table()
+      params[TABLE] = self._table()
     return params
 
-  def _hash_table(self) -> Float[Array, "V K"]:
+  def _table(self) -> Float[Array, "V K"]:
     """A leaf beside the parameters, so that it travels with every checkpoint.
 
     In floats, which checkpoints have held from the beginning.
     """
-    counts = None
-    if self.moe.hash_table == "balanced" and self._token_counts is not None:
-      counts = self._token_counts()
-      counts = np.pad(counts, (0, self.vocab_size - len(counts)))
-    table = hash_table(
+    table = self.router.table(
       self.vocab_size,
       self.moe.fine_experts,
       self.moe.fine_selected,
-      counts=counts,
+      self._token_counts,
     )
     return jnp.asarray(table, jnp.float32)
 
-  def update_router_bias(self, params: Params, stats: RouterStats) -> Params:
-    """Moves the routers' biases, once per optimizer step.
+  def update_routers(self, params: Params, stats: RouterStats) -> Params:
+    """Moves what routers keep and no optimizer trains, once per optimizer step.
 
     Args:
       params: after the optimizer's update.
       stats: of the whole batch, leading axis the MoE layers in order.
 
     Returns:
-      The parameters; the same ones under a router without a bias.
+      The parameters; those of a router that moves nothing are the same.
     """
-    update = ROUTERS[self.moe.router].update_bias
-    if not self.moe_layers or update is None:
-      return params
-    options, params = router_options(self.moe, None), dict(params)
+    params = dict(params)
     for part, blocks in by_part(stats, self.pattern).items():
       params[part] = dict(params[part])
       for name, seen in blocks.items():
         block = params[part][name]
         router = block["moe"]["router"]
-        router = router | {"bias": update(router["bias"], seen, options)}
+        router = router | self.router.update(router, seen)
         params[part][name] = block | {"moe": block["moe"] | {"router": router}}
     return params
 
@@ -218,7 +212,7 @@ class Decoder:
         for i, block in enumerate(blocks)
       }
     if self._has_table:
-      axes["hash_table"] = (None, None)
+      axes[TABLE] = (None, None)
     return axes
 
   def trained(self) -> Params:
@@ -228,7 +222,7 @@ class Decoder:
       kinds = getattr(self.pattern, part)
       mask[part] = {str(i): self._blocks[kind].trained for i, kind in enumerate(kinds)}
     if self._has_table:
-      mask["hash_table"] = False
+      mask[TABLE] = False
     return mask
 
   def init_cache(self, batch: int, length: int) -> Cache:
@@ -292,7 +286,7 @@ class Decoder:
     context, cache = self._context(segment_ids, positions, cache)
     assigned = None
     if self._has_table:
-      assigned = jax.lax.stop_gradient(params["hash_table"])[tokens].astype(jnp.int32)
+      assigned = jax.lax.stop_gradient(params[TABLE])[tokens].astype(jnp.int32)
     inputs = BlockInputs(
       context=context,
       valid=segment_ids > 0,

@@ -19,7 +19,8 @@ S sequence, V vocabulary.
 """
 
 from moejax.config import Config
-from moejax.plan.parameters import Dimensions, dimensions, group_tokens, soft_slots
+from moejax.config_router import make_router
+from moejax.plan.parameters import dimensions, router_sizes
 
 TRAINING_OVER_FORWARD = 3
 
@@ -72,6 +73,7 @@ def forward_flops_per_token(
   projections = d.width * d.head_dim * (2 * d.num_heads + 2 * d.num_kv_heads)
   scores = 2 * d.num_heads * d.head_dim * context
 
+  router, sizes = make_router(config.moe), router_sizes(config)
   num_sparse = 0 if d.is_twin else len(d.moe_layers)
   num_twin = len(d.moe_layers) if d.is_twin else 0
   expert = d.matrices * d.width * d.expert_hidden
@@ -81,9 +83,9 @@ def forward_flops_per_token(
     "attention": d.num_layers * projections,
     "attention_scores": d.num_layers * scores,
     "dense": d.matrices * d.width * dense_hidden,
-    "experts": num_sparse * experts_per_token(config, d) * expert,
+    "experts": num_sparse * router.experts_per_token(sizes) * expert,
     "shared_experts": num_sparse * (d.matrices * d.width * d.shared_hidden + gate),
-    "router": num_sparse * router_macs(config, d),
+    "router": num_sparse * router.macs(sizes),
     "head": d.width * d.vocab_size,
   }
   flops = {part: 2.0 * macs[part] for part in PARTS}
@@ -107,25 +109,3 @@ def flops_per_token(
     config, vocab_size, sequence_length=sequence_length, causal=causal
   )
   return {part: TRAINING_OVER_FORWARD * value for part, value in forward.items()}
-
-
-def experts_per_token(config: Config, d: Dimensions) -> float:
-  """Experts computed per token, drops not counted: K, but for routers that fix it."""
-  if config.moe.router == "soft":
-    return soft_slots(config, d) / group_tokens(config)
-  return d.num_selected
-
-
-def router_macs(config: Config, d: Dimensions) -> float:
-  """Multiply-adds per token of one MoE layer's router, choosing not counted.
-
-  Soft MoE's dispatch and combine products are its routing, and are counted here.
-  """
-  logits = d.width * d.num_experts
-  match config.moe.router:
-    case "noisy_top_k" if config.moe.noise == "learned":
-      return 2 * logits
-    case "soft":
-      return logits + 3 * d.width * soft_slots(config, d)
-    case _:
-      return logits

@@ -15,6 +15,8 @@ import dataclasses
 import math
 
 from moejax.config import Config
+from moejax.config_router import make_router, num_selected, sizes
+from moejax.routing.router import Sizes
 
 BYTES_VOCABULARY = 264
 """V of the bytes tokenizer: 256 bytes and 8 reserved ids."""
@@ -88,8 +90,7 @@ def moe_layer_indices(config: Config) -> tuple[int, ...]:
 def dimensions(config: Config, vocab_size: int) -> Dimensions:
   """Resolves the zeros of the configuration that mean "derive it"."""
   model, moe = config.model, config.moe
-  # Under router dense a token uses every expert, whatever num_selected says.
-  selected = moe.fine_experts if moe.router == "dense" else moe.fine_selected
+  selected = num_selected(moe)
   return Dimensions(
     num_layers=model.num_layers,
     width=model.width,
@@ -159,28 +160,16 @@ def count_parameters(
 
 def router_parameters(config: Config, d: Dimensions) -> int:
   """Of one MoE layer. Hash routing's table of experts is not counted: it is data."""
-  moe = config.moe
-  count = d.width * d.num_experts
-  if moe.router == "noisy_top_k" and moe.noise == "learned":
-    count += d.width * d.num_experts
-  if moe.router in ("sigmoid_bias", "quantile_bias", "quantile_balancing"):
-    count += d.num_experts
-  if moe.router == "soft":
-    count += d.width * soft_slots(config, d) + 1
-  return count
+  own = make_router(config.moe).parameters(router_sizes(config))
+  return d.width * d.num_experts + sum(math.prod(p.shape) for p in own.values())
+
+
+def router_sizes(config: Config) -> Sizes:
+  """Of an MoE layer's router."""
+  return sizes(config.moe, config.model.width, group_tokens(config))
 
 
 def group_tokens(config: Config) -> int:
   """T of one routing group; a group of the whole batch is counted as a sequence."""
   size = config.moe.group_size
   return size if size > 0 else config.data.sequence_length
-
-
-def soft_slots(config: Config, d: Dimensions) -> int:
-  """All experts' slots in one routing group of Soft MoE: E*C."""
-  moe, tokens = config.moe, group_tokens(config)
-  share = d.num_selected if moe.capacity_convention == "per_assignment" else 1
-  slots = math.ceil(
-    round((moe.capacity_factor or 1.0) * share * tokens, 9) / d.num_experts
-  )
-  return d.num_experts * min(tokens, max(moe.min_capacity, slots))

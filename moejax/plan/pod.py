@@ -16,7 +16,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from moejax.config import Config
-from moejax.layers.options import num_selected
+from moejax.config_router import num_selected
 from moejax.parallel import traffic
 from moejax.parallel.hlo import Program
 from moejax.parallel.mesh import AXES

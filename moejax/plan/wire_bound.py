@@ -11,7 +11,7 @@ import math
 import jax
 
 from moejax.config import Config
-from moejax.layers.options import num_selected
+from moejax.config_router import num_selected
 from moejax.models import trained
 from moejax.models.decoder import Decoder
 from moejax.models.pattern import layer_pattern

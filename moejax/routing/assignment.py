@@ -6,12 +6,16 @@ gate = sigmoid of the logit); Clark et al. 2022, arXiv:2202.01169, section 3 (Si
 in place of the auction).
 """
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
-from moejax.routing.base import RouterInputs, RouterOptions, Routing
+from moejax.options import Range, count, option
+from moejax.routing.base import RouterInputs, Routing, SlotPolicy
 from moejax.routing.capacity import assign
+from moejax.routing.router import Router
 from moejax.routing.scores import choose, pick, softmax
 
 
@@ -48,33 +52,50 @@ def sinkhorn(
   return rows[:, None] * kernel * columns[None, :]
 
 
-def base(inputs: RouterInputs, options: RouterOptions) -> Routing:
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Base(Router):
   """Sinkhorn-balanced experts in training, the best ones at test; gate = sigmoid.
 
   The balanced plan looks at the whole group, so training leaks the future; the
   greedy choice of evaluation does not. With capacity factor 1 and
   `overflow="next_best"` the assignment is exactly balanced, as the paper's is.
   """
-  logits = inputs.logits.astype(jnp.float32)
-  scores = logits
-  if inputs.key is not None:
-    # Rows only: logits of one token may be far above another's, and exp overflow.
-    best = jax.lax.stop_gradient(jnp.max(logits, axis=-1, keepdims=True))
-    scores = sinkhorn(
-      logits - best,
-      inputs.valid,
-      tolerance=options.sinkhorn_tolerance,
-      max_iterations=options.sinkhorn_iterations,
-    )
-  expert = choose(scores, options.num_selected)
-  values = jax.nn.sigmoid(logits)
-  return assign(
-    expert,
-    pick(values, expert),
-    inputs.valid,
-    softmax(logits),
-    options,
-    inputs.key,
-    scores=scores,
-    values=values,
+
+  name = "base"
+  summary = "balanced assignment by Sinkhorn in training, greedy at test (BASE)"
+  causal = False
+  by_logits = False
+
+  sinkhorn_iterations: int = option(
+    30, "at most so many", count(1, 100_000, "a step would take all its time for it")
   )
+  sinkhorn_tolerance: float = option(
+    1e-4,
+    "mean change of the columns' factors below which it is balanced",
+    Range(0, 1, low_open=True, why_high="nothing would be balanced"),
+  )
+
+  def __call__(self, inputs: RouterInputs, policy: SlotPolicy) -> Routing:
+    logits = inputs.logits.astype(jnp.float32)
+    scores = logits
+    if inputs.key is not None:
+      # Rows only: logits of one token may be far above another's, and exp overflow.
+      best = jax.lax.stop_gradient(jnp.max(logits, axis=-1, keepdims=True))
+      scores = sinkhorn(
+        logits - best,
+        inputs.valid,
+        tolerance=self.sinkhorn_tolerance,
+        max_iterations=self.sinkhorn_iterations,
+      )
+    expert = choose(scores, policy.num_selected)
+    values = jax.nn.sigmoid(logits)
+    return assign(
+      expert,
+      pick(values, expert),
+      inputs.valid,
+      softmax(logits),
+      policy,
+      inputs.key,
+      scores=scores,
+      values=values,
+    )

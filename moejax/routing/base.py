@@ -11,7 +11,6 @@ expert, N assignments (T*K for token choice, E*C for expert choice).
 """
 
 import dataclasses
-from collections.abc import Callable
 from typing import Literal
 
 import jax
@@ -50,11 +49,8 @@ class RouterStats:
   """Assignments that did not fit a bounded exchange between devices; not in `load`."""
   present: Float[Array, "*g E"] | None = None
   """expert_dropout only: above 0 for the experts that took part in this step."""
-  moments: Float[Array, "*g 2 E"] | None = None
-  """quantile_bias only: sums over valid tokens of the score, and of its square."""
-  margins: Float[Array, "*g E M"] | None = None
-  """quantile_balancing only: valid tokens by expert and bin of their margin; see
-  `moejax.routing.bias`."""
+  extra: dict[str, Float[Array, "..."]] = dataclasses.field(default_factory=dict)
+  """Sums that one router alone has, for its `Router.update`."""
 
 
 @pytree
@@ -148,10 +144,7 @@ class RouterInputs:
   token_ids: Int[Array, "*g T"] | None = None
   """Vocabulary ids, for routers that look at the token and not at its embedding."""
   assigned: Int[Array, "*g T K"] | None = None
-  """hash: the experts of each token, read out of a table by `token_ids`."""
-  bias: Float[Array, "*g E"] | None = None
-  """sigmoid_bias, quantile_bias: added to scores for choosing only; the same for all
-  groups."""
+  """The experts of each token, read out of the router's table by `token_ids`."""
   step: Int[Array, "*g"] | None = None
   """Optimizer steps taken, for what anneals; None outside training. The same for all
   groups."""
@@ -161,18 +154,20 @@ class RouterInputs:
   present: Bool[Array, "*g E"] | None = None
   """expert_dropout: the experts that take part in this step, whose logits alone are
   above `scores.ABSENT`. None is all. The same for all groups."""
-  noise_logits: Float[Array, "*g T E"] | None = None
-  """noisy_top_k: a second projection of the token, softplus of which scales the noise."""
-  slot_logits: Float[Array, "*g T E C"] | None = None
-  """soft: similarity of each token and each slot's learned vector."""
+  features: dict[str, Float[Array, "..."]] = dataclasses.field(default_factory=dict)
+  """From `Router.features`."""
+  params: dict[str, Float[Array, "..."]] = dataclasses.field(default_factory=dict)
+  """The router's own parameters; the same for all groups."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class RouterOptions:
-  """Static choices of a router; a layer makes it from its own config."""
+class SlotPolicy:
+  """How many experts a token chooses, and who gets a slot: the same for all routers."""
 
   num_experts: int
+  """E."""
   num_selected: int = 1
+  """K."""
   capacity: int | None = None
   """C, from `capacity.capacity_of`; None is dropless."""
   renormalize: Renormalize = "none"
@@ -181,8 +176,6 @@ class RouterOptions:
   """p of that norm: 1 makes their sum 1, 2 the sum of their squares (MegaBlocks)."""
   priority: Priority = "arrival"
   overflow: Overflow = "drop"
-  second_policy: Literal["all", "random", "random_raw", "sample"] = "all"
-  """top2 only: GShard's fate of the second choice; see `token_choice.top2`."""
   slot_order: SlotOrder = "choice_major"
   """How a token's choices are interleaved in the queue for slots. choice_major: all
   first choices before any second; token_major: all choices of the earlier token;
@@ -192,29 +185,9 @@ class RouterOptions:
   """Slots are numbered as they were given, or afterwards in token order (DeepSpeed)."""
   gate_scale: float = 1.0
   """Multiplies every gate at the end (DeepSeek's routed_scaling_factor)."""
-  num_expert_groups: int = 1
-  """Group-limited choice: experts stand in so many groups of equal size."""
-  num_selected_groups: int = 1
-  """A token chooses its experts within so many best groups."""
-  group_best: int = 1
-  """A group's score is the sum of so many of its best expert scores: 1 is the largest
-  one (DeepSeek-V2), 2 is DeepSeek-V3."""
-  bias_update_rate: float = 0.001
-  """sigmoid_bias: how far a step moves a bias."""
-  quantile_rate: float = 0.2
-  """quantile_bias: what part of the estimated way a step goes."""
-  noise: Literal["learned", "fixed"] = "learned"
-  """noisy_top_k: scale softplus(noise_logits) (Shazeer), or noise_std / E (V-MoE)."""
-  noise_std: float = 1.0
-  sinkhorn_iterations: int = 30
-  """base: at most so many."""
-  sinkhorn_tolerance: float = 1e-4
   ranking: Literal["sort", "count"] = "sort"
   """How assignments are lined up expert by expert; the result is the same. Counting
   suits TPUs, see `queueing.line_up`."""
-
-
-RouterFn = Callable[[RouterInputs, RouterOptions], Routing]
 
 
 def entropy(probs: Float[Array, "... E"]) -> Float[Array, "..."]:

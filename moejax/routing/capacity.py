@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Key
 
 from moejax.errors import ConfigError
-from moejax.routing.base import RouterOptions, RouterStats, Routing, entropy
+from moejax.routing.base import RouterStats, Routing, SlotPolicy, entropy
 from moejax.routing.overflow import place
 from moejax.routing.queueing import Queue, invert, line_up, make_queue, normalize
 from moejax.routing.scores import pick
@@ -86,13 +86,13 @@ def _give_slots(
   expert: Int[Array, "N"],
   asked: Bool[Array, "N"],
   queue: Queue,
-  options: RouterOptions,
+  policy: SlotPolicy,
   num_tokens: int,
 ) -> Slots:
   """Serves each expert's queue until its slots are gone."""
-  num_experts, capacity = options.num_experts, options.capacity
+  num_experts, capacity = policy.num_experts, policy.capacity
   asking = jnp.where(asked, expert, num_experts)
-  line = line_up(asking, queue, num_experts, ranking=options.ranking)
+  line = line_up(asking, queue, num_experts, ranking=policy.ranking)
   chosen = line.start[1:] - line.start[:-1]
   rank = line.place - line.start.at[asking].get(mode="promise_in_bounds")
   if capacity is None:
@@ -116,7 +116,7 @@ def assign(
   gate: Float[Array, "T K"],
   valid: Bool[Array, "T"],
   probs: Float[Array, "T E"],
-  options: RouterOptions,
+  policy: SlotPolicy,
   key: Key[Array, ""] | None = None,
   *,
   wanted: Bool[Array, "T K"] | None = None,
@@ -127,7 +127,7 @@ def assign(
 
   All first choices are placed before any second choice, so a token never loses
   its best expert to another token's second best (GShard, algorithm 1), unless
-  `options.slot_order` says otherwise.
+  `policy.slot_order` says otherwise.
 
   Args:
     expert: chosen experts of each token, best first, all different.
@@ -141,32 +141,32 @@ def assign(
     values: what the gate of an expert taken by next_best is; default probs.
   """
   num_tokens, num_selected = expert.shape
-  first, norm = expert[:, 0], options.renormalize_norm
+  first, norm = expert[:, 0], policy.renormalize_norm
   asked = jnp.broadcast_to(valid[:, None], expert.shape)
   gate = jnp.where(asked, gate.astype(jnp.float32), 0.0)
-  before_drop = options.renormalize == "before_drop"
+  before_drop = policy.renormalize == "before_drop"
   # by_gate compares final weights; batch priority compares what the router said.
-  by_gate = options.slot_order == "by_gate" and before_drop
-  queue = make_queue(normalize(gate, norm) if by_gate else gate, options, key)
+  by_gate = policy.slot_order == "by_gate" and before_drop
+  queue = make_queue(normalize(gate, norm) if by_gate else gate, policy, key)
   if wanted is not None:
     asked = asked & wanted
-  slots = _give_slots(expert.reshape(-1), asked.reshape(-1), queue, options, num_tokens)
+  slots = _give_slots(expert.reshape(-1), asked.reshape(-1), queue, policy, num_tokens)
   chosen = slots.chosen
-  if options.overflow == "next_best" and options.capacity is not None:
+  if policy.overflow == "next_best" and policy.capacity is not None:
     scores = probs if scores is None else scores
-    expert, slots, moved = _place_overflow(expert, asked, slots, queue, scores, options)
+    expert, slots, moved = _place_overflow(expert, asked, slots, queue, scores, policy)
     taken = pick(probs if values is None else values, expert)
     gate = jnp.where(moved, taken, gate)
-  if options.slot_numbering == "arrival":
-    slots = _renumber(expert, slots, options)
+  if policy.slot_numbering == "arrival":
+    slots = _renumber(expert, slots, policy)
   kept = slots.kept.reshape(expert.shape)
   if before_drop:
     gate = normalize(gate, norm)
   gate = jnp.where(kept, gate, 0.0)
-  if options.renormalize == "after_drop":
+  if policy.renormalize == "after_drop":
     gate = normalize(gate, norm)
-  if options.gate_scale != 1.0:
-    gate = gate * options.gate_scale
+  if policy.gate_scale != 1.0:
+    gate = gate * policy.gate_scale
   token = jnp.arange(num_tokens * num_selected, dtype=jnp.int32) // num_selected
   return Routing(
     token=token,
@@ -179,7 +179,7 @@ def assign(
     probs=probs,
     stats=make_stats(probs, valid, chosen, slots.load, jnp.any(kept, axis=-1)),
     first=first,
-    capacity=options.capacity,
+    capacity=policy.capacity,
     num_selected=num_selected,
   )
 
@@ -190,7 +190,7 @@ def _place_overflow(
   slots: Slots,
   queue: Queue,
   scores: Float[Array, "T E"],
-  options: RouterOptions,
+  policy: SlotPolicy,
 ) -> tuple[Int[Array, "T K"], Slots, Bool[Array, "T K"]]:
   """Sends what overflowed to each token's next-best expert with room.
 
@@ -201,24 +201,24 @@ def _place_overflow(
     slots: of everyone.
     moved: which assignments changed expert.
   """
-  assert options.capacity is not None
+  assert policy.capacity is not None
   kept = slots.kept.reshape(expert.shape)
-  room = options.capacity - slots.load
+  room = policy.capacity - slots.load
   position = queue.position.reshape(expert.shape)
   expert, moved = place(expert, kept, asked & ~kept, scores, room, position)
   behind = jnp.where(moved, position + position.size, position)
   again = Queue(behind.reshape(-1), jnp.tile(queue.assignment, 2))
   staying = (kept | moved).reshape(-1)
   num_tokens = expert.shape[0]
-  slots = _give_slots(expert.reshape(-1), staying, again, options, num_tokens)
+  slots = _give_slots(expert.reshape(-1), staying, again, policy, num_tokens)
   return expert, slots, moved
 
 
-def _renumber(expert: Int[Array, "T K"], slots: Slots, options: RouterOptions) -> Slots:
+def _renumber(expert: Int[Array, "T K"], slots: Slots, policy: SlotPolicy) -> Slots:
   """The same slots handed out again in token order."""
   index = jnp.arange(expert.size, dtype=jnp.int32)
   queue = Queue(index, index)
-  return _give_slots(expert.reshape(-1), slots.kept, queue, options, expert.shape[0])
+  return _give_slots(expert.reshape(-1), slots.kept, queue, policy, expert.shape[0])
 
 
 def make_stats(

@@ -4,12 +4,18 @@ Letters: T tokens of one group, E experts, K choices per token, V vocabulary.
 Source: Roller et al. 2021, arXiv:2106.04426, section 3 (random and balanced hash).
 """
 
+import dataclasses
+from collections.abc import Callable
+from typing import Literal
+
 import jax.numpy as jnp
 import numpy as np
 
 from moejax.errors import ConfigError
-from moejax.routing.base import RouterInputs, RouterOptions, Routing
+from moejax.options import option
+from moejax.routing.base import RouterInputs, Routing, SlotPolicy
 from moejax.routing.capacity import assign
+from moejax.routing.router import Router
 from moejax.routing.scores import softmax
 
 
@@ -61,14 +67,43 @@ def table_damage(table: np.ndarray, num_experts: int) -> str | None:
   )
 
 
-def hash_router(inputs: RouterInputs, options: RouterOptions) -> Routing:
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Hash(Router):
   """Each token goes to the experts of its id, each with gate 1/K."""
-  if inputs.assigned is None:
-    raise ConfigError(
-      "--config.moe.router=hash reads the experts out of a table by token id, and no "
-      "token ids reached the layer. Use another router for inputs that are not tokens."
-    )
-  # Probabilities are reported (and have a gradient) but decide nothing.
-  probs = softmax(inputs.logits)
-  gate = jnp.full(inputs.assigned.shape, 1.0 / options.num_selected, jnp.float32)
-  return assign(inputs.assigned, gate, inputs.valid, probs, options, inputs.key)
+
+  name = "hash"
+  summary = "experts fixed per vocabulary id, nothing learned (Hash layers)"
+  by_logits = False
+  learned = False
+  has_table = True
+
+  spread: Literal["random", "balanced"] = option(
+    "random", "vocabulary ids spread at random, or balanced by corpus frequency"
+  )
+
+  def table(
+    self,
+    vocab_size: int,
+    num_experts: int,
+    num_selected: int,
+    token_counts: Callable[[], np.ndarray] | None,
+  ) -> np.ndarray:
+    counts = None
+    if self.spread == "balanced" and token_counts is not None:
+      counts = token_counts()
+      counts = np.pad(counts, (0, vocab_size - len(counts)))
+    return hash_table(vocab_size, num_experts, num_selected, counts=counts)
+
+  def table_damage(self, table: np.ndarray, num_experts: int) -> str | None:
+    return table_damage(table, num_experts)
+
+  def __call__(self, inputs: RouterInputs, policy: SlotPolicy) -> Routing:
+    if inputs.assigned is None:
+      raise ConfigError(
+        "--config.moe.router=hash reads the experts out of a table by token id, and no "
+        "token ids reached the layer. Use another router for inputs that are not tokens."
+      )
+    # Probabilities are reported (and have a gradient) but decide nothing.
+    probs = softmax(inputs.logits)
+    gate = jnp.full(inputs.assigned.shape, 1.0 / policy.num_selected, jnp.float32)
+    return assign(inputs.assigned, gate, inputs.valid, probs, policy, inputs.key)

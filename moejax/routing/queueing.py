@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Key
 
 from moejax.errors import ConfigError
-from moejax.routing.base import RouterOptions
+from moejax.routing.base import SlotPolicy
 
 _PACKED_BITS = 31
 """Of an int32, without its sign."""
@@ -30,11 +30,11 @@ class Queue(NamedTuple):
 
 
 def make_queue(
-  gate: Float[Array, "T K"], options: RouterOptions, key: Key[Array, ""] | None
+  gate: Float[Array, "T K"], policy: SlotPolicy, key: Key[Array, ""] | None
 ) -> Queue:
-  """Ranks tokens by `options.priority`, then interleaves their choices."""
+  """Ranks tokens by `policy.priority`, then interleaves their choices."""
   num_tokens, num_selected = gate.shape
-  if options.slot_order == "by_gate":
+  if policy.slot_order == "by_gate":
     _, assignment = jax.lax.sort(
       (-jax.lax.stop_gradient(gate.T.reshape(-1)), _arrival(num_tokens, num_selected)),
       num_keys=1,
@@ -43,8 +43,8 @@ def make_queue(
     return Queue(invert(assignment), assignment)
   rank = jnp.arange(num_tokens, dtype=jnp.int32)
   token = rank
-  by_batch = options.slot_order == "batch_priority"
-  match "gate" if by_batch else options.priority:
+  by_batch = policy.slot_order == "batch_priority"
+  match "gate" if by_batch else policy.priority:
     case "arrival":
       pass
     case "gate":
@@ -57,11 +57,11 @@ def make_queue(
         rank = invert(token)
     case _:
       raise ConfigError(
-        f"--config.moe.priority={options.priority} is unknown: use arrival, gate or "
+        f"--config.moe.priority={policy.priority} is unknown: use arrival, gate or "
         "random."
       )
   choice = jnp.arange(num_selected, dtype=jnp.int32)
-  if options.slot_order == "token_major":
+  if policy.slot_order == "token_major":
     position = rank[:, None] * num_selected + choice[None, :]
     assignment = token[:, None] * num_selected + choice[None, :]
   else:

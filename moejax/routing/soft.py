@@ -9,54 +9,108 @@ Source: Puigcerver et al. 2023, arXiv:2308.00951, section 2.1.
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Float
 
 from moejax.errors import ConfigError
-from moejax.routing.base import RouterInputs, RouterOptions, RouterStats, Routing, entropy
+from moejax.routing.base import RouterInputs, RouterStats, Routing, SlotPolicy, entropy
+from moejax.routing.router import Parameter, Params, Router, Sizes, Tokens
 
 
-def soft(inputs: RouterInputs, options: RouterOptions) -> Routing:
+class Soft(Router):
   """Dispatch: softmax of slot_logits over tokens. Combine: softmax over all slots.
 
   Padding is in no slot and gets nothing back. `probs` is the combine weight of each
   expert's slots together; load counts the slots.
   """
-  if inputs.slot_logits is None or options.capacity is None:
-    raise ConfigError(
-      "--config.moe.router=soft needs a number of slots: give "
-      "--config.moe.capacity_factor a number, not none."
+
+  name = "soft"
+  summary = "slots are weighted means of all tokens (Soft MoE); einsum dispatcher only"
+  causal = False
+  by_logits = False
+  needs_capacity = True
+  token_choice = False
+  fixed_slots = True
+  mixes = True
+
+  def parameters(self, sizes: Sizes) -> dict[str, Parameter]:
+    shape = (sizes.width, sizes.num_experts, sizes.capacity or 1)
+    axes = ("width", "router_expert", None)
+    return {
+      "slots": Parameter(shape=shape, axes=axes, fan_in=sizes.width, by_group=False),
+      "slot_scale": Parameter(shape=(1,), axes=(None,), value=1.0, by_group=False),
+    }
+
+  def features(
+    self, tokens: Tokens, params: Params, policy: SlotPolicy
+  ) -> dict[str, Float[Array, "G T ..."]]:
+    """Cosine of each token and each slot's vector, times a learned scale.
+
+    Normalised on both sides because the softmax over many tokens collapses
+    otherwise when D is large (section 2.3).
+    """
+    slots = params["slots"].astype(jnp.float32)
+    if slots.shape[-1] != policy.capacity:
+      raise ConfigError(
+        f"--config.moe.router=soft has {slots.shape[-1]} learned slots per expert, and "
+        f"this group size and capacity factor ask for {policy.capacity}. Keep "
+        "--config.moe.group_size, capacity_factor and eval_capacity_factor as trained."
+      )
+    unit = slots / (jnp.linalg.norm(slots, axis=0, keepdims=True) + 1e-6)
+    norm = jnp.linalg.norm(tokens.clean, axis=-1, keepdims=True)
+    slot_logits = jnp.einsum(
+      "gtd,dec->gtec",
+      tokens.clean / (norm + 1e-6),
+      params["slot_scale"][0] * unit,
+      precision=jax.lax.Precision.HIGHEST,
     )
-  logits = inputs.slot_logits.astype(jnp.float32)
-  num_tokens, num_experts, capacity = logits.shape
-  valid = inputs.valid[:, None, None]
-  # A large negative number, not -inf: a group of padding alone must not become NaN.
-  dispatch = jax.nn.softmax(jnp.where(valid, logits, -1e30), axis=0)
-  dispatch = jnp.where(valid, dispatch, 0.0)
-  combine = jax.nn.softmax(logits.reshape(num_tokens, -1), axis=-1)
-  combine = jnp.where(valid, combine.reshape(logits.shape), 0.0)
-  probs = jnp.sum(combine, axis=-1)
-  seen = jax.lax.stop_gradient(probs)
-  slots = jnp.full((num_experts,), capacity, jnp.int32)
-  none = jnp.zeros((0,), jnp.int32)
-  stats = RouterStats(
-    num_valid=jnp.sum(inputs.valid.astype(jnp.float32)),
-    chosen=slots.astype(jnp.float32),
-    load=slots.astype(jnp.float32),
-    importance=jnp.sum(seen, axis=0),
-    entropy=jnp.sum(entropy(seen)),
-    dropped_tokens=jnp.zeros(()),
-  )
-  return Routing(
-    token=none,
-    expert=none,
-    slot=none,
-    gate=jnp.zeros((0,), jnp.float32),
-    kept=jnp.zeros((0,), bool),
-    order=none,
-    load=slots,
-    probs=probs,
-    stats=stats,
-    dense_dispatch=dispatch,
-    dense_combine=combine,
-    capacity=capacity,
-    num_selected=None,
-  )
+    return {"slot_logits": slot_logits}
+
+  def macs(self, sizes: Sizes) -> float:
+    """Dispatch and combine products are its routing, and are counted here."""
+    slots = sizes.num_experts * (sizes.capacity or 1)
+    return super().macs(sizes) + 3 * sizes.width * slots
+
+  def experts_per_token(self, sizes: Sizes) -> float:
+    return sizes.num_experts * (sizes.capacity or 1) / sizes.num_tokens
+
+  def __call__(self, inputs: RouterInputs, policy: SlotPolicy) -> Routing:
+    if "slot_logits" not in inputs.features or policy.capacity is None:
+      raise ConfigError(
+        "--config.moe.router=soft needs a number of slots: give "
+        "--config.moe.capacity_factor a number, not none."
+      )
+    logits = inputs.features["slot_logits"].astype(jnp.float32)
+    num_tokens, num_experts, capacity = logits.shape
+    valid = inputs.valid[:, None, None]
+    # A large negative number, not -inf: a group of padding alone must not become NaN.
+    dispatch = jax.nn.softmax(jnp.where(valid, logits, -1e30), axis=0)
+    dispatch = jnp.where(valid, dispatch, 0.0)
+    combine = jax.nn.softmax(logits.reshape(num_tokens, -1), axis=-1)
+    combine = jnp.where(valid, combine.reshape(logits.shape), 0.0)
+    probs = jnp.sum(combine, axis=-1)
+    seen = jax.lax.stop_gradient(probs)
+    slots = jnp.full((num_experts,), capacity, jnp.int32)
+    none = jnp.zeros((0,), jnp.int32)
+    stats = RouterStats(
+      num_valid=jnp.sum(inputs.valid.astype(jnp.float32)),
+      chosen=slots.astype(jnp.float32),
+      load=slots.astype(jnp.float32),
+      importance=jnp.sum(seen, axis=0),
+      entropy=jnp.sum(entropy(seen)),
+      dropped_tokens=jnp.zeros(()),
+    )
+    return Routing(
+      token=none,
+      expert=none,
+      slot=none,
+      gate=jnp.zeros((0,), jnp.float32),
+      kept=jnp.zeros((0,), bool),
+      order=none,
+      load=slots,
+      probs=probs,
+      stats=stats,
+      dense_dispatch=dispatch,
+      dense_combine=combine,
+      capacity=capacity,
+      num_selected=None,
+    )

@@ -14,8 +14,9 @@ from absl import logging
 
 from moejax import config_io
 from moejax.config import Config, MoEConfig
+from moejax.config_router import make_router
 from moejax.errors import ConfigError, UserError
-from moejax.routing import hashing
+from moejax.models.decoder import TABLE
 from moejax.train.checkpoint_read import (
   DIRECTORY,
   DamagedCheckpointError,
@@ -101,12 +102,12 @@ def _candidates(workdir: Path | str, step: int | None) -> tuple[Path, list[int]]
 
 
 def damaged_table(params: Params, moe: MoEConfig) -> str | None:
-  """What is wrong with a model's hash table; see `hashing.table_damage`."""
-  if "hash_table" not in params:
+  """What is wrong with a router's table; see `Router.table_damage`."""
+  if TABLE not in params:
     return None
   # Everyone holds all of it, also where it spans processes.
-  table = np.asarray(params["hash_table"].addressable_data(0))
-  return hashing.table_damage(table, moe.fine_experts)
+  table = np.asarray(params[TABLE].addressable_data(0))
+  return make_router(moe).table_damage(table, moe.fine_experts)
 
 
 def _none_whole(directory: Path, reasons: list[str]) -> UserError:

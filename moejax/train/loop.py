@@ -23,7 +23,6 @@ import numpy as np
 from moejax.config import Config
 from moejax.evaluate import groups
 from moejax.parallel import rules
-from moejax.routing.registry import ROUTERS
 from moejax.train import finish, validation, wire
 from moejax.train import setup as setup_lib
 from moejax.train import step as step_lib
@@ -78,7 +77,7 @@ def _train(run: Run, reporter: Reporter) -> dict[str, Any]:
   try:
     if run.start_step >= config.train.num_steps:
       return finish.already_done(run, reporter)
-    if run.model.moe_layers and not ROUTERS[config.moe.router].causal:
+    if run.model.moe_layers and not run.model.router.causal:
       reporter.message(
         f"Note: router {config.moe.router} lets a token see later ones of its group, so "
         "this loss is not that of a model that could generate."

@@ -8,6 +8,7 @@ takes note of what became of them.
 """
 
 import asyncio
+import pathlib
 import time
 import traceback
 from typing import Any
@@ -15,6 +16,9 @@ from typing import Any
 _PATIENCE_SECONDS = 5.0
 """How long the others may take to end by themselves; after that they are cancelled.
 One that is cancelled before it began would be reported as never awaited."""
+
+
+_ASYNCIO = pathlib.Path(asyncio.__file__).parent
 
 
 def install() -> None:
@@ -59,6 +63,14 @@ def _report(loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
   The first of them is raised, and reported by us.
   """
   error = context.get("exception")
-  frames = traceback.extract_tb(error.__traceback__) if error else []
-  if not any("orbax" in frame.filename for frame in frames):
+  if error is None or not _is_orbax(error):
     loop.default_exception_handler(context)
+
+
+def _is_orbax(error: BaseException) -> bool:
+  """Whether Orbax failed, or TensorStore, of which nothing but asyncio is to be seen."""
+  frames = traceback.extract_tb(error.__traceback__)
+  files = [pathlib.Path(frame.filename) for frame in frames]
+  if any("orbax" in file.parts for file in files):
+    return True
+  return bool(files) and all(file.parent == _ASYNCIO for file in files)

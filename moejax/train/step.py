@@ -231,10 +231,10 @@ def train_step(
   )
   if sums["stats"] is not None:
     # From the loads of the whole batch, outside the gradient (DeepSeek-V3).
-    moved = model.update_router_bias(updated[0], sums["stats"])
+    moved = model.update_routers(updated[0], sums["stats"])
     updated = (moved, updated[1])
-    # A histogram per expert is for this update alone, and large to fetch every step.
-    sums["stats"] = dataclasses.replace(sums["stats"], margins=None)
+    # A router's own sums are for this update alone, and may be large to fetch.
+    sums["stats"] = dataclasses.replace(sums["stats"], extra={})
   finite = jnp.isfinite(sums["loss"]) & jnp.isfinite(norm)
   new_params, opt_state = jax.tree.map(
     lambda new, old: jnp.where(finite, new, old), updated, (params, state["opt_state"])

@@ -19,9 +19,9 @@ from moejax.dispatch.base import Dispatcher, ExpertWeights
 from moejax.dispatch.registry import DISPATCHERS
 from moejax.routing.base import (
   RouterInputs,
-  RouterOptions,
   RouterStats,
   Routing,
+  SlotPolicy,
 )
 from moejax.routing.registry import ROUTERS
 
@@ -40,13 +40,13 @@ def make_weights(key, num_experts, width, hidden, activation, dtype=jnp.float32)
 @functools.partial(jax.jit, static_argnames=("num_selected", "capacity", "router"))
 def route(logits, *, num_selected=2, capacity=None, valid=None, router="top_k"):
   """Routes G groups by their logits [G, T, E]."""
-  options = RouterOptions(
+  options = SlotPolicy(
     num_experts=logits.shape[-1], num_selected=num_selected, capacity=capacity
   )
   if valid is None:
     valid = jnp.ones(logits.shape[:-1], bool)
   inputs = RouterInputs(logits=logits, valid=valid)
-  return jax.vmap(lambda i: ROUTERS[router].fn(i, options))(inputs)
+  return jax.vmap(lambda i: ROUTERS[router]()(i, options))(inputs)
 
 
 def route_to(experts, num_experts):

@@ -11,7 +11,7 @@ from flax import nnx
 from moejax.config import ModelConfig, MoEConfig
 from moejax.layers.moe import MoE
 from moejax.models.stack import Shell
-from moejax.routing.base import RouterOptions
+from moejax.routing.base import SlotPolicy
 from moejax.routing.capacity import capacity_of
 from tests import reference
 
@@ -75,7 +75,7 @@ def test_layer_equals_the_oracle_in_value_and_gradient(name, dispatcher):
 
   y, d_params, d_x = run(params, x)
   m = moe.segments
-  options = RouterOptions(
+  options = SlotPolicy(
     num_experts=moe.num_experts * m,
     num_selected=moe.num_selected * m,
     capacity=capacity_of(

@@ -190,7 +190,8 @@ def test_bfloat16_trains(tokens):
 
 def test_hash_routing_reads_a_table_that_init_made():
   """Balanced by the counts given; an expert's load is that of its ids."""
-  moe = MoEConfig(num_experts=4, hidden=8, router="hash", hash_table="balanced")
+  moe = MoEConfig(num_experts=4, hidden=8, router="hash")
+  moe.use_router("hash", spread="balanced")
   moe.every, moe.offset, moe.capacity_factor = 1, 0, None
   model = ModelConfig(num_layers=1, width=8, num_heads=2, hidden=8)
   counts = np.array([90, 30, 30, 20, 10, 5, 5, 0])

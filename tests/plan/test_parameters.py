@@ -111,7 +111,9 @@ _VARIANTS = {
   "all_layers": Config(moe=MoEConfig(every=1, offset=0)),
   "noise": Config(moe=MoEConfig(router="noisy_top_k", num_selected=2)),
   "fixed_noise": Config(
-    moe=MoEConfig(router="noisy_top_k", num_selected=2, noise="fixed")
+    moe=MoEConfig(
+      router="noisy_top_k", num_selected=2, options={"noisy_top_k": {"noise": "fixed"}}
+    )
   ),
   "shared_gate": Config(
     moe=MoEConfig(

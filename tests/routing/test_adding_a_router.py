@@ -1,7 +1,6 @@
-"""The router of docs/adding_a_router.md, run as the page has it."""
+"""A router of one's own in one file runs everywhere: examples/my_router.py."""
 
 import dataclasses
-import re
 from pathlib import Path
 
 import jax
@@ -9,87 +8,130 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from experiments.routers import run as study
-from moejax import config, config_ranges
-from moejax.routing import base, registry, token_choice
-from moejax.routing.base import RouterInputs
+from moejax import config_check, config_io, config_list
+from moejax.cli import load_config
+from moejax.config import Config
+from moejax.errors import ConfigError
+from moejax.models.decoder import Decoder
+from moejax.parallel.mesh import make_mesh
+from moejax.plan.parameters import count_parameters
+from moejax.routing.base import RouterInputs, SlotPolicy
+from moejax.routing.registry import ROUTERS
+from moejax.train import loop, writers
+from tests import reference_routing as reference
+from tests.train.conftest import cache_dir, compilation_cache, tiny_config
 
-PAGE = Path(__file__).parents[2] / "docs/adding_a_router.md"
-T, E, K = 64, 8, 2
+ROOT = Path(__file__).parents[2]
+FILE = ROOT / "examples/my_router.py"
+T, E, K = 24, 4, 2
 
-
-def blocks() -> list[str]:
-  return re.findall(r"```python\n(.*?)```", PAGE.read_text(), re.DOTALL)
+__all__ = ["cache_dir", "compilation_cache"]
+"""Fixtures, shared with the tests of training."""
 
 
 @pytest.fixture
-def page(monkeypatch):
-  """The page's code, executed where it says it goes; everything as before afterwards."""
-  function, fields, limits, entry, variant = blocks()
-  for name in ("RANGES",):
-    monkeypatch.setattr(config_ranges, name, dict(getattr(config_ranges, name)))
-  monkeypatch.setattr(registry, "ROUTERS", dict(registry.ROUTERS))
-  monkeypatch.setattr(study, "VARIANTS", dict(study.VARIANTS))
-  space = {**vars(token_choice), "jnp": jnp}
-  exec(function, space)
-  values: dict = {}
-  exec(fields, values)
-  made = [("gate_power", float, values["gate_power"])]
-  options = dataclasses.make_dataclass(
-    "Options", made, bases=(base.RouterOptions,), frozen=True, kw_only=True
+def config(monkeypatch) -> Config:
+  """A small run under the file's router; the registry is as before afterwards."""
+  monkeypatch.setattr(ROUTERS, "_found", dict(ROUTERS._found))
+  chosen = load_config(str(FILE))
+  config = tiny_config(num_steps=4, eval_every=2, checkpoint_every=2)
+  config.moe.router, config.moe.options = chosen.moe.router, chosen.moe.options
+  config.moe.num_selected, config.moe.num_experts = K, E
+  return config
+
+
+def test_it_is_one_short_file_and_the_page_names_all_of_it():
+  lines = FILE.read_text().splitlines()
+  assert len(lines) < 70 and len([x for x in lines if x.strip()]) < 60
+  page = (ROOT / "docs/adding_a_router.md").read_text()
+  for part in ("parameters(sizes)", "update(params, stats)", "loss_weights()"):
+    assert part in page
+
+
+def test_its_choice_is_that_of_numpy(config):
+  """Probabilities of tempered logits; boosts choose and do not weigh."""
+  rng = np.random.default_rng(0)
+  logits = rng.normal(size=(T, E)).astype(np.float32)
+  temperature, boost = rng.normal(size=E), rng.normal(size=E) / 4
+  params = {"temperature": temperature, "boost": boost}
+  inputs = RouterInputs(
+    logits=jnp.asarray(logits),
+    valid=jnp.ones(T, bool),
+    params={k: jnp.asarray(v, jnp.float32) for k, v in params.items()},
   )
-  exec(limits, vars(config_ranges) | {"RANGES": config_ranges.RANGES})
-  exec(entry, {**vars(registry), "powered": space["powered"]})
-  exec(variant, {"VARIANTS": study.VARIANTS, "TWO": study.TWO})
-  return options
+  router, policy = ROUTERS["tempered"](), SlotPolicy(num_experts=E, num_selected=K)
+  got = router(inputs, policy)
+  hot = logits.astype(np.float64) * np.exp(temperature)
+  probs = np.stack([reference.softmax(row) for row in hot])
+  best = np.argsort(-(probs + boost), axis=1)[:, :K]
+  np.testing.assert_array_equal(np.asarray(got.expert).reshape(T, K), best)
+  gate = np.take_along_axis(probs, best, axis=1)
+  np.testing.assert_allclose(np.asarray(got.gate).reshape(T, K), gate, rtol=1e-4)
+  assert got.losses is not None
+  np.testing.assert_allclose(got.losses["spread_loss"], temperature.var(), rtol=1e-5)
+  moved = router.update(inputs.params, got.stats)["boost"]
+  load = np.bincount(best.reshape(-1), minlength=E)
+  step = 0.001 * np.sign(T * K / E - load)
+  np.testing.assert_allclose(moved, boost + step, atol=1e-7)
 
 
-def routed(options, **inputs):
-  logits = np.random.default_rng(0).normal(size=(T, E)).astype(np.float32)
-  return registry.ROUTERS["powered"].fn(
-    RouterInputs(logits=jnp.asarray(logits), valid=jnp.ones(T, bool), **inputs), options
-  )
+def test_its_options_are_flags(config):
+  """Typed, in range, its own, listed, and stored."""
+  config_check.validate(config)
+  assert config_io.to_dict(config)["moe"]["tempered"] == {
+    "rate": 0.002,
+    "spread_weight": 0.01,
+  }
+  for text, part in (("2", "at most 1"), ("x", "expected a number")):
+    with pytest.raises(ConfigError, match=part):
+      value = config_io.parse_value("moe.tempered.rate", text)
+      config_io.set_field(config, "moe.tempered.rate", value)
+  with pytest.raises(ConfigError, match=r"router=top_k: this router does not read it"):
+    config_check.refuse_unread(
+      dataclasses.replace(config, moe=dataclasses.replace(config.moe, router="top_k")),
+      ["moe.tempered.rate"],
+    )
+  assert "tempered.rate=0.001" in config_list.describe("routers")
 
 
-def test_the_pages_router_does_what_the_page_says(page):
-  """Annealed gates, given-up choices that take no slot and count in the sum of
-  before_drop, moved tokens with powered gates, and no absent expert."""
-  options = page(num_experts=E, num_selected=K)
-  probs = routed(options).probs
-  first = np.asarray(jnp.max(probs, axis=-1))
-  gate = lambda r: np.asarray(r.gate).reshape(T, K)  # noqa: E731
-  np.testing.assert_allclose(gate(routed(options))[:, 0], first**0.5, rtol=1e-5)
-  begun = routed(options, step=jnp.int32(0), key=jax.random.key(0))
-  np.testing.assert_allclose(gate(begun)[:, 0], first, rtol=1e-5)
-  half = routed(options, step=jnp.int32(500), key=jax.random.key(0))
-  np.testing.assert_allclose(gate(half)[:, 0], first**0.75, rtol=1e-5)
-
-  second = -np.sort(-np.asarray(probs), axis=1)[:, 1]
-  given_up = second <= 1 / E
-  assert 0 < given_up.sum() < T
-  assert int(begun.load.sum()) == 2 * T - given_up.sum()
-  before = routed(dataclasses.replace(options, renormalize="before_drop"))
-  after = routed(dataclasses.replace(options, renormalize="after_drop"))
-  assert (gate(before)[given_up].sum(1) < 0.9).all()
-  np.testing.assert_allclose(gate(after)[given_up], [[1.0, 0.0]] * given_up.sum())
-
-  moved = routed(dataclasses.replace(options, capacity=14, overflow="next_best"))
-  expert, kept = (np.asarray(a).reshape(T, K) for a in (moved.expert, moved.kept))
-  served = np.take_along_axis(np.asarray(probs), expert, axis=1) ** 0.5
-  np.testing.assert_allclose(gate(moved)[kept], served[kept], rtol=1e-5)
-
-  here = jnp.arange(E) < E - 2
-  hidden = jnp.tile(jnp.where(here, 0.0, -1e9)[None], (T, 1))
-  out = registry.ROUTERS["powered"].fn(
-    RouterInputs(logits=hidden, valid=jnp.ones(T, bool), present=here), options
-  )
-  assert int(out.load[-2:].sum()) == 0
+def test_its_parameters_are_counted_and_its_boosts_are_not_trained(config):
+  model = Decoder(config.model, config.moe, vocab_size=64)
+  total, _ = count_parameters(config, 64)
+  assert total["total"] == sum(x.size for x in jax.tree.leaves(model.shapes()))
+  names = {
+    jax.tree_util.keystr(path): value
+    for path, value in jax.tree_util.tree_leaves_with_path(model.trained())
+  }
+  untrained = [name for name, value in names.items() if not value]
+  assert untrained and all("boost" in name for name in untrained)
 
 
-def test_the_pages_option_is_checked_and_belongs_to_its_router(page):
-  """A range that refuses, and a reader that no other router is."""
-  assert 0.7 in config_ranges.RANGES["moe.gate_power"]
-  assert 1.5 not in config_ranges.RANGES["moe.gate_power"]
-  assert registry.ROUTERS["powered"].reads == ("gate_power",)
-  assert study.VARIANTS["powered"][-1] == "moe.router=powered"
-  assert not hasattr(config.MoEConfig(), "gate_power")
+@pytest.mark.parametrize(
+  ("dispatcher", "mesh", "factor"),
+  [
+    ("einsum", (1, 1), 1.0),
+    ("gather", (1, 1), 1.0),
+    ("grouped", (1, 1), None),
+    ("auto", (2, 2), 1.0),
+    ("auto", (2, 2), None),
+  ],
+)
+def test_it_trains_and_resumes_under_every_dispatcher_and_on_a_mesh(
+  config, dispatcher, mesh, factor, cache_dir, compilation_cache, tmp_path
+):
+  """Four steps, two of them after a checkpoint: temperatures and boosts have moved."""
+  data, expert = mesh
+  config.data.cache_dir = cache_dir
+  config.moe.dispatcher, config.moe.capacity_factor = dispatcher, factor
+  config.mesh.data, config.mesh.expert = data, expert
+  config.train.sample = config.train.report = config.train.tensorboard = False
+  devices = jax.devices()[: data * expert]
+  config.train.num_steps = 2
+  loop.train(config, tmp_path, devices=devices)
+  config.train.num_steps = 4
+  assert loop.train(config, tmp_path, devices=devices)["step"] == 4
+  lines = writers.read(tmp_path / writers.METRICS_FILE)
+  assert [line["step"] for line in lines] == [1, 2, 3, 4]
+  assert all(np.isfinite(line["spread_loss"]) for line in lines)
+  assert lines[0]["spread_loss"] == 0 and lines[-1]["spread_loss"] > 0
+  assert make_mesh(config.mesh, devices).size == data * expert

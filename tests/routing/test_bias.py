@@ -9,7 +9,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from moejax.routing import bias as bias_lib
-from moejax.routing.base import RouterInputs, RouterOptions, RouterStats
+from moejax.routing.base import RouterInputs, RouterStats, SlotPolicy
 from moejax.routing.registry import ROUTERS
 
 
@@ -26,7 +26,7 @@ def stats_of(chosen, num_valid, mean, spread) -> RouterStats:
     importance=chosen,
     entropy=valid,
     dropped_tokens=valid,
-    moments=moments,
+    extra={"moments": moments},
   )
 
 
@@ -34,8 +34,7 @@ def test_the_step_is_the_distance_of_two_normal_quantiles():
   """Three experts, K=1, 100 tokens: shares 0.6, 0.3, 0.1, wanted 1/3 each."""
   spread = np.array([0.1, 0.2, 0.05])
   stats = stats_of([60, 30, 10], 100, [0.5, 0.4, 0.6], spread)
-  options = RouterOptions(num_experts=3, quantile_rate=0.5)
-  got = bias_lib.quantile_step(jnp.zeros(3), stats, options)
+  got = bias_lib.quantile_step(jnp.zeros(3), stats, 0.5)
   z = statistics.NormalDist().inv_cdf
   expected = 0.5 * spread * np.array([z(1 / 3) - z(f) for f in (0.6, 0.3, 0.1)])
   np.testing.assert_allclose(got, expected - expected.mean(), rtol=2e-4)
@@ -60,8 +59,7 @@ def test_a_step_is_up_exactly_for_experts_below_their_share(counts, k):
   tokens = max(1, int(counts.sum()) // k, int(counts.max()))
   same = np.ones(len(counts))
   stats = stats_of(counts, tokens, 0.5 * same, 0.1 * same)
-  options = RouterOptions(num_experts=len(counts), num_selected=k)
-  step = np.asarray(bias_lib.quantile_step(jnp.zeros(len(counts)), stats, options))
+  step = np.asarray(bias_lib.quantile_step(jnp.zeros(len(counts)), stats, 0.2))
   assert np.isfinite(step).all() and abs(step.mean()) < 1e-6
   order = np.argsort(counts, kind="stable")
   assert (np.diff(step[order]) <= 1e-6).all()
@@ -72,8 +70,7 @@ def test_a_step_is_up_exactly_for_experts_below_their_share(counts, k):
 def test_a_batch_of_padding_moves_nothing():
   before = jnp.asarray([0.3, -0.1, 0.0])
   stats = stats_of([0, 0, 0], 0, [0, 0, 0], [0, 0, 0])
-  options = RouterOptions(num_experts=3)
-  got = bias_lib.quantile_step(before, stats, options)
+  got = bias_lib.quantile_step(before, stats, 0.2)
   np.testing.assert_array_equal(got, before)
 
 
@@ -88,14 +85,14 @@ def test_quantile_steps_balance_where_sign_steps_have_hardly_begun():
   valid = jnp.arange(512) < 500
 
   def max_load(name: str) -> float:
-    spec, options = ROUTERS[name], RouterOptions(num_experts=8, num_selected=2)
-    update = spec.update_bias
-    assert update is not None
+    router, policy = ROUTERS[name](), SlotPolicy(num_experts=8, num_selected=2)
 
     @jax.jit
     def step(bias):
-      stats = spec.fn(RouterInputs(logits=logits, valid=valid, bias=bias), options).stats
-      return update(bias, stats, options), stats.chosen
+      params = {"bias": bias}
+      inputs = RouterInputs(logits=logits, valid=valid, params=params)
+      stats = router(inputs, policy).stats
+      return router.update(params, stats)["bias"], stats.chosen
 
     bias, chosen = step(jnp.zeros(8))
     for _ in range(20):
@@ -111,8 +108,7 @@ def test_moments_are_sums_over_tokens_that_are_not_padding():
   """Of sigmoid scores and of their squares, by numpy."""
   logits = np.random.default_rng(1).normal(size=(10, 4)).astype(np.float32)
   inputs = RouterInputs(logits=jnp.asarray(logits), valid=jnp.arange(10) < 7)
-  options = RouterOptions(num_experts=4, num_selected=2)
-  moments = ROUTERS["quantile_bias"].fn(inputs, options).stats.moments
-  assert moments is not None
+  options = SlotPolicy(num_experts=4, num_selected=2)
+  moments = ROUTERS["quantile_bias"]()(inputs, options).stats.extra["moments"]
   scores = 1 / (1 + np.exp(-logits[:7].astype(np.float64)))
   np.testing.assert_allclose(moments, [scores.sum(0), (scores**2).sum(0)], rtol=1e-5)

@@ -10,7 +10,7 @@ import pytest
 from moejax.config import ModelConfig, MoEConfig
 from moejax.models.decoder import Decoder
 from moejax.routing import losses
-from moejax.routing.base import RouterOptions
+from moejax.routing.base import SlotPolicy
 from moejax.routing.capacity import capacity_of
 from moejax.routing.queueing import normalize
 from tests.routing.common import route, skewed_logits
@@ -99,7 +99,7 @@ BALANCE = {
 
 def two_layers(seeds):
   """Choices, probabilities, and our own losses of two layers."""
-  options = RouterOptions(num_experts=E, num_selected=K)
+  options = SlotPolicy(num_experts=E, num_selected=K)
   routings = [route("top_k", skewed_logits(seed, T, E), options) for seed in seeds]
   valid = jnp.ones(T, bool)
   ours = [float(losses.balance_loss(r.probs, r.stats.chosen, valid)) for r in routings]
@@ -153,7 +153,7 @@ def test_the_decoder_adds_up_the_losses_of_its_layers():
 def test_first_choices_alone():
   """V-MoE, Praxis, AXLearn Top2, DeepSpeed, Tutel: fractions of first choices."""
   routing = route(
-    "top_k", skewed_logits(4, T, E), RouterOptions(num_experts=E, num_selected=K)
+    "top_k", skewed_logits(4, T, E), SlotPolicy(num_experts=E, num_selected=K)
   )
   valid = jnp.ones(T, bool)
   first = np.asarray(routing.expert).reshape(T, K)[:, 0]
@@ -168,12 +168,12 @@ def test_first_choices_alone():
 def test_a_softmax_over_the_chosen_is_renormalising_before_drops():
   """Mixtral's order of the two, and DeepSpeed's sum over the survivors."""
   logits = skewed_logits(5, T, E)
-  options = RouterOptions(num_experts=E, num_selected=2, renormalize="before_drop")
+  options = SlotPolicy(num_experts=E, num_selected=2, renormalize="before_drop")
   routing = route("top_k", logits, options)
   best = -np.sort(-logits.astype(np.float64), axis=1)[:, :2]
   expected = np.exp(best) / np.exp(best).sum(axis=1, keepdims=True)
   np.testing.assert_allclose(routing.gate.reshape(T, 2), expected, rtol=1e-5)
-  options = RouterOptions(
+  options = SlotPolicy(
     num_experts=E, num_selected=2, renormalize="after_drop", capacity=3
   )
   routing = route("top_k", logits, options)

@@ -13,12 +13,12 @@ from hypothesis import strategies as st
 from moejax.errors import ConfigError
 from moejax.routing import losses
 from moejax.routing.assignment import sinkhorn
-from moejax.routing.base import RouterInputs, RouterOptions
+from moejax.routing.base import RouterInputs, SlotPolicy
 from moejax.routing.hashing import hash_table
-from moejax.routing.registry import ROUTERS, check, is_causal
-from moejax.routing.soft import soft
+from moejax.routing.registry import ROUTERS
+from moejax.routing.soft import Soft
 from tests import reference_routing as reference
-from tests.routing.common import route, skewed_logits
+from tests.routing.common import made, route, skewed_logits
 from tests.routing.test_token_choice import EIGHT_TOKENS, check_order
 
 
@@ -27,7 +27,7 @@ def test_expert_choice_equals_the_oracle(num_valid: int):
   """Each expert holds its best tokens in order; padding fills no slot."""
   logits = skewed_logits(2, 12, 4)
   valid = np.random.default_rng(0).permutation(12) < num_valid
-  opts = RouterOptions(num_experts=4, capacity=5)
+  opts = SlotPolicy(num_experts=4, capacity=5)
   got = route("expert_choice", logits, opts, valid)
   want = reference.expert_choice(logits, valid, 5)
   for e, picks in enumerate(want):
@@ -45,11 +45,11 @@ def test_expert_choice_equals_the_oracle(num_valid: int):
 def test_expert_choice_gradient_reaches_the_logits_of_the_chosen():
   """The gate's gradient is the softmax's, as by hand."""
   logits = skewed_logits(2, 6, 3)
-  opts = RouterOptions(num_experts=3, capacity=2)
+  opts = SlotPolicy(num_experts=3, capacity=2)
 
   def total(logits):
     inputs = RouterInputs(logits=logits, valid=jnp.ones(6, bool))
-    gate = ROUTERS["expert_choice"].fn(inputs, opts).gate
+    gate = ROUTERS["expert_choice"]()(inputs, opts).gate
     return jnp.sum(gate * jnp.arange(6.0))
 
   grad = jax.grad(total)(jnp.asarray(logits))
@@ -66,11 +66,13 @@ def test_soft_weights_by_hand():
   rng = np.random.default_rng(0)
   logits = rng.normal(size=(5, 3, 2)).astype(np.float32)
   valid = np.array([True, True, False, True, True])
-  opts = RouterOptions(num_experts=3, capacity=2)
+  opts = SlotPolicy(num_experts=3, capacity=2)
   inputs = RouterInputs(
-    logits=jnp.zeros((5, 3)), valid=jnp.asarray(valid), slot_logits=jnp.asarray(logits)
+    logits=jnp.zeros((5, 3)),
+    valid=jnp.asarray(valid),
+    features={"slot_logits": jnp.asarray(logits)},
   )
-  got = soft(inputs, opts)
+  got = Soft()(inputs, opts)
   exp = np.exp(logits.astype(np.float64)) * valid[:, None, None]
   np.testing.assert_allclose(got.dispatch_weights(), exp / exp.sum(0), rtol=1e-5)
   total = np.where(valid, exp.sum((1, 2)), 1)[:, None, None]
@@ -102,7 +104,7 @@ def test_sinkhorn_balances_rows_and_columns():
 
 def test_base_with_next_best_is_exactly_balanced_in_training():
   """Capacity factor 1 and next_best give every expert T/E tokens and drop none."""
-  opts = RouterOptions(num_experts=4, capacity=3, overflow="next_best")
+  opts = SlotPolicy(num_experts=4, capacity=3, overflow="next_best")
   got = route("base", skewed_logits(1, 12, 4), opts, key=jax.random.key(0))
   assert got.load.tolist() == [3, 3, 3, 3]
 
@@ -122,7 +124,7 @@ def test_next_best_drops_nothing_while_any_choosable_expert_has_room(case):
   """What is dropped had no free expert; who kept a slot under drop keeps it; no expert
   serves a token twice; the gate is the probability of the expert that serves."""
   logits, valid, k, capacity = case
-  opts = RouterOptions(num_experts=4, num_selected=k, capacity=capacity)
+  opts = SlotPolicy(num_experts=4, num_selected=k, capacity=capacity)
   plain = route("top_k", logits, opts, valid)
   opts = dataclasses.replace(opts, overflow="next_best")
   got = route("top_k", logits, opts, valid)
@@ -151,18 +153,18 @@ def test_next_best_drops_nothing_while_any_choosable_expert_has_room(case):
 def test_the_hand_worked_tables_of_next_best_and_expert_choice():
   """docs/routing.md: tokens 2 and 4 find room; each expert's two best tokens."""
   logits = np.log(EIGHT_TOKENS)
-  opts = RouterOptions(num_experts=4, capacity=2, overflow="next_best")
+  opts = SlotPolicy(num_experts=4, capacity=2, overflow="next_best")
   got = route("switch", logits, opts)
   assert got.expert.tolist() == [0, 0, 2, 1, 3, 2, 1, 3]
   np.testing.assert_allclose(np.asarray(got.gate)[[2, 4]], 0.1, rtol=1e-6)
-  got = route("expert_choice", logits, RouterOptions(num_experts=4, capacity=2))
+  got = route("expert_choice", logits, SlotPolicy(num_experts=4, capacity=2))
   assert got.token.tolist()[:4] == [2, 0, 3, 6] and got.token.tolist()[4::2] == [5, 7]
 
 
 def test_the_hand_worked_tables_of_the_other_routers():
   """docs/routing.md, each on the eight tokens with logits log p."""
   logits = np.log(EIGHT_TOKENS)
-  two = RouterOptions(num_experts=4, capacity=2)
+  two = SlotPolicy(num_experts=4, capacity=2)
   assigned = jnp.asarray([0, 2, 2, 1, 0, 2, 3, 1], jnp.int32)[:, None]
   got = route("hash", logits, two, assigned=assigned)
   assert np.flatnonzero(~np.asarray(got.kept)).tolist() == [5]
@@ -177,19 +179,20 @@ def test_the_hand_worked_tables_of_the_other_routers():
   expected = [[0.55, 0.10, 0.14, 0.20], [0.29, 0.27, 0.26, 0.18]]
   np.testing.assert_allclose(rows, expected, atol=0.006)
 
-  one = RouterOptions(num_experts=4, capacity=1)
-  got = route("soft", logits, one, slot_logits=jnp.asarray(logits)[:, :, None])
+  one = SlotPolicy(num_experts=4, capacity=1)
+  slot_logits = jnp.asarray(logits)[:, :, None]
+  got = route("soft", logits, one, features={"slot_logits": slot_logits})
   assert got.dense_dispatch is not None and got.dense_combine is not None
   sent = np.asarray(got.dense_dispatch)[[2, 7], 0, 0]
   np.testing.assert_allclose(sent, [0.7 / 2.7, 0.1 / 2.7], rtol=1e-5)
   back = np.asarray(got.dense_combine)[2, :, 0]
   np.testing.assert_allclose(back, [0.7, 0.1, 0.1, 0.1], rtol=1e-5)
 
-  got = route("forced_balance", logits, RouterOptions(num_experts=4))
+  got = route("forced_balance", logits, SlotPolicy(num_experts=4))
   assert got.expert.tolist() == [0, 1, 2, 3, 0, 1, 2, 3]
   gates = [0.6, 0.3, 0.1, 0.1, 0.4, 0.2, 0.2, 0.6]
   np.testing.assert_allclose(got.gate, gates, rtol=1e-5)
-  got = route("dense", logits, RouterOptions(num_experts=4))
+  got = route("dense", logits, SlotPolicy(num_experts=4))
   np.testing.assert_allclose(np.asarray(got.gate)[:4], EIGHT_TOKENS[0], rtol=1e-5)
 
 
@@ -199,7 +202,7 @@ def test_next_best_gives_no_token_the_same_expert_twice():
   Three tokens want experts 0 and 1, which have two slots each; 2 and 3 are empty.
   """
   probs = np.tile(np.array([[0.5, 0.3, 0.15, 0.05]], np.float32), (3, 1))
-  opts = RouterOptions(num_experts=4, num_selected=2, capacity=2, overflow="next_best")
+  opts = SlotPolicy(num_experts=4, num_selected=2, capacity=2, overflow="next_best")
   got = route("top_k", np.log(probs), opts)
   assert got.expert.tolist() == [0, 1, 0, 1, 2, 3]
   np.testing.assert_allclose(np.asarray(got.gate)[4:], [0.15, 0.05], rtol=1e-5)
@@ -255,7 +258,7 @@ def test_bias_rises_where_the_load_is_low():
   np.testing.assert_allclose(got, [-0.01, 0.0, 0.01], rtol=1e-6)
 
 
-OPTIONS = RouterOptions(num_experts=8, num_selected=2, capacity=4)
+OPTIONS = SlotPolicy(num_experts=8, num_selected=2, capacity=4)
 
 
 @pytest.mark.parametrize(
@@ -274,23 +277,30 @@ OPTIONS = RouterOptions(num_experts=8, num_selected=2, capacity=4)
       {"num_expert_groups": 8, "num_selected_groups": 1},
       "num_selected_groups",
     ),
-    ("top_k", {"num_expert_groups": 2}, "num_expert_groups=2"),
+    (
+      "group_limited",
+      {"num_expert_groups": 4, "num_selected_groups": 5},
+      "group_limited.num_selected_groups=5 is not in 1..4",
+    ),
   ],
 )
 def test_senseless_options_are_refused(name: str, changes: dict, message: str):
   """Before compile, with the flag named."""
   with pytest.raises(ConfigError, match=message):
-    check(name, dataclasses.replace(OPTIONS, **changes))
+    router, policy = made(name, **dataclasses.asdict(OPTIONS) | changes)
+    router.check(policy)
 
 
 def test_sensible_options_pass_and_causality_is_told():
   """Every router takes plain options; what looks ahead says so."""
-  for name in ROUTERS:
-    check(name, OPTIONS)
-  assert is_causal("top_k", OPTIONS) and not is_causal("expert_choice", OPTIONS)
-  assert not is_causal("top_k", dataclasses.replace(OPTIONS, priority="gate"))
+  for name, router in ROUTERS.items():
+    router().check(OPTIONS)
+    assert router.name == name
+  top_k, expert_choice = ROUTERS["top_k"](), ROUTERS["expert_choice"]()
+  assert top_k.is_causal(OPTIONS) and not expert_choice.is_causal(OPTIONS)
+  assert not top_k.is_causal(dataclasses.replace(OPTIONS, priority="gate"))
   dropless = dataclasses.replace(OPTIONS, priority="gate", capacity=None)
-  assert is_causal("top_k", dropless)
+  assert top_k.is_causal(dropless)
 
 
 def test_hash_and_soft_say_what_they_lack():
@@ -298,4 +308,4 @@ def test_hash_and_soft_say_what_they_lack():
   inputs = RouterInputs(logits=jnp.zeros((4, 8)), valid=jnp.ones(4, bool))
   for name in ("hash", "soft"):
     with pytest.raises(ConfigError, match=f"router={name}"):
-      ROUTERS[name].fn(inputs, OPTIONS)
+      ROUTERS[name]()(inputs, OPTIONS)

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from moejax.routing.base import RouterInputs, RouterOptions
+from moejax.routing.base import RouterInputs, SlotPolicy
 from moejax.routing.capacity import assign
 from moejax.routing.registry import ROUTERS
 from moejax.routing.scores import choose, pick
@@ -36,7 +36,7 @@ def cases(draw):
   capacity = draw(st.sampled_from([None, 2]))
   if capacity is not None:
     capacity = min(capacity, num_tokens)
-  opts = RouterOptions(
+  opts = SlotPolicy(
     num_experts=num_experts,
     num_selected=k,
     capacity=capacity,
@@ -116,7 +116,7 @@ def test_a_non_finite_step_stays_in_bounds():
   """NaN logits still give experts below E, so nothing is written out of bounds."""
   for num_experts in (4, 40):
     logits = np.full((6, num_experts), np.nan, np.float32)
-    got = route("top_k", logits, RouterOptions(num_experts=num_experts, num_selected=3))
+    got = route("top_k", logits, SlotPolicy(num_experts=num_experts, num_selected=3))
     expert = np.asarray(got.expert)
     assert expert.min() >= 0 and expert.max() < num_experts
 
@@ -142,7 +142,7 @@ def test_extremes(name: str):
   """One expert for everybody, capacity 1, padding alone, one token, empty experts."""
   one_sided = np.zeros((6, 4), np.float32)
   one_sided[:, 2] = 9.0
-  opts = RouterOptions(num_experts=4, num_selected=ROUTERS[name].num_selected or 2)
+  opts = SlotPolicy(num_experts=4, num_selected=ROUTERS[name].fixed_selected or 2)
   got = route(name, one_sided, dataclasses.replace(opts, capacity=1))
   assert got.load[2] == 1 and np.max(got.load) <= 1
   assert float(got.stats.dropped_tokens) >= 4
@@ -158,7 +158,7 @@ def test_extremes(name: str):
 
 def test_the_packed_and_the_wide_sort_agree(monkeypatch):
   """Where expert and place do not fit one int32, two keys give the same slots."""
-  opts = RouterOptions(num_experts=4, num_selected=2, capacity=3)
+  opts = SlotPolicy(num_experts=4, num_selected=2, capacity=3)
   logits = skewed_logits(5, 11, 4)
   packed = route("top_k", logits, opts)
   monkeypatch.setattr("moejax.routing.queueing._PACKED_BITS", 1)
@@ -176,7 +176,7 @@ def test_the_packed_and_the_wide_sort_agree(monkeypatch):
 def test_counting_ranks_as_sorting_does(slot_order, overflow, capacity):
   """What TPUs do, where a sort is dear, gives every field of the routing the same."""
   valid = np.arange(11) != 4
-  opts = RouterOptions(
+  opts = SlotPolicy(
     num_experts=4,
     num_selected=2,
     capacity=capacity,
@@ -194,10 +194,10 @@ def test_counting_ranks_as_sorting_does(slot_order, overflow, capacity):
 def test_nothing_of_size_tokens_times_experts_times_slots_is_made():
   """The compiled router's largest buffer is far below T*E*C."""
   num_tokens, num_experts, capacity = 512, 16, 80
-  opts = RouterOptions(num_experts=num_experts, num_selected=2, capacity=capacity)
+  opts = SlotPolicy(num_experts=num_experts, num_selected=2, capacity=capacity)
 
   def run(logits, valid):
-    return ROUTERS["top_k"].fn(RouterInputs(logits=logits, valid=valid), opts)
+    return ROUTERS["top_k"]()(RouterInputs(logits=logits, valid=valid), opts)
 
   shapes = jax.make_jaxpr(run)(jnp.zeros((num_tokens, num_experts)), jnp.ones(512, bool))
   text = str(shapes)

@@ -7,12 +7,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from moejax.routing import bias as bias_lib
-from moejax.routing.base import RouterInputs, RouterOptions, RouterStats, sum_groups
-from moejax.routing.registry import ROUTERS
+from moejax.routing import registry
+from moejax.routing.base import RouterInputs, RouterStats, SlotPolicy, sum_groups
+from moejax.routing.quantile_balancing import QuantileBalancing, quantile_balance
 
 T, E, K = 400, 8, 2
-OPTIONS = RouterOptions(num_experts=E, num_selected=K)
+OPTIONS = SlotPolicy(num_experts=E, num_selected=K)
 
 
 def by_numpy(logits, valid, bias, k=K):
@@ -32,13 +32,17 @@ def spread_logits(seed: int, groups: int = 1) -> np.ndarray:
 
 def stats_of(logits, valid, bias, options=OPTIONS, **extra) -> RouterStats:
   """Of all groups together, as training has them."""
-  fn = ROUTERS["quantile_balancing"].fn
+  router = QuantileBalancing()
 
   def group(logits, valid):
     inputs = RouterInputs(
-      logits=logits, valid=valid, bias=bias, key=jax.random.key(0), **extra
+      logits=logits,
+      valid=valid,
+      params={"bias": bias},
+      key=jax.random.key(0),
+      **extra,
     )
-    return fn(inputs, options).stats
+    return router(inputs, options).stats
 
   return sum_groups(jax.vmap(group)(jnp.asarray(logits), jnp.asarray(valid)))
 
@@ -55,7 +59,7 @@ def test_the_bias_is_the_quantile_of_the_batch(groups):
   valid = np.broadcast_to(np.arange(T) < 360, (groups, T))
   before = np.linspace(0.2, -0.2, E).astype(np.float32)
   stats = stats_of(logits, valid, jnp.asarray(before))
-  got = bias_lib.quantile_balance(jnp.asarray(before), stats, OPTIONS)
+  got = quantile_balance(jnp.asarray(before), stats)
   flat = logits.reshape(-1, E)
   expected = by_numpy(flat, valid.reshape(-1), before)
   # Between the wanted and the next margin any number balances; bins are 4e-3 at most.
@@ -70,7 +74,7 @@ def test_two_iterations_balance_what_sign_steps_hardly_move():
   for _ in range(10):
     stats = stats_of(logits, valid, bias)
     loads.append(np.asarray(stats.chosen))
-    bias = bias_lib.quantile_balance(bias, stats, OPTIONS)
+    bias = quantile_balance(bias, stats)
   assert all(load.sum() == T * K for load in loads)
   assert loads[0].max() > 1.6 * T * K / E
   assert loads[-1].max() < 1.05 * T * K / E
@@ -86,7 +90,7 @@ def test_bins_are_fine_where_the_bias_is_large(noise, skew):
     centres = np.linspace(-skew, skew, E)
     logits = rng.normal(centres, noise, (1, T, E)).astype(np.float32)
     stats = stats_of(logits, np.ones((1, T), bool), jnp.asarray(bias, jnp.float32))
-    got = bias_lib.quantile_balance(jnp.asarray(bias, jnp.float32), stats, OPTIONS)
+    got = quantile_balance(jnp.asarray(bias, jnp.float32), stats)
     exact = by_numpy(logits[0], np.ones(T, bool), bias)
     error = np.abs(np.asarray(got) - exact)
     bias = exact
@@ -102,7 +106,7 @@ def test_where_all_present_experts_are_chosen_nothing_is_learned():
   bias = jnp.linspace(-0.2, 0.2, E)
   stats = stats_of(logits[None], np.ones((1, T), bool), bias, present=present)
   stats = dataclasses.replace(stats, present=present.astype(jnp.float32))
-  got = bias_lib.quantile_balance(bias, stats, OPTIONS)
+  got = quantile_balance(bias, stats)
   np.testing.assert_allclose(got, bias, atol=1e-5)
 
 
@@ -111,17 +115,19 @@ def test_k_of_all_experts_and_padding_alone_move_nothing():
   options = dataclasses.replace(OPTIONS, num_selected=E)
   logits, bias = spread_logits(2), jnp.linspace(-0.1, 0.1, E)
   stats = stats_of(logits, np.ones((1, T), bool), bias, options)
-  assert np.isfinite(bias_lib.quantile_balance(bias, stats, options)).all()
+  assert np.isfinite(quantile_balance(bias, stats)).all()
   stats = stats_of(logits, np.zeros((1, T), bool), bias)
-  np.testing.assert_array_equal(bias_lib.quantile_balance(bias, stats, OPTIONS), bias)
+  np.testing.assert_array_equal(quantile_balance(bias, stats), bias)
 
 
 def test_evaluation_counts_nothing():
   """The histogram is for the step alone: none without a key."""
   inputs = RouterInputs(
-    logits=jnp.asarray(spread_logits(3)[0]), valid=jnp.ones(T, bool), bias=jnp.zeros(E)
+    logits=jnp.asarray(spread_logits(3)[0]),
+    valid=jnp.ones(T, bool),
+    params={"bias": jnp.zeros(E)},
   )
-  assert ROUTERS["quantile_balancing"].fn(inputs, OPTIONS).stats.margins is None
+  assert not QuantileBalancing()(inputs, OPTIONS).stats.extra
 
 
 @pytest.mark.parametrize("name", ["sigmoid_bias", "quantile_bias", "quantile_balancing"])
@@ -129,22 +135,21 @@ def test_an_expert_that_was_out_says_nothing_about_balance(name):
   """Expert dropout: an absent expert keeps its place among the biases, and the others
   are balanced among themselves."""
   present = jnp.asarray([True] * 6 + [False] * 2)
-  fn, update = ROUTERS[name].fn, ROUTERS[name].update_bias
-  assert update is not None
-  options = dataclasses.replace(OPTIONS, bias_update_rate=0.01)
+  rate = {"bias_update_rate": 0.01} if name == "sigmoid_bias" else {}
+  router = registry.make(name, rate)
   logits = np.where(present, spread_logits(4)[0], -1e9).astype(np.float32)
   inputs = RouterInputs(
     logits=jnp.asarray(logits),
     valid=jnp.ones(T, bool),
-    bias=jnp.zeros(E),
+    params={"bias": jnp.zeros(E)},
     key=jax.random.key(0),
     present=present,
   )
   stats = dataclasses.replace(
-    fn(inputs, options).stats, present=present.astype(jnp.float32)
+    router(inputs, OPTIONS).stats, present=present.astype(jnp.float32)
   )
   assert not np.any(stats.chosen[6:])
-  moved = np.asarray(update(jnp.zeros(E), stats, options))
+  moved = np.asarray(router.update(inputs.params, stats)["bias"])
   # Mean zero is kept by taking the same from all, absent ones included.
   np.testing.assert_allclose(moved[6], moved[7], atol=1e-7)
   chosen = np.asarray(stats.chosen)[:6]

@@ -9,10 +9,13 @@ import pytest
 
 from moejax.config import ModelConfig, MoEConfig
 from moejax.models.decoder import Decoder
-from moejax.routing import token_choice
-from moejax.routing.base import RouterInputs, RouterOptions, Routing
+from moejax.routing import registry
+from moejax.routing.base import RouterInputs, Routing, SlotPolicy
+from moejax.routing.bias import SigmoidBias
+from moejax.routing.expert_groups import GroupedRouter
 from moejax.routing.losses import first_choices
-from moejax.routing.registry import ROUTERS, RouterSpec
+from moejax.routing.registry import ROUTERS
+from moejax.routing.token_choice import TopK
 from moejax.train import step as step_lib
 
 MODEL = ModelConfig(num_layers=2, width=8, num_heads=2, hidden=8)
@@ -51,13 +54,16 @@ def test_a_router_can_anneal_by_the_step(monkeypatch):
   and evaluation has none."""
   seen = []
 
-  def annealed(inputs: RouterInputs, options: RouterOptions) -> Routing:
-    seen.append(inputs.step is not None)
-    step = jnp.zeros((), jnp.int32) if inputs.step is None else inputs.step
-    hot = inputs.logits * (1.0 + step.astype(jnp.float32))
-    return token_choice.top_k(dataclasses.replace(inputs, logits=hot), options)
+  class Annealed(TopK):
+    name = "annealed"
 
-  monkeypatch.setitem(ROUTERS, "annealed", RouterSpec(fn=annealed, summary="anneals"))
+    def __call__(self, inputs: RouterInputs, policy: SlotPolicy) -> Routing:
+      seen.append(inputs.step is not None)
+      step = jnp.zeros((), jnp.int32) if inputs.step is None else inputs.step
+      hot = inputs.logits * (1.0 + step.astype(jnp.float32))
+      return super().__call__(dataclasses.replace(inputs, logits=hot), policy)
+
+  monkeypatch.setitem(ROUTERS, "annealed", Annealed)
   model, params = decoder(router="annealed")
   plain, _ = decoder()
   for accumulation in (1, 2):
@@ -103,27 +109,24 @@ def test_the_balance_loss_is_one_among_those_who_are_in(scope):
 def test_an_absent_expert_takes_nobody(name):
   """Under every router that allows expert dropout; with one group of two experts per
   token a group may have a single expert left, and the other choice is given up."""
-  spec = ROUTERS[name]
-  options = RouterOptions(
-    num_experts=8,
-    num_selected=spec.num_selected or 2,
-    num_expert_groups=4 if spec.groups else 1,
-  )
+  groups = issubclass(ROUTERS[name], GroupedRouter)
+  router = registry.make(name, {"num_expert_groups": 4} if groups else {})
+  policy = SlotPolicy(num_experts=8, num_selected=router.fixed_selected or 2)
   present = jnp.asarray([False, True, True, False, True, True, False, True])
   logits = np.random.default_rng(0).normal(size=(64, 8)).astype(np.float32)
   inputs = RouterInputs(
     logits=jnp.where(present, jnp.asarray(logits), -1e9),
     valid=jnp.ones(64, bool),
     key=jax.random.key(0),
-    bias=jnp.zeros(8),
-    noise_logits=jnp.zeros((64, 8)),
+    params={"bias": jnp.zeros(8)},
+    features={"noise_logits": jnp.zeros((64, 8))},
     present=present,
   )
-  routing = spec.fn(inputs, options)
+  routing = router(inputs, policy)
   np.testing.assert_array_equal(np.asarray(routing.load)[~np.asarray(present)], 0)
   np.testing.assert_array_equal(np.asarray(routing.stats.chosen)[~np.asarray(present)], 0)
   assert routing.load.sum() > 0
-  if spec.groups:
+  if groups:
     assert routing.load.sum() < 64 * 2
   assert int(routing.stats.dropped_tokens) == 0
 
@@ -131,13 +134,8 @@ def test_an_absent_expert_takes_nobody(name):
 def test_groups_that_lack_an_expert_are_chosen_by_those_they_have():
   """A group's score sums its two best (DeepSeek-V3), and half of each group is out: the
   better of the live experts decide, and no token is lost while an expert is free."""
-  options = RouterOptions(
-    num_experts=8,
-    num_selected=2,
-    num_expert_groups=4,
-    num_selected_groups=2,
-    group_best=2,
-  )
+  options = SlotPolicy(num_experts=8, num_selected=2)
+  router = SigmoidBias(num_expert_groups=4, num_selected_groups=2, group_best=2)
   logits = np.random.default_rng(1).normal(size=(64, 8)).astype(np.float32)
   for here in ([1, 3, 5, 7], [5, 7]):
     present = jnp.zeros(8, bool).at[jnp.asarray(here)].set(True)
@@ -145,10 +143,10 @@ def test_groups_that_lack_an_expert_are_chosen_by_those_they_have():
       logits=jnp.where(present, jnp.asarray(logits), -1e9),
       valid=jnp.ones(64, bool),
       key=jax.random.key(0),
-      bias=jnp.zeros(8),
+      params={"bias": jnp.zeros(8)},
       present=present,
     )
-    routing = ROUTERS["sigmoid_bias"].fn(inputs, options)
+    routing = router(inputs, options)
     best = np.argsort(-logits[:, here], axis=1)[:, :2]
     expected = np.bincount(np.asarray(here)[best].reshape(-1), minlength=8)
     np.testing.assert_array_equal(routing.load, expected)
@@ -181,8 +179,8 @@ def test_dense_has_room_for_every_token_at_every_expert():
 def test_first_choices_are_counted_before_overflow_moves_them():
   """Six tokens that all want expert 0, two slots: [6,0,0] asked, [2,2,2] served."""
   logits = jnp.tile(jnp.asarray([[3.0, 2.0, 1.0]]), (6, 1))
-  options = RouterOptions(num_experts=3, capacity=2, overflow="next_best")
+  options = SlotPolicy(num_experts=3, capacity=2, overflow="next_best")
   inputs = RouterInputs(logits=logits, valid=jnp.ones(6, bool))
-  routing = ROUTERS["switch"].fn(inputs, options)
+  routing = ROUTERS["switch"]()(inputs, options)
   np.testing.assert_array_equal(routing.load, [2, 2, 2])
   np.testing.assert_array_equal(first_choices(routing, inputs.valid), [6, 0, 0])

@@ -7,18 +7,25 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from moejax.routing.base import RouterInputs, RouterOptions
+from moejax.routing.base import RouterInputs, SlotPolicy
+from moejax.routing.expert_groups import GroupLimited
 from moejax.routing.hashing import hash_table
 from moejax.routing.registry import ROUTERS
+from moejax.routing.token_choice import Top2
 from tests import reference
-from tests.routing.common import route, skewed_logits, token_order
+from tests.routing.common import all_options, made, route, skewed_logits, token_order
 
 E = 5
 T = 13
 
 
-def options(**changes) -> RouterOptions:
-  return RouterOptions(num_experts=E, **changes)
+def options(**changes) -> SlotPolicy:
+  return SlotPolicy(num_experts=E, **changes)
+
+
+def own(**changes) -> dict:
+  """Options of which some are the router's own."""
+  return {"num_experts": E} | changes
 
 
 CASES = {
@@ -31,11 +38,9 @@ CASES = {
   "top2_gate": ("top2", options(num_selected=2, capacity=4, priority="gate")),
   "top2_random": (
     "top2",
-    options(
-      num_selected=2, capacity=4, renormalize="before_drop", second_policy="random"
-    ),
+    own(num_selected=2, capacity=4, renormalize="before_drop", second_policy="random"),
   ),
-  "top2_sample": ("top2", options(num_selected=2, capacity=4, second_policy="sample")),
+  "top2_sample": ("top2", own(num_selected=2, capacity=4, second_policy="sample")),
   "top_k": ("top_k", options(num_selected=3, capacity=5)),
   "top_k_before": ("top_k", options(num_selected=3, renormalize="before_drop")),
   "top_k_after": ("top_k", options(num_selected=3, capacity=5, renormalize="after_drop")),
@@ -86,7 +91,7 @@ CASES = {
   ),
   "sigmoid_bias_groups": (
     "sigmoid_bias",
-    RouterOptions(
+    own(
       num_experts=8,
       num_selected=3,
       capacity=6,
@@ -99,7 +104,7 @@ CASES = {
   ),
   "group_limited": (
     "group_limited",
-    RouterOptions(
+    own(
       num_experts=6,
       num_selected=2,
       capacity=4,
@@ -112,7 +117,7 @@ CASES = {
     "noisy_top_k",
     options(num_selected=2, capacity=4, renormalize="before_drop"),
   ),
-  "noisy_fixed": ("noisy_top_k", options(num_selected=2, capacity=4, noise="fixed")),
+  "noisy_fixed": ("noisy_top_k", own(num_selected=2, capacity=4, noise="fixed")),
   "hash": ("hash", options(num_selected=2, capacity=4)),
   "base": ("base", options(num_selected=1, capacity=2, overflow="next_best")),
   "base_top2": ("base", options(num_selected=2, capacity=5)),
@@ -143,8 +148,8 @@ NOISE = np.linspace(-1, 1, T * E).reshape(T, E).astype(np.float32)
 """noise_logits of the learned noise."""
 
 
-def extras(name: str, opts: RouterOptions) -> dict:
-  """What a router takes beside logits, for it and for the oracle."""
+def extras(name: str, opts) -> dict:
+  """What the oracle takes beside logits."""
   if name in ("sigmoid_bias", "quantile_bias"):
     return {"bias": np.linspace(-0.3, 0.3, opts.num_experts).astype(np.float32)}
   if name == "hash":
@@ -153,7 +158,7 @@ def extras(name: str, opts: RouterOptions) -> dict:
   return {}
 
 
-def draws(name: str, opts: RouterOptions, key: jax.Array) -> dict:
+def draws(name: str, opts, key: jax.Array) -> dict:
   """The random numbers that the router makes of its key, for the oracle."""
   slot_key = key
   given = {}
@@ -181,7 +186,12 @@ def draws(name: str, opts: RouterOptions, key: jax.Array) -> dict:
 )
 def test_equals_the_oracle(case: str, train: bool):
   """Experts, slots, drops, gates, order, stats and the gates' gradient, with padding."""
-  name, opts = CASES[case]
+  name, given = CASES[case]
+  if isinstance(given, SlotPolicy):
+    router, policy = ROUTERS[name](), given
+  else:
+    router, policy = made(name, **given)
+  opts = all_options(router, policy)
   key = jax.random.key(3) if train else None
   logits = skewed_logits(1, T, opts.num_experts)
   valid = np.arange(T) % 5 != 3
@@ -196,10 +206,17 @@ def test_equals_the_oracle(case: str, train: bool):
   @jax.jit
   def run(logits):
     arrays = {field: jnp.asarray(value) for field, value in more.items()}
-    if name == "noisy_top_k":
-      arrays["noise_logits"] = jnp.asarray(NOISE)
-    inputs = RouterInputs(logits=logits, valid=jnp.asarray(valid), key=key, **arrays)
-    routing = ROUTERS[name].fn(inputs, opts)
+    params = {name: arrays.pop(name) for name in ("bias",) if name in arrays}
+    features = {"noise_logits": jnp.asarray(NOISE)} if name == "noisy_top_k" else {}
+    inputs = RouterInputs(
+      logits=logits,
+      valid=jnp.asarray(valid),
+      key=key,
+      params=params,
+      features=features,
+      **arrays,
+    )
+    routing = router(inputs, policy)
     return jnp.sum(routing.gate * jnp.float32(cotangent.reshape(-1))), routing
 
   grad, got = jax.grad(run, has_aux=True)(jnp.asarray(logits))
@@ -241,8 +258,8 @@ def test_second_expert_is_kept_with_twice_its_normalised_gate():
   """GShard's random policy keeps the second with min(1, 2 g2), over 4,000 tokens."""
   num_tokens = 4000
   logits = np.tile(np.log(np.array([[0.8, 0.2, 0.0001]])), (num_tokens, 1))
-  opts = RouterOptions(num_experts=3, num_selected=2, second_policy="random")
-  got = route("top2", logits, opts, key=jax.random.key(0))
+  opts = SlotPolicy(num_experts=3, num_selected=2)
+  got = route(Top2(second_policy="random"), logits, opts, key=jax.random.key(0))
   kept = np.asarray(got.kept).reshape(num_tokens, 2)
   assert kept[:, 0].all()
   # Binomial(4000, 0.4): one standard deviation is 0.0077.
@@ -253,8 +270,8 @@ def test_sampled_second_follows_the_remaining_probabilities():
   """The second expert is drawn from probabilities with the first one left out."""
   num_tokens = 4000
   logits = np.tile(np.log(np.array([[0.5, 0.3, 0.2]])), (num_tokens, 1))
-  opts = RouterOptions(num_experts=3, num_selected=2, second_policy="sample")
-  got = route("top2", logits, opts, key=jax.random.key(1))
+  opts = SlotPolicy(num_experts=3, num_selected=2)
+  got = route(Top2(second_policy="sample"), logits, opts, key=jax.random.key(1))
   second = np.asarray(got.expert).reshape(num_tokens, 2)[:, 1]
   assert set(second) == {1, 2}
   assert abs((second == 1).mean() - 0.6) < 0.03
@@ -267,7 +284,7 @@ def test_switch_gate_reaches_the_router():
 
   def total(logits):
     inputs = RouterInputs(logits=logits, valid=jnp.ones(T, bool))
-    return jnp.sum(ROUTERS["switch"].fn(inputs, opts).gate)
+    return jnp.sum(ROUTERS["switch"]()(inputs, opts).gate)
 
   assert float(jnp.linalg.norm(jax.grad(total)(logits))) > 0.1
 
@@ -278,7 +295,7 @@ def test_groups_do_not_see_each_other():
   logits = np.stack([skewed_logits(s, T, E) for s in range(3)])
   valid = jnp.ones((3, T), bool)
   inputs = RouterInputs(logits=jnp.asarray(logits), valid=valid)
-  both = jax.jit(jax.vmap(lambda i: ROUTERS["top_k"].fn(i, opts)))(inputs)
+  both = jax.jit(jax.vmap(lambda i: ROUTERS["top_k"]()(i, opts)))(inputs)
   for g in range(3):
     one = route("top_k", logits[g], opts)
     for field in ("expert", "slot", "gate", "kept", "order", "load"):
@@ -312,7 +329,7 @@ EIGHT_TOKENS = np.array(
 
 def test_the_hand_worked_table_of_switch():
   """C = ceil(1.0 * 1 * 8 / 4) = 2: tokens 2 and 4 come too late for expert 0."""
-  opts = RouterOptions(num_experts=4, capacity=2)
+  opts = SlotPolicy(num_experts=4, capacity=2)
   got = route("switch", np.log(EIGHT_TOKENS), opts)
   assert got.expert.tolist() == [0, 0, 0, 1, 0, 2, 1, 3]
   assert got.slot.tolist() == [0, 1, 2, 0, 2, 0, 1, 0]
@@ -321,9 +338,7 @@ def test_the_hand_worked_table_of_switch():
 
 def test_the_hand_worked_table_of_top2():
   """C = ceil(1.0 * 2 * 8 / 4) = 4: the second choices get what the first ones left."""
-  opts = RouterOptions(
-    num_experts=4, num_selected=2, capacity=4, renormalize="before_drop"
-  )
+  opts = SlotPolicy(num_experts=4, num_selected=2, capacity=4, renormalize="before_drop")
   got = route("top2", np.log(EIGHT_TOKENS), opts)
   second = np.asarray(got.expert).reshape(8, 2)[:, 1]
   assert second.tolist() == [1, 1, 1, 2, 1, 1, 0, 2]
@@ -339,16 +354,15 @@ def test_the_hand_worked_table_of_top2():
 def test_a_group_is_worth_its_best_expert_and_not_its_sum():
   """DeepSeek-V2: group {0, 1} has .4 + .05, group {2, 3} has .3 + .25; the first wins."""
   logits = np.log(np.array([[0.4, 0.05, 0.3, 0.25]], np.float32))
-  opts = RouterOptions(
-    num_experts=4, num_selected=2, num_expert_groups=2, num_selected_groups=1
-  )
-  assert route("group_limited", logits, opts).expert.tolist() == [0, 1]
-  both = dataclasses.replace(opts, group_best=2)
-  assert route("group_limited", logits, both).expert.tolist() == [2, 3]
+  opts = SlotPolicy(num_experts=4, num_selected=2)
+  router = GroupLimited(num_expert_groups=2, num_selected_groups=1)
+  assert route(router, logits, opts).expert.tolist() == [0, 1]
+  both = dataclasses.replace(router, group_best=2)
+  assert route(both, logits, opts).expert.tolist() == [2, 3]
 
 
 def test_switch_keeps_its_probability_whatever_renormalize_says():
   """A gate scaled to 1 would carry no gradient to the router."""
-  opts = RouterOptions(num_experts=4, renormalize="before_drop")
+  opts = SlotPolicy(num_experts=4, renormalize="before_drop")
   got = route("switch", np.log(EIGHT_TOKENS), opts)
   np.testing.assert_allclose(got.gate, EIGHT_TOKENS.max(axis=1), rtol=1e-6)

@@ -280,7 +280,7 @@ def test_an_older_schema_stays_readable(tmp_path):
   from moejax.train.checkpoint_read import pack_meta
 
   meta = json.loads(path.read_text())["meta"]
-  del meta["config"]["moe"]["second_policy"]
+  del meta["config"]["moe"]["slot_numbering"]
   path.write_text(pack_meta(meta))
   assert restore_params(tmp_path)[1] == Config()
   path.write_text(pack_meta(meta | {"format": 99}))

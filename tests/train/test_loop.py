@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from moejax import data
+from moejax import cli, data
 from moejax.config import Config
 from moejax.evaluate import report, results
 from moejax.parallel.mesh import make_mesh
@@ -259,9 +259,11 @@ def test_sigterm_saves_the_same_command_goes_on_and_a_third_call_says_done(
   }
   command = [sys.executable, "-m", "experiments.train", f"--workdir={tmp_path}"]
   for section in ("data", "model", "moe", "train"):
-    part = getattr(config, section)
+    part, default = getattr(config, section), getattr(cli.load_config("default"), section)
     for name in part.__dataclass_fields__:
-      command.append(f"--config.{section}.{name}={getattr(part, name)}".lower())
+      value = getattr(part, name)
+      if value != getattr(default, name):
+        command.append(f"--config.{section}.{name}={value}".lower())
   # A path is not to be lowered, and the run is long enough to be interrupted.
   command += [f"--config.data.path={config.data.path}"]
   command += [f"--config.data.cache_dir={config.data.cache_dir}"]

@@ -18,8 +18,8 @@ from tests.train.conftest import make_batch, make_setup, tiny_config
 def biased(compilation_cache):
   """One MoE layer of four experts, two chosen, dropless."""
   config = tiny_config()
-  config.moe.router, config.moe.num_selected = "sigmoid_bias", 2
-  config.moe.capacity_factor, config.moe.bias_update_rate = None, 0.5
+  config.moe.use_router("sigmoid_bias", bias_update_rate=0.5)
+  config.moe.capacity_factor, config.moe.num_selected = None, 2
   return make_setup(config)
 
 
@@ -78,7 +78,7 @@ def test_every_layer_gets_its_own_loads():
     router="sigmoid_bias",
     every=2,
     offset=0,
-    bias_update_rate=1.0,
+    options={"sigmoid_bias": {"bias_update_rate": 1.0}},
   )
   model = Decoder(
     ModelConfig(num_layers=7, width=8, num_heads=2, hidden=8), moe, vocab_size=16
@@ -98,7 +98,7 @@ def test_every_layer_gets_its_own_loads():
     entropy=once,
     dropped_tokens=once,
   )
-  moved = model.update_router_bias(params, stats)
+  moved = model.update_routers(params, stats)
   unit = moved["unit"]["0"]["moe"]["router"]["bias"]
   suffix = moved["suffix"]["0"]["moe"]["router"]["bias"]
   np.testing.assert_array_equal(

@@ -29,7 +29,7 @@ def config_of(router: str):
   config.model.num_layers = config.moe.every = 1
   config.model.width = config.model.hidden = config.moe.hidden = 16
   config.moe.router = router
-  config.moe.num_selected = ROUTERS[router].num_selected or 1
+  config.moe.num_selected = ROUTERS[router].fixed_selected or 1
   config.moe.dispatcher = "auto"
   config.moe.capacity_factor = config.moe.eval_capacity_factor = 2.0
   config.moe.group_size = 16

@@ -181,7 +181,7 @@ def test_an_older_config_resumes(tmp_path):
   """A config.json that lacks a field since added means that field's default."""
   begin(tmp_path)
   stored = json.loads((tmp_path / "config.json").read_text())
-  del stored["moe"]["second_policy"]
+  del stored["moe"]["slot_numbering"]
   (tmp_path / "config.json").write_text(json.dumps(stored))
   assert isinstance(workdir.prepare(tmp_path, Config(), "corpus-a"), workdir.Resume)
 

@@ -1,0 +1,133 @@
+"""Choice within groups of experts: a token's experts stand on few devices.
+
+Letters: T tokens of one group of tokens, E experts, K choices per token.
+Sources: DeepSeek-V2, arXiv:2405.04434, section 2.1.2 and equations 24 to 27.
+"""
+
+import dataclasses
+
+from jaxtyping import Array, Bool, Float, Int
+
+from moejax.errors import ConfigError
+from moejax.options import count, option, weight
+from moejax.routing.base import RouterInputs, Routing, SlotPolicy
+from moejax.routing.capacity import assign
+from moejax.routing.losses import communication_loss, device_loss
+from moejax.routing.router import Router
+from moejax.routing.scores import choose, limit_to_groups, pick, present, softmax
+
+_MOST = 2**16
+_MANY = "every token is scored against all of them"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class GroupedRouter(Router):
+  """A router whose tokens choose within their best groups of experts."""
+
+  num_expert_groups: int = option(
+    1,
+    "experts stand in so many equal groups; 1 is no limit",
+    count(1, _MOST, _MANY, "at most num_experts"),
+  )
+  num_selected_groups: int = option(
+    1,
+    "a token chooses within so many best groups",
+    count(1, _MOST, _MANY, "at most num_expert_groups"),
+  )
+  group_best: int = option(
+    1,
+    "a group's score sums so many of its best experts: 1 DeepSeek-V2, 2 DeepSeek-V3",
+    count(1, _MOST, _MANY, "at most the experts of a group"),
+  )
+
+  def limited(self, scores: Float[Array, "T E"]) -> Float[Array, "T E"]:
+    """-inf outside each token's best groups."""
+    return limit_to_groups(
+      scores, self.num_expert_groups, self.num_selected_groups, self.group_best
+    )
+
+  def check(self, policy: SlotPolicy) -> None:
+    super().check(policy)
+    groups, selected = self.num_expert_groups, self.num_selected_groups
+    if groups == 1:
+      return
+    experts, k, flag = (
+      policy.num_experts,
+      policy.num_selected,
+      f"--config.moe.{self.name}.",
+    )
+    if experts % groups:
+      raise ConfigError(
+        f"{flag}num_expert_groups={groups} does not divide the {experts} experts. Choose "
+        "a divisor."
+      )
+    if not 0 < selected <= groups:
+      raise ConfigError(
+        f"{flag}num_selected_groups={selected} is not in 1..{groups}, the number of "
+        "groups."
+      )
+    if k > selected * experts // groups:
+      raise ConfigError(
+        f"--config.moe.num_selected={k} is more than the {selected * experts // groups} "
+        f"experts of {selected} groups of {experts // groups}. Raise "
+        f"{flag}num_selected_groups."
+      )
+    if self.group_best > experts // groups:
+      raise ConfigError(
+        f"{flag}group_best={self.group_best} is more than the {experts // groups} "
+        "experts of a group."
+      )
+
+
+def present_choices(
+  inputs: RouterInputs, expert: Int[Array, "T K"]
+) -> Bool[Array, "T K"] | None:
+  """Which choices are of experts that take part; None where all do.
+
+  At least K experts always do, but a token's best groups may hold fewer.
+  """
+  return None if inputs.present is None else inputs.present[expert]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class GroupLimited(GroupedRouter):
+  """Top-k within each token's best groups of experts (DeepSeek-V2).
+
+  Gates are the softmax over ALL experts, times `policy.gate_scale`. Its losses are the
+  device-level and communication balance losses over the groups.
+  """
+
+  name = "group_limited"
+  summary = "top-k within a token's best groups of experts (DeepSeek-V2)"
+
+  device_weight: float = option(0.05, "of the balance between groups", weight())
+  communication_weight: float = option(
+    0.02, "of the balance of what groups receive", weight()
+  )
+
+  def __call__(self, inputs: RouterInputs, policy: SlotPolicy) -> Routing:
+    probs = softmax(inputs.logits)
+    scores = self.limited(present(inputs.logits, probs))
+    expert = choose(scores, policy.num_selected)
+    routing = assign(
+      expert,
+      pick(probs, expert),
+      inputs.valid,
+      probs,
+      policy,
+      inputs.key,
+      wanted=present_choices(inputs, expert),
+      scores=scores,
+    )
+    chosen, groups = routing.stats.chosen, self.num_expert_groups
+    terms = {
+      "device_loss": device_loss(probs, chosen, inputs.valid, groups),
+      "communication_loss": communication_loss(probs, expert, inputs.valid, groups),
+    }
+    return dataclasses.replace(routing, losses=terms)
+
+  def loss_weights(self) -> dict[str, float]:
+    return {
+      "device_loss": self.device_weight,
+      "communication_loss": self.communication_weight,
+    }
