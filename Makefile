@@ -17,11 +17,12 @@ ARGS ?=
 JOBS ?= 2
 # What a change of Python or jax breaks first: numerics, layers, the step, checkpoints,
 # command lines. CI runs it under the Pythons that do not get the whole suite.
-CORE := tests/routing tests/kernels tests/dispatch tests/layers tests/models \
-  tests/parallel tests/multi_device/test_expert_parallel.py tests/data/test_local.py \
+CORE := tests/routing tests/experts tests/dispatch tests/layers tests/models \
+  tests/sharding tests/hlo tests/launch tests/multi_device/test_expert_parallel.py \
+  tests/data/sources/test_local.py \
   tests/data/test_batches.py tests/train/test_step.py tests/train/test_loop.py \
-  tests/train/test_optimizer.py tests/train/test_checkpoint.py tests/evaluate \
-  tests/test_cli.py tests/test_config_check.py tests/test_config_io.py \
+  tests/train/test_optimizer.py tests/checkpoint/test_manager.py tests/evaluate \
+  tests/cli/test_flags.py tests/config/test_check.py tests/config/test_text.py \
   tests/test_packaging.py
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 

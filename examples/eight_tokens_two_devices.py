@@ -28,14 +28,14 @@ from flax import nnx
 from jax.sharding import PartitionSpec
 
 from moejax.config import MeshConfig, ModelConfig, MoEConfig
-from moejax.dispatch.base import ExpertWeights, apply_experts
 from moejax.dispatch.gather import slot_moves
-from moejax.kernels import permute
+from moejax.experts import permute
+from moejax.experts.weights import ExpertWeights, apply_experts
 from moejax.layers.moe import MoE
-from moejax.parallel.mesh import TOKEN_AXES, make_mesh
 from moejax.routing.base import RouterInputs, Routing, SlotPolicy
 from moejax.routing.capacity import capacity_of
 from moejax.routing.registry import ROUTERS
+from moejax.sharding.mesh import TOKEN_AXES, make_mesh
 
 jax.config.update("jax_platforms", "cpu")
 jax.config.update("jax_num_cpu_devices", 2)

@@ -5,7 +5,7 @@ from typing import Any
 
 from absl import flags
 
-from moejax import cli
+from moejax.cli import flags as cli
 
 
 def train_command(workdir: Any, *settings: str) -> list[str]:

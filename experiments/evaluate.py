@@ -27,8 +27,9 @@ from typing import Any
 
 from absl import flags
 
-from moejax import cli, compilation_cache
+from moejax.cli import flags as cli
 from moejax.errors import UserError
+from moejax.run import compilation_cache
 
 _TRAINING_ONLY = (
   "optimizer.*",
@@ -73,7 +74,7 @@ _OUTPUT = flags.DEFINE_string(
 def main() -> None:
   # jax is imported after the flags are known to be right.
   from moejax.evaluate import perplexity
-  from moejax.parallel import distributed
+  from moejax.launch import distributed
 
   _refuse_unread(cli.overrides())
   workdir = cli.run_directory()
@@ -105,13 +106,14 @@ def evaluate(
   """Restores, evaluates and reports; called in every process of a job."""
   import jax
 
-  from moejax import data, owner
+  from moejax import data
+  from moejax.checkpoint.manager import peek, restore_params
   from moejax.evaluate import groups, perplexity
-  from moejax.parallel import host_memory
-  from moejax.parallel.mesh import make_mesh
-  from moejax.train import workdir as workdir_lib
-  from moejax.train.checkpoint import peek, restore_params
-  from moejax.train.state import param_shardings
+  from moejax.launch import host_memory
+  from moejax.models.placement import param_shardings
+  from moejax.run import owner
+  from moejax.run import workdir as workdir_lib
+  from moejax.sharding.mesh import make_mesh
 
   host_memory.keep_freed_pages()
   tells = jax.process_index() == 0
@@ -215,7 +217,7 @@ def _batch_size(config: Any, mesh: Any, factors: Any, tells: bool) -> int:
 @contextlib.contextmanager
 def _watched(what: dict[str, Any], tells: bool) -> Iterator[Callable[[int], None]]:
   """A progress bar of the tokens evaluated so far, on stderr, apart from the tables."""
-  from moejax.train.progress import make_reporter, watched
+  from moejax.run.progress import make_reporter, watched
 
   dataset, split = what["dataset"], what["split"]
   length = dataset.config.sequence_length
@@ -237,7 +239,8 @@ def _tell(
   own_factor: float | str,
 ) -> None:
   """Prints the tables, writes the file and notes a contradiction to the run's own."""
-  from moejax.evaluate import results, tables
+  from moejax.evaluate import tables
+  from moejax.run import results
 
   console = tables.make_console()
   tables.print_evaluation(console, evaluation)
@@ -259,7 +262,8 @@ def _analyse_routing(
   changes: list[tuple[str, Any, Any]],
   tells: bool,
 ) -> None:
-  from moejax.evaluate import results, routing_analysis
+  from moejax.analysis import routing as routing_analysis
+  from moejax.run import results
 
   analysis = routing_analysis.analyse(**what)
   if not tells:

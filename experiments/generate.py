@@ -15,8 +15,9 @@ from typing import Any
 
 from absl import flags
 
-from moejax import cli, compilation_cache
+from moejax.cli import flags as cli
 from moejax.errors import UserError
+from moejax.run import compilation_cache
 
 _PROMPT = flags.DEFINE_multi_string("prompt", None, "Text to continue; repeatable.")
 _PROMPT_FILE = flags.DEFINE_string("prompt_file", None, "Read the prompt from a file.")
@@ -46,11 +47,11 @@ _NUM_SAMPLES = flags.DEFINE_integer(
 def main() -> None:
   workdir, prompts = cli.run_directory(), _prompts()
   # jax is imported after the flags are known to be right.
+  from moejax.checkpoint.manager import peek, restore_params
   from moejax.data.tokenizer import load_tokenizer
   from moejax.evaluate import generation
+  from moejax.launch import distributed, host_memory
   from moejax.models.decoder import Decoder
-  from moejax.parallel import distributed, host_memory
-  from moejax.train.checkpoint import peek, restore_params
 
   place = distributed.find_place()
   if place is not None and place.count > 1:

@@ -17,10 +17,12 @@ import sys
 
 from absl import flags
 
-from moejax import cli, compilation_cache, startup
+from moejax.cli import flags as cli
+from moejax.cli import startup
 from moejax.config import Config
 from moejax.errors import UserError
-from moejax.parallel import meeting
+from moejax.launch import meeting
+from moejax.run import compilation_cache
 
 _SHOWN = 5
 """Overrides that the first line names."""
@@ -75,8 +77,8 @@ def main() -> int:
 
   # ------------------------------------------------------------------------ devices
   # After the configuration: a mistake there should not cost the import of jax.
-  from moejax.parallel import distributed
-  from moejax.train import provenance
+  from moejax.launch import distributed
+  from moejax.run import provenance
 
   place = (_ADDRESS.value, _COUNT.value, _INDEX.value)
   facts = provenance.facts(config)
@@ -99,7 +101,7 @@ def _announce() -> None:
 def train(config: Config, workdir: pathlib.Path) -> int:
   import jax
 
-  from moejax.parallel import hang, host_memory
+  from moejax.launch import hang, host_memory
 
   host_memory.keep_freed_pages()
   compilation_cache.enable(config.data.cache_dir)
@@ -117,6 +119,7 @@ def train(config: Config, workdir: pathlib.Path) -> int:
         workdir,
         init_from=_INIT_FROM.value,
         ignore_memory=_IGNORE_MEMORY.value,
+        config_flags=cli.config_flags(),
       )
   except step_log.TrainingStopped as error:
     print(f"error: {error}", file=sys.stderr)

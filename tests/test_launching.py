@@ -7,8 +7,10 @@ import subprocess
 import pytest
 import yaml
 
-from moejax import cli, config_devices, config_io
-from moejax.config_check import validate
+from moejax.cli import flags as cli
+from moejax.config import devices as config_devices
+from moejax.config import text as config_text
+from moejax.config.check import validate
 
 DOCS = pathlib.Path(__file__).parents[1] / "docs"
 PROGRAM_FLAGS = {
@@ -27,7 +29,7 @@ def config_of(words: list[str]):
     name, _, value = word.removeprefix("--").partition("=")
     if name.startswith("config."):
       dotted = name.removeprefix("config.")
-      config_io.set_field(config, dotted, config_io.parse_value(dotted, value))
+      config_text.set_field(config, dotted, config_text.parse_value(dotted, value))
     else:
       assert name in PROGRAM_FLAGS, word
   validate(config)

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from absl import flags
 
-from moejax import cli
+from moejax.cli import flags as cli
 from moejax.errors import UserError
 
 _SECONDS = flags.DEFINE_float(

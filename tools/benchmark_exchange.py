@@ -16,7 +16,7 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
-from moejax import cli
+from moejax.cli import flags as cli
 from tools import timing
 from tools.benchmark_layer import FACTOR, SHAPES
 
@@ -48,7 +48,7 @@ def make_layer(shape: Any, capacity_factor: float | None, exchange: str) -> Call
   import jax.numpy as jnp
 
   from moejax.dispatch.registry import resolve
-  from moejax.parallel import expert_parallel
+  from moejax.exchange import expert_parallel
   from moejax.routing.base import RouterInputs, SlotPolicy
   from moejax.routing.capacity import capacity_of
   from moejax.routing.registry import ROUTERS
@@ -90,9 +90,9 @@ def compile_on(shape: Any, variant: tuple[str, float | None], devices: int) -> C
   from jax.sharding import NamedSharding, PartitionSpec
 
   from moejax.config import MeshConfig
-  from moejax.dispatch.base import ExpertWeights
-  from moejax.parallel import rules
-  from moejax.parallel.mesh import make_mesh
+  from moejax.experts.weights import ExpertWeights
+  from moejax.sharding import rules
+  from moejax.sharding.mesh import make_mesh
 
   exchange, factor = variant
   mesh = make_mesh(MeshConfig(data=1, expert=devices), jax.devices()[:devices])

@@ -16,7 +16,7 @@ import json
 import sys
 from typing import Any
 
-from moejax import cli
+from moejax.cli import flags as cli
 from tools import timing
 
 

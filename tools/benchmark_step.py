@@ -16,7 +16,7 @@ import sys
 import time
 from typing import Any
 
-from moejax import cli
+from moejax.cli import flags as cli
 from tools import timing
 
 
@@ -50,7 +50,7 @@ class Stepper:
     import numpy as np
 
     from moejax.models.decoder import Decoder
-    from moejax.parallel.mesh import make_mesh
+    from moejax.sharding.mesh import make_mesh
     from moejax.train.optimizer import make_optimizer
     from moejax.train.state import make_init
     from moejax.train.step import make_train_step

@@ -27,7 +27,8 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from moejax import cli, files
+from moejax import files
+from moejax.cli import flags as cli
 from tools import timing
 from tools.device_runner import FAILED, INTERRUPTED, NOT_RUN, OK, Row, run_all
 

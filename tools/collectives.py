@@ -14,7 +14,7 @@ import json
 from absl import flags
 from rich.console import Console
 
-from moejax import cli
+from moejax.cli import flags as cli
 from moejax.config import Config
 from tools.collective_table import make_table
 
@@ -47,7 +47,7 @@ def main() -> int:
   config = cli.get_config()
   text, sizes = compile_step(config, _DEVICES.value)
 
-  from moejax.parallel import traffic
+  from moejax.hlo import traffic
 
   rows = traffic.rows_of(config, text, sizes, platform="cpu")
   if _JSON.value:

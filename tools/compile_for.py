@@ -19,7 +19,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from moejax import cli
+from moejax.cli import flags as cli
 from moejax.plan import topology as topology_lib
 from tools.collective_table import make_table
 

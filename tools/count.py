@@ -3,7 +3,7 @@
   python -m tools.count --config=configs/default.py [--config.moe.num_experts=16] [--json]
 
 Opens no data and builds no model. FLOPs are of training (3 times the forward pass);
-the conventions are those of moejax/plan/flops.py. The dense twin is what
+the conventions are those of moejax/cost/flops.py. The dense twin is what
 `--config.moe.dense_twin` builds: every MoE layer a dense one of hidden width
 K*F + shared, so its feed-forward costs the same per token. The router comes on top
 in the MoE and is the whole difference.
@@ -17,10 +17,10 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from moejax import cli
+from moejax.cli import flags as cli
 from moejax.config import Config
-from moejax.plan import flops as plan_flops
-from moejax.plan import parameters as plan_parameters
+from moejax.cost import flops as plan_flops
+from moejax.cost import parameters as plan_parameters
 
 _JSON = flags.DEFINE_bool("json", False, "Print one JSON object instead of a table.")
 _CAUSAL = flags.DEFINE_bool(

@@ -15,16 +15,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from moejax.dispatch.base import ExpertWeights, activate
 from moejax.dispatch.einsum import einsum
 from moejax.dispatch.gather import gather
 from moejax.dispatch.grouped import LOOP, grouped
-from moejax.kernels import grouped_matmul as kernels
-from moejax.kernels.attention import tpu_attention
-from moejax.kernels.stack_gradient import stack_gradient
+from moejax.experts import grouped_matmul as kernels
+from moejax.experts.stack_gradient import stack_gradient
+from moejax.experts.weights import ExpertWeights, activate
+from moejax.launch import host_memory
 from moejax.layers.attention import attention_mask
-from moejax.parallel import host_memory
-from moejax.parallel.platform import target_is_nvidia
+from moejax.layers.tpu_attention import tpu_attention
+from moejax.platform import target_is_nvidia
 from moejax.routing.base import RouterInputs, Routing, SlotPolicy
 from moejax.routing.capacity import capacity_of
 from moejax.routing.registry import ROUTERS

@@ -27,7 +27,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from moejax.parallel.mesh import AXES
+from moejax.config.mesh import AXES
 from tools.device_runner import Mismatch, Outcome
 
 TOLERANCE = {"float32": 1e-4, "bfloat16": 3e-2}

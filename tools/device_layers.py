@@ -25,9 +25,9 @@ from moejax.layers.moe import MoE
 from moejax.layers.router import RouterLayer
 from moejax.models.decoder import Decoder
 from moejax.models.stack import Shell
-from moejax.parallel import rules
-from moejax.parallel.mesh import make_mesh
 from moejax.routing.registry import ROUTERS
+from moejax.sharding import rules
+from moejax.sharding.mesh import make_mesh
 from moejax.train import state as state_lib
 from moejax.train import step as step_lib
 from moejax.train.optimizer import make_optimizer

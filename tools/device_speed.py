@@ -19,10 +19,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from moejax.dispatch.base import ExpertWeights
 from moejax.dispatch.grouped import run_rows
-from moejax.kernels import permute
-from moejax.kernels.grouped_matmul import apply_ragged_experts
+from moejax.experts import permute
+from moejax.experts.grouped_matmul import apply_ragged_experts
+from moejax.experts.weights import ExpertWeights
 from tools import layer_variants, timing
 from tools.benchmark_layer import FACTOR, Shape
 from tools.device_checks import Options, platform

@@ -16,7 +16,7 @@ from typing import Any
 
 from absl import flags
 
-from moejax import cli
+from moejax.cli import flags as cli
 from moejax.config import Config, MeshConfig
 from tools.sharding_record import Box, Held, Recording, place_of, record
 
@@ -283,7 +283,7 @@ def main() -> int:
 
   import jax
 
-  from moejax.parallel.mesh import AXES
+  from moejax.config.mesh import AXES
 
   sizes = [getattr(config.mesh, axis) for axis in AXES]
   number = math.prod(s for s in sizes if s != -1)

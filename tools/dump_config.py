@@ -12,8 +12,9 @@ import pathlib
 
 from absl import flags
 
-from moejax import cli, config_io
-from moejax.config_list import shipped_configs
+from moejax.cli import flags as cli
+from moejax.cli.listing import shipped_configs
+from moejax.config import text as config_text
 
 GOLDENS = pathlib.Path(__file__).resolve().parent.parent / "tests" / "golden" / "configs"
 
@@ -27,7 +28,7 @@ def define_flags() -> None:
 def goldens() -> dict[pathlib.Path, str]:
   """The dump of every shipped config, by the file it belongs in."""
   return {
-    (GOLDENS / name).with_suffix(".txt"): config_io.dump(cli.load_config(str(path)))
+    (GOLDENS / name).with_suffix(".txt"): config_text.dump(cli.load_config(str(path)))
     for name, path in shipped_configs().items()
   }
 
@@ -49,9 +50,9 @@ def main() -> None:
     return
   config = cli.get_config()
   if flags.FLAGS["json"].value:
-    print(json.dumps(config_io.to_dict(config), indent=2))
+    print(json.dumps(config_text.to_dict(config), indent=2))
   else:
-    print(config_io.dump(config), end="")
+    print(config_text.dump(config), end="")
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ import json
 
 from absl import flags
 
-from moejax import cli
+from moejax.cli import flags as cli
 
 
 def define_flags() -> None:
@@ -27,7 +27,7 @@ def define_flags() -> None:
 def main() -> int:
   values = flags.FLAGS.flag_values_dict()
   cli.run_directory()
-  from moejax.train.checkpoint_inspect import inspect, render
+  from moejax.checkpoint.inspect import inspect, render
 
   report = inspect(values["workdir"], values["step"])
   print(json.dumps(report, sort_keys=True) if values["json"] else render(report))

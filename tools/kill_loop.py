@@ -28,7 +28,7 @@ from pathlib import Path
 
 from absl import flags
 
-from moejax import cli
+from moejax.cli import flags as cli
 from moejax.errors import UserError
 
 SMALL = {
@@ -170,7 +170,7 @@ def losses(workdir: Path) -> dict[int, float]:
 
 def compare(calm: Path, disturbed: Path) -> list[str]:
   """What differs between two finished runs; empty if they are the same, bit for bit."""
-  from moejax.train.checkpoint_inspect import inspect
+  from moejax.checkpoint.inspect import inspect
 
   a, b = inspect(calm), inspect(disturbed)
   print(f"undisturbed  step {a['step']}  sha256 {a['sha256']}")

@@ -21,8 +21,8 @@ import sys
 import tempfile
 import time
 
-from moejax import cli
-from moejax.parallel import secret
+from moejax.cli import flags as cli
+from moejax.launch import secret
 
 GRACE_SECONDS = 60.0
 """How long the others may take to notice that one is gone."""
@@ -54,7 +54,7 @@ def free_port() -> int:
 def environment(
   index: int, count: int, devices: int, port: int, shared: str = ""
 ) -> dict[str, str]:
-  """What tells a process who it is; see moejax/parallel/distributed.py.
+  """What tells a process who it is; see moejax/launch/distributed.py.
 
   Args:
     index: of the process.

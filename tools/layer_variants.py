@@ -8,8 +8,8 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from moejax.dispatch.base import ExpertWeights, activate
 from moejax.dispatch.registry import resolve
+from moejax.experts.weights import ExpertWeights, activate
 from moejax.routing.base import RouterInputs, SlotPolicy
 from moejax.routing.capacity import capacity_of
 from moejax.routing.registry import ROUTERS

@@ -17,7 +17,7 @@ import subprocess
 import sys
 import tempfile
 
-from moejax import cli
+from moejax.cli import flags as cli
 from tools import timing
 from tools.mutants import MUTANTS, Mutant
 

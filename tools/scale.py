@@ -24,7 +24,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from moejax import cli
+from moejax.cli import flags as cli
 
 _MOST_DEVICES = 4096
 
@@ -72,7 +72,8 @@ def bytes_by_formula(devices: int) -> int:
 def measure(devices: int) -> dict[str, Any]:
   """Compiles the step for so many devices, and counts. In a process of its own."""
   # Before the clock starts.
-  from moejax.parallel import hlo, traffic
+  from moejax.hlo import parse as hlo
+  from moejax.hlo import traffic
   from moejax.train import step  # noqa: F401
   from tools.collectives import compile_step
 

@@ -22,10 +22,11 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from moejax.config import MeshConfig, ModelConfig, MoEConfig
+from moejax.config.mesh import AXES
 from moejax.layers.moe import MoE
 from moejax.models.stack import Shell
-from moejax.parallel import rules
-from moejax.parallel.mesh import AXES, make_mesh, num_token_shards
+from moejax.sharding import rules
+from moejax.sharding.mesh import make_mesh, num_token_shards
 
 Box = tuple[tuple[int, int], ...]
 """First and last + 1 along each dimension."""

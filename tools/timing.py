@@ -20,7 +20,7 @@ def prepare(cores: int) -> int:
   Returns:
     How many cores it may use now.
   """
-  from moejax.parallel import host_memory
+  from moejax.launch import host_memory
 
   available = pin(cores)
   host_memory.keep_freed_pages()

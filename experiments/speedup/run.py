@@ -21,7 +21,7 @@ from typing import Any
 from absl import flags
 
 from experiments.child import train_command
-from moejax import cli
+from moejax.cli import flags as cli
 from moejax.errors import UserError
 
 _HERE = pathlib.Path(__file__).parent

@@ -12,7 +12,7 @@ from jaxtyping import Int
 from moejax.config import DataConfig
 from moejax.data import cache, pipeline, tokenizer, tokens
 from moejax.data.packing import Batch
-from moejax.data.sources import make_source
+from moejax.data.sources.registry import make_source
 from moejax.data.tokenizer import BPETokenizer, ByteTokenizer, Tokenizer
 from moejax.data.types import SPLITS, Document, Skipped, Source
 from moejax.errors import ConfigError, UserError, did_you_mean

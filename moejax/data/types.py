@@ -45,3 +45,9 @@ class Source(Protocol):
   def num_duplicates(self) -> int:
     """Documents left out because an equal one is in."""
     ...
+
+
+LOCAL = {
+  "python_stdlib": "the running interpreter's standard library; embedded, no download",
+  "text": "your own text: --config.data.path=DIR or FILE (.jsonl too; .gz .xz .zst)",
+}

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from moejax.dispatch.base import ExpertWeights, apply_experts
+from moejax.experts.weights import ExpertWeights, apply_experts
 from moejax.routing.base import Routing
 
 

@@ -12,8 +12,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from moejax.dispatch.base import ExpertWeights, apply_experts
-from moejax.kernels import permute
+from moejax.experts import permute
+from moejax.experts.weights import ExpertWeights, apply_experts
 from moejax.routing.base import Routing
 
 

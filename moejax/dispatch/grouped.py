@@ -11,12 +11,12 @@ measurements in docs/speed.md.
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from moejax.dispatch.base import ExpertWeights
-from moejax.kernels import permute
-from moejax.kernels.expert_loop import Sorted, expert_loop
-from moejax.kernels.grouped_matmul import apply_ragged_experts
-from moejax.kernels.plan import make_plan, sizes_for
-from moejax.parallel.platform import target_platform
+from moejax.experts import permute
+from moejax.experts.blocks import make_plan, sizes_for
+from moejax.experts.expert_loop import Sorted, expert_loop
+from moejax.experts.grouped_matmul import apply_ragged_experts
+from moejax.experts.weights import ExpertWeights
+from moejax.platform import target_platform
 from moejax.routing.base import Routing
 
 LOOP = "loop"

@@ -23,7 +23,7 @@ from jax.sharding import Mesh
 from moejax.config import Config
 from moejax.layers.moe import WHOLE_BATCH
 from moejax.models.decoder import Decoder
-from moejax.parallel.mesh import num_token_shards
+from moejax.sharding.mesh import num_token_shards
 
 
 def group_tokens(config: Config) -> int:

@@ -21,15 +21,16 @@ from jax.sharding import Mesh
 from jaxtyping import Float, Int
 
 from moejax.config import MeshConfig
-from moejax.config_ranges import RANGES
+from moejax.config.mesh import mesh_shape
+from moejax.config.ranges import RANGES
 from moejax.errors import ConfigError, UserError
+from moejax.launch import hang
 from moejax.models.decoder import Decoder
-from moejax.parallel import hang, rules
-from moejax.parallel.mesh import mesh_shape
+from moejax.models.loss import cross_entropy
+from moejax.models.placement import param_shardings
 from moejax.routing.base import RouterStats
-from moejax.train import metrics
-from moejax.train.state import param_shardings
-from moejax.train.step import cross_entropy
+from moejax.run import metrics
+from moejax.sharding import rules
 from moejax.types import Params
 
 DROPLESS = "dropless"

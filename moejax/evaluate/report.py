@@ -15,8 +15,7 @@ import numpy as np
 from jaxtyping import Float
 
 from moejax import files
-from moejax.evaluate import results
-from moejax.train import writers
+from moejax.run import results, writers
 
 FILE = "report.png"
 

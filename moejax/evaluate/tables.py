@@ -6,7 +6,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from moejax.evaluate.results import coverage
+from moejax.run.results import coverage
 
 MAX_DOMAINS = 20
 """Rows of the domain table on screen; the file has all."""

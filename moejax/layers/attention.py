@@ -14,10 +14,10 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
 from moejax.config import ModelConfig
-from moejax.kernels.attention import block_size, tpu_attention
 from moejax.layers import parameter
 from moejax.layers.norm import RMSNorm
-from moejax.parallel.platform import target_is_nvidia, target_platform
+from moejax.layers.tpu_attention import block_size, tpu_attention
+from moejax.platform import target_is_nvidia, target_platform
 from moejax.types import pytree
 
 

@@ -4,12 +4,12 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int, Key
 
 from moejax.config import ModelConfig, MoEConfig
-from moejax.config_router import num_selected
+from moejax.config.router import num_selected
 from moejax.layers.attention import Attention, Context, LayerCache
 from moejax.layers.feed_forward import FeedForward
 from moejax.layers.moe import LayerInputs, MoE, MoEAux
 from moejax.layers.norm import RMSNorm
-from moejax.parallel.mesh import on_tokens
+from moejax.sharding.mesh import on_tokens
 from moejax.types import pytree, static_field
 
 

@@ -7,7 +7,7 @@ from jaxtyping import Array, Float, Int
 from moejax.config import ModelConfig
 from moejax.layers import parameter
 from moejax.layers.norm import RMSNorm
-from moejax.parallel.vocabulary import lookup, score
+from moejax.sharding.vocabulary import lookup, score
 
 
 class Embedding(nnx.Module):

@@ -5,7 +5,7 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from moejax.config import ModelConfig
-from moejax.dispatch.base import activate
+from moejax.experts.weights import activate
 from moejax.layers import parameter
 
 

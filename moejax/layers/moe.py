@@ -21,15 +21,15 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int, Key
 
 from moejax.config import ModelConfig, MoEConfig
-from moejax.config_router import num_present
+from moejax.config.router import num_present
 from moejax.dispatch import registry as dispatch_registry
-from moejax.dispatch.base import ExpertWeights
 from moejax.dispatch.grouped import grouped
+from moejax.exchange import expert_parallel
+from moejax.experts.weights import ExpertWeights
 from moejax.layers import parameter
 from moejax.layers.feed_forward import FeedForward
 from moejax.layers.router import RouterLayer, project
-from moejax.parallel import expert_parallel
-from moejax.parallel.platform import target_platform
+from moejax.platform import target_platform
 from moejax.routing import losses
 from moejax.routing.base import RouterStats, Routing, sum_groups
 from moejax.types import pytree

@@ -26,17 +26,17 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int, Key
 
 from moejax.config import ModelConfig, MoEConfig
-from moejax.config_router import make_router
+from moejax.config.pattern import layer_pattern
+from moejax.config.router import make_router
 from moejax.layers.attention import Context, LayerCache, attention_mask
 from moejax.layers.block import Block, BlockInputs, CallOptions
 from moejax.layers.embedding import Embedding
 from moejax.layers.moe import LayerInputs, MoEAux
 from moejax.layers.router import present_experts
-from moejax.models.pattern import layer_pattern
 from moejax.models.per_layer import PARTS, by_part
 from moejax.models.stack import Shell, remat, split_key, unrolled
-from moejax.parallel.mesh import on_tokens
 from moejax.routing.base import RouterStats
+from moejax.sharding.mesh import on_tokens
 from moejax.types import Params, pytree
 
 _UNSET: Any = object()
@@ -197,7 +197,7 @@ class Decoder:
     return jax.eval_shape(lambda: self.init(jax.random.key(0)))
 
   def logical_axes(self) -> Params:
-    """Names of every parameter's dimensions, for `moejax.parallel.rules`."""
+    """Names of every parameter's dimensions, for `moejax.sharding.rules`."""
 
     def stacked(block: Params) -> Params:
       return jax.tree.map(

@@ -4,7 +4,7 @@ from typing import Any
 
 import jax
 
-from moejax.models.pattern import Pattern
+from moejax.config.pattern import Pattern
 
 PARTS = ("prefix", "unit", "suffix")
 

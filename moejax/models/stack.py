@@ -8,8 +8,8 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Key
 
+from moejax.exchange.expert_parallel import SAVED_NAME
 from moejax.layers import parameter
-from moejax.parallel.expert_parallel import SAVED_NAME
 from moejax.types import Params
 
 Unit = Callable[..., Any]

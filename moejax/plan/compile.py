@@ -13,12 +13,12 @@ from typing import Any
 import jax
 from jax.sharding import Mesh
 
-from moejax import config_devices
 from moejax.config import Config
+from moejax.config import devices as config_devices
+from moejax.cost.parameters import resolve_vocab_size
 from moejax.models.decoder import Decoder
-from moejax.parallel import rules
-from moejax.parallel.mesh import make_mesh
-from moejax.plan.parameters import resolve_vocab_size
+from moejax.sharding import rules
+from moejax.sharding.mesh import make_mesh
 from moejax.train import state as state_lib
 from moejax.train import step as step_lib
 from moejax.train.optimizer import make_optimizer

@@ -4,7 +4,7 @@ Fields and figures are those that XLA's device descriptions of the same GPUs giv
 down to what compiling reads: sizes and limits, of which both kinds differ in memory only.
 """
 
-from moejax.plan.chips import CHIPS
+from moejax.cost.chips import CHIPS
 
 _TEXT = """
 gpu_device_info {{

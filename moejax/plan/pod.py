@@ -16,15 +16,15 @@ import numpy as np
 from jax.sharding import Mesh
 
 from moejax.config import Config
-from moejax.config_router import num_selected
-from moejax.parallel import traffic
-from moejax.parallel.hlo import Program
-from moejax.parallel.mesh import AXES
-from moejax.plan import flops as plan_flops
+from moejax.config.mesh import AXES
+from moejax.config.router import num_selected
+from moejax.cost import flops as plan_flops
+from moejax.cost.chips import Chip
+from moejax.cost.parameters import resolve_vocab_size
+from moejax.hlo import traffic
+from moejax.hlo.parse import Program
 from moejax.plan import topology as topology_lib
-from moejax.plan.chips import Chip
 from moejax.plan.compile import CompiledStep
-from moejax.plan.parameters import resolve_vocab_size
 from moejax.plan.topology import Topology
 from moejax.plan.wire_bound import wire_bound
 

@@ -14,8 +14,8 @@ import os
 import re
 from typing import Any
 
+from moejax.cost.chips import CHIPS, Chip
 from moejax.errors import ConfigError, UserError, did_you_mean
-from moejax.plan.chips import CHIPS, Chip
 
 COMPILED_FOR = ("v4", "v5e", "v5p", "v6e", "tpu7x", "h100", "h200", "cpu")
 """Names in `CHIPS` that the compilers have descriptions of."""

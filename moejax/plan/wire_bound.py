@@ -11,13 +11,13 @@ import math
 import jax
 
 from moejax.config import Config
-from moejax.config_router import num_selected
+from moejax.config.pattern import layer_pattern
+from moejax.config.router import num_selected
+from moejax.cost.parameters import resolve_vocab_size
 from moejax.models import trained
 from moejax.models.decoder import Decoder
-from moejax.models.pattern import layer_pattern
-from moejax.parallel.rules import RULES
-from moejax.plan.parameters import resolve_vocab_size
 from moejax.routing.capacity import capacity_of
+from moejax.sharding.rules import RULES
 
 
 def wire_bound(config: Config, mesh: dict[str, int]) -> float:

@@ -30,7 +30,7 @@ class RouterStats:
   """What the router did, as sums, so that groups, devices and steps just add.
 
   Ratios (drop fraction, entropy per token, max-load ratio, dead experts) are
-  made from these sums once, in `moejax.train.metrics`, never averaged.
+  made from these sums once, in `moejax.run.metrics`, never averaged.
   """
 
   num_valid: Float[Array, "*g"]

@@ -61,7 +61,7 @@ class Parameter:
 
   shape: tuple[int, ...]
   axes: tuple[str | None, ...]
-  """Logical names, for `moejax.parallel.rules`."""
+  """Logical names, for `moejax.sharding.rules`."""
   fan_in: int | None = None
   """Drawn from a cut normal of deviation 1 / sqrt(fan_in); None begins at `value`."""
   value: float = 0.0

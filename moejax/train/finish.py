@@ -6,13 +6,14 @@ from typing import Any
 
 import jax
 
+from moejax.checkpoint import manager as checkpoint
 from moejax.config import Config
 from moejax.data import baselines
 from moejax.errors import UserError
-from moejax.evaluate import generation, groups, perplexity, report, results
-from moejax.evaluate.results import EVAL_FILE
-from moejax.train import checkpoint, writers
-from moejax.train.progress import Reporter, watched
+from moejax.evaluate import generation, groups, perplexity, report
+from moejax.run import results, writers
+from moejax.run.progress import Reporter, watched
+from moejax.run.results import EVAL_FILE
 from moejax.train.setup import Run
 
 MAX_TOKENS = 4_000_000

@@ -22,14 +22,14 @@ import numpy as np
 
 from moejax.config import Config
 from moejax.evaluate import groups
-from moejax.parallel import rules
+from moejax.run import workdir as workdir_lib
+from moejax.run.progress import Reporter, first_call, make_reporter, watched
+from moejax.run.signals import StopRequest
+from moejax.sharding import rules
 from moejax.train import finish, validation, wire
 from moejax.train import setup as setup_lib
 from moejax.train import step as step_lib
-from moejax.train import workdir as workdir_lib
-from moejax.train.progress import Reporter, first_call, make_reporter, watched
 from moejax.train.setup import Run
-from moejax.train.signals import StopRequest
 from moejax.train.step_log import StepLog
 
 
@@ -41,6 +41,7 @@ def train(
   devices: Sequence[Any] | None = None,
   stream: Any = None,
   ignore_memory: bool = False,
+  config_flags: str = "",
 ) -> dict[str, Any]:
   """Trains, or goes on training, the run in a directory.
 
@@ -50,7 +51,9 @@ def train(
     init_from: directory of a run whose parameters a new run starts from.
     devices: jax devices to train on; all of them if None.
     stream: where progress goes; standard output if None.
-    ignore_memory: start even if the run cannot fit into memory; see `plan.memory`.
+    ignore_memory: start even if the run cannot fit into memory; see `cost.memory`.
+    config_flags: what gives another program this config, for a warning that
+      names one.
 
   Returns:
     `step` (steps done), `status` (done, already_done or stopped) and `exit_code`
@@ -65,13 +68,13 @@ def train(
   reporter = make_reporter(config.train.num_steps, process_index=index, stream=stream)
   try:
     run = setup_lib.set_up(config, workdir, init_from, devices, reporter, ignore_memory)
-    return _train(run, reporter)
+    return _train(run, reporter, config_flags)
   finally:
     reporter.close()
     workdir_lib.release(workdir)
 
 
-def _train(run: Run, reporter: Reporter) -> dict[str, Any]:
+def _train(run: Run, reporter: Reporter, config_flags: str) -> dict[str, Any]:
   config, workdir = run.config, run.workdir
   stop = StopRequest(_leaving_time(config))
   try:
@@ -85,7 +88,7 @@ def _train(run: Run, reporter: Reporter) -> dict[str, Any]:
     if run.resumed:
       reporter.message(f"Resuming {workdir} at step {run.start_step}.")
     with stop, jax.set_mesh(run.mesh):
-      step = fit(run, reporter, stop)
+      step = fit(run, reporter, stop, config_flags)
     run.checkpointer.wait()
     if stop.signal is None:
       return finish.finish(run, reporter)
@@ -99,7 +102,7 @@ def _train(run: Run, reporter: Reporter) -> dict[str, Any]:
     run.checkpointer.close()
 
 
-def fit(run: Run, reporter: Reporter, stop: StopRequest) -> int:
+def fit(run: Run, reporter: Reporter, stop: StopRequest, config_flags: str = "") -> int:
   """Takes the run's remaining steps. Returns the number of steps done.
 
   On the way it keeps `run.state` up to date, so that a caller always has the
@@ -109,7 +112,7 @@ def fit(run: Run, reporter: Reporter, stop: StopRequest) -> int:
   train_step = step_lib.make_train_step(
     run.model, run.optimizer, run.config, run.mesh, token_bytes=run.token_bytes
   )
-  train_step = wire.watched(train_step, run.config, run.mesh)
+  train_step = wire.watched(train_step, run.config, run.mesh, config_flags)
   train_step = first_call(train_step, "compiling the train step", reporter)
   evaluate = make_evaluate(run, reporter)
   evaluate = first_call(evaluate, "evaluating for the first time (compiles)", reporter)

@@ -16,19 +16,20 @@ from absl import logging
 from jax.sharding import Mesh
 from jaxtyping import Float
 
-from moejax import config_devices, data
+from moejax import data
+from moejax.checkpoint import init_from as init_from_lib
+from moejax.checkpoint import manager as checkpoint
 from moejax.config import Config
+from moejax.config import devices as config_devices
+from moejax.cost import flops, memory, parameters
 from moejax.errors import UserError
 from moejax.models import trained as trained_lib
 from moejax.models.decoder import Decoder
-from moejax.parallel.mesh import make_mesh
-from moejax.plan import flops, memory, parameters
-from moejax.train import checkpoint
-from moejax.train import init_from as init_from_lib
+from moejax.run import workdir as workdir_lib
+from moejax.run.progress import Reporter, Silent
+from moejax.sharding.mesh import make_mesh
 from moejax.train import state as state_lib
-from moejax.train import workdir as workdir_lib
 from moejax.train.optimizer import Optimizer, make_optimizer
-from moejax.train.progress import Reporter, Silent
 from moejax.train.state import State
 
 

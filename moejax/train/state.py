@@ -18,7 +18,8 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 from jaxtyping import Array, Key
 
-from moejax.parallel import rules
+from moejax.models.placement import param_shardings
+from moejax.sharding import rules
 from moejax.train.optimizer import Optimizer
 from moejax.types import Params
 
@@ -39,11 +40,6 @@ def initial_state(model: Any, optimizer: Optimizer, key: Key[Array, ""]) -> Stat
       "in_a_row": jnp.zeros((), jnp.int32),
     },
   }
-
-
-def param_shardings(model: Any, mesh: Mesh) -> Any:
-  """The sharding of each parameter, from the model's logical axes."""
-  return rules.shardings(mesh, model.logical_axes(), model.shapes())
 
 
 def state_shapes(model: Any, optimizer: Optimizer, mesh: Mesh) -> State:

@@ -25,72 +25,18 @@ from jaxtyping import Array, Float, Int, Key
 
 from moejax.config import Config
 from moejax.models import trained as trained_lib
-from moejax.parallel import rules
-from moejax.parallel.mesh import TOKEN_AXES
+from moejax.models.loss import Batch, forward_sums
+from moejax.models.placement import param_shardings
+from moejax.sharding import rules
+from moejax.sharding.mesh import TOKEN_AXES
 from moejax.train import state as state_lib
 from moejax.train.optimizer import Optimizer
 from moejax.train.state import State
 from moejax.types import Params
 
-Batch = dict[str, Any]
-"""inputs, targets, segment_ids (0 is padding), positions: each int32 [B, S]."""
-
 MODEL_KEYS = ("inputs", "targets", "segment_ids", "positions")
 
 Metrics = dict[str, Any]
-
-
-def cross_entropy(
-  logits: Float[Array, "B S V"], targets: Int[Array, "B S"]
-) -> Float[Array, "B S"]:
-  """Negative log-likelihood of each target, in nats, in float32."""
-  logits = logits.astype(jnp.float32)
-  chosen = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
-  return jax.nn.logsumexp(logits, axis=-1) - chosen
-
-
-def forward_sums(
-  model: Any,
-  params: Params,
-  batch: Batch,
-  *,
-  token_bytes: Float[Array, "V"] | None = None,
-  **kwargs: Any,
-) -> dict[str, Any]:
-  """Sums over the valid tokens of a batch.
-
-  Args:
-    model: a decoder (see `moejax.models.decoder`).
-    params: its parameters.
-    batch: arrays [B, S]; targets count where `segment_ids` > 0.
-    token_bytes: bytes of text each vocabulary id stands for; None if not known.
-    **kwargs: passed to the model: key, train, capacity_factor, batch_chosen, present,
-      step.
-
-  Returns:
-    loss (sum of cross-entropy), tokens (how many), bytes (that they stand for, 0
-    if not known), aux (dict of sums), stats (RouterStats with a leading axis of
-    MoE layers, or None without any).
-  """
-  out = model(
-    params,
-    batch["inputs"],
-    segment_ids=batch["segment_ids"],
-    positions=batch["positions"],
-    **kwargs,
-  )
-  valid = batch["segment_ids"] > 0
-  losses = jnp.where(valid, cross_entropy(out.logits, batch["targets"]), 0.0)
-  num_bytes = jnp.zeros((), jnp.float32)
-  if token_bytes is not None:
-    num_bytes = jnp.sum(jnp.where(valid, token_bytes[batch["targets"]], 0.0))
-  return {
-    "loss": jnp.sum(losses),
-    "tokens": jnp.sum(valid, dtype=jnp.float32),
-    "bytes": num_bytes,
-    "aux": dict(out.aux),
-    "stats": out.stats,
-  }
 
 
 def loss_gradients(
@@ -326,7 +272,7 @@ def make_eval_step(
 
   return jax.jit(
     step,
-    in_shardings=(state_lib.param_shardings(model, mesh), rules.batch_sharding(mesh)),
+    in_shardings=(param_shardings(model, mesh), rules.batch_sharding(mesh)),
     out_shardings=rules.replicated(mesh),
   )
 

@@ -6,9 +6,9 @@ from typing import Any
 
 import jax
 
-from moejax.parallel import hang
-from moejax.train import metrics, writers
-from moejax.train.progress import Reporter
+from moejax.launch import hang
+from moejax.run import metrics, writers
+from moejax.run.progress import Reporter
 from moejax.train.setup import Run
 from moejax.train.step import Metrics
 

@@ -6,12 +6,13 @@ from typing import Any
 import jax
 import numpy as np
 
-from moejax.parallel import hang
-from moejax.train import metrics
+from moejax.launch import hang
+from moejax.models.loss import Batch
+from moejax.run import metrics
 from moejax.train import step as step_lib
 from moejax.types import Params
 
-EvalStep = Callable[[Params, step_lib.Batch], dict[str, Any]]
+EvalStep = Callable[[Params, Batch], dict[str, Any]]
 
 
 def evaluate(

@@ -8,17 +8,19 @@ import jax
 from absl import logging
 from jax.sharding import Mesh
 
-from moejax import cli
 from moejax.config import Config
-from moejax.parallel import traffic
-from moejax.parallel.platform import target_platform
+from moejax.hlo import traffic
+from moejax.models.loss import Batch
+from moejax.platform import target_platform
 from moejax.train.state import State
-from moejax.train.step import Batch, Metrics
+from moejax.train.step import Metrics
 
 StepFn = Callable[[State, Batch], tuple[State, Metrics]]
 
 
-def watched(train_step: Any, config: Config, mesh: Mesh) -> StepFn:
+def watched(
+  train_step: Any, config: Config, mesh: Mesh, config_flags: str = ""
+) -> StepFn:
   """The step, compiled at its first call, when its program is looked at.
 
   Compiled once, ahead of time, since only so the program's text can be had. On one
@@ -28,6 +30,7 @@ def watched(train_step: Any, config: Config, mesh: Mesh) -> StepFn:
     train_step: from `step.make_train_step`.
     config: of the run.
     mesh: in scope when the step is called.
+    config_flags: what gives another program this config.
   """
   if mesh.size == 1:
     return train_step
@@ -37,13 +40,13 @@ def watched(train_step: Any, config: Config, mesh: Mesh) -> StepFn:
     if not compiled:
       compiled.append(train_step.lower(state, batch).compile())
       if jax.process_index() == 0:
-        warn(compiled[0], config, mesh)
+        warn(compiled[0], config, mesh, config_flags)
     return compiled[0](state, batch)
 
   return step
 
 
-def warn(compiled: Any, config: Config, mesh: Mesh) -> None:
+def warn(compiled: Any, config: Config, mesh: Mesh, config_flags: str = "") -> None:
   """One warning if the program holds a collective that nothing asks for.
 
   Never ends the run: a text that cannot be read is worth a line for debugging.
@@ -56,7 +59,7 @@ def warn(compiled: Any, config: Config, mesh: Mesh) -> None:
   except Exception as error:
     logging.debug("What the step sends could not be read: %r", error)
     return
-  command = f"python -m tools.collectives {cli.config_flags()} --devices={mesh.size}"
+  command = f"python -m tools.collectives {config_flags} --devices={mesh.size}"
   if text := traffic.complaint(rows, command):
     logging.warning("%s", text)
   seconds = time.monotonic() - begin

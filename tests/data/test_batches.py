@@ -158,15 +158,16 @@ def test_domains_are_the_documents_own(small: Dataset):
 
 def test_closing_ends_the_threads(small: Dataset):
   """A run that stops leaves nothing running behind it."""
-  before = threading.active_count()
+  before = set(threading.enumerate())
   iterator = small.train_batches(8, 0)
   next(iterator)
   assert any(t.name.startswith("grain") for t in threading.enumerate())
   iterator.close()
   deadline = time.monotonic() + 10
-  while threading.active_count() > before and time.monotonic() < deadline:
+  while set(threading.enumerate()) - before and time.monotonic() < deadline:
     time.sleep(0.01)
-  assert not [t for t in threading.enumerate() if t.name.startswith("grain-prefetch")]
+  left = set(threading.enumerate()) - before
+  assert not [t for t in left if t.name.startswith("grain-prefetch")]
 
 
 def test_a_corpus_smaller_than_a_batch_is_refused_at_once(corpus_of):

@@ -15,8 +15,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from moejax.dispatch.base import Dispatcher, ExpertWeights
+from moejax.dispatch.base import Dispatcher
 from moejax.dispatch.registry import DISPATCHERS
+from moejax.experts.weights import ExpertWeights
 from moejax.routing.base import (
   RouterInputs,
   RouterStats,

@@ -9,8 +9,8 @@ import pytest
 from moejax.config import MeshConfig
 from moejax.errors import ConfigError, UserError
 from moejax.evaluate import groups, perplexity
-from moejax.parallel import expert_parallel
-from moejax.parallel.mesh import make_mesh
+from moejax.exchange import expert_parallel
+from moejax.sharding.mesh import make_mesh
 from tests.evaluate import tiny
 
 _TEXTS = [

@@ -6,15 +6,16 @@ import pytest
 
 from configs import default
 from experiments.routers import run
-from moejax import config_check, config_io
-from moejax.plan import flops, parameters
+from moejax.config import check as config_check
+from moejax.config import text as config_text
+from moejax.cost import flops, parameters
 
 
 def configured(settings):
   config = default.get_config()
   for setting in settings:
     name, value = setting.split("=")
-    config_io.set_field(config, name, config_io.parse_value(name, value))
+    config_text.set_field(config, name, config_text.parse_value(name, value))
   return config
 
 

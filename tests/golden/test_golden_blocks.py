@@ -6,8 +6,8 @@ import pytest
 from flax import nnx
 
 from moejax.config import ModelConfig, MoEConfig
-from moejax.dispatch.base import ExpertWeights
 from moejax.dispatch.registry import DISPATCHERS
+from moejax.experts.weights import ExpertWeights
 from moejax.layers.moe import MoE
 from moejax.models.stack import Shell
 from tests.golden.common import Golden, cotangent, mask, names, options_of, run, z

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from moejax.config import ModelConfig, MoEConfig
+from moejax.config.pattern import layer_pattern
 from moejax.models.decoder import Decoder
-from moejax.models.pattern import layer_pattern
 
 V, S = 23, 10
 MOE = {"num_experts": 4, "hidden": 16, "capacity_factor": None, "dispatcher": "einsum"}

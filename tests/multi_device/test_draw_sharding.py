@@ -6,7 +6,7 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
 from moejax.config import MeshConfig
-from moejax.parallel import rules
+from moejax.sharding import rules
 from tools import draw_sharding
 from tools.sharding_record import Box, Held, box_of, record
 

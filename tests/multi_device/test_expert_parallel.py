@@ -15,12 +15,12 @@ import pytest
 from flax import nnx
 
 from moejax.config import Config, MeshConfig, ModelConfig, MoEConfig
-from moejax.config_devices import validate_devices
+from moejax.config.devices import validate_devices
 from moejax.errors import ConfigError
 from moejax.layers.moe import MoE
 from moejax.models.stack import Shell
-from moejax.parallel import rules
-from moejax.parallel.mesh import make_mesh
+from moejax.sharding import rules
+from moejax.sharding.mesh import make_mesh
 
 B, S, D, E = 8, 8, 8, 8
 MODEL = ModelConfig(num_layers=2, width=D, num_heads=2, activation="swiglu")

@@ -12,7 +12,7 @@ import time
 
 import pytest
 
-from moejax.parallel import hang
+from moejax.launch import hang
 from tests.experiments.test_command_lines import TINY
 from tools import launch_local
 
@@ -24,7 +24,7 @@ ROOT = pathlib.Path(__file__).parents[2]
 WATCHED = """
 import os, pathlib, signal, sys, time
 from moejax.errors import UserError
-from moejax.parallel import hang, liveness, meeting
+from moejax.launch import hang, liveness, meeting
 liveness.GRACE_SECONDS = 1.0
 index, count = (int(os.environ[n]) for n in ("JAX_PROCESS_ID", "JAX_NUM_PROCESSES"))
 links = meeting.meet(os.environ["JAX_COORDINATOR_ADDRESS"], count, index, {}, 60)
@@ -300,7 +300,7 @@ def test_places_by_the_launcher_meet_too(tmp_path):
       "SLURM_STEP_NUM_TASKS": "2", "SLURM_PROCID": index, "SLURM_LOCALID": index,
       "SLURM_STEP_NUM_NODES": "1", "JAX_COORDINATOR_PORT": "PORT",
     }
-    from moejax.parallel import distributed
+    from moejax.launch import distributed
     with distributed.joined(facts={}, timeout=60):
       open("ready_" + index, "w").close()
       time.sleep(300)

@@ -9,7 +9,7 @@ import textwrap
 
 import pytest
 
-from moejax.parallel import secret
+from moejax.launch import secret
 from tests.experiments.test_command_lines import TINY
 from tools import launch_local
 

@@ -14,7 +14,8 @@ import contextlib
 import sys
 import jax, numpy as np
 from jax.sharding import AxisType, Mesh
-from moejax.parallel import distributed, mesh as meshes, rules
+from moejax.launch import distributed
+from moejax.sharding import mesh as meshes, rules
 from tests.data.conftest import small_config
 from moejax.data import load
 

@@ -17,7 +17,7 @@ import jax
 import numpy as np
 import pytest
 
-from moejax.train.checkpoint import DIRECTORY, restore_params
+from moejax.checkpoint.manager import DIRECTORY, restore_params
 from tests.experiments.test_command_lines import TINY
 
 pytestmark = pytest.mark.slow

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 from moejax.config import Config, MeshConfig, ModelConfig, MoEConfig
+from moejax.cost.chips import CHIPS
 from moejax.plan import pod, topology, wire_bound
-from moejax.plan.chips import CHIPS
 from moejax.plan.compile import compile_step
 
 COMMAND = [sys.executable, "-m", "tools.compile_for"]

@@ -4,9 +4,9 @@ import sys
 
 import pytest
 
+from moejax.cost.chips import CHIPS
 from moejax.errors import ConfigError, UserError
 from moejax.plan import topology
-from moejax.plan.chips import CHIPS
 from moejax.plan.gpu_target import target_config
 
 

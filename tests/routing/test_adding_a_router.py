@@ -8,16 +8,19 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from moejax import config_check, config_io, config_list
-from moejax.cli import load_config
+from moejax.cli import listing
+from moejax.cli.flags import load_config
 from moejax.config import Config
+from moejax.config import check as config_check
+from moejax.config import text as config_text
+from moejax.cost.parameters import count_parameters
 from moejax.errors import ConfigError
 from moejax.models.decoder import Decoder
-from moejax.parallel.mesh import make_mesh
-from moejax.plan.parameters import count_parameters
 from moejax.routing.base import RouterInputs, SlotPolicy
 from moejax.routing.registry import ROUTERS
-from moejax.train import loop, writers
+from moejax.run import writers
+from moejax.sharding.mesh import make_mesh
+from moejax.train import loop
 from tests import reference_routing as reference
 from tests.train.conftest import cache_dir, compilation_cache, tiny_config
 
@@ -78,20 +81,20 @@ def test_its_choice_is_that_of_numpy(config):
 def test_its_options_are_flags(config):
   """Typed, in range, its own, listed, and stored."""
   config_check.validate(config)
-  assert config_io.to_dict(config)["moe"]["tempered"] == {
+  assert config_text.to_dict(config)["moe"]["tempered"] == {
     "rate": 0.002,
     "spread_weight": 0.01,
   }
   for text, part in (("2", "at most 1"), ("x", "expected a number")):
     with pytest.raises(ConfigError, match=part):
-      value = config_io.parse_value("moe.tempered.rate", text)
-      config_io.set_field(config, "moe.tempered.rate", value)
+      value = config_text.parse_value("moe.tempered.rate", text)
+      config_text.set_field(config, "moe.tempered.rate", value)
   with pytest.raises(ConfigError, match=r"router=top_k: this router does not read it"):
     config_check.refuse_unread(
       dataclasses.replace(config, moe=dataclasses.replace(config.moe, router="top_k")),
       ["moe.tempered.rate"],
     )
-  assert "tempered.rate=0.001" in config_list.describe("routers")
+  assert "tempered.rate=0.001" in listing.describe("routers")
 
 
 def test_its_parameters_are_counted_and_its_boosts_are_not_trained(config):

@@ -16,8 +16,8 @@ import numpy as np
 import pytest
 
 from moejax.dispatch.registry import DISPATCHERS
-from moejax.kernels import grouped_matmul as kernels
-from moejax.parallel.expert_parallel import EXCHANGES
+from moejax.exchange.expert_parallel import EXCHANGES
+from moejax.experts import grouped_matmul as kernels
 from moejax.routing.registry import ROUTERS
 from tools import check_device, device_checks, device_compare, device_layers, device_speed
 from tools.benchmark_layer import Shape

@@ -21,7 +21,7 @@ from moejax.config import (
 )
 from moejax.data.tokenizer import ByteTokenizer
 from moejax.models.decoder import Decoder
-from moejax.parallel.mesh import make_mesh
+from moejax.sharding.mesh import make_mesh
 from moejax.train import state as state_lib
 from moejax.train import step as step_lib
 from moejax.train.optimizer import Optimizer, make_optimizer

@@ -9,10 +9,12 @@ import jax
 import pytest
 
 from moejax import data
+from moejax.checkpoint import manager as checkpoint
 from moejax.config import MeshConfig
 from moejax.evaluate import groups, perplexity
-from moejax.parallel.mesh import make_mesh
-from moejax.train import checkpoint, loop, writers
+from moejax.run import writers
+from moejax.sharding.mesh import make_mesh
+from moejax.train import loop
 from tests.train.conftest import tiny_config
 
 FACTOR = 0.5

@@ -9,7 +9,8 @@ import pytest
 from rich.console import Console
 
 from moejax import data
-from moejax.train import finish, loop, progress, writers
+from moejax.run import progress, writers
+from moejax.train import finish, loop
 from tests.train.conftest import tiny_config
 
 _BATCH = 8 * 32

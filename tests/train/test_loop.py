@@ -15,14 +15,16 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from moejax import cli, data
+from moejax import data
+from moejax.cli import flags as cli
 from moejax.config import Config
-from moejax.evaluate import report, results
-from moejax.parallel.mesh import make_mesh
-from moejax.train import finish, loop, progress, step_log, writers
+from moejax.evaluate import report
+from moejax.run import progress, results, writers
+from moejax.run.signals import StopRequest
+from moejax.sharding.mesh import make_mesh
+from moejax.train import finish, loop, step_log
 from moejax.train import step as step_lib
 from moejax.train.setup import Run
-from moejax.train.signals import StopRequest
 from tests.train.conftest import tiny_config
 
 GOLDEN = pathlib.Path(__file__).parents[1] / "golden" / "loss_curve.json"

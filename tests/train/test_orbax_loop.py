@@ -5,7 +5,7 @@ import gc
 
 import pytest
 
-from moejax.train import orbax_loop
+from moejax.checkpoint import orbax_loop
 
 
 class Extension:

@@ -12,8 +12,10 @@ import jax
 import numpy as np
 import pytest
 
-from moejax import config_io
-from moejax.train import checkpoint_inspect, loop, workdir, writers
+from moejax.checkpoint import inspect as checkpoint_inspect
+from moejax.config import text as config_text
+from moejax.run import workdir, writers
+from moejax.train import loop
 
 FOLDER = Path(__file__).parents[1] / "golden/schema_1"
 EXPECTED = json.loads((FOLDER / "expected.json").read_text())
@@ -51,10 +53,10 @@ def test_options_move_to_the_router_that_read_them(run):
   assert stored["schema_version"] == 1 and "second_policy" in stored["moe"]
   config = workdir.read_config(path)
   assert config.schema_version == 2
-  assert config_io.router_options(config) == OPTIONS[router]
-  values = config_io.to_dict(config)
+  assert config_text.router_options(config) == OPTIONS[router]
+  values = config_text.to_dict(config)
   assert values["moe"][router] == OPTIONS[router]
-  assert config_io.from_dict(values) == config
+  assert config_text.from_dict(values) == config
   kept = set(stored["moe"]) & set(values["moe"]) - {"router"}
   assert len(kept) > 30
   assert all(stored["moe"][name] == values["moe"][name] for name in kept)

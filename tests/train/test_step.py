@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from moejax.config import MeshConfig
+from moejax.models.loss import cross_entropy, forward_sums
 from moejax.train import state as state_lib
 from moejax.train import step as step_lib
 from tests.train.conftest import make_batch, make_setup, tiny_config
@@ -21,7 +22,7 @@ def _close(a, b, **kwargs):
 def test_cross_entropy_by_hand():
   """Logits log(1), log(3): probabilities 1/4 and 3/4."""
   logits = jnp.log(jnp.array([[[1.0, 3.0], [1.0, 3.0]]]))
-  losses = step_lib.cross_entropy(logits, jnp.array([[0, 1]], jnp.int32))
+  losses = cross_entropy(logits, jnp.array([[0, 1]], jnp.int32))
   np.testing.assert_allclose(losses[0], [np.log(4), np.log(4 / 3)], rtol=1e-6)
 
 
@@ -100,7 +101,7 @@ def test_bytes_are_counted_over_valid_targets(setup):
       return types.SimpleNamespace(logits=logits, aux={}, stats=None)
 
   lengths = jnp.arange(264, dtype=jnp.float32)
-  sums = step_lib.forward_sums(Uniform(), {}, batch, token_bytes=lengths)
+  sums = forward_sums(Uniform(), {}, batch, token_bytes=lengths)
   valid = np.asarray(batch["segment_ids"]) > 0
   assert float(sums["bytes"]) == np.asarray(batch["targets"])[valid].sum()
   np.testing.assert_allclose(sums["loss"], valid.sum() * np.log(264), rtol=1e-5)

@@ -7,15 +7,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from moejax.checkpoint import fingerprint
+from moejax.checkpoint.manager import Checkpointer, init_from, restore_params
 from moejax.errors import UserError
 from moejax.models import trained as trained_lib
 from moejax.models.decoder import Decoder
 from moejax.routing import hashing
 from moejax.routing.registry import ROUTERS
-from moejax.train import fingerprint
 from moejax.train import setup as setup_lib
 from moejax.train import step as step_lib
-from moejax.train.checkpoint import Checkpointer, init_from, restore_params
 from moejax.train.optimizer import make_optimizer
 from tests.train.conftest import VOCAB, make_batch, make_setup, tiny_config
 

@@ -8,11 +8,11 @@ import jax
 import pytest
 
 from moejax.config import MeshConfig
-from moejax.parallel import rules
-from moejax.parallel.mesh import make_mesh
+from moejax.sharding import rules
+from moejax.sharding.mesh import make_mesh
 from moejax.train import finish, loop, wire
 from moejax.train import state as state_lib
-from tests.parallel.test_hlo import PROGRAM
+from tests.hlo.test_parse import PROGRAM
 from tests.train.conftest import make_batch, make_setup, tiny_config
 
 EVERYTHING = MeshConfig(data=1, expert=2, fsdp=2, tensor=2)
@@ -53,12 +53,13 @@ def test_a_run_with_a_hole_in_a_sharding_rule_warns_once(
   monkeypatch.setattr(loop, "make_evaluate", lambda *_: lambda: None)
   config = one_layer(MeshConfig(data=2, expert=4))
   config.data.cache_dir = cache_dir
-  loop.train(config, tmp_path, devices=jax.devices())
+  given = "--config=configs/default.py --config.mesh.expert=4"
+  loop.train(config, tmp_path, devices=jax.devices(), config_flags=given)
   [text] = warnings_of(caplog)
   assert "all-gather over expert" in text
   # The gathered gradient of one matrix: E 4, D 32, F 64, four bytes each.
   assert f"{4 * 32 * 64 * 4:,} bytes" in text
-  assert "python -m tools.collectives --config=" in text and "--devices=8" in text
+  assert f"python -m tools.collectives {given} " in text and "--devices=8" in text
 
 
 @pytest.mark.slow

@@ -1,0 +1,231 @@
+"""Routing analysis: which experts serve which domains and which tokens.
+
+Counts the assignments that the experts computed over a split, dropless where the router
+can: per layer and domain, and per layer and vocabulary id. An expert's `lift` for a
+token or a domain is how many times more often it serves that than it serves anything: 1
+is no preference. (Mixtral, arXiv:2401.04088, section 5, looks at domains; Switch and
+ST-MoE, arXiv:2202.08906, section 7, at tokens.)
+
+Letters: B batch, S sequence, L MoE layers, E experts, R domains, V vocabulary.
+"""
+
+import dataclasses
+import pathlib
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+from jaxtyping import Array, Float, Int
+
+from moejax import files
+from moejax.errors import UserError
+from moejax.evaluate import groups, perplexity
+from moejax.models.decoder import Decoder
+from moejax.models.placement import param_shardings
+from moejax.sharding import rules
+from moejax.types import Params
+
+MIN_COUNT = 20
+"""A token seen less often says nothing about an expert's taste."""
+
+MAX_DOMAINS = 24
+"""Columns of the picture; the file has all domains."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Counts:
+  """Computed assignments, as whole numbers."""
+
+  by_domain: Int[np.ndarray, "L E R"]
+  by_token: Int[np.ndarray, "L E V"]
+  domain: Int[np.ndarray, "R"]
+  """Valid tokens of each domain."""
+  token: Int[np.ndarray, "V"]
+  """How often each id was an input."""
+
+
+def count(
+  model: Decoder,
+  params: Params,
+  dataset: Any,
+  *,
+  split: str,
+  mesh: Mesh,
+  batch_size: int,
+  limit: int = 0,
+) -> Counts:
+  """Runs the split through the model; arguments as those of `perplexity.evaluate`."""
+  num_domains = max(len(dataset.domains), 1)
+
+  def step(params: Params, batch: dict[str, Array]) -> tuple[Array, Array, Array, Array]:
+    out = model(
+      params,
+      batch["inputs"],
+      segment_ids=batch["segment_ids"],
+      positions=batch["positions"],
+      capacity_factor=groups.least_factor(model),
+      return_served=True,
+    )
+    assert out.served is not None
+    valid = (batch["segment_ids"] > 0).reshape(-1).astype(jnp.int32)
+    # [tokens, layers, experts]: padding is never served.
+    served = jnp.moveaxis(out.served, 0, 2).astype(jnp.int32)
+    served = served.reshape(-1, *served.shape[2:])
+    domain, token = batch["domain"].reshape(-1), batch["inputs"].reshape(-1)
+    return (
+      jax.ops.segment_sum(served, domain, num_domains),
+      jax.ops.segment_sum(served, token, model.vocab_size),
+      jax.ops.segment_sum(valid, domain, num_domains),
+      jax.ops.segment_sum(valid, token, model.vocab_size),
+    )
+
+  shardings = param_shardings(model, mesh)
+  compiled = jax.jit(
+    step,
+    in_shardings=(shardings, rules.batch_sharding(mesh)),
+    out_shardings=rules.replicated(mesh),
+  )
+  params = jax.device_put(params, shardings)
+  total = None
+  batches = perplexity.device_batches(
+    dataset, split, mesh=mesh, batch_size=batch_size, limit=limit
+  )
+  with jax.set_mesh(mesh):
+    for batch in batches:
+      sums = [np.asarray(x, np.int64) for x in jax.device_get(compiled(params, batch))]
+      total = sums if total is None else [a + b for a, b in zip(total, sums, strict=True)]
+  if total is None:
+    raise UserError(f"--split={split} has no text in this dataset. Choose another split.")
+  by_domain, by_token, domain, token = total
+  return Counts(
+    by_domain=np.moveaxis(by_domain, 0, -1),
+    by_token=np.moveaxis(by_token, 0, -1),
+    domain=domain,
+    token=token,
+  )
+
+
+def analyse(
+  model: Decoder,
+  params: Params,
+  dataset: Any,
+  *,
+  split: str,
+  mesh: Mesh,
+  batch_size: int,
+  limit: int = 0,
+  top: int = 10,
+) -> dict[str, Any]:
+  """Loads per domain and favourite tokens per expert, ready for JSON.
+
+  Args:
+    model: from `groups.make_model`; others as in `perplexity.evaluate`.
+    params: its parameters.
+    dataset: from `moejax.data.load`.
+    split: train, validation or test.
+    mesh: where it runs.
+    batch_size: sequences per step.
+    limit: at most so many batches; 0 is all.
+    top: tokens listed per expert.
+
+  Returns:
+    split, tokens, domains (names, those with tokens), domain_tokens and `layers`,
+    each with layer (index in the model), domain_load (per domain, each expert's
+    share of its assignments) and top_tokens (per expert: text, lift, count).
+
+  Raises:
+    UserError: the model has no MoE layer, or the split no text.
+  """
+  if not model.moe_layers:
+    raise UserError("--routing: this model has no MoE layer, so nothing is routed.")
+  counts = count(
+    model,
+    params,
+    dataset,
+    split=split,
+    mesh=mesh,
+    batch_size=batch_size,
+    limit=limit,
+  )
+  present = np.flatnonzero(counts.domain)
+  pieces = dataset.tokenizer.pieces
+  layers = []
+  for index, layer in enumerate(model.moe_layers):
+    load = _shares(counts.by_domain[index][:, present])
+    layers.append(
+      {
+        "layer": layer,
+        "domain_load": np.round(load.T, 5).tolist(),
+        "top_tokens": _top_tokens(counts.by_token[index], counts.token, pieces, top),
+      }
+    )
+  return {
+    "split": split,
+    "tokens": int(counts.domain.sum()),
+    "domains": [dataset.domains[i] for i in present],
+    "domain_tokens": counts.domain[present].tolist(),
+    "layers": layers,
+  }
+
+
+def _shares(load: Float[np.ndarray, "E R"] | Int[np.ndarray, "E R"]) -> np.ndarray:
+  """Each column divided by its sum."""
+  return load / np.maximum(load.sum(axis=0, keepdims=True), 1)
+
+
+def _top_tokens(
+  served: Int[np.ndarray, "E V"],
+  seen: Int[np.ndarray, "V"],
+  pieces: list[bytes],
+  top: int,
+) -> list[list[dict[str, Any]]]:
+  """Per expert, the tokens it serves most often relative to its overall share."""
+  share = served.sum(axis=1, keepdims=True) / max(int(seen.sum()), 1)
+  rate = served / np.maximum(seen, 1)[None, :]
+  lift = np.divide(rate, share, out=np.zeros_like(rate), where=share > 0)
+  lift[:, seen < MIN_COUNT] = 0
+  best = np.argsort(-lift, axis=1, kind="stable")[:, :top]
+  return [
+    [
+      {
+        "token": _show(pieces, int(token)),
+        "lift": round(float(lift[expert, token]), 3),
+        "count": int(served[expert, token]),
+      }
+      for token in row
+      if lift[expert, token] > 0
+    ]
+    for expert, row in enumerate(best)
+  ]
+
+
+def _show(pieces: list[bytes], token: int) -> str:
+  piece = pieces[token] if token < len(pieces) else b""
+  return piece.decode("utf-8", "backslashreplace") if piece else f"<{token}>"
+
+
+def draw(analysis: dict[str, Any], path: pathlib.Path) -> None:
+  """A heat map per MoE layer: experts against domains, as lift over an even share."""
+  # Not pyplot, which keeps figures alive and picks a display.
+  from matplotlib.figure import Figure
+
+  layers, names = analysis["layers"], analysis["domains"]
+  largest = np.argsort(-np.asarray(analysis["domain_tokens"]), kind="stable")
+  shown = largest[:MAX_DOMAINS]
+  figure = Figure(figsize=(2 + 0.35 * len(shown), 1 + 2.6 * len(layers)))
+  axes = figure.subplots(len(layers), 1, squeeze=False)[:, 0]
+  for axis, layer in zip(axes, layers, strict=True):
+    load = np.asarray(layer["domain_load"])[shown].T
+    image = axis.imshow(
+      load * load.shape[0], aspect="auto", cmap="RdBu_r", vmin=0.0, vmax=2.0
+    )
+    axis.set_ylabel(f"layer {layer['layer']}\nexpert")
+    axis.set_xticks([])
+    axis.yaxis.get_major_locator().set_params(integer=True)
+    figure.colorbar(image, ax=axis, label="load / even load")
+  axes[-1].set_xticks(range(len(shown)), [names[i] for i in shown], rotation=90)
+  axes[0].set_title(f"Who serves which domain ({analysis['split']})")
+  with files.replacing(path) as temporary:
+    figure.savefig(temporary, format="png", dpi=100, bbox_inches="tight")

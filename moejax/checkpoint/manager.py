@@ -1,0 +1,398 @@
+"""Checkpoints: written beside the training loop, read back bit for bit.
+
+A save takes the arrays off the devices, which is all the loop waits for; Orbax
+writes them, and our own `meta` with checksums of every array, in the background,
+under a temporary name that becomes `N/` when all is on disk. Kept are the newest
+few and the few with the lowest metric.
+
+Whatever goes wrong with a checkpoint, training is not lost: a save that fails is
+reported and cleaned up and the run goes on; a checkpoint found damaged at restore
+is set aside as `N.damaged` and the one before is used.
+
+Reading is `checkpoint.read`. For who does not train, `checkpoint.params` reads
+parameters alone; what it has is offered here.
+"""
+
+import json
+import shutil
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+from absl import logging
+from jax.experimental import multihost_utils
+from orbax.checkpoint import checkpoint_managers as ocp_managers
+
+from moejax.checkpoint import fingerprint
+from moejax.checkpoint.orbax import KeepBest, MetaSave, StateHandler, is_refusal, reason
+from moejax.checkpoint.params import damaged_table, init_from, peek, restore_params
+from moejax.checkpoint.read import (
+  FORMAT,
+  DamagedCheckpointError,
+  empty_dicts,
+  quiet,
+  read_meta,
+  read_step,
+)
+from moejax.config import Config
+from moejax.config import text as config_text
+from moejax.errors import ConfigError, UserError
+from moejax.run import owner, provenance
+from moejax.run.files import DIRECTORY, list_steps
+
+__all__ = [
+  "DIRECTORY",
+  "Checkpointer",
+  "damaged_table",
+  "init_from",
+  "list_steps",
+  "peek",
+  "restore_params",
+]
+
+_PARTIAL = "*.orbax-checkpoint-tmp*"
+"""What a save is called until it is complete."""
+_POLL_SECONDS = 0.01
+"""Between two looks at a save that others take part in."""
+
+
+class Checkpointer:
+  """Saves and restores the train state of one run.
+
+  All processes of a run make one, and call its methods in the same order.
+
+  Attributes:
+    failures: (step, reason) of every save that failed.
+    blocked_seconds: how long the last `save` kept its caller.
+  """
+
+  def __init__(
+    self,
+    directory: Path | str,
+    *,
+    keep_last: int,
+    keep_best: int,
+    config: Config,
+    metadata: dict[str, Any],
+    logical_axes: Any = None,
+    untrained: Sequence[str] = (),
+    warn: Callable[[str], None] = logging.warning,
+  ):
+    """Opens a directory of checkpoints, and clears what a killed save left there.
+
+    Args:
+      directory: `workdir / DIRECTORY`; made if missing.
+      keep_last: newest steps to keep, at least 1.
+      keep_best: steps of lowest metric to keep beside them.
+      config: stored, resolved, with every step.
+      metadata: more to store with every step: JSON, such as `dataset_fingerprint`.
+      logical_axes: the model's; with it, checksums are kept for each expert.
+      untrained: dotted names of the parameters that no optimizer has moments of; in
+        checkpoints of earlier versions it had, and those are left unread.
+      warn: told, in one sentence each, what went wrong and what was done about it.
+
+    Raises:
+      ConfigError: keep_last < 1 or keep_best < 0.
+    """
+    if keep_last < 1 or keep_best < 0:
+      raise ConfigError(
+        f"--config.train.keep_last={keep_last} must be at least 1 (a run resumes from "
+        f"its newest checkpoint) and --config.train.keep_best={keep_best} at least 0."
+      )
+    quiet()
+    self.directory = Path(directory).resolve()
+    self.failures: list[tuple[int, str]] = []
+    self.blocked_seconds = 0.0
+    self._config = config_text.to_dict(config)
+    self._metadata = json.loads(json.dumps(metadata))
+    if jax.process_index() == 0:  # which writes them
+      self._metadata["owner"] = owner.mark(config)
+    self._logical_axes = logical_axes
+    self._untrained = tuple(untrained)
+    self._warn = warn
+    self._pending: int | None = None
+    self._told: list[Exception] = []
+    """By the threads that write."""
+    self._alone = False
+    """Whether a save failed here, of which other processes know nothing."""
+    self._clear_partial()
+    self._metrics = self._read_metrics()
+    policies: list[Any] = [ocp_managers.LatestN(keep_last)]
+    if keep_best:
+      policies.append(KeepBest(metrics=self._metrics, n=keep_best))
+    handlers = ocp.handlers.DefaultCheckpointHandlerRegistry()
+    handlers.add("state", ocp.args.StandardSave, StateHandler(self._told.append))
+    self._manager = ocp.CheckpointManager(
+      self.directory,
+      handler_registry=handlers,
+      options=ocp.CheckpointManagerOptions(
+        preservation_policy=ocp_managers.AnyPreservationPolicy(policies),
+        save_root_metadata=False,
+        lightweight_initialize=True,
+      ),
+    )
+
+  def save(
+    self,
+    step: int,
+    state: dict[str, Any],
+    *,
+    position: dict[str, Any],
+    metric: float | None = None,
+    force: bool = False,
+  ) -> bool:
+    """Starts a save; the state may be donated as soon as this returns.
+
+    Waits first for a save still being written. A failure, of that one or of this,
+    is reported by `warn` and does not raise, unless there are other processes.
+
+    Args:
+      step: names the checkpoint.
+      state: plain dict of jax arrays and optax states; typed PRNG keys are fine.
+      position: where the data stands after this step: JSON, the same on all processes.
+      metric: for keep-best, lower is better; None or non-finite is never best.
+      force: write again a step that is there already.
+
+    Returns:
+      Whether a save was started; False where the step is already there.
+
+    Raises:
+      UserError: this process could not write its part, and others wait for it.
+    """
+    start = time.monotonic()
+    self.wait()
+    if self.failures:
+      self._clear_partial()
+    if step in self.steps():
+      if not force:
+        return False
+      self._manager.delete(step)
+    meta = self._metadata | {
+      "format": FORMAT,
+      "step": step,
+      "position": position,
+      "config": self._config,
+      "versions": provenance.versions(),
+      "revision": provenance.revision(),
+      "empty": empty_dicts(state["params"]),
+      "metric": float(metric) if metric is not None and np.isfinite(metric) else None,
+    }
+    try:
+      axes = fingerprint.expert_axes(state, self._logical_axes)
+      leaves = fingerprint.snapshot(state, axes)
+      summed = None
+      if jax.process_count() > 1:  # a collective has no place in a background thread
+        summed = fingerprint.all_processes(fingerprint.checksums(leaves))
+      self._metrics.pop(step, None)
+      if meta["metric"] is not None:
+        self._metrics[step] = meta["metric"]
+      self._pending = step
+      self._told.clear()
+
+      def make_meta() -> dict[str, Any]:
+        return meta | {"leaves": summed or fingerprint.checksums(leaves)}
+
+      self._manager.save(
+        step,
+        args=ocp.args.Composite(
+          state=ocp.args.StandardSave(state), meta=MetaSave(make_meta, self._told.append)
+        ),
+        force=True,
+      )
+    except (OSError, ValueError, RuntimeError) as e:
+      if not is_refusal(e):
+        raise
+      self._failed(step, e)
+      return False
+    finally:
+      self.blocked_seconds = time.monotonic() - start
+    return True
+
+  def poll(self) -> bool:
+    """Reports a background save that failed meanwhile, without waiting for one.
+
+    Returns:
+      Whether nothing is known to have failed.
+    """
+    busy = self._manager.is_saving_in_progress() and not self._told
+    return True if self._pending is None or busy else self.wait()
+
+  def wait(self) -> bool:
+    """Waits until the last save is on disk.
+
+    Returns:
+      False if it failed, which has then been reported and cleaned up.
+
+    Raises:
+      UserError: it failed in this process, and there are others.
+    """
+    step = self._pending
+    if step is None:
+      return True
+    try:
+      while jax.process_count() > 1 and self._manager.is_saving_in_progress():
+        # Orbax would wait for the others, and they for this process.
+        if self._told:
+          raise self._told[0]
+        time.sleep(_POLL_SECONDS)
+      self._manager.wait_until_finished()
+    except Exception as e:
+      # Nothing that happens while writing is worth a run's life.
+      self._failed(step, e)
+      return False
+    self._pending = None
+    return True
+
+  def close(self) -> bool:
+    """Waits for the last save, then frees Orbax's threads. Returns as `wait` does."""
+    if self._alone:
+      return False
+    whole = self.wait()
+    self._manager.close()
+    if self.failures:
+      self._clear_partial()
+    return whole
+
+  def steps(self) -> list[int]:
+    """Complete checkpoints on disk, ascending."""
+    return list_steps(self.directory)
+
+  def latest(self) -> int | None:
+    """The newest complete checkpoint."""
+    return max(self.steps(), default=None)
+
+  def best(self) -> int | None:
+    """The complete checkpoint of lowest metric; None if none has one."""
+    known = [step for step in self.steps() if step in self._metrics]
+    return min(known, key=lambda step: (self._metrics[step], step), default=None)
+
+  def restore(
+    self, target: dict[str, Any], step: int | None = None
+  ) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Restores the newest checkpoint that is what was written.
+
+    Damaged ones found on the way are renamed `N.damaged` and named by `warn`, but
+    only once an older one is restored: if none is whole, nothing is touched.
+
+    Args:
+      target: the state's tree of ShapeDtypeStruct with shardings, of any mesh.
+      step: this one and no other; None is the newest.
+
+    Returns:
+      The state, bit for bit and in the target's shardings, and its meta: step,
+      position, config, versions, revision, metric, what `metadata` held, and leaves.
+
+    Raises:
+      ConfigError: the checkpoint is of another model or optimizer.
+      UserError: no checkpoint, no such step, or none that is whole.
+    """
+    self.wait()
+    steps = self.steps()
+    if step is not None and step not in steps:
+      raise UserError(f"{self.directory} has no step {step}, but {steps or 'none'}.")
+    if not steps:
+      raise UserError(f"{self.directory} has no checkpoint to restore.")
+    damaged: list[tuple[int, str]] = []
+    for candidate in [step] if step is not None else reversed(steps):
+      state, meta, problem = self._try(candidate, target)
+      if problem is None:
+        for number, reason in damaged:
+          self._set_aside(number, reason, candidate)
+        return state, meta
+      damaged.append((candidate, problem))
+    reasons = "; ".join(f"step {n}: {reason}" for n, reason in damaged)
+    raise UserError(
+      f"{self.directory} has no checkpoint that is whole ({reasons}). Restore the "
+      "files from a copy, or start anew in another --workdir."
+    )
+
+  def _try(
+    self, step: int, target: dict[str, Any]
+  ) -> tuple[dict[str, Any], dict[str, Any], str | None]:
+    """Restores one step; a description of the damage if any process found some."""
+    try:
+      state, meta = read_step(
+        self.directory / str(step), lambda meta: target, self._untrained
+      )
+    except DamagedCheckpointError as e:
+      return {}, {}, str(e)
+    return state, meta, None
+
+  def _set_aside(self, step: int, reason: str, used: int) -> None:
+    """Renames a damaged step, so that nothing takes it for a checkpoint again."""
+    path = self.directory / str(step)
+    aside = path.with_name(f"{step}.damaged")
+    number = 0
+    while aside.exists():
+      number += 1
+      aside = path.with_name(f"{step}.damaged.{number}")
+    if jax.process_index() == 0:
+      path.rename(aside)
+    if jax.process_count() > 1:
+      multihost_utils.sync_global_devices(f"set_aside_{step}")
+    self._metrics.pop(step, None)
+    self._manager.reload()
+    self._warn(
+      f"checkpoint {path} is damaged ({reason}): set aside as {aside.name}, using "
+      f"step {used}"
+    )
+
+  def _failed(self, step: int, error: Exception) -> None:
+    """After a save that failed: clears what it left, and says what there is.
+
+    Raises:
+      UserError: there are other processes. They may have written their parts, and then
+        wait for this one in the midst of a save; the job ends, rather than hangs.
+    """
+    self._pending = None
+    self._metrics.pop(step, None)
+    why = reason(error)
+    if not is_refusal(error):
+      logging.warning("Unexpected error while saving:", exc_info=error)
+    self.failures.append((step, why))
+    what = f"checkpoint at step {step} could not be saved to {self.directory}"
+    if jax.process_count() > 1:
+      self._alone = True
+      raise UserError(
+        f"{what} by process {jax.process_index()} ({why}). The job ends, since all its "
+        "processes must save; started again, it goes on from the newest checkpoint."
+      )
+    self._clear_partial()
+    self._manager.reload()
+    good = self.latest()
+    last = (
+      f"the last good checkpoint is step {good}"
+      if good is not None
+      else ("there is no checkpoint yet")
+    )
+    self._warn(f"{what} ({why}): the run goes on, {last}")
+
+  def _clear_partial(self, patience: float = 2.0) -> None:
+    """Removes unfinished saves. No save may be in progress."""
+    if jax.process_index() != 0:
+      return
+    deadline = time.monotonic() + patience
+    # After one part of a save failed, Orbax's threads may still write another into
+    # the directory that is being removed.
+    while partial := list(self.directory.glob(_PARTIAL)):
+      for path in partial:
+        shutil.rmtree(path, ignore_errors=True)
+      if time.monotonic() > deadline:
+        return
+      time.sleep(0.05)
+
+  def _read_metrics(self) -> dict[int, float]:
+    """Metrics of the steps on disk; damaged ones are found out at restore."""
+    found = {}
+    for step in self.steps():
+      try:
+        metric = read_meta(self.directory / str(step)).get("metric")
+      except (DamagedCheckpointError, UserError):
+        continue
+      if metric is not None:
+        found[step] = metric
+    return found

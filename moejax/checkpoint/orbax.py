@@ -1,0 +1,119 @@
+"""What Orbax is given to do our way: the meta item, what to keep, why a write failed."""
+
+import asyncio
+import dataclasses
+import errno
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+from orbax.checkpoint import future as ocp_future
+
+from moejax.checkpoint.read import pack_meta, read_meta
+
+
+class _Told:
+  """A future whose failure is told as soon as it is known.
+
+  Orbax tells of a failed write only after all processes met at the end of the save, and
+  those that wrote their parts wait elsewhere for this one: ten minutes of silence.
+  """
+
+  def __init__(self, future: Any, tell: Callable[[Exception], None]):
+    self._future, self._tell = future, tell
+
+  def result(self, timeout: float | None = None) -> Any:
+    try:
+      return self._future.result(timeout=timeout)
+    except Exception as error:
+      self._tell(error)
+      raise
+
+  def cancel(self) -> bool | None:
+    return self._future.cancel()
+
+
+class _MetaHandler(ocp.AsyncCheckpointHandler):
+  """Writes `meta/metadata`, whose content is computed in the background too."""
+
+  async def async_save(self, directory: Any, args: "MetaSave") -> list[Any]:
+    future = ocp_future.CommitFutureAwaitingContractedSignals(
+      self._write(directory, args), name="moejax_meta_save"
+    )
+    return [_Told(future, args.tell)]
+
+  def save(self, directory: Any, args: "MetaSave") -> None:
+    asyncio.run(self._write(directory, args))
+
+  def restore(self, directory: Any, args: Any = None) -> dict[str, Any]:
+    return read_meta(Path(directory).parent)
+
+  async def _write(self, directory: Any, args: "MetaSave") -> None:
+    if jax.process_index() == 0:
+      (Path(directory) / "metadata").write_text(pack_meta(args.make()))
+
+
+@ocp.args.register_with_handler(_MetaHandler, for_save=True, for_restore=True)
+@dataclasses.dataclass
+class MetaSave(ocp.args.CheckpointArgs):
+  """The meta item of a save: a function, called once the loop has gone on, and who is
+  told in that thread if it fails."""
+
+  make: Callable[[], dict[str, Any]]
+  tell: Callable[[Exception], None]
+
+
+class StateHandler(ocp.StandardCheckpointHandler):
+  """Orbax's own, which tells of failures, in the thread that met them."""
+
+  def __init__(self, tell: Callable[[Exception], None]):
+    super().__init__()
+    self._tell = tell
+
+  @classmethod
+  def typestr(cls) -> str:
+    # What is written is the same, and is said to be.
+    return ocp.StandardCheckpointHandler.typestr()
+
+  async def async_save(self, *args: Any, **kwargs: Any) -> list[Any]:
+    futures = await super().async_save(*args, **kwargs)
+    return [_Told(future, self._tell) for future in futures or []]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class KeepBest:
+  """Keeps the n steps of lowest metric; those without one are not among them.
+
+  Not Orbax's BestN: that one reads a metrics file of its own from every step when
+  it starts, and a damaged one would keep a run from starting.
+  """
+
+  metrics: dict[int, float]
+  n: int
+
+  def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> list[bool]:
+    del context
+    known = [c.step for c in checkpoints if np.isfinite(self.metrics.get(c.step, np.inf))]
+    # At equal metric the earlier one, which does not push another out.
+    best = sorted(known, key=lambda step: (self.metrics[step], step))[: self.n]
+    return [c.step in best for c in checkpoints]
+
+
+_FULL = ("No space left", "RESOURCE_EXHAUSTED", "File too large", "quota")
+
+
+def is_refusal(error: Exception) -> bool:
+  """Whether the file system refused, as opposed to a mistake in the state itself."""
+  return isinstance(error, OSError) or any(word in str(error) for word in _FULL)
+
+
+def reason(error: Exception) -> str:
+  """Why a write failed, in a few words."""
+  full = (errno.ENOSPC, errno.EDQUOT)
+  if (isinstance(error, OSError) and error.errno in full) or "No space" in str(error):
+    return "the disk is full"
+  text = " ".join(str(error).split()) or type(error).__name__
+  return text if len(text) <= 200 else text[:197] + "..."

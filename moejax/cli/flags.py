@@ -1,0 +1,398 @@
+"""The command line: one config, its overrides, and errors without tracebacks.
+
+A program defines its own absl flags, calls `define_config()`, and ends in
+`cli.run(main)`. `--config.SECTION.FIELD=VALUE` overrides one field of the config
+and may stand anywhere on the line; a program may also lay the overrides over a
+config of its own, such as the one stored in a run's directory.
+
+Nothing here imports jax, so a misspelt flag is refused in a fraction of a second
+by every program that imports its heavy parts inside `main`.
+"""
+
+import _thread
+import argparse
+import copy
+import functools
+import importlib.util
+import logging
+import os
+import pathlib
+import shlex
+import signal
+import sys
+import textwrap
+import threading
+import traceback
+from collections.abc import Callable
+from typing import Any, NoReturn, TypeVar
+
+from absl import app, flags
+from absl import logging as absl_logging
+
+from moejax.cli import listing
+from moejax.config import Config
+from moejax.config import text as config_text
+from moejax.config.check import refuse_unread, validate, validate_fields
+from moejax.errors import ConfigError, UserError, did_you_mean, nearest
+
+# Flags defined by `define_config` belong to the program that called it.
+flags.disclaim_key_flags()
+
+DEFAULT_CONFIG = "configs/default.py"
+_HELP = ("help", "h", "helpshort", "helpfull")
+_INTERRUPTED = 130
+_BROKEN_PIPE = 141
+_T = TypeVar("_T")
+
+_pressed: list[int] = []
+"""Ctrl-C so far."""
+
+_overrides: dict[str, Any] = {}
+"""Dotted name to value, from the last parsed command line."""
+
+
+def define_config(default: str | None = DEFAULT_CONFIG) -> None:
+  """Defines --config, --workdir and --list, once for each program.
+
+  Args:
+    default: the config file without --config; None if the program brings a
+      config of its own to `get_config`.
+  """
+  define = {
+    "config": lambda name: flags.DEFINE_string(
+      name, default, "Config file: a path, or a shipped name."
+    ),
+    "workdir": lambda name: flags.DEFINE_string(name, None, "Directory of the run."),
+    "list": lambda name: flags.DEFINE_enum(
+      name, None, listing.LISTS, "Print what there is, and exit."
+    ),
+  }
+  # Tests import several programs into one process, where a second definition is an error.
+  for name, make in define.items():
+    if name not in flags.FLAGS:
+      make(name)
+  flags.FLAGS.set_default("config", default)
+
+
+def get_config(
+  base: Config | None = None, announce: Callable[[], None] | None = None
+) -> Config:
+  """The config of this command line, checked; every call returns a new one.
+
+  Args:
+    base: what the overrides are laid over, itself unchanged; None reads --config.
+    announce: called once every check has passed that does not take seconds to import.
+
+  Raises:
+    ConfigError: the file cannot be used, or `validate` refuses the result.
+  """
+  from_file = base is None
+  if base is None:
+    base = load_config(flags.FLAGS["config"].value or DEFAULT_CONFIG)
+  config = copy.deepcopy(base)
+  options = [name for name in _overrides if config_text.is_router_option(name)]
+  for dotted, value in _overrides.items():
+    if dotted not in options:
+      config_text.set_field(config, dotted, value)
+  validate_fields(config)
+  if announce is not None:
+    announce()
+  # What a router declares is known once its file, and jax, are imported.
+  for dotted in options:
+    value = config_text.parse_value(dotted, _overrides[dotted])
+    config_text.set_field(config, dotted, value)
+  validate(config)
+  refuse_unread(config, list(_overrides) + (given_by(config) if from_file else []))
+  return config
+
+
+def given_by(config: Config) -> list[str]:
+  """The fields that a config file set: dotted names."""
+  changed = [name for name, _, _ in config_text.difference(Config(), config)]
+  options = config.moe.options.items()
+  return changed + [f"moe.{router}.{name}" for router, given in options for name in given]
+
+
+def run_directory() -> pathlib.Path:
+  """--workdir of a program that reads a run.
+
+  Raises:
+    UserError: it is missing, or no directory.
+  """
+  given = flags.FLAGS["workdir"].value
+  remedy = "Give the directory that experiments.train was given as --workdir."
+  if not given:
+    raise UserError(f"--workdir=DIR is missing. {remedy}")
+  path = pathlib.Path(given)
+  if not path.is_dir():
+    what = "is a file" if path.exists() else "does not exist"
+    raise UserError(f"--workdir={given} {what}. {remedy}")
+  return path
+
+
+def overrides() -> dict[str, Any]:
+  """The overridden fields of this command line: dotted name to value."""
+  return dict(_overrides)
+
+
+def config_flags() -> str:
+  """What gives another program the config of this command line."""
+  file = flags.FLAGS["config"].value if "config" in flags.FLAGS else None
+  words = [f"--config={file or DEFAULT_CONFIG}"]
+  words += [f"--config.{name}={value}" for name, value in _overrides.items()]
+  return shlex.join(words)
+
+
+def load_config(path: str) -> Config:
+  """Runs a config file and returns what its `get_config()` returns, unchecked.
+
+  Args:
+    path: a file, or the name of a shipped config (`default`, `configs/default.py`).
+
+  Raises:
+    ConfigError: no such file, or it fails, or it makes no `Config`.
+  """
+  file = _find_config(path)
+  spec = importlib.util.spec_from_file_location("moejax_config_file", file)
+  if spec is None or spec.loader is None:
+    raise ConfigError(f"--config={path}: not a Python file (its name must end in .py).")
+  module = importlib.util.module_from_spec(spec)
+  try:
+    spec.loader.exec_module(module)
+    make = getattr(module, "get_config", None)
+    config = make() if callable(make) else None
+  except (ConfigError, KeyboardInterrupt):
+    raise
+  except BaseException as error:
+    # Not only Exception: a file that calls sys.exit must not end the program in silence.
+    raise ConfigError(f"--config={path} {_failure(error, file)}") from error
+  if not isinstance(config, Config):
+    raise ConfigError(
+      f"--config={path}: it needs a function get_config() that returns a "
+      f"moejax.config.Config, and it "
+      + ("returns a " + type(config).__name__ if callable(make) else "has none")
+      + ". See configs/default.py."
+    )
+  return config
+
+
+def _failure(error: BaseException, file: pathlib.Path) -> str:
+  """Where a config file fails and why, on one line."""
+  if isinstance(error, SyntaxError):
+    text = f": {error.text.strip()}" if error.text else ""
+    return f"fails at {error.filename}:{error.lineno}: SyntaxError: {error.msg}{text}"
+  # The innermost line of the file itself: what it called may lie deep in a library.
+  frames = traceback.extract_tb(error.__traceback__)
+  own = [frame.lineno for frame in frames if frame.filename == str(file)]
+  where = f"{file}:{own[-1]}" if own else str(file)
+  if isinstance(error, SystemExit):
+    return (
+      f"leaves the program at {where} ({error.code!r}). A config file only describes."
+    )
+  words = " ".join(str(error).split())
+  return f"fails at {where}: {type(error).__name__}{f': {words}' if words else ''}"
+
+
+def _find_config(path: str) -> pathlib.Path:
+  shipped = listing.shipped_configs()
+  # A path as it stands wins; otherwise a shipped name works from any directory.
+  if pathlib.Path(path).is_file():
+    return pathlib.Path(path)
+  name = path.removeprefix("configs/").removesuffix(".py")
+  if name in shipped:
+    return shipped[name]
+  what = "is a directory" if pathlib.Path(path).is_dir() else "no such file"
+  raise ConfigError(
+    f"--config={path}: {what}. {did_you_mean(name, shipped)} "
+    "A path to a config file of your own works too."
+  )
+
+
+def run(main: Callable[[], int | None]) -> None:
+  """Parses the command line, calls `main` and exits with what it returns.
+
+  A `UserError` from anywhere, and every mistake on the command line, is one
+  line on stderr and the error's exit code: 2, if it says nothing else.
+  """
+  app.run(
+    lambda _: _guarded(functools.partial(_main_or_list, main)),
+    flags_parser=lambda argv: _guarded(functools.partial(parse, argv)),
+  )
+
+
+def _guarded(function: Callable[[], _T]) -> _T:
+  _listen()
+  try:
+    return function()
+  except UserError as error:
+    print(f"error: {error}", file=sys.stderr)
+    sys.exit(error.exit_code)
+  except BrokenPipeError:
+    # Whoever read the output, such as head, has seen enough; nothing may be flushed.
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    sys.exit(_BROKEN_PIPE)
+  except (KeyboardInterrupt, Exception) as error:
+    # A library that is being imported may make another error of it.
+    if not (_pressed or isinstance(error, KeyboardInterrupt)):
+      raise
+    print("interrupted", file=sys.stderr)
+    sys.exit(_INTERRUPTED)
+
+
+def _listen() -> None:
+  """Notes each Ctrl-C, and repeats one that was lost in a callback of a library."""
+  if signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
+    return  # Ignored, as of a job in the background, or somebody else's.
+
+  def interrupt(number: int, frame: Any) -> None:
+    _pressed.append(number)
+    signal.default_int_handler(number, frame)
+
+  def lost(unraisable: Any) -> None:
+    if unraisable.exc_type is KeyboardInterrupt:
+      threading.Timer(0.1, _thread.interrupt_main).start()
+    else:
+      sys.__unraisablehook__(unraisable)
+
+  signal.signal(signal.SIGINT, interrupt)
+  sys.unraisablehook = lost
+
+
+class Parser(argparse.ArgumentParser):
+  """For programs without a config: their mistakes look as those of all others."""
+
+  def __init__(self, description: str | None, **options: Any):
+    super().__init__(
+      description=description,
+      formatter_class=argparse.RawDescriptionHelpFormatter,
+      allow_abbrev=False,
+      **options,
+    )
+
+  def error(self, message: str) -> NoReturn:
+    print(f"error: {message.rstrip('.')}. --help lists what there is.", file=sys.stderr)
+    sys.exit(UserError.exit_code)
+
+
+class _OursOrWarning(logging.Filter):
+  """Libraries are heard from when something is wrong, moejax also when it informs."""
+
+  _package = str(pathlib.Path(__file__).parents[1])
+
+  def filter(self, record: logging.LogRecord) -> bool:
+    ours = record.pathname.startswith(self._package)
+    return ours or record.levelno >= logging.WARNING
+
+
+def _main_or_list(main: Callable[[], int | None]) -> int | None:
+  absl_logging.get_absl_handler().addFilter(_OursOrWarning())
+  what = flags.FLAGS["list"].value if "list" in flags.FLAGS else None
+  if what:
+    print(listing.describe(what), end="")
+    return None
+  return main()
+
+
+def parse(argv: list[str]) -> list[str]:
+  """Parses absl flags and config overrides, in any order; prints --help and exits.
+
+  Args:
+    argv: the command line, program name first.
+
+  Returns:
+    The program name alone: no program here takes positional arguments.
+
+  Raises:
+    UserError: an unknown flag or field (the nearest is named), or a bad value.
+  """
+  if any(a.lstrip("-") in _HELP and a.startswith("-") for a in argv[1:]):
+    print(_help(argv[0]))
+    sys.exit(0)
+  try:
+    argv = flags.FLAGS.read_flags_from_files(argv, force_gnu=True)
+    rest, texts = _split_overrides(argv) if "config" in flags.FLAGS else (argv, {})
+    # All at once, after the line is read: a later --config must not undo them.
+    _overrides.clear()
+    _overrides.update((k, _parsed(k, v)) for k, v in texts.items())
+    positional = flags.FLAGS(rest)
+  except flags.UnrecognizedFlagError as error:
+    raise UserError(_unknown_flag(error.flagname)) from None
+  except flags.Error as error:
+    raise UserError(str(error)) from None
+  if len(positional) > 1:
+    raise UserError(
+      f"{positional[1]!r} is no flag: every argument has the form --name=value."
+    )
+  return positional
+
+
+def _parsed(dotted: str, text: str) -> Any:
+  """A field's value; the text of a router's option, which `get_config` parses."""
+  if config_text.is_router_option(dotted):
+    return text
+  return config_text.parse_value(dotted, text)
+
+
+def _split_overrides(argv: list[str]) -> tuple[list[str], dict[str, str]]:
+  """Takes `--config.a.b=v`, `--config.a.b v` and `--[no]config.a.flag` out of argv."""
+  rest, found = [], {}
+  words = iter(argv)
+  for word in words:
+    name, has_value, value = word.partition("=")
+    plain = name.lstrip("-")
+    negated = plain.startswith("noconfig.")
+    dotted = plain.removeprefix("no" if negated else "").removeprefix("config.")
+    if not name.startswith("-") or plain == dotted:
+      rest.append(word)
+      continue
+    config_text.check_name(dotted)
+    kind = config_text.field_types().get(dotted, (str, False))[0]
+    is_bool = kind is bool
+    if negated and (has_value or not is_bool):
+      raise ConfigError(f"{word}: write --config.{dotted}=VALUE.")
+    if not has_value:
+      value = str(not negated) if is_bool else next(words, None)
+    if value is None:
+      field = not config_text.is_router_option(dotted)
+      wanted = config_text.expected(dotted) if field else f"write {word}=VALUE"
+      raise ConfigError(f"{word}: no value given; {wanted}.")
+    found[dotted] = value
+  return rest, found
+
+
+def _unknown_flag(name: str) -> str:
+  fields = [] if "config" not in flags.FLAGS else list(config_text.field_types())
+  # `--num_experts` or `--moe.num_experts`: the field is right, its prefix is missing.
+  for field in fields:
+    if field == name or field.endswith("." + name):
+      return f"--{name}: there is no such flag. Did you mean --config.{field}?"
+  names = [n for n in flags.FLAGS if len(n) > 1] + ["config." + f for f in fields]
+  near = nearest(name, names)
+  remedy = f"Did you mean --{near}?" if near else "--help lists what there is."
+  return f"--{name}: there is no such flag. {remedy}"
+
+
+def _help(program: str) -> str:
+  """The program's docstring, its flags, and the names of the config's fields."""
+  doc = sys.modules["__main__"].__doc__ or ""
+  lines = [doc.strip(), "", "Flags:"]
+  for flag in flags.FLAGS.get_key_flags_for_module(program):
+    default = "" if flag.default is None else f" (default: {flag.default})"
+    lines.append(f"  --{flag.name}: {flag.help}{default}")
+  if "config" in flags.FLAGS:
+    lines += ["", "--config.SECTION.FIELD=VALUE overrides one field of the config:"]
+    sections: dict[str, list[str]] = {}
+    for dotted in config_text.field_types():
+      section, _, leaf = dotted.rpartition(".")
+      sections.setdefault(section, []).append(leaf)
+    for section, leaves in sections.items():
+      if section:
+        text = f"{section}: " + " ".join(leaves)
+        lines.append(
+          textwrap.indent(textwrap.fill(text, 84, subsequent_indent="  "), "  ")
+        )
+    lines += [
+      "moejax/config/schema.py says what each does. --list=routers shows each router's",
+      "own options, --config.moe.ROUTER.OPTION=VALUE.",
+    ]
+  return "\n".join(lines)

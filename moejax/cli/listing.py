@@ -1,0 +1,69 @@
+"""What there is to choose from: `--list=configs|routers|datasets|dispatchers`."""
+
+import ast
+import importlib.util
+import pathlib
+
+from moejax.options import show
+
+LISTS = ("configs", "routers", "datasets", "dispatchers")
+
+
+def shipped_configs() -> dict[str, pathlib.Path]:
+  """The shipped config files by name (path under configs/, without .py), sorted."""
+  spec = importlib.util.find_spec("configs")
+  found = {}
+  for root in map(pathlib.Path, (spec and spec.submodule_search_locations) or ()):
+    for file in root.rglob("*.py"):
+      if not file.name.startswith("_"):
+        found[file.relative_to(root).with_suffix("").as_posix()] = file
+  return dict(sorted(found.items()))
+
+
+def describe(what: str) -> str:
+  """One line per choice, its name first, in the order of its registry."""
+  rows = {
+    "configs": _configs,
+    "routers": _routers,
+    "datasets": _datasets,
+    "dispatchers": _dispatchers,
+  }[what]()
+  width = max(map(len, rows), default=0)
+  return "".join(f"{name:{width}}  {text}".rstrip() + "\n" for name, text in rows.items())
+
+
+def _first_line(doc: str | None) -> str:
+  return (doc or "").strip().partition("\n")[0]
+
+
+def _configs() -> dict[str, str]:
+  # Read, not run: a config that needs something absent can still be listed.
+  return {
+    name: _first_line(ast.get_docstring(ast.parse(file.read_text(encoding="utf-8"))))
+    for name, file in shipped_configs().items()
+  }
+
+
+def _routers() -> dict[str, str]:
+  from moejax.routing.registry import ROUTERS, options_by_name
+
+  rows = {}
+  for name, router in ROUTERS.items():
+    rows[name] = router.summary
+    for option, about in options_by_name(name).items():
+      words = f" ({', '.join(about.choices)})" if about.choices else ""
+      rows[f"  {name}.{option}={show(about.default)}"] = f"  {about.text}{words}"
+  return rows
+
+
+def _dispatchers() -> dict[str, str]:
+  from moejax.dispatch.registry import DISPATCHERS
+
+  rows = {"auto": "chosen by platform and capacity, by a written rule"}
+  return rows | {name: _first_line(f.__doc__) for name, f in DISPATCHERS.items()}
+
+
+def _datasets() -> dict[str, str]:
+  from moejax.data.types import LOCAL
+
+  return LOCAL | {"NAME": "any TFDS text set by its name, such as lm1b, c4 or wiki40b"}

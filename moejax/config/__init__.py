@@ -1,0 +1,21 @@
+"""The configuration of an experiment: every field is in `schema`."""
+
+from moejax.config.schema import (
+  Config,
+  DataConfig,
+  MeshConfig,
+  ModelConfig,
+  MoEConfig,
+  OptimizerConfig,
+  TrainConfig,
+)
+
+__all__ = [
+  "Config",
+  "DataConfig",
+  "MeshConfig",
+  "MoEConfig",
+  "ModelConfig",
+  "OptimizerConfig",
+  "TrainConfig",
+]

@@ -1,0 +1,402 @@
+"""Every bad configuration is one clear error, before anything is compiled or written.
+
+`validate` needs neither data nor devices; moejax/config/devices.py needs their number.
+A check that needs the data itself (a corpus smaller than a batch) is made where
+the data is loaded.
+
+Letters: B sequences of a batch, S sequence, T tokens of a routing group, D width,
+E experts, K choices per token, F expert hidden width.
+"""
+
+import dataclasses
+from collections.abc import Callable, Iterable
+from typing import TYPE_CHECKING
+
+from moejax.config.pattern import layer_pattern
+from moejax.config.ranges import CHOICES, RANGES
+from moejax.config.schema import SCHEMA_VERSION, Config
+from moejax.config.text import expected, field_types, get_field, is_router_option
+from moejax.errors import ConfigError, did_you_mean
+from moejax.options import show
+
+if TYPE_CHECKING:
+  from moejax.routing.router import Router
+
+
+def validate(config: Config) -> None:
+  """Refuses a config that cannot train, at the first thing found wrong.
+
+  Raises:
+    ConfigError: names the flag, its value and the way out.
+  """
+  validate_fields(config)
+  _registered(config)
+
+
+def validate_fields(config: Config) -> None:
+  """The part of `validate` that is done at once: it does not import jax.
+
+  Raises:
+    ConfigError: as `validate`.
+  """
+  for check in (_types, _choices, _ranges):
+    check(config)
+  for rule in RULES:
+    error = rule(config)
+    if error:
+      raise ConfigError(error)
+
+
+def refuse_unread(config: Config, given: Iterable[str]) -> None:
+  """Refuses options of a router that was not chosen, where a person gave them.
+
+  Not a part of `validate`: a stored config is never refused for what its run never read.
+
+  Args:
+    config: validated.
+    given: dotted names of the fields that stand on the command line or in a config file.
+
+  Raises:
+    ConfigError: names the flag, and the routers that read it.
+  """
+  from moejax.routing.registry import ROUTERS, readers
+
+  if config.moe.dense_twin:
+    return  # Its routers are gone, and it keeps the config it is twin to.
+  router = config.moe.router
+  for name in given:
+    section, _, field = name.rpartition(".")
+    if section == "moe" and not ROUTERS[router].reads_field(field):
+      remedy = f"or use --config.moe.router={' or '.join(readers(field))}"
+    elif is_router_option(name) and section != f"moe.{router}":
+      remedy = f"or use --config.moe.router={section.removeprefix('moe.')}"
+    else:
+      continue
+    raise ConfigError(
+      f"{named(config, name, 'moe.router')}: this router does not read it. Leave it out, "
+      f"{remedy}."
+    )
+
+
+def _types(config: Config) -> None:
+  """A config file can put anything into a field; the flags cannot."""
+  for name, (kind, optional) in field_types().items():
+    value = get_field(config, name)
+    if optional and value is None:
+      continue
+    # bool is an int to Python, and `width = True` is a slip all the same.
+    if type(value) is not kind and not (kind is float and type(value) is int):
+      raise ConfigError(f"--config.{name}={show(value)}: {expected(name)}.")
+
+
+def _choices(config: Config) -> None:
+  for name, choices in CHOICES.items():
+    _check_choice(config, name, choices)
+
+
+def _check_choice(config: Config, name: str, choices: Iterable[str]) -> None:
+  value = get_field(config, name)
+  if value not in choices:
+    raise ConfigError(
+      f"--config.{name}={value} is unknown. {did_you_mean(value, choices)}"
+    )
+
+
+def _ranges(config: Config) -> None:
+  for name, allowed in RANGES.items():
+    value = get_field(config, name)
+    if value is not None and value not in allowed:
+      why = f" ({allowed.reason(value)})" if allowed.reason(value) else ""
+      raise ConfigError(f"--config.{name}={show(value)} must be {allowed}{why}.")
+
+
+def named(config: Config, *names: str) -> str:
+  """`--config.a.b=1 with --config.c.d=2`, values as they are."""
+  return " with ".join(f"--config.{n}={show(get_field(config, n))}" for n in names)
+
+
+# Each rule returns an error, or None. They may rely on types, names and ranges.
+
+
+def _schema(c: Config) -> str | None:
+  if c.schema_version != SCHEMA_VERSION:
+    return (
+      f"schema_version={c.schema_version} is not this moejax's {SCHEMA_VERSION}. It is "
+      "no setting: leave it out of config files."
+    )
+
+
+def _splits_leave_training_text(c: Config) -> str | None:
+  if c.data.validation_fraction + c.data.test_fraction >= 1:
+    names = ("data.validation_fraction", "data.test_fraction")
+    return f"{named(c, *names)} leaves nothing to train on: their sum must be below 1."
+
+
+def _text_has_a_path(c: Config) -> str | None:
+  if c.data.name == "text" and not c.data.path:
+    return (
+      "--config.data.name=text needs --config.data.path: a folder, a file or .jsonl. "
+      "Or leave the name out and train on the embedded python_stdlib."
+    )
+  if c.data.name == "python_stdlib" and c.data.path:
+    return (
+      f"--config.data.path={c.data.path} is not read by python_stdlib. For your own text "
+      "add --config.data.name=text."
+    )
+  if not c.data.name:
+    return "--config.data.name is empty. --list=datasets shows what there is."
+
+
+def _heads_divide_width(c: Config) -> str | None:
+  if not c.model.head_dim and c.model.width % c.model.num_heads:
+    return (
+      f"{named(c, 'model.width', 'model.num_heads')}: the width must be divisible by "
+      "the number of heads. Change either, or set --config.model.head_dim."
+    )
+
+
+def _head_dim_is_even(c: Config) -> str | None:
+  head_dim = c.model.head_dim or c.model.width // c.model.num_heads
+  if head_dim % 2:
+    names = (
+      ("model.head_dim",) if c.model.head_dim else ("model.width", "model.num_heads")
+    )
+    return (
+      f"{named(c, *names)} makes heads of width {head_dim}: rotary positions "
+      "turn pairs, so it must be even."
+    )
+
+
+def _kv_heads_divide_heads(c: Config) -> str | None:
+  if c.model.num_kv_heads and c.model.num_heads % c.model.num_kv_heads:
+    return (
+      f"{named(c, 'model.num_kv_heads', 'model.num_heads')}: each key/value head serves "
+      "the same number of query heads, so the first must divide the second."
+    )
+
+
+def _vocabulary_holds_the_tokenizer(c: Config) -> str | None:
+  need = c.data.vocab_size if c.data.tokenizer == "bpe" else 257
+  if c.model.vocab_size and c.model.vocab_size < need:
+    return (
+      f"--config.model.vocab_size={c.model.vocab_size} has no room for the {need} ids of "
+      f"--config.data.tokenizer={c.data.tokenizer}. Raise it, or use 0."
+    )
+
+
+def _context_holds_a_sequence(c: Config) -> str | None:
+  if 0 < c.model.max_position < c.data.sequence_length:
+    return (
+      f"{named(c, 'model.max_position', 'data.sequence_length')}: the context of "
+      "generation must hold a training sequence. Raise the first, or use 0."
+    )
+
+
+def _no_more_choices_than_experts(c: Config) -> str | None:
+  if c.moe.num_selected > c.moe.num_experts:
+    return (
+      f"--config.moe.num_selected={c.moe.num_selected} is more than "
+      f"--config.moe.num_experts={c.moe.num_experts}: a token cannot choose an expert "
+      "twice. Lower the first or raise the second."
+    )
+
+
+def _segments_divide_hidden(c: Config) -> str | None:
+  if c.moe.hidden % c.moe.segments:
+    return (
+      f"{named(c, 'moe.segments', 'moe.hidden')}: each expert is cut into equal "
+      "segments, so the first must divide the second."
+    )
+
+
+def _a_norm_is_of_something(c: Config) -> str | None:
+  if c.moe.renormalize_norm != 1 and c.moe.renormalize == "none":
+    return (
+      f"{named(c, 'moe.renormalize_norm', 'moe.renormalize')}: gates that are not "
+      "renormalised have no norm. Give --config.moe.renormalize=before_drop or "
+      "after_drop, or leave the norm out."
+    )
+  if c.moe.shared_gate and not c.moe.shared_width:
+    return (
+      "--config.moe.shared_gate=true weighs shared experts, and "
+      "--config.moe.num_shared=0 has none. Raise it, or leave the gate out."
+    )
+
+
+def _some_layer_is_moe(c: Config) -> str | None:
+  # A dense twin answers "equal to what?" by the same pattern, so it needs one too.
+  if not any(layer_pattern(c.model.num_layers, c.moe).is_moe):
+    names = ("moe.every", "moe.offset", "moe.dense_prefix", "model.num_layers")
+    return (
+      f"{named(c, *names)} makes no layer an MoE layer. Lower the first three, or add "
+      "layers."
+    )
+
+
+def _accumulation_divides_batch(c: Config) -> str | None:
+  if c.train.batch_size % c.train.accumulation:
+    return (
+      f"{named(c, 'train.batch_size', 'train.accumulation')}: microbatches are equal, "
+      "so the second must divide the first."
+    )
+
+
+def _slots_travel_with_a_capacity(c: Config) -> str | None:
+  if c.moe.exchange == "all_to_all" and c.moe.capacity_factor is None:
+    return (
+      f"{named(c, 'moe.exchange', 'moe.capacity_factor')}: all_to_all sends slots, and "
+      "dropless has none. Use ragged, ring or auto, or give a capacity factor."
+    )
+  if c.moe.exchange_buffer is not None and c.moe.exchange not in ("auto", "ragged"):
+    return (
+      f"{named(c, 'moe.exchange_buffer', 'moe.exchange')}: only ragged has a buffer that "
+      "can be too small. Leave it out, or use --config.moe.exchange=ragged."
+    )
+
+
+def _first_choices_are_not_kept(c: Config) -> str | None:
+  moe = c.moe
+  if c.train.accumulation == 1 or moe.balance_scope == "group":
+    return None
+  if moe.balance_counts == "first":
+    names = ("moe.balance_counts", "moe.balance_scope", "train.accumulation")
+    return (
+      f"{named(c, *names)}: the loads known of a batch before its last microbatch count "
+      "all choices. Use balance_counts=all, balance_scope=group or accumulation=1."
+    )
+
+
+def _groups_divide_microbatch(c: Config) -> str | None:
+  micro = c.train.batch_size // c.train.accumulation
+  tokens = micro * c.data.sequence_length
+  if c.moe.group_size and tokens % c.moe.group_size:
+    return (
+      f"--config.moe.group_size={c.moe.group_size} does not divide the {tokens} tokens "
+      f"of a microbatch ({micro} sequences of {c.data.sequence_length}). Choose a "
+      "divisor, or 0 for one group per sequence."
+    )
+
+
+def _one_mesh_axis_is_free(c: Config) -> str | None:
+  sizes = {a: getattr(c.mesh, a) for a in ("data", "fsdp", "expert", "tensor")}
+  zero = [f"--config.mesh.{a}=0" for a, size in sizes.items() if size == 0]
+  if zero:
+    return f"{zero[0]}: an axis has at least 1 device; 1 leaves it unused."
+  free = [f"--config.mesh.{a}=-1" for a, size in sizes.items() if size == -1]
+  if len(free) > 1:
+    return f"{' '.join(free)}: only one axis can take what the others leave."
+
+
+RULES: tuple[Callable[[Config], str | None], ...] = (
+  _schema,
+  _splits_leave_training_text,
+  _text_has_a_path,
+  _heads_divide_width,
+  _head_dim_is_even,
+  _kv_heads_divide_heads,
+  _vocabulary_holds_the_tokenizer,
+  _context_holds_a_sequence,
+  _no_more_choices_than_experts,
+  _segments_divide_hidden,
+  _a_norm_is_of_something,
+  _some_layer_is_moe,
+  _accumulation_divides_batch,
+  _slots_travel_with_a_capacity,
+  _first_choices_are_not_kept,
+  _groups_divide_microbatch,
+  _one_mesh_axis_is_free,
+)
+
+
+def _registered(config: Config) -> None:
+  """Last, because the registry imports jax, and the checks above should be fast."""
+  from moejax.config.router import make_router
+
+  router = make_router(config.moe)
+  if not config.moe.dense_twin:
+    for rule in ROUTER_RULES:
+      error = rule(config, router)
+      if error:
+        raise ConfigError(error)
+  _router_policy(config, router)
+
+
+def _fixed_choices(c: Config, router: "Router") -> str | None:
+  fixed, chosen = router.fixed_selected, c.moe.fine_selected
+  if fixed is not None and chosen != fixed:
+    return (
+      f"{named(c, 'moe.router', 'moe.num_selected', 'moe.segments')}: this router "
+      f"chooses {fixed} per token, and num_selected * segments is {chosen}. Change them, "
+      "or use --config.moe.router=top_k."
+    )
+
+
+def _dropped_experts_are_in_the_logits(c: Config, router: "Router") -> str | None:
+  if c.moe.expert_dropout and not router.by_logits:
+    return (
+      f"{named(c, 'moe.expert_dropout', 'moe.router')}: this router does not go by "
+      "the logits, which is where experts are taken out. Use "
+      "--config.moe.expert_dropout=0, or another router."
+    )
+
+
+def _first_choices_are_made(c: Config, router: "Router") -> str | None:
+  if c.moe.balance_counts == "first" and not router.token_choice:
+    return (
+      f"{named(c, 'moe.balance_counts', 'moe.router')}: tokens make no first "
+      "choice under this router. Use --config.moe.balance_counts=all."
+    )
+
+
+def _slots_stay(c: Config, router: "Router") -> str | None:
+  moe = c.moe
+  if not router.fixed_slots:
+    return None
+  if moe.capacity_factor != moe.eval_capacity_factor:
+    return (
+      f"{named(c, 'moe.capacity_factor', 'moe.eval_capacity_factor')}: the slots of "
+      f"router {moe.router} are learned, so both must be the same number."
+    )
+  if moe.group_size <= 0 or c.data.sequence_length % moe.group_size:
+    return (
+      f"{named(c, 'moe.group_size', 'data.sequence_length')}: the slots of router "
+      f"{moe.router} belong to a group of fixed size. Give group_size a divisor of the "
+      "sequence."
+    )
+
+
+def _mixtures_are_weighted(c: Config, router: "Router") -> str | None:
+  if router.mixes and c.moe.dispatcher in ("gather", "grouped"):
+    return (
+      f"--config.moe.dispatcher={c.moe.dispatcher} moves whole tokens, and router "
+      f"{c.moe.router} mixes them into slots. Use einsum or auto."
+    )
+
+
+ROUTER_RULES: tuple[Callable[[Config, "Router"], str | None], ...] = (
+  _fixed_choices,
+  _dropped_experts_are_in_the_logits,
+  _first_choices_are_made,
+  _slots_stay,
+  _mixtures_are_weighted,
+)
+"""What a router's kind asks of the rest of the config."""
+
+
+def _router_policy(config: Config, router: "Router") -> None:
+  """Asks the router itself, with the capacity of training and that of evaluation."""
+  from moejax.config.router import slot_policy
+
+  moe = config.moe
+  if router.needs_capacity and moe.eval_capacity_factor is None:
+    raise ConfigError(
+      f"--config.moe.router={moe.router} needs slots in evaluation too, and "
+      "--config.moe.eval_capacity_factor=none gives no number of them. Give it "
+      f"{moe.capacity_factor or 1.0}, as in training."
+    )
+  # A capacity of 1 stands for any: the number needs the group size, the rules do not.
+  slots = None if moe.capacity_factor is None else 1
+  router.check(slot_policy(moe, slots))
+  if moe.eval_capacity_factor is None:
+    # Dropless evaluation of a model trained with an overflow policy is no mistake.
+    router.check(dataclasses.replace(slot_policy(moe, None), overflow="drop"))

@@ -1,0 +1,258 @@
+"""On which devices a config runs, and one clear error if on none, before any compile.
+
+A mesh with a free axis (-1) takes as many devices as its batch and its routing groups
+divide over: the default config runs on one device and on eight. A mesh whose sizes are
+all given runs as given or not at all. Of several processes each gives the same number
+of devices, so that none is without work.
+
+Letters: B sequences of a microbatch, S sequence.
+"""
+
+import copy
+import itertools
+import math
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from moejax.config import text as config_text
+from moejax.config.check import named, validate
+from moejax.config.schema import Config
+from moejax.errors import ConfigError
+
+_AXES = ("data", "fsdp", "expert", "tensor")
+
+
+def choose_devices(config: Config, devices: Sequence[Any]) -> tuple[list[Any], str]:
+  """The devices that a run uses: all, or as many as the config divides over.
+
+  Args:
+    config: validated.
+    devices: of all processes.
+
+  Returns:
+    The devices, in the order given; and one line that says why some are left out,
+    empty if none is.
+
+  Raises:
+    ConfigError: the config runs on no such number, or its mesh is given in full.
+  """
+  problem = _misfit(config, len(devices))
+  if problem is None:
+    _check_dispatcher(config, len(devices))
+    return list(devices), ""
+  owners = [device.process_index for device in devices]
+  counts = {owner: owners.count(owner) for owner in set(owners)}
+  share = _share(config, list(counts.values()))
+  if share is None:
+    raise ConfigError(f"{problem} {_remedy(config, list(counts.values()))}")
+  chosen = [d for i, d in enumerate(devices) if owners[:i].count(owners[i]) < share]
+  _check_dispatcher(config, len(chosen))
+  each = f" ({share} of each process)" if len(counts) > 1 else ""
+  line = f"Using {len(chosen)} of {len(devices)} devices{each}: {problem}"
+  changes = _changes(config, len(devices))
+  wider = next((c for c in changes if _fits_all(config, c, len(devices))), None)
+  if wider is not None:
+    line += f" All are used with {_as_flags(wider)}."
+  return chosen, line
+
+
+def validate_devices(config: Config, num_devices: int) -> None:
+  """Refuses a config that does not run on exactly so many devices.
+
+  Raises:
+    ConfigError: the mesh's product is not `num_devices`, or an axis does not
+      divide what it cuts. Sizes known only with the vocabulary are checked when
+      the parameters get their shardings.
+  """
+  problem = _misfit(config, num_devices)
+  if problem is not None:
+    raise ConfigError(f"{problem} {_remedy(config, [num_devices])}")
+  _check_dispatcher(config, num_devices)
+
+
+def _check_dispatcher(config: Config, num_devices: int) -> None:
+  """A dispatcher asked for by name runs, or is refused before anything is compiled."""
+  from moejax.config.exchange_rule import choose
+  from moejax.config.mesh import mesh_shape
+  from moejax.config.router import num_selected
+
+  if config.moe.dense_twin or num_devices == 1:
+    return
+  shape = mesh_shape(config.mesh, num_devices)
+  size: dict[str, int] = dict(zip(_AXES, shape, strict=True))
+  choose(
+    config.moe.exchange,
+    config.moe.dispatcher,
+    devices=size["expert"],
+    token_shards=_shards(size),
+    num_groups=_num_groups(config),
+    num_selected=num_selected(config.moe),
+    capacity=config.moe.capacity_factor is not None,
+    dense=config.moe.router == "soft",
+  )
+
+
+def _share(config: Config, counts: Sequence[int]) -> int | None:
+  """The most devices of each process that fit, if the mesh leaves that open."""
+  if not _has_free_axis(config):
+    return None
+  fitting = (
+    share
+    for share in range(min(counts), 0, -1)
+    if _misfit(config, share * len(counts)) is None
+  )
+  return next(fitting, None)
+
+
+def _has_free_axis(config: Config) -> bool:
+  return any(getattr(config.mesh, axis) == -1 for axis in _AXES)
+
+
+def _misfit(config: Config, num_devices: int) -> str | None:
+  """Why the config cannot run on so many devices; None if it can."""
+  from moejax.config.mesh import mesh_shape
+
+  try:
+    shape = mesh_shape(config.mesh, num_devices)
+  except ConfigError as error:
+    return str(error)
+  size: dict[str, int] = dict(zip(_AXES, shape, strict=True))
+  return (
+    _undivided_batch(config, size)
+    or _undivided_groups(config, size)
+    or _undivided_model(config, size)
+  )
+
+
+def _shards(size: dict[str, int]) -> int:
+  """Devices over which the batch is cut."""
+  return size["data"] * size["fsdp"] * size["expert"]
+
+
+def _undivided_batch(config: Config, size: dict[str, int]) -> str | None:
+  shards = _shards(size)
+  micro = config.train.batch_size // config.train.accumulation
+  if micro % shards:
+    return (
+      f"{named(config, 'train.batch_size', 'train.accumulation')}: a microbatch has "
+      f"{micro} sequences, which {shards} devices (data {size['data']} x fsdp "
+      f"{size['fsdp']} x expert {size['expert']}) cannot share equally."
+    )
+
+
+def _num_groups(config: Config) -> int:
+  """Routing groups of a microbatch."""
+  length = config.data.sequence_length
+  tokens = config.train.batch_size // config.train.accumulation * length
+  return 1 if config.moe.group_size == -1 else tokens // (config.moe.group_size or length)
+
+
+def _undivided_groups(config: Config, size: dict[str, int]) -> str | None:
+  """Every device routes whole groups of its own, or the compiler is asked by name."""
+  if config.moe.dense_twin or config.moe.exchange == "gspmd":
+    return None
+  shards, groups = _shards(size), _num_groups(config)
+  if groups % shards:
+    return (
+      f"{named(config, 'moe.group_size')} makes {groups} routing group(s) of a "
+      f"microbatch, which {shards} devices cannot share equally."
+    )
+
+
+def _undivided_model(config: Config, size: dict[str, int]) -> str | None:
+  for axis, name, extent in _cuts(config):
+    if extent % size[axis]:
+      return (
+        f"--config.mesh.{axis}={size[axis]} does not divide --config.{name} ({extent})."
+      )
+
+
+def _cuts(config: Config) -> list[tuple[str, str, int]]:
+  """What each axis cuts, but for the batch: (axis, field, extent)."""
+  model, moe = config.model, config.moe
+  cuts = [
+    ("fsdp", "model.width", model.width),
+    ("tensor", "model.num_heads", model.num_heads),
+    ("tensor", "model.num_kv_heads", model.num_kv_heads or model.num_heads),
+    ("tensor", "model.hidden", model.hidden),
+    ("tensor", "moe.hidden", moe.fine_hidden),
+  ]
+  if not moe.dense_twin:
+    cuts.append(("expert", "moe.num_experts", moe.fine_experts))
+    cuts.append(("tensor", "moe.shared_hidden", moe.shared_width))
+  return cuts
+
+
+def _remedy(config: Config, counts: Sequence[int]) -> str:
+  """Flags that do run on these devices, each tried before it is recommended."""
+  fitting = [
+    change for change in _changes(config, sum(counts)) if _runs(config, change, counts)
+  ]
+  if not fitting:
+    return "Use another number of devices, or another --config.mesh."
+  flags = _as_flags(fitting[0])
+  gspmd = {"moe.exchange": "gspmd"}
+  if fitting[0] != gspmd and _runs(config, gspmd, counts):
+    flags += (
+      ", or --config.moe.exchange=gspmd, under which devices gather each other's logits"
+    )
+  return f"Use {flags}."
+
+
+def _as_flags(change: dict[str, Any]) -> str:
+  return " ".join(f"--config.{name}={value}" for name, value in change.items())
+
+
+def _fits_all(config: Config, change: dict[str, Any], num_devices: int) -> bool:
+  """Whether a change makes the config run on every device."""
+  changed = _changed(config, change)
+  return changed is not None and _misfit(changed, num_devices) is None
+
+
+def _runs(config: Config, change: dict[str, Any], counts: Sequence[int]) -> bool:
+  changed = _changed(config, change)
+  if changed is None:
+    return False
+  return _misfit(changed, sum(counts)) is None or _share(changed, counts) is not None
+
+
+def _changed(config: Config, change: dict[str, Any]) -> Config | None:
+  """The config with a change; None if that is no valid one."""
+  config = copy.deepcopy(config)
+  for name, value in change.items():
+    config_text.set_field(config, name, value)
+  try:
+    validate(config)
+  except ConfigError:
+    return None
+  return config
+
+
+def _changes(config: Config, num_devices: int) -> Iterator[dict[str, Any]]:
+  """Changes that may help, the smallest first; which do is for `_runs` to say."""
+  if not _has_free_axis(config):
+    yield from ({f"mesh.{axis}": -1} for axis in _AXES)
+  for axis, _, extent in _cuts(config):
+    # The largest that divides what the axis cuts, and is not more than what was asked.
+    asked = abs(getattr(config.mesh, axis))
+    for size in range(min(asked, extent), 0, -1):
+      if extent % size == 0:
+        yield {f"mesh.{axis}": size}
+  # As many replicas as there are devices, and nothing cut, fits any model.
+  replicas = {"mesh.data": -1} | {f"mesh.{axis}": 1 for axis in _AXES[1:]}
+  unit = num_devices * config.train.accumulation
+  batch = -(-config.train.batch_size // unit) * unit
+  for mesh, size in itertools.product(({}, replicas), (config.train.batch_size, batch)):
+    for group in _group_sizes(config, size // unit):
+      change = mesh | {"train.batch_size": size, "moe.group_size": group}
+      yield {n: v for n, v in change.items() if v != config_text.get_field(config, n)}
+
+
+def _group_sizes(config: Config, sequences: int) -> Iterator[int]:
+  """The group size itself, then ones that divide what a device holds."""
+  size, length = config.moe.group_size, config.data.sequence_length
+  yield size
+  if sequences:
+    yield math.gcd(max(size, 0), sequences * length)
+  yield math.gcd(max(size, 0), length)
+  yield 0

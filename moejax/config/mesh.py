@@ -1,0 +1,32 @@
+"""The axes of a mesh and their sizes: arithmetic, without a device."""
+
+import math
+
+from moejax.config import MeshConfig
+from moejax.errors import ConfigError
+
+AXES = ("data", "fsdp", "expert", "tensor")
+
+
+def mesh_shape(config: MeshConfig, num_devices: int) -> tuple[int, ...]:
+  """Sizes of `AXES` on so many devices; a single -1 takes what the others leave.
+
+  Raises:
+    ConfigError: if the product cannot equal the device count.
+  """
+  sizes = [getattr(config, axis) for axis in AXES]
+  flags = " ".join(f"--config.mesh.{a}={s}" for a, s in zip(AXES, sizes, strict=True))
+  if any(s == 0 or s < -1 for s in sizes) or sizes.count(-1) > 1:
+    raise ConfigError(
+      f"{flags}: every axis is a positive number of devices, and at most one may be -1 "
+      "(which takes what the others leave)."
+    )
+  known = math.prod(s for s in sizes if s != -1)
+  if -1 in sizes and num_devices % known == 0:
+    sizes[sizes.index(-1)] = num_devices // known
+  if math.prod(sizes) != num_devices:
+    raise ConfigError(
+      f"{flags}: {num_devices} device(s) cannot be divided so. The product of the axes "
+      "must equal the device count; set one axis to -1 to let it take the rest."
+    )
+  return tuple(sizes)

@@ -1,0 +1,155 @@
+"""What each field of the config may be, taken by itself: names, and numbers in range.
+
+One line per field. What fields must be *together* stands in `config.check`.
+Routers are not here: their registry says what there is, and a router's options stand in
+its class.
+"""
+
+from moejax.options import Range, count, weight
+
+CHOICES: dict[str, tuple[str, ...]] = {
+  "data.tokenizer": ("bytes", "bpe"),
+  "model.activation": ("relu", "gelu", "swiglu"),
+  "model.dtype": ("float32", "bfloat16"),
+  "model.param_dtype": ("float32", "bfloat16"),
+  "model.remat": ("none", "full", "all", "dots"),
+  "moe.capacity_convention": ("per_assignment", "per_token"),
+  "moe.renormalize": ("none", "before_drop", "after_drop"),
+  "moe.priority": ("arrival", "gate", "random"),
+  "moe.overflow": ("drop", "next_best"),
+  "moe.slot_order": ("choice_major", "token_major", "by_gate", "batch_priority"),
+  "moe.slot_numbering": ("queue", "arrival"),
+  "moe.balance_scope": ("group", "batch"),
+  "moe.exchange": ("auto", "all_to_all", "ragged", "ring", "gspmd"),
+  "moe.balance_counts": ("all", "first"),
+  "moe.dispatcher": ("auto", "einsum", "gather", "grouped"),
+  "optimizer.name": ("adamw", "adafactor", "lion"),
+  "mesh.slice_axis": ("data", "fsdp", "expert", "tensor"),
+  "optimizer.schedule": ("cosine", "linear", "inverse_sqrt", "constant_decay"),
+}
+
+
+_COUNTED = "steps and sizes are counted in 32 bits"
+_INT32 = 2**31 - 1
+
+
+def _count(low: int = 0, why: str = "") -> Range:
+  """Of steps, tokens or bytes: whatever a 32-bit counter holds."""
+  return Range(low, _INT32, why, why_high=_COUNTED)
+
+
+def _positive(high: float, why_high: str, why: str = "") -> Range:
+  return Range(0, high, why, low_open=True, why_high=why_high)
+
+
+_FRACTION = Range(0, 1)
+_BELOW_ONE = Range(0, 1, high_open=True)
+_AXIS = Range(
+  -1,
+  2**20,
+  "-1 takes what the other axes leave",
+  why_high="no machine has as many devices",
+)
+_WIDE = "no device holds one row of matrices as wide"
+_MANY_EXPERTS = "every token is scored against all of them"
+_SLOTS = "num_experts / num_selected already gives every token a slot everywhere"
+_PARTS = "a part must hold at least one row"
+
+RANGES: dict[str, Range] = {
+  "data.vocab_size": count(
+    257,
+    2**24,
+    "the output head has a row for each",
+    "all bytes and the separator need an id",
+  ),
+  "data.sequence_length": count(1, 2**24, "attention looks at all pairs of a sequence"),
+  "data.validation_fraction": _BELOW_ONE,
+  "data.test_fraction": _BELOW_ONE,
+  "data.max_documents": _count(0, "0 is all"),
+  "data.num_workers": count(
+    0, 1024, "each is a process", "0 reads in threads of this process"
+  ),
+  "data.prefetch": count(0, 4096, "so many batches would wait in memory"),
+  "model.num_layers": count(1, 10_000, "each layer is compiled and kept"),
+  "model.width": count(1, 2**20, _WIDE),
+  "model.num_heads": count(1, 2**16, "each has a width of at least 2"),
+  "model.num_kv_heads": count(0, 2**16, "at most one for each head", "0 is num_heads"),
+  "model.head_dim": count(0, 2**16, _WIDE, "0 is width / num_heads"),
+  "model.hidden": count(1, 2**24, _WIDE),
+  "model.vocab_size": count(
+    0, 2**24, "the output head has a row for each", "0 is the tokenizer's"
+  ),
+  "model.sliding_window": _count(0, "0 is no window"),
+  "model.rope_theta": _positive(1e12, "positions would not turn within a sequence"),
+  "model.norm_eps": _positive(1, "it only keeps a division finite"),
+  "model.init_scale": _positive(1e3, "the first activations would overflow"),
+  "model.max_position": count(
+    0, 2**24, "attention looks at all pairs of a sequence", "0 is data.sequence_length"
+  ),
+  "moe.num_experts": count(
+    1, 2**16, _MANY_EXPERTS, "for a dense model use --config.moe.dense_twin=true"
+  ),
+  "moe.num_selected": count(1, 2**16, "at most num_experts"),
+  "moe.hidden": count(1, 2**24, _WIDE),
+  "moe.segments": count(
+    1, 2**16, "each is an expert to the router", "1 leaves the experts whole"
+  ),
+  "moe.num_shared": count(0, 2**16, "every token visits each of them"),
+  "moe.shared_hidden": count(0, 2**24, _WIDE, "0 is num_shared * hidden / segments"),
+  "moe.every": count(
+    1, 10_000, "as many layers at most", "1 makes every layer an MoE layer"
+  ),
+  "moe.offset": count(0, 10_000, "as many layers at most"),
+  "moe.dense_prefix": count(0, 10_000, "as many layers at most"),
+  "moe.capacity_factor": _positive(2**16, _SLOTS, "none is dropless"),
+  "moe.eval_capacity_factor": _positive(2**16, _SLOTS, "none is dropless"),
+  "moe.min_capacity": _count(1),
+  "moe.exchange_buffer": _positive(2**16, "none fits any load", "none fits any load"),
+  "moe.exchange_chunks": count(1, 2**16, _PARTS, "1 sends all at once"),
+  "moe.expert_chunks": count(1, 2**16, _PARTS, "1 computes all at once"),
+  "moe.group_size": _count(-1, "0 is one group per sequence, -1 the whole batch"),
+  "moe.renormalize_norm": Range(
+    1, 16, "1 is the sum, 2 the Euclidean norm", why_high="it would be the largest gate"
+  ),
+  "moe.gate_scale": _positive(1e4, "the experts would drown all else"),
+  "moe.expert_dropout": _BELOW_ONE,
+  "moe.jitter": _BELOW_ONE,
+  "moe.balance_weight": weight(),
+  "moe.z_weight": weight(),
+  "moe.entropy_weight": Range(
+    -1e4, 1e4, "above 0 rewards spread, 0 is off", why_high=weight().why_high
+  ),
+  "moe.router_init_scale": _positive(1e3, "the first choices would be all or nothing"),
+  "optimizer.learning_rate": _positive(10, "a step moves a weight by about the rate"),
+  "optimizer.warmup_steps": _count(0),
+  "optimizer.final_fraction": _FRACTION,
+  "optimizer.decay_fraction": Range(0, 1, low_open=True),
+  "optimizer.beta1": _BELOW_ONE,
+  "optimizer.beta2": _BELOW_ONE,
+  "optimizer.epsilon": _positive(1, "it only keeps a division finite"),
+  "optimizer.weight_decay": Range(
+    0,
+    100,
+    "0 is off",
+    why_high="times the learning rate it is the share a step takes away",
+  ),
+  "optimizer.clip_norm": Range(
+    0, 1e9, "0 is off", why_high="no gradient is as long, so it would be off"
+  ),
+  "train.num_steps": _count(1),
+  "train.batch_size": count(1, 2**24, "a step works on all of them"),
+  "train.accumulation": count(1, 2**24, "at most train.batch_size", "1 is none"),
+  "train.seed": Range(0, _INT32, why_high="keys are made of 32 bits"),
+  "train.log_every": _count(1),
+  "train.eval_every": _count(0, "0 is only at the end"),
+  "train.eval_batches": _count(0, "0 is the whole validation split"),
+  "train.final_eval_tokens": _count(-1, "0 is all, -1 a quarter of those trained on"),
+  "train.checkpoint_every": _count(0, "0 is only at the end"),
+  "train.keep_last": _count(1, "a run resumes from its newest checkpoint"),
+  "train.keep_best": _count(0),
+  "train.max_bad_steps": _count(1),
+  "mesh.data": _AXIS,
+  "mesh.fsdp": _AXIS,
+  "mesh.expert": _AXIS,
+  "mesh.tensor": _AXIS,
+}

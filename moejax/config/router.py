@@ -1,0 +1,85 @@
+"""From a layer's configuration to its router, slot policy and sizes: the one translation.
+
+The layer that routes, the check that refuses a config and the count of its parameters
+all come here.
+"""
+
+import dataclasses
+
+from moejax.config.schema import MoEConfig
+from moejax.routing import registry
+from moejax.routing.base import SlotPolicy
+from moejax.routing.capacity import capacity_of
+from moejax.routing.router import Router, Sizes
+
+
+def make_router(moe: MoEConfig) -> Router:
+  """The chosen router, with its options.
+
+  Raises:
+    ConfigError: no such router, or a value that an option cannot have.
+  """
+  return registry.make(moe.router, moe.router_options)
+
+
+def num_selected(moe: MoEConfig) -> int:
+  """K that the router sees: segments counted, and all experts under router dense."""
+  return make_router(moe).selected(moe.fine_experts, moe.fine_selected)
+
+
+def num_present(moe: MoEConfig) -> int:
+  """Experts that take part in a training step: all but a fixed number, at least K."""
+  # Rounded first: .29 of 100 is 28.999... in floats.
+  out = int(round(moe.expert_dropout * moe.fine_experts, 6))
+  return moe.fine_experts - min(out, moe.fine_experts - num_selected(moe))
+
+
+def capacity(
+  moe: MoEConfig, num_tokens: int, capacity_factor: float | None
+) -> int | None:
+  """C of a group of so many tokens; None is dropless."""
+  return capacity_of(
+    num_tokens,
+    moe.fine_experts,
+    num_selected(moe),
+    capacity_factor,
+    convention=moe.capacity_convention,
+    min_capacity=moe.min_capacity,
+  )
+
+
+def slot_policy(moe: MoEConfig, capacity: int | None) -> SlotPolicy:
+  """How many are chosen, and who gets a slot, under this configuration.
+
+  Args:
+    moe: of the layer. Its strings are those that `config.check.validate` let pass.
+    capacity: C, slots per expert; None is dropless.
+
+  Returns:
+    A policy whose num_experts and num_selected count fine-grained experts.
+  """
+  own = {"num_experts", "num_selected", "capacity", "ranking"}
+  names = {f.name for f in dataclasses.fields(SlotPolicy)} - own
+  return SlotPolicy(
+    num_experts=moe.fine_experts,
+    num_selected=num_selected(moe),
+    capacity=capacity,
+    **{name: getattr(moe, name) for name in names},
+  )
+
+
+def sizes(moe: MoEConfig, width: int, num_tokens: int) -> Sizes:
+  """Of a layer in training.
+
+  Args:
+    moe: of the layer.
+    width: D.
+    num_tokens: T of one routing group.
+  """
+  return Sizes(
+    width=width,
+    num_experts=moe.fine_experts,
+    num_selected=num_selected(moe),
+    num_tokens=num_tokens,
+    capacity=capacity(moe, num_tokens, moe.capacity_factor),
+  )

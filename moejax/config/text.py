@@ -1,0 +1,295 @@
+"""A `Config` as text and back: fields by dotted name, JSON, migrations, differences.
+
+A dotted name is a field's path without the flag prefix, such as
+`moe.num_experts`; the flag is `--config.moe.num_experts`.
+"""
+
+import copy
+import dataclasses
+import functools
+import math
+import types
+import typing
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from moejax.config.schema import SCHEMA_VERSION, Config
+from moejax.errors import ConfigError, did_you_mean
+from moejax.options import WORDS, Option, parse_plain
+from moejax.routing.registry import ROUTERS, options_by_name
+
+Migration = Callable[[dict[str, Any]], dict[str, Any]]
+
+_MOVED_TO_ROUTERS = {
+  "second_policy": ("second_policy", "top2"),
+  "num_expert_groups": (
+    "num_expert_groups",
+    "group_limited sigmoid_bias quantile_bias",
+  ),
+  "num_selected_groups": (
+    "num_selected_groups",
+    "group_limited sigmoid_bias quantile_bias",
+  ),
+  "group_best": ("group_best", "group_limited sigmoid_bias quantile_bias"),
+  "bias_update_rate": ("bias_update_rate", "sigmoid_bias"),
+  "quantile_rate": ("quantile_rate", "quantile_bias"),
+  "noise": ("noise", "noisy_top_k"),
+  "noise_std": ("noise_std", "noisy_top_k"),
+  "hash_table": ("spread", "hash"),
+  "sinkhorn_iterations": ("sinkhorn_iterations", "base"),
+  "sinkhorn_tolerance": ("sinkhorn_tolerance", "base"),
+  "importance_weight": ("importance_weight", "noisy_top_k"),
+  "load_weight": ("load_weight", "noisy_top_k"),
+  "device_weight": ("device_weight", "group_limited"),
+  "communication_weight": ("communication_weight", "group_limited"),
+}
+"""Schema 1 to 2: a field of `moe`, its name now, and the routers that had read it."""
+
+
+def _options_to_routers(values: dict[str, Any]) -> dict[str, Any]:
+  """Schema 1 to 2; what the chosen router did not read is left out."""
+  moe = dict(values.get("moe", {}))
+  router, options = moe.get("router", "switch"), {}
+  for old, (new, routers) in _MOVED_TO_ROUTERS.items():
+    if old in moe:
+      value = moe.pop(old)
+      if router in routers.split():
+        options[new] = value
+  if options:
+    moe[router] = options
+  return {**values, "moe": moe}
+
+
+MIGRATIONS: dict[int, Migration] = {1: _options_to_routers}
+"""Version n to a function that turns a dict of version n into one of n + 1.
+
+A field that is only added needs none: absent fields take the default that
+`config/schema.py` gives them, which therefore must mean "as before".
+"""
+
+
+@functools.cache
+def field_types() -> Mapping[str, tuple[type, bool]]:
+  """Every leaf's dotted name, with its type and whether None is allowed."""
+  return types.MappingProxyType(dict(_leaves(Config, "")))
+
+
+def _leaves(cls: Any, prefix: str):
+  hints = typing.get_type_hints(cls)
+  for field in dataclasses.fields(cls):
+    hint = hints[field.name]
+    if typing.get_origin(hint) is dict:
+      continue  # Options of routers, which their classes declare.
+    if dataclasses.is_dataclass(hint):
+      yield from _leaves(hint, f"{prefix}{field.name}.")
+      continue
+    members = typing.get_args(hint) or (hint,)
+    plain = [m for m in members if m is not types.NoneType]
+    yield prefix + field.name, (plain[0], len(plain) < len(members))
+
+
+def is_router_option(dotted: str) -> bool:
+  """Whether a name is `moe.ROUTER.OPTION` with a router that there is."""
+  section, _, rest = dotted.partition(".")
+  router, dot, _ = rest.partition(".")
+  return section == "moe" and bool(dot) and router in ROUTERS
+
+
+def _option(dotted: str) -> Option:
+  """Of a router; imports its file.
+
+  Raises:
+    ConfigError: the router has no such option.
+  """
+  _, router, name = dotted.split(".", 2)
+  known = options_by_name(router)
+  if name not in known:
+    near = [f"--config.moe.{router}.{option}" for option in known]
+    remedy = did_you_mean("--config." + dotted, near) if near else "It has none."
+    raise ConfigError(f"--config.{dotted}: there is no such option. {remedy}")
+  return known[name]
+
+
+def check_name(dotted: str) -> None:
+  """Raises ConfigError, with the nearest valid name, unless `dotted` is a field.
+
+  Of an option of a router only the router is looked at, so that jax is not imported.
+  """
+  known = field_types()
+  if dotted in known or is_router_option(dotted):
+    return
+  under = [name for name in known if name.startswith(dotted + ".")]
+  section, _, leaf = dotted.rpartition(".")
+  if section == "moe" and leaf in _MOVED_TO_ROUTERS:
+    new, routers = _MOVED_TO_ROUTERS[leaf]
+    flags = [f"--config.moe.{router}.{new}" for router in routers.split()]
+    remedy = f"It is an option of a router: {' or '.join(flags)}."
+  elif section == "moe" and leaf in ROUTERS:
+    remedy = "It is a group of options; --list=routers shows them."
+  elif under:
+    remedy = f"It is a group of fields; set one, for example --config.{under[0]}."
+  else:
+    remedy = did_you_mean("--config." + dotted, _flags_near(dotted, known))
+  raise ConfigError(f"--config.{dotted}: there is no such field. {remedy}")
+
+
+def _flags_near(dotted: str, known: Mapping[str, Any]) -> list[str]:
+  """Flags to suggest: those of the section if it is right, else all of them."""
+  section, _, leaf = dotted.rpartition(".")
+  if section.startswith("moe."):  # The misspelt part is the router.
+    return [f"--config.moe.{router}.{leaf}" for router in ROUTERS]
+  siblings = [n for n in known if n.rpartition(".")[0] == section]
+  # The right leaf in the wrong section is nearer than any similar sibling.
+  namesakes = [n for n in known if n.rpartition(".")[2] == leaf]
+  return ["--config." + n for n in namesakes or siblings or known]
+
+
+def get_field(config: Config, dotted: str) -> Any:
+  """The value of a field by its dotted name."""
+  check_name(dotted)
+  if is_router_option(dotted):
+    _, router, name = dotted.split(".", 2)
+    return config.moe.options.get(router, {}).get(name, _option(dotted).default)
+  return functools.reduce(getattr, dotted.split("."), config)
+
+
+def set_field(config: Config, dotted: str, value: Any) -> None:
+  """Sets a field in place, if `value` has the field's type.
+
+  An int is taken where a float is declared, as Python itself does.
+
+  Raises:
+    ConfigError: no such field, or a value of another type.
+  """
+  check_name(dotted)
+  if is_router_option(dotted):
+    _, router, name = dotted.split(".", 2)
+    option = _option(dotted)
+    value = _as_float(value) if option.kind is float else value
+    option.check(f"--config.{dotted}", value)
+    options = {**config.moe.options.get(router, {}), name: value}
+    if value == option.default:  # So that equal configs are equal.
+      del options[name]
+    others = {r: given for r, given in config.moe.options.items() if r != router}
+    config.moe.options = others | ({router: options} if options else {})
+    return
+  kind, optional = field_types()[dotted]
+  value = _as_float(value) if kind is float else value
+  if not (type(value) is kind or (optional and value is None)):
+    raise ConfigError(f"--config.{dotted}={value!r}: {expected(dotted)}.")
+  *section, leaf = dotted.split(".")
+  setattr(functools.reduce(getattr, section, config), leaf, value)
+
+
+def _as_float(value: Any) -> Any:
+  """A whole number as a float; one beyond all floats is left to the range check."""
+  if type(value) is not int:
+    return value
+  if abs(value) < 2**1000:
+    return float(value)
+  return math.inf if value > 0 else -math.inf
+
+
+def expected(dotted: str) -> str:
+  """What a field takes, in words."""
+  kind, optional = field_types()[dotted]
+  return f"expected {WORDS[kind]}" + (" or none" if optional else "")
+
+
+def parse_value(dotted: str, text: str) -> Any:
+  """A field's value from what stands on the command line.
+
+  Raises:
+    ConfigError: no such field, or the text is no value of its type.
+  """
+  check_name(dotted)
+  if is_router_option(dotted):
+    return _option(dotted).parse(f"--config.{dotted}", text)
+  kind, optional = field_types()[dotted]
+  if optional and text.strip().lower() == "none":
+    return None
+  try:
+    return parse_plain(kind, text)
+  except ValueError:
+    raise ConfigError(f"--config.{dotted}={text}: {expected(dotted)}.") from None
+
+
+def to_dict(config: Config) -> dict[str, Any]:
+  """Nested plain dicts, ready for JSON, with every option of the chosen router."""
+  values = dataclasses.asdict(config)
+  del values["moe"]["options"]
+  options = router_options(config)
+  if options:
+    values["moe"][config.moe.router] = options
+  return values
+
+
+def router_options(config: Config) -> dict[str, Any]:
+  """Every option of the chosen router, set or not."""
+  known = options_by_name(config.moe.router)
+  return {name: option.default for name, option in known.items()} | (
+    config.moe.router_options
+  )
+
+
+def from_dict(values: Mapping[str, Any]) -> Config:
+  """The inverse of `to_dict`, for this and every earlier schema version.
+
+  Fields the dict lacks take their defaults, which is what they meant before
+  they existed.
+
+  Raises:
+    ConfigError: an unknown field, a value of another type, or a newer schema.
+  """
+  values = _migrated(copy.deepcopy(dict(values)))
+  config = Config()
+  for dotted, value in _flatten(values):
+    set_field(config, dotted, value)
+  return config
+
+
+def _migrated(values: dict[str, Any]) -> dict[str, Any]:
+  version = values.get("schema_version", SCHEMA_VERSION)
+  if type(version) is not int or not 1 <= version <= SCHEMA_VERSION:
+    raise ConfigError(
+      f"the config has schema_version={version!r}, and this moejax reads 1 to "
+      f"{SCHEMA_VERSION}. Use the version of moejax that wrote it, or a later one."
+    )
+  while version < SCHEMA_VERSION:
+    values = MIGRATIONS[version](values)
+    version += 1
+  return {**values, "schema_version": SCHEMA_VERSION}
+
+
+def _flatten(values: Mapping[str, Any], prefix: str = ""):
+  for name, value in values.items():
+    if isinstance(value, Mapping):
+      yield from _flatten(value, f"{prefix}{name}.")
+    else:
+      yield prefix + name, value
+
+
+def leaves(config: Config) -> dict[str, Any]:
+  """Every field by its dotted name, and every option of the chosen router."""
+  router = config.moe.router
+  options = router_options(config).items()
+  return {name: get_field(config, name) for name in field_types()} | {
+    f"moe.{router}.{name}": value for name, value in options
+  }
+
+
+def difference(old: Config, new: Config) -> list[tuple[str, Any, Any]]:
+  """The fields in which two configs differ: (dotted name, old value, new value).
+
+  An option of a router that only one of them has chosen is no difference of its own.
+  """
+  before, now = leaves(old), leaves(new)
+  same = [name for name in now if name in before]
+  return [(name, before[name], now[name]) for name in same if before[name] != now[name]]
+
+
+def dump(config: Config) -> str:
+  """One `name = value` line per field, sorted: what reviews and goldens compare."""
+  return "".join(
+    f"{name} = {value!r}\n" for name, value in sorted(leaves(config).items())
+  )

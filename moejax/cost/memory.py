@@ -1,0 +1,127 @@
+"""Whether a run can fit into memory, from shapes alone, before anything is made.
+
+A lower bound on purpose: it must never refuse what fits. It counts, for each device,
+the parameters, their gradients, the optimizer's moments, the input that every repeated
+block keeps for its backward pass, and the logits. It does not count attention scores,
+expert buffers, hidden activations, temporaries and copies: a real run takes more.
+`tools.compile_for` asks the compiler instead.
+"""
+
+import math
+import pathlib
+from collections.abc import Sequence
+from typing import Any
+
+from moejax.config import Config
+from moejax.cost import parameters
+from moejax.errors import UserError
+
+_BYTES = {"float32": 4, "bfloat16": 2}
+_MOMENTS = {"adamw": 2, "lion": 1, "adafactor": 0}
+"""Whole float32 copies of the parameters; adafactor's are rows and columns."""
+
+_CGROUP = pathlib.Path("/sys/fs/cgroup")
+_MEMINFO = pathlib.Path("/proc/meminfo")
+
+
+def least_bytes(config: Config, mesh: dict[str, int], vocab_size: int) -> dict[str, int]:
+  """What a device needs at the very least, by kind.
+
+  Args:
+    config: validated.
+    mesh: devices of each axis.
+    vocab_size: V.
+  """
+  counts, _ = parameters.count_parameters(config, vocab_size)
+  cut = mesh["fsdp"] * mesh["tensor"]
+  experts = counts["experts"]
+  here = -(-experts // (cut * mesh["expert"])) + -(-(counts["total"] - experts) // cut)
+  stored, computed = _BYTES[config.model.param_dtype], _BYTES[config.model.dtype]
+  micro = config.train.batch_size // config.train.accumulation
+  shards = mesh["data"] * mesh["fsdp"] * mesh["expert"]
+  tokens = micro * config.data.sequence_length // shards
+  # Recomputing keeps the input of a repeated block alone, which may be several layers.
+  width, layers = config.model.width, config.model.num_layers // config.moe.every
+  return {
+    "parameters": here * stored,
+    "gradients": here * stored,
+    "moments": here * 4 * _MOMENTS[config.optimizer.name],
+    "activations": tokens * (width * layers + vocab_size // mesh["tensor"]) * computed,
+  }
+
+
+def check(config: Config, mesh: Any, devices: Sequence[Any]) -> None:
+  """Refuses a run that cannot fit.
+
+  Args:
+    config: validated.
+    mesh: the run's.
+    devices: of this process; those of a CPU share the machine's memory.
+
+  Raises:
+    UserError: with the numbers, and what would help.
+  """
+  vocab_size = parameters.resolve_vocab_size(config)
+  if not config.model.vocab_size and config.data.tokenizer == "bpe":
+    vocab_size = 0  # A small text makes a smaller one: known with the data.
+  need = least_bytes(config, dict(mesh.shape), vocab_size)
+  on_cpu = devices[0].platform == "cpu"
+  there = host_memory() if on_cpu else _device_memory(devices)
+  total = sum(need.values())
+  if there is None or total * (len(devices) if on_cpu else 1) <= there:
+    return
+  parts = ", ".join(f"{kind} {_gigabytes(size)}" for kind, size in need.items())
+  where = "a device" if not on_cpu else f"each of {len(devices)} CPU device(s)"
+  more = "" if on_cpu else ", cut the model over more devices with --config.mesh.fsdp"
+  raise UserError(
+    f"This run cannot fit: {where} needs at least {_gigabytes(total)} GB ({parts}; "
+    f"buffers not counted), and there are {_gigabytes(there)} GB"
+    f"{' in all' if on_cpu and len(devices) > 1 else ''}. Lower --config.model.width, "
+    f"--config.moe.num_experts or --config.train.batch_size{more}, or try all the same "
+    "with --ignore_memory."
+  )
+
+
+def host_memory() -> int | None:
+  """Bytes this process could still get: of the machine, or of its control group."""
+  found = [
+    size
+    for size in (_machine_memory(), *_cgroup_memory())
+    if size is not None and size > 0
+  ]
+  return min(found, default=None)
+
+
+def _machine_memory() -> int | None:
+  try:
+    lines = dict(line.split(":") for line in _MEMINFO.read_text().splitlines())
+    kilobytes = [int(lines[name].split()[0]) for name in ("MemAvailable", "SwapFree")]
+  except (OSError, ValueError, KeyError):
+    return None
+  return sum(kilobytes) << 10
+
+
+def _cgroup_memory() -> list[int | None]:
+  """Limits of version 2 and 1. What is used now may be the caches' and is not counted."""
+  return [
+    _number(_CGROUP / "memory.max"),
+    _number(_CGROUP / "memory" / "memory.limit_in_bytes"),
+  ]
+
+
+def _number(file: pathlib.Path) -> int | None:
+  try:
+    return int(file.read_text())
+  except (OSError, ValueError):  # "max" is no limit
+    return None
+
+
+def _device_memory(devices: Sequence[Any]) -> int | None:
+  limits = [(device.memory_stats() or {}).get("bytes_limit") for device in devices]
+  return min((limit for limit in limits if limit), default=None)
+
+
+def _gigabytes(size: float) -> str:
+  gigabytes = size / 1e9
+  digits = 1 if gigabytes < 100 else 0
+  return f"{gigabytes:,.{digits}f}" if math.isfinite(gigabytes) else "inf"

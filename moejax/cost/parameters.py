@@ -1,0 +1,175 @@
+"""How many parameters a decoder has, by part: all of them, and those a token uses.
+
+Closed formulas over the configuration alone, written without looking at the
+model's own parameter tree, so that the two can check each other. "Active" is what
+a token passes through: of the routed experts K, everything else whole. The
+embedding table counts whole in both, as it does in published figures.
+
+Letters: D width, F expert hidden width, E experts, K choices per token, H heads,
+L layers, V vocabulary; m segments per expert (DeepSeekMoE, arXiv:2401.06066,
+section 3.1: m*E experts of width F/m, m*K chosen).
+"""
+
+import copy
+import dataclasses
+import math
+
+from moejax.config import Config
+from moejax.config.router import make_router, num_selected, sizes
+from moejax.routing.router import Sizes
+
+BYTES_VOCABULARY = 264
+"""V of the bytes tokenizer: 256 bytes and 8 reserved ids."""
+
+PARTS = (
+  "embedding",
+  "attention",
+  "dense",
+  "experts",
+  "shared_experts",
+  "router",
+  "norms",
+  "head",
+)
+"""Where a parameter can live; `dense` is the dense feed-forward layers."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Dimensions:
+  """The numbers every formula needs, derived from the configuration once."""
+
+  num_layers: int
+  width: int
+  num_heads: int
+  num_kv_heads: int
+  head_dim: int
+  vocab_size: int
+  hidden: int
+  """Of the dense feed-forward layers."""
+  matrices: int
+  """Of one feed-forward block: 3 for SwiGLU, else 2."""
+  moe_layers: tuple[int, ...]
+  """Indices of the layers that are MoE layers, or their dense twins."""
+  twin_hidden: int
+  """Hidden width of the dense twin of an MoE layer: K*F and the shared experts'."""
+  is_twin: bool
+  num_experts: int
+  """E, after segmentation."""
+  num_selected: int
+  """K, after segmentation; E under router dense."""
+  expert_hidden: int
+  """F of one expert, after segmentation."""
+  shared_hidden: int
+  """Of the shared experts together."""
+
+  @property
+  def num_dense_layers(self) -> int:
+    return self.num_layers - len(self.moe_layers)
+
+
+def resolve_vocab_size(config: Config) -> int:
+  """V without opening any data: what the model would be built with.
+
+  `model.vocab_size` where it is set, else the tokenizer's: a bpe tokenizer trained
+  on a very small corpus can end up smaller than the `data.vocab_size` asked for.
+  """
+  if config.model.vocab_size:
+    return config.model.vocab_size
+  if config.data.tokenizer == "bytes":
+    return BYTES_VOCABULARY
+  return config.data.vocab_size
+
+
+def moe_layer_indices(config: Config) -> tuple[int, ...]:
+  """Layers whose feed-forward is an MoE layer (or, in a dense twin, stands for one)."""
+  moe = config.moe
+  first = moe.dense_prefix + moe.offset % moe.every
+  return tuple(range(first, config.model.num_layers, moe.every))
+
+
+def dimensions(config: Config, vocab_size: int) -> Dimensions:
+  """Resolves the zeros of the configuration that mean "derive it"."""
+  model, moe = config.model, config.moe
+  selected = num_selected(moe)
+  return Dimensions(
+    num_layers=model.num_layers,
+    width=model.width,
+    num_heads=model.num_heads,
+    num_kv_heads=model.num_kv_heads or model.num_heads,
+    head_dim=model.head_dim or model.width // model.num_heads,
+    vocab_size=vocab_size,
+    hidden=model.hidden,
+    matrices=3 if model.activation == "swiglu" else 2,
+    moe_layers=moe_layer_indices(config),
+    twin_hidden=selected * moe.fine_hidden + moe.shared_width,
+    is_twin=moe.dense_twin,
+    num_experts=moe.fine_experts,
+    num_selected=selected,
+    expert_hidden=moe.fine_hidden,
+    shared_hidden=moe.shared_width,
+  )
+
+
+def dense_twin(config: Config) -> Config:
+  """The same configuration with every MoE layer dense, of equal active FLOPs."""
+  twin = copy.deepcopy(config)
+  twin.moe.dense_twin = True
+  return twin
+
+
+def count_parameters(
+  config: Config, vocab_size: int
+) -> tuple[dict[str, int], dict[str, int]]:
+  """Total and active parameters of the decoder.
+
+  Args:
+    config: validated.
+    vocab_size: V; see `resolve_vocab_size`.
+
+  Returns:
+    Two dicts with a key for each of `PARTS` and their sum as `total`: all the
+    parameters, and those that one token uses.
+  """
+  d = dimensions(config, vocab_size)
+  query, key_value = d.num_heads * d.head_dim, d.num_kv_heads * d.head_dim
+  attention = d.width * (2 * query + 2 * key_value)
+  if config.model.attention_bias:
+    attention += query + 2 * key_value
+  norms = 2 * d.width + (2 * d.head_dim if config.model.qk_norm else 0)
+  expert = d.matrices * d.width * d.expert_hidden
+  gate = d.width if config.moe.shared_gate else 0
+  sparse_layers = 0 if d.is_twin else len(d.moe_layers)
+  twin_layers = len(d.moe_layers) if d.is_twin else 0
+  hidden_sum = d.num_dense_layers * d.hidden + twin_layers * d.twin_hidden
+
+  total = {
+    "embedding": d.vocab_size * d.width,
+    "attention": d.num_layers * attention,
+    "dense": d.matrices * d.width * hidden_sum,
+    "experts": sparse_layers * d.num_experts * expert,
+    "shared_experts": sparse_layers * (d.matrices * d.width * d.shared_hidden + gate),
+    "router": sparse_layers * router_parameters(config, d),
+    "norms": d.num_layers * norms + d.width,
+    "head": 0 if config.model.tie_embeddings else d.vocab_size * d.width,
+  }
+  active = dict(total, experts=sparse_layers * d.num_selected * expert)
+  total["total"] = sum(total.values())
+  active["total"] = sum(active.values())
+  return total, active
+
+
+def router_parameters(config: Config, d: Dimensions) -> int:
+  """Of one MoE layer. Hash routing's table of experts is not counted: it is data."""
+  own = make_router(config.moe).parameters(router_sizes(config))
+  return d.width * d.num_experts + sum(math.prod(p.shape) for p in own.values())
+
+
+def router_sizes(config: Config) -> Sizes:
+  """Of an MoE layer's router."""
+  return sizes(config.moe, config.model.width, group_tokens(config))
+
+
+def group_tokens(config: Config) -> int:
+  """T of one routing group; a group of the whole batch is counted as a sequence."""
+  size = config.moe.group_size
+  return size if size > 0 else config.data.sequence_length

@@ -1,0 +1,115 @@
+"""Local text as a source: a TFDS dataset in the cache, made when the text changes."""
+
+import dataclasses
+import functools
+import itertools
+import json
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+from absl import logging
+
+from moejax import files
+from moejax.data import cache
+from moejax.data.sources.corpus import Corpus
+from moejax.data.sources.plan import Plan, make_plan
+from moejax.data.types import Document, Skipped
+from moejax.errors import ConfigError
+
+_FORMAT = 1
+"""Raised when the same text would be prepared differently."""
+
+_MAX_NAMED = 1000
+"""So many skipped documents are kept by name; all are counted."""
+
+
+@dataclasses.dataclass(kw_only=True)
+class LocalSource:
+  """A `Source` over a local corpus: prepared once per content and options."""
+
+  name: str
+  corpus: Corpus
+  flag: str
+  """What the user would change: the flag and value that named this corpus."""
+  root: Path
+  """The cache directory."""
+  validation: float
+  test: float
+  max_documents: int = 0
+
+  fingerprint: str = dataclasses.field(init=False)
+  """Changes with any byte, name or option, and never otherwise."""
+
+  def __post_init__(self):
+    options = (self.corpus.text_field, self.validation, self.test)
+    self._key = cache.digest(_FORMAT, self.corpus.fingerprint(), *options)
+    self.fingerprint = cache.digest(self._key, self.max_documents)
+
+  def documents(self, split: str) -> Iterator[Document | Skipped]:
+    """Documents in the order of their hashes, which is as good as shuffled."""
+    if split == "train":
+      yield from self._report().skipped
+    from moejax.data.sources import builder  # a second of imports, only needed to prepare
+
+    source = builder.read(self._directory / "dataset", split)
+    if source is None:
+      return
+    count = min(len(source), self.max_documents or len(source))
+    for example in itertools.islice(source, count):
+      path, domain = example["path"].decode(), example["domain"].decode()
+      yield Document(example["text"], path, domain)
+
+  def num_duplicates(self) -> int:
+    """Documents left out because an equal one is in."""
+    return self._report().num_duplicates
+
+  @functools.cached_property
+  def _directory(self) -> Path:
+    # Its key is without max_documents, which only limits the reading.
+    return cache.build_once(
+      self.root / "datasets" / self._key, self._build, what=f"dataset {self.name}"
+    )
+
+  def _report(self) -> Plan:
+    try:
+      report = files.read_json(self._directory / "report.json")
+    except (OSError, ValueError) as e:
+      raise cache.damaged(self._directory, e) from e
+    skipped = [Skipped(**s) for s in report["skipped"]]
+    return Plan({}, report["is_cut"], skipped, report["num_duplicates"])
+
+  def _build(self, directory: Path) -> None:
+    plan = make_plan(self.corpus, self.validation, self.test)
+    self._check(plan)
+    from moejax.data.sources import builder
+
+    written = builder.prepare(self.corpus, plan, directory / "work")
+    written.rename(directory / "dataset")
+    shutil.rmtree(directory / "work")
+    report = {
+      "source": self.flag,
+      "is_cut": plan.is_cut,
+      "num_duplicates": plan.num_duplicates,
+      "num_skipped": len(plan.skipped),
+      "skipped": [dataclasses.asdict(s) for s in plan.skipped[:_MAX_NAMED]],
+    }
+    (directory / "report.json").write_text(json.dumps(report, indent=1), "utf-8")
+    # What was left out is told whenever the dataset is loaded.
+    logging.info("%s: %d documents prepared.", self.name, len(plan.splits))
+
+  def _check(self, plan: Plan) -> None:
+    if not plan.splits:
+      first = plan.skipped[0]
+      fields = all("no text field" in s.reason for s in plan.skipped)
+      remedy = "Name the field with --config.data.text_field." if fields else ""
+      raise ConfigError(
+        f"{self.flag} holds no text: {len(plan.skipped)} documents skipped, the first"
+        f" is {first.document}: {first.reason}. {remedy}".rstrip()
+      )
+    wanted = 1 + bool(self.validation) + bool(self.test)
+    if len(plan.splits) < wanted:
+      raise ConfigError(
+        f"{self.flag} holds {len(plan.splits)} distinct document(s), too few for"
+        f" {wanted} splits. Add text, or set --config.data.test_fraction=0."
+      )

@@ -1,0 +1,117 @@
+"""Which documents of a corpus are kept, and in which split each is.
+
+Documents are equal when their bytes are, and only the first is kept. The split
+is a function of the content alone, so a document keeps its split when others
+come and go, and none can be in two.
+"""
+
+import dataclasses
+import hashlib
+from collections.abc import Iterator
+
+from moejax.data.sources.corpus import Corpus
+from moejax.data.types import SPLITS, Document, Skipped
+
+_PIECE_BYTES = (512, 16_384)
+"""Least and greatest size of the pieces that a corpus of one document is cut into."""
+
+
+def content_hash(text: bytes) -> bytes:
+  """What makes two documents equal, and decides the split."""
+  return hashlib.sha256(text).digest()
+
+
+def split_of(content: bytes, validation: float, test: float) -> str:
+  """The split of a document with this content hash."""
+  place = int.from_bytes(content[:8], "big") / 2**64
+  if place < validation:
+    return "validation"
+  return "test" if place < validation + test else "train"
+
+
+def assign_splits(
+  contents: list[bytes], validation: float, test: float
+) -> dict[bytes, str]:
+  """The split of each content hash.
+
+  A corpus of few documents can leave a wanted split empty: it then gets the
+  training document of the smallest hash, while two are left.
+  """
+  splits = {c: split_of(c, validation, test) for c in contents}
+  for split, fraction in zip(SPLITS, (1.0, validation, test), strict=True):
+    if not fraction or split in splits.values():
+      continue
+    donor = "train" if split != "train" else "validation"
+    rest = sorted(c for c, s in splits.items() if s == donor)
+    if len(rest) >= 2:
+      splits[rest[0]] = split
+  return splits
+
+
+def cut(document: Document) -> Iterator[Document]:
+  """Cuts a document into pieces at blank lines, or lines, or anywhere in need.
+
+  For a corpus of one document (a book, say), which no split by documents could
+  divide. Concatenated, the pieces are the document.
+  """
+  text, least, most = document.text, *_PIECE_BYTES
+  target = min(max(len(text) // 64, least), most)
+  start = 0
+  while start < len(text):
+    end = start + target
+    if end < len(text):
+      for mark in (b"\n\n", b"\n", b" "):
+        found = text.rfind(mark, start + target // 2, end)
+        if found >= 0:
+          end = found + len(mark)
+          break
+      # Never inside a UTF-8 character, whose later bytes are 10xxxxxx.
+      while end < len(text) and text[end] & 0xC0 == 0x80:
+        end += 1
+    piece = text[start:end]
+    yield Document(piece, f"{document.name}@{start}", document.domain)
+    start = end
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+  """What a first reading of the corpus found."""
+
+  splits: dict[bytes, str]
+  """Split by content hash; one entry per distinct document."""
+  is_cut: bool
+  """The corpus is one document, cut into pieces."""
+  skipped: list[Skipped]
+  num_duplicates: int
+
+
+def planned_documents(corpus: Corpus, is_cut: bool) -> Iterator[Document | Skipped]:
+  """The corpus, with its one document cut into pieces where `is_cut`."""
+  for item in corpus.documents():
+    if is_cut and isinstance(item, Document):
+      yield from cut(item)
+    else:
+      yield item
+
+
+def make_plan(corpus: Corpus, validation: float, test: float) -> Plan:
+  """Reads the corpus once: which documents, which split, what to leave out."""
+
+  def scan(is_cut: bool) -> tuple[dict[bytes, None], list[Skipped], int]:
+    contents: dict[bytes, None] = {}
+    skipped, duplicates = [], 0
+    for item in planned_documents(corpus, is_cut):
+      if isinstance(item, Skipped):
+        skipped.append(item)
+        continue
+      content = content_hash(item.text)
+      duplicates += content in contents
+      contents[content] = None
+    return contents, skipped, duplicates
+
+  contents, skipped, duplicates = scan(is_cut=False)
+  is_cut = len(contents) == 1
+  if is_cut:
+    contents, skipped, duplicates = scan(is_cut=True)
+  splits = assign_splits(list(contents), validation, test)
+  return Plan(splits, is_cut, skipped, duplicates)

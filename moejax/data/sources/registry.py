@@ -1,0 +1,37 @@
+"""Which source a `DataConfig` names."""
+
+from pathlib import Path
+
+from moejax.config import DataConfig
+from moejax.data.sources.corpus import local_corpus
+from moejax.data.sources.local import LocalSource
+from moejax.data.sources.stdlib import stdlib_corpus
+from moejax.data.types import LOCAL, Source
+from moejax.errors import ConfigError
+
+
+def make_source(config: DataConfig, root: Path) -> Source:
+  """The source of `config.name`; reads no more than its fingerprint needs."""
+  if config.name not in LOCAL:
+    from moejax.data.sources.catalogue import TfdsSource
+
+    return TfdsSource.find(config)
+  if config.name == "python_stdlib":
+    if config.path:
+      raise ConfigError(
+        f"--config.data.path={config.path!r} means nothing to python_stdlib. For your"
+        " own text add --config.data.name=text."
+      )
+    corpus, flag = stdlib_corpus(), "--config.data.name=python_stdlib"
+  else:
+    corpus = local_corpus(config.path, config.text_field)
+    flag = f"--config.data.path={config.path!r}"
+  return LocalSource(
+    name=config.name,
+    corpus=corpus,
+    flag=flag,
+    root=root,
+    validation=config.validation_fraction,
+    test=config.test_fraction,
+    max_documents=config.max_documents,
+  )

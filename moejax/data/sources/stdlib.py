@@ -1,0 +1,47 @@
+"""python_stdlib: the text of the running interpreter's own standard library.
+
+About 12 MB of Python that is on every machine that runs this code, under a free
+license, and needs no download. Its text varies with the Python version, so its
+fingerprint goes into every run's metadata.
+"""
+
+import sysconfig
+from pathlib import Path, PurePath
+
+from moejax.data.sources.corpus import Corpus, find_files
+from moejax.errors import UserError
+
+_SKIPPED_FOLDERS = frozenset(
+  ("test", "tests", "idle_test", "site-packages", "dist-packages", "_bundled")
+)
+
+MODULES = "(modules)"
+"""The domain of modules that are in no package."""
+
+
+def stdlib_corpus() -> Corpus:
+  """The standard library's sources, without tests and what others installed.
+
+  Raises:
+    UserError: the interpreter has no sources on disk (a zipped or stripped one).
+  """
+  root = Path(sysconfig.get_paths()["stdlib"])
+  found, _ = find_files(root, _SKIPPED_FOLDERS)
+  files = tuple(f for f in found if _is_wanted(f))
+  if len(files) < 100:
+    raise UserError(
+      f"--config.data.name=python_stdlib: found {len(files)} sources of the standard"
+      f" library in {root}. Use an interpreter installed with its sources, or"
+      " --config.data.name=text --config.data.path=DIR."
+    )
+  return Corpus(root=root, files=files, domain_of=_domain)
+
+
+def _is_wanted(file: PurePath) -> bool:
+  # config-* and _sysconfigdata are written at build time and name that machine.
+  built = file.parts[0].startswith(("config-", "_sysconfigdata", "__phello__"))
+  return file.suffix == ".py" and not built
+
+
+def _domain(file: PurePath) -> str:
+  return file.parts[0] if len(file.parts) > 1 else MODULES

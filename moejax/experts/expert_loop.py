@@ -1,0 +1,195 @@
+"""The experts on a CPU: one loop per block size, only over rows that exist.
+
+XLA:CPU has no ragged product (its `ragged_dot` multiplies every row with every
+expert), and a batched one wastes the empty slots. A loop of plain products,
+whose weights are picked by a dynamic index, runs near the speed of one large
+product from 64 rows on; docs/speed.md holds the measurements.
+
+Tokens are gathered inside the loop, so no permuted copy of x exists. The backward
+pass is written by hand: it keeps only the hidden pre-activations, needs no expert
+output for the gate (d gate = <act(h), g W_out^T>), and moves rows by gathers.
+
+Letters: T tokens (all groups), D width, E experts, F expert hidden width, N
+assignments, Z rows of a block.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+from moejax.experts import permute
+from moejax.experts.blocks import Plan
+from moejax.experts.weights import ExpertWeights, activate
+from moejax.types import pytree, static_field
+
+
+@pytree
+class Sorted:
+  """The assignments of all groups in experts' order."""
+
+  moves: permute.Moves
+  """Rows are assignments in experts' order, kept ones first: R = N."""
+  plan: Plan
+  activation: str = static_field()
+
+
+class _Block(NamedTuple):
+  """Some consecutive rows of one expert."""
+
+  expert: Int[Array, ""]
+  start: Int[Array, ""]
+  """Of its rows; as many as the block's size, of which `used` are its own."""
+  used: Bool[Array, "Z"]
+  first: Bool[Array, ""]
+  """Whether no other block of this expert came before."""
+  row: Int[Array, "Z"]
+  """Indices of the rows. Padding repeats the last one, so that whatever it holds
+  stays within its expert."""
+
+
+def _over_blocks(plan: Plan, body: Callable[[_Block, Any], Any], carry: Any) -> Any:
+  """Runs body(block, carry) over all blocks, one loop per size."""
+  for z, size in enumerate(plan.sizes):
+    offset = jnp.arange(size, dtype=jnp.int32)
+
+    def step(m: Array, carry: Any, offset: Array = offset) -> Any:
+      start, count = plan.position[m], plan.count[m]
+      row = start + jnp.minimum(offset, count - 1)
+      block = _Block(plan.expert[m], start, offset < count, plan.first[m], row)
+      return body(block, carry)
+
+    carry = jax.lax.fori_loop(plan.bound[z], plan.bound[z + 1], step, carry)
+  return carry
+
+
+def _pick(stack: Array, index: Array) -> Array:
+  return jax.lax.dynamic_index_in_dim(stack, index, 0, keepdims=False)
+
+
+def _zeros(shape: tuple[int, ...], dtype: Any, like: Array) -> Array:
+  """Zeros that vary over the mesh axes `like` varies over, as loop carries must."""
+  # The scalar takes those axes from `like` under every supported jax, whose own names
+  # for them differ from version to version.
+  zero = jnp.zeros_like(like[:1].reshape(-1)[0], dtype)
+  return jnp.broadcast_to(zero, shape)
+
+
+def _rows_buffer(arrays: Sorted, *shape: int, dtype: Any, like: Array) -> Array:
+  """A buffer of rows, long enough that a block at the very end may stand out."""
+  num_rows = arrays.moves.assignment.shape[0] + arrays.plan.sizes[0]
+  return _zeros((num_rows, *shape), dtype, like)
+
+
+def _read(buffer: Array, block: _Block) -> Array:
+  return jax.lax.dynamic_slice_in_dim(buffer, block.start, block.used.shape[0])
+
+
+def _write(buffer: Array, rows: Array, block: _Block) -> Array:
+  """Writes the block's own rows, in place; its padding is another block's place."""
+  used = block.used.reshape(block.used.shape + (1,) * (rows.ndim - 1))
+  rows = jnp.where(used, rows, _read(buffer, block))
+  return jax.lax.dynamic_update_slice_in_dim(buffer, rows, block.start, 0)
+
+
+def _add_at(stack: Array, grad: Array, block: _Block) -> Array:
+  """Adds to one expert's gradient, in place; its first block overwrites the zeros."""
+  # Zeros are not read back: at 64 experts that is a tenth of the memory traffic.
+  old = jax.lax.cond(
+    block.first,
+    lambda stack: jnp.zeros_like(stack[0]),
+    lambda stack: _pick(stack, block.expert),
+    stack,
+  )
+  return jax.lax.dynamic_update_index_in_dim(stack, old + grad, block.expert, 0)
+
+
+def _dot(a: Array, b: Array, contract: tuple[int, int]) -> Array:
+  return jax.lax.dot_general(a, b, (((contract[0],), (contract[1],)), ((), ())))
+
+
+def _stacks_in(weights: ExpertWeights) -> list[Array]:
+  return [w for w in (weights.w_in, weights.w_gate) if w is not None]
+
+
+@jax.custom_vjp
+def expert_loop(
+  x: Float[Array, "T D"],
+  gate: Float[Array, "N"],
+  weights: ExpertWeights,
+  arrays: Sorted,
+) -> Float[Array, "T D"]:
+  """Sum over a token's kept assignments of gate * expert(token)."""
+  return _forward(x, gate, weights, arrays, keep_hidden=False)[0]
+
+
+def _forward(
+  x: Array, gate: Array, weights: ExpertWeights, arrays: Sorted, keep_hidden: bool = True
+) -> tuple[Array, Any]:
+  plan, moves = arrays.plan, arrays.moves
+  token = permute.token_of_row(moves)
+  stacks = _stacks_in(weights)
+  buffer = functools.partial(_rows_buffer, arrays, dtype=x.dtype, like=x)
+  hidden = [buffer(w.shape[2]) for w in stacks if keep_hidden]
+
+  def body(block: _Block, carry: tuple[list[Array], Array]) -> Any:
+    hidden, out = carry
+    rows = permute.take(x, permute.take(token, block.row))
+    pre = [_dot(rows, _pick(w, block.expert), (1, 0)) for w in stacks]
+    act = activate(pre[0], pre[-1], arrays.activation)
+    y = _dot(act, _pick(weights.w_out, block.expert), (1, 0))
+    # Without hidden to keep, the list is empty and zip stops at once.
+    hidden = [_write(h, p, block) for h, p in zip(hidden, pre)]
+    return hidden, _write(out, y, block)
+
+  hidden, out = _over_blocks(plan, body, (hidden, buffer(x.shape[1])))
+  return permute.sum_rows(out, gate, moves), (x, gate, weights, arrays, hidden)
+
+
+def _backward(residuals: Any, dy: Array) -> tuple[Array, Array, ExpertWeights, Any]:
+  x, gate, weights, arrays, hidden = residuals
+  plan, moves = arrays.plan, arrays.moves
+  token = permute.token_of_row(moves)
+  gate_of_row = permute.take_masked(gate, moves.assignment, moves.used).astype(x.dtype)
+  stacks = _stacks_in(weights)
+
+  def act_of(*pre: Array) -> Array:
+    return activate(pre[0], pre[-1], arrays.activation)
+
+  def body(block: _Block, carry: Any) -> Any:
+    d_rows, d_gate, d_weights = carry
+    tokens = permute.take(token, block.row)
+    rows, g = permute.take(x, tokens), permute.take(dy, tokens)
+    scale = jnp.where(block.used, permute.take(gate_of_row, block.row), 0)
+    act, pull = jax.vjp(act_of, *(_read(h, block) for h in hidden))
+    d_act = _dot(g, _pick(weights.w_out, block.expert), (1, 1))
+    # In float32 whatever the compute dtype: gates are float32.
+    dg = jnp.sum(act.astype(jnp.float32) * d_act.astype(jnp.float32), axis=1)
+    d_pre = pull(d_act * scale[:, None])
+    grads = [_dot(act, g * scale[:, None], (0, 0))]
+    grads += [_dot(rows, d, (0, 0)) for d in d_pre]
+    back = [_dot(d, _pick(w, block.expert), (1, 1)) for d, w in zip(d_pre, stacks)]
+    d_row = functools.reduce(jnp.add, back)
+    d_weights = [_add_at(w, g, block) for w, g in zip(d_weights, grads)]
+    return _write(d_rows, d_row, block), _write(d_gate, dg, block), d_weights
+
+  d_rows = _rows_buffer(arrays, x.shape[1], dtype=x.dtype, like=dy)
+  d_gate = _rows_buffer(arrays, dtype=jnp.float32, like=dy)
+  d_weights = [_zeros(w.shape, w.dtype, dy) for w in (weights.w_out, *stacks)]
+  d_rows, d_gate, d_weights = _over_blocks(plan, body, (d_rows, d_gate, d_weights))
+  return (
+    permute.sum_rows(d_rows, None, moves),
+    permute.take_masked(d_gate, moves.place, moves.kept),
+    ExpertWeights(
+      w_out=d_weights[0],
+      w_in=d_weights[1],
+      w_gate=d_weights[2] if weights.w_gate is not None else None,
+    ),
+    None,
+  )
+
+
+expert_loop.defvjp(_forward, _backward)

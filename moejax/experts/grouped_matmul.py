@@ -1,0 +1,188 @@
+"""One ragged product, several implementations, chosen by platform.
+
+`grouped_matmul(rows, stack, sizes)` multiplies each run of rows with its own
+expert's matrix. On a TPU `jax.lax.ragged_dot` is a kernel of the compiler's own, and
+the gradient of the stack one of ours (`stack_gradient`). On a GPU the kernels of tokamax
+(extra `cuda`) are used where they are installed and the GPU is here, else `ragged_dot`,
+and the reason is logged once.
+On a CPU the dispatcher does not come here: a loop over blocks that fuses both
+products (`expert_loop`) is faster there than any product by itself, and the
+`ragged_dot` of XLA:CPU multiplies every row with every expert.
+
+Letters: N rows, D width, F hidden width, E experts.
+"""
+
+import functools
+import logging
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from moejax.experts.stack_gradient import stack_gradient
+from moejax.experts.weights import ExpertWeights, activate
+from moejax.platform import target_platform
+
+GroupedMatmul = Callable[[Array, Array, Array], Array]
+
+_logger = logging.getLogger(__name__)
+
+
+def _ragged_dot(rows: Array, stack: Array, sizes: Array) -> Array:
+  return jax.lax.ragged_dot(rows, stack, sizes)
+
+
+@jax.custom_vjp
+def _tpu(rows: Array, stack: Array, sizes: Array) -> Array:
+  return jax.lax.ragged_dot(rows, stack, sizes)
+
+
+def _tpu_forward(rows: Array, stack: Array, sizes: Array) -> tuple[Array, Any]:
+  return _tpu(rows, stack, sizes), (rows, stack, sizes)
+
+
+def _tpu_backward(residuals: Any, grad: Array) -> tuple[Array, Array, None]:
+  rows, stack, sizes = residuals
+  d_rows = jax.lax.ragged_dot(grad, stack.swapaxes(1, 2), sizes)
+  return d_rows, stack_gradient(rows, grad, sizes).astype(stack.dtype), None
+
+
+_tpu.defvjp(_tpu_forward, _tpu_backward)
+
+
+def _tokamax(rows: Array, stack: Array, sizes: Array) -> Array:
+  import tokamax  # pyright: ignore[reportMissingImports]  # An extra.
+
+  return tokamax.ragged_dot(rows, stack, sizes)
+
+
+IMPLEMENTATIONS: Mapping[str, GroupedMatmul] = {
+  "ragged_dot": _ragged_dot,
+  "tpu": _tpu,
+  "tokamax": _tokamax,
+}
+
+
+@functools.cache
+def choose(platform: str) -> str:
+  """The implementation for this platform; logs once why a kernel is not used."""
+  if platform == "tpu":
+    return "tpu"
+  if platform == "cpu":
+    return "ragged_dot"
+  if jax.default_backend() != "gpu":
+    _logger.warning(
+      "grouped_matmul: jax.lax.ragged_dot, because tokamax chooses its kernels by the "
+      "devices of this machine, and the GPUs compiled for are not here."
+    )
+    return "ragged_dot"
+  try:
+    import tokamax  # pyright: ignore[reportMissingImports]  # noqa: F401
+  except Exception as error:  # Beside a missing package: one that refuses this jax.
+    _logger.warning(
+      "grouped_matmul: jax.lax.ragged_dot on %s, because tokamax does not import "
+      "(%s: %s); `pip install tokamax` gives faster kernels.",
+      platform,
+      type(error).__name__,
+      error,
+    )
+    return "ragged_dot"
+  return "tokamax"
+
+
+def grouped_matmul(
+  rows: Float[Array, "N D"],
+  stack: Float[Array, "E D F"],
+  sizes: Int[Array, "E"],
+  *,
+  implementation: str | None = None,
+) -> Float[Array, "N F"]:
+  """Rows of expert e, sizes[e] of them, times stack[e].
+
+  Args:
+    rows: in experts' order; what lies behind the last run belongs to nobody.
+    implementation: a key of IMPLEMENTATIONS; None chooses by platform.
+
+  Returns:
+    The products, differentiable in rows and stack; zero behind the last run, which
+    some kernels leave unwritten.
+  """
+  name = implementation or choose(target_platform())
+  out = IMPLEMENTATIONS[name](rows, stack, sizes)
+  owned = jnp.arange(rows.shape[0], dtype=sizes.dtype) < jnp.sum(sizes)
+  return jnp.where(owned[:, None], out, jnp.zeros((), out.dtype))
+
+
+def apply_ragged_experts(
+  rows: Float[Array, "N D"],
+  sizes: Int[Array, "E"],
+  weights: ExpertWeights,
+  activation: str,
+  *,
+  gate: Float[Array, "N"] | None = None,
+  chunks: int = 1,
+  implementation: str | None = None,
+) -> Float[Array, "N D"]:
+  """Every expert on its own run of rows: the ragged twin of `apply_experts`.
+
+  Args:
+    rows: in experts' order.
+    sizes: of the runs.
+    weights: of the experts.
+    activation: of the experts.
+    gate: weight of each row's output, None for 1. It is applied to the hidden
+      activations: the same by linearity, and then the backward pass needs the hidden
+      activations alone, not the output, which rematerialisation need not make again.
+    chunks: parts of the rows that are computed one after the other, forwards and
+      backwards, so that the hidden activations of one part are in memory at a time.
+      The backward pass computes them again, which a block that is rematerialised does
+      anyway.
+    implementation: see `grouped_matmul`.
+  """
+  if chunks > 1:
+    return _in_chunks(rows, sizes, weights, activation, gate, chunks, implementation)
+  product = functools.partial(grouped_matmul, sizes=sizes, implementation=implementation)
+  hidden = product(rows, weights.w_in)
+  hidden_gate = None if weights.w_gate is None else product(rows, weights.w_gate)
+  hidden = activate(hidden, hidden_gate, activation)
+  if gate is not None:
+    hidden = (hidden.astype(jnp.float32) * gate[:, None]).astype(rows.dtype)
+  return product(hidden, weights.w_out)
+
+
+def _in_chunks(
+  rows: Float[Array, "N D"],
+  sizes: Int[Array, "E"],
+  weights: ExpertWeights,
+  activation: str,
+  gate: Float[Array, "N"] | None,
+  chunks: int,
+  implementation: str | None,
+) -> Float[Array, "N D"]:
+  """Equal parts of the rows, each with its own share of every run."""
+  num_rows = rows.shape[0]
+  length = -(-num_rows // chunks)
+  padding = chunks * length - num_rows
+  gate = jnp.ones_like(rows[:, 0], jnp.float32) if gate is None else gate
+  parts = jnp.pad(rows, ((0, padding), (0, 0))).reshape(chunks, length, -1)
+  gates = jnp.pad(gate, (0, padding)).reshape(chunks, length)
+  ends = jnp.cumsum(sizes)
+  low = jnp.arange(chunks, dtype=sizes.dtype)[:, None] * length
+  inside = jnp.clip(jnp.stack([ends - sizes, ends])[:, None] - low[None], 0, length)
+
+  def part(weights: ExpertWeights, inputs: tuple[Array, Array, Array]) -> Any:
+    rows, gate, sizes = inputs
+    out = apply_ragged_experts(
+      rows, sizes, weights, activation, gate=gate, implementation=implementation
+    )
+    return weights, out
+
+  # The weights are carried, not closed over: their gradients then add up in the carry.
+  _, out = jax.lax.scan(
+    jax.checkpoint(part, prevent_cse=False),
+    weights,
+    (parts, gates, inside[1] - inside[0]),
+  )
+  return out.reshape(chunks * length, -1)[:num_rows]

@@ -1,0 +1,181 @@
+"""FLOPs of one instruction of an optimised program, as it is executed.
+
+Products only: elementwise work is not counted, as in `cost/flops`. A multiply-add is two.
+The compiler's own estimate counts a loop's body once and leaves kernels out, so it is
+counted here, from shapes. A TPU writes every product as a convolution, and batch
+dimensions as windows that meet their operand once.
+"""
+
+import dataclasses
+import functools
+import math
+import re
+from collections.abc import Mapping
+
+import numpy as np
+
+_ARRAY = re.compile(r"[a-z]+\d*(?:e\d+m\d+\w*)?\[([\d,]*)\]")
+
+RAGGED = re.compile(r"ragged[-_]dot|gmm")
+"""Kernels that run only the rows that exist, however long their buffer is."""
+
+_ATTENTION_PRODUCTS = {"fwd": 2, "dq": 3, "dkv": 4}
+"""Products of [S, S, A] in each kernel of splash attention: scores and values; scores,
+d scores and d query; scores, d value, d scores and d key."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Instruction:
+  """A line of a program: `%name = shape opcode(rest`."""
+
+  name: str
+  shape: str
+  opcode: str
+  rest: str
+
+
+def flops_of(
+  instruction: Instruction, shapes: Mapping[str, str], ragged_fraction: float = 1.0
+) -> float:
+  """FLOPs of one execution; 0 for what is no product.
+
+  Args:
+    instruction: of any opcode.
+    shapes: of all instructions of its computation, by name.
+    ragged_fraction: of a ragged buffer's rows, those that exist.
+  """
+  match instruction.opcode:
+    case "dot":
+      return _dot(instruction, shapes)
+    case "convolution":
+      return _convolution(instruction, shapes)
+    case "custom-call":
+      count = _kernel(instruction, shapes)
+      return count * (ragged_fraction if RAGGED.search(instruction.name) else 1.0)
+  return 0.0
+
+
+def _dims(shape: str) -> list[int]:
+  """Of the first array of a shape."""
+  found = _ARRAY.search(shape)
+  return [int(d) for d in found[1].split(",") if d] if found else []
+
+
+def _operands(instruction: Instruction, shapes: Mapping[str, str]) -> list[list[int]]:
+  """Dimensions of each operand."""
+  depth, end = 1, len(instruction.rest)
+  for index, character in enumerate(instruction.rest):
+    depth += (character == "(") - (character == ")")
+    if depth == 0:
+      end = index
+      break
+  names = re.findall(r"%([\w.\-]+)", instruction.rest[:end])
+  return [_dims(shapes.get(name, "")) for name in names]
+
+
+def _numbers(text: str, pattern: str) -> list[int]:
+  found = re.search(pattern, text)
+  return [int(n) for n in found[1].split(",") if n] if found else []
+
+
+def _dot(instruction: Instruction, shapes: Mapping[str, str]) -> float:
+  left = _operands(instruction, shapes)[0]
+  contracted = _numbers(instruction.rest, r"lhs_contracting_dims=\{([\d,]*)\}")
+  return (
+    2.0 * math.prod(_dims(instruction.shape)) * math.prod(left[i] for i in contracted)
+  )
+
+
+def _convolution(instruction: Instruction, shapes: Mapping[str, str]) -> float:
+  left, right = _operands(instruction, shapes)[:2]
+  result, rest = _dims(instruction.shape), instruction.rest
+  labels = re.search(r"dim_labels=(\w+)_(\w+)->(\w+)", rest)
+  assert labels is not None, instruction
+  lhs, rhs, out = labels.groups()
+  feature_groups = _numbers(rest, r"feature_group_count=(\d+)") or [1]
+  batch_groups = _numbers(rest, r"batch_group_count=(\d+)") or [1]
+  window = _window(rest)
+  positions = 1
+  for axis in (c for c in lhs if c.isdigit()):
+    options = {name: values[int(axis)] for name, values in window.items()}
+    positions *= _valid_positions(
+      left[lhs.index(axis)],
+      right[rhs.index(axis)],
+      result[out.index(axis)],
+      tuple(sorted(options.items())),
+    )
+  inputs = left[lhs.index("f")] // feature_groups[0]
+  batch = left[lhs.index("b")] // batch_groups[0]
+  return 2.0 * positions * inputs * batch * result[out.index("f")]
+
+
+def _window(rest: str) -> dict[str, list[tuple[int, ...]]]:
+  """stride, pad, lhs_dilate and rhs_dilate of each spatial axis, where they are given."""
+  found = re.search(r"window=\{([^}]*)\}", rest)
+  result = {}
+  for name, text in re.findall(r"(\w+)=([\dx_\-]+)", found[1] if found else ""):
+    values = [tuple(int(n) for n in part.split("_")) for part in text.split("x")]
+    result[name] = values
+  return {k: v for k, v in result.items() if k not in ("size", "rhs_reversal")}
+
+
+@functools.cache
+def _valid_positions(
+  size: int, window: int, result: int, options: tuple[tuple[str, tuple[int, ...]], ...]
+) -> int:
+  """Pairs of (output, window element) that meet an element of the input."""
+  given = dict(options)
+  stride, low = given.get("stride", (1,))[0], given.get("pad", (0, 0))[0]
+  dilated, spread = given.get("lhs_dilate", (1,))[0], given.get("rhs_dilate", (1,))[0]
+  out = np.arange(result, dtype=np.int64)[:, None] * stride - low
+  index = out + np.arange(window, dtype=np.int64)[None, :] * spread
+  inside = (index >= 0) & (index <= (size - 1) * dilated) & (index % dilated == 0)
+  return int(np.sum(inside))
+
+
+def _kernel(instruction: Instruction, shapes: Mapping[str, str]) -> float:
+  """By the kernel's own count, its name, or its operands."""
+  rest = instruction.rest
+  stated = re.search(r'cost_estimate":\{"flops":"?(\d+)', rest)
+  if stated:
+    return float(stated[1])
+  splash = re.match(r"splash_m[hq]a_(fwd|dq|dkv)", instruction.name)
+  if splash:
+    return _splash(rest, splash[1])
+  if "__cudnn$fmha" in rest:
+    # The mask is a bias there, so no block is left out. Backward: scores again, and the
+    # gradients of values, scores, queries and keys.
+    size = _layouts(rest)[0]
+    return 2.0 * (5 if "Backward" in rest else 2) * math.prod(size) * size[1]
+  if "gemm" in rest.partition("custom_call_target=")[2][:40]:
+    return _gemm(instruction, shapes)
+  return 0.0
+
+
+def _splash(rest: str, part: str) -> float:
+  """Blocks on and below the diagonal; a window's savings are not counted."""
+  *batch, length, size = next(a for a in _layouts(rest) if len(a) > 2 and a[-1] >= 64)
+  suffix = "" if part == "fwd" else f"_{part}"
+  block = _numbers(rest, rf'block_q{suffix}\\?": (\d+)') or [length]
+  blocks = length // block[0]
+  visited = (blocks + 1) / (2 * blocks)
+  products = _ATTENTION_PRODUCTS[part]
+  return 2.0 * products * math.prod(batch) * length * length * size * visited
+
+
+def _layouts(rest: str) -> list[list[int]]:
+  """Dimensions of a kernel's operands."""
+  text = rest.partition("operand_layout_constraints={")[2]
+  return [[int(n) for n in dims.split(",") if n] for dims in _ARRAY.findall(text)]
+
+
+def _gemm(instruction: Instruction, shapes: Mapping[str, str]) -> float:
+  """A library's matrix product on a GPU: dimensions stand in its configuration."""
+  left = _operands(instruction, shapes)[0]
+  found = re.search(
+    r'lhs_contracting_dimensions":\[([^\]]*)\]', instruction.rest.replace("\\", "")
+  )
+  contracted = [int(n) for n in re.findall(r"\d+", found[1])] if found else [-1]
+  return (
+    2.0 * math.prod(_dims(instruction.shape)) * math.prod(left[i] for i in contracted)
+  )

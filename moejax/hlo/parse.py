@@ -1,0 +1,356 @@
+"""What did the compiler send? Reads the collectives out of an optimised program.
+
+Counts what runs, not what is written: an instruction in a loop counts as often as the
+loop turns. Bytes are those of one device: `bytes` the buffer that takes part (operand of
+an all-to-all, result of an all-gather, operand of a reduce-scatter or all-reduce),
+`wire_bytes` what the device must send with n devices in a group: (n-1)/n of the buffer,
+twice that for an all-reduce, all of it for a permute.
+
+The text form is what there is: jax has no public interface to compiled instructions.
+Spellings handled: start/done pairs, tuples of buffers, replica groups as lists, as iota
+tiles and as mesh axes, reduce-scatters that a TPU fuses around an all-reduce.
+"""
+
+import dataclasses
+import math
+import re
+from collections.abc import Iterator, Sequence
+
+from moejax.hlo.flops import Instruction, flops_of
+from moejax.hlo.groups import axis_groups, axis_of, group_size
+
+KINDS = (
+  "all-reduce",
+  "all-gather",
+  "reduce-scatter",
+  "all-to-all",
+  "ragged-all-to-all",
+  "collective-permute",
+)
+
+_BYTES = {"pred": 1, "s4": 0.5, "u4": 0.5, "bf16": 2, "token": 0, "opaque": 0}
+_HEADER = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\) -> .* \{$")
+_INSTRUCTION = re.compile(r"^(?:ROOT )?%?([\w.\-]+) = ")
+_ARRAY = re.compile(r"([a-z]+\d*(?:e\d+m\d+\w*)?)\[([\d,]*)\]")
+_CALLED = re.compile(
+  r"(calls|to_apply|body|condition|true_computation|false_computation)=%?([\w.\-]+)"
+)
+_LAYOUT = re.compile(r"\{[^}]*\}")
+_QUOTED = re.compile(r'"(?:[^"\\]|\\.)*"')
+_BRANCHES = re.compile(r"branch_computations=\{([^}]*)\}")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Collective:
+  """All executions of one instruction, on one device."""
+
+  kind: str
+  axis: str
+  """Mesh axes of its groups, joined by commas; `?` where no axes make such groups."""
+  count: int
+  """How often it runs in a step."""
+  bytes: int
+  """Of its buffer, once."""
+  wire_bytes: int
+  """That the device sends, once."""
+  source: str
+  """file:line of moejax that it comes from, as far as the compiler says."""
+  operation: str
+  """The jax operation it comes from."""
+  across: bool = False
+  """Whether it goes over the slow network between TPU slices."""
+
+
+class Program:
+  """A compiled program's computations, from `compiled.as_text()`."""
+
+  def __init__(self, text: str):
+    self._computations: dict[str, list[Instruction]] = {}
+    self._entry = ""
+    self._tables = _tables(text)
+    current: list[Instruction] | None = None
+    for line in _joined(text):
+      header = _HEADER.match(line)
+      if header:
+        current = self._computations.setdefault(header[2], [])
+        if header[1]:
+          self._entry = header[2]
+      elif line.startswith("}"):
+        current = None
+      elif current is not None and (found := _parse(line.strip())):
+        current.append(found)
+
+  def collectives(
+    self, axes: Sequence[str], sizes: Sequence[int], across: str = ""
+  ) -> list[Collective]:
+    """Every collective that runs, in the order of the text.
+
+    Args:
+      axes: names of the mesh's axes, outermost first.
+      sizes: devices along each, within a slice: several slices run the same program.
+      across: the axis that goes over slices.
+    """
+    groups = axis_groups(axes, sizes)
+    result = []
+    for instruction, count, where in self._executed(self._entry, 1, self._entry):
+      if instruction.opcode == "send" and "megascale" in instruction.rest:
+        result.append(_across_slices(instruction, count, across))
+        continue
+      kind = instruction.opcode.removesuffix("-start")
+      if kind not in KINDS:
+        continue
+      if kind == "all-reduce" and "all-reduce-scatter" in where:
+        kind = "reduce-scatter"
+      axis, size = axis_of(instruction.rest, groups, math.prod(sizes))
+      if size == 1:
+        continue
+      number = self._buffer_bytes(instruction, kind, where)
+      factor = {"all-reduce": 2 * (size - 1) / size, "collective-permute": 1.0}
+      result.append(
+        Collective(
+          kind=kind,
+          axis=axis,
+          count=count,
+          bytes=number,
+          wire_bytes=round(number * factor.get(kind, (size - 1) / size)),
+          source=self._source(instruction.rest),
+          operation=_attribute(instruction.rest, r'op_name="([^"]*)"'),
+        )
+      )
+    return result
+
+  def flops(self, ragged_fraction: float = 1.0) -> float:
+    """FLOPs of all products that run on one device; see `hlo.flops`.
+
+    Args:
+      ragged_fraction: of a ragged buffer's rows, those that exist.
+    """
+    tables = {
+      name: {i.name: i.shape for i in instructions}
+      for name, instructions in self._computations.items()
+    }
+    return sum(
+      count * flops_of(instruction, tables[where], ragged_fraction)
+      for instruction, count, where in self._executed(self._entry, 1, self._entry)
+    )
+
+  def stacked_bytes(self, parameters: set[tuple[int, ...]]) -> int:
+    """Bytes of the stacks that the loop over layers leaves for its backward pass.
+
+    Args:
+      parameters: shapes of parameters, which are stacks too and do not count.
+    """
+    best = 0
+    for instruction in self._computations.get(self._entry, ()):
+      if instruction.opcode != "while":
+        continue
+      trips, total = self._trips(instruction, self._entry), 0.0
+      for text, size in zip(
+        _ARRAY.findall(_LAYOUT.sub("", instruction.shape)),
+        _array_bytes(instruction.shape),
+        strict=True,
+      ):
+        dims = tuple(int(d) for d in text[1].split(",") if d)
+        is_stack = len(dims) > 2 and dims[0] == trips > 1
+        if is_stack and dims not in parameters:
+          total += size
+      best = max(best, round(total))
+    return best
+
+  def _executed(
+    self, name: str, count: int, inside: str
+  ) -> Iterator[tuple[Instruction, int, str]]:
+    for instruction in self._computations.get(name, ()):
+      yield instruction, count, inside
+      times = self._trips(instruction, name) if instruction.opcode == "while" else 1
+      for role, called in _called(instruction.rest):
+        if role == "to_apply" and instruction.opcode != "call":
+          continue  # The scalar function of a reduction.
+        yield from self._executed(called, count * times, called)
+
+  def _trips(self, loop: Instruction, where: str) -> int:
+    """How often a loop turns; 1 where it is only known when it runs."""
+    known = re.search(r'known_trip_count"?:\s*\{"?n"?:\s*"?(\d+)', loop.rest)
+    if known:
+      return int(known[1])
+    condition = dict(_called(loop.rest)).get("condition", "")
+    inside = self._computations.get(condition, ())
+    bounds = [n for i in inside if (n := _constant(i)) is not None]
+    if len(bounds) != 1:
+      return 1
+    places = [re.search(r"index=(\d+)", i.rest) for i in inside]
+    first = [self._start(loop, int(place[1]), where) for place in places if place]
+    return bounds[0] - (first[0] if first else 0)
+
+  def _start(self, loop: Instruction, index: int, where: str) -> int:
+    """What a loop counts from: 0, or 1 where its first turn was taken out before it."""
+    named = {i.name: i for i in self._computations[where]}
+    at = named.get(_first_name(loop.rest))
+    if at is not None and at.opcode == "tuple":
+      names = re.findall(r"%([\w.\-]+)", at.rest.partition(")")[0])
+      at = named.get(names[index]) if index < len(names) else None
+    while at is not None and at.opcode.startswith(("copy", "bitcast")):
+      at = named.get(_first_name(at.rest))
+    return (_constant(at) or 0) if at is not None else 0
+
+  def _buffer_bytes(self, instruction: Instruction, kind: str, where: str) -> int:
+    arrays = _array_bytes(instruction.shape)
+    if kind == "ragged-all-to-all":
+      # One of its buffers has room to spare; the other one is what there is to send.
+      return round(min(arrays[-1], self._operand_bytes(instruction, where)))
+    if instruction.opcode.endswith("-start") and len(arrays) > 1:
+      # (operands, results, contexts): of a gather the result, else the operand.
+      return round(max(arrays))
+    if instruction.opcode == "reduce-scatter":
+      return round(sum(arrays) * (group_size(instruction.rest) or 1))
+    return round(sum(arrays))
+
+  def _operand_bytes(self, instruction: Instruction, where: str) -> float:
+    """Of the first operand."""
+    name = _first_name(instruction.rest)
+    return sum(
+      sum(_array_bytes(i.shape)) for i in self._computations[where] if i.name == name
+    )
+
+  def _source(self, rest: str) -> str:
+    direct = re.search(r'source_file="([^"]*)" source_line=(\d+)', rest)
+    if direct:
+      return f"{_short(direct[1])}:{direct[2]}"
+    frame = re.search(r"stack_frame_id=(\d+)", rest)
+    return self._tables.source(int(frame[1])) if frame else ""
+
+
+def _across_slices(send: Instruction, count: int, axis: str) -> Collective:
+  """A transfer that the runtime takes from here to the other slices."""
+  kind = _attribute(send.rest, r'megascale_transfer_type="(\w+)"')
+  slices = _attribute(send.rest, r'megascale_target="\{([\d,]+)\}').count(",") + 1
+  number = round(_array_bytes(send.shape)[0])
+  part = (slices - 1) / slices
+  return Collective(
+    kind=kind.lower().replace("_", "-"),
+    axis=axis,
+    count=count,
+    bytes=number,
+    wire_bytes=round(number * part * (2 if kind == "ALL_REDUCE" else 1)),
+    source="",
+    operation="",
+    across=True,
+  )
+
+
+@dataclasses.dataclass
+class _Tables:
+  """Where instructions come from, as newer compilers print it."""
+
+  files: dict[int, str]
+  locations: dict[int, tuple[int, int]]
+  frames: dict[int, tuple[int, int]]
+
+  def source(self, frame: int) -> str:
+    """The innermost line of moejax on the stack, else the innermost of all."""
+    first, seen = "", set()
+    while frame in self.frames and frame not in seen:
+      seen.add(frame)
+      location, frame = self.frames[frame]
+      file, line = self.locations.get(location, (0, 0))
+      text = f"{_short(self.files.get(file, ''))}:{line}"
+      if "moejax/" in self.files.get(file, ""):
+        return text
+      first = first or text
+    return first
+
+
+def _tables(text: str) -> _Tables:
+  def rows(title: str) -> list[str]:
+    found = re.search(rf"^{title}\n((?:\d+ .*\n)*)", text, re.MULTILINE)
+    return found[1].splitlines() if found else []
+
+  tables = _Tables({}, {}, {})
+  for row in rows("FileNames"):
+    number, _, name = row.partition(" ")
+    tables.files[int(number)] = name.strip('"')
+  for row in rows("FileLocations"):
+    numbers = [int(n) for n in re.findall(r"\d+", row.replace("file_name_id", ""))]
+    get = dict(re.findall(r"(\w+)=(\d+)", row))
+    tables.locations[numbers[0]] = int(get["file_name_id"]), int(get["line"])
+  for row in rows("StackFrames"):
+    get = dict(re.findall(r"(\w+)=(\d+)", row))
+    frame = int(row.split(" ")[0])
+    parent = int(get.get("parent_frame_id", 0))
+    tables.frames[frame] = int(get["file_location_id"]), parent
+  return tables
+
+
+def _short(path: str) -> str:
+  """The path from `moejax/` on, or the file's name."""
+  at = path.rfind("moejax/")
+  return path[at:] if at >= 0 else path.rsplit("/", 1)[-1]
+
+
+def _joined(text: str) -> Iterator[str]:
+  """Lines, with instructions that a kernel's metadata breaks put together again."""
+  held, depth = "", 0
+  for line in text.splitlines():
+    held = f"{held} {line.strip()}" if held else line
+    if held.startswith(" "):  # An instruction, not the start or end of a computation.
+      bare = _QUOTED.sub("", line)
+      depth += bare.count("{") - bare.count("}")
+    if depth <= 0:
+      yield held
+      held, depth = "", 0
+
+
+def _parse(line: str) -> Instruction | None:
+  found = _INSTRUCTION.match(line)
+  if not found:
+    return None
+  rest = line[found.end() :]
+  shape, rest = _split_shape(rest)
+  opcode, _, rest = rest.partition("(")
+  return Instruction(found[1], shape, opcode.strip(), rest)
+
+
+def _split_shape(text: str) -> tuple[str, str]:
+  if not text.startswith("("):
+    shape, _, rest = text.partition(" ")
+    return shape, rest
+  depth = 0
+  for index, character in enumerate(text):
+    depth += (character == "(") - (character == ")")
+    if depth == 0:
+      return text[: index + 1], text[index + 1 :].lstrip()
+  return text, ""
+
+
+def _array_bytes(shape: str) -> list[float]:
+  """Bytes of each array of a shape, layouts left out."""
+  result = []
+  for dtype, dims in _ARRAY.findall(_LAYOUT.sub("", shape)):
+    digits = re.search(r"\d+", dtype)
+    width = _BYTES.get(dtype, int(digits[0]) / 8 if digits else 4)
+    result.append(width * math.prod(int(d) for d in dims.split(",") if d))
+  return result
+
+
+def _called(rest: str) -> list[tuple[str, str]]:
+  found = [(role, name) for role, name in _CALLED.findall(rest)]
+  for names in _BRANCHES.findall(rest):
+    found += [("branch", name.strip().lstrip("%")) for name in names.split(",")]
+  return found
+
+
+def _first_name(rest: str) -> str:
+  """Of the operands."""
+  found = re.match(r"[^%)]*%([\w.\-]+)", rest)
+  return found[1] if found else ""
+
+
+def _constant(instruction: Instruction) -> int | None:
+  """The value of an integer constant."""
+  found = re.match(r"(\d+)\)", instruction.rest)
+  return int(found[1]) if instruction.opcode == "constant" and found else None
+
+
+def _attribute(rest: str, pattern: str) -> str:
+  found = re.search(pattern, rest)
+  return found[1] if found else ""

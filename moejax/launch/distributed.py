@@ -1,0 +1,207 @@
+"""Several processes, one program: the seam where a run joins the others.
+
+Who is who comes from flags (`--coordinator_address --num_processes --process_id`),
+from the environment (JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES, JAX_PROCESS_ID; this
+is what `tools.launch_local` sets), or from the launcher, which jax knows how to ask:
+Cloud TPU pods, Slurm, MPI, and Kubernetes jobs with an index.
+
+A single process is left alone: no socket, no thread.
+"""
+
+import contextlib
+import dataclasses
+import os
+import pathlib
+import urllib.request
+from collections.abc import Iterator
+
+import jax
+from absl import logging
+
+from moejax.errors import UserError
+from moejax.launch import listening, liveness, meeting, secret
+from moejax.launch.agreement import Facts
+from moejax.launch.meeting import JOIN_SECONDS
+
+_VARIABLES = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
+_FLAGS = ("coordinator_address", "num_processes", "process_id")
+
+_LAUNCHED_BY = {
+  "SLURM_STEP_NUM_TASKS": "Slurm",
+  "OMPI_COMM_WORLD_SIZE": "Open MPI",
+  "MEGASCALE_NUM_SLICES": "a multislice TPU job",
+}
+"""Variables that count processes, and who sets them."""
+
+_HEARTBEAT_SECONDS = 3600
+"""The runtime's own heartbeat ends a job by an abort without a name, also when a
+process is merely stopped. Our connections know of a death within seconds, so this is
+only the last net."""
+
+_TPU_HOSTS = (
+  "http://metadata.google.internal/computeMetadata/v1/instance/attributes/"
+  "worker-network-endpoints"
+)
+"""The hosts of a pod, joined by commas; only a Cloud TPU VM gets an answer."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Place:
+  """Which one of how many a process is."""
+
+  address: str
+  """host:port of process 0."""
+  count: int
+  index: int
+  by_launcher: bool = False
+  """Found by jax, which is left to find it again."""
+
+
+@contextlib.contextmanager
+def joined(
+  coordinator_address: str = "",
+  num_processes: int | None = None,
+  process_id: int | None = None,
+  *,
+  facts: Facts | None = None,
+  timeout: float = JOIN_SECONDS,
+) -> Iterator[None]:
+  """Joins the other processes, if there are any, and watches them in its body.
+
+  To be entered once, before the first array is made. In the body of one process among
+  several, an error does not come out: it is printed, the others are told, and the
+  process ends with the error's exit code. See `liveness`.
+
+  Args:
+    coordinator_address: host:port of process 0; empty leaves it to the environment.
+    num_processes: of the whole job.
+    process_id: of this one, from 0.
+    facts: what all processes must have been started with; see `agreement`.
+    timeout: seconds to wait for the others.
+
+  Raises:
+    UserError: a place among others is named by halves, or is no such place, or there is
+      something wrong with the job's secret.
+    PeerLostError: the others did not come in time.
+    DisagreementError: they were started with something else.
+  """
+  place = find_place(coordinator_address, num_processes, process_id)
+  if place is None:
+    yield
+  elif place.count < 2:
+    _start_runtime(place)
+    yield
+  else:
+    links = meeting.meet(
+      place.address, place.count, place.index, facts or {}, timeout, secret.job_secret()
+    )
+    with liveness.Watch(place.index, links):
+      _start_runtime(place, _HEARTBEAT_SECONDS)
+      yield
+
+
+def find_place(
+  coordinator_address: str = "",
+  num_processes: int | None = None,
+  process_id: int | None = None,
+) -> Place | None:
+  """The place of this process by flags, environment or launcher; None for a single one.
+
+  Raises:
+    UserError: a place among others is named by halves, or is no such place.
+  """
+  given = (coordinator_address, num_processes, process_id)
+  if any(value not in ("", None) for value in given):
+    texts = ["" if value is None else str(value) for value in given]
+    return _place(texts, [f"--{name}" for name in _FLAGS])
+  if os.environ.get(_VARIABLES[0]):
+    return _place([os.environ.get(name, "") for name in _VARIABLES], list(_VARIABLES))
+  return None if launcher() is None else _ask_launcher()
+
+
+def launcher() -> str | None:
+  """Who started this process as one of several; None for a single one."""
+  for name, who in _LAUNCHED_BY.items():
+    if os.environ.get(name, "").isdecimal() and int(os.environ[name]) > 1:
+      return who
+  if "," in os.environ.get("TPU_WORKER_HOSTNAMES", ""):
+    return "a Cloud TPU pod"
+  if "JOB_COMPLETION_INDEX" in os.environ and "KUBERNETES_SERVICE_HOST" in os.environ:
+    return "an indexed Kubernetes job"
+  if _on_tpu_pod():
+    return "a Cloud TPU pod"
+  return None
+
+
+def _on_tpu_pod() -> bool:
+  """Whether this machine is a TPU VM of a pod: those set no variable in a shell."""
+  chips = [
+    *pathlib.Path("/dev").glob("accel*"),
+    *pathlib.Path("/dev/vfio").glob("[0-9]*"),
+  ]
+  if not chips or "TPU_SKIP_MDS_QUERY" in os.environ:
+    return False
+  request = urllib.request.Request(_TPU_HOSTS, headers={"Metadata-Flavor": "Google"})
+  try:
+    with urllib.request.urlopen(request, timeout=2) as answer:
+      return b"," in answer.read()
+  except OSError:
+    return False
+
+
+def _place(values: list[str], names: list[str]) -> Place:
+  address, count, index = values
+  missing = [n for n, v in zip(names, values, strict=True) if not v]
+  missing += [
+    n for n, v in zip(names[1:], values[1:], strict=True) if v and not v.isdecimal()
+  ]
+  if missing:
+    raise UserError(
+      f"{' '.join(missing)}: missing or no number. Give all of {', '.join(names)}, "
+      "or none of them for a single process."
+    )
+  if int(index) >= int(count):
+    raise UserError(
+      f"{names[2]}={index} is not below {names[1]}={count}: they are numbered from 0."
+    )
+  listening.split_address(address, names[0])
+  return Place(address=address, count=int(count), index=int(index))
+
+
+def _ask_launcher() -> Place:
+  """What jax will find out by itself; needed here before it acts on it."""
+  try:
+    from jax._src import clusters
+
+    address, count, index, _ = clusters.ClusterEnv.auto_detect_unset_distributed_params(
+      None, None, None, None, None, int(JOIN_SECONDS)
+    )
+    if address is None or count is None or index is None:
+      raise TypeError("it found no place")
+    return Place(address=address, count=count, index=index, by_launcher=True)
+  except (ImportError, AttributeError, TypeError) as error:
+    # Not a public part of jax. Training works without; only the errors are worse.
+    logging.warning(
+      "jax %s does not tell how %s placed this process (%s): the processes are neither "
+      "compared nor watched.",
+      jax.__version__,
+      launcher(),
+      error,
+    )
+    return Place(address="", count=0, index=0, by_launcher=True)
+
+
+def _start_runtime(place: Place, heartbeat: int = 100) -> None:
+  # What CPU processes talk through; of no effect elsewhere.
+  jax.config.update("jax_cpu_collectives_implementation", "gloo")
+  # A launcher's place also says which devices are ours: jax reads it itself.
+  known = not place.by_launcher
+  jax.distributed.initialize(
+    place.address if known else None,
+    place.count if known else None,
+    place.index if known else None,
+    initialization_timeout=int(JOIN_SECONDS),
+    heartbeat_timeout_seconds=heartbeat,
+    # The runtime asks nobody for a secret: no farther open than it must be.
+    coordinator_bind_address=listening.bind_address(place.address) if known else None,
+  )

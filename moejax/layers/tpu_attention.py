@@ -1,0 +1,102 @@
+"""Fused attention on a TPU: never more than a block of scores in memory.
+
+jax's splash attention (a Pallas kernel that comes with jax) under `jax.shard_map`, since
+a compiler cannot cut a kernel by itself: sequences over the axes that hold tokens, heads
+over `tensor`. Elsewhere `jax.nn.dot_product_attention` is used; see `layers/attention`.
+
+Letters: B batch, S sequence, H query heads, J key/value heads, A head width.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import PartitionSpec
+from jaxtyping import Array, Float, Int
+
+from moejax.sharding.mesh import TOKEN_AXES
+
+LANES = 128
+_LARGEST_BLOCK = 512
+"""Scores of a 512 x 512 block and their operands fit the on-chip memory."""
+
+
+def block_size(sequence_length: int) -> int | None:
+  """Rows and columns of a block of scores; None where no block fits the sequence."""
+  sizes = (s for s in (_LARGEST_BLOCK, 256, LANES) if sequence_length % s == 0)
+  return next(sizes, None)
+
+
+def tpu_attention(
+  query: Float[Array, "B S H A"],
+  key: Float[Array, "B S J A"],
+  value: Float[Array, "B S J A"],
+  segment_ids: Int[Array, "B S"],
+  *,
+  window: int = 0,
+  interpret: bool = False,
+) -> Float[Array, "B S H A"]:
+  """Causal attention inside each segment, scaled by 1/sqrt(A).
+
+  Args:
+    query: after rotary embedding.
+    key: each serves H/J query heads.
+    value: as key.
+    segment_ids: of each token; padding is a segment of its own.
+    window: tokens a query sees, its own included; 0 is all before it.
+    interpret: run the kernel without a TPU, slowly, to test it.
+  """
+
+  def local(query: Array, key: Array, value: Array, segment_ids: Array) -> Array:
+    kernel = _kernel(query.shape[2], query.shape[1], window, interpret)
+    scaled = query * jnp.asarray(query.shape[-1] ** -0.5, query.dtype)
+    q, k, v = (a.swapaxes(1, 2) for a in (scaled, key, value))
+    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+      out = jax.vmap(lambda q, k, v, ids: kernel(q, k, v, _segments(ids)))(
+        q, k, v, segment_ids
+      )
+    return out.swapaxes(1, 2)
+
+  mesh = jax.sharding.get_abstract_mesh()
+  if mesh.empty or mesh.size == 1:
+    return local(query, key, value, segment_ids)
+  heads = PartitionSpec(TOKEN_AXES, None, "tensor")
+  # The kernel does not say over which axes its results vary; everything here is cut
+  # over all of them in the same way, so there is nothing for the check to find.
+  return jax.shard_map(
+    local,
+    in_specs=(heads, heads, heads, PartitionSpec(TOKEN_AXES)),
+    out_specs=heads,
+    check_vma=False,
+  )(query, key, value, segment_ids)
+
+
+def _segments(ids: Int[Array, "S"]) -> Any:
+  from jax.experimental.pallas.ops.tpu import splash_attention
+
+  return splash_attention.SegmentIds(q=ids, kv=ids)
+
+
+def _kernel(heads: int, length: int, window: int, interpret: bool) -> Any:
+  # Imported late: Pallas for TPUs takes a second that no CPU run should pay.
+  from jax.experimental.pallas.ops.tpu import splash_attention as splash
+
+  block = block_size(length)
+  assert block is not None, length
+  sizes = splash.BlockSizes(
+    block_q=block,
+    block_kv=block,
+    block_q_dkv=block,
+    block_kv_dkv=block,
+    block_q_dq=block,
+    block_kv_dq=block,
+  )
+  shape = (length, length)
+  seen = (
+    splash.LocalMask(shape, (window - 1, 0), offset=0)
+    if window
+    else splash.CausalMask(shape)
+  )
+  return splash.make_splash_mha_single_device(
+    splash.MultiHeadMask([seen] * heads), block_sizes=sizes, interpret=interpret
+  )

@@ -1,0 +1,107 @@
+"""What evaluations leave in a run's directory, and how to say what they covered.
+
+  eval.json              the run's own, written by the run after its last step
+  eval_STEP_SPLIT.json   one of `experiments.evaluate` with the run's settings; others
+                         have what differs in their name, so that none replaces another
+
+A file is written whole or not at all, and only `train.finish` writes eval.json.
+"""
+
+import hashlib
+import json
+import pathlib
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from moejax import files
+from moejax.run import writers
+
+EVAL_FILE = "eval.json"
+
+_SAME_LOSS = 1e-4
+"""Relative: another mesh adds in another order, and may break a tie between experts."""
+
+
+def write(path: pathlib.Path, values: dict[str, Any]) -> None:
+  """Replaces a JSON file whole, or not at all; NaN becomes null."""
+  text = json.dumps(writers.finite(values), indent=2, ensure_ascii=False)
+  files.write_text(path, text + "\n")
+
+
+def read(path: pathlib.Path) -> dict[str, Any]:
+  """The content of an evaluation's file; empty if there is none that can be read."""
+  try:
+    found = json.loads(path.read_text(encoding="utf-8"))
+  except (OSError, ValueError):
+    return {}
+  return found if isinstance(found, dict) else {}
+
+
+def name(
+  prefix: str,
+  evaluation: dict[str, Any],
+  changes: Sequence[tuple[str, Any, Any]],
+  own_factor: float | str | None = None,
+) -> str:
+  """The name of a file, without its ending: equal exactly for equal settings.
+
+  Args:
+    prefix: eval or routing.
+    evaluation: with step, split, tokens, split_tokens and `results`, if any.
+    changes: fields that differ from the run's: (name, the run's value, this one).
+    own_factor: the capacity factor of the run's own evaluation.
+  """
+  parts = [prefix, str(evaluation["step"]), evaluation["split"]]
+  factors = [result["eval_capacity_factor"] for result in evaluation.get("results", [])]
+  if factors != [own_factor] and factors:
+    parts += ["capacity", *(_factor(factor) for factor in factors)]
+  if evaluation["tokens"] < evaluation["split_tokens"]:
+    parts += ["first", str(evaluation["tokens"])]
+  if changes:
+    text = json.dumps(sorted((field, repr(now)) for field, _, now in changes))
+    parts.append(hashlib.sha256(text.encode()).hexdigest()[:8])
+  return "_".join(parts)
+
+
+def _factor(factor: float | str) -> str:
+  return factor if isinstance(factor, str) else f"{factor:g}"
+
+
+def coverage(
+  tokens: int, split_tokens: int | None, show: Callable[[float], str] = "{:,}".format
+) -> str:
+  """Of which tokens a loss is: `all 10 tokens`, or `first 5 of 10 tokens`.
+
+  Args:
+    tokens: that were evaluated.
+    split_tokens: of the whole split, where known.
+    show: how to write a number.
+  """
+  if not split_tokens:  # A file of an earlier version.
+    return f"{show(tokens)} tokens"
+  if tokens >= split_tokens:
+    return f"all {show(tokens)} tokens"
+  return f"first {show(tokens)} of {show(split_tokens)} tokens"
+
+
+def disagreement(own: dict[str, Any], evaluation: dict[str, Any]) -> str:
+  """One line if an evaluation of the same text contradicts the run's own; else empty.
+
+  Args:
+    own: content of eval.json; empty if there is none.
+    evaluation: made with the run's settings but for the capacity factors.
+  """
+  same = ("step", "split", "tokens", "bytes")
+  if not own or any(own.get(key) != evaluation[key] for key in same):
+    return ""
+  mine = {r["eval_capacity_factor"]: r["loss"] for r in evaluation["results"]}
+  for result in own.get("results", []):
+    factor, theirs = result["eval_capacity_factor"], result["loss"]
+    loss = mine.get(factor)
+    if loss is not None and abs(loss - theirs) > _SAME_LOSS * abs(theirs):
+      return (
+        f"Note: {EVAL_FILE} has {theirs:.4f} nats/token for the same step, text and "
+        f"capacity ({_factor(factor)}), and this is {loss:.4f}. {EVAL_FILE} stays as the "
+        "run wrote it."
+      )
+  return ""

@@ -1,0 +1,165 @@
+"""Who holds what: one table from logical dimension to mesh axis.
+
+Each parameter names its dimensions on the line of its shape (moejax/layers);
+this table says which of them are cut, and over which mesh axis. A name that is
+not in the table and a mesh axis used twice in one array are errors: a hole in a
+sharding rule must not be silent.
+"""
+
+import dataclasses
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jaxtyping import Int, Shaped
+
+from moejax.errors import ConfigError
+from moejax.sharding.mesh import TOKEN_AXES, num_token_shards
+
+LogicalAxes = tuple[str | None, ...]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ShardingRules:
+  """Mesh axis of each logical dimension; None is replicated."""
+
+  layer: str | None = None
+  """The stacked axis of repeated blocks."""
+  width: str | None = "fsdp"
+  """D."""
+  hidden: str | None = "tensor"
+  """F, of experts and dense layers."""
+  heads: str | None = "tensor"
+  kv_heads: str | None = "tensor"
+  head_dim: str | None = None
+  vocab: str | None = "tensor"
+  expert: str | None = "expert"
+  """E, of expert weights."""
+  router_expert: str | None = None
+  """E, of the router's own parameters: every device scores all experts."""
+  norm: str | None = None
+
+  def spec(self, axes: LogicalAxes) -> PartitionSpec:
+    """The partition of an array with these logical dimensions."""
+    names = [None if a is None else self._axis(a) for a in axes]
+    used = [n for n in names if n is not None]
+    if len(set(used)) != len(used):
+      raise ValueError(f"dimensions {axes} map to {names}: a mesh axis is used twice")
+    return PartitionSpec(*names)
+
+  def _axis(self, name: str) -> str | None:
+    try:
+      return getattr(self, name)
+    except AttributeError:
+      known = ", ".join(f.name for f in dataclasses.fields(self))
+      raise ValueError(
+        f"unknown logical dimension {name!r}; ShardingRules knows {known}"
+      ) from None
+
+
+RULES = ShardingRules()
+
+
+def shardings(
+  mesh: Mesh, logical_axes: Any, shapes: Any, rules: ShardingRules = RULES
+) -> Any:
+  """The sharding of every parameter.
+
+  Args:
+    mesh: from `make_mesh`.
+    logical_axes: tree of tuples of names, one per dimension.
+    shapes: same tree, of anything with a `.shape`.
+    rules: the table.
+
+  Returns:
+    The same tree, of NamedSharding.
+
+  Raises:
+    ConfigError: if a dimension is not divisible by the mesh axis that cuts it.
+  """
+
+  def one(path: Any, axes: LogicalAxes, leaf: Any) -> NamedSharding:
+    spec = rules.spec(axes)
+    for size, name, axis in zip(leaf.shape, axes, spec, strict=True):
+      if axis is not None and size % mesh.shape[axis]:
+        raise ConfigError(
+          f"--config.mesh.{axis}={mesh.shape[axis]} does not divide the {name} dimension "
+          f"({size}) of {jax.tree_util.keystr(path, simple=True, separator='.')}. "
+          f"Choose a divisor of {size}, or change the model's size."
+        )
+    return NamedSharding(mesh, spec)
+
+  return jax.tree_util.tree_map_with_path(
+    one, logical_axes, shapes, is_leaf=lambda x: isinstance(x, tuple)
+  )
+
+
+def like_parameters(mesh: Mesh, tree: Any, params: Any, param_shardings: Any) -> Any:
+  """Shardings of a tree that contains copies of the parameters (optimizer state).
+
+  A leaf whose path ends in a parameter's path and which has that parameter's
+  shape is cut as the parameter is; anything else (counts, factored moments) is
+  replicated.
+  """
+
+  def names(path: Any) -> tuple[str, ...]:
+    return tuple(jax.tree_util.keystr((k,), simple=True) for k in path)
+
+  known = {
+    names(path): (leaf.shape, sharding)
+    for (path, leaf), sharding in zip(
+      jax.tree_util.tree_leaves_with_path(params),
+      jax.tree.leaves(param_shardings),
+      strict=True,
+    )
+  }
+
+  def one(path: Any, leaf: Any) -> NamedSharding:
+    parts = names(path)
+    for start in range(len(parts)):
+      shape, sharding = known.get(parts[start:], (None, None))
+      if sharding is not None and shape == leaf.shape:
+        return sharding
+    return replicated(mesh)
+
+  return jax.tree_util.tree_map_with_path(one, tree)
+
+
+def batch_sharding(mesh: Mesh) -> NamedSharding:
+  """Of arrays [B, ...]: the batch over every axis that holds tokens."""
+  return NamedSharding(mesh, PartitionSpec(TOKEN_AXES))
+
+
+def local_rows(mesh: Mesh, batch_size: int) -> Int[np.ndarray, "b"]:
+  """Which rows of a global batch the devices of this process hold, ascending.
+
+  Asked of the mesh and not of the process's number: processes that share a sequence,
+  which `tensor` cuts no further, hold the same rows, and on some hardware the rows of
+  one process are not neighbours.
+  """
+  held = batch_sharding(mesh).addressable_devices_indices_map((batch_size,))
+  blocks = {index[0].indices(batch_size) for index in held.values() if index}
+  return np.concatenate([np.arange(*block) for block in sorted(blocks)])
+
+
+def place_rows(mesh: Mesh, rows: Shaped[np.ndarray, "b *rest"]) -> jax.Array:
+  """The global array [B, ...] of which this process gives its `local_rows`."""
+  sharding = batch_sharding(mesh)
+  if sharding.is_fully_addressable:
+    return jax.device_put(rows, sharding)
+  num_blocks = num_token_shards(mesh)
+  here = local_rows(mesh, num_blocks)
+  size = len(rows) // len(here)
+
+  def block(index: tuple[slice, ...] | None) -> np.ndarray:
+    assert index is not None  # This process holds a part on each of its devices.
+    nth = np.searchsorted(here, (index[0].start or 0) // size)
+    return rows[nth * size : (nth + 1) * size]
+
+  shape = (num_blocks * size, *rows.shape[1:])
+  return jax.make_array_from_callback(shape, sharding, block)
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+  return NamedSharding(mesh, PartitionSpec())

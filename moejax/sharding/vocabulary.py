@@ -1,0 +1,91 @@
+"""The ends of the model, which hold the vocabulary: looking up, and scoring every word.
+A router, which scores every expert, does as the head does.
+
+Tokens are cut over the devices that hold them, the vocabulary over `tensor`, the width
+over `fsdp`. Left to itself the compiler all-reduces the gradient of a whole table, or
+scatters it in uneven parts. Here each device gathers the width over `fsdp`, whose
+transpose is a reduce-scatter, and works with its own part of the vocabulary.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import PartitionSpec
+from jaxtyping import Array, Float, Int, Shaped
+
+from moejax.sharding.mesh import TOKEN_AXES, is_cut_over, num_token_shards
+
+
+def lookup(
+  table: Float[Array, "V D"], tokens: Int[Array, "B S"], dtype: Any
+) -> Float[Array, "B S D"]:
+  """table[tokens] in another dtype; its gradient adds up in the table's own.
+
+  Args:
+    table: the vocabulary cut over `tensor`, the width over `fsdp`.
+    tokens: ids below V.
+    dtype: of the result.
+  """
+  if not _is_cut(tokens):
+    return jnp.take(table, tokens, axis=0).astype(dtype)
+
+  def local(table: Array, tokens: Array) -> Array:
+    table = _whole(table, axis=1)
+    index = tokens - jax.lax.axis_index("tensor") * table.shape[0]
+    here = (index >= 0) & (index < table.shape[0])
+    rows = jnp.take(table, jnp.clip(index, 0, table.shape[0] - 1), axis=0)
+    rows = jnp.where(here[..., None], rows, jnp.zeros((), rows.dtype)).astype(dtype)
+    return jax.lax.psum(rows, "tensor")
+
+  return jax.shard_map(
+    local,
+    in_specs=(PartitionSpec("tensor", "fsdp"), PartitionSpec(TOKEN_AXES)),
+    out_specs=PartitionSpec(TOKEN_AXES),
+  )(table, tokens)
+
+
+def score(
+  x: Float[Array, "B S D"],
+  head: Float[Array, "D V"],
+  *,
+  cut_over: str | None = "tensor",
+  precision: jax.lax.Precision | None = None,
+) -> Float[Array, "B S V"]:
+  """X @ head in float32, whatever the type of both; of words, or of experts.
+
+  Args:
+    x: activations.
+    head: in the type of x; the width cut over `fsdp`.
+    cut_over: the mesh axis that cuts what is scored.
+    precision: of the product; None is the chip's default.
+  """
+
+  def local(x: Array, head: Array) -> Array:
+    return jnp.einsum(
+      "bsd,dv->bsv", x, head, precision=precision, preferred_element_type=jnp.float32
+    )
+
+  if not _is_cut(x):
+    return local(x, head)
+  return jax.shard_map(
+    lambda x, head: local(x, _whole(head, axis=0)),
+    in_specs=(PartitionSpec(TOKEN_AXES), PartitionSpec("fsdp", cut_over)),
+    out_specs=PartitionSpec(TOKEN_AXES, None, cut_over),
+  )(x, head)
+
+
+def _is_cut(batch: Shaped[Array, "B *rest"]) -> bool:
+  """Whether there are devices to share the batch, and they can."""
+  mesh = jax.sharding.get_abstract_mesh()
+  return not mesh.empty and mesh.size > 1 and batch.shape[0] % num_token_shards(mesh) == 0
+
+
+def _whole(weight: Array, *, axis: int) -> Array:
+  """Gathers the width; said to vary before, so that gradients are scattered before they
+  are summed over the other axes."""
+  for name in ("data", "expert"):
+    weight = jax.lax.pcast(weight, name, to="varying")
+  if not is_cut_over("fsdp"):
+    return weight
+  return jax.lax.all_gather(weight, "fsdp", axis=axis, tiled=True)
