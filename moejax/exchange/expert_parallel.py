@@ -39,7 +39,13 @@ from moejax.experts.grouped_matmul import apply_ragged_experts
 from moejax.experts.weights import ExpertWeights, apply_experts
 from moejax.platform import target_platform
 from moejax.routing.base import Routing
-from moejax.sharding.mesh import TOKEN_AXES, is_cut_over, num_token_shards
+from moejax.sharding.mesh import (
+  TOKEN_AXES,
+  is_cut_over,
+  mesh_in_scope,
+  num_token_shards,
+  shard_map,
+)
 from moejax.sharding.rules import RULES
 from moejax.types import pytree
 
@@ -80,12 +86,6 @@ class Lost:
   """Tokens that had kept assignments and lost all of them."""
 
 
-def mesh_in_scope() -> AbstractMesh | None:
-  """The mesh of `jax.set_mesh`, if it has more than one device."""
-  mesh = jax.sharding.get_abstract_mesh()
-  return None if mesh.empty or mesh.size == 1 else mesh
-
-
 def over_groups(
   function: Callable[[Any, Any], Any], mapped: Any, shared: Any, num_groups: int
 ) -> Any:
@@ -101,9 +101,8 @@ def over_groups(
   mesh = mesh_in_scope()
   if mesh is None or num_groups % num_token_shards(mesh):
     return function(mapped, shared)
-  return jax.shard_map(function, in_specs=(_TOKENS, PartitionSpec()), out_specs=_TOKENS)(
-    mapped, shared
-  )
+  run = shard_map(function, in_specs=(_TOKENS, PartitionSpec()), out_specs=_TOKENS)
+  return run(mapped, shared)
 
 
 def resolve(
@@ -173,7 +172,7 @@ def run(
   specs = jax.tree_util.tree_map_with_path(
     lambda path, _: RULES.spec(_WEIGHT_AXES[path[0].name]), weights
   )
-  y, lost = jax.shard_map(
+  y, lost = shard_map(
     on_device, in_specs=(_TOKENS, _TOKENS, specs), out_specs=(_TOKENS, _TOKENS)
   )(x, routing, weights)
   if kind != "ragged":
@@ -378,7 +377,8 @@ def _constrained(
 
   mask = jax.vmap(Routing.dispatch_weights)(routing).astype(x.dtype)
   combine = jax.vmap(Routing.combine_weights)(routing).astype(x.dtype)
-  mesh = jax.sharding.get_abstract_mesh()
+  mesh = mesh_in_scope()
+  assert mesh is not None
   divided = x.shape[0] % (mesh.shape["data"] * mesh.shape["fsdp"]) == 0
   slots = (AXIS, ("data", "fsdp") if divided else None, None, None)
   rows = at(jnp.einsum("gtec,gtd->egcd", mask, x), *slots)

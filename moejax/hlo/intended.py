@@ -6,14 +6,11 @@ silence. So what it moves is compared with this list.
 
 from moejax.config import Config
 from moejax.hlo.parse import Collective
-from moejax.sharding.mesh import TOKEN_AXES
+from moejax.sharding.mesh import BY_HAND, TOKEN_AXES
 
 _NO_SCATTER = "gradients of weights (a CPU has no reduce-scatter pass)"
 """XLA:CPU leaves an all-reduce of which each device keeps a part as it is."""
 
-
-_BY_HAND = ("moejax/exchange/", "moejax/sharding/")
-"""Where moejax itself says what is sent."""
 
 _FAR_BELOW = 8
 """Times that something must be smaller than one matrix of an expert to be none."""
@@ -65,7 +62,7 @@ def _all_reduce(
   if "fsdp" in axes and not small:
     # Gradients of weights cut over fsdp should be reduce-scattered. Those of experts
     # are by hand, so for them no compiler is excused.
-    by_hand = collective.source.startswith(_BY_HAND)
+    by_hand = BY_HAND in collective.operation
     return "" if platform != "cpu" or by_hand else _NO_SCATTER
   if axes <= {*TOKEN_AXES, "tensor"}:
     return "sums over tokens: gradients, losses, statistics"
@@ -78,7 +75,10 @@ def _over_experts(collective: Collective, config: Config) -> str:
   if not collective.source and _FAR_BELOW * collective.bytes < one:
     # Between slices compilers forget lines, and sum in steps: scattered, then gathered.
     return "sums over tokens, in two steps, or gates (ragged)"
-  in_exchange = collective.source.startswith(_BY_HAND)
-  if in_exchange and config.moe.exchange in ("auto", "ring", "ragged"):
+  if BY_HAND in collective.operation and config.moe.exchange in (
+    "auto",
+    "ring",
+    "ragged",
+  ):
     return "tokens of the expert axis (ring), loads (ragged), rows (ragged on a CPU)"
   return ""

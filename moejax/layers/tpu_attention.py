@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Int
 
-from moejax.sharding.mesh import TOKEN_AXES
+from moejax.sharding.mesh import TOKEN_AXES, mesh_in_scope, shard_map
 
 LANES = 128
 _LARGEST_BLOCK = 512
@@ -57,13 +57,12 @@ def tpu_attention(
       )
     return out.swapaxes(1, 2)
 
-  mesh = jax.sharding.get_abstract_mesh()
-  if mesh.empty or mesh.size == 1:
+  if mesh_in_scope() is None:
     return local(query, key, value, segment_ids)
   heads = PartitionSpec(TOKEN_AXES, None, "tensor")
   # The kernel does not say over which axes its results vary; everything here is cut
   # over all of them in the same way, so there is nothing for the check to find.
-  return jax.shard_map(
+  return shard_map(
     local,
     in_specs=(heads, heads, heads, PartitionSpec(TOKEN_AXES)),
     out_specs=heads,

@@ -7,7 +7,7 @@ hidden widths are cut).
 
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -66,6 +66,29 @@ def _placed(config: MeshConfig, shape: tuple[int, ...], devices: list[Any]) -> n
   except AssertionError:
     # Some devices of a slice, which leave holes in its torus.
     return np.asarray(devices).reshape(shape)
+
+
+BY_HAND = "moejax_by_hand"
+"""The named scope of every collective that moejax asks for itself; all others are the
+compiler's (`moejax.hlo.intended`)."""
+
+
+def mesh_in_scope() -> AbstractMesh | None:
+  """The mesh of `jax.set_mesh`, if it has more than one device."""
+  mesh = jax.sharding.get_abstract_mesh()
+  return None if mesh.empty or mesh.size == 1 else mesh
+
+
+def shard_map(function: Callable[..., Any], **specs: Any) -> Callable[..., Any]:
+  """`jax.shard_map` over the mesh in scope, whose collectives are known to be ours."""
+  mapped = jax.shard_map(function, **specs)
+
+  def call(*arguments: Any) -> Any:
+    # Around it and not inside, so that what its transpose sends has the name too.
+    with jax.named_scope(BY_HAND):
+      return mapped(*arguments)
+
+  return call
 
 
 def on_tokens(x: Float[Array, "B *rest"]) -> Float[Array, "B *rest"]:

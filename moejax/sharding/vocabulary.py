@@ -14,7 +14,13 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Int, Shaped
 
-from moejax.sharding.mesh import TOKEN_AXES, is_cut_over, num_token_shards
+from moejax.sharding.mesh import (
+  TOKEN_AXES,
+  is_cut_over,
+  mesh_in_scope,
+  num_token_shards,
+  shard_map,
+)
 
 
 def lookup(
@@ -38,7 +44,7 @@ def lookup(
     rows = jnp.where(here[..., None], rows, jnp.zeros((), rows.dtype)).astype(dtype)
     return jax.lax.psum(rows, "tensor")
 
-  return jax.shard_map(
+  return shard_map(
     local,
     in_specs=(PartitionSpec("tensor", "fsdp"), PartitionSpec(TOKEN_AXES)),
     out_specs=PartitionSpec(TOKEN_AXES),
@@ -68,7 +74,7 @@ def score(
 
   if not _is_cut(x):
     return local(x, head)
-  return jax.shard_map(
+  return shard_map(
     lambda x, head: local(x, _whole(head, axis=0)),
     in_specs=(PartitionSpec(TOKEN_AXES), PartitionSpec("fsdp", cut_over)),
     out_specs=PartitionSpec(TOKEN_AXES, None, cut_over),
@@ -77,8 +83,8 @@ def score(
 
 def _is_cut(batch: Shaped[Array, "B *rest"]) -> bool:
   """Whether there are devices to share the batch, and they can."""
-  mesh = jax.sharding.get_abstract_mesh()
-  return not mesh.empty and mesh.size > 1 and batch.shape[0] % num_token_shards(mesh) == 0
+  mesh = mesh_in_scope()
+  return mesh is not None and batch.shape[0] % num_token_shards(mesh) == 0
 
 
 def _whole(weight: Array, *, axis: int) -> Array:
