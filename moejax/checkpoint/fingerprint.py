@@ -31,6 +31,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
 
+from moejax import splitmix
+
 EXPERT_AXES = ("expert", "experts")
 """What logical axes call the axis that stacks experts."""
 
@@ -224,13 +226,11 @@ def _hex(value: int) -> str:
 
 
 def _weights(axis: int, length: int) -> np.ndarray:
-  """Odd 64-bit weights of one axis: SplitMix64 (Steele et al., 2014) of the position."""
+  """Odd 64-bit weights of one axis: SplitMix64 of the position."""
   with np.errstate(over="ignore"):
-    z = np.arange(1, length + 1, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15)
+    z = np.arange(1, length + 1, dtype=np.uint64) * splitmix.GAMMA
     z += np.uint64((axis + 1) * 0xD1342543DE82EF95 % 2**64)
-    z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return (z ^ (z >> np.uint64(31))) | np.uint64(1)
+    return splitmix.finalise(z) | np.uint64(1)
 
 
 def _words(bits: np.ndarray) -> np.ndarray:

@@ -13,9 +13,7 @@ from moejax.cost.parameters import resolve_vocab_size
 from moejax.data import tokenizer
 from moejax.errors import ConfigError, UserError
 from moejax.models.decoder import Decoder
-from moejax.run.files import DIRECTORY, list_steps
-
-CONFIG_FILE = "config.json"
+from moejax.run.files import CONFIG_FILE, DIRECTORY, list_steps
 
 _SHAPES = ("model.*", "moe.*", "data.tokenizer", "data.vocab_size")
 

@@ -265,11 +265,6 @@ class Checkpointer:
     """The newest complete checkpoint."""
     return max(self.steps(), default=None)
 
-  def best(self) -> int | None:
-    """The complete checkpoint of lowest metric; None if none has one."""
-    known = [step for step in self.steps() if step in self._metrics]
-    return min(known, key=lambda step: (self._metrics[step], step), default=None)
-
   def restore(
     self, target: dict[str, Any], step: int | None = None
   ) -> tuple[dict[str, Any], dict[str, Any]]:

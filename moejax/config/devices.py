@@ -16,10 +16,10 @@ from typing import Any
 
 from moejax.config import text as config_text
 from moejax.config.check import named, validate
+from moejax.config.exchange_rule import choose
+from moejax.config.mesh import AXES, mesh_shape
 from moejax.config.schema import Config
 from moejax.errors import ConfigError
-
-_AXES = ("data", "fsdp", "expert", "tensor")
 
 
 def choose_devices(config: Config, devices: Sequence[Any]) -> tuple[list[Any], str]:
@@ -72,14 +72,13 @@ def validate_devices(config: Config, num_devices: int) -> None:
 
 def _check_dispatcher(config: Config, num_devices: int) -> None:
   """A dispatcher asked for by name runs, or is refused before anything is compiled."""
-  from moejax.config.exchange_rule import choose
-  from moejax.config.mesh import mesh_shape
-  from moejax.config.router import num_selected
+  # Routers import jax, which this check needs only where there are several devices.
+  from moejax.config.router import make_router, num_selected
 
   if config.moe.dense_twin or num_devices == 1:
     return
   shape = mesh_shape(config.mesh, num_devices)
-  size: dict[str, int] = dict(zip(_AXES, shape, strict=True))
+  size: dict[str, int] = dict(zip(AXES, shape, strict=True))
   choose(
     config.moe.exchange,
     config.moe.dispatcher,
@@ -88,7 +87,7 @@ def _check_dispatcher(config: Config, num_devices: int) -> None:
     num_groups=_num_groups(config),
     num_selected=num_selected(config.moe),
     capacity=config.moe.capacity_factor is not None,
-    dense=config.moe.router == "soft",
+    dense=make_router(config.moe).mixes,
   )
 
 
@@ -105,18 +104,16 @@ def _share(config: Config, counts: Sequence[int]) -> int | None:
 
 
 def _has_free_axis(config: Config) -> bool:
-  return any(getattr(config.mesh, axis) == -1 for axis in _AXES)
+  return any(getattr(config.mesh, axis) == -1 for axis in AXES)
 
 
 def _misfit(config: Config, num_devices: int) -> str | None:
   """Why the config cannot run on so many devices; None if it can."""
-  from moejax.config.mesh import mesh_shape
-
   try:
     shape = mesh_shape(config.mesh, num_devices)
   except ConfigError as error:
     return str(error)
-  size: dict[str, int] = dict(zip(_AXES, shape, strict=True))
+  size: dict[str, int] = dict(zip(AXES, shape, strict=True))
   return (
     _undivided_batch(config, size)
     or _undivided_groups(config, size)
@@ -231,7 +228,7 @@ def _changed(config: Config, change: dict[str, Any]) -> Config | None:
 def _changes(config: Config, num_devices: int) -> Iterator[dict[str, Any]]:
   """Changes that may help, the smallest first; which do is for `_runs` to say."""
   if not _has_free_axis(config):
-    yield from ({f"mesh.{axis}": -1} for axis in _AXES)
+    yield from ({f"mesh.{axis}": -1} for axis in AXES)
   for axis, _, extent in _cuts(config):
     # The largest that divides what the axis cuts, and is not more than what was asked.
     asked = abs(getattr(config.mesh, axis))
@@ -239,7 +236,7 @@ def _changes(config: Config, num_devices: int) -> Iterator[dict[str, Any]]:
       if extent % size == 0:
         yield {f"mesh.{axis}": size}
   # As many replicas as there are devices, and nothing cut, fits any model.
-  replicas = {"mesh.data": -1} | {f"mesh.{axis}": 1 for axis in _AXES[1:]}
+  replicas = {"mesh.data": -1} | {f"mesh.{axis}": 1 for axis in AXES[1:]}
   unit = num_devices * config.train.accumulation
   batch = -(-config.train.batch_size // unit) * unit
   for mesh, size in itertools.product(({}, replicas), (config.train.batch_size, batch)):

@@ -86,15 +86,6 @@ def baselines(
   }
 
 
-def batch_bytes(dataset: Dataset, batch: dict[str, np.ndarray]) -> Int[np.ndarray, "B S"]:
-  """Bytes that each target stands for; 0 for separators and padding.
-
-  bits per byte = summed loss in nats / ln 2 / the sum of this, for any tokenizer.
-  """
-  sizes = dataset.tokenizer.bytes_per_token[batch["targets"]]
-  return np.where(batch["segment_ids"] > 0, sizes, 0).astype(np.int32)
-
-
 def bits_per_byte(nats: float, num_bytes: float) -> float:
   """From a summed loss in nats and the bytes that its targets stand for."""
   return float(nats / np.log(2.0) / max(num_bytes, 1.0))

@@ -20,21 +20,15 @@ Letters: B sequences of S places; D documents.
 import dataclasses
 
 import numpy as np
-from jaxtyping import Int, UInt64
+from jaxtyping import Int
 
+from moejax import splitmix
 from moejax.data.tokens import TokenSplit
 
 Batch = dict[str, np.ndarray]
 """int32 [B, S] each: inputs, targets, segment_ids, positions, for evaluation domain."""
 
 _MASK = 2**64 - 1
-
-
-def _mix(x: UInt64[np.ndarray, "n"]) -> UInt64[np.ndarray, "n"]:
-  """The finaliser of splitmix64 (Steele et al., OOPSLA 2014)."""
-  x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-  x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-  return x ^ (x >> np.uint64(31))
 
 
 def permutation(n: int, *key: int) -> Int[np.ndarray, "n"]:
@@ -45,11 +39,10 @@ def permutation(n: int, *key: int) -> Int[np.ndarray, "n"]:
   """
   state = np.zeros(1, np.uint64)
   for part in key:
-    state = _mix(state ^ np.array([part & _MASK], np.uint64)) + np.uint64(
-      0x9E3779B97F4A7C15
-    )
-  steps = np.arange(n, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15)
-  return np.argsort(_mix(steps + state), kind="stable")
+    mixed = splitmix.finalise(state ^ np.array([part & _MASK], np.uint64))
+    state = mixed + splitmix.GAMMA
+  steps = np.arange(n, dtype=np.uint64) * splitmix.GAMMA
+  return np.argsort(splitmix.finalise(steps + state), kind="stable")
 
 
 @dataclasses.dataclass(frozen=True)

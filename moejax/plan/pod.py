@@ -16,8 +16,9 @@ import numpy as np
 from jax.sharding import Mesh
 
 from moejax.config import Config
+from moejax.config.exchange_rule import choose
 from moejax.config.mesh import AXES
-from moejax.config.router import num_selected
+from moejax.config.router import make_router, num_selected
 from moejax.cost import flops as plan_flops
 from moejax.cost.chips import Chip
 from moejax.cost.parameters import resolve_vocab_size
@@ -95,12 +96,22 @@ def ragged_fraction(config: Config, mesh: Mesh) -> float:
   devices, moe = mesh.shape["expert"], config.moe
   if moe.capacity_factor is not None or moe.dense_twin or devices == 1:
     return 1.0
-  ring = moe.exchange == "ring" or (
-    moe.exchange == "auto" and devices <= num_selected(moe)
+  kind = choose(
+    moe.exchange,
+    moe.dispatcher,
+    devices=devices,
+    token_shards=1,
+    num_groups=1,
+    num_selected=num_selected(moe),
+    capacity=False,
+    dense=make_router(moe).mixes,
   )
-  if ring:  # All rows of the axis are lined up, and one device's share computed.
+  if kind == "ring":
+    # All rows of the axis are lined up, and one device's share computed.
     return 1.0 / devices
-  return 1.0 / min(devices, moe.exchange_buffer or devices)
+  if kind == "ragged":
+    return 1.0 / min(devices, moe.exchange_buffer or devices)
+  return 1.0
 
 
 def memory_of(step: CompiledStep, program: Program) -> dict[str, int]:

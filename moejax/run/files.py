@@ -1,7 +1,10 @@
-"""Where a run keeps its checkpoints, and which of them are whole."""
+"""Names of what a run keeps, and which of its checkpoints are whole."""
 
 import re
 from pathlib import Path
+
+CONFIG_FILE = "config.json"
+"""A run's resolved config; a directory without one is no run's."""
 
 DIRECTORY = "checkpoints"
 """Where a workdir keeps its steps."""

@@ -29,9 +29,8 @@ from moejax.config import Config
 from moejax.config import text as config_text
 from moejax.errors import ConfigError, UserError
 from moejax.run import provenance
-from moejax.run.files import DIRECTORY, list_steps
+from moejax.run.files import CONFIG_FILE, DIRECTORY, list_steps
 
-CONFIG_FILE = "config.json"
 RUN_FILE = "run.json"
 METRICS_FILE = "metrics.jsonl"
 
