@@ -1,0 +1,40 @@
+"""Sparse Mixture-of-Experts language models in JAX and Flax.
+
+  from moejax import load_run
+  run = load_run("runs/default")
+  logits = run.logits(tokens)
+
+Names are imported when they are first used: `import moejax` alone imports neither jax nor
+flax.
+"""
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from moejax.version import __version__
+
+if TYPE_CHECKING:
+  from moejax.config import Config
+  from moejax.evaluate.load import LoadedRun, load_run
+  from moejax.models.decoder import Decoder
+  from moejax.routing.router import Router
+
+_HOMES = {
+  "Config": "moejax.config",
+  "Decoder": "moejax.models.decoder",
+  "LoadedRun": "moejax.evaluate.load",
+  "Router": "moejax.routing.router",
+  "load_run": "moejax.evaluate.load",
+}
+
+__all__ = ["Config", "Decoder", "LoadedRun", "Router", "__version__", "load_run"]
+
+
+def __getattr__(name: str) -> Any:
+  if name not in _HOMES:
+    raise AttributeError(f"module 'moejax' has no attribute {name!r}")
+  return vars(importlib.import_module(_HOMES[name]))[name]
+
+
+def __dir__() -> list[str]:
+  return __all__

@@ -1,0 +1,92 @@
+"""A trained model from its run's directory, for scripts and notebooks."""
+
+import dataclasses
+import functools
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int
+
+from moejax.checkpoint.params import restore_params
+from moejax.config import Config
+from moejax.data.tokenizer import FILE as TOKENIZER_FILE
+from moejax.data.tokenizer import Tokenizer, load_tokenizer
+from moejax.errors import UserError
+from moejax.evaluate import groups
+from moejax.models.decoder import Decoder
+from moejax.types import Params
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LoadedRun:
+  """A run's model at one of its checkpoints."""
+
+  config: Config
+  model: Decoder
+  params: Params
+  """On the first local device."""
+  tokenizer: Tokenizer | None
+  """None where the directory holds none."""
+  step: int
+  """Optimizer steps that the parameters have seen."""
+
+  def logits(
+    self, tokens: Int[np.ndarray | Array, "B S"] | Sequence[Sequence[int]]
+  ) -> Float[Array, "B S V"]:
+    """Scores of the next token at every position, at the run's eval_capacity_factor.
+
+    Each row is one document from its start. Under a finite capacity the routing groups
+    are those of training, which B*S must fill.
+
+    Args:
+      tokens: vocabulary ids.
+
+    Raises:
+      UserError: an id that the vocabulary does not have, or groups that do not fit.
+    """
+    tokens = jnp.asarray(np.asarray(tokens, np.int32))
+    least, most = int(tokens.min()), int(tokens.max())
+    if least < 0 or most >= self.model.vocab_size:
+      raise UserError(
+        f"tokens from {least} to {most}: this run's vocabulary has ids from 0 to "
+        f"{self.model.vocab_size - 1}."
+      )
+    moe = self.model.moe
+    grouped = bool(self.model.moe_layers) and moe.eval_capacity_factor is not None
+    if grouped and moe.group_size and tokens.size % moe.group_size:
+      raise UserError(
+        f"{tokens.shape[0]}x{tokens.shape[1]} tokens do not fill routing groups of "
+        f"{moe.group_size}, under --config.moe.eval_capacity_factor="
+        f"{moe.eval_capacity_factor}. Give a multiple of {moe.group_size} tokens."
+      )
+    return self._apply(self.params, tokens)
+
+  @functools.cached_property
+  def _apply(self) -> Any:
+    return jax.jit(lambda params, tokens: self.model(params, tokens).logits)
+
+
+def load_run(workdir: Path | str, step: int | None = None) -> LoadedRun:
+  """Restores a run's model, with nothing but its directory.
+
+  Args:
+    workdir: of a training run.
+    step: of a checkpoint; None is the newest that is whole.
+
+  Raises:
+    UserError: no checkpoint there (says what is), no such step, or all damaged.
+  """
+  params, config, meta = restore_params(workdir, step)
+  tokenizer = None
+  if (Path(workdir) / TOKENIZER_FILE).exists():
+    tokenizer = load_tokenizer(workdir)
+  # The stored table has a row for each id, whatever the tokenizer.
+  vocab_size = int(params["embedding"]["table"].shape[0])
+  model = groups.make_model(config, vocab_size)
+  return LoadedRun(
+    config=config, model=model, params=params, tokenizer=tokenizer, step=int(meta["step"])
+  )
