@@ -1,8 +1,8 @@
 """Sparse Mixture-of-Experts language models in JAX and Flax.
 
-  from moejax import load_run
-  run = load_run("runs/default")
-  logits = run.logits(tokens)
+  from moejax import MoE, load_run
+  y, aux = MoE(width=64, num_experts=8, num_selected=2, hidden=128, rngs=rngs)(x)
+  logits = load_run("runs/default").logits(tokens)
 
 Names are imported when they are first used: `import moejax` alone imports neither jax nor
 flax.
@@ -16,6 +16,7 @@ from moejax.version import __version__
 if TYPE_CHECKING:
   from moejax.config import Config
   from moejax.evaluate.load import LoadedRun, load_run
+  from moejax.layers.standalone import MoE, is_trained
   from moejax.models.decoder import Decoder
   from moejax.routing.router import Router
 
@@ -23,11 +24,22 @@ _HOMES = {
   "Config": "moejax.config",
   "Decoder": "moejax.models.decoder",
   "LoadedRun": "moejax.evaluate.load",
+  "MoE": "moejax.layers.standalone",
   "Router": "moejax.routing.router",
+  "is_trained": "moejax.layers.standalone",
   "load_run": "moejax.evaluate.load",
 }
 
-__all__ = ["Config", "Decoder", "LoadedRun", "Router", "__version__", "load_run"]
+__all__ = [
+  "Config",
+  "Decoder",
+  "LoadedRun",
+  "MoE",
+  "Router",
+  "__version__",
+  "is_trained",
+  "load_run",
+]
 
 
 def __getattr__(name: str) -> Any:

@@ -15,7 +15,7 @@ B*S tokens is cut into G groups of T.
 """
 
 import dataclasses
-from typing import Any, TypeVar, dataclass_transform
+from typing import Any, Generic, TypeVar, dataclass_transform
 
 import jax
 
@@ -23,6 +23,16 @@ Params = dict[str, Any]
 """Parameters: a plain nested dict of arrays, never a module."""
 
 _T = TypeVar("_T")
+
+
+class Constant(Generic[_T]):
+  """What a module holds and no transformation looks into: equal only to itself.
+
+  A config is no key of jax's caches, since its fields can be set.
+  """
+
+  def __init__(self, value: _T):
+    self.value = value
 
 
 def static_field(**kwargs: Any) -> Any:

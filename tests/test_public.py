@@ -2,15 +2,18 @@
 
 import subprocess
 import sys
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
 import moejax
 from moejax.checkpoint import manager as checkpoint
-from moejax.errors import UserError
+from moejax.errors import ConfigError, UserError
+from moejax.routing.registry import ROUTERS
 from moejax.train import loop
 from tests.train.conftest import cache_dir, compilation_cache, tiny_config
 
@@ -63,3 +66,92 @@ def test_a_run_gives_the_logits_of_its_own_model(
     run.logits(tokens + 10_000)
   with pytest.raises(UserError, match="step=7"):
     moejax.load_run(tmp_path, step=7)
+
+
+B, S, D, E, F = 2, 8, 6, 4, 10
+
+
+def by_hand(weights, x):
+  """Top-2 of a softmax, raw gates, gelu experts; every expert computes every token."""
+  probs = jax.nn.softmax(x @ weights["router"]["weight"], axis=-1)
+  _, best = jax.lax.top_k(probs, 2)
+  chosen = jnp.sum(jax.nn.one_hot(best, E), axis=-2)
+  hidden = jax.nn.gelu(jnp.einsum("bsd,edf->bsef", x, weights["experts"]["w_in"]))
+  out = jnp.einsum("bsef,efd->bsed", hidden, weights["experts"]["w_out"])
+  return jnp.einsum("bse,bsed->bsd", probs * chosen, out)
+
+
+def test_a_layer_alone_is_the_formula_in_value_and_gradient():
+  """Without config, mesh or experiment; under jit; a sequence alone is a batch of one."""
+  layer = moejax.MoE(width=D, num_experts=E, num_selected=2, hidden=F, rngs=nnx.Rngs(0))
+  graph, state = nnx.split(layer)
+  weights = nnx.to_pure_dict(state)["layer"]
+  x = jax.random.normal(jax.random.key(1), (B, S, D))
+
+  def ours(state, x):
+    y, aux = nnx.merge(graph, state)(x)
+    return jnp.sum(jnp.sin(y)), (y, aux)
+
+  def theirs(weights, x):
+    return jnp.sum(jnp.sin(by_hand(weights, x)))
+
+  grads, (y, aux) = jax.jit(jax.grad(ours, argnums=(0, 1), has_aux=True))(state, x)
+  np.testing.assert_allclose(y, by_hand(weights, x), rtol=1e-4, atol=1e-5)
+  want = jax.grad(theirs, argnums=(0, 1))(weights, x)
+  got = (nnx.to_pure_dict(grads[0])["layer"], grads[1])
+  for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+    np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-5)
+  one, _ = layer(x[0])
+  np.testing.assert_allclose(one, y[0], rtol=1e-4, atol=1e-5)
+  total = 0.01 * aux.losses["balance_loss"] + 0.001 * aux.losses["z_loss"]
+  np.testing.assert_allclose(aux.loss, total, rtol=1e-6)
+  assert float(aux.stats.chosen.sum()) == 2 * B * S
+
+
+@pytest.mark.parametrize("router", [n for n, r in ROUTERS.items() if not r.has_table])
+def test_every_router_works_in_a_layer_alone(router):
+  """Under nnx.jit and nnx.grad; what is not trained has no gradient there."""
+  slots: dict[str, Any] = {"group_size": S, "eval_capacity_factor": 1.0}
+  chosen = ROUTERS[router]
+  layer = moejax.MoE(
+    width=D,
+    num_experts=E,
+    num_selected=chosen.fixed_selected or 2,
+    hidden=F,
+    router=router,
+    rngs=nnx.Rngs(0),
+    capacity_factor=1.0 if chosen.needs_capacity else None,
+    **(slots if chosen.needs_capacity else {}),
+  )
+  x = jax.random.normal(jax.random.key(1), (B, S, D))
+
+  @nnx.jit
+  def step(layer, x):
+    def loss_of(layer):
+      y, aux = layer(x, train=True, key=jax.random.key(2))
+      return jnp.mean(jnp.square(y)) + aux.loss, aux.stats
+
+    wrt = nnx.DiffState(0, moejax.is_trained)
+    grads, stats = nnx.grad(loss_of, argnums=wrt, has_aux=True)(layer)
+    layer.update_router(stats)
+    return grads
+
+  grads = nnx.to_pure_dict(step(layer, x))["layer"]
+  assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(grads))
+  own = layer.layer.router.parameter_names
+  assert ("bias" in grads["router"]) is False
+  if "bias" in own:
+    moved = nnx.to_pure_dict(nnx.state(layer))["layer"]["router"]["bias"]
+    assert np.any(np.asarray(moved) != 0)
+
+
+def test_what_makes_no_sense_is_refused_by_name():
+  make: Any = dict(width=D, num_experts=E, hidden=F, rngs=nnx.Rngs(0))
+  with pytest.raises(ConfigError, match=r"moe.num_selected=9 is more than"):
+    moejax.MoE(num_selected=9, **make)
+  with pytest.raises(ConfigError, match="Did you mean top_k"):
+    moejax.MoE(router="topk", **make)
+  with pytest.raises(ConfigError, match="has not. Use another router"):
+    moejax.MoE(router="hash", **make)
+  with pytest.raises(ConfigError, match="sigmoid_bias.rate: there is no such option"):
+    moejax.MoE(router="sigmoid_bias", router_options={"rate": 1}, **make)

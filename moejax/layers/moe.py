@@ -21,7 +21,7 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int, Key
 
 from moejax.config import ModelConfig, MoEConfig
-from moejax.config.router import num_present
+from moejax.config.router import make_router, num_present
 from moejax.dispatch import registry as dispatch_registry
 from moejax.dispatch.grouped import grouped
 from moejax.exchange import expert_parallel
@@ -32,7 +32,7 @@ from moejax.layers.router import RouterLayer, project
 from moejax.platform import target_platform
 from moejax.routing import losses
 from moejax.routing.base import RouterStats, Routing, sum_groups
-from moejax.types import pytree
+from moejax.types import Constant, pytree
 
 WHOLE_BATCH = -1
 """The group size that puts all tokens of a (micro)batch into one routing group."""
@@ -59,6 +59,14 @@ class LayerInputs:
   `balance_scope` is batch; None takes those of the call."""
   present: Bool[Array, "*l E"] | None = None
   """The experts that take part in this step, under expert dropout."""
+
+
+def loss_weights(moe: MoEConfig) -> dict[str, float]:
+  """Coefficient of each aux term in the training loss."""
+  weights = {"balance_loss": moe.balance_weight, "z_loss": moe.z_weight}
+  if moe.entropy_weight:
+    weights["entropy_bonus"] = moe.entropy_weight
+  return weights | make_router(moe).loss_weights()
 
 
 class Experts(nnx.Module):
@@ -102,7 +110,7 @@ class MoE(nnx.Module):
     self.shared_gate = (
       parameter.matrix(rngs, shape, axes, fan_in=model.width) if moe.shared_gate else None
     )
-    self.config = moe
+    self._config = Constant(moe)
     self.exchange = expert_parallel.ExchangeOptions(
       exchange=moe.exchange,
       exchange_buffer=moe.exchange_buffer,
@@ -110,6 +118,10 @@ class MoE(nnx.Module):
       expert_chunks=moe.expert_chunks,
     )
     self.activation = model.activation
+
+  @property
+  def config(self) -> MoEConfig:
+    return self._config.value
 
   def __call__(
     self,

@@ -25,13 +25,14 @@ from moejax.routing.base import RouterInputs, Routing
 from moejax.routing.router import Parameter, Tokens
 from moejax.sharding.mesh import on_tokens
 from moejax.sharding.vocabulary import score
+from moejax.types import Constant
 
 
 class RouterLayer(nnx.Module):
   """Scores tokens, and lets the configured router choose."""
 
   def __init__(self, width: int, moe: MoEConfig, rngs: nnx.Rngs):
-    self.config = moe
+    self._config = Constant(moe)
     self.router = make_router(moe)
     shape, axes = (width, moe.fine_experts), ("width", "router_expert")
     self.weight = parameter.matrix(
@@ -42,10 +43,16 @@ class RouterLayer(nnx.Module):
       scale=moe.router_init_scale,
       trained=self.router.learned,
     )
-    self.declared = self.router.parameters(sizes(moe, width, moe.group_size))
-    for name, declared in self.declared.items():
+    declared = self.router.parameters(sizes(moe, width, moe.group_size))
+    self._declared = Constant(declared)
+    for name, about in declared.items():
       # By their own names, which are those in checkpoints.
-      setattr(self, name, _make(rngs, declared))
+      setattr(self, name, _make(rngs, about))
+
+  @property
+  def parameter_names(self) -> tuple[str, ...]:
+    """Of the router's own parameters."""
+    return tuple(self._declared.value)
 
   def __call__(
     self,
@@ -74,7 +81,7 @@ class RouterLayer(nnx.Module):
       present: the experts that take part in this step under expert dropout; None draws
         them by `key`.
     """
-    moe, keys = self.config, None
+    moe, declared, keys = self._config.value, self._declared.value, None
     tokens = tokens.astype(jnp.float32)
     seen = tokens
     if key is not None:
@@ -92,7 +99,7 @@ class RouterLayer(nnx.Module):
     policy = slot_policy(moe, capacity(moe, tokens.shape[1], capacity_factor))
     ranking = "count" if target_platform() == "tpu" else "sort"
     policy = dataclasses.replace(policy, ranking=ranking)
-    params = {name: getattr(self, name)[...] for name in self.declared}
+    params = {name: getattr(self, name)[...] for name in declared}
     views = Tokens(clean=tokens, seen=seen, project=project)
     inputs = RouterInputs(
       logits=logits,
@@ -105,7 +112,7 @@ class RouterLayer(nnx.Module):
     )
     # What all groups share is not mapped over.
     same = {
-      "params": {n: v for n, v in params.items() if self.declared[n].by_group},
+      "params": {n: v for n, v in params.items() if declared[n].by_group},
       "step": step,
       "present": present,
     }

@@ -31,7 +31,7 @@ from moejax.config.router import make_router
 from moejax.layers.attention import Context, LayerCache, attention_mask
 from moejax.layers.block import Block, BlockInputs, CallOptions
 from moejax.layers.embedding import Embedding
-from moejax.layers.moe import LayerInputs, MoEAux
+from moejax.layers.moe import LayerInputs, MoEAux, loss_weights
 from moejax.layers.router import present_experts
 from moejax.models.per_layer import PARTS, by_part
 from moejax.models.stack import Shell, remat, split_key, unrolled
@@ -114,11 +114,7 @@ class Decoder:
     """Coefficient of each aux term in the training loss."""
     if not self.moe_layers:
       return {}
-    moe = self.moe
-    weights = {"balance_loss": moe.balance_weight, "z_loss": moe.z_weight}
-    if moe.entropy_weight:
-      weights["entropy_bonus"] = moe.entropy_weight
-    return weights | self.router.loss_weights()
+    return loss_weights(self.moe)
 
   @property
   def balances_batch(self) -> bool:
