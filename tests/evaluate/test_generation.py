@@ -167,6 +167,7 @@ class _Stubborn:
   def __init__(self, model):
     self.model, self.moe, self.moe_layers = model, model.moe, model.moe_layers
     self.vocab_size, self.init_cache = model.vocab_size, model.init_cache
+    self.router = model.router
 
   def __call__(self, params, *args, **kwargs):
     out = self.model(params["model"], *args, **kwargs)
