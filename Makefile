@@ -22,7 +22,7 @@ CORE := tests/routing tests/experts tests/dispatch tests/layers tests/models \
   tests/data/sources/test_local.py \
   tests/data/test_batches.py tests/train/test_step.py tests/train/test_loop.py \
   tests/train/test_optimizer.py tests/checkpoint/test_manager.py tests/evaluate \
-  tests/cli/test_flags.py tests/config/test_check.py tests/config/test_text.py \
+  tests/cli tests/config/test_check.py tests/config/test_text.py \
   tests/test_packaging.py
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 

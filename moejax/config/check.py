@@ -8,19 +8,20 @@ Letters: B sequences of a batch, S sequence, T tokens of a routing group, D widt
 E experts, K choices per token, F expert hidden width.
 """
 
-import dataclasses
 from collections.abc import Callable, Iterable
-from typing import TYPE_CHECKING
 
 from moejax.config.pattern import layer_pattern
 from moejax.config.ranges import CHOICES, RANGES
 from moejax.config.schema import SCHEMA_VERSION, Config
-from moejax.config.text import expected, field_types, get_field, is_router_option
+from moejax.config.text import (
+  expected,
+  field_types,
+  get_field,
+  is_router_option,
+  named,
+)
 from moejax.errors import ConfigError, did_you_mean
 from moejax.options import show
-
-if TYPE_CHECKING:
-  from moejax.routing.router import Router
 
 
 def validate(config: Config) -> None:
@@ -30,7 +31,10 @@ def validate(config: Config) -> None:
     ConfigError: names the flag, its value and the way out.
   """
   validate_fields(config)
-  _registered(config)
+  # Last, because routers import jax, and the checks above should be fast.
+  from moejax.config.router_check import check_router
+
+  check_router(config)
 
 
 def validate_fields(config: Config) -> None:
@@ -108,11 +112,6 @@ def _ranges(config: Config) -> None:
     if value is not None and value not in allowed:
       why = f" ({allowed.reason(value)})" if allowed.reason(value) else ""
       raise ConfigError(f"--config.{name}={show(value)} must be {allowed}{why}.")
-
-
-def named(config: Config, *names: str) -> str:
-  """`--config.a.b=1 with --config.c.d=2`, values as they are."""
-  return " with ".join(f"--config.{n}={show(get_field(config, n))}" for n in names)
 
 
 # Each rule returns an error, or None. They may rely on types, names and ranges.
@@ -306,97 +305,3 @@ RULES: tuple[Callable[[Config], str | None], ...] = (
   _groups_divide_microbatch,
   _one_mesh_axis_is_free,
 )
-
-
-def _registered(config: Config) -> None:
-  """Last, because the registry imports jax, and the checks above should be fast."""
-  from moejax.config.router import make_router
-
-  router = make_router(config.moe)
-  if not config.moe.dense_twin:
-    for rule in ROUTER_RULES:
-      error = rule(config, router)
-      if error:
-        raise ConfigError(error)
-  _router_policy(config, router)
-
-
-def _fixed_choices(c: Config, router: "Router") -> str | None:
-  fixed, chosen = router.fixed_selected, c.moe.fine_selected
-  if fixed is not None and chosen != fixed:
-    return (
-      f"{named(c, 'moe.router', 'moe.num_selected', 'moe.segments')}: this router "
-      f"chooses {fixed} per token, and num_selected * segments is {chosen}. Change them, "
-      "or use --config.moe.router=top_k."
-    )
-
-
-def _dropped_experts_are_in_the_logits(c: Config, router: "Router") -> str | None:
-  if c.moe.expert_dropout and not router.by_logits:
-    return (
-      f"{named(c, 'moe.expert_dropout', 'moe.router')}: this router does not go by "
-      "the logits, which is where experts are taken out. Use "
-      "--config.moe.expert_dropout=0, or another router."
-    )
-
-
-def _first_choices_are_made(c: Config, router: "Router") -> str | None:
-  if c.moe.balance_counts == "first" and not router.token_choice:
-    return (
-      f"{named(c, 'moe.balance_counts', 'moe.router')}: tokens make no first "
-      "choice under this router. Use --config.moe.balance_counts=all."
-    )
-
-
-def _slots_stay(c: Config, router: "Router") -> str | None:
-  moe = c.moe
-  if not router.fixed_slots:
-    return None
-  if moe.capacity_factor != moe.eval_capacity_factor:
-    return (
-      f"{named(c, 'moe.capacity_factor', 'moe.eval_capacity_factor')}: the slots of "
-      f"router {moe.router} are learned, so both must be the same number."
-    )
-  if moe.group_size <= 0 or c.data.sequence_length % moe.group_size:
-    return (
-      f"{named(c, 'moe.group_size', 'data.sequence_length')}: the slots of router "
-      f"{moe.router} belong to a group of fixed size. Give group_size a divisor of the "
-      "sequence."
-    )
-
-
-def _mixtures_are_weighted(c: Config, router: "Router") -> str | None:
-  if router.mixes and c.moe.dispatcher in ("gather", "grouped"):
-    return (
-      f"--config.moe.dispatcher={c.moe.dispatcher} moves whole tokens, and router "
-      f"{c.moe.router} mixes them into slots. Use einsum or auto."
-    )
-
-
-ROUTER_RULES: tuple[Callable[[Config, "Router"], str | None], ...] = (
-  _fixed_choices,
-  _dropped_experts_are_in_the_logits,
-  _first_choices_are_made,
-  _slots_stay,
-  _mixtures_are_weighted,
-)
-"""What a router's kind asks of the rest of the config."""
-
-
-def _router_policy(config: Config, router: "Router") -> None:
-  """Asks the router itself, with the capacity of training and that of evaluation."""
-  from moejax.config.router import slot_policy
-
-  moe = config.moe
-  if router.needs_capacity and moe.eval_capacity_factor is None:
-    raise ConfigError(
-      f"--config.moe.router={moe.router} needs slots in evaluation too, and "
-      "--config.moe.eval_capacity_factor=none gives no number of them. Give it "
-      f"{moe.capacity_factor or 1.0}, as in training."
-    )
-  # A capacity of 1 stands for any: the number needs the group size, the rules do not.
-  slots = None if moe.capacity_factor is None else 1
-  router.check(slot_policy(moe, slots))
-  if moe.eval_capacity_factor is None:
-    # Dropless evaluation of a model trained with an overflow policy is no mistake.
-    router.check(dataclasses.replace(slot_policy(moe, None), overflow="drop"))

@@ -15,10 +15,11 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from moejax.config import text as config_text
-from moejax.config.check import named, validate
+from moejax.config.check import validate
 from moejax.config.exchange_rule import choose
 from moejax.config.mesh import AXES, mesh_shape
 from moejax.config.schema import Config
+from moejax.config.text import named
 from moejax.errors import ConfigError
 
 

@@ -15,7 +15,7 @@ from typing import Any
 
 from moejax.config.schema import SCHEMA_VERSION, Config
 from moejax.errors import ConfigError, did_you_mean
-from moejax.options import WORDS, Option, parse_plain
+from moejax.options import WORDS, Option, parse_plain, show
 from moejax.routing.registry import ROUTERS, options_by_name
 
 Migration = Callable[[dict[str, Any]], dict[str, Any]]
@@ -151,6 +151,11 @@ def get_field(config: Config, dotted: str) -> Any:
     _, router, name = dotted.split(".", 2)
     return config.moe.options.get(router, {}).get(name, _option(dotted).default)
   return functools.reduce(getattr, dotted.split("."), config)
+
+
+def named(config: Config, *names: str) -> str:
+  """`--config.a.b=1 with --config.c.d=2`, values as they are: how errors name fields."""
+  return " with ".join(f"--config.{n}={show(get_field(config, n))}" for n in names)
 
 
 def set_field(config: Config, dotted: str, value: Any) -> None:

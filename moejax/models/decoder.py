@@ -33,43 +33,17 @@ from moejax.layers.block import Block, BlockInputs, CallOptions
 from moejax.layers.embedding import Embedding
 from moejax.layers.moe import LayerInputs, MoEAux, loss_weights
 from moejax.layers.router import present_experts
+from moejax.models.output import Cache, DecoderOutput
 from moejax.models.per_layer import PARTS, by_part
 from moejax.models.stack import Shell, remat, split_key, unrolled
 from moejax.routing.base import RouterStats
 from moejax.sharding.mesh import on_tokens
-from moejax.types import Params, pytree
+from moejax.types import Params
 
 _UNSET: Any = object()
 
 TABLE = "hash_table"
 """Name of a router's table among the parameters: that of the first router with one."""
-
-
-@pytree
-class Cache:
-  """Keys and values of the tokens seen so far, at most M of them."""
-
-  layers: dict[str, dict[str, LayerCache]]
-  segment_ids: Int[Array, "B M"]
-  """-1 where nothing was written yet."""
-  index: Int[Array, ""]
-  """Tokens written."""
-
-
-@pytree
-class DecoderOutput:
-  logits: Float[Array, "B S V"]
-  """float32."""
-  aux: dict[str, Float[Array, ""]]
-  """Aux terms by name: sum over MoE layers and groups of value * valid tokens.
-
-  Divided by the batch's valid tokens, it is the term's mean summed over layers.
-  """
-  stats: RouterStats | None
-  """What the routers did, leading axis the MoE layers in order; None if none."""
-  cache: Cache | None
-  served: Bool[Array, "L B S E"] | None = None
-  """Which experts computed each token, L the MoE layers; only where asked for."""
 
 
 class Decoder:

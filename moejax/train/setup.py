@@ -22,10 +22,12 @@ from moejax.checkpoint import manager as checkpoint
 from moejax.config import Config
 from moejax.config import devices as config_devices
 from moejax.cost import flops, memory, parameters
+from moejax.data.dataset import Dataset
 from moejax.errors import UserError
 from moejax.models import trained as trained_lib
 from moejax.models.decoder import Decoder
 from moejax.run import workdir as workdir_lib
+from moejax.run.files import DIRECTORY, list_steps
 from moejax.run.progress import Reporter, Silent
 from moejax.sharding.mesh import make_mesh
 from moejax.train import state as state_lib
@@ -40,12 +42,12 @@ class Run:
   config: Config
   workdir: pathlib.Path
   mesh: Mesh
-  dataset: Any
+  dataset: Dataset
   token_bytes: Float[np.ndarray, "V"]
   """Bytes of text that each vocabulary id stands for."""
   model: Decoder
   optimizer: Optimizer
-  checkpointer: Any
+  checkpointer: checkpoint.Checkpointer
   state: State
   start_step: int
   resumed: bool
@@ -81,7 +83,7 @@ def set_up(
   mesh = make_mesh(config.mesh, devices)
   if not ignore_memory:
     memory.check(config, mesh, mesh.local_devices)
-  begun = checkpoint.list_steps(workdir / checkpoint.DIRECTORY)
+  begun = list_steps(workdir / DIRECTORY)
   if init_from and not begun:
     init_from_lib.check(init_from, config)
   # Twice: refused before minutes of preparing data, written once they are known.
@@ -94,43 +96,12 @@ def set_up(
       f"Note: --init_from={init_from} is not read, since {workdir} has parameters of its "
       f"own (step {begun[-1]})."
     )
-  dataset = data.load(
-    config.data,
-    workdir=workdir,
-    like=init_from or None,
-    store=jax.process_index() == 0,
-    check_corpus=functools.partial(workdir_lib.check_corpus, workdir),
-  )
-  dataset.check_batch_size(config.train.batch_size)
+  dataset = _load_data(config, workdir, init_from)
   workdir_lib.prepare(
     workdir, config, dataset.fingerprint, mesh.shape, dataset.corpus_fingerprint
   )
-
-  vocab_size = dataset.tokenizer.vocab_size
-  model = Decoder(
-    config.model,
-    config.moe,
-    vocab_size=vocab_size,
-    token_counts=functools.partial(dataset.token_counts, "train"),
-  )
-  optimizer = make_optimizer(
-    config.optimizer,
-    num_steps=config.train.num_steps,
-    axes=model.logical_axes(),
-    trained=model.trained(),
-  )
-  checkpointer = checkpoint.Checkpointer(
-    workdir / checkpoint.DIRECTORY,
-    keep_last=config.train.keep_last,
-    keep_best=config.train.keep_best,
-    config=config,
-    metadata={
-      "dataset_fingerprint": dataset.fingerprint,
-      "corpus_fingerprint": dataset.corpus_fingerprint,
-    },
-    logical_axes=model.logical_axes(),
-    untrained=trained_lib.names(model.trained()),
-  )
+  model, optimizer = _build(config, dataset)
+  checkpointer = _open_checkpoints(config, workdir, dataset, model)
   try:
     found = checkpointer.latest()
     what = "making the parameters" if found is None else f"restoring checkpoint {found}"
@@ -152,6 +123,53 @@ def set_up(
     start_step=start,
     resumed=start > 0,
     flops_per_token=flops.flops_per_token(config, model.vocab_size)["total"],
+  )
+
+
+def _load_data(config: Config, workdir: pathlib.Path, init_from: str) -> Dataset:
+  """The text, tokenized; refused where a run was begun on another."""
+  dataset = data.load(
+    config.data,
+    workdir=workdir,
+    like=init_from or None,
+    store=jax.process_index() == 0,
+    check_corpus=functools.partial(workdir_lib.check_corpus, workdir),
+  )
+  dataset.check_batch_size(config.train.batch_size)
+  return dataset
+
+
+def _build(config: Config, dataset: Dataset) -> tuple[Decoder, Optimizer]:
+  """The model and its optimizer, without parameters."""
+  model = Decoder(
+    config.model,
+    config.moe,
+    vocab_size=dataset.tokenizer.vocab_size,
+    token_counts=functools.partial(dataset.token_counts, "train"),
+  )
+  optimizer = make_optimizer(
+    config.optimizer,
+    num_steps=config.train.num_steps,
+    axes=model.logical_axes(),
+    trained=model.trained(),
+  )
+  return model, optimizer
+
+
+def _open_checkpoints(
+  config: Config, workdir: pathlib.Path, dataset: Dataset, model: Decoder
+) -> checkpoint.Checkpointer:
+  return checkpoint.Checkpointer(
+    workdir / DIRECTORY,
+    keep_last=config.train.keep_last,
+    keep_best=config.train.keep_best,
+    config=config,
+    metadata={
+      "dataset_fingerprint": dataset.fingerprint,
+      "corpus_fingerprint": dataset.corpus_fingerprint,
+    },
+    logical_axes=model.logical_axes(),
+    untrained=trained_lib.names(model.trained()),
   )
 
 
@@ -178,7 +196,7 @@ def _state(
   model: Decoder,
   optimizer: Optimizer,
   mesh: Mesh,
-  checkpointer: Any,
+  checkpointer: checkpoint.Checkpointer,
   init_from: str,
 ) -> tuple[State, int]:
   if checkpointer.latest() is not None:

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 import types
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -140,7 +141,8 @@ def make_log(config: Config, workdir: pathlib.Path) -> step_log.StepLog:
   """A log without model and state, which it must not need."""
   run = object.__new__(Run)
   run.config, run.workdir, run.start_step = config, workdir, 0
-  run.checkpointer = types.SimpleNamespace(wait=lambda: True, latest=lambda: 40)
+  checkpoints: Any = types.SimpleNamespace(wait=lambda: True, latest=lambda: 40)
+  run.checkpointer = checkpoints
   run.flops_per_token = 1.0
   run.mesh = make_mesh(config.mesh, jax.devices()[:1])
   return step_log.StepLog(run, progress.Silent())

@@ -1,0 +1,107 @@
+"""What the chosen router asks of the rest of the config: the end of `config.check`.
+
+Apart, because a router's class imports jax.
+"""
+
+import dataclasses
+from collections.abc import Callable
+
+from moejax.config.router import make_router, slot_policy
+from moejax.config.schema import Config
+from moejax.config.text import named
+from moejax.errors import ConfigError
+from moejax.routing.router import Router
+
+
+def check_router(config: Config) -> None:
+  """Refuses what the chosen router, or its kind, cannot do.
+
+  Raises:
+    ConfigError: names the flag, its value and the way out.
+  """
+  router = make_router(config.moe)
+  if not config.moe.dense_twin:
+    for rule in ROUTER_RULES:
+      error = rule(config, router)
+      if error:
+        raise ConfigError(error)
+  _router_policy(config, router)
+
+
+def _fixed_choices(c: Config, router: Router) -> str | None:
+  fixed, chosen = router.fixed_selected, c.moe.fine_selected
+  if fixed is not None and chosen != fixed:
+    return (
+      f"{named(c, 'moe.router', 'moe.num_selected', 'moe.segments')}: this router "
+      f"chooses {fixed} per token, and num_selected * segments is {chosen}. Change them, "
+      "or use --config.moe.router=top_k."
+    )
+
+
+def _dropped_experts_are_in_the_logits(c: Config, router: Router) -> str | None:
+  if c.moe.expert_dropout and not router.by_logits:
+    return (
+      f"{named(c, 'moe.expert_dropout', 'moe.router')}: this router does not go by "
+      "the logits, which is where experts are taken out. Use "
+      "--config.moe.expert_dropout=0, or another router."
+    )
+
+
+def _first_choices_are_made(c: Config, router: Router) -> str | None:
+  if c.moe.balance_counts == "first" and not router.token_choice:
+    return (
+      f"{named(c, 'moe.balance_counts', 'moe.router')}: tokens make no first "
+      "choice under this router. Use --config.moe.balance_counts=all."
+    )
+
+
+def _slots_stay(c: Config, router: Router) -> str | None:
+  moe = c.moe
+  if not router.fixed_slots:
+    return None
+  if moe.capacity_factor != moe.eval_capacity_factor:
+    return (
+      f"{named(c, 'moe.capacity_factor', 'moe.eval_capacity_factor')}: the slots of "
+      f"router {moe.router} are learned, so both must be the same number."
+    )
+  if moe.group_size <= 0 or c.data.sequence_length % moe.group_size:
+    return (
+      f"{named(c, 'moe.group_size', 'data.sequence_length')}: the slots of router "
+      f"{moe.router} belong to a group of fixed size. Give group_size a divisor of the "
+      "sequence."
+    )
+
+
+def _mixtures_are_weighted(c: Config, router: Router) -> str | None:
+  if router.mixes and c.moe.dispatcher in ("gather", "grouped"):
+    return (
+      f"--config.moe.dispatcher={c.moe.dispatcher} moves whole tokens, and router "
+      f"{c.moe.router} mixes them into slots. Use einsum or auto."
+    )
+
+
+ROUTER_RULES: tuple[Callable[[Config, Router], str | None], ...] = (
+  _fixed_choices,
+  _dropped_experts_are_in_the_logits,
+  _first_choices_are_made,
+  _slots_stay,
+  _mixtures_are_weighted,
+)
+"""What a router's kind asks of the rest of the config."""
+
+
+def _router_policy(config: Config, router: Router) -> None:
+  """Asks the router itself, with the capacity of training and that of evaluation."""
+  moe = config.moe
+  if router.needs_capacity and moe.eval_capacity_factor is None:
+    raise ConfigError(
+      f"--config.moe.router={moe.router} needs slots in evaluation too, and "
+      "--config.moe.eval_capacity_factor=none gives no number of them. Give it "
+      f"{moe.capacity_factor or 1.0}, as in training."
+    )
+  # A capacity of 1 stands for any: the number needs the group size, the rules do not.
+  slots = None if moe.capacity_factor is None else 1
+  router.check(slot_policy(moe, slots))
+  if moe.eval_capacity_factor is None:
+    # Dropless evaluation of a model trained with an overflow policy is no mistake.
+    router.check(dataclasses.replace(slot_policy(moe, None), overflow="drop"))
