@@ -75,6 +75,7 @@ setup(
       for rest in ("", ".*")
     ]
   ),
+  entry_points={"console_scripts": ["moejax = moejax.cli.main:main"]},
   include_package_data=False,
   package_data={"": ["py.typed", "*.json"]},
   install_requires=REQUIRED,

@@ -15,8 +15,8 @@ from absl import flags
 from rich.console import Console
 
 from moejax.cli import flags as cli
+from moejax.cli.collective_table import make_table
 from moejax.config import Config
-from tools.collective_table import make_table
 
 _DEVICES = flags.DEFINE_integer(
   "devices", 8, "Fake devices.", lower_bound=1, upper_bound=4096

@@ -216,7 +216,7 @@ def run(main: Callable[[], int | None]) -> None:
   """
   app.run(
     lambda _: _guarded(functools.partial(_main_or_list, main)),
-    flags_parser=lambda argv: _guarded(functools.partial(parse, argv)),
+    flags_parser=lambda argv: _guarded(functools.partial(parse, argv, main.__module__)),
   )
 
 
@@ -293,11 +293,12 @@ def _main_or_list(main: Callable[[], int | None]) -> int | None:
   return main()
 
 
-def parse(argv: list[str]) -> list[str]:
+def parse(argv: list[str], program: str = "__main__") -> list[str]:
   """Parses absl flags and config overrides, in any order; prints --help and exits.
 
   Args:
     argv: the command line, program name first.
+    program: name of the module whose docstring and flags --help shows.
 
   Returns:
     The program name alone: no program here takes positional arguments.
@@ -306,7 +307,7 @@ def parse(argv: list[str]) -> list[str]:
     UserError: an unknown flag or field (the nearest is named), or a bad value.
   """
   if any(a.lstrip("-") in _HELP and a.startswith("-") for a in argv[1:]):
-    print(_help(argv[0]))
+    print(_help(argv[0], program))
     sys.exit(0)
   try:
     argv = flags.FLAGS.read_flags_from_files(argv, force_gnu=True)
@@ -372,11 +373,13 @@ def _unknown_flag(name: str) -> str:
   return f"--{name}: there is no such flag. {remedy}"
 
 
-def _help(program: str) -> str:
+def _help(name: str, program: str) -> str:
   """The program's docstring, its flags, and the names of the config's fields."""
-  doc = sys.modules["__main__"].__doc__ or ""
+  doc = sys.modules[program].__doc__ or ""
+  # absl knows flags of the main module by the program's name.
+  owner = name if program == "__main__" else program
   lines = [doc.strip(), "", "Flags:"]
-  for flag in flags.FLAGS.get_key_flags_for_module(program):
+  for flag in flags.FLAGS.get_key_flags_for_module(owner):
     default = "" if flag.default is None else f" (default: {flag.default})"
     lines.append(f"  --{flag.name}: {flag.help}{default}")
   if "config" in flags.FLAGS:

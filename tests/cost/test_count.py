@@ -1,8 +1,8 @@
-"""tools/count.py: what it prints is what the plan computes."""
+"""moejax count: what it prints is what the plan computes."""
 
+from moejax.cli import count as tool
 from moejax.config import Config, MoEConfig
 from moejax.cost import parameters
-from tools import count as tool
 
 
 def test_parts_add_up_to_the_totals():

@@ -8,11 +8,11 @@ import time
 import jax
 import pytest
 
+from moejax.cli import launch as launch_local
 from moejax.config import Config
 from moejax.errors import DisagreementError, PeerLostError, UserError
 from moejax.launch import agreement, distributed, listening, meeting
 from moejax.run import provenance
-from tools import launch_local
 
 CONFIG = {"--config.train.seed": 0, "jax version": "0.10.2"}
 

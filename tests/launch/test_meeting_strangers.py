@@ -12,10 +12,10 @@ import time
 
 import pytest
 
+from moejax.cli import launch as launch_local
 from moejax.errors import DisagreementError, PeerLostError, UserError
 from moejax.launch import link as link_lib
 from moejax.launch import listening, meeting, secret
-from tools import launch_local
 
 SECRET = b"a secret of this job, not of another"
 FACTS = {"--config.train.seed": 0}

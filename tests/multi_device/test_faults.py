@@ -12,9 +12,9 @@ import time
 
 import pytest
 
+from moejax.cli import launch as launch_local
 from moejax.launch import hang
 from tests.experiments.test_command_lines import TINY
-from tools import launch_local
 
 ROOT = pathlib.Path(__file__).parents[2]
 

@@ -9,9 +9,9 @@ import textwrap
 
 import pytest
 
+from moejax.cli import launch as launch_local
 from moejax.launch import secret
 from tests.experiments.test_command_lines import TINY
-from tools import launch_local
 
 ROOT = pathlib.Path(__file__).parents[2]
 

@@ -5,9 +5,9 @@ import sys
 import numpy as np
 import pytest
 
+from moejax.cli import launch as launch_local
 from moejax.data import load
 from tests.data.conftest import small_config
-from tools import launch_local
 
 _READ = """
 import contextlib

@@ -1,0 +1,298 @@
+"""Evaluate a run's checkpoint: loss, bits per byte, domains, drops, loads.
+
+  python -m experiments.evaluate --workdir=DIR [--step=N] [--split=validation]
+    [--eval_capacity_factor=1,1.25,2,dropless] [--routing] [--config.data...]
+
+Needs nothing but the run's directory: the config is the checkpoint's, and
+--config.data... overrides it (another text, a longer sequence). Prints tables and
+writes DIR/eval_STEP_SPLIT.json; another capacity, a part of the split and an override
+each add to that name. DIR/eval.json is the run's own and is left unchanged; if this
+evaluation contradicts it, a note says so (docs/evaluation.md).
+
+If this user did not train the run, the paths in its config are not used:
+--config.data.path must be given if the run has one, and the user's own cache is used.
+
+Several processes evaluate together, started as those of experiments.train are: by
+tools.launch_local, by a cluster, or with JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and
+JAX_PROCESS_ID. The first one prints and writes.
+"""
+
+import contextlib
+import fnmatch
+import os
+import pathlib
+import sys
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+from absl import flags
+
+from moejax.cli import flags as cli
+from moejax.errors import UserError
+from moejax.run import compilation_cache
+
+_TRAINING_ONLY = (
+  "optimizer.*",
+  "train.*",
+  "moe.capacity_factor",
+  "moe.expert_dropout",
+  "moe.jitter",
+  "moe.*_weight",
+)
+"""Fields that no evaluation reads."""
+
+_STEP = flags.DEFINE_integer(
+  "step", None, "Which checkpoint; default the newest.", lower_bound=0
+)
+_SPLIT = flags.DEFINE_enum(
+  "split", "validation", ["train", "validation", "test"], "Which documents."
+)
+_FACTORS = flags.DEFINE_string(
+  "eval_capacity_factor",
+  None,
+  "Capacity factors to compare, e.g. 1,1.25,2,dropless; default the config's.",
+)
+_BATCH = flags.DEFINE_integer(
+  "batch_size",
+  None,
+  "Sequences per step, raised to whole routing groups on every device; changes no "
+  "result; default a microbatch of training.",
+  lower_bound=1,
+  upper_bound=2**31 - 1,
+)
+_LIMIT = flags.DEFINE_integer(
+  "max_batches", 0, "Only so many batches; 0 is all.", lower_bound=0
+)
+_ROUTING = flags.DEFINE_bool(
+  "routing", False, "Also write routing_STEP_SPLIT.json and .png: who serves what."
+)
+_OUTPUT = flags.DEFINE_string(
+  "output", None, "Directory for the files, if not the run's."
+)
+
+
+def main() -> None:
+  # jax is imported after the flags are known to be right.
+  from moejax.evaluate import perplexity
+  from moejax.launch import distributed
+
+  _refuse_unread(cli.overrides())
+  workdir = cli.run_directory()
+  output = _writable(pathlib.Path(_OUTPUT.value or workdir))
+  factors = perplexity.parse_capacity_factors(_FACTORS.value) if _FACTORS.value else None
+  facts = {f"--{name}": str(value) for name, value in _asked().items()}
+  with distributed.joined(facts=facts):
+    evaluate(workdir, output, factors)
+
+
+def _refuse_unread(overrides: Iterable[str]) -> None:
+  for name in overrides:
+    if any(fnmatch.fnmatch(name, pattern) for pattern in _TRAINING_ONLY):
+      raise UserError(
+        f"--config.{name}: only training reads it, so it would change nothing here. "
+        "Leave it out (--batch_size and --eval_capacity_factor are flags of their own)."
+      )
+
+
+def _asked() -> dict[str, Any]:
+  """What must be the same in all processes of one evaluation."""
+  flag_values = {f.name: f.value for f in (_STEP, _SPLIT, _FACTORS, _BATCH, _LIMIT)}
+  return {"workdir": flags.FLAGS.workdir} | flag_values | cli.overrides()
+
+
+def evaluate(
+  workdir: pathlib.Path, output: pathlib.Path, factors: tuple[float | None, ...] | None
+) -> None:
+  """Restores, evaluates and reports; called in every process of a job."""
+  import jax
+
+  from moejax import data
+  from moejax.checkpoint.manager import peek, restore_params
+  from moejax.evaluate import groups, perplexity
+  from moejax.launch import host_memory
+  from moejax.models.placement import param_shardings
+  from moejax.run import owner
+  from moejax.run import workdir as workdir_lib
+  from moejax.sharding.mesh import make_mesh
+
+  host_memory.keep_freed_pages()
+  tells = jax.process_index() == 0
+  shapes, trained, meta = peek(workdir, _STEP.value)
+  trained = owner.own_paths(trained, meta.get("owner"), cli.overrides(), workdir)
+  config = cli.get_config(base=trained)
+  compilation_cache.enable(config.data.cache_dir)
+  factors = factors or (config.moe.eval_capacity_factor,)
+  dataset = data.load(config.data, workdir=workdir, store=False)
+  model = groups.make_model(config, dataset.tokenizer.vocab_size)
+  _check(model, dataset, factors)
+  perplexity.check_params(model, shapes)
+  mesh = make_mesh(perplexity.choose_mesh(config.mesh))
+  batch_size = _batch_size(config, mesh, factors, tells)
+  # Straight to their places: no device need hold a whole model for a moment.
+  shardings = param_shardings(model, mesh)
+  params, _, meta = restore_params(workdir, _STEP.value, shardings)
+
+  what: dict[str, Any] = {
+    "model": model,
+    "params": params,
+    "dataset": dataset,
+    "split": _SPLIT.value,
+    "mesh": mesh,
+    "batch_size": batch_size,
+    "limit": _LIMIT.value,
+  }
+  with _watched(what, tells) as progress:
+    evaluation = perplexity.evaluate(capacity_factors=factors, progress=progress, **what)
+  changes = workdir_lib.refused_changes(trained, config)
+  # Trained and held-out text are told apart by content: on other text than the run's,
+  # such as another Python version's library, a "validation" document may have been seen.
+  if dataset.fingerprint != meta.get("dataset_fingerprint"):
+    changes.append(("dataset", meta.get("dataset_fingerprint"), dataset.fingerprint))
+  evaluation = {
+    "step": meta["step"],
+    "workdir": str(workdir),
+    "dataset_fingerprint": dataset.fingerprint,
+    "is_training_dataset": not any(field == "dataset" for field, _, _ in changes),
+    "changed": {field: now for field, _, now in changes},
+  } | evaluation
+  evaluation |= perplexity.headline(evaluation, config.moe.eval_capacity_factor)
+  if tells:
+    _tell(evaluation, workdir, output, changes, _own_factor(model))
+  if _ROUTING.value:
+    _analyse_routing(what, evaluation, output, changes, tells)
+
+
+def _check(model: Any, dataset: Any, factors: tuple[float | None, ...]) -> None:
+  """Refuses what would otherwise fail only after the parameters are read.
+
+  Raises:
+    UserError: there is nothing to evaluate, or it cannot be evaluated in this way.
+  """
+  split, router = _SPLIT.value, model.moe.router
+  if not dataset.num_tokens(split):
+    raise UserError(
+      f"--split={split} has no text in this dataset. Choose another split, or raise "
+      f"--config.data.{split}_fraction."
+    )
+  if _ROUTING.value and not model.moe_layers:
+    raise UserError("--routing: this model has no MoE layer, so nothing is routed.")
+  if model.moe_layers and model.router.needs_capacity and None in factors:
+    raise UserError(
+      f"--eval_capacity_factor={_FACTORS.value}: experts of router {router} have a "
+      "number of slots, so it cannot be evaluated dropless. Give numbers."
+    )
+  if (
+    model.moe_layers
+    and model.router.fixed_slots
+    and set(factors) != {model.moe.capacity_factor}
+  ):
+    raise UserError(
+      f"--eval_capacity_factor={_FACTORS.value}: the slots of router {router} are "
+      f"learned. Give {model.moe.capacity_factor}, as trained."
+    )
+
+
+def _own_factor(model: Any) -> float | str:
+  """The capacity factor of the run's own evaluation, as files name it."""
+  from moejax.evaluate import perplexity
+
+  factor = model.moe.eval_capacity_factor if model.moe_layers else None
+  return perplexity.DROPLESS if factor is None else factor
+
+
+def _batch_size(config: Any, mesh: Any, factors: Any, tells: bool) -> int:
+  """The batch size, with a note if it is not the one that was asked for."""
+  from moejax.evaluate import groups
+
+  wanted = _BATCH.value or 0
+  size = groups.batch_size(config, mesh, factors, wanted)
+  if tells and wanted and size != wanted:
+    print(
+      f"Note: --batch_size={wanted} is raised to {size}, so that each of {mesh.size} "
+      f"device(s) has whole routing groups of {groups.group_tokens(config)} tokens."
+    )
+  return size
+
+
+@contextlib.contextmanager
+def _watched(what: dict[str, Any], tells: bool) -> Iterator[Callable[[int], None]]:
+  """A progress bar of the tokens evaluated so far, on stderr, apart from the tables."""
+  from moejax.run.progress import make_reporter, watched
+
+  dataset, split = what["dataset"], what["split"]
+  length = dataset.config.sequence_length
+  total = dataset.num_tokens(split)
+  covered = what["limit"] * what["batch_size"] * length or total
+  reporter = make_reporter(0, process_index=0 if tells else 1, stream=sys.stderr)
+  try:
+    with watched(reporter, f"{split}, tokens", min(covered, total)) as progress:
+      yield progress
+  finally:
+    reporter.close()
+
+
+def _tell(
+  evaluation: dict[str, Any],
+  workdir: pathlib.Path,
+  output: pathlib.Path,
+  changes: list[tuple[str, Any, Any]],
+  own_factor: float | str,
+) -> None:
+  """Prints the tables, writes the file and notes a contradiction to the run's own."""
+  from moejax.evaluate import tables
+  from moejax.run import results
+
+  console = tables.make_console()
+  tables.print_evaluation(console, evaluation)
+  if not evaluation["is_training_dataset"]:
+    console.print("Note: this is not the text the run was trained on.")
+  if not changes:
+    own = results.read(workdir / results.EVAL_FILE)
+    if note := results.disagreement(own, evaluation):
+      print(note)
+  file = output / f"{results.name('eval', evaluation, changes, own_factor)}.json"
+  results.write(file, evaluation)
+  print(file)
+
+
+def _analyse_routing(
+  what: dict[str, Any],
+  evaluation: dict[str, Any],
+  output: pathlib.Path,
+  changes: list[tuple[str, Any, Any]],
+  tells: bool,
+) -> None:
+  from moejax.analysis import routing as routing_analysis
+  from moejax.run import results
+
+  analysis = routing_analysis.analyse(**what)
+  if not tells:
+    return
+  # The analysis knows no capacity factors.
+  named = {name: value for name, value in evaluation.items() if name != "results"}
+  stem = results.name("routing", named, changes)
+  file, picture = output / f"{stem}.json", output / f"{stem}.png"
+  results.write(file, {"step": evaluation["step"]} | analysis)
+  routing_analysis.draw(analysis, picture)
+  print(file)
+  print(picture)
+
+
+def _writable(directory: pathlib.Path) -> pathlib.Path:
+  """Refuses now what would otherwise fail after the whole evaluation."""
+  if not directory.is_dir() or not os.access(directory, os.W_OK):
+    raise UserError(
+      f"{directory} is not a directory one can write to. Give another with --output=DIR."
+    )
+  return directory
+
+
+def run() -> None:
+  """The program, from its command line."""
+  cli.define_config(default=None)
+  compilation_cache.define_flag()
+  cli.run(main)
+
+
+if __name__ == "__main__":
+  run()

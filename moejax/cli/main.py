@@ -1,0 +1,65 @@
+"""`moejax PROGRAM ...`: one command for all programs.
+
+  moejax train --config=default --workdir=runs/default
+  moejax evaluate --help
+
+The same programs run in a clone as `python -m experiments.PROGRAM` or
+`python -m tools.PROGRAM`, with the same flags.
+"""
+
+import ast
+import importlib
+import importlib.util
+import sys
+from pathlib import Path
+
+from moejax.errors import UserError, did_you_mean
+from moejax.version import __version__
+
+PROGRAMS = {
+  "train": "moejax.cli.train",
+  "evaluate": "moejax.cli.evaluate",
+  "generate": "moejax.cli.generate",
+  "count": "moejax.cli.count",
+  "compile-for": "moejax.cli.compile_for",
+  "launch": "moejax.cli.launch",
+  "inspect-checkpoint": "moejax.cli.inspect_checkpoint",
+}
+"""Each has a docstring, for --help, and `run`."""
+
+_HELP = ("help", "--help", "-h")
+
+
+def main() -> None:
+  """Runs the program that is named first."""
+  name, *rest = sys.argv[1:] or ["help"]
+  if name in _HELP:
+    print(overview())
+    return
+  if name == "--version":
+    print(__version__)
+    return
+  if name not in PROGRAMS:
+    remedy = did_you_mean(name, PROGRAMS)
+    print(f"error: moejax {name}: there is no such program. {remedy}", file=sys.stderr)
+    sys.exit(UserError.exit_code)
+  sys.argv = [f"moejax {name}", *rest]
+  importlib.import_module(PROGRAMS[name]).run()
+
+
+def overview() -> str:
+  """The programs, a line each, without importing any."""
+  rows = [f"  {name:20}{_summary(module)}" for name, module in PROGRAMS.items()]
+  lines = ["moejax PROGRAM --flag=value ...", "", *rows, ""]
+  return "\n".join([*lines, "moejax PROGRAM --help says what each takes."])
+
+
+def _summary(module: str) -> str:
+  spec = importlib.util.find_spec(module)
+  assert spec is not None and spec.origin is not None
+  tree = ast.parse(Path(spec.origin).read_text(encoding="utf-8"))
+  return (ast.get_docstring(tree) or "").partition("\n")[0]
+
+
+if __name__ == "__main__":
+  main()

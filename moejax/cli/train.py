@@ -1,0 +1,138 @@
+r"""Trains a sparse Mixture-of-Experts language model, or resumes its training.
+
+  python -m experiments.train --config=configs/default.py --workdir=runs/default \
+    --config.moe.num_experts=16 --config.moe.capacity_factor=1.5
+
+The same command resumes a run that was stopped, and reports a run that is done. A
+larger --config.train.num_steps extends a finished run. SIGTERM or Ctrl-C saves a
+checkpoint and exits (a second Ctrl-C exits at once).
+
+Exit codes: 0 done, 1 stopped for non-finite losses, 2 refused for a mistake in what
+was given, 143 and 130 exited on SIGTERM and on Ctrl-C with everything saved. With
+several processes also: 3 another one was lost, 4 they were not started alike.
+"""
+
+import pathlib
+import sys
+
+from absl import flags
+
+from moejax.cli import flags as cli
+from moejax.cli import startup
+from moejax.config import Config
+from moejax.errors import UserError
+from moejax.launch import meeting
+from moejax.run import compilation_cache
+
+_SHOWN = 5
+"""Overrides that the first line names."""
+_DAYS = 30 * 86_400.0
+
+_INIT_FROM = flags.DEFINE_string(
+  "init_from", "", "Directory of a run whose parameters a new run starts from."
+)
+_ADDRESS = flags.DEFINE_string(
+  "coordinator_address", "", "Of several processes: host:port of process 0."
+)
+_COUNT = flags.DEFINE_integer(
+  "num_processes",
+  None,
+  "Of several processes: how many.",
+  lower_bound=1,
+  upper_bound=65_536,
+)
+_INDEX = flags.DEFINE_integer(
+  "process_id",
+  None,
+  "Of several processes: which one.",
+  lower_bound=0,
+  upper_bound=65_535,
+)
+_JOIN = flags.DEFINE_float(
+  "join_timeout",
+  meeting.JOIN_SECONDS,
+  "Of several processes: seconds to wait for the others.",
+  lower_bound=0,
+  upper_bound=_DAYS,
+)
+_HANG = flags.DEFINE_float(
+  "hang_timeout",
+  None,
+  "Seconds without a step after which all stacks are written; 0 never. "
+  "Default: 600 with several processes, else never.",
+  lower_bound=0,
+  upper_bound=_DAYS,
+)
+_IGNORE_MEMORY = flags.DEFINE_bool(
+  "ignore_memory", False, "Start even if the run cannot fit into memory by its shapes."
+)
+
+
+def main() -> int:
+  # ------------------------------------------------------------------ configuration
+  if not flags.FLAGS.workdir:
+    raise UserError("--workdir=DIR is missing: give the directory of the run.")
+  workdir = pathlib.Path(flags.FLAGS.workdir)
+  config = cli.get_config(announce=_announce)
+
+  # ------------------------------------------------------------------------ devices
+  # After the configuration: a mistake there should not cost the import of jax.
+  from moejax.launch import distributed
+  from moejax.run import provenance
+
+  place = (_ADDRESS.value, _COUNT.value, _INDEX.value)
+  facts = provenance.facts(config)
+  facts |= {"--workdir": str(workdir), "--init_from": _INIT_FROM.value}
+  with distributed.joined(*place, facts=facts, timeout=_JOIN.value):
+    return train(config, workdir)
+
+
+def _announce() -> None:
+  """The first line; what follows takes seconds to import."""
+  changed = [f"{name}={value}" for name, value in cli.overrides().items()]
+  if len(changed) > _SHOWN:
+    changed[_SHOWN:] = [f"{len(changed) - _SHOWN} more"]
+  text = f"Training {flags.FLAGS.config} in {flags.FLAGS.workdir}"
+  startup.announce(
+    text + (f" with {', '.join(changed)}" if changed else "") + ".", _INDEX.value
+  )
+
+
+def train(config: Config, workdir: pathlib.Path) -> int:
+  import jax
+
+  from moejax.launch import hang, host_memory
+
+  host_memory.keep_freed_pages()
+  compilation_cache.enable(config.data.cache_dir)
+
+  # ----------------------------------------------------------------------- training
+  from moejax.train import loop, step_log
+
+  patience = _HANG.value
+  if patience is None:
+    patience = hang.DEFAULT_SECONDS if jax.process_count() > 1 else 0.0
+  try:
+    with hang.reported(patience, f"process {jax.process_index()}"):
+      result = loop.train(
+        config,
+        workdir,
+        init_from=_INIT_FROM.value,
+        ignore_memory=_IGNORE_MEMORY.value,
+        config_flags=cli.config_flags(),
+      )
+  except step_log.TrainingStopped as error:
+    print(f"error: {error}", file=sys.stderr)
+    return 1
+  return result["exit_code"]
+
+
+def run() -> None:
+  """The program, from its command line."""
+  cli.define_config()
+  compilation_cache.define_flag()
+  cli.run(main)
+
+
+if __name__ == "__main__":
+  run()
