@@ -4,8 +4,7 @@
   y, aux = MoE(width=64, num_experts=8, num_selected=2, hidden=128, rngs=rngs)(x)
   logits = load_run("runs/default").logits(tokens)
 
-Names are imported when they are first used: `import moejax` alone imports neither jax nor
-flax.
+Names are imported on first use: `import moejax` alone imports neither jax nor flax.
 """
 
 import importlib

@@ -1,20 +1,20 @@
-"""Errors that end a program with one line, no traceback, and an exit code of their own.
+"""Errors that end a program with one line, no traceback, and their own exit code.
 
-A message names the flag, the value and the way out. Anything else that goes
-wrong is a bug, and keeps its traceback (exit code 1).
+A message names the flag, the value and the remedy. Any other exception is a bug and
+keeps its traceback (exit code 1).
 """
 
 import difflib
 from collections.abc import Iterable
 
 EXIT_CODE = 2
-"""What a process returns when it refuses what it was asked to do."""
+"""Exit code of a process that refuses its input."""
 
 PEER_LOST = 3
-"""... when another process of the job died or never came."""
+"""Exit code when another process of the job died or never connected."""
 
 NOT_IN_AGREEMENT = 4
-"""... when the processes of a job were not started alike."""
+"""Exit code when the processes of a job were started differently."""
 
 
 class UserError(Exception):
@@ -24,11 +24,11 @@ class UserError(Exception):
 
 
 class ConfigError(UserError):
-  """A configuration value, alone or beside another, makes no sense."""
+  """A configuration value, or a combination of values, is invalid."""
 
 
 class PeerLostError(UserError):
-  """Another process of the job is gone; starting the job again goes on."""
+  """Another process of the job is gone; restarting the job resumes it."""
 
   exit_code = PEER_LOST
 
@@ -40,15 +40,15 @@ class DisagreementError(UserError):
 
 
 def nearest(name: str, choices: Iterable[str]) -> str | None:
-  """The choice that a misspelt name most likely meant, or None if none is near."""
-  # Hyphens and capitals are the commonest slip and should not count as distance.
+  """Returns the choice closest to a misspelt name, or None if none is close."""
+  # Hyphens and capitals are the commonest mistakes and should not count as distance.
   plain = {c.lower().replace("-", "_"): c for c in choices}
   match = difflib.get_close_matches(name.lower().replace("-", "_"), plain, n=1)
   return plain[match[0]] if match else None
 
 
 def did_you_mean(name: str, choices: Iterable[str]) -> str:
-  """A sentence that names the nearest choice, or all of them if none is near."""
+  """Returns a sentence naming the closest choice, or all of them if none is close."""
   choices = tuple(choices)
   near = nearest(name, choices)
   return f"Did you mean {near}?" if near else f"Choose from {', '.join(choices)}."

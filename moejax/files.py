@@ -1,8 +1,8 @@
-"""Files: read without hanging whoever made them, and written whole or not at all.
+"""Safe file access: reads never hang on untrusted files, and writes are atomic.
 
-A folder of text or a run's directory may come from anywhere. What lies there can be a
-pipe, at which opening waits for ever, a file without an end, JSON that nests deeper than
-Python's stack, or a link that leads out of the folder.
+A folder of text or a run's directory may come from anywhere. It can contain a pipe, on
+which opening blocks forever, an endless file, JSON nested deeper than Python's stack, or
+a link that points out of the folder.
 """
 
 import contextlib
@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 _MAX_JSON_BYTES = 1 << 28
-"""Far more than any file of ours: a checkpoint's meta has some 200 bytes an array."""
+"""Far more than any of our files: checkpoint metadata has some 200 bytes per array."""
 
 _MAX_JSON_DEPTH = 32
 
@@ -30,18 +30,18 @@ _KINDS = {
 
 
 def kind(mode: int) -> str:
-  """What a file is, by its `st_mode`, in words; empty for a regular file."""
+  """Returns the file type of an `st_mode` in words; empty for a regular file."""
   return _KINDS.get(stat.S_IFMT(mode), "")
 
 
 def open_regular(path: Path | str) -> io.BufferedReader:
-  """Opens a regular file, or a link to one, to read its bytes; never waits.
+  """Opens a regular file, or a link to one, for reading bytes; never blocks.
 
   Raises:
-    OSError: as `open`, and for what is no file.
+    OSError: as `open`, and for anything but a regular file.
   """
   _refuse(os.stat(path).st_mode)
-  # Without waiting, in case it was exchanged for a pipe since.
+  # Non-blocking, in case it has been replaced by a pipe since.
   descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
   try:
     _refuse(os.fstat(descriptor).st_mode)
@@ -57,12 +57,12 @@ def _refuse(mode: int) -> None:
 
 
 def parse_json(text: str | bytes, max_depth: int | None = None) -> Any:
-  """As `json.loads`; ValueError also for what nests too deep.
+  """Parses JSON as `json.loads`; ValueError also for JSON nested too deeply.
 
   Args:
     text: JSON.
-    max_depth: of lists and dicts in each other; None is as far as Python's stack goes,
-      which is further than `copy.deepcopy` and the like can follow.
+    max_depth: nesting of lists and dicts; None is the limit of Python's stack, which is
+      deeper than `copy.deepcopy` and similar functions can handle.
   """
   try:
     value = json.loads(text)
@@ -85,11 +85,11 @@ def _is_deeper(value: Any, depth: int) -> bool:
 
 
 def read_json(path: Path | str, limit: int = _MAX_JSON_BYTES) -> Any:
-  """The content of a JSON file.
+  """Returns the content of a JSON file.
 
   Raises:
     OSError: as `open_regular`.
-    ValueError: not JSON, not UTF-8, nested too deep, or more than `limit` bytes.
+    ValueError: not JSON, not UTF-8, nested too deeply, or more than `limit` bytes.
   """
   with open_regular(path) as file:
     data = file.read(limit + 1)
@@ -100,15 +100,15 @@ def read_json(path: Path | str, limit: int = _MAX_JSON_BYTES) -> Any:
 
 @contextlib.contextmanager
 def replacing(path: Path | str) -> Iterator[Path]:
-  """Replaces a file: a reader sees the old one or the new one, whole, also after a crash.
+  """Replaces a file atomically: readers see the old or the new one, even after a crash.
 
   A link is replaced, not followed.
 
   Args:
-    path: of the file, in a directory that exists.
+    path: of the file, in an existing directory.
 
   Yields:
-    A file beside it to write into, which takes its place unless the body raises.
+    A temporary file in the same directory, renamed to `path` unless the body raises.
   """
   path = Path(path)
   descriptor, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
@@ -118,7 +118,7 @@ def replacing(path: Path | str) -> Iterator[Path]:
     yield temporary
     with temporary.open("rb") as file:
       os.fsync(file.fileno())
-    # mkstemp is for secrets; these files are for whoever may read the directory.
+    # mkstemp makes private files; these get the usual permissions.
     temporary.chmod(0o666 & ~_umask())
     temporary.replace(path)
   except BaseException:

@@ -1,8 +1,7 @@
-"""Options: fields of a dataclass that can be set by a flag, described where they are
-declared.
+"""Options: dataclass fields that can be set by a flag.
 
-An option is a dataclass field made by `option`: its type, default and help are there, and
-so is what it may be. A `Literal` type lists the words it may be.
+An option is a dataclass field made by `option`, which declares its type, default, help
+text and allowed values. A `Literal` type lists the allowed words.
 
 Nothing here imports jax.
 """
@@ -22,24 +21,24 @@ WORDS = {int: "a whole number", float: "a number", bool: "true or false", str: "
 
 @dataclasses.dataclass(frozen=True)
 class Range:
-  """An interval, open at the ends that say so; the reasons complete the error."""
+  """An interval, with optionally open ends; the reasons are added to the error."""
 
   low: float = -math.inf
   high: float = math.inf
   why: str = ""
-  """Of the lower end, or what a special value means."""
+  """Reason for the lower end, or the meaning of a special value."""
   low_open: bool = False
   high_open: bool = False
   why_high: str = ""
 
   def __contains__(self, value: float) -> bool:
-    # Compared as they are: an int may be larger than any float.
+    # Compared without conversion: an int may be larger than any float.
     above = self.low < value if self.low_open else self.low <= value
     below = value < self.high if self.high_open else value <= self.high
     return value not in (math.inf, -math.inf) and above and below
 
   def __str__(self) -> str:
-    """Such as "at least 1" or "above 0 and at most 1"."""
+    """Returns, for example, "at least 1" or "above 0 and at most 1"."""
     low = "above" if self.low_open else "at least"
     high = "below" if self.high_open else "at most"
     words = [f"{low} {_plain(self.low)}"] if math.isfinite(self.low) else []
@@ -47,7 +46,7 @@ class Range:
     return " and ".join(words) or "finite"
 
   def reason(self, value: float) -> str:
-    """Why this value is refused; empty if there is no more to say."""
+    """Returns why this value is refused; empty if no reason is declared."""
     return (self.why_high if value > self.high else "") or self.why
 
 
@@ -56,47 +55,47 @@ def _plain(number: float) -> str:
 
 
 def weight(why: str = "0 is off") -> Range:
-  """Of a term of the loss."""
+  """Returns the range of a loss weight."""
   return Range(0, 1e4, why, why_high="the loss would be nothing but this term")
 
 
 def count(low: int, high: int, why_high: str, why: str = "") -> Range:
-  """Of whole things."""
+  """Returns the range of a count."""
   return Range(low, high, why, why_high=why_high)
 
 
 def option(default: Any, text: str, allowed: Range | None = None) -> Any:
-  """A field of a dataclass that is an option.
+  """Returns a dataclass field that is an option.
 
   Args:
     default: value without a flag.
     text: what it does, for --list and the docs.
-    allowed: of a number.
+    allowed: range of a number.
   """
   return dataclasses.field(default=default, metadata={"text": text, "allowed": allowed})
 
 
 @dataclasses.dataclass(frozen=True)
 class Option:
-  """One option of a class, as its field declares it."""
+  """One option of a class, as declared by its field."""
 
   kind: type
   default: Any
   text: str
   choices: tuple[str, ...]
-  """Words it may be; empty if any."""
+  """Allowed words; empty if any text is allowed."""
   allowed: Range | None
 
   @property
   def expected(self) -> str:
-    """What it takes, in words."""
+    """The expected type, in words."""
     return f"expected {WORDS[self.kind]}"
 
   def parse(self, flag: str, text: str) -> Any:
-    """The value of what stands on the command line.
+    """Parses a value from the command line.
 
     Raises:
-      ConfigError: the text is no value of its type.
+      ConfigError: the text is not a value of the option's type.
     """
     try:
       return parse_plain(self.kind, text)
@@ -104,12 +103,12 @@ class Option:
       raise ConfigError(f"{flag}={text}: {self.expected}.") from None
 
   def check(self, flag: str, value: Any) -> None:
-    """Refuses a value of another type, an unknown word, and a number out of range.
+    """Rejects a value of another type, an unknown word, or a number out of range.
 
     Raises:
       ConfigError: names the flag, the value and what is allowed.
     """
-    # bool is an int to Python, and `True` for a number is a slip all the same.
+    # bool is a subclass of int, but `True` for a number is a mistake.
     if type(value) is not self.kind and not (self.kind is float and type(value) is int):
       raise ConfigError(f"{flag}={show(value)}: {self.expected}.")
     if self.choices and value not in self.choices:
@@ -123,10 +122,10 @@ class Option:
 
 
 def parse_plain(kind: type, text: str) -> Any:
-  """A bool, number or text from the command line.
+  """Parses a bool, number or text from the command line.
 
   Raises:
-    ValueError: the text is none of that kind.
+    ValueError: the text is not of that kind.
   """
   if kind is not bool:
     return text if kind is str else kind(text.strip())
@@ -137,7 +136,7 @@ def parse_plain(kind: type, text: str) -> Any:
 
 
 def show(value: Any) -> str:
-  """A value as it is written on the command line."""
+  """Formats a value as it is written on the command line."""
   if value is None or isinstance(value, bool):
     return str(value).lower()
   return str(value)
@@ -145,7 +144,7 @@ def show(value: Any) -> str:
 
 @functools.cache
 def options_of(cls: type) -> Mapping[str, Option]:
-  """The options of a dataclass by name, in the order of their declaration."""
+  """Returns the options of a dataclass by name, in declaration order."""
   hints = typing.get_type_hints(cls)
   found = {}
   for field in dataclasses.fields(cls):

@@ -1,13 +1,13 @@
-"""What the code being traced will run on, which need not be what traces it."""
+"""The platform that traced code will run on, which may differ from the host's."""
 
 import jax
 
 
 def target_platform() -> str:
-  """cpu, gpu or tpu: of the mesh in scope, or else of jax's default backend.
+  """Returns cpu, gpu or tpu: of the mesh in scope, else of jax's default backend.
 
-  A pod's program is compiled on a machine without one, where the default backend is
-  the host's CPU; the mesh knows better.
+  A program for a TPU pod can be compiled on a machine without TPUs. The default backend
+  there is the CPU, but the mesh has the target devices.
   """
   mesh = jax.sharding.get_abstract_mesh()
   device = None if mesh.empty else mesh.abstract_device
@@ -17,7 +17,7 @@ def target_platform() -> str:
 
 
 def target_is_nvidia() -> bool:
-  """Whether it runs on an NVIDIA GPU."""
+  """Returns whether the traced code will run on an NVIDIA GPU."""
   mesh = jax.sharding.get_abstract_mesh()
   device = None if mesh.empty else mesh.abstract_device
   kind = jax.devices()[0].device_kind if device is None else device.device_kind

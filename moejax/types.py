@@ -1,4 +1,4 @@
-"""The axis letters, and the one way this project makes pytrees.
+"""The axis letters, and the decorator that makes this project's pytrees.
 
 Letters, the same in every signature, einsum and document:
 
@@ -26,9 +26,9 @@ _T = TypeVar("_T")
 
 
 class Constant(Generic[_T]):
-  """What a module holds and no transformation looks into: equal only to itself.
+  """A static value held by a module, opaque to transformations; equal only to itself.
 
-  A config is no key of jax's caches, since its fields can be set.
+  A config itself cannot be a key of jax's caches, since it is mutable.
   """
 
   def __init__(self, value: _T):
@@ -36,7 +36,7 @@ class Constant(Generic[_T]):
 
 
 def static_field(**kwargs: Any) -> Any:
-  """A dataclass field that is part of the tree's structure, not a leaf."""
+  """Returns a dataclass field that is part of the tree's structure, not a leaf."""
   return dataclasses.field(metadata={"static": True}, **kwargs)
 
 
@@ -63,8 +63,8 @@ def pytree(cls: type[_T]) -> type[_T]:
     return children, tuple(getattr(value, n) for n in static)
 
   def unflatten(aux: tuple[Any, ...], children: Any):
-    # Not through __init__: jax builds trees of None, of shapes and of specs,
-    # which the runtime type checker of the tests would refuse.
+    # Bypasses __init__: jax builds trees of None, shapes and specs, which the
+    # tests' runtime type checker would reject.
     value = object.__new__(cls)
     for name, child in zip(leaves, children, strict=True):
       object.__setattr__(value, name, child)

@@ -1,4 +1,4 @@
-"""The configuration of an experiment: every field is in `schema`."""
+"""The configuration of an experiment; all fields are in `schema`."""
 
 from moejax.config.schema import (
   Config,

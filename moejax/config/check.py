@@ -1,8 +1,8 @@
-"""Every bad configuration is one clear error, before anything is compiled or written.
+"""Rejects a bad configuration with one clear error, before compiling or writing.
 
-`validate` needs neither data nor devices; moejax/config/devices.py needs their number.
-A check that needs the data itself (a corpus smaller than a batch) is made where
-the data is loaded.
+`validate` needs neither data nor devices; moejax/config/devices.py needs the number of
+devices. Checks that need the data itself (a corpus smaller than a batch) are made where
+it is loaded.
 
 Letters: B sequences of a batch, S sequence, T tokens of a routing group, D width,
 E experts, K choices per token, F expert hidden width.
@@ -25,20 +25,20 @@ from moejax.options import show
 
 
 def validate(config: Config) -> None:
-  """Refuses a config that cannot train, at the first thing found wrong.
+  """Rejects a config that cannot train, at the first error found.
 
   Raises:
-    ConfigError: names the flag, its value and the way out.
+    ConfigError: names the flag, its value and the remedy.
   """
   validate_fields(config)
-  # Last, because routers import jax, and the checks above should be fast.
+  # Last, because routers import jax and the checks above should be fast.
   from moejax.config.router_check import check_router
 
   check_router(config)
 
 
 def validate_fields(config: Config) -> None:
-  """The part of `validate` that is done at once: it does not import jax.
+  """Runs the fast part of `validate`, which does not import jax.
 
   Raises:
     ConfigError: as `validate`.
@@ -52,21 +52,21 @@ def validate_fields(config: Config) -> None:
 
 
 def refuse_unread(config: Config, given: Iterable[str]) -> None:
-  """Refuses options of a router that was not chosen, where a person gave them.
+  """Rejects explicitly given options that the chosen router does not read.
 
-  Not a part of `validate`: a stored config is never refused for what its run never read.
+  Not part of `validate`: a stored config is never rejected for fields its run ignored.
 
   Args:
     config: validated.
-    given: dotted names of the fields that stand on the command line or in a config file.
+    given: dotted names of the fields set on the command line or in a config file.
 
   Raises:
-    ConfigError: names the flag, and the routers that read it.
+    ConfigError: names the flag and the routers that read it.
   """
   from moejax.routing.registry import ROUTERS, readers
 
   if config.moe.dense_twin:
-    return  # Its routers are gone, and it keeps the config it is twin to.
+    return  # It has no routers, but keeps the config of its sparse counterpart.
   router = config.moe.router
   for name in given:
     section, _, field = name.rpartition(".")
@@ -83,12 +83,12 @@ def refuse_unread(config: Config, given: Iterable[str]) -> None:
 
 
 def _types(config: Config) -> None:
-  """A config file can put anything into a field; the flags cannot."""
+  """Checks types: a config file, unlike a flag, can set a field to anything."""
   for name, (kind, optional) in field_types().items():
     value = get_field(config, name)
     if optional and value is None:
       continue
-    # bool is an int to Python, and `width = True` is a slip all the same.
+    # bool is a subclass of int, but `width = True` is a mistake.
     if type(value) is not kind and not (kind is float and type(value) is int):
       raise ConfigError(f"--config.{name}={show(value)}: {expected(name)}.")
 
@@ -114,7 +114,7 @@ def _ranges(config: Config) -> None:
       raise ConfigError(f"--config.{name}={show(value)} must be {allowed}{why}.")
 
 
-# Each rule returns an error, or None. They may rely on types, names and ranges.
+# Each rule returns an error or None. Types, names and ranges are already checked.
 
 
 def _schema(c: Config) -> str | None:
@@ -223,7 +223,7 @@ def _a_norm_is_of_something(c: Config) -> str | None:
 
 
 def _some_layer_is_moe(c: Config) -> str | None:
-  # A dense twin answers "equal to what?" by the same pattern, so it needs one too.
+  # A dense twin replaces the MoE layers of this pattern, so it needs one too.
   if not any(layer_pattern(c.model.num_layers, c.moe).is_moe):
     names = ("moe.every", "moe.offset", "moe.dense_prefix", "model.num_layers")
     return (

@@ -1,9 +1,9 @@
-"""On which devices a config runs, and one clear error if on none, before any compile.
+"""Chooses the devices for a config, or raises one clear error, before compiling.
 
-A mesh with a free axis (-1) takes as many devices as its batch and its routing groups
-divide over: the default config runs on one device and on eight. A mesh whose sizes are
-all given runs as given or not at all. Of several processes each gives the same number
-of devices, so that none is without work.
+A mesh with a free axis (-1) takes as many devices as evenly divide its batch and routing
+groups: the default config runs on one device and on eight. A fully specified mesh runs
+as given or not at all. Every process contributes the same number of devices, so that
+none is idle.
 
 Letters: B sequences of a microbatch, S sequence.
 """
@@ -24,18 +24,18 @@ from moejax.errors import ConfigError
 
 
 def choose_devices(config: Config, devices: Sequence[Any]) -> tuple[list[Any], str]:
-  """The devices that a run uses: all, or as many as the config divides over.
+  """Returns the devices that a run uses: all, or as many as the config divides over.
 
   Args:
     config: validated.
     devices: of all processes.
 
   Returns:
-    The devices, in the order given; and one line that says why some are left out,
-    empty if none is.
+    The devices, in the given order; and one line that says why some are left out,
+    empty if none are.
 
   Raises:
-    ConfigError: the config runs on no such number, or its mesh is given in full.
+    ConfigError: no number of devices fits, or a fully specified mesh does not fit.
   """
   problem = _misfit(config, len(devices))
   if problem is None:
@@ -58,11 +58,11 @@ def choose_devices(config: Config, devices: Sequence[Any]) -> tuple[list[Any], s
 
 
 def validate_devices(config: Config, num_devices: int) -> None:
-  """Refuses a config that does not run on exactly so many devices.
+  """Rejects a config that does not run on exactly `num_devices` devices.
 
   Raises:
-    ConfigError: the mesh's product is not `num_devices`, or an axis does not
-      divide what it cuts. Sizes known only with the vocabulary are checked when
+    ConfigError: the mesh's product is not `num_devices`, or an axis does not divide
+      the dimension it shards. Sizes that depend on the vocabulary are checked when
       the parameters get their shardings.
   """
   problem = _misfit(config, num_devices)
@@ -72,8 +72,8 @@ def validate_devices(config: Config, num_devices: int) -> None:
 
 
 def _check_dispatcher(config: Config, num_devices: int) -> None:
-  """A dispatcher asked for by name runs, or is refused before anything is compiled."""
-  # Routers import jax, which this check needs only where there are several devices.
+  """Rejects an exchange or dispatcher that cannot run, before compiling."""
+  # Routers import jax, which this check needs only with several devices.
   from moejax.config.router import make_router, num_selected
 
   if config.moe.dense_twin or num_devices == 1:
@@ -93,7 +93,7 @@ def _check_dispatcher(config: Config, num_devices: int) -> None:
 
 
 def _share(config: Config, counts: Sequence[int]) -> int | None:
-  """The most devices of each process that fit, if the mesh leaves that open."""
+  """Returns the most devices per process that fit; None without a free axis or fit."""
   if not _has_free_axis(config):
     return None
   fitting = (
@@ -109,7 +109,7 @@ def _has_free_axis(config: Config) -> bool:
 
 
 def _misfit(config: Config, num_devices: int) -> str | None:
-  """Why the config cannot run on so many devices; None if it can."""
+  """Returns why the config cannot run on `num_devices` devices; None if it can."""
   try:
     shape = mesh_shape(config.mesh, num_devices)
   except ConfigError as error:
@@ -123,7 +123,7 @@ def _misfit(config: Config, num_devices: int) -> str | None:
 
 
 def _shards(size: dict[str, int]) -> int:
-  """Devices over which the batch is cut."""
+  """Returns the number of devices that the batch is sharded over."""
   return size["data"] * size["fsdp"] * size["expert"]
 
 
@@ -139,14 +139,14 @@ def _undivided_batch(config: Config, size: dict[str, int]) -> str | None:
 
 
 def _num_groups(config: Config) -> int:
-  """Routing groups of a microbatch."""
+  """Returns the number of routing groups of a microbatch."""
   length = config.data.sequence_length
   tokens = config.train.batch_size // config.train.accumulation * length
   return 1 if config.moe.group_size == -1 else tokens // (config.moe.group_size or length)
 
 
 def _undivided_groups(config: Config, size: dict[str, int]) -> str | None:
-  """Every device routes whole groups of its own, or the compiler is asked by name."""
+  """Checks that groups divide over devices; exempt: dense twins and exchange gspmd."""
   if config.moe.dense_twin or config.moe.exchange == "gspmd":
     return None
   shards, groups = _shards(size), _num_groups(config)
@@ -166,7 +166,7 @@ def _undivided_model(config: Config, size: dict[str, int]) -> str | None:
 
 
 def _cuts(config: Config) -> list[tuple[str, str, int]]:
-  """What each axis cuts, but for the batch: (axis, field, extent)."""
+  """Returns the dimensions each axis shards, except the batch: (axis, field, extent)."""
   model, moe = config.model, config.moe
   cuts = [
     ("fsdp", "model.width", model.width),
@@ -182,7 +182,7 @@ def _cuts(config: Config) -> list[tuple[str, str, int]]:
 
 
 def _remedy(config: Config, counts: Sequence[int]) -> str:
-  """Flags that do run on these devices, each tried before it is recommended."""
+  """Recommends flags that run on these devices, each tried first."""
   fitting = [
     change for change in _changes(config, sum(counts)) if _runs(config, change, counts)
   ]
@@ -202,7 +202,7 @@ def _as_flags(change: dict[str, Any]) -> str:
 
 
 def _fits_all(config: Config, change: dict[str, Any], num_devices: int) -> bool:
-  """Whether a change makes the config run on every device."""
+  """Returns whether a change makes the config run on all devices."""
   changed = _changed(config, change)
   return changed is not None and _misfit(changed, num_devices) is None
 
@@ -215,7 +215,7 @@ def _runs(config: Config, change: dict[str, Any], counts: Sequence[int]) -> bool
 
 
 def _changed(config: Config, change: dict[str, Any]) -> Config | None:
-  """The config with a change; None if that is no valid one."""
+  """Returns the config with a change; None if that is invalid."""
   config = copy.deepcopy(config)
   for name, value in change.items():
     config_text.set_field(config, name, value)
@@ -227,16 +227,16 @@ def _changed(config: Config, change: dict[str, Any]) -> Config | None:
 
 
 def _changes(config: Config, num_devices: int) -> Iterator[dict[str, Any]]:
-  """Changes that may help, the smallest first; which do is for `_runs` to say."""
+  """Yields changes that may help, the smallest first; `_runs` tells which do."""
   if not _has_free_axis(config):
     yield from ({f"mesh.{axis}": -1} for axis in AXES)
   for axis, _, extent in _cuts(config):
-    # The largest that divides what the axis cuts, and is not more than what was asked.
+    # From the largest size that divides the extent and is not above the one asked for.
     asked = abs(getattr(config.mesh, axis))
     for size in range(min(asked, extent), 0, -1):
       if extent % size == 0:
         yield {f"mesh.{axis}": size}
-  # As many replicas as there are devices, and nothing cut, fits any model.
+  # Pure data parallelism (one replica per device) fits any model.
   replicas = {"mesh.data": -1} | {f"mesh.{axis}": 1 for axis in AXES[1:]}
   unit = num_devices * config.train.accumulation
   batch = -(-config.train.batch_size // unit) * unit
@@ -247,7 +247,7 @@ def _changes(config: Config, num_devices: int) -> Iterator[dict[str, Any]]:
 
 
 def _group_sizes(config: Config, sequences: int) -> Iterator[int]:
-  """The group size itself, then ones that divide what a device holds."""
+  """Yields the group size itself, then sizes that divide the tokens of a device."""
   size, length = config.moe.group_size, config.data.sequence_length
   yield size
   if sequences:

@@ -1,7 +1,7 @@
-"""How the tokens of a layer travel: the rule, without a device or an array.
+"""The rule that chooses how tokens of a layer are exchanged; no devices or arrays.
 
-Asked by the layer that runs, and by the check that refuses a config beforehand. What
-each exchange is stands in `expert_parallel`.
+Used by the layer itself and by the check of the config before compiling. The exchanges
+are described in `expert_parallel`.
 
 Letters: P devices of the expert axis, K choices per token.
 """
@@ -14,7 +14,7 @@ CARRIED_AS = {
   "ragged": "grouped",
   "ring": "grouped",
 }
-"""The dispatcher whose layout each exchange carries: masks, slots, or sorted rows."""
+"""The dispatcher whose layout each exchange sends: masks, slots or sorted rows."""
 
 
 def choose(
@@ -28,25 +28,25 @@ def choose(
   capacity: bool,
   dense: bool,
 ) -> str:
-  """The exchange of a layer: one of `CARRIED_AS`, or none; the rule of auto.
+  """Returns the exchange of a layer: one of `CARRIED_AS`, or "none".
 
-  gspmd for dense weights (Soft MoE), for the einsum dispatcher, and where groups do not
-  divide over the devices; else, without an expert axis, none. Capacity takes
-  all_to_all. Dropless takes a ring where P <= K, since a token then visits nearly every
-  device and no buffer can overflow, and ragged otherwise.
+  `auto` uses gspmd for dense weights (Soft MoE), for the einsum dispatcher, and where
+  groups do not divide over the devices; otherwise, without an expert axis, "none". With
+  a capacity it uses all_to_all. Dropless uses ring if P <= K, since a token then visits
+  nearly every device and no buffer can overflow, and ragged otherwise.
 
   Args:
     exchange: --config.moe.exchange.
     dispatcher: --config.moe.dispatcher.
     devices: P, of the expert axis.
-    token_shards: devices that hold tokens of their own.
-    num_groups: routing groups of all of them.
+    token_shards: number of devices that the tokens are sharded over.
+    num_groups: routing groups on all of them.
     num_selected: K.
     capacity: whether experts have slots.
     dense: whether the router mixes tokens.
 
   Raises:
-    ConfigError: this exchange cannot carry this routing, or not as the dispatcher asks.
+    ConfigError: the exchange does not support this routing or this dispatcher.
   """
   kind = exchange
   if exchange == "auto":

@@ -1,4 +1,4 @@
-"""The axes of a mesh and their sizes: arithmetic, without a device."""
+"""The axes of a mesh and their sizes; needs no devices."""
 
 import math
 
@@ -9,10 +9,10 @@ AXES = ("data", "fsdp", "expert", "tensor")
 
 
 def mesh_shape(config: MeshConfig, num_devices: int) -> tuple[int, ...]:
-  """Sizes of `AXES` on so many devices; a single -1 takes what the others leave.
+  """Returns the sizes of `AXES` on `num_devices`; a single -1 takes the rest.
 
   Raises:
-    ConfigError: if the product cannot equal the device count.
+    ConfigError: an invalid size, or a product that cannot equal the device count.
   """
   sizes = [getattr(config, axis) for axis in AXES]
   flags = " ".join(f"--config.mesh.{a}={s}" for a, s in zip(AXES, sizes, strict=True))

@@ -1,8 +1,7 @@
-"""What each field of the config may be, taken by itself: names, and numbers in range.
+"""The allowed values of each config field on its own: names and ranges of numbers.
 
-One line per field. What fields must be *together* stands in `config.check`.
-Routers are not here: their registry says what there is, and a router's options stand in
-its class.
+Constraints *between* fields are in `config.check`. Routers are not listed here: they are
+in their registry, and a router's options are declared by its class.
 """
 
 from moejax.options import Range, count, weight
@@ -34,7 +33,7 @@ _INT32 = 2**31 - 1
 
 
 def _count(low: int = 0, why: str = "") -> Range:
-  """Of steps, tokens or bytes: whatever a 32-bit counter holds."""
+  """Returns the range of steps, tokens or bytes, which are counted in 32 bits."""
   return Range(low, _INT32, why, why_high=_COUNTED)
 
 

@@ -1,7 +1,6 @@
-"""From a layer's configuration to its router, slot policy and sizes: the one translation.
+"""Makes a layer's router, slot policy and sizes from its configuration.
 
-The layer that routes, the check that refuses a config and the count of its parameters
-all come here.
+Shared by the layer, the check of the config and the parameter count.
 """
 
 import dataclasses
@@ -14,21 +13,21 @@ from moejax.routing.router import Router, Sizes
 
 
 def make_router(moe: MoEConfig) -> Router:
-  """The chosen router, with its options.
+  """Makes the chosen router, with its options.
 
   Raises:
-    ConfigError: no such router, or a value that an option cannot have.
+    ConfigError: no such router, or an invalid value of an option.
   """
   return registry.make(moe.router, moe.router_options)
 
 
 def num_selected(moe: MoEConfig) -> int:
-  """K that the router sees: segments counted, and all experts under router dense."""
+  """Returns K of the router: in segments, and all experts under router dense."""
   return make_router(moe).selected(moe.fine_experts, moe.fine_selected)
 
 
 def num_present(moe: MoEConfig) -> int:
-  """Experts that take part in a training step: all but a fixed number, at least K."""
+  """Returns the number of experts active in a training step: at least K."""
   # Rounded first: .29 of 100 is 28.999... in floats.
   out = int(round(moe.expert_dropout * moe.fine_experts, 6))
   return moe.fine_experts - min(out, moe.fine_experts - num_selected(moe))
@@ -37,7 +36,7 @@ def num_present(moe: MoEConfig) -> int:
 def capacity(
   moe: MoEConfig, num_tokens: int, capacity_factor: float | None
 ) -> int | None:
-  """C of a group of so many tokens; None is dropless."""
+  """Returns C of a group of `num_tokens`; None is dropless."""
   return capacity_of(
     num_tokens,
     moe.fine_experts,
@@ -49,10 +48,10 @@ def capacity(
 
 
 def slot_policy(moe: MoEConfig, capacity: int | None) -> SlotPolicy:
-  """How many are chosen, and who gets a slot, under this configuration.
+  """Returns the slot policy (choices per token, who gets a slot) of a configuration.
 
   Args:
-    moe: of the layer. Its strings are those that `config.check.validate` let pass.
+    moe: of the layer; its strings have passed `config.check.validate`.
     capacity: C, slots per expert; None is dropless.
 
   Returns:
@@ -69,7 +68,7 @@ def slot_policy(moe: MoEConfig, capacity: int | None) -> SlotPolicy:
 
 
 def sizes(moe: MoEConfig, width: int, num_tokens: int) -> Sizes:
-  """Of a layer in training.
+  """Returns the sizes of a layer in training.
 
   Args:
     moe: of the layer.

@@ -1,6 +1,6 @@
-"""What the chosen router asks of the rest of the config: the end of `config.check`.
+"""Checks the chosen router's requirements on the rest of the config.
 
-Apart, because a router's class imports jax.
+A module separate from `config.check`, because a router's class imports jax.
 """
 
 import dataclasses
@@ -14,10 +14,10 @@ from moejax.routing.router import Router
 
 
 def check_router(config: Config) -> None:
-  """Refuses what the chosen router, or its kind, cannot do.
+  """Rejects settings that the chosen router, or its kind, does not support.
 
   Raises:
-    ConfigError: names the flag, its value and the way out.
+    ConfigError: names the flag, its value and the remedy.
   """
   router = make_router(config.moe)
   if not config.moe.dense_twin:
@@ -87,11 +87,11 @@ ROUTER_RULES: tuple[Callable[[Config, Router], str | None], ...] = (
   _slots_stay,
   _mixtures_are_weighted,
 )
-"""What a router's kind asks of the rest of the config."""
+"""Requirements of a router's kind on the rest of the config."""
 
 
 def _router_policy(config: Config, router: Router) -> None:
-  """Asks the router itself, with the capacity of training and that of evaluation."""
+  """Runs the router's own check, for training and for evaluation capacity."""
   moe = config.moe
   if router.needs_capacity and moe.eval_capacity_factor is None:
     raise ConfigError(
@@ -99,9 +99,9 @@ def _router_policy(config: Config, router: Router) -> None:
       "--config.moe.eval_capacity_factor=none gives no number of them. Give it "
       f"{moe.capacity_factor or 1.0}, as in training."
     )
-  # A capacity of 1 stands for any: the number needs the group size, the rules do not.
+  # 1 stands for any capacity: the rules do not depend on the number.
   slots = None if moe.capacity_factor is None else 1
   router.check(slot_policy(moe, slots))
   if moe.eval_capacity_factor is None:
-    # Dropless evaluation of a model trained with an overflow policy is no mistake.
+    # Dropless evaluation of a model trained with an overflow policy is valid.
     router.check(dataclasses.replace(slot_policy(moe, None), overflow="drop"))

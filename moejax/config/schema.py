@@ -1,11 +1,11 @@
-"""The experiment's configuration: typed, flat enough to read, checked once.
+"""The experiment's configuration: typed, readable, checked once.
 
 `configs/*.py:get_config()` returns a `Config`; absl flags override any leaf
 (`--config.moe.num_experts=16`). Overriding does not re-run `__post_init__`, so
 nothing is derived here: `moejax.config.check.validate` is called once after
-parsing, and whoever needs a derived number computes it from these fields.
+parsing, and derived numbers are computed from these fields where they are needed.
 
-A router's own options are declared by its class (moejax/routing), and only kept here.
+A router's own options are declared by its class (moejax/routing) and only stored here.
 
 No `from __future__ import annotations` here: the flag parser reads the types.
 `float | None` fields take `none` on the command line.
@@ -15,8 +15,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 SCHEMA_VERSION = 2
-"""Raised when a field is renamed or changes meaning; see config.text.MIGRATIONS. 2:
-options of one router moved from `moe` to that router."""
+"""Incremented when a field is renamed or changes meaning; see config.text.MIGRATIONS.
+2: options of one router moved from `moe` to that router."""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -27,24 +27,24 @@ class DataConfig:
   """python_stdlib (embedded), text (your own, with path), or a TFDS name such as lm1b."""
   path: str = ""
   """name=text: a folder, a file, .jsonl, each also .gz .xz .zst. With a TFDS name: the
-  directory that holds the prepared set, if not TFDS's own."""
+  directory of the prepared dataset, if not TFDS's own."""
   cache_dir: str = ""
   """Prepared datasets and token caches; empty is ~/.cache/moejax."""
   text_field: str = "text"
   tokenizer: str = "bytes"
   """bytes, or bpe (trained on the train split, stored with the run)."""
   vocab_size: int = 2048
-  """Of a bpe tokenizer; bytes has its own."""
+  """For bpe; the bytes tokenizer has a fixed size."""
   sequence_length: int = 256
   validation_fraction: float = 0.05
   test_fraction: float = 0.05
-  """Of documents, by a hash of their content. TFDS sets keep their own splits."""
+  """Fraction of documents, split by a content hash. TFDS datasets keep their splits."""
   max_documents: int = 0
-  """Read at most so many documents of each split; 0 is all."""
+  """Maximum number of documents read per split; 0 is all."""
   num_workers: int = 0
   """Grain worker processes; 0 reads in threads of this process."""
   prefetch: int = 4
-  """Batches made ahead."""
+  """Batches prepared in advance."""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -62,7 +62,7 @@ class ModelConfig:
   hidden: int = 512
   """Hidden width of the dense feed-forward layers."""
   activation: str = "gelu"
-  """relu, gelu or swiglu; of dense layers and experts alike."""
+  """relu, gelu or swiglu, in dense layers and experts."""
   vocab_size: int = 0
   """V; 0 is the tokenizer's."""
   tie_embeddings: bool = True
@@ -70,16 +70,16 @@ class ModelConfig:
   attention_bias: bool = False
   """Biases on the query, key and value projections (Qwen style)."""
   sliding_window: int = 0
-  """A token sees so many tokens back, itself included; 0 is all."""
+  """Number of tokens a token attends to, itself included; 0 is all."""
   rope_theta: float = 10_000.0
   norm_eps: float = 1e-6
   init_scale: float = 1.0
   """Multiplies the fan-in truncated-normal standard deviation of every matrix."""
   dtype: str = "float32"
-  """Compute: float32 or bfloat16. Router, norms and loss are float32 always."""
+  """Compute dtype: float32 or bfloat16. Router, norms and loss are always float32."""
   param_dtype: str = "float32"
   remat: str = "none"
-  """none, full (recompute the block, but send no token twice), all (recompute that
+  """none, full (recompute the block except token exchange), all (recompute exchange
   too), or dots (keep matrix products)."""
   scan_layers: bool = True
   """False unrolls: slower to compile, easier to read in a profile."""
@@ -98,24 +98,24 @@ class MoEConfig:
   hidden: int = 512
   """F of one expert, before segmentation."""
   segments: int = 1
-  """m: each expert becomes m of width F/m, and m*K are chosen (DeepSeekMoE)."""
+  """m: each expert is split into m of width F/m, and m*K are chosen (DeepSeekMoE)."""
   num_shared: int = 0
-  """Shared experts, of width F/m each, that every token visits."""
+  """Number of shared experts, of width F/m each, that every token visits."""
   shared_hidden: int = 0
   """Hidden width of all shared experts together; 0 is num_shared * F/m."""
   shared_gate: bool = False
   """Weigh the shared experts by sigmoid(x w), w learned (Qwen2-MoE)."""
   router: str = "switch"
-  """By its name in --list=routers, which shows its own options too; see `use_router`."""
+  """A name from --list=routers, which also shows its options; see `use_router`."""
   dispatcher: str = "auto"
   """auto, einsum, gather or grouped."""
   every: int = 2
   """Every n-th layer is an MoE layer; 1 is all."""
   offset: int = 1
-  """Which of each `every` layers is the MoE layer: the one numbered offset modulo every,
-  counted from 0 after the dense prefix."""
+  """Index modulo `every` of the MoE layer in each `every` layers, counted from 0 after
+  the dense prefix."""
   dense_prefix: int = 0
-  """So many first layers are dense whatever `every` says."""
+  """Number of leading layers that are dense regardless of `every`."""
   dense_twin: bool = False
   """Replace each MoE layer by a dense one of equal active FLOPs: hidden K*F + shared."""
   capacity_factor: float | None = 1.25
@@ -128,13 +128,13 @@ class MoEConfig:
   """How tokens reach experts on other devices: all_to_all (slots), ragged (dropless
   rows), ring, gspmd (the compiler decides), or auto."""
   exchange_buffer: float | None = None
-  """ragged: rows a device can receive, by an even load; none fits any load. What does
-  not fit is dropped and counted."""
+  """ragged: rows a device can receive, as a multiple of an even load; none fits any
+  load. Rows that do not fit are dropped and counted."""
   exchange_chunks: int = 1
-  """all_to_all: pieces that travel one by one, to overlap with computing."""
+  """all_to_all: chunks sent one by one, to overlap with compute."""
   expert_chunks: int = 1
-  """Dropless on GPU and TPU: parts of the rows computed one after the other, so that the
-  hidden activations of one part are in memory at a time."""
+  """Dropless on GPU and TPU: chunks of rows computed in sequence, so that only one
+  chunk's hidden activations are in memory at a time."""
   group_size: int = 0
   """T, tokens per routing group: the scope of capacity and balance; 0 is one sequence,
   -1 the whole batch."""
@@ -147,52 +147,52 @@ class MoEConfig:
   priority: str = "arrival"
   """Who gets a slot first: arrival, gate or random."""
   slot_order: str = "choice_major"
-  """How a token's choices queue: choice_major (all first choices before any second),
-  token_major, by_gate, or batch_priority (choice_major with priority=gate)."""
+  """Order in which choices get slots: choice_major (all first choices before any
+  second), token_major, by_gate, or batch_priority (choice_major with priority=gate)."""
   slot_numbering: str = "queue"
-  """Slots are numbered as given out (queue), or in token order (arrival)."""
+  """Slots are numbered as assigned (queue), or in token order (arrival)."""
   overflow: str = "drop"
   """drop, or next_best: the token's next-best expert that has room."""
   jitter: float = 0.0
   """Switch input jitter: the router sees x * uniform(1-j, 1+j) in training."""
   expert_dropout: float = 0.0
-  """In training, this fraction of each layer's experts takes no token: others in each
+  """In training, this fraction of each layer's experts gets no tokens: redrawn in each
   step, the same for all its microbatches."""
   allow_future_leak: bool = False
-  """Generate even if the router looks at later tokens (expert_choice, base)."""
+  """Allow generation even if the router sees later tokens (expert_choice, base)."""
   balance_weight: float = 0.01
   balance_scope: str = "group"
-  """group: per routing group; batch: over the whole global batch, which with
-  accumulation costs a second forward pass, since loads must be known beforehand."""
+  """group: per routing group; batch: over the whole global batch, which needs a second
+  forward pass with accumulation, since loads must be known in advance."""
   balance_counts: str = "all"
   """all: every choice counts as load in the balance loss; first: first choices only
   (GShard, V-MoE, Praxis, DeepSpeed)."""
   z_weight: float = 0.001
   entropy_weight: float = 0.0
-  """Above 0 rewards, below 0 punishes, spread-out probabilities of a token."""
+  """Above 0 rewards, below 0 penalises, high entropy of a token's probabilities."""
   router_init_scale: float = 0.1
   """Switch, section 2.4, uses 0.1 of the usual scale."""
   options: dict[str, dict[str, Any]] = field(default_factory=dict)
-  """Options of routers that are not at their defaults: router, option, value. A flag sets
-  one by `--config.moe.ROUTER.OPTION=VALUE`."""
+  """Router options that are not at their defaults: router, option, value. The flag is
+  `--config.moe.ROUTER.OPTION=VALUE`."""
 
   def use_router(self, name: str, **options: Any) -> None:
-    """Chooses a router, with options of its own, in a config file."""
+    """Sets the router and its options, in a config file."""
     self.router, self.options = name, {name: options} if options else {}
 
   @property
   def router_options(self) -> dict[str, Any]:
-    """Those of the chosen router that were set."""
+    """Options of the chosen router that were set."""
     return self.options.get(self.router, {})
 
   @property
   def fine_experts(self) -> int:
-    """E that the router sees: every expert cut into its segments."""
+    """E of the router: every expert split into its segments."""
     return self.num_experts * self.segments
 
   @property
   def fine_selected(self) -> int:
-    """K that the router sees."""
+    """K of the router, in segments."""
     return self.num_selected * self.segments
 
   @property
@@ -202,7 +202,7 @@ class MoEConfig:
 
   @property
   def shared_width(self) -> int:
-    """Hidden width of what every token visits; 0 is no shared expert."""
+    """Hidden width of all shared experts together; 0 is no shared expert."""
     return self.shared_hidden or self.num_shared * self.fine_hidden
 
 
@@ -223,7 +223,7 @@ class OptimizerConfig:
   beta2: float = 0.95
   epsilon: float = 1e-8
   weight_decay: float = 0.1
-  """Decoupled; on matrices only, not on norms, biases or embeddings."""
+  """Decoupled; applied to matrices only, not to norms, biases or embeddings."""
   clip_norm: float = 1.0
   """Global gradient norm; 0 is off."""
 
@@ -239,32 +239,32 @@ class TrainConfig:
   log_every: int = 10
   eval_every: int = 250
   eval_batches: int = 16
-  """Batches of the validation split per evaluation while training; 0 is all."""
+  """Validation batches per evaluation during training; 0 is all."""
   final_eval_tokens: int = -1
-  """Validation tokens of the evaluation after the last step, the first so many; 0 is all,
-  -1 a quarter of the tokens trained on (at most 4M, at least those of eval_batches)."""
+  """Number of leading validation tokens evaluated after the last step; 0 is all, -1 a
+  quarter of the tokens trained on (at most 4M, at least those of eval_batches)."""
   sample: bool = True
-  """After the last step, continue the beginning of a held-out document."""
+  """After the last step, generate from the beginning of a held-out document."""
   report: bool = True
   """After the last step, draw report.png."""
   checkpoint_every: int = 250
   keep_last: int = 2
   keep_best: int = 1
   max_bad_steps: int = 10
-  """Stop after so many non-finite steps in a row."""
+  """Stop after this many non-finite steps in a row."""
   tensorboard: bool = True
 
 
 @dataclass(kw_only=True, slots=True)
 class MeshConfig:
-  """Devices per axis; one of them may be -1 and takes what is left."""
+  """Devices per axis; one size may be -1 and takes the rest."""
 
   data: int = -1
   fsdp: int = 1
   expert: int = 1
   tensor: int = 1
   slice_axis: str = "data"
-  """The axis that crosses the slow network between TPU slices, where there are some."""
+  """The axis that spans TPU slices, over their slow network, if there are several."""
 
 
 @dataclass(kw_only=True, slots=True)

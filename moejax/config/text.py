@@ -1,4 +1,4 @@
-"""A `Config` as text and back: fields by dotted name, JSON, migrations, differences.
+"""Text form of a `Config`: fields by dotted name, JSON, migrations, differences.
 
 A dotted name is a field's path without the flag prefix, such as
 `moe.num_experts`; the flag is `--config.moe.num_experts`.
@@ -43,11 +43,11 @@ _MOVED_TO_ROUTERS = {
   "device_weight": ("device_weight", "group_limited"),
   "communication_weight": ("communication_weight", "group_limited"),
 }
-"""Schema 1 to 2: a field of `moe`, its name now, and the routers that had read it."""
+"""Schema 1 to 2: a field of `moe`, its new name, and the routers that read it."""
 
 
 def _options_to_routers(values: dict[str, Any]) -> dict[str, Any]:
-  """Schema 1 to 2; what the chosen router did not read is left out."""
+  """Migrates schema 1 to 2; drops options that the chosen router did not read."""
   moe = dict(values.get("moe", {}))
   router, options = moe.get("router", "switch"), {}
   for old, (new, routers) in _MOVED_TO_ROUTERS.items():
@@ -61,16 +61,16 @@ def _options_to_routers(values: dict[str, Any]) -> dict[str, Any]:
 
 
 MIGRATIONS: dict[int, Migration] = {1: _options_to_routers}
-"""Version n to a function that turns a dict of version n into one of n + 1.
+"""Maps version n to a function that converts a dict of version n to version n + 1.
 
-A field that is only added needs none: absent fields take the default that
-`config/schema.py` gives them, which therefore must mean "as before".
+A new field needs no migration: absent fields take their default in
+`config/schema.py`, which must therefore keep the earlier behaviour.
 """
 
 
 @functools.cache
 def field_types() -> Mapping[str, tuple[type, bool]]:
-  """Every leaf's dotted name, with its type and whether None is allowed."""
+  """Maps every leaf's dotted name to its type and whether None is allowed."""
   return types.MappingProxyType(dict(_leaves(Config, "")))
 
 
@@ -79,7 +79,7 @@ def _leaves(cls: Any, prefix: str):
   for field in dataclasses.fields(cls):
     hint = hints[field.name]
     if typing.get_origin(hint) is dict:
-      continue  # Options of routers, which their classes declare.
+      continue  # Router options, declared by their classes.
     if dataclasses.is_dataclass(hint):
       yield from _leaves(hint, f"{prefix}{field.name}.")
       continue
@@ -89,14 +89,14 @@ def _leaves(cls: Any, prefix: str):
 
 
 def is_router_option(dotted: str) -> bool:
-  """Whether a name is `moe.ROUTER.OPTION` with a router that there is."""
+  """Returns whether a name is `moe.ROUTER.OPTION` with an existing router."""
   section, _, rest = dotted.partition(".")
   router, dot, _ = rest.partition(".")
   return section == "moe" and bool(dot) and router in ROUTERS
 
 
 def _option(dotted: str) -> Option:
-  """Of a router; imports its file.
+  """Returns a router's option; imports the router's module.
 
   Raises:
     ConfigError: the router has no such option.
@@ -113,7 +113,7 @@ def _option(dotted: str) -> Option:
 def check_name(dotted: str) -> None:
   """Raises ConfigError, with the nearest valid name, unless `dotted` is a field.
 
-  Of an option of a router only the router is looked at, so that jax is not imported.
+  For a router option only the router is checked, so that jax is not imported.
   """
   known = field_types()
   if dotted in known or is_router_option(dotted):
@@ -134,18 +134,18 @@ def check_name(dotted: str) -> None:
 
 
 def _flags_near(dotted: str, known: Mapping[str, Any]) -> list[str]:
-  """Flags to suggest: those of the section if it is right, else all of them."""
+  """Returns flags to suggest: the leaf elsewhere, else the section, else all."""
   section, _, leaf = dotted.rpartition(".")
   if section.startswith("moe."):  # The misspelt part is the router.
     return [f"--config.moe.{router}.{leaf}" for router in ROUTERS]
   siblings = [n for n in known if n.rpartition(".")[0] == section]
-  # The right leaf in the wrong section is nearer than any similar sibling.
+  # The right leaf in the wrong section is closer than any similar sibling.
   namesakes = [n for n in known if n.rpartition(".")[2] == leaf]
   return ["--config." + n for n in namesakes or siblings or known]
 
 
 def get_field(config: Config, dotted: str) -> Any:
-  """The value of a field by its dotted name."""
+  """Returns the value of a field by its dotted name."""
   check_name(dotted)
   if is_router_option(dotted):
     _, router, name = dotted.split(".", 2)
@@ -154,17 +154,17 @@ def get_field(config: Config, dotted: str) -> Any:
 
 
 def named(config: Config, *names: str) -> str:
-  """`--config.a.b=1 with --config.c.d=2`, values as they are: how errors name fields."""
+  """Names fields and their values in errors: `--config.a.b=1 with --config.c.d=2`."""
   return " with ".join(f"--config.{n}={show(get_field(config, n))}" for n in names)
 
 
 def set_field(config: Config, dotted: str, value: Any) -> None:
   """Sets a field in place, if `value` has the field's type.
 
-  An int is taken where a float is declared, as Python itself does.
+  An int is accepted where a float is declared, as in Python.
 
   Raises:
-    ConfigError: no such field, or a value of another type.
+    ConfigError: no such field, a value of another type, or an invalid router option.
   """
   check_name(dotted)
   if is_router_option(dotted):
@@ -173,7 +173,7 @@ def set_field(config: Config, dotted: str, value: Any) -> None:
     value = _as_float(value) if option.kind is float else value
     option.check(f"--config.{dotted}", value)
     options = {**config.moe.options.get(router, {}), name: value}
-    if value == option.default:  # So that equal configs are equal.
+    if value == option.default:  # So that equivalent configs compare equal.
       del options[name]
     others = {r: given for r, given in config.moe.options.items() if r != router}
     config.moe.options = others | ({router: options} if options else {})
@@ -187,7 +187,7 @@ def set_field(config: Config, dotted: str, value: Any) -> None:
 
 
 def _as_float(value: Any) -> Any:
-  """A whole number as a float; one beyond all floats is left to the range check."""
+  """Converts an int to float; too large becomes inf, left to the range check."""
   if type(value) is not int:
     return value
   if abs(value) < 2**1000:
@@ -196,16 +196,16 @@ def _as_float(value: Any) -> Any:
 
 
 def expected(dotted: str) -> str:
-  """What a field takes, in words."""
+  """Returns the expected type of a field, in words."""
   kind, optional = field_types()[dotted]
   return f"expected {WORDS[kind]}" + (" or none" if optional else "")
 
 
 def parse_value(dotted: str, text: str) -> Any:
-  """A field's value from what stands on the command line.
+  """Parses a field's value from the command line.
 
   Raises:
-    ConfigError: no such field, or the text is no value of its type.
+    ConfigError: no such field, or the text is not a value of its type.
   """
   check_name(dotted)
   if is_router_option(dotted):
@@ -220,7 +220,7 @@ def parse_value(dotted: str, text: str) -> Any:
 
 
 def to_dict(config: Config) -> dict[str, Any]:
-  """Nested plain dicts, ready for JSON, with every option of the chosen router."""
+  """Converts to nested plain dicts for JSON, with every option of the chosen router."""
   values = dataclasses.asdict(config)
   del values["moe"]["options"]
   options = router_options(config)
@@ -230,7 +230,7 @@ def to_dict(config: Config) -> dict[str, Any]:
 
 
 def router_options(config: Config) -> dict[str, Any]:
-  """Every option of the chosen router, set or not."""
+  """Returns every option of the chosen router, set or not."""
   known = options_by_name(config.moe.router)
   return {name: option.default for name, option in known.items()} | (
     config.moe.router_options
@@ -238,10 +238,10 @@ def router_options(config: Config) -> dict[str, Any]:
 
 
 def from_dict(values: Mapping[str, Any]) -> Config:
-  """The inverse of `to_dict`, for this and every earlier schema version.
+  """Inverts `to_dict`, for this and every earlier schema version.
 
-  Fields the dict lacks take their defaults, which is what they meant before
-  they existed.
+  Missing fields take their defaults, which keep the behaviour from before they
+  existed.
 
   Raises:
     ConfigError: an unknown field, a value of another type, or a newer schema.
@@ -275,7 +275,7 @@ def _flatten(values: Mapping[str, Any], prefix: str = ""):
 
 
 def leaves(config: Config) -> dict[str, Any]:
-  """Every field by its dotted name, and every option of the chosen router."""
+  """Returns every field, and every option of the chosen router, by dotted name."""
   router = config.moe.router
   options = router_options(config).items()
   return {name: get_field(config, name) for name in field_types()} | {
@@ -284,9 +284,9 @@ def leaves(config: Config) -> dict[str, Any]:
 
 
 def difference(old: Config, new: Config) -> list[tuple[str, Any, Any]]:
-  """The fields in which two configs differ: (dotted name, old value, new value).
+  """Returns the fields that differ: (dotted name, old value, new value).
 
-  An option of a router that only one of them has chosen is no difference of its own.
+  Options of a router that only one of the configs uses are not compared.
   """
   before, now = leaves(old), leaves(new)
   same = [name for name in now if name in before]
@@ -294,7 +294,7 @@ def difference(old: Config, new: Config) -> list[tuple[str, Any, Any]]:
 
 
 def dump(config: Config) -> str:
-  """One `name = value` line per field, sorted: what reviews and goldens compare."""
+  """Returns one `name = value` line per field, sorted, for reviews and golden files."""
   return "".join(
     f"{name} = {value!r}\n" for name, value in sorted(leaves(config).items())
   )
