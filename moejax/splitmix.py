@@ -1,4 +1,4 @@
-"""SplitMix64 (Steele et al., OOPSLA 2014): random numbers stable across numpy versions."""
+"""SplitMix64 (Steele et al., OOPSLA 2014): numbers stable across numpy versions."""
 
 import numpy as np
 from jaxtyping import UInt64
