@@ -1,4 +1,4 @@
-"""The table of collectives, as `tools.collectives` and `tools.compile_for` print it."""
+"""The table of collectives printed by `tools.collectives` and `tools.compile_for`."""
 
 from typing import Any
 

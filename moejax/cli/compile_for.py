@@ -1,13 +1,13 @@
-"""The real train step, compiled for a pod that need not be here: does it fit, how fast?
+"""Compile the real train step for a pod without having it: does it fit, how fast is it?
 
   python -m tools.compile_for --config=configs/mixtral_8x7b.py --topology=v5p:4x4x8 \\
       [--slices=2] [--json] [--hlo=FILE]
 
 Compiles for TPU slices (extra `tpu`: v5p:4x4x8, v5e:16x16, v6e:16x16, ...), for GPU nodes
-(extra `cuda`: h100:4x8 is four nodes of eight) or for fake devices (cpu:8), without data
-and without a parameter in memory. Prints memory per chip against its HBM, FLOPs executed
-against those of the model, every collective, and a roofline. Exit code 1 if it does not
-fit. docs/scale.md explains the figures.
+(extra `cuda`: h100:4x8 is four nodes of eight) or for fake devices (cpu:8), without
+loading data or parameters. Prints memory per chip and its HBM, executed and model FLOPs,
+every collective, and a roofline. Exit code 1 if it does not fit. docs/scale.md explains
+the figures.
 """
 
 import json
@@ -35,7 +35,7 @@ _OUT_OF_MEMORY = "RESOURCE_EXHAUSTED"
 
 
 def measure(topology: topology_lib.Topology, hlo: str | None) -> dict[str, Any]:
-  """Compiles, and reports; the report of a refusal is short."""
+  """Compiles and returns a report; a short one if the compiler runs out of memory."""
   from moejax.plan import pod
   from moejax.plan.compile import compile_step
 
@@ -54,7 +54,7 @@ def measure(topology: topology_lib.Topology, hlo: str | None) -> dict[str, Any]:
 
 
 def _first_lines(message: str) -> str:
-  """What the compiler says before it lists every allocation."""
+  """Returns the compiler's message without the list of allocations."""
   lines = [line.strip() for line in message.splitlines() if line.strip()]
   return " ".join(lines[:3])[:600]
 
@@ -81,7 +81,7 @@ def memory_table(found: dict[str, Any]) -> Table:
 
 
 def summary(found: dict[str, Any]) -> list[str]:
-  """The lines below the tables."""
+  """Returns the lines below the tables."""
   executed, model = found["executed_flops_per_chip"], found["model_flops_per_chip"]
   sent, bound = found["wire_bytes_per_chip"], found["wire_bound_bytes_per_chip"]
   lines = [
@@ -124,7 +124,7 @@ def show(found: dict[str, Any], console: Console) -> None:
 def main() -> int:
   topology = topology_lib.parse(_TOPOLOGY.value, _SLICES.value)
   topology_lib.prepare(topology)  # Before anything imports jax.
-  cli.get_config()  # Refuses a bad config before the compiler starts.
+  cli.get_config()  # Rejects a bad config before the compiler starts.
   found = measure(topology, _HLO.value)
   if _JSON.value:
     print(json.dumps(found, indent=1))
@@ -135,7 +135,7 @@ def main() -> int:
 
 
 def run() -> None:
-  """The program, from its command line."""
+  """Runs the program."""
   cli.define_config()
   cli.run(main)
 

@@ -2,11 +2,11 @@
 
   python -m tools.count --config=configs/default.py [--config.moe.num_experts=16] [--json]
 
-Opens no data and builds no model. FLOPs are of training (3 times the forward pass);
-the conventions are those of moejax/cost/flops.py. The dense twin is what
-`--config.moe.dense_twin` builds: every MoE layer a dense one of hidden width
-K*F + shared, so its feed-forward costs the same per token. The router comes on top
-in the MoE and is the whole difference.
+Reads no data and builds no model. FLOPs are of training (3 times the forward pass), by
+the conventions of moejax/cost/flops.py. The dense twin is the model of
+`--config.moe.dense_twin`: every MoE layer becomes a dense one of hidden width
+K*F + shared, so its feed-forward costs the same per token. The router is the only
+extra cost of the MoE.
 """
 
 import json
@@ -42,7 +42,7 @@ _TABLE_WIDTH = 110
 
 
 def count(config: Config, *, causal: bool = False) -> dict[str, Any]:
-  """Everything the tool prints, without the dense twin, as plain numbers."""
+  """Returns all numbers the tool prints for a config, without its dense twin."""
   vocab_size = plan_parameters.resolve_vocab_size(config)
   total, active = plan_parameters.count_parameters(config, vocab_size)
   training = plan_flops.flops_per_token(config, vocab_size, causal=causal)
@@ -66,7 +66,7 @@ def count(config: Config, *, causal: bool = False) -> dict[str, Any]:
 
 
 def feed_forward_flops(counted: dict[str, Any]) -> float:
-  """Training FLOPs per token of every feed-forward, routers left out."""
+  """Returns training FLOPs per token of all feed-forward layers, without routers."""
   parts = counted["parts"]
   names = ("dense", "experts", "shared_experts")
   return sum(parts[name]["flops_per_token"] for name in names)
@@ -122,7 +122,7 @@ def main() -> None:
 
 
 def run() -> None:
-  """The program, from its command line."""
+  """Runs the program."""
   cli.define_config()
   cli.run(main)
 

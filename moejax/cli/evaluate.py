@@ -3,18 +3,18 @@
   python -m experiments.evaluate --workdir=DIR [--step=N] [--split=validation]
     [--eval_capacity_factor=1,1.25,2,dropless] [--routing] [--config.data...]
 
-Needs nothing but the run's directory: the config is the checkpoint's, and
---config.data... overrides it (another text, a longer sequence). Prints tables and
-writes DIR/eval_STEP_SPLIT.json; another capacity, a part of the split and an override
-each add to that name. DIR/eval.json is the run's own and is left unchanged; if this
-evaluation contradicts it, a note says so (docs/evaluation.md).
+Needs only the run's directory: the config is the checkpoint's, and --config.data...
+overrides it (another text, a longer sequence). Prints tables and writes
+DIR/eval_STEP_SPLIT.json; another capacity, a part of the split and an override each
+extend that name. DIR/eval.json, the run's own evaluation, is left unchanged; a note is
+printed if this evaluation contradicts it (docs/evaluation.md).
 
-If this user did not train the run, the paths in its config are not used:
---config.data.path must be given if the run has one, and the user's own cache is used.
+If another user trained the run, the paths in its config are not used:
+--config.data.path must be given if the run has one, and your own cache is used.
 
-Several processes evaluate together, started as those of experiments.train are: by
+Several processes can evaluate together, started as for experiments.train: by
 tools.launch_local, by a cluster, or with JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and
-JAX_PROCESS_ID. The first one prints and writes.
+JAX_PROCESS_ID. Process 0 prints and writes.
 """
 
 import contextlib
@@ -39,7 +39,7 @@ _TRAINING_ONLY = (
   "moe.jitter",
   "moe.*_weight",
 )
-"""Fields that no evaluation reads."""
+"""Fields that evaluation does not read."""
 
 _STEP = flags.DEFINE_integer(
   "step", None, "Which checkpoint; default the newest.", lower_bound=0
@@ -72,7 +72,7 @@ _OUTPUT = flags.DEFINE_string(
 
 
 def main() -> None:
-  # jax is imported after the flags are known to be right.
+  # jax is imported after the flags are checked.
   from moejax.evaluate import perplexity
   from moejax.launch import distributed
 
@@ -95,7 +95,7 @@ def _refuse_unread(overrides: Iterable[str]) -> None:
 
 
 def _asked() -> dict[str, Any]:
-  """What must be the same in all processes of one evaluation."""
+  """Returns the settings that must agree in all processes of an evaluation."""
   flag_values = {f.name: f.value for f in (_STEP, _SPLIT, _FACTORS, _BATCH, _LIMIT)}
   return {"workdir": flags.FLAGS.workdir} | flag_values | cli.overrides()
 
@@ -128,7 +128,7 @@ def evaluate(
   perplexity.check_params(model, shapes)
   mesh = make_mesh(perplexity.choose_mesh(config.mesh))
   batch_size = _batch_size(config, mesh, factors, tells)
-  # Straight to their places: no device need hold a whole model for a moment.
+  # Restored directly into shards, so that no device holds the whole model.
   shardings = param_shardings(model, mesh)
   params, _, meta = restore_params(workdir, _STEP.value, shardings)
 
@@ -144,8 +144,8 @@ def evaluate(
   with _watched(what, tells) as progress:
     evaluation = perplexity.evaluate(capacity_factors=factors, progress=progress, **what)
   changes = workdir_lib.refused_changes(trained, config)
-  # Trained and held-out text are told apart by content: on other text than the run's,
-  # such as another Python version's library, a "validation" document may have been seen.
+  # Documents are split by content: in a different text, such as another Python version's
+  # library, a "validation" document may have been trained on.
   if dataset.fingerprint != meta.get("dataset_fingerprint"):
     changes.append(("dataset", meta.get("dataset_fingerprint"), dataset.fingerprint))
   evaluation = {
@@ -163,10 +163,10 @@ def evaluate(
 
 
 def _check(model: Any, dataset: Any, factors: tuple[float | None, ...]) -> None:
-  """Refuses what would otherwise fail only after the parameters are read.
+  """Rejects, before reading parameters, an evaluation that would fail later.
 
   Raises:
-    UserError: there is nothing to evaluate, or it cannot be evaluated in this way.
+    UserError: there is nothing to evaluate, or it cannot be evaluated this way.
   """
   split, router = _SPLIT.value, model.moe.router
   if not dataset.num_tokens(split):
@@ -193,7 +193,7 @@ def _check(model: Any, dataset: Any, factors: tuple[float | None, ...]) -> None:
 
 
 def _own_factor(model: Any) -> float | str:
-  """The capacity factor of the run's own evaluation, as files name it."""
+  """Returns the capacity factor of the run's own evaluation, as used in file names."""
   from moejax.evaluate import perplexity
 
   factor = model.moe.eval_capacity_factor if model.moe_layers else None
@@ -201,7 +201,7 @@ def _own_factor(model: Any) -> float | str:
 
 
 def _batch_size(config: Any, mesh: Any, factors: Any, tells: bool) -> int:
-  """The batch size, with a note if it is not the one that was asked for."""
+  """Returns the batch size; prints a note if it differs from the one requested."""
   from moejax.evaluate import groups
 
   wanted = _BATCH.value or 0
@@ -216,7 +216,7 @@ def _batch_size(config: Any, mesh: Any, factors: Any, tells: bool) -> int:
 
 @contextlib.contextmanager
 def _watched(what: dict[str, Any], tells: bool) -> Iterator[Callable[[int], None]]:
-  """A progress bar of the tokens evaluated so far, on stderr, apart from the tables."""
+  """Shows a progress bar of the tokens evaluated, on stderr, away from the tables."""
   from moejax.run.progress import make_reporter, watched
 
   dataset, split = what["dataset"], what["split"]
@@ -238,7 +238,7 @@ def _tell(
   changes: list[tuple[str, Any, Any]],
   own_factor: float | str,
 ) -> None:
-  """Prints the tables, writes the file and notes a contradiction to the run's own."""
+  """Prints the tables, writes the file and notes if the run's eval.json disagrees."""
   from moejax.evaluate import tables
   from moejax.run import results
 
@@ -268,7 +268,7 @@ def _analyse_routing(
   analysis = routing_analysis.analyse(**what)
   if not tells:
     return
-  # The analysis knows no capacity factors.
+  # The analysis does not depend on capacity factors.
   named = {name: value for name, value in evaluation.items() if name != "results"}
   stem = results.name("routing", named, changes)
   file, picture = output / f"{stem}.json", output / f"{stem}.png"
@@ -279,7 +279,7 @@ def _analyse_routing(
 
 
 def _writable(directory: pathlib.Path) -> pathlib.Path:
-  """Refuses now what would otherwise fail after the whole evaluation."""
+  """Rejects a directory that is not writable, before the evaluation starts."""
   if not directory.is_dir() or not os.access(directory, os.W_OK):
     raise UserError(
       f"{directory} is not a directory one can write to. Give another with --output=DIR."
@@ -288,7 +288,7 @@ def _writable(directory: pathlib.Path) -> pathlib.Path:
 
 
 def run() -> None:
-  """The program, from its command line."""
+  """Runs the program."""
   cli.define_config(default=None)
   compilation_cache.define_flag()
   cli.run(main)

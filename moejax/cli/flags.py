@@ -1,12 +1,12 @@
 """The command line: one config, its overrides, and errors without tracebacks.
 
-A program defines its own absl flags, calls `define_config()`, and ends in
+A program defines its own absl flags, calls `define_config()`, and ends with
 `cli.run(main)`. `--config.SECTION.FIELD=VALUE` overrides one field of the config
-and may stand anywhere on the line; a program may also lay the overrides over a
+and may appear anywhere on the line; a program may also apply the overrides to a
 config of its own, such as the one stored in a run's directory.
 
-Nothing here imports jax, so a misspelt flag is refused in a fraction of a second
-by every program that imports its heavy parts inside `main`.
+Nothing here imports jax, so a program that imports heavy modules inside `main` rejects a
+misspelt flag in a fraction of a second.
 """
 
 import _thread
@@ -45,18 +45,18 @@ _BROKEN_PIPE = 141
 _T = TypeVar("_T")
 
 _pressed: list[int] = []
-"""Ctrl-C so far."""
+"""One entry per Ctrl-C so far."""
 
 _overrides: dict[str, Any] = {}
 """Dotted name to value, from the last parsed command line."""
 
 
 def define_config(default: str | None = DEFAULT_CONFIG) -> None:
-  """Defines --config, --workdir and --list, once for each program.
+  """Defines --config, --workdir and --list, unless already defined.
 
   Args:
-    default: the config file without --config; None if the program brings a
-      config of its own to `get_config`.
+    default: the default config file; None if the program passes its own config to
+      `get_config`.
   """
   define = {
     "config": lambda name: flags.DEFINE_string(
@@ -67,7 +67,7 @@ def define_config(default: str | None = DEFAULT_CONFIG) -> None:
       name, None, listing.LISTS, "Print what there is, and exit."
     ),
   }
-  # Tests import several programs into one process, where a second definition is an error.
+  # Tests import several programs into one process, where redefinition is an error.
   for name, make in define.items():
     if name not in flags.FLAGS:
       make(name)
@@ -77,14 +77,14 @@ def define_config(default: str | None = DEFAULT_CONFIG) -> None:
 def get_config(
   base: Config | None = None, announce: Callable[[], None] | None = None
 ) -> Config:
-  """The config of this command line, checked; every call returns a new one.
+  """Returns the validated config of this command line; every call returns a new one.
 
   Args:
-    base: what the overrides are laid over, itself unchanged; None reads --config.
-    announce: called once every check has passed that does not take seconds to import.
+    base: config to which the overrides are applied, unchanged; None reads --config.
+    announce: called after the fast checks, before the slow import of jax.
 
   Raises:
-    ConfigError: the file cannot be used, or `validate` refuses the result.
+    ConfigError: the file cannot be used, or the result fails `validate`.
   """
   from_file = base is None
   if base is None:
@@ -97,7 +97,7 @@ def get_config(
   validate_fields(config)
   if announce is not None:
     announce()
-  # What a router declares is known once its file, and jax, are imported.
+  # A router's options are known only after its module, and so jax, is imported.
   for dotted in options:
     value = config_text.parse_value(dotted, _overrides[dotted])
     config_text.set_field(config, dotted, value)
@@ -107,17 +107,17 @@ def get_config(
 
 
 def given_by(config: Config) -> list[str]:
-  """The fields that a config file set: dotted names."""
+  """Returns the dotted names of the fields set by a config file."""
   changed = [name for name, _, _ in config_text.difference(Config(), config)]
   options = config.moe.options.items()
   return changed + [f"moe.{router}.{name}" for router, given in options for name in given]
 
 
 def run_directory() -> pathlib.Path:
-  """--workdir of a program that reads a run.
+  """Returns --workdir of a program that reads a run.
 
   Raises:
-    UserError: it is missing, or no directory.
+    UserError: it is missing or not a directory.
   """
   given = flags.FLAGS["workdir"].value
   remedy = "Give the directory that experiments.train was given as --workdir."
@@ -131,12 +131,12 @@ def run_directory() -> pathlib.Path:
 
 
 def overrides() -> dict[str, Any]:
-  """The overridden fields of this command line: dotted name to value."""
+  """Returns the overridden fields of this command line: dotted name to value."""
   return dict(_overrides)
 
 
 def config_flags() -> str:
-  """What gives another program the config of this command line."""
+  """Returns flags that give another program the config of this command line."""
   file = flags.FLAGS["config"].value if "config" in flags.FLAGS else None
   words = [f"--config={file or DEFAULT_CONFIG}"]
   words += [f"--config.{name}={value}" for name, value in _overrides.items()]
@@ -150,7 +150,7 @@ def load_config(path: str) -> Config:
     path: a file, or the name of a shipped config (`default`, `configs/default.py`).
 
   Raises:
-    ConfigError: no such file, or it fails, or it makes no `Config`.
+    ConfigError: no such file, or it fails, or it does not return a `Config`.
   """
   file = _find_config(path)
   spec = importlib.util.spec_from_file_location("moejax_config_file", file)
@@ -164,7 +164,7 @@ def load_config(path: str) -> Config:
   except (ConfigError, KeyboardInterrupt):
     raise
   except BaseException as error:
-    # Not only Exception: a file that calls sys.exit must not end the program in silence.
+    # Not only Exception: a file that calls sys.exit must not end the program silently.
     raise ConfigError(f"--config={path} {_failure(error, file)}") from error
   if not isinstance(config, Config):
     raise ConfigError(
@@ -177,11 +177,11 @@ def load_config(path: str) -> Config:
 
 
 def _failure(error: BaseException, file: pathlib.Path) -> str:
-  """Where a config file fails and why, on one line."""
+  """Returns where and why a config file fails, in one line."""
   if isinstance(error, SyntaxError):
     text = f": {error.text.strip()}" if error.text else ""
     return f"fails at {error.filename}:{error.lineno}: SyntaxError: {error.msg}{text}"
-  # The innermost line of the file itself: what it called may lie deep in a library.
+  # The innermost line of the file itself: the error may be deep in a library.
   frames = traceback.extract_tb(error.__traceback__)
   own = [frame.lineno for frame in frames if frame.filename == str(file)]
   where = f"{file}:{own[-1]}" if own else str(file)
@@ -195,7 +195,7 @@ def _failure(error: BaseException, file: pathlib.Path) -> str:
 
 def _find_config(path: str) -> pathlib.Path:
   shipped = listing.shipped_configs()
-  # A path as it stands wins; otherwise a shipped name works from any directory.
+  # An existing path takes precedence; a shipped name works from any directory.
   if pathlib.Path(path).is_file():
     return pathlib.Path(path)
   name = path.removeprefix("configs/").removesuffix(".py")
@@ -211,8 +211,8 @@ def _find_config(path: str) -> pathlib.Path:
 def run(main: Callable[[], int | None]) -> None:
   """Parses the command line, calls `main` and exits with what it returns.
 
-  A `UserError` from anywhere, and every mistake on the command line, is one
-  line on stderr and the error's exit code: 2, if it says nothing else.
+  Any `UserError`, including a mistake on the command line, becomes one line on stderr
+  and the error's exit code (default 2).
   """
   app.run(
     lambda _: _guarded(functools.partial(_main_or_list, main)),
@@ -228,11 +228,11 @@ def _guarded(function: Callable[[], _T]) -> _T:
     print(f"error: {error}", file=sys.stderr)
     sys.exit(error.exit_code)
   except BrokenPipeError:
-    # Whoever read the output, such as head, has seen enough; nothing may be flushed.
+    # The reader of the output, such as head, has closed it: flush to /dev/null.
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     sys.exit(_BROKEN_PIPE)
   except (KeyboardInterrupt, Exception) as error:
-    # A library that is being imported may make another error of it.
+    # A library interrupted during import may turn Ctrl-C into another exception.
     if not (_pressed or isinstance(error, KeyboardInterrupt)):
       raise
     print("interrupted", file=sys.stderr)
@@ -240,9 +240,9 @@ def _guarded(function: Callable[[], _T]) -> _T:
 
 
 def _listen() -> None:
-  """Notes each Ctrl-C, and repeats one that was lost in a callback of a library."""
+  """Records each Ctrl-C, and repeats one that was lost in a library's callback."""
   if signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
-    return  # Ignored, as of a job in the background, or somebody else's.
+    return  # Ignored (a background job), or another handler is installed.
 
   def interrupt(number: int, frame: Any) -> None:
     _pressed.append(number)
@@ -259,7 +259,7 @@ def _listen() -> None:
 
 
 class Parser(argparse.ArgumentParser):
-  """For programs without a config: their mistakes look as those of all others."""
+  """Parser for programs without a config, with the same error format as the others."""
 
   def __init__(self, description: str | None, **options: Any):
     super().__init__(
@@ -275,7 +275,7 @@ class Parser(argparse.ArgumentParser):
 
 
 class _OursOrWarning(logging.Filter):
-  """Libraries are heard from when something is wrong, moejax also when it informs."""
+  """Passes warnings of libraries, and all records of moejax."""
 
   _package = str(pathlib.Path(__file__).parents[1])
 
@@ -298,13 +298,13 @@ def parse(argv: list[str], program: str = "__main__") -> list[str]:
 
   Args:
     argv: the command line, program name first.
-    program: name of the module whose docstring and flags --help shows.
+    program: name of the module whose docstring and flags are shown by --help.
 
   Returns:
-    The program name alone: no program here takes positional arguments.
+    Only the program name: no program takes positional arguments.
 
   Raises:
-    UserError: an unknown flag or field (the nearest is named), or a bad value.
+    UserError: an unknown flag or field (names the closest one), or a bad value.
   """
   if any(a.lstrip("-") in _HELP and a.startswith("-") for a in argv[1:]):
     print(_help(argv[0], program))
@@ -312,7 +312,7 @@ def parse(argv: list[str], program: str = "__main__") -> list[str]:
   try:
     argv = flags.FLAGS.read_flags_from_files(argv, force_gnu=True)
     rest, texts = _split_overrides(argv) if "config" in flags.FLAGS else (argv, {})
-    # All at once, after the line is read: a later --config must not undo them.
+    # Stored at once, after the whole line is read: a later --config must not undo them.
     _overrides.clear()
     _overrides.update((k, _parsed(k, v)) for k, v in texts.items())
     positional = flags.FLAGS(rest)
@@ -328,14 +328,14 @@ def parse(argv: list[str], program: str = "__main__") -> list[str]:
 
 
 def _parsed(dotted: str, text: str) -> Any:
-  """A field's value; the text of a router's option, which `get_config` parses."""
+  """Parses a field's value; leaves router options as text, parsed by `get_config`."""
   if config_text.is_router_option(dotted):
     return text
   return config_text.parse_value(dotted, text)
 
 
 def _split_overrides(argv: list[str]) -> tuple[list[str], dict[str, str]]:
-  """Takes `--config.a.b=v`, `--config.a.b v` and `--[no]config.a.flag` out of argv."""
+  """Splits `--config.a.b=v`, `--config.a.b v` and `--[no]config.a.flag` off argv."""
   rest, found = [], {}
   words = iter(argv)
   for word in words:
@@ -363,7 +363,7 @@ def _split_overrides(argv: list[str]) -> tuple[list[str], dict[str, str]]:
 
 def _unknown_flag(name: str) -> str:
   fields = [] if "config" not in flags.FLAGS else list(config_text.field_types())
-  # `--num_experts` or `--moe.num_experts`: the field is right, its prefix is missing.
+  # `--num_experts` or `--moe.num_experts`: an existing field without its prefix.
   for field in fields:
     if field == name or field.endswith("." + name):
       return f"--{name}: there is no such flag. Did you mean --config.{field}?"
@@ -374,7 +374,7 @@ def _unknown_flag(name: str) -> str:
 
 
 def _help(name: str, program: str) -> str:
-  """The program's docstring, its flags, and the names of the config's fields."""
+  """Returns the program's docstring, its flags, and the names of all config fields."""
   doc = sys.modules[program].__doc__ or ""
   # absl knows flags of the main module by the program's name.
   owner = name if program == "__main__" else program

@@ -4,10 +4,9 @@
     [--temperature=0.8] [--top_k=0] [--top_p=1] [--max_tokens=200] [--seed=0]
     [--num_samples=1]
 
-Needs nothing but the run's directory, and runs in one process. --prompt may be given
-several times; without one the model begins a document of its own. Keys and values are
-cached; tokens/s counts the one-token steps of all samples, without compiling and reading
-the prompt.
+Needs only the run's directory, and runs in one process. --prompt may be given several
+times; without a prompt the model starts a new document. Keys and values are cached;
+tokens/s counts the one-token steps of all samples, without compilation and prefill.
 """
 
 import pathlib
@@ -46,7 +45,7 @@ _NUM_SAMPLES = flags.DEFINE_integer(
 
 def main() -> None:
   workdir, prompts = cli.run_directory(), _prompts()
-  # jax is imported after the flags are known to be right.
+  # jax is imported after the flags are checked.
   from moejax.checkpoint.manager import peek, restore_params
   from moejax.data.tokenizer import load_tokenizer
   from moejax.evaluate import generation
@@ -74,7 +73,7 @@ def main() -> None:
     "seed": _SEED.value,
     "num_samples": _NUM_SAMPLES.value,
   }
-  # Before parameters are read, which may take minutes.
+  # Before reading parameters, which may take minutes.
   generation.check(model, tokenizer, prompts, **how)
   params, _, meta = restore_params(workdir, _STEP.value)
   generated = generation.generate(model, params, tokenizer, prompts, **how)
@@ -102,7 +101,7 @@ def _prompts() -> list[str]:
 
 
 def run() -> None:
-  """The program, from its command line."""
+  """Runs the program."""
   cli.define_config(default=None)
   compilation_cache.define_flag()
   cli.run(main)

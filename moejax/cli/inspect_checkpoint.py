@@ -1,12 +1,12 @@
-"""What is in a checkpoint: the tree, a fingerprint per expert, one SHA-256 of it all.
+"""Show what is in a checkpoint: the tree, a fingerprint per expert, one SHA-256.
 
   python -m tools.inspect_checkpoint --workdir=DIR [--step=N] [--json]
 
-Prints every array with shape, dtype and the sharding it was saved under; for each
-layer one fingerprint per expert, over all the expert's matrices, equal for equal
-experts wherever they stand; and a line `sha256 <hex>` over all parameters and
-optimizer state in a fixed order, equal exactly when they are bit-identical.
-The arrays are verified on the way: exit code 1 if they are not what was saved.
+Prints every array with shape, dtype and the sharding it was saved with; for each layer
+one fingerprint per expert, over all its matrices, equal for equal experts at any
+position; and a line `sha256 <hex>` over all parameters and optimizer state in a fixed
+order, equal exactly when they are bit-identical. Also verifies the arrays: exit code 1
+if they are not what was saved.
 """
 
 import json
@@ -35,7 +35,7 @@ def main() -> int:
 
 
 def run() -> None:
-  """The program, from its command line."""
+  """Runs the program."""
   define_flags()
   cli.run(main)
 

@@ -1,13 +1,13 @@
-"""Real processes on one machine, joined as they would be on several.
+"""Run several processes of one job on one machine, connected as on a cluster.
 
   python -m tools.launch_local --processes=4 --devices_per_process=2 -- \\
       python -m experiments.train --config=configs/default.py --workdir=DIR ...
 
-Each process gets so many CPU devices and talks to the others through gloo. Process 0
-writes to this terminal, the others to LOGS/process_N.log. They meet at 127.0.0.1, by a
-secret made for this job (MOEJAX_JOB_SECRET, unless it is set already). The exit code is
-that of the first process that failed; the others are then given a while to notice, and
-ended.
+Each process gets --devices_per_process CPU devices and communicates through gloo.
+Process 0 writes to this terminal, the others to LOGS/process_N.log. They connect at
+127.0.0.1 with a secret made for this job (MOEJAX_JOB_SECRET, unless already set). The
+exit code is that of the first process that failed; the others then get some time to
+notice before they are killed.
 """
 
 import argparse
@@ -25,10 +25,10 @@ from moejax.cli import flags as cli
 from moejax.launch import secret
 
 GRACE_SECONDS = 60.0
-"""How long the others may take to notice that one is gone."""
+"""Time the others have to notice that a process is gone."""
 _MOST = 1024
 _TAIL = 15
-"""Lines of a failed process's log that are shown."""
+"""Number of lines shown of a failed process's log."""
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
@@ -45,7 +45,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
 
 
 def free_port() -> int:
-  """A port nobody listens on now."""
+  """Returns a port that is currently unused."""
   with socket.socket() as opened:
     opened.bind(("127.0.0.1", 0))
     return opened.getsockname()[1]
@@ -54,16 +54,16 @@ def free_port() -> int:
 def environment(
   index: int, count: int, devices: int, port: int, shared: str = ""
 ) -> dict[str, str]:
-  """What tells a process who it is; see moejax/launch/distributed.py.
+  """Returns a process's environment variables; see moejax/launch/distributed.py.
 
   Args:
     index: of the process.
     count: of processes.
     devices: of each process.
     port: of process 0.
-    shared: the job's secret; empty leaves it to this process's own environment.
+    shared: the job's secret; empty keeps the one in this process's environment.
   """
-  # `python` is then the one that runs this, in a virtual environment entered or not.
+  # So that `python` is this interpreter, even if its virtualenv is not activated.
   own = os.path.dirname(sys.executable)
   return (
     os.environ
@@ -80,9 +80,9 @@ def environment(
 
 
 def start(args: argparse.Namespace, logs: pathlib.Path) -> list[subprocess.Popen]:
-  """Starts all processes; process 0 has the terminal."""
+  """Starts all processes; process 0 uses the terminal."""
   port, processes = free_port(), []
-  # By the environment: a command line is there for every user of the machine to read.
+  # Passed by environment: a command line is readable by every user of the machine.
   given = os.environ.get(secret.ENV) or os.environ.get(secret.FILE_ENV)
   shared = "" if given else secrets.token_hex(32)
   for index in range(args.processes):
@@ -103,14 +103,14 @@ def wait(processes: list[subprocess.Popen], logs: pathlib.Path) -> int:
   """Waits for all; after the first failure the others get `GRACE_SECONDS`.
 
   Returns:
-    The exit code of the process that failed first, 0 if none did. A signal N is
+    The exit code of the process that failed first, 0 if none did. Signal N gives
     128 + N, as in a shell.
   """
   first: tuple[int, int] | None = None
   deadline = float("inf")
   running = True
   while running:
-    # Asked before looking for failures, so that the last to end is looked at too.
+    # Before the check for failures, so that the last process to end is checked too.
     running = any(p.poll() is None for p in processes)
     if first is None and (first := _failed(processes)) is not None:
       deadline = time.monotonic() + GRACE_SECONDS
@@ -155,14 +155,14 @@ def main(argv: list[str] | None = None) -> int:
       if process.poll() is None:
         process.send_signal(number)
 
-  # Once each: the children have groups of their own, which a terminal does not reach.
+  # The children are in their own process groups, so they get each signal only from here.
   for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
     signal.signal(number, forward)
   return wait(processes, logs)
 
 
 def run() -> None:
-  """The program, from its command line."""
+  """Runs the program."""
   sys.exit(main())
 
 

@@ -1,4 +1,4 @@
-"""What there is to choose from: `--list=configs|routers|datasets|dispatchers`."""
+"""Lists the available choices: `--list=configs|routers|datasets|dispatchers`."""
 
 import ast
 import importlib.util
@@ -10,7 +10,7 @@ LISTS = ("configs", "routers", "datasets", "dispatchers")
 
 
 def shipped_configs() -> dict[str, pathlib.Path]:
-  """The shipped config files by name (path under configs/, without .py), sorted."""
+  """Returns the shipped config files by name (path under configs/, no .py), sorted."""
   spec = importlib.util.find_spec("configs")
   found = {}
   for root in map(pathlib.Path, (spec and spec.submodule_search_locations) or ()):
@@ -21,7 +21,7 @@ def shipped_configs() -> dict[str, pathlib.Path]:
 
 
 def describe(what: str) -> str:
-  """One line per choice, its name first, in the order of its registry."""
+  """Returns one line per choice, name first, in registry order."""
   rows = {
     "configs": _configs,
     "routers": _routers,
@@ -37,7 +37,7 @@ def _first_line(doc: str | None) -> str:
 
 
 def _configs() -> dict[str, str]:
-  # Read, not run: a config that needs something absent can still be listed.
+  # Parsed, not run, so that a config with missing dependencies is still listed.
   return {
     name: _first_line(ast.get_docstring(ast.parse(file.read_text(encoding="utf-8"))))
     for name, file in shipped_configs().items()

@@ -25,13 +25,13 @@ PROGRAMS = {
   "launch": "moejax.cli.launch",
   "inspect-checkpoint": "moejax.cli.inspect_checkpoint",
 }
-"""Each has a docstring, for --help, and `run`."""
+"""Each module has a docstring, shown by --help, and a function `run`."""
 
 _HELP = ("help", "--help", "-h")
 
 
 def main() -> None:
-  """Runs the program that is named first."""
+  """Runs the program named by the first argument."""
   name, *rest = sys.argv[1:] or ["help"]
   if name in _HELP:
     print(overview())
@@ -48,7 +48,7 @@ def main() -> None:
 
 
 def overview() -> str:
-  """The programs, a line each, without importing any."""
+  """Returns one line per program, without importing them."""
   rows = [f"  {name:20}{_summary(module)}" for name, module in PROGRAMS.items()]
   lines = ["moejax PROGRAM --flag=value ...", "", *rows, ""]
   return "\n".join([*lines, "moejax PROGRAM --help says what each takes."])

@@ -1,7 +1,7 @@
 """Prepares a TFDS dataset as ArrayRecord: python -m moejax.cli.prepare --name=lm1b
 
-May download much, and need the extra `tfds` (pip install 'moejax[tfds]'). Once
-prepared, the dataset is read without it: --config.data.name=lm1b.
+The download may be large, and needs the extra `tfds` (pip install 'moejax[tfds]'). The
+prepared dataset is read without it: --config.data.name=lm1b.
 """
 
 from absl import flags
@@ -17,7 +17,7 @@ _DATA_DIR = flags.DEFINE_string(
 
 
 def main() -> None:
-  """Downloads and prepares; does nothing where it is done."""
+  """Downloads and prepares the dataset, unless already done."""
   import tensorflow_datasets as tfds
 
   name = _NAME.value

@@ -1,6 +1,6 @@
-"""The first line of a program, within a second: what starts, from what, and where.
+"""The first line a program prints, within a second of its start.
 
-Nothing here imports jax, which takes longer than a person waits without a sign.
+Nothing here imports jax, which takes too long to leave the user without output.
 """
 
 import os
@@ -12,7 +12,7 @@ _INDEX_VARIABLES = (
   "JOB_COMPLETION_INDEX",
   "TPU_WORKER_ID",
 )
-"""What launchers number processes by; see `launch.distributed`, which asks properly."""
+"""Variables in which launchers set the process index; cf. `launch.distributed`."""
 
 
 def announce(text: str, process_id: int | None = None) -> None:
@@ -20,7 +20,7 @@ def announce(text: str, process_id: int | None = None) -> None:
 
   Args:
     text: one line.
-    process_id: --process_id, where there is such a flag.
+    process_id: --process_id, if the program has that flag.
   """
   numbers = [str(process_id)] if process_id is not None else []
   numbers += [os.environ[name] for name in _INDEX_VARIABLES if os.environ.get(name)]

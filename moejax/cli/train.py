@@ -1,15 +1,15 @@
-r"""Trains a sparse Mixture-of-Experts language model, or resumes its training.
+r"""Train a sparse Mixture-of-Experts language model, or resume its training.
 
   python -m experiments.train --config=configs/default.py --workdir=runs/default \
     --config.moe.num_experts=16 --config.moe.capacity_factor=1.5
 
-The same command resumes a run that was stopped, and reports a run that is done. A
-larger --config.train.num_steps extends a finished run. SIGTERM or Ctrl-C saves a
-checkpoint and exits (a second Ctrl-C exits at once).
+The same command resumes a stopped run and reports a finished one. A larger
+--config.train.num_steps extends a finished run. SIGTERM or Ctrl-C saves a checkpoint
+and exits (a second Ctrl-C exits at once).
 
-Exit codes: 0 done, 1 stopped for non-finite losses, 2 refused for a mistake in what
-was given, 143 and 130 exited on SIGTERM and on Ctrl-C with everything saved. With
-several processes also: 3 another one was lost, 4 they were not started alike.
+Exit codes: 0 done, 1 stopped because of non-finite losses, 2 invalid input, 143 and 130
+stopped by SIGTERM and Ctrl-C with everything saved. With several processes also: 3
+another process was lost, 4 the processes were started differently.
 """
 
 import pathlib
@@ -25,7 +25,7 @@ from moejax.launch import meeting
 from moejax.run import compilation_cache
 
 _SHOWN = 5
-"""Overrides that the first line names."""
+"""Number of overrides named in the first line."""
 _DAYS = 30 * 86_400.0
 
 _INIT_FROM = flags.DEFINE_string(
@@ -76,7 +76,7 @@ def main() -> int:
   config = cli.get_config(announce=_announce)
 
   # ------------------------------------------------------------------------ devices
-  # After the configuration: a mistake there should not cost the import of jax.
+  # After the configuration, so that a mistake there does not cost the import of jax.
   from moejax.launch import distributed
   from moejax.run import provenance
 
@@ -88,7 +88,7 @@ def main() -> int:
 
 
 def _announce() -> None:
-  """The first line; what follows takes seconds to import."""
+  """Prints the first line, before imports that take seconds."""
   changed = [f"{name}={value}" for name, value in cli.overrides().items()]
   if len(changed) > _SHOWN:
     changed[_SHOWN:] = [f"{len(changed) - _SHOWN} more"]
@@ -128,7 +128,7 @@ def train(config: Config, workdir: pathlib.Path) -> int:
 
 
 def run() -> None:
-  """The program, from its command line."""
+  """Runs the program."""
   cli.define_config()
   compilation_cache.define_flag()
   cli.run(main)

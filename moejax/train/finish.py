@@ -1,4 +1,4 @@
-"""What a finished run leaves behind: eval.json, report.png, and a few lines to read."""
+"""The output of a finished run: eval.json, report.png and a printed summary."""
 
 import math
 import pathlib
@@ -17,20 +17,20 @@ from moejax.run.results import EVAL_FILE
 from moejax.train.setup import Run
 
 MAX_TOKENS = 4_000_000
-"""Above so many validation tokens more are only evaluated if the config asks for them."""
+"""Most validation tokens in the final evaluation unless the config asks for more."""
 
 _TRAINED_SHARE = 4
-"""A forward pass is a third of a step: a quarter of the tokens, a twelfth of the time."""
+"""Evaluating 1/4 of the tokens costs 1/12 of the training time (forward is 1/3)."""
 
 _PROMPT_BYTES = 60
 _SAMPLE_TOKENS = 160
 
 
 def finish(run: Run, reporter: Reporter) -> dict[str, Any]:
-  """Evaluates, samples, draws, writes and tells. Every process calls it.
+  """Evaluates, samples, draws, writes eval.json and prints. Every process calls it.
 
   Returns:
-    The content of eval.json with `status` and `exit_code`.
+    The content of eval.json plus `status` and `exit_code`.
   """
   step = int(run.state["step"])
   writes = jax.process_index() == 0
@@ -41,7 +41,7 @@ def finish(run: Run, reporter: Reporter) -> dict[str, Any]:
     # Before the sample, which needs the whole model on one device.
     results.write(run.workdir / EVAL_FILE, result)
   if run.config.train.sample and jax.process_count() == 1:
-    # A sample is for a person to look at, and not worth a collective.
+    # A sample is only for people to read and not worth a collective.
     result["sample"] = sample(run)
     results.write(run.workdir / EVAL_FILE, result)
   if writes:
@@ -52,7 +52,7 @@ def finish(run: Run, reporter: Reporter) -> dict[str, Any]:
 
 
 def already_done(run: Run, reporter: Reporter) -> dict[str, Any]:
-  """Says that nothing is left to do, after making up what a kill prevented."""
+  """Reports that training is done; first redoes an interrupted final evaluation."""
   result = results.read(run.workdir / EVAL_FILE)
   if result.get("step") != run.start_step:
     reporter.message(
@@ -75,7 +75,7 @@ def _picture(run: Run) -> pathlib.Path | None:
 
 
 def final_evaluation(run: Run, reporter: Reporter) -> dict[str, Any]:
-  """Validation loss, by domain too, and the baselines on the same bytes."""
+  """Returns validation loss, total and by domain, and baselines on the same bytes."""
   config, factors = run.config, (run.config.moe.eval_capacity_factor,)
   batch_size = groups.batch_size(config, run.mesh, factors)
   per_batch = batch_size * config.data.sequence_length
@@ -95,7 +95,7 @@ def final_evaluation(run: Run, reporter: Reporter) -> dict[str, Any]:
       progress=progress,
     )
   out = values | perplexity.headline(values, factors[0])
-  # The bytes of all processes' rows: process 0 reads them again by itself.
+  # Over the bytes of all processes' rows, which process 0 reads again on its own.
   if jax.process_index() == 0:
     limit = 0 if covered == num_tokens else limit
     out["baselines"] = measure_baselines(run, reporter, values, batch_size, limit)
@@ -103,18 +103,18 @@ def final_evaluation(run: Run, reporter: Reporter) -> dict[str, Any]:
 
 
 def final_tokens(config: Config, per_batch: int, num_tokens: int) -> int:
-  """How many validation tokens the evaluation after the last step is to cover.
+  """Returns the number of validation tokens of the evaluation after the last step.
 
   Args:
     config: of the run.
-    per_batch: tokens of a batch of the evaluation.
+    per_batch: tokens per evaluation batch.
     num_tokens: of the whole split.
   """
   train = config.train
   wanted = train.final_eval_tokens
   if wanted < 0:
     trained = train.num_steps * train.batch_size * config.data.sequence_length
-    # Never less than what was looked at on the way.
+    # Never fewer than in evaluations during training.
     on_the_way = train.eval_batches * per_batch or num_tokens
     wanted = min(max(trained // _TRAINED_SHARE, on_the_way), MAX_TOKENS)
   return min(wanted or num_tokens, num_tokens)
@@ -123,18 +123,18 @@ def final_tokens(config: Config, per_batch: int, num_tokens: int) -> int:
 def measure_baselines(
   run: Run, reporter: Reporter, values: dict[str, Any], batch_size: int, limit: int
 ) -> dict[str, dict[str, float]]:
-  """What knowing nothing but byte frequencies, and what xz, make of the same bytes.
+  """Measures the baselines on the same bytes: byte-unigram entropy and xz.
 
   Args:
     run: whose dataset was evaluated.
-    reporter: shows how far xz is.
+    reporter: shows the progress of xz.
     values: of the evaluation, for its numbers of tokens and bytes.
     batch_size: of the evaluation.
     limit: of the evaluation.
 
   Returns:
-    For each, bits_per_byte and `loss`, the same in nats per token of this run's
-    tokenizer, so that it can be drawn beside the loss.
+    For each baseline, `bits_per_byte` and `loss`, the same in nats per token of this
+    run's tokenizer, so that it can be plotted beside the loss.
   """
   with watched(reporter, "xz -9 of the same text, bytes", values["bytes"]) as progress:
     bits = baselines.baselines(run.dataset, "validation", batch_size, limit, progress)
@@ -146,7 +146,7 @@ def measure_baselines(
 
 
 def sample(run: Run) -> dict[str, str] | None:
-  """Continues the beginning of a held-out document; None where that is refused."""
+  """Continues the beginning of a held-out document; None if the model cannot."""
   split = "validation" if run.dataset.num_tokens("validation") else "train"
   document = next(iter(run.dataset.raw_bytes(split)), b"")
   prompt = document[:_PROMPT_BYTES].decode("utf-8", "ignore")
@@ -163,13 +163,13 @@ def sample(run: Run) -> dict[str, str] | None:
       max_tokens=_SAMPLE_TOKENS,
       seed=run.config.train.seed,
     )
-  except UserError:  # a router that looks ahead cannot generate
+  except UserError:  # a non-causal router cannot generate
     return None
   return {"prompt": prompt, "continuation": generated.completions[0].text}
 
 
 def summary(run: Run, result: dict[str, Any], picture: pathlib.Path | None) -> str:
-  """The lines a run ends with."""
+  """Returns the lines printed at the end of a run."""
   lines = [""]
   if "loss" in result:
     covered = results.coverage(result["tokens"], result.get("split_tokens"))
@@ -181,7 +181,7 @@ def summary(run: Run, result: dict[str, Any], picture: pathlib.Path | None) -> s
     text = result["sample"]["prompt"] + "|" + result["sample"]["continuation"]
     lines += ["", "sample (after the |):", *(f"  {t}" for t in text.splitlines())]
   workdir = run.workdir
-  # Not simply the last step's: a full disk may have kept that one from being saved.
+  # Not always the last step's, whose save may have failed, e.g. on a full disk.
   saved = run.checkpointer.latest()
   paths = {
     "checkpoint": None if saved is None else workdir / checkpoint.DIRECTORY / str(saved),

@@ -1,16 +1,15 @@
 """The training loop.
 
-    set up -> steps, with evaluation and checkpoints now and then -> finish
+    set up -> steps, with periodic evaluation and checkpoints -> finish
 
-A step is named by the number of steps done after it: `step` 100 in metrics.jsonl
-and checkpoint 100 both mean that one hundred batches were used. The data, the
-randomness and the learning rate of a step depend on the state alone, so a run
-that was stopped and one that was not are the same, bit for bit.
+A step is numbered by the steps completed after it: `step` 100 in metrics.jsonl and
+checkpoint 100 both mean that one hundred batches were used. The data, randomness and
+learning rate of a step depend only on the state, so an interrupted and an
+uninterrupted run are bit-identical.
 
-Extending a finished run by a larger num_steps goes on from its last state. The
-schedules that know the end of the run (cosine, linear, constant_decay) are then
-those of the longer run from there on: the rate jumps back up. inverse_sqrt does
-not.
+A finished run given a larger num_steps continues from its last state. Schedules that
+depend on the end of the run (cosine, linear, constant_decay) then follow those of the
+longer run: the learning rate jumps back up. With inverse_sqrt it does not.
 """
 
 import pathlib
@@ -43,24 +42,23 @@ def train(
   ignore_memory: bool = False,
   config_flags: str = "",
 ) -> dict[str, Any]:
-  """Trains, or goes on training, the run in a directory.
+  """Starts or resumes the training run in a directory.
 
   Args:
     config: validated.
-    workdir: holds or will hold config.json, metrics.jsonl, checkpoints and the rest.
+    workdir: directory of config.json, metrics.jsonl, checkpoints and other files.
     init_from: directory of a run whose parameters a new run starts from.
-    devices: jax devices to train on; all of them if None.
-    stream: where progress goes; standard output if None.
+    devices: jax devices to train on; None is all.
+    stream: where progress is printed; None is standard output.
     ignore_memory: start even if the run cannot fit into memory; see `cost.memory`.
-    config_flags: what gives another program this config, for a warning that
-      names one.
+    config_flags: flags that give another program this config, for a warning.
 
   Returns:
     `step` (steps done), `status` (done, already_done or stopped) and `exit_code`
-    (0, or 128 + signal when stopped); after a finished run also what eval.json has.
+    (0, or 128 + signal when stopped); for a finished run also the content of eval.json.
 
   Raises:
-    UserError: something the user can mend, before the first step.
+    UserError: an error the user can fix, before the first step.
     TrainingStopped: `train.max_bad_steps` non-finite steps in a row.
   """
   workdir = pathlib.Path(workdir)
@@ -103,10 +101,9 @@ def _train(run: Run, reporter: Reporter, config_flags: str) -> dict[str, Any]:
 
 
 def fit(run: Run, reporter: Reporter, stop: StopRequest, config_flags: str = "") -> int:
-  """Takes the run's remaining steps. Returns the number of steps done.
+  """Takes the run's remaining steps and returns the number of steps done.
 
-  On the way it keeps `run.state` up to date, so that a caller always has the
-  state that belongs to the returned step.
+  Updates `run.state` in place, so that it always matches the returned step.
   """
   config, start, end = run.config.train, run.start_step, run.config.train.num_steps
   train_step = step_lib.make_train_step(
@@ -125,13 +122,13 @@ def fit(run: Run, reporter: Reporter, stop: StopRequest, config_flags: str = "")
       batch = step_lib.to_devices(next(batches), run.mesh)
       run.state, device_metrics = train_step(run.state, batch)
       step += 1
-      # Step n-1's metrics are read after step n was started: the device never
-      # waits for the host.
+      # The metrics of step n-1 are read after step n has started, so that the
+      # device never waits for the host.
       log.add(step, device_metrics)
       run.checkpointer.poll()
       stopping = _agreed(stop, step, config.log_every, is_last=step == end)
       leaving = stopping or step == end
-      # A run told to stop may have seconds: it saves and does not evaluate.
+      # A run told to stop may have only seconds: it saves but does not evaluate.
       evaluates = not stopping and (step == end or _every(step, config.eval_every))
       saves = _every(step, config.checkpoint_every) or leaving
       if not (evaluates or saves):
@@ -151,7 +148,7 @@ def fit(run: Run, reporter: Reporter, stop: StopRequest, config_flags: str = "")
 
 
 def train_batches(run: Run) -> Iterator[dict[str, np.ndarray]]:
-  """This process's rows of every global batch from the run's first step on."""
+  """Yields this process's rows of each global batch, from `run.start_step` on."""
   return run.dataset.train_batches(
     run.config.train.batch_size,
     run.config.train.seed,
@@ -161,7 +158,7 @@ def train_batches(run: Run) -> Iterator[dict[str, np.ndarray]]:
 
 
 def make_evaluate(run: Run, reporter: Reporter):
-  """() -> validation metrics of the run's current parameters, or None without data."""
+  """Returns a function that evaluates the current parameters; None without data."""
   config, factor = run.config, run.config.moe.eval_capacity_factor
   num_tokens = run.dataset.num_tokens("validation")
   if not num_tokens:
@@ -181,7 +178,7 @@ def make_evaluate(run: Run, reporter: Reporter):
       values = validation.evaluate(
         eval_step, run.state["params"], batches, run.mesh, progress
       )
-    # So that whoever reads the loss can say what it is of.
+    # So that a report can say how much of the split the loss covers.
     return None if values is None else values | {"split_tokens": num_tokens}
 
   return evaluate
@@ -197,7 +194,7 @@ def _every(step: int, interval: int) -> bool:
 
 
 def _leaving_time(config: Config) -> str:
-  """When a run that is told to leave does so; see `_agreed`."""
+  """Returns, in words, when a run that is told to stop does so; see `_agreed`."""
   if jax.process_count() == 1:
     return "after this step"
   return (
@@ -206,10 +203,10 @@ def _leaving_time(config: Config) -> str:
 
 
 def _agreed(stop: StopRequest, step: int, interval: int, *, is_last: bool) -> bool:
-  """Whether any process was asked to stop: all must leave at the same step.
+  """Returns whether any process was asked to stop; all must stop at the same step.
 
-  Asking the others waits for them, so with several processes it is done only
-  every `interval` steps, and after the last one.
+  The check synchronises the processes, so with several of them it is done only every
+  `interval` steps and after the last step.
   """
   if jax.process_count() == 1:
     return stop.signal is not None

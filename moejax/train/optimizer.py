@@ -1,13 +1,12 @@
 """Optimizers by name, learning-rate schedules, the weight-decay mask.
 
-An optimizer is given all parameters and sees the trained ones alone
-(`moejax.models.trained`): the others have no moments, do not decay, and come out as they
-went in.
+An optimizer takes all parameters and updates only the trained ones
+(`moejax.models.trained`): the others have no moments, do not decay, and are returned
+unchanged.
 
-An optimizer here is an optax chain that stops short of the learning rate: the
-train step multiplies by `schedule(step)` itself. The number that is logged is
-therefore the number that was used, also after a skipped step, where optax's own
-counters stand still and the schedule goes on.
+An optimizer here is an optax chain without the learning rate: `apply` multiplies by the
+rate that the train step passes in, `schedule(step)`. The logged rate is therefore the one
+used, also after a skipped step, where optax's own counters stop but the schedule does not.
 
 Sources: AdamW, arXiv:1711.05101 (decay is decoupled: it is multiplied by the
 learning rate and never enters the moments); Adafactor, arXiv:1804.04235; Lion,
@@ -32,22 +31,22 @@ from moejax.types import Params
 Schedule = Callable[[Int[Array, ""]], Float[Array, ""]]
 
 LAYER_AXIS = "layer"
-"""The logical axis that only stacks layers: it does not make a vector a matrix."""
+"""The logical axis that stacks layers; ignored when telling matrices from vectors."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Optimizer:
-  """An update rule without its learning rate, and the schedule beside it."""
+  """An update rule without learning rate, and its schedule."""
 
   transform: optax.GradientTransformation
   schedule: Schedule
   clip_norm: float
   """Global gradient norm above which gradients are scaled down; 0 is off."""
   trained: trained_lib.Mask
-  """Of all parameters, those that are its business."""
+  """Mask of the parameters that are trained."""
 
   def init(self, params: Params) -> Any:
-    """The optimizer's state: a tree of arrays that Orbax can restore."""
+    """Returns the initial optimizer state: a tree of arrays that Orbax can restore."""
     learned, _ = trained_lib.split(params, self.trained)
     with jax.numpy_dtype_promotion("standard"):  # optax mixes weak and strong types
       return self.transform.init(_float32(learned))
@@ -61,20 +60,20 @@ class Optimizer:
     learning_rate: Float[Array, ""],
     gradient_norm: Float[Array, ""],
   ) -> tuple[Params, Any]:
-    """One update. The norm is passed in because the step needs it anyway.
+    """Applies one update. The norm is an argument because the step needs it anyway.
 
     Args:
       gradients: of the trained parameters.
-      opt_state: from `init`, or from the update before.
-      params: all of them.
+      opt_state: from `init` or the previous update.
+      params: all parameters.
 
     Returns:
-      All parameters, those that are not trained as they were, and the new state.
+      All parameters, untrained ones unchanged, and the new optimizer state.
     """
     learned, kept = trained_lib.split(params, self.trained)
     with jax.numpy_dtype_promotion("standard"):
       if self.clip_norm > 0:
-        # max(norm, clip) in the denominator: no division by zero, scale 1 below.
+        # max(norm, clip) avoids division by zero and gives scale 1 below the clip norm.
         scale = self.clip_norm / jnp.maximum(gradient_norm, self.clip_norm)
         gradients = jax.tree.map(lambda g: g * scale.astype(g.dtype), gradients)
       updates, opt_state = self.transform.update(gradients, opt_state, _float32(learned))
@@ -84,7 +83,7 @@ class Optimizer:
 
 
 def _float32(params: Params) -> Params:
-  """The moments are float32 whatever the type the parameters are stored in."""
+  """Casts to float32, so that moments are float32 whatever the parameters' dtype."""
   return jax.tree.map(lambda p: p.astype(jnp.float32), params)
 
 
@@ -93,9 +92,9 @@ def _adamw(config: OptimizerConfig) -> optax.GradientTransformation:
 
 
 def _adafactor(config: OptimizerConfig) -> optax.GradientTransformation:
-  # beta1, beta2 and epsilon are not used: the paper's factored second moment has
-  # its own decay 1 - t^-0.8 and there is no first moment, which is its point.
-  # The step is relative to the parameter's scale, so 1e-2 is a usual rate.
+  # beta1, beta2 and epsilon are not used: the factored second moment has its own
+  # decay 1 - t^-0.8, and by design there is no first moment. The step is relative
+  # to the parameter's scale, so 1e-2 is a usual rate.
   return optax.chain(
     optax.scale_by_factored_rms(),
     optax.clip_by_block_rms(1.0),
@@ -117,12 +116,12 @@ OPTIMIZERS: dict[str, Callable[[OptimizerConfig], optax.GradientTransformation]]
 def make_optimizer(
   config: OptimizerConfig, *, num_steps: int, axes: Params, trained: trained_lib.Mask
 ) -> Optimizer:
-  """Builds the optimizer a config names.
+  """Builds the optimizer of a config.
 
   Args:
     config: name, schedule, moments, decay, clipping.
     num_steps: length of the run, which cosine, linear and constant_decay need.
-    axes: the model's `logical_axes()`, from which the decay mask is read.
+    axes: the model's `logical_axes()`, from which the decay mask is derived.
     trained: the model's `trained()`.
 
   Raises:
@@ -146,15 +145,15 @@ def make_optimizer(
 
 
 def decay_mask(axes: Any) -> Any:
-  """True for the parameters that weight decay applies to: the matrices.
+  """Returns True for the parameters that weight decay applies to: the matrices.
 
-  A matrix has two or more axes besides the one that stacks layers. A table that
-  is looked up by token (its first axis is the vocabulary) is an embedding, tied
-  or not; an output projection [D, V] is a matrix. A bias of heads x head_dim has
-  two axes too and is known by its name.
+  A matrix has two or more axes besides the one that stacks layers. A table indexed by
+  token (its first axis is the vocabulary) is an embedding, tied or not; an output
+  projection [D, V] is a matrix. A bias of heads x head_dim also has two axes and is
+  recognised by its name.
 
   Args:
-    axes: tree like the parameters, of tuples of logical axis names.
+    axes: tree of tuples of logical axis names, structured like the parameters.
   """
 
   def decays(path: tuple[Any, ...], names: tuple[str | None, ...]) -> bool:
@@ -166,22 +165,22 @@ def decay_mask(axes: Any) -> Any:
 
 
 def is_axes(value: Any) -> bool:
-  """Whether a node of a logical-axes tree is a leaf: a tuple of names."""
+  """Returns whether a node of a logical-axes tree is a leaf: a tuple of names."""
   return isinstance(value, tuple) and all(n is None or isinstance(n, str) for n in value)
 
 
 def make_schedule(config: OptimizerConfig, num_steps: int) -> Schedule:
-  """The learning rate of the update that follows `step` earlier ones.
+  """Returns the schedule: the learning rate of an update after `step` earlier ones.
 
-  With s = step + 1, so that no step is spent at rate zero and the last step is
-  exactly at `final_fraction` of the peak: linear warmup s / warmup_steps, the
-  peak at s = warmup_steps, then by name
+  With s = step + 1, so that no step has rate zero and the last step is exactly at
+  `final_fraction` of the peak (except inverse_sqrt): linear warmup s / warmup_steps,
+  the peak at s = warmup_steps, then by name
 
     cosine          half a cosine down to final_fraction at s = num_steps
     linear          a line to the same end
     constant_decay  the peak, then a line over the last decay_fraction of the run
-    inverse_sqrt    sqrt(warmup_steps / s); knows no end, so it is the one that a
-                    later, larger num_steps continues without a jump
+    inverse_sqrt    sqrt(warmup_steps / s); independent of num_steps, so a larger
+                    num_steps later continues it without a jump
 
   Raises:
     ConfigError: an unknown name.
@@ -210,7 +209,7 @@ _Shape = Callable[[Float[Array, ""], OptimizerConfig, int], Float[Array, ""]]
 def _progress(
   s: Float[Array, ""], start: int | float, end: int | float
 ) -> Float[Array, ""]:
-  """0 at start, 1 at end and after; a run shorter than its warmup never gets here."""
+  """Returns progress from 0 at `start` to 1 at and after `end`."""
   return jnp.clip((s - start) / max(end - start, 1.0), 0.0, 1.0)
 
 

@@ -1,7 +1,7 @@
-"""Everything a run needs before its first step, made in the order that fails early.
+"""Everything a run needs before its first step, built in an order that fails early.
 
-The device mesh first (flags alone can be wrong), then the run's directory, which is
-locked, then the data, then the model, and the state last, since it costs memory.
+First the device mesh (which needs only flags), then the run's directory, which is locked,
+then the data, then the model, and last the state, which takes memory.
 """
 
 import dataclasses
@@ -37,14 +37,14 @@ from moejax.train.state import State
 
 @dataclasses.dataclass(kw_only=True)
 class Run:
-  """What `loop.fit` works on. `state` is the only thing that changes."""
+  """The input of `loop.fit`, which changes only `state`."""
 
   config: Config
   workdir: pathlib.Path
   mesh: Mesh
   dataset: Dataset
   token_bytes: Float[np.ndarray, "V"]
-  """Bytes of text that each vocabulary id stands for."""
+  """Number of text bytes of each vocabulary id."""
   model: Decoder
   optimizer: Optimizer
   checkpointer: checkpoint.Checkpointer
@@ -67,15 +67,15 @@ def set_up(
 
   Args:
     config: validated.
-    workdir: the run's directory; made if missing.
-    init_from: directory of a run whose parameters a new run starts from. A run
-      that resumes has its own and does not look there.
-    devices: jax devices; all of them if None.
-    reporter: told what is being set up.
+    workdir: the run's directory; created if missing.
+    init_from: directory of a run whose parameters a new run starts from; ignored when
+      resuming.
+    devices: jax devices; None is all.
+    reporter: reports what is being set up.
     ignore_memory: start even if the run cannot fit into memory.
 
   Raises:
-    ConfigError, UserError: anything the user can mend; nothing is half-written.
+    ConfigError, UserError: any error the user can fix; nothing is half-written.
   """
   reporter = reporter or Silent()
   devices = jax.devices() if devices is None else devices
@@ -86,7 +86,8 @@ def set_up(
   begun = list_steps(workdir / DIRECTORY)
   if init_from and not begun:
     init_from_lib.check(init_from, config)
-  # Twice: refused before minutes of preparing data, written once they are known.
+  # Called twice: here to fail before minutes of data preparation, and again below
+  # with the data's fingerprints.
   workdir_lib.prepare(workdir, config, mesh=mesh.shape)
   if left_out:
     reporter.message(left_out)
@@ -127,7 +128,7 @@ def set_up(
 
 
 def _load_data(config: Config, workdir: pathlib.Path, init_from: str) -> Dataset:
-  """The text, tokenized; refused where a run was begun on another."""
+  """Loads the tokenized text; rejects text other than the one the run started with."""
   dataset = data.load(
     config.data,
     workdir=workdir,
@@ -140,7 +141,7 @@ def _load_data(config: Config, workdir: pathlib.Path, init_from: str) -> Dataset
 
 
 def _build(config: Config, dataset: Dataset) -> tuple[Decoder, Optimizer]:
-  """The model and its optimizer, without parameters."""
+  """Builds the model and its optimizer, without parameters."""
   model = Decoder(
     config.model,
     config.moe,
@@ -174,7 +175,7 @@ def _open_checkpoints(
 
 
 def describe(config: Config, mesh: Mesh) -> str:
-  """On what a run trains what, on one line."""
+  """Describes a run's devices, model and batch in one line."""
   vocab_size = parameters.resolve_vocab_size(config)
   total, active = parameters.count_parameters(config, vocab_size)
   device = mesh.devices.flat[0]
@@ -207,7 +208,7 @@ def _state(
     return state, int(state["step"])
   params = None
   if init_from:
-    # Before the state is made: a wrong directory should not cost a compilation.
+    # Before creating the state: a wrong directory should not cost a compilation.
     shapes = state_lib.state_shapes(model, optimizer, mesh)["params"]
     params = checkpoint.init_from(init_from, shapes)
     if problem := checkpoint.damaged_table(params, config.moe):
@@ -217,6 +218,6 @@ def _state(
   state = init(jax.random.key(config.train.seed))
   if params is not None:
     state = state_lib.replace_params(state, optimizer, params)
-    # So that a resumed run never needs the other directory, or the flag, again.
+    # So that resuming needs neither the other directory nor the flag.
     checkpointer.save(0, state, position={"step": 0, "seed": config.train.seed})
   return state, 0

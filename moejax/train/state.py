@@ -1,4 +1,4 @@
-"""The train state: a plain dict of arrays, and where each of them lives.
+"""The train state: a plain dict of arrays, and their shardings.
 
     step       int32 scalar: optimizer steps taken, skipped ones included
     params     the model's parameters
@@ -6,8 +6,8 @@
     key        typed PRNG key of the run; step n uses fold_in(key, n)
     bad_steps  int32 scalars `total` and `in_a_row`: steps skipped as non-finite
 
-Everything that decides the next step is in here or, for the data, is a function
-of `step`: this is why a resumed run is bit-identical to one never stopped.
+Everything that determines the next step is in the state or, for the data, a function
+of `step`. A resumed run is therefore bit-identical to an uninterrupted one.
 """
 
 from collections.abc import Callable
@@ -27,7 +27,7 @@ State = dict[str, Any]
 
 
 def initial_state(model: Any, optimizer: Optimizer, key: Key[Array, ""]) -> State:
-  """The state before the first step. Pure: jit it with the state's shardings."""
+  """Returns the state before the first step. Pure: jit it with the state's shardings."""
   init_key, run_key = jax.random.split(key)
   params = model.init(init_key)
   return {
@@ -43,9 +43,9 @@ def initial_state(model: Any, optimizer: Optimizer, key: Key[Array, ""]) -> Stat
 
 
 def state_shapes(model: Any, optimizer: Optimizer, mesh: Mesh) -> State:
-  """The state as ShapeDtypeStructs with shardings: what a restore aims at."""
+  """Returns the state as ShapeDtypeStructs with shardings: the target of a restore."""
   with jax.set_mesh(mesh):
-    # The key is made inside: these devices may be descriptions, which hold no array.
+    # The key is made inside eval_shape: described devices cannot hold an array.
     shapes = jax.eval_shape(lambda: initial_state(model, optimizer, jax.random.key(0)))
   params = param_shardings(model, mesh)
   everywhere = rules.replicated(mesh)
@@ -62,14 +62,14 @@ def state_shapes(model: Any, optimizer: Optimizer, mesh: Mesh) -> State:
 
 
 def shardings_of(shapes: Any) -> Any:
-  """The shardings in a tree of ShapeDtypeStructs or arrays."""
+  """Returns the shardings of a tree of ShapeDtypeStructs or arrays."""
   return jax.tree.map(lambda s: s.sharding, shapes)
 
 
 def make_init(
   model: Any, optimizer: Optimizer, mesh: Mesh
 ) -> Callable[[Key[Array, ""]], State]:
-  """Compiled `initial_state`, straight into the shardings: no device holds it all."""
+  """Compiles `initial_state` with sharded output, so no device holds the whole state."""
   shardings = shardings_of(state_shapes(model, optimizer, mesh))
   init = jax.jit(
     lambda key: initial_state(model, optimizer, key), out_shardings=shardings
@@ -83,7 +83,7 @@ def make_init(
 
 
 def replace_params(state: State, optimizer: Optimizer, params: Params) -> State:
-  """The state of a new run that starts from another one's parameters."""
+  """Returns the state of a new run that starts from another run's parameters."""
   opt_state = jax.jit(optimizer.init, out_shardings=shardings_of(state["opt_state"]))(
     params
   )

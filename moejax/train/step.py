@@ -1,13 +1,13 @@
-"""One optimizer step, and one evaluation step, each a single compiled function.
+"""One optimizer step and one evaluation step, each a single compiled function.
 
-The loss that is minimised is, over the valid tokens of the whole global batch,
+The training loss, over the valid tokens of the whole global batch, is
 
     (sum of cross-entropy + sum over aux terms of weight * aux sum) / valid tokens
 
-Every part is a sum over tokens divided by one number that is known before the
-forward pass, so microbatches simply add: accumulation gives the gradients of the
-large batch to float32 rounding. The reported loss is the cross-entropy alone, in
-nats per token; aux terms are reported unweighted under their own names.
+Every term is a sum over tokens divided by a number known before the forward pass, so
+microbatches simply add: accumulation gives the gradients of the large batch up to
+float32 rounding. The reported loss is the cross-entropy alone, in nats per token; aux
+terms are reported unweighted under their own names.
 
 Letters: A microbatches, B sequences of the global batch, S tokens of a sequence.
 """
@@ -49,11 +49,11 @@ def loss_gradients(
   token_bytes: Float[Array, "V"] | None = None,
   step: Int[Array, ""] | None = None,
 ) -> tuple[dict[str, Any], Params]:
-  """Sums over the global batch, and the gradient of the mean training loss.
+  """Returns sums over the global batch and the gradient of the mean training loss.
 
-  The gradient is taken by the trained parameters alone (`moejax.models.trained`).
-  Microbatches are consecutive runs of sequences, so that a routing group that
-  spans several sequences holds the same ones whatever the accumulation.
+  The gradient is with respect to the trained parameters only (`moejax.models.trained`).
+  Microbatches are consecutive sequences, so that a routing group of several sequences
+  holds the same ones for any accumulation.
   """
   valid = jnp.sum(batch["segment_ids"] > 0, dtype=jnp.float32)
   total = jnp.maximum(valid, 1.0)
@@ -93,7 +93,7 @@ def loss_gradients(
 
   first = jax.tree.map(lambda x: x[0], microbatches)
   shapes = jax.eval_shape(gradients_of, learned, first, key)
-  # Sums in float32 whatever the parameters' type: small terms must not vanish.
+  # Accumulated in float32 for any parameter dtype: small terms must not vanish.
   zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, jnp.float32), shapes)
   (gradients, sums), _ = jax.lax.scan(add, zeros, (indices, microbatches))
   return sums, gradients
@@ -107,11 +107,11 @@ def _chosen_in_batch(
   key: Key[Array, ""],
   same: dict[str, Any],
 ) -> Float[Array, "L E"]:
-  """Assignments asked for in the whole batch, by a forward pass of its own.
+  """Counts the assignments requested in the whole batch, in a separate forward pass.
 
-  A balance loss over the batch multiplies each token's probabilities by loads that
-  the last microbatch has a part in. Megatron uses those counted so far instead,
-  which costs no pass and is not the loss of the large batch.
+  A balance loss over the batch multiplies each token's probabilities by loads to which
+  every microbatch contributes, the last one too. Megatron uses the loads counted so far
+  instead, which needs no extra pass but is not the loss of the large batch.
   """
 
   def count(index: Int[Array, ""], microbatch: Batch) -> Float[Array, "L E"]:
@@ -131,9 +131,9 @@ def _chosen_in_batch(
 
 
 def _split(x: Int[Array, "B S"], parts: int) -> Int[Array, "A b S"]:
-  """Cuts B into A consecutive microbatches, each again over all devices.
+  """Splits B into A consecutive microbatches, each sharded over all devices.
 
-  The tokens change devices here, a few bytes each; their activations never do.
+  Only tokens move between devices here, a few bytes each, never activations.
   """
   x = x.reshape(parts, x.shape[0] // parts, *x.shape[1:])
   if jax.sharding.get_abstract_mesh().empty:
@@ -150,10 +150,10 @@ def train_step(
   accumulation: int = 1,
   token_bytes: Float[Array, "V"] | None = None,
 ) -> tuple[State, Metrics]:
-  """One step, not compiled; see `make_train_step`.
+  """Takes one step, uncompiled; see `make_train_step`.
 
-  A non-finite loss or gradient leaves parameters and optimizer as they were, by
-  a select, so that the compiled step has no branch; it is counted.
+  A non-finite loss or gradient leaves parameters and optimizer state unchanged and is
+  counted. This is a select, so that the compiled step has no branch.
   """
   step, params = state["step"], state["params"]
   key = jax.random.fold_in(state["key"], step)
@@ -176,10 +176,10 @@ def train_step(
     gradient_norm=norm,
   )
   if sums["stats"] is not None:
-    # From the loads of the whole batch, outside the gradient (DeepSeek-V3).
+    # Uses the loads of the whole batch, outside the gradient (DeepSeek-V3).
     moved = model.update_routers(updated[0], sums["stats"])
     updated = (moved, updated[1])
-    # A router's own sums are for this update alone, and may be large to fetch.
+    # A router's own sums are only needed for this update and may be costly to fetch.
     sums["stats"] = dataclasses.replace(sums["stats"], extra={})
   finite = jnp.isfinite(sums["loss"]) & jnp.isfinite(norm)
   new_params, opt_state = jax.tree.map(
@@ -215,7 +215,7 @@ def make_train_step(
   *,
   token_bytes: Float[np.ndarray, "V"] | None = None,
 ) -> Callable[[State, Batch], tuple[State, Metrics]]:
-  """Compiles the step for a mesh; the state given to it is consumed (donated).
+  """Compiles the step for a mesh; its input state is donated.
 
   Returns:
     (state, batch) -> (state, metrics). Metrics are replicated arrays: sums as in
@@ -278,8 +278,8 @@ def make_eval_step(
 
 
 def to_devices(batch: dict[str, Any], mesh: Mesh) -> Batch:
-  """Puts this process's rows of a batch where the compiled steps expect them.
+  """Puts this process's rows of a batch on the devices, sharded for the compiled steps.
 
-  Keys that no model reads (`domain`) stay behind.
+  Keys that no model reads (`domain`) are dropped.
   """
   return {name: rules.place_rows(mesh, batch[name]) for name in MODEL_KEYS}

@@ -1,4 +1,4 @@
-"""What a run knows about its own steps, and tells: read one step late."""
+"""Logs the metrics of a run's steps, read one step late."""
 
 import dataclasses
 import time
@@ -19,7 +19,7 @@ class TrainingStopped(Exception):
 
 @dataclasses.dataclass
 class _Speed:
-  """Tokens and seconds of training since the last logged step, pauses left out."""
+  """Training tokens and seconds since the last logged step, without pauses."""
 
   tokens: float = 0.0
   seconds: float = 0.0
@@ -27,7 +27,7 @@ class _Speed:
 
   def add(self, tokens: float) -> None:
     now = time.monotonic()
-    # The first step after a start has no beginning to measure from: it compiles.
+    # The first step after a start is not timed: it compiles.
     if self.since is not None:
       self.tokens += tokens
       self.seconds += now - self.since
@@ -38,12 +38,12 @@ class _Speed:
 
 
 class StepLog:
-  """Reads metrics one step late and passes them on; stops a run that diverged."""
+  """Reads metrics one step late and logs them; stops a run that diverged."""
 
   def __init__(self, run: Run, reporter: Reporter):
     self._run, self._reporter = run, reporter
     self._pending: tuple[int, Any] | None = None
-    # Held back while an evaluation can still join it.
+    # Held back so that an evaluation of the same step can be added.
     self._line: tuple[int, dict[str, Any]] | None = None
     self._speed = _Speed()
     self._device_kind = jax.devices()[0].device_kind
@@ -56,25 +56,25 @@ class StepLog:
       )
 
   def add(self, step: int, device_metrics: Metrics) -> None:
-    """Takes the metrics of the step just started; reads those of the one before."""
+    """Takes the metrics of the step just started; reads those of the previous one."""
     previous, self._pending = self._pending, (step, device_metrics)
     if previous is not None:
       self._read(*previous)
 
   def settle(self, *, keep: bool) -> None:
-    """Reads what is pending. `keep`: this step gets a line whatever log_every says."""
+    """Reads pending metrics. `keep`: log this step regardless of log_every."""
     if self._pending is not None:
       pending, self._pending = self._pending, None
       self._read(*pending, keep=keep)
 
   def flush(self) -> None:
-    """Makes every line durable, before a checkpoint of the same step can be."""
+    """Makes every line durable, before a checkpoint of the same step is."""
     self._write_line()
     for writer in self._writers:
       writer.flush()
 
   def resume(self) -> None:
-    """Starts the clock again after an evaluation or a checkpoint."""
+    """Restarts the clock after an evaluation or a checkpoint."""
     self._speed.since = time.monotonic()
 
   def evaluation(self, step: int, values: dict[str, Any] | None) -> float | None:
@@ -83,7 +83,7 @@ class StepLog:
       named = {f"validation_{k}": v for k, v in values.items() if k != "moe"}
       self._line = (step, {**self._line[1], **named} if self._line else named)
       self._reporter.update(step, named)
-    # Now, since a checkpoint need not follow: the next line would take its place.
+    # Written now: if no checkpoint follows, the next line would replace it.
     self._write_line()
     return None if values is None else values["loss"]
 

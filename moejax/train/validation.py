@@ -22,7 +22,7 @@ def evaluate(
   mesh: jax.sharding.Mesh,
   progress: Callable[[int], None] | None = None,
 ) -> dict[str, Any] | None:
-  """Adds up the batches' sums, then divides once.
+  """Evaluates all batches: adds up their sums, then divides once.
 
   Args:
     eval_step: from `step.make_eval_step`.
@@ -33,7 +33,7 @@ def evaluate(
 
   Returns:
     loss, bits_per_byte where known, aux terms, dropped_fraction, num_tokens and
-    `moe` (per layer); None if there was not one valid token.
+    `moe` (per layer); None if there is no valid token.
   """
   total, pending = None, None
   for batch in batches:

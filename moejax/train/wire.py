@@ -1,4 +1,4 @@
-"""A run looks once at what its train step sends, and says what nobody asked for."""
+"""Checks the compiled train step once for unexpected collectives."""
 
 import time
 from collections.abc import Callable
@@ -21,16 +21,16 @@ StepFn = Callable[[State, Batch], tuple[State, Metrics]]
 def watched(
   train_step: Any, config: Config, mesh: Mesh, config_flags: str = ""
 ) -> StepFn:
-  """The step, compiled at its first call, when its program is looked at.
+  """Wraps the step: compiles it at its first call and checks the program.
 
-  Compiled once, ahead of time, since only so the program's text can be had. On one
-  device nothing is sent, and the step is returned as it is.
+  Compiled once, ahead of time, because only this gives access to the program's text.
+  With one device nothing is sent, and the step is returned unchanged.
 
   Args:
     train_step: from `step.make_train_step`.
     config: of the run.
     mesh: in scope when the step is called.
-    config_flags: what gives another program this config.
+    config_flags: flags that give another program this config.
   """
   if mesh.size == 1:
     return train_step
@@ -47,9 +47,9 @@ def watched(
 
 
 def warn(compiled: Any, config: Config, mesh: Mesh, config_flags: str = "") -> None:
-  """One warning if the program holds a collective that nothing asks for.
+  """Logs one warning if the program has collectives without a known purpose.
 
-  Never ends the run: a text that cannot be read is worth a line for debugging.
+  Never ends the run: if the program's text cannot be parsed, logs a debug line.
   """
   begin = time.monotonic()
   try:
