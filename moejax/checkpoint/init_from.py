@@ -1,4 +1,4 @@
-"""--init_from is looked at before a new run writes anything, and in its own words."""
+"""Checks --init_from before a new run writes anything, with its own error messages."""
 
 import fnmatch
 import pathlib
@@ -30,9 +30,9 @@ _HOW_MANY = (
 
 
 def check(source: str, config: Config) -> None:
-  """Refuses parameters that do not fit the model of a new run.
+  """Rejects parameters that do not fit the model of a new run.
 
-  Reads what the newest readable checkpoint says about itself, and no array.
+  Reads only the meta of the newest readable checkpoint, no arrays.
 
   Args:
     source: --init_from.
@@ -84,7 +84,7 @@ def _newest_meta(source: str) -> dict[str, Any]:
 
 
 def _vocab_size(source: str, config: Config) -> int:
-  """V of the new run, which takes the tokenizer over."""
+  """Returns V of the new run, which reuses the source's tokenizer."""
   if not (pathlib.Path(source) / CONFIG_FILE).exists():
     return resolve_vocab_size(config)
   try:
@@ -130,7 +130,7 @@ def _explain(old: Config, new: Config, problems: list[str]) -> str:
 
 
 def _matters(new: Config, name: str, before: Any, now: Any) -> bool:
-  """Whether this field by itself changes the shapes of the parameters."""
+  """Returns whether this field alone changes the shapes of the parameters."""
   one = config_text.from_dict(config_text.to_dict(new))
   config_text.set_field(one, name, before)
   return _shapes(one) != _shapes(new)

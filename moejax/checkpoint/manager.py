@@ -1,16 +1,16 @@
-"""Checkpoints: written beside the training loop, read back bit for bit.
+"""Checkpoints: written asynchronously during training, restored bit for bit.
 
-A save takes the arrays off the devices, which is all the loop waits for; Orbax
-writes them, and our own `meta` with checksums of every array, in the background,
-under a temporary name that becomes `N/` when all is on disk. Kept are the newest
-few and the few with the lowest metric.
+A save copies the arrays to the host, which is all the loop waits for. Orbax writes
+them, and our `meta` with checksums of every array, in the background, under a temporary
+name that becomes `N/` when complete. The newest few checkpoints and the few with the
+lowest metric are kept.
 
-Whatever goes wrong with a checkpoint, training is not lost: a save that fails is
-reported and cleaned up and the run goes on; a checkpoint found damaged at restore
-is set aside as `N.damaged` and the one before is used.
+In a single process a failed save is reported and cleaned up, and the run continues; with
+several, the job ends. A checkpoint found damaged at restore is renamed `N.damaged` and
+the previous one is used.
 
-Reading is `checkpoint.read`. For who does not train, `checkpoint.params` reads
-parameters alone; what it has is offered here.
+Reading is in `checkpoint.read`. `checkpoint.params` reads only parameters, e.g. for
+evaluation; its functions are re-exported here.
 """
 
 import json
@@ -55,9 +55,9 @@ __all__ = [
 ]
 
 _PARTIAL = "*.orbax-checkpoint-tmp*"
-"""What a save is called until it is complete."""
+"""Name pattern of an incomplete save."""
 _POLL_SECONDS = 0.01
-"""Between two looks at a save that others take part in."""
+"""Polling interval for a save by several processes."""
 
 
 class Checkpointer:
@@ -67,7 +67,7 @@ class Checkpointer:
 
   Attributes:
     failures: (step, reason) of every save that failed.
-    blocked_seconds: how long the last `save` kept its caller.
+    blocked_seconds: how long the last `save` blocked its caller.
   """
 
   def __init__(
@@ -82,7 +82,7 @@ class Checkpointer:
     untrained: Sequence[str] = (),
     warn: Callable[[str], None] = logging.warning,
   ):
-    """Opens a directory of checkpoints, and clears what a killed save left there.
+    """Opens a directory of checkpoints and removes incomplete saves.
 
     Args:
       directory: `workdir / DIRECTORY`; made if missing.
@@ -91,9 +91,9 @@ class Checkpointer:
       config: stored, resolved, with every step.
       metadata: more to store with every step: JSON, such as `dataset_fingerprint`.
       logical_axes: the model's; with it, checksums are kept for each expert.
-      untrained: dotted names of the parameters that no optimizer has moments of; in
-        checkpoints of earlier versions it had, and those are left unread.
-      warn: told, in one sentence each, what went wrong and what was done about it.
+      untrained: dotted names of parameters without optimizer moments; moments stored
+        for them by earlier versions are not read.
+      warn: called with one sentence per failure and how it was handled.
 
     Raises:
       ConfigError: keep_last < 1 or keep_best < 0.
@@ -116,9 +116,9 @@ class Checkpointer:
     self._warn = warn
     self._pending: int | None = None
     self._told: list[Exception] = []
-    """By the threads that write."""
+    """Errors reported by the writing threads."""
     self._alone = False
-    """Whether a save failed here, of which other processes know nothing."""
+    """Whether a save failed in this process, unknown to the others."""
     self._clear_partial()
     self._metrics = self._read_metrics()
     policies: list[Any] = [ocp_managers.LatestN(keep_last)]
@@ -153,9 +153,9 @@ class Checkpointer:
     Args:
       step: names the checkpoint.
       state: plain dict of jax arrays and optax states; typed PRNG keys are fine.
-      position: where the data stands after this step: JSON, the same on all processes.
+      position: data position after this step: JSON, the same on all processes.
       metric: for keep-best, lower is better; None or non-finite is never best.
-      force: write again a step that is there already.
+      force: overwrite an existing step.
 
     Returns:
       Whether a save was started; False where the step is already there.
@@ -185,7 +185,7 @@ class Checkpointer:
       axes = fingerprint.expert_axes(state, self._logical_axes)
       leaves = fingerprint.snapshot(state, axes)
       summed = None
-      if jax.process_count() > 1:  # a collective has no place in a background thread
+      if jax.process_count() > 1:  # a collective must not run in a background thread
         summed = fingerprint.all_processes(fingerprint.checksums(leaves))
       self._metrics.pop(step, None)
       if meta["metric"] is not None:
@@ -241,7 +241,7 @@ class Checkpointer:
         time.sleep(_POLL_SECONDS)
       self._manager.wait_until_finished()
     except Exception as e:
-      # Nothing that happens while writing is worth a run's life.
+      # No error while writing should end a (single-process) run.
       self._failed(step, e)
       return False
     self._pending = None
@@ -268,10 +268,10 @@ class Checkpointer:
   def restore(
     self, target: dict[str, Any], step: int | None = None
   ) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Restores the newest checkpoint that is what was written.
+    """Restores the newest checkpoint that is intact.
 
-    Damaged ones found on the way are renamed `N.damaged` and named by `warn`, but
-    only once an older one is restored: if none is whole, nothing is touched.
+    Newer damaged ones are renamed `N.damaged` and reported by `warn`, but only after an
+    older one is restored: if none is intact, nothing is renamed.
 
     Args:
       target: the state's tree of ShapeDtypeStruct with shardings, of any mesh.
@@ -308,7 +308,7 @@ class Checkpointer:
   def _try(
     self, step: int, target: dict[str, Any]
   ) -> tuple[dict[str, Any], dict[str, Any], str | None]:
-    """Restores one step; a description of the damage if any process found some."""
+    """Restores one step, or returns a description of damage found by any process."""
     try:
       state, meta = read_step(
         self.directory / str(step), lambda meta: target, self._untrained
@@ -337,11 +337,11 @@ class Checkpointer:
     )
 
   def _failed(self, step: int, error: Exception) -> None:
-    """After a save that failed: clears what it left, and says what there is.
+    """Handles a failed save: removes its files and reports the last good checkpoint.
 
     Raises:
-      UserError: there are other processes. They may have written their parts, and then
-        wait for this one in the midst of a save; the job ends, rather than hangs.
+      UserError: there are other processes, which may be waiting for this one in the
+        same save; the job ends instead of hanging.
     """
     self._pending = None
     self._metrics.pop(step, None)
@@ -381,7 +381,7 @@ class Checkpointer:
       time.sleep(0.05)
 
   def _read_metrics(self) -> dict[int, float]:
-    """Metrics of the steps on disk; damaged ones are found out at restore."""
+    """Reads the metrics of the steps on disk; damage is detected at restore."""
     found = {}
     for step in self.steps():
       try:

@@ -1,4 +1,4 @@
-"""What Orbax is given to do our way: the meta item, what to keep, why a write failed."""
+"""Orbax extensions: the meta item, the retention policy, and write errors."""
 
 import asyncio
 import dataclasses
@@ -16,10 +16,10 @@ from moejax.checkpoint.read import pack_meta, read_meta
 
 
 class _Told:
-  """A future whose failure is told as soon as it is known.
+  """A future that reports its failure immediately.
 
-  Orbax tells of a failed write only after all processes met at the end of the save, and
-  those that wrote their parts wait elsewhere for this one: ten minutes of silence.
+  Orbax reports a failed write only after all processes meet at the end of the save, but
+  those that wrote their parts wait elsewhere for this one: a silent ten minutes.
   """
 
   def __init__(self, future: Any, tell: Callable[[Exception], None]):
@@ -59,15 +59,15 @@ class _MetaHandler(ocp.AsyncCheckpointHandler):
 @ocp.args.register_with_handler(_MetaHandler, for_save=True, for_restore=True)
 @dataclasses.dataclass
 class MetaSave(ocp.args.CheckpointArgs):
-  """The meta item of a save: a function, called once the loop has gone on, and who is
-  told in that thread if it fails."""
+  """The meta item of a save: a function called in the background after the loop has
+  continued, and a callback for its failure in that thread."""
 
   make: Callable[[], dict[str, Any]]
   tell: Callable[[Exception], None]
 
 
 class StateHandler(ocp.StandardCheckpointHandler):
-  """Orbax's own, which tells of failures, in the thread that met them."""
+  """Orbax's handler, but reports failures in the thread where they occur."""
 
   def __init__(self, tell: Callable[[Exception], None]):
     super().__init__()

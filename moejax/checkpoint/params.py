@@ -1,7 +1,7 @@
-"""Parameters of a run, with nothing but its directory: for who does not train.
+"""Restores parameters without training, from a run's directory alone.
 
-Nothing is renamed here, since the run may be training beside the reader: a damaged
-step is passed over and named in the log.
+Nothing is renamed here, since the run may still be training: a damaged step is skipped
+and logged.
 """
 
 import functools
@@ -31,10 +31,10 @@ from moejax.types import Params
 def peek(
   workdir: Path | str, step: int | None = None
 ) -> tuple[Params, Config, dict[str, Any]]:
-  """What `restore_params` would return, with shapes in place of arrays.
+  """Returns what `restore_params` would, with shapes in place of arrays.
 
-  For who must know the model before the parameters have a place to go to. Only meta
-  is read: the arrays may still turn out damaged, and an older step be restored.
+  Used to build the model before choosing shardings for its parameters. Reads only meta:
+  the arrays may still be damaged, and `restore_params` then uses an older step.
 
   Raises:
     UserError: as `restore_params`.
@@ -53,18 +53,17 @@ def peek(
 def restore_params(
   workdir: Path | str, step: int | None = None, shardings: Any = None
 ) -> tuple[Params, Config, dict[str, Any]]:
-  """Parameters of a run, with nothing but its directory.
+  """Restores the parameters of a run from its directory alone.
 
   Args:
     workdir: of a training run; its `checkpoints` directory is accepted too.
-    step: which one; None is the newest that is whole. Nothing is renamed here: a
-      reader may run beside the training run.
+    step: which checkpoint; None is the newest intact one.
     shardings: tree like the parameters, or one sharding for all, or None for the
       first local device.
 
   Returns:
-    The parameters, the config they were trained with (migrated to the present
-    schema), and everything else the step says about itself.
+    The parameters, the config they were trained with (migrated to the current schema),
+    and the step's meta.
 
   Raises:
     UserError: no checkpoint there (says what is), no such step, or all damaged.
@@ -104,7 +103,7 @@ def damaged_table(params: Params, moe: MoEConfig) -> str | None:
   """What is wrong with a router's table; see `Router.table_damage`."""
   if TABLE not in params:
     return None
-  # Everyone holds all of it, also where it spans processes.
+  # The table is replicated, also across processes.
   table = np.asarray(params[TABLE].addressable_data(0))
   return make_router(moe).table_damage(table, moe.fine_experts)
 

@@ -1,4 +1,4 @@
-"""Reading one checkpoint, and knowing whether it is what was written.
+"""Reads a checkpoint and verifies that it is what was written.
 
 A step is a directory `N/` with two items: `state/`, the arrays as Orbax stores
 them, and `meta/metadata`, one JSON file of ours:
@@ -6,11 +6,10 @@ them, and `meta/metadata`, one JSON file of ours:
   {"crc32": of the rest, "meta": {"format", "step", "position", "config",
    "versions", "revision", "dataset_fingerprint", "metric", "leaves", "empty"}}
 
-`empty` names the parameter dicts that hold nothing. `leaves` has shape, dtype and
-checksum of every array (`fingerprint.checksums`).
-It is the authority: what a target must look like is read from there and not from
-Orbax's own metadata, so that a checkpoint of another model (the user's mistake)
-and a damaged one (the disk's) are never taken for each other.
+`empty` names the empty parameter dicts. `leaves` has shape, dtype and checksum of every
+array (`fingerprint.checksums`). Targets are compared with `leaves`, not with Orbax's own
+metadata, so that a checkpoint of another model (a user error) and a damaged one (a disk
+error) are never confused.
 """
 
 import contextlib
@@ -31,11 +30,11 @@ from moejax.checkpoint import fingerprint, orbax_loop
 from moejax.errors import ConfigError, UserError
 
 FORMAT = 1
-"""Raised when `meta` changes so that an older reader would misread it."""
+"""Incremented when `meta` changes so that an older reader would misread it."""
 
 
 _META = {"format": int, "step": int, "config": dict, "leaves": dict}
-"""What a reader relies on, and its JSON type."""
+"""Required fields and their JSON types."""
 
 
 class _NotOrbax(logging.Filter):
@@ -58,10 +57,10 @@ class DamagedCheckpointError(Exception):
 
 
 def agree(damage: DamagedCheckpointError | None) -> None:
-  """Raises in every process what one of them found.
+  """Raises in every process if any of them found damage.
 
-  Before each collective: a process that gave up alone would leave the others
-  waiting for it there.
+  Called before each collective, where the others would otherwise wait forever for a
+  process that failed.
   """
   found = damage is not None
   if jax.process_count() > 1:
@@ -71,13 +70,13 @@ def agree(damage: DamagedCheckpointError | None) -> None:
 
 
 def pack_meta(meta: dict[str, Any]) -> str:
-  """The text of a meta file, with its own checksum inside."""
+  """Returns the text of a meta file, including its checksum."""
   body = json.dumps(meta, sort_keys=True)
   return f'{{"crc32": {zlib.crc32(body.encode())}, "meta": {body}}}\n'
 
 
 def read_meta(step_directory: Path) -> dict[str, Any]:
-  """Reads what a step says about itself.
+  """Reads the `meta` of a step.
 
   Raises:
     DamagedCheckpointError: the file is missing, cut short or changed.
@@ -110,10 +109,10 @@ def read_meta(step_directory: Path) -> dict[str, Any]:
 
 
 def _check_meta(meta: dict[str, Any]) -> None:
-  """Refuses what a checksum does not: a file that somebody made by hand.
+  """Rejects a hand-made file whose checksum is valid but whose content is not.
 
   Raises:
-    ValueError, KeyError, TypeError: something that readers rely on is of another type.
+    ValueError, KeyError, TypeError: a required field is missing or of another type.
   """
   for name, kind in _META.items():
     if type(meta[name]) is not kind:
@@ -130,7 +129,7 @@ def _check_meta(meta: dict[str, Any]) -> None:
 
 
 def _is_number(dtype: np.dtype) -> bool:
-  """Whether arrays of it can be: bfloat16 and its like are of kind V, and not void."""
+  """Returns whether a dtype is numeric; bfloat16 etc. have kind V but are not void."""
   return dtype.kind in "biufcV" and dtype.type is not np.void
 
 
@@ -146,7 +145,7 @@ def as_target(tree: Any) -> Any:
 
 
 def empty_dicts(tree: Any, prefix: str = "params") -> list[str]:
-  """Names of the dicts that hold nothing: no leaf's name tells of them."""
+  """Returns the names of empty dicts, which no leaf name records."""
   if not isinstance(tree, dict):
     return []
   if not tree:
@@ -203,16 +202,15 @@ def read_state(
 ) -> Any:
   """Restores arrays bit for bit, straight into the target's shardings.
 
-  No array is ever whole where it is not wanted whole: each device is given its part
-  of what is read.
+  No full array is materialised unless requested: each device gets only its shard.
 
   Args:
     step_directory: `.../checkpoints/N`.
     meta: of that step, from `read_meta`.
     target: tree of ShapeDtypeStruct; any part of the saved tree that is a subset
       of its top-level keys.
-    untrained: dotted names of parameters whose moments are left unread. Optimizers had
-      some, of no use, before they were kept to what is trained.
+    untrained: dotted names of parameters whose moments are not read; earlier versions
+      stored unused moments for them.
 
   Raises:
     ConfigError: the target is another model or optimizer; names the leaves.

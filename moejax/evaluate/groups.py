@@ -1,7 +1,8 @@
-"""Which tokens share a routing group when a model is evaluated: the same as in training.
+"""Routing groups in evaluation: the same as in training.
 
-Under a finite capacity the fate of a token depends on its group, so the evaluation while
-training, the one after the last step and `experiments.evaluate` all ask here. A group is
+With a finite capacity, whether a token is dropped depends on its group, so all
+evaluations (during training, after the last step, `experiments.evaluate`) use these. A
+group is
 
   moe.group_size = 0   a sequence
   moe.group_size = n   n consecutive tokens of the split, in the order they are stored in
@@ -27,7 +28,7 @@ from moejax.sharding.mesh import num_token_shards
 
 
 def group_tokens(config: Config) -> int:
-  """T."""
+  """Returns T."""
   length = config.data.sequence_length
   if config.moe.group_size == WHOLE_BATCH:
     return _microbatch(config) * length
@@ -64,7 +65,7 @@ def batch_size(
 
 
 def least_factor(model: Any) -> float | None:
-  """Dropless, but for routers whose experts must have a number of slots."""
+  """Returns None (dropless), except for routers that need a capacity."""
   needs_capacity = model.moe_layers and model.router.needs_capacity
   return model.moe.eval_capacity_factor if needs_capacity else None
 

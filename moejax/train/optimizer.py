@@ -6,7 +6,7 @@ unchanged.
 
 An optimizer here is an optax chain without the learning rate: `apply` multiplies by the
 rate that the train step passes in, `schedule(step)`. The logged rate is therefore the one
-used, also after a skipped step, where optax's own counters stop but the schedule does not.
+used, also after a skipped step, where optax's counters stop but the schedule does not.
 
 Sources: AdamW, arXiv:1711.05101 (decay is decoupled: it is multiplied by the
 learning rate and never enters the moments); Adafactor, arXiv:1804.04235; Lion,
