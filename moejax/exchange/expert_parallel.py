@@ -275,7 +275,7 @@ def _ragged(
 def _count_lost(
   routing: Routing, moves: permute.Moves, load: Int[Array, "E"], plan: exchange_lib.Plan
 ) -> Lost:
-  """Counts lost assignments and tokens: the last `Plan.lost` rows of each expert's run."""
+  """Counts losses: the last `Plan.lost` rows of each expert's run."""
   fits = jnp.cumsum(load) - plan.lost
   expert = routing.expert.reshape(-1)
   sent = moves.kept & (moves.place < fits[expert])
