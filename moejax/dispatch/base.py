@@ -2,8 +2,7 @@
 
 A dispatcher takes tokens, a `Routing` and the experts' weights, and returns for
 each token the gate-weighted sum of its experts' outputs. All dispatchers give
-the same values and gradients; they differ in memory, speed and what the
-compiler may send over the wire.
+the same values and gradients; they differ in memory, speed and communication.
 
 Letters: G groups, T tokens of a group, D width.
 """
@@ -28,5 +27,5 @@ class Dispatcher(Protocol):
     *,
     activation: str,
   ) -> Float[Array, "G T D"]:
-    """Sum over a token's kept assignments of gate * expert(token), in x's dtype."""
+    """Returns the sum over kept assignments of gate * expert(token), in x's dtype."""
     ...

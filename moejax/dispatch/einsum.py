@@ -1,9 +1,9 @@
-"""Dispatch by dense masks: the form of GShard and Switch.
+"""Dispatch by dense masks, as in GShard and Switch.
 
-Tokens are multiplied into their slots by a [T, E, C] mask and out again by the
-combine weights. The cost grows with T*E*C, so this is the readable one, and the
-one whose sharding is easiest on a compiler: with tokens sharded over groups and
-experts over a mesh axis, XLA turns the two products into two all-to-alls.
+A [T, E, C] mask multiplies tokens into their slots, and the combine weights
+multiply them out again. The cost grows with T*E*C, but this is the most readable
+dispatcher and the easiest to shard: with tokens sharded over groups and experts
+over a mesh axis, XLA turns the two einsums into two all-to-alls.
 
 Letters: G groups, T tokens of a group, D width, E experts, C slots per expert.
 Source: GShard, arXiv:2006.16668, algorithm 2.
@@ -24,7 +24,7 @@ def einsum(
   *,
   activation: str,
 ) -> Float[Array, "G T D"]:
-  """Masks in, batched experts, combine weights out. Dropless takes C = T."""
+  """Dispatches by dense masks and runs batched experts. Dropless uses C = T."""
   mask = jax.vmap(Routing.dispatch_weights)(routing).astype(x.dtype)
   combine = jax.vmap(Routing.combine_weights)(routing).astype(x.dtype)
   rows = jnp.einsum("gtec,gtd->egcd", mask, x)

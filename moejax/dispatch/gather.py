@@ -1,8 +1,8 @@
 """Dispatch by indices: each slot copies its token, each token collects its slots.
 
-The same [E, C] slots as the dense masks, without the T*E*C products. Expert
-weights meet all slots in one batched product, so empty slots cost as much as
-full ones: the cost is the capacity's, not the load's.
+The same [E, C] slots as with dense masks, without the T*E*C products. The experts
+process all slots in one batched matmul, so empty slots cost as much as full ones:
+the cost depends on the capacity, not on the load.
 
 Letters: G groups, T tokens of a group, D width, E experts, C slots per expert.
 Source: V-MoE, arXiv:2106.05974, and its index-based dispatcher.
@@ -18,7 +18,7 @@ from moejax.routing.base import Routing
 
 
 def slot_moves(routing: Routing) -> permute.Moves:
-  """The moves of one group whose rows are its E*C slots, expert by expert."""
+  """Returns the moves of one group, whose rows are its E*C slots in expert order."""
   num_slots = routing.num_slots
   slot = jnp.arange(num_slots, dtype=jnp.int32)
   start = jnp.cumsum(routing.load) - routing.load
@@ -42,7 +42,7 @@ def gather(
   *,
   activation: str,
 ) -> Float[Array, "G T D"]:
-  """Slots by index, batched experts, tokens by index. Dropless takes C = T."""
+  """Gathers tokens into slots by index and runs batched experts. Dropless uses C = T."""
   num_experts, num_slots = routing.num_experts, routing.num_slots
   num_groups, _, width = x.shape
   moves = jax.vmap(slot_moves)(routing)

@@ -1,10 +1,10 @@
-"""Dispatch by sorting: each expert runs on exactly the rows it was given.
+"""Dispatch by sorting: each expert runs on exactly the rows assigned to it.
 
-The assignments of all groups are lined up expert by expert, so capacity and
-dropless cost the same per kept assignment, and empty slots cost nothing.
+The assignments of all groups are sorted by expert, so capacity and dropless cost
+the same per kept assignment, and empty slots cost nothing.
 
 Letters: G groups, T tokens of a group, D width, E experts, N assignments.
-Sources: MegaBlocks, arXiv:2211.15841 (dropless as grouped products); the
+Sources: MegaBlocks, arXiv:2211.15841 (dropless as grouped matmuls); the
 measurements in docs/speed.md.
 """
 
@@ -33,24 +33,24 @@ def line_up(
   num_selected: int | None,
   order: Int[Array, "N"] | None = None,
 ) -> tuple[permute.Moves, Int[Array, "E"]]:
-  """Lines up the assignments of all groups, expert by expert.
+  """Sorts the assignments of all groups by expert.
 
-  Each group is sorted already, so an assignment's row is its expert's start plus what
-  earlier groups gave that expert plus its own slot; nothing is sorted again. Kept
+  Each group is already sorted, so an assignment's row is its expert's start, plus the
+  expert's rows from earlier groups, plus its own slot; nothing is sorted again. Kept
   slots are 0, 1, ... load - 1 by the contract of `Routing`.
 
   Args:
-    token: within its group.
-    expert: anything in range where not kept.
-    slot: within the expert's queue of this group.
+    token: token index within its group.
+    expert: any valid index where not kept.
+    slot: position in the expert's queue in this group.
     kept: which assignments get a row.
-    load: kept ones per group and expert.
+    load: kept assignments per group and expert.
     num_tokens: T of one group.
-    num_selected: K where assignments are token-major.
-    order: the assignment of each row, where the only group knows it.
+    num_selected: K if assignments are token-major.
+    order: the assignment of each row, if there is only one group and it is known.
 
   Returns:
-    The moves, whose rows are assignments in experts' order, and each expert's load.
+    The moves, whose rows are assignments in expert order, and each expert's load.
   """
   num_groups, n = expert.shape
   total = jnp.sum(load, axis=0)
@@ -76,7 +76,7 @@ def line_up(
 
 
 def sorted_moves(routing: Routing) -> tuple[permute.Moves, Int[Array, "E"]]:
-  """`line_up` of a batch of routings."""
+  """Applies `line_up` to a batch of routings."""
   num_groups, num_tokens = routing.probs.shape[:2]
   return line_up(
     routing.token,
@@ -101,19 +101,19 @@ def run_rows(
   chunks: int = 1,
   implementation: str | None = None,
 ) -> Float[Array, "T D"]:
-  """The experts on rows in their order, whoever lined them up.
+  """Runs the experts on rows in expert order.
 
   Args:
     x: tokens of all groups.
-    gate: of each assignment.
+    gate: gate of each assignment.
     moves: which row serves which assignment.
     load: rows of each expert.
     weights: of the experts.
     activation: of the experts.
-    chunks: parts computed one after the other by ragged products, to save memory; the
-      loop has none of the rows' hidden activations in memory at once.
-    implementation: loop, or one of `grouped_matmul.IMPLEMENTATIONS`; None is the loop
-      over blocks on a CPU, and the best ragged product elsewhere.
+    chunks: parts that ragged matmuls compute one after the other, to save memory;
+      ignored by the loop.
+    implementation: loop, or one of `grouped_matmul.IMPLEMENTATIONS`; None uses the
+      loop over blocks on CPU, and the best ragged matmul elsewhere.
   """
   if implementation is None and target_platform() == "cpu":
     implementation = LOOP
@@ -144,7 +144,7 @@ def grouped(
   chunks: int = 1,
   implementation: str | None = None,
 ) -> Float[Array, "G T D"]:
-  """The loop over blocks on a CPU, ragged products elsewhere; see `run_rows`."""
+  """Runs a loop over blocks on CPU, ragged matmuls elsewhere; see `run_rows`."""
   moves, load = sorted_moves(routing)
   flat, gate = x.reshape(-1, x.shape[-1]), routing.gate.reshape(-1)
   out = run_rows(

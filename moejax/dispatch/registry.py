@@ -1,4 +1,4 @@
-"""The registry: every dispatcher by its name on the command line."""
+"""The registry of dispatchers, by their names on the command line."""
 
 from collections.abc import Mapping
 
@@ -28,20 +28,20 @@ def resolve(
   capacity: int | None = None,
   dense: bool = False,
 ) -> Dispatcher:
-  """The dispatcher of this name; "auto" chooses.
+  """Returns the dispatcher of this name; "auto" chooses one.
 
-  The rule of auto: `grouped` runs only the rows that exist, and is the fastest on
-  CPU for capacity and dropless alike. On an accelerator it needs a ragged product,
-  which pays when dropless; with a capacity the batched product of `gather` has
-  static shapes and is at home there.
+  The rule of auto: `grouped` runs only the rows that exist, and is fastest on CPU with
+  capacity and dropless. On an accelerator it needs a ragged matmul, which pays off when
+  dropless; with a capacity the batched matmul of `gather` has static shapes, which suit
+  accelerators.
 
   Args:
     platform: of the devices that will run it: cpu, gpu or tpu.
-    capacity: C, or None when dropless.
-    dense: whether the routing is dense weights (Soft MoE), which only `einsum` reads.
+    capacity: C, or None if dropless.
+    dense: whether the routing has dense weights (Soft MoE), which only `einsum` reads.
 
   Raises:
-    ConfigError: no such dispatcher, or one that cannot run this routing.
+    ConfigError: unknown dispatcher, or one that cannot run this routing.
   """
   if dense and name in ("gather", "grouped"):
     raise ConfigError(

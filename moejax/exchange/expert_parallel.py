@@ -1,18 +1,18 @@
-"""Experts over a mesh: tokens to the devices that hold their experts, and back.
+"""Expert parallelism: sends tokens to the devices that hold their experts, and back.
 
-Tokens are cut over `data`, `fsdp` and `expert`, experts over `expert`, their hidden
+Tokens are sharded over `data`, `fsdp` and `expert`, experts over `expert`, their hidden
 width over `tensor`, their model width over `fsdp`. Inside one `jax.shard_map` each
-device routes its own groups, gathers its experts' weights over `fsdp` (whose gradient
-is a reduce-scatter), exchanges tokens over `expert`, and adds up over `tensor`.
+device gathers its experts' weights over `fsdp` (whose gradient is reduce-scattered),
+exchanges its groups' tokens over `expert`, and sums over `tensor`.
 
 How tokens travel (`--config.moe.exchange`):
 
-  all_to_all  capacity buffers [E, C] out and back; what is sent is known beforehand
-  ragged      dropless: each expert's rows, as many as there are (see `ragged`)
-  ring        every device of the expert axis sees all its tokens and adds its experts'
-              share: an all-gather and a reduce-scatter, which backends run as rings
-  gspmd       no exchange by hand: dense masks and sharding constraints, from which the
-              compiler makes all-to-alls. The readable reference, and what remains where
+  all_to_all  capacity buffers [E, C] out and back, with static sizes
+  ragged      dropless: exactly each expert's rows (see `ragged`)
+  ring        every device of the expert axis gets all tokens of the axis and adds its
+              experts' share: an all-gather and a reduce-scatter, which run as rings
+  gspmd       no explicit exchange: dense masks and sharding constraints, from which the
+              compiler derives all-to-alls. The readable reference, and the fallback if
               groups cannot be divided over the devices
 
 Letters: G groups of this device, T tokens of a group, D width, E experts, P devices of
@@ -51,7 +51,7 @@ from moejax.types import pytree
 
 AXIS = "expert"
 SAVED_NAME = "expert_exchange"
-"""What a rematerialisation policy keeps, so that recomputing sends nothing again."""
+"""Name of values a remat policy saves, so that recomputation does not resend them."""
 
 _TOKENS = PartitionSpec(TOKEN_AXES)
 _WEIGHT_AXES = {
@@ -67,21 +67,20 @@ class ExchangeOptions:
 
   exchange: str = "auto"
   exchange_buffer: float | None = None
-  """ragged: rows a device can receive, as a multiple of an even load; None is enough
-  for any load. What does not fit is dropped, and counted."""
+  """ragged: rows a device can receive, as a multiple of an even load; None fits any
+  load. Excess rows are dropped and counted."""
   exchange_chunks: int = 1
-  """all_to_all: pieces that travel one by one, so that one moves while another one is
-  computed."""
+  """all_to_all: pieces sent one by one, so that communication overlaps computation."""
   expert_chunks: int = 1
   """ragged, ring: parts of the rows that are computed one after the other."""
 
 
 @pytree
 class Lost:
-  """What a bounded buffer had no room for; inside a `shard_map`, one row a device."""
+  """Counts of what did not fit a bounded buffer; in a `shard_map`, one row per device."""
 
   assignments: Float[Array, "*p E"]
-  """By expert."""
+  """Lost assignments by expert."""
   tokens: Float[Array, "*p"]
   """Tokens that had kept assignments and lost all of them."""
 
@@ -89,14 +88,13 @@ class Lost:
 def over_groups(
   function: Callable[[Any, Any], Any], mapped: Any, shared: Any, num_groups: int
 ) -> Any:
-  """function(mapped, shared), each device on its own groups.
+  """Computes function(mapped, shared), each device on its own groups.
 
   Args:
-    function: of trees whose leaves have a leading axis of groups, and of what all
-      groups share; its results have that axis too.
-    mapped: the first of them.
-    shared: the second; replicated.
-    num_groups: of `mapped`. Where devices cannot divide it, all compute all groups.
+    function: returns trees whose leaves have a leading axis of groups.
+    mapped: tree whose leaves have a leading axis of groups.
+    shared: tree shared by all groups; replicated.
+    num_groups: groups in `mapped`. If not divisible by the devices, all compute all.
   """
   mesh = mesh_in_scope()
   if mesh is None or num_groups % num_token_shards(mesh):
@@ -108,7 +106,7 @@ def over_groups(
 def resolve(
   options: ExchangeOptions, routing: Routing, *, dispatcher: str, mesh: AbstractMesh
 ) -> str:
-  """`choose` for a routing on a mesh."""
+  """Applies `choose` to a routing on a mesh."""
   return choose(
     options.exchange,
     dispatcher,
@@ -131,7 +129,7 @@ def run(
   dispatcher_name: str,
   options: ExchangeOptions,
 ) -> tuple[Float[Array, "G T D"], Lost | None]:
-  """The experts' output, wherever the experts are.
+  """Returns the experts' output, for any placement of experts on devices.
 
   Args:
     x: tokens of all groups.
@@ -139,12 +137,12 @@ def run(
     weights: of all experts.
     dispatcher: runs experts that are all on one device.
     activation: of the experts.
-    dispatcher_name: as the config has it.
+    dispatcher_name: as in the config.
     options: how tokens travel.
 
   Returns:
     The gate-weighted sum of each token's experts, and what did not fit a bounded buffer
-    (None where nothing is bounded).
+    (None unless the exchange is ragged).
   """
   mesh = mesh_in_scope()
   if mesh is None:
@@ -154,8 +152,8 @@ def run(
     return _constrained(x, routing, weights, activation), None
 
   def on_device(x: Array, routing: Routing, weights: ExpertWeights) -> Any:
-    # Everything varies over every axis: what is written by hand (custom_vjp) returns
-    # such gradients, and the sums over axes are then the transpose of these lines.
+    # Everything varies over every axis: custom_vjp functions return such gradients, and
+    # the sums over axes are then the transpose of these lines.
     x, routing = _vary((x, routing), "tensor")
     # Before the gather, so that gradients are scattered before they are summed.
     weights = _gather_width(_vary(weights, "data"))
@@ -185,13 +183,13 @@ def _vary(tree: Any, axis: str) -> Any:
 
 
 def _gather_width(weights: ExpertWeights) -> ExpertWeights:
-  """Undoes the cut over `fsdp`; the gradient is reduce-scattered."""
+  """Gathers weights sharded over `fsdp`; the gradient is reduce-scattered."""
 
   def gather(w: Array | None, axis: int) -> Array | None:
     if w is None or not is_cut_over("fsdp"):
       return w
     if w.shape[0] == 1:
-      # The compiler for TPUs scatters gradients with a leading dimension of one by an
+      # The TPU compiler scatters gradients with a leading dimension of one by an
       # all-reduce, at twice the bytes.
       return jax.lax.all_gather(w[0], "fsdp", axis=axis - 1, tiled=True)[None]
     return jax.lax.all_gather(w, "fsdp", axis=axis, tiled=True)
@@ -208,7 +206,7 @@ def _all_to_all(
   activation: str,
   options: ExchangeOptions,
 ) -> tuple[Array, None]:
-  """Slots [E, G*C] cut over experts, exchanged, computed, and exchanged back."""
+  """Exchanges slots [E, G*C] split by expert, runs the experts, and exchanges back."""
   num_groups, _, width = x.shape
   devices, slots = jax.lax.axis_size(AXIS), routing.num_slots
   local = routing.num_experts // devices
@@ -241,20 +239,20 @@ def _ragged(
   activation: str,
   options: ExchangeOptions,
 ) -> tuple[Array, Lost]:
-  """Rows in experts' order, run by run to their devices and back."""
+  """Sends rows in expert order to their devices, run by run, and back."""
   moves, load = grouped.sorted_moves(routing)
   rows = permute.to_rows(x.reshape(-1, x.shape[-1]), moves)
   plan = exchange_lib.make_plan(
     load, AXIS, rows.shape[0], buffer_rows(rows.shape[0], options.exchange_buffer)
   )
   received = checkpoint_name(exchange_lib.send(rows, plan), SAVED_NAME)
-  # Gates travel with their rows, so that outputs come back weighted, and the backward
-  # pass needs no output: recomputing it and sending it back would be for the gate alone.
+  # Gates travel with their rows, so that outputs come back weighted and the backward
+  # pass needs no output: recomputing and resending it would serve only the gate.
   gate = permute.gate_rows(routing.gate.reshape(-1), moves)
   gate = checkpoint_name(exchange_lib.send(gate, plan), SAVED_NAME)
   total = jnp.sum(plan.received, axis=0)
   if plan.received.shape[1] == 1 and target_platform() != "cpu":
-    # Of a single local expert all rows are its own, one behind the other already.
+    # With a single local expert all rows are its own, and already contiguous.
     out = apply_ragged_experts(
       received, total, weights, activation, gate=gate, chunks=options.expert_chunks
     )
@@ -277,7 +275,7 @@ def _ragged(
 def _count_lost(
   routing: Routing, moves: permute.Moves, load: Int[Array, "E"], plan: exchange_lib.Plan
 ) -> Lost:
-  """Of each expert's run of rows the last ones are lost, as `Plan.lost` counts them."""
+  """Counts losses: the last `Plan.lost` rows of each expert's run."""
   fits = jnp.cumsum(load) - plan.lost
   expert = routing.expert.reshape(-1)
   sent = moves.kept & (moves.place < fits[expert])
@@ -297,7 +295,7 @@ def _count_lost(
 
 
 def _in_experts_order(plan: exchange_lib.Plan, total: Int[Array, "L"]) -> permute.Moves:
-  """Lines up what was received, which lies sender by sender."""
+  """Returns the moves that sort received rows, ordered by sender, into expert order."""
   place, row, used = exchange_lib.by_expert(plan)
   index = jnp.arange(plan.num_received, dtype=jnp.int32)
   return permute.Moves(
@@ -312,7 +310,7 @@ def _in_experts_order(plan: exchange_lib.Plan, total: Int[Array, "L"]) -> permut
 
 
 def buffer_rows(num_rows: int, factor: float | None) -> int:
-  """R, rows that a device can receive when it sends `num_rows`."""
+  """Returns R, the rows that a device can receive when it sends `num_rows`."""
   devices = jax.lax.axis_size(AXIS)
   if factor is None:
     return devices * num_rows
@@ -326,7 +324,7 @@ def _ring(
   activation: str,
   options: ExchangeOptions,
 ) -> tuple[Array, None]:
-  """All tokens of the expert axis here, this device's experts on them, sums back."""
+  """Gathers all tokens of the expert axis, runs local experts, reduce-scatters sums."""
   local = routing.num_experts // jax.lax.axis_size(AXIS)
   first = jax.lax.axis_index(AXIS) * local
 
@@ -370,7 +368,7 @@ EXCHANGES: Mapping[str, Callable[..., tuple[Array, Lost | None]]] = {
 def _constrained(
   x: Float[Array, "G T D"], routing: Routing, weights: ExpertWeights, activation: str
 ) -> Float[Array, "G T D"]:
-  """The einsum dispatcher with its slots' home spelt out; the compiler does the rest."""
+  """Runs the einsum dispatcher with sharding constraints on its slots."""
 
   def at(array: Array, *axes: Any) -> Array:
     return jax.lax.with_sharding_constraint(array, PartitionSpec(*axes))

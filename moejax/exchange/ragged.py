@@ -1,13 +1,13 @@
-"""Rows to the devices that hold their experts, and back: runs of any length.
+"""Ragged exchange: sends runs of rows of any length to their experts' devices, and back.
 
-Inside a `jax.shard_map`. Every device has rows sorted by expert; device d of the
-expert axis holds experts d*E/P to (d+1)*E/P - 1, so what it is owed is one run of
-each device's rows. All devices learn all run lengths (P*E integers), and from them
-every offset, so that the sizes need no second exchange and what does not fit a
-bounded buffer is known to sender and receiver alike.
+Runs inside a `jax.shard_map`. Every device has rows sorted by expert; device d of the
+expert axis holds experts d*E/P to (d+1)*E/P - 1, so it receives one run of each
+device's rows. All devices learn all run lengths (P*E integers) and compute every
+offset from them, so that sizes need no second exchange, and sender and receiver both
+know what does not fit a bounded buffer.
 
-`jax.lax.ragged_all_to_all` moves the rows on GPU and TPU. XLA:CPU does not have it;
-there the same offsets pick the rows out of an all-gather.
+`jax.lax.ragged_all_to_all` moves the rows on GPU and TPU. XLA:CPU lacks it; there the
+same offsets select the rows from an all-gather.
 
 Letters: P devices of the expert axis, s sender, d receiver, E experts, L = E/P local
 experts, A rows of one device to send, R rows of its receive buffer, D width.
@@ -23,7 +23,7 @@ from moejax.types import pytree, static_field
 
 @pytree
 class Plan:
-  """Who sends what to whom, as one device needs to know it."""
+  """The sends and receives of one device."""
 
   axis: str = static_field()
   num_rows: int = static_field()
@@ -33,7 +33,7 @@ class Plan:
   send_start: Int[Array, "P"]
   """Where the run for each receiver begins among this device's rows."""
   send_size: Int[Array, "P"]
-  """Rows of it that fit the receiver's buffer."""
+  """Rows of each run that fit the receiver's buffer."""
   send_target: Int[Array, "P"]
   """Where the run goes in the receiver's buffer."""
   receive_start: Int[Array, "P"]
@@ -48,14 +48,14 @@ class Plan:
 
 
 def make_plan(load: Int[Array, "E"], axis: str, num_rows: int, num_received: int) -> Plan:
-  """Exchanges loads over the axis, and works out every offset.
+  """Exchanges loads over the axis and computes every offset.
 
   Args:
     load: this device's rows per expert.
-    axis: of the mesh.
+    axis: mesh axis.
     num_rows: A.
-    num_received: R; rows beyond it are lost, those of later senders first, and of
-      one sender those of its later experts.
+    num_received: R; rows beyond it are lost, those of later senders first, and within
+      a sender those of later experts.
   """
   num_devices, me = jax.lax.axis_size(axis), jax.lax.axis_index(axis)
   num_local = load.shape[0] // num_devices
@@ -84,7 +84,7 @@ def make_plan(load: Int[Array, "E"], axis: str, num_rows: int, num_received: int
 def _run_of(
   index: Int[Array, "n"], start: Int[Array, "P"], size: Int[Array, "P"]
 ) -> tuple[Int[Array, "n"], Bool[Array, "n"]]:
-  """The run each place belongs to, and whether it belongs to any."""
+  """Returns the run each index belongs to, and whether it belongs to any."""
   run = jnp.searchsorted(start + size, index, side="right").astype(jnp.int32)
   run = jnp.minimum(run, start.shape[0] - 1)
   inside = (index >= start[run]) & (index < start[run] + size[run])
@@ -98,9 +98,9 @@ def _move(
   send: tuple[Array, Array, Array],
   receive: tuple[Array, Array, Array],
 ) -> Float[Array, "m *D"]:
-  """Runs (start, size, target) go out, runs (start, size, source) come in."""
+  """Sends runs (start, size, target) and receives runs (start, size, source)."""
   output = jnp.zeros_like(rows, shape=(length, *rows.shape[1:]))
-  # Single numbers are gathered: as rows they would be padded to a tile of 128 each.
+  # Scalars are gathered: as rows each would be padded to a tile of 128.
   if target_platform() != "cpu" and rows.ndim > 1:
     return jax.lax.ragged_all_to_all(
       rows, output, send[0], send[1], send[2], receive[1], axis_name=axis
@@ -115,7 +115,7 @@ def _move(
 
 @jax.custom_vjp
 def send(rows: Float[Array, "A *D"], plan: Plan) -> Float[Array, "R *D"]:
-  """Each row to the device of its expert; zeros where the buffer stays empty."""
+  """Sends each row to its expert's device; the rest of the buffer is zero."""
   outgoing = (plan.send_start, plan.send_size, plan.send_target)
   incoming = (plan.receive_start, plan.receive_size, plan.receive_source)
   return _move(rows, plan.num_received, plan.axis, outgoing, incoming)
@@ -123,13 +123,13 @@ def send(rows: Float[Array, "A *D"], plan: Plan) -> Float[Array, "R *D"]:
 
 @jax.custom_vjp
 def send_back(rows: Float[Array, "R *D"], plan: Plan) -> Float[Array, "A *D"]:
-  """What `send` moved goes back to where it came from; zeros for what was lost."""
+  """Returns rows moved by `send` to their senders; lost rows are zero."""
   outgoing = (plan.receive_start, plan.receive_size, plan.receive_source)
   incoming = (plan.send_start, plan.send_size, plan.send_target)
   return _move(rows, plan.num_rows, plan.axis, outgoing, incoming)
 
 
-# A move is a partial permutation, so each is the other's transpose.
+# Each is a partial permutation and the transpose of the other.
 send.defvjp(
   lambda rows, plan: (send(rows, plan), plan),
   lambda plan, grad: (send_back(grad, plan), None),
@@ -141,11 +141,11 @@ send_back.defvjp(
 
 
 def by_expert(plan: Plan) -> tuple[Int[Array, "R"], Int[Array, "R"], Bool[Array, "R"]]:
-  """Sorts the received rows, which lie by sender, by local expert.
+  """Sorts the received rows, ordered by sender, by local expert.
 
   Returns:
-    Of each row its place in experts' order (anything where unused), the row at each
-    place, and which rows are used.
+    Each row's place in expert order (arbitrary if unused), the row at each place, and
+    which rows are used.
   """
   index = jnp.arange(plan.num_received, dtype=jnp.int32)
   sender, used = _run_of(index, plan.receive_start, plan.receive_size)

@@ -1,9 +1,9 @@
-"""Cutting each expert's rows into blocks of a few static sizes.
+"""Splitting each expert's rows into blocks of a few static sizes.
 
-A compiled product has a static number of rows, an expert's load is known only
-when the step runs. So each load is covered by blocks of a few sizes, chosen from
-a table made at trace time that minimises rows computed plus a fixed cost per
-block; the kernel then runs one loop per size, whose trip count is dynamic.
+A compiled matmul has a static number of rows, but an expert's load is known only at
+run time. So each load is covered by blocks of a few sizes, chosen from a table built
+at trace time that minimises the rows computed plus a fixed cost per block; the kernel
+then runs one loop per size, with a dynamic trip count.
 
 Letters: E experts, N assignments, Z block sizes, M most blocks there can be.
 """
@@ -18,16 +18,16 @@ from jaxtyping import Array, Bool, Int
 from moejax.types import pytree, static_field
 
 BLOCK_OVERHEAD = 16
-"""Cost of one more block, in rows: reading and packing the expert's weights again."""
+"""Cost of an extra block, in rows: reading and packing the expert's weights again."""
 
 NEAR, NEARER = (0.75, 1.0, 1.25), (0.75, 0.875, 1.0, 1.125, 1.25)
 """Block sizes around the mean load, as fractions of it."""
 
 SMALL_MEAN = 128
-"""Up to this mean load, padding costs more than the compile time of two more loops."""
+"""Up to this mean load, padding costs more than compiling two more loops."""
 
 LARGEST = 512
-"""Beyond it a product gains nothing more, and its padding would be larger."""
+"""Larger blocks are no faster per row, and need more padding."""
 
 
 @pytree
@@ -36,12 +36,12 @@ class Plan:
 
   expert: Int[Array, "M"]
   position: Int[Array, "M"]
-  """First of the block's assignments, in experts' order."""
+  """The block's first assignment, in expert order."""
   count: Int[Array, "M"]
   """Assignments in the block, at most its size."""
   first: Bool[Array, "M"]
-  """Whether the block holds its expert's first assignment. Larger blocks run first,
-  and stand first in an expert, so no other block of it has run before."""
+  """Whether the block holds its expert's first assignment. Larger blocks run first
+  and come first within an expert, so none of the expert's blocks has run before."""
   bound: Int[Array, "Bounds"]
   """Blocks of size z are bound[z] <= m < bound[z + 1]."""
   sizes: tuple[int, ...] = static_field()
@@ -49,7 +49,7 @@ class Plan:
 
 @functools.cache
 def cover(sizes: tuple[int, ...]) -> np.ndarray:
-  """The cheapest multiset of block sizes for each load up to the largest size.
+  """Returns the cheapest multiset of block sizes for each load up to the largest size.
 
   Args:
     sizes: descending.
@@ -70,10 +70,10 @@ def cover(sizes: tuple[int, ...]) -> np.ndarray:
 
 
 def sizes_for(num_assignments: int, num_experts: int) -> tuple[int, ...]:
-  """Block sizes worth compiling, descending: at most eight, each is one more loop.
+  """Returns the block sizes to compile, descending: at most eight, one loop each.
 
-  Three or five stand around the mean load, so that under a balanced router most
-  experts are one block with little padding; the others keep a skewed one cheap.
+  Three or five are near the mean load, so that under a balanced router most experts
+  are one block with little padding; the others keep a skewed load cheap.
   """
   mean = num_assignments / num_experts
   fractions = NEARER if mean <= SMALL_MEAN else NEAR

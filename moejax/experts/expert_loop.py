@@ -1,12 +1,12 @@
-"""The experts on a CPU: one loop per block size, only over rows that exist.
+"""The experts on CPU: one loop per block size, only over rows that exist.
 
-XLA:CPU has no ragged product (its `ragged_dot` multiplies every row with every
-expert), and a batched one wastes the empty slots. A loop of plain products,
-whose weights are picked by a dynamic index, runs near the speed of one large
-product from 64 rows on; docs/speed.md holds the measurements.
+XLA:CPU has no ragged matmul (its `ragged_dot` multiplies every row by every expert),
+and a batched matmul wastes work on empty slots. A loop of plain matmuls, with weights
+selected by a dynamic index, is nearly as fast as one large matmul from 64 rows on;
+docs/speed.md has the measurements.
 
 Tokens are gathered inside the loop, so no permuted copy of x exists. The backward
-pass is written by hand: it keeps only the hidden pre-activations, needs no expert
+pass is written by hand: it saves only the hidden pre-activations, needs no expert
 output for the gate (d gate = <act(h), g W_out^T>), and moves rows by gathers.
 
 Letters: T tokens (all groups), D width, E experts, F expert hidden width, N
@@ -29,26 +29,25 @@ from moejax.types import pytree, static_field
 
 @pytree
 class Sorted:
-  """The assignments of all groups in experts' order."""
+  """The assignments of all groups in expert order."""
 
   moves: permute.Moves
-  """Rows are assignments in experts' order, kept ones first: R = N."""
+  """Rows are assignments in expert order, kept ones first: R = N."""
   plan: Plan
   activation: str = static_field()
 
 
 class _Block(NamedTuple):
-  """Some consecutive rows of one expert."""
+  """Consecutive rows of one expert."""
 
   expert: Int[Array, ""]
   start: Int[Array, ""]
-  """Of its rows; as many as the block's size, of which `used` are its own."""
+  """Index of the first row; of the Z rows from there, those `used` are the block's."""
   used: Bool[Array, "Z"]
   first: Bool[Array, ""]
-  """Whether no other block of this expert came before."""
+  """Whether this is the expert's first block."""
   row: Int[Array, "Z"]
-  """Indices of the rows. Padding repeats the last one, so that whatever it holds
-  stays within its expert."""
+  """Row indices. Padding repeats the last one, so that it stays within the expert."""
 
 
 def _over_blocks(plan: Plan, body: Callable[[_Block, Any], Any], carry: Any) -> Any:
@@ -71,15 +70,15 @@ def _pick(stack: Array, index: Array) -> Array:
 
 
 def _zeros(shape: tuple[int, ...], dtype: Any, like: Array) -> Array:
-  """Zeros that vary over the mesh axes `like` varies over, as loop carries must."""
-  # The scalar takes those axes from `like` under every supported jax, whose own names
-  # for them differ from version to version.
+  """Returns zeros that vary over the same mesh axes as `like`, as loop carries must."""
+  # Deriving the scalar from `like` works in every supported jax version, whose names for
+  # these axes differ.
   zero = jnp.zeros_like(like[:1].reshape(-1)[0], dtype)
   return jnp.broadcast_to(zero, shape)
 
 
 def _rows_buffer(arrays: Sorted, *shape: int, dtype: Any, like: Array) -> Array:
-  """A buffer of rows, long enough that a block at the very end may stand out."""
+  """Returns a buffer of rows, with room for the padding of the last block."""
   num_rows = arrays.moves.assignment.shape[0] + arrays.plan.sizes[0]
   return _zeros((num_rows, *shape), dtype, like)
 
@@ -89,15 +88,15 @@ def _read(buffer: Array, block: _Block) -> Array:
 
 
 def _write(buffer: Array, rows: Array, block: _Block) -> Array:
-  """Writes the block's own rows, in place; its padding is another block's place."""
+  """Writes the block's own rows in place; padding may overlap another block's rows."""
   used = block.used.reshape(block.used.shape + (1,) * (rows.ndim - 1))
   rows = jnp.where(used, rows, _read(buffer, block))
   return jax.lax.dynamic_update_slice_in_dim(buffer, rows, block.start, 0)
 
 
 def _add_at(stack: Array, grad: Array, block: _Block) -> Array:
-  """Adds to one expert's gradient, in place; its first block overwrites the zeros."""
-  # Zeros are not read back: at 64 experts that is a tenth of the memory traffic.
+  """Adds to one expert's gradient in place; its first block overwrites the zeros."""
+  # Not reading the zeros back saves a tenth of the memory traffic at 64 experts.
   old = jax.lax.cond(
     block.first,
     lambda stack: jnp.zeros_like(stack[0]),
@@ -122,7 +121,7 @@ def expert_loop(
   weights: ExpertWeights,
   arrays: Sorted,
 ) -> Float[Array, "T D"]:
-  """Sum over a token's kept assignments of gate * expert(token)."""
+  """Returns the sum over a token's kept assignments of gate * expert(token)."""
   return _forward(x, gate, weights, arrays, keep_hidden=False)[0]
 
 
@@ -141,7 +140,7 @@ def _forward(
     pre = [_dot(rows, _pick(w, block.expert), (1, 0)) for w in stacks]
     act = activate(pre[0], pre[-1], arrays.activation)
     y = _dot(act, _pick(weights.w_out, block.expert), (1, 0))
-    # Without hidden to keep, the list is empty and zip stops at once.
+    # If hidden is not kept, the list is empty and zip stops at once.
     hidden = [_write(h, p, block) for h, p in zip(hidden, pre)]
     return hidden, _write(out, y, block)
 
@@ -166,7 +165,7 @@ def _backward(residuals: Any, dy: Array) -> tuple[Array, Array, ExpertWeights, A
     scale = jnp.where(block.used, permute.take(gate_of_row, block.row), 0)
     act, pull = jax.vjp(act_of, *(_read(h, block) for h in hidden))
     d_act = _dot(g, _pick(weights.w_out, block.expert), (1, 1))
-    # In float32 whatever the compute dtype: gates are float32.
+    # In float32 for any compute dtype: gates are float32.
     dg = jnp.sum(act.astype(jnp.float32) * d_act.astype(jnp.float32), axis=1)
     d_pre = pull(d_act * scale[:, None])
     grads = [_dot(act, g * scale[:, None], (0, 0))]

@@ -1,13 +1,12 @@
-"""One ragged product, several implementations, chosen by platform.
+"""The ragged matmul, with several implementations chosen by platform.
 
-`grouped_matmul(rows, stack, sizes)` multiplies each run of rows with its own
-expert's matrix. On a TPU `jax.lax.ragged_dot` is a kernel of the compiler's own, and
-the gradient of the stack one of ours (`stack_gradient`). On a GPU the kernels of tokamax
-(extra `cuda`) are used where they are installed and the GPU is here, else `ragged_dot`,
-and the reason is logged once.
-On a CPU the dispatcher does not come here: a loop over blocks that fuses both
-products (`expert_loop`) is faster there than any product by itself, and the
-`ragged_dot` of XLA:CPU multiplies every row with every expert.
+`grouped_matmul(rows, stack, sizes)` multiplies each run of rows by its expert's matrix.
+On TPU `jax.lax.ragged_dot` is a compiler kernel, and the gradient of the stack is our
+own kernel (`stack_gradient`). On GPU the tokamax kernels (extra `cuda`) are used if
+installed and the GPU is local, else `ragged_dot`, and the reason is logged once.
+On CPU the dispatcher does not use this: a loop over blocks that fuses both matmuls
+(`expert_loop`) is faster there than separate matmuls, and the `ragged_dot` of XLA:CPU
+multiplies every row by every expert.
 
 Letters: N rows, D width, F hidden width, E experts.
 """
@@ -67,7 +66,7 @@ IMPLEMENTATIONS: Mapping[str, GroupedMatmul] = {
 
 @functools.cache
 def choose(platform: str) -> str:
-  """The implementation for this platform; logs once why a kernel is not used."""
+  """Returns the implementation for this platform; logs once why tokamax is not used."""
   if platform == "tpu":
     return "tpu"
   if platform == "cpu":
@@ -80,7 +79,7 @@ def choose(platform: str) -> str:
     return "ragged_dot"
   try:
     import tokamax  # pyright: ignore[reportMissingImports]  # noqa: F401
-  except Exception as error:  # Beside a missing package: one that refuses this jax.
+  except Exception as error:  # Not installed, or incompatible with this jax.
     _logger.warning(
       "grouped_matmul: jax.lax.ragged_dot on %s, because tokamax does not import "
       "(%s: %s); `pip install tokamax` gives faster kernels.",
@@ -99,14 +98,14 @@ def grouped_matmul(
   *,
   implementation: str | None = None,
 ) -> Float[Array, "N F"]:
-  """Rows of expert e, sizes[e] of them, times stack[e].
+  """Multiplies the sizes[e] rows of each expert e by stack[e].
 
   Args:
-    rows: in experts' order; what lies behind the last run belongs to nobody.
+    rows: in expert order; rows after the last run belong to no expert.
     implementation: a key of IMPLEMENTATIONS; None chooses by platform.
 
   Returns:
-    The products, differentiable in rows and stack; zero behind the last run, which
+    The products, differentiable in rows and stack; zero after the last run, which
     some kernels leave unwritten.
   """
   name = implementation or choose(target_platform())
@@ -125,20 +124,19 @@ def apply_ragged_experts(
   chunks: int = 1,
   implementation: str | None = None,
 ) -> Float[Array, "N D"]:
-  """Every expert on its own run of rows: the ragged twin of `apply_experts`.
+  """Applies every expert to its own run of rows: the ragged form of `apply_experts`.
 
   Args:
-    rows: in experts' order.
-    sizes: of the runs.
+    rows: in expert order.
+    sizes: lengths of the runs.
     weights: of the experts.
     activation: of the experts.
-    gate: weight of each row's output, None for 1. It is applied to the hidden
-      activations: the same by linearity, and then the backward pass needs the hidden
-      activations alone, not the output, which rematerialisation need not make again.
-    chunks: parts of the rows that are computed one after the other, forwards and
-      backwards, so that the hidden activations of one part are in memory at a time.
-      The backward pass computes them again, which a block that is rematerialised does
-      anyway.
+    gate: weight of each row's output, None for 1. Applied to the hidden activations,
+      which is equivalent by linearity, so that the backward pass needs only those and
+      rematerialisation need not recompute the output.
+    chunks: parts of the rows computed one after the other, forwards and backwards, so
+      that only one part's hidden activations are in memory at a time. The backward
+      pass recomputes them, as a rematerialised block does anyway.
     implementation: see `grouped_matmul`.
   """
   if chunks > 1:
@@ -161,7 +159,7 @@ def _in_chunks(
   chunks: int,
   implementation: str | None,
 ) -> Float[Array, "N D"]:
-  """Equal parts of the rows, each with its own share of every run."""
+  """Processes equal parts of the rows, each with its own share of every run."""
   num_rows = rows.shape[0]
   length = -(-num_rows // chunks)
   padding = chunks * length - num_rows
@@ -179,7 +177,7 @@ def _in_chunks(
     )
     return weights, out
 
-  # The weights are carried, not closed over: their gradients then add up in the carry.
+  # The weights are carried, not closed over, so that their gradients add up in the carry.
   _, out = jax.lax.scan(
     jax.checkpoint(part, prevent_cse=False),
     weights,

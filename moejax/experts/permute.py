@@ -1,11 +1,11 @@
 """Moving rows between tokens and experts, forwards and backwards by gathers.
 
 The transpose of a gather is a scatter-add, which is slow on every backend. Here
-both directions of each move are known beforehand (`place` is the inverse of
-`assignment`), so each gets a backward that is a gather again.
+both directions of each move are known in advance (`place` is the inverse of
+`assignment`), so each backward pass is also a gather.
 
-Letters: T tokens, D width, K choices per token, N assignments, R rows in the
-experts' order (slots, or sorted assignments, with some rows unused).
+Letters: T tokens, D width, K choices per token, N assignments, R rows in expert
+order (slots, or sorted assignments, with some rows unused).
 """
 
 from typing import Any
@@ -19,31 +19,31 @@ from moejax.types import pytree, static_field
 
 @pytree
 class Moves:
-  """Which row serves which assignment, both ways round."""
+  """Which row serves which assignment, in both directions."""
 
   token: Int[Array, "N"]
   """The token of each assignment."""
   place: Int[Array, "N"]
-  """Its row, in [0, R); anything where not kept."""
+  """The row of each assignment, in [0, R); arbitrary if not kept."""
   kept: Bool[Array, "N"]
-  """Whether it has a row at all."""
+  """Whether the assignment has a row."""
   assignment: Int[Array, "R"]
-  """The assignment each row serves, in [0, N); anything where unused."""
+  """The assignment each row serves, in [0, N); arbitrary if unused."""
   used: Bool[Array, "R"]
-  """Whether the row serves one."""
+  """Whether the row serves an assignment."""
   num_tokens: int = static_field()
   num_selected: int | None = static_field()
-  """K where assignments are token-major; None leaves only the scatter-add."""
+  """K if assignments are token-major; None requires a scatter-add."""
 
 
 def take(array: Array, index: Int[Array, "I"]) -> Array:
-  """Rows of `array`; the caller knows that every index is in range."""
+  """Returns rows of `array`; every index must be in range."""
   return array.at[index].get(mode="promise_in_bounds")
 
 
 def take_masked(array: Array, index: Int[Array, "I"], mask: Bool[Array, "I"]) -> Array:
-  """Rows of `array`, zero where masked, whatever the index is there."""
-  # A select, not a product: an unused row may hold anything, NaN included.
+  """Returns rows of `array`, zero where `mask` is False, for any index there."""
+  # A select, not a product: an unused row may hold anything, including NaN.
   rows = take(array, jnp.clip(index, 0, array.shape[0] - 1))
   shape = mask.shape + (1,) * (array.ndim - 1)
   return jnp.where(mask.reshape(shape), rows, jnp.zeros((), array.dtype))
@@ -52,7 +52,7 @@ def take_masked(array: Array, index: Int[Array, "I"], mask: Bool[Array, "I"]) ->
 def sum_rows(
   rows: Float[Array, "R D"], gate: Float[Array, "N"] | None, moves: Moves
 ) -> Float[Array, "T D"]:
-  """Sum over a token's kept assignments of (gate *) row, in float32, rounded once."""
+  """Sums (gate *) row over a token's kept assignments, in float32, rounded once."""
   t, k = moves.num_tokens, moves.num_selected
 
   def term(place: Array, kept: Array, gate: Array | None) -> Array:
@@ -63,8 +63,8 @@ def sum_rows(
     total = jnp.zeros((t, rows.shape[1]), jnp.float32)
     values = term(moves.place, moves.kept, gate)
     return total.at[moves.token].add(values, mode="promise_in_bounds").astype(rows.dtype)
-  # One gather per choice fuses into one pass; one gather of all choices would write
-  # [T, K, D] first, and touching fresh memory is what costs most here.
+  # One gather per choice fuses into one pass; one gather of all choices would first
+  # write [T, K, D], and touching fresh memory is the main cost here.
   place, kept = moves.place.reshape(t, k), moves.kept.reshape(t, k)
   gates = None if gate is None else gate.reshape(t, k)
   total = term(place[:, 0], kept[:, 0], None if gates is None else gates[:, 0])
@@ -74,7 +74,7 @@ def sum_rows(
 
 
 def token_of_row(moves: Moves) -> Int[Array, "R"]:
-  """The token each row serves; anything in [0, T) where unused."""
+  """Returns the token each row serves; arbitrary in [0, T) if unused."""
   return take(moves.token, jnp.clip(moves.assignment, 0, moves.token.shape[0] - 1))
 
 
@@ -99,7 +99,7 @@ to_rows.defvjp(_to_rows_forward, _to_rows_backward)
 def combine(
   rows: Float[Array, "R D"], gate: Float[Array, "N"], moves: Moves
 ) -> Float[Array, "T D"]:
-  """Sum over a token's kept assignments of gate * row."""
+  """Returns the sum over a token's kept assignments of gate * row."""
   return sum_rows(rows, gate, moves)
 
 
@@ -122,7 +122,7 @@ combine.defvjp(_combine_forward, _combine_backward)
 
 @jax.custom_vjp
 def add_up(rows: Float[Array, "R D"], moves: Moves) -> Float[Array, "T D"]:
-  """Sum over a token's kept assignments of their rows, which are weighted already."""
+  """Returns the sum over a token's kept assignments of their already weighted rows."""
   return sum_rows(rows, None, moves)
 
 
@@ -139,7 +139,7 @@ add_up.defvjp(_add_up_forward, _add_up_backward)
 
 @jax.custom_vjp
 def gate_rows(gate: Float[Array, "N"], moves: Moves) -> Float[Array, "R"]:
-  """The gate of each row's assignment; zero where the row is unused."""
+  """Returns the gate of each row's assignment; zero if the row is unused."""
   return take_masked(gate, moves.assignment, moves.used)
 
 

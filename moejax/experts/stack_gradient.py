@@ -1,14 +1,14 @@
-"""The gradient of a stack of expert matrices on a TPU, as a Pallas kernel.
+"""The gradient of a stack of expert matrices on TPU, as a Pallas kernel.
 
-Of rows in experts' order, each expert needs rows^T grad over its own run. The compiler
-writes that ragged contraction as one masked product over all rows for each expert, E
-times the work. Here the grid's last dimension walks over (expert, tile of rows) pairs,
-a tile that two runs share being visited for both, and ends with the last run: what lies
-behind it in the buffer costs nothing. The idea is MegaBlocks' (arXiv:2211.15841); the
-kernel of that name in jax (megablox.tgmm) does not run under a `jax.shard_map` that
-checks over which axes its values vary.
+With rows in expert order, each expert needs rows^T grad over its own run. The compiler
+implements this ragged contraction as one masked matmul over all rows for each expert, E
+times the work. Here the grid's last dimension iterates over (expert, tile of rows)
+pairs, visiting a tile shared by two runs once for each, and ends with the last run: the
+rest of the buffer costs nothing. The idea is from MegaBlocks (arXiv:2211.15841); jax's
+version of its kernel (megablox.tgmm) does not run under a `jax.shard_map` that checks
+over which axes values vary.
 
-Letters: N rows, D and F their widths and their gradients', E experts, M rows of a tile.
+Letters: N rows, D width of rows, F width of gradients, E experts, M rows of a tile.
 """
 
 from collections.abc import Callable
@@ -19,7 +19,7 @@ from jaxtyping import Array, Float, Int
 
 _ROW_TILES = (512, 256, 128)
 _D_TILE, _F_TILE = 512, 1024
-"""Two operands twice and a float32 sum of these sizes are 6 MB of on-chip memory."""
+"""Two double-buffered operands and a float32 sum of these sizes take 6 MB on chip."""
 
 
 def stack_gradient(
@@ -29,15 +29,16 @@ def stack_gradient(
   *,
   interpret: bool = False,
 ) -> Float[Array, "E D F"]:
-  """Sum over each expert's rows of row^T grad, in float32, returned in rows' dtype.
+  """Sums row^T grad over each expert's rows, in float32, returned in rows' dtype.
 
   Args:
-    rows: in experts' order; what lies behind the last run may be anything.
+    rows: in expert order; rows after the last run may hold anything.
     grad: likewise.
-    sizes: of the runs; zero gives a zero matrix.
-    interpret: run the kernel without a TPU, slowly, to test it.
+    sizes: lengths of the runs; zero gives a zero matrix.
+    interpret: runs the kernel without a TPU, slowly, for tests.
   """
-  # Imported late: Pallas for TPUs takes a second that no CPU run should pay.
+  # Imported late: importing Pallas for TPUs takes a second, which CPU runs should avoid.
+
   from jax.experimental import pallas as pl
   from jax.experimental.pallas import tpu as pltpu
 
@@ -48,7 +49,7 @@ def stack_gradient(
     rows, grad = jnp.pad(rows, padding), jnp.pad(grad, padding)
   d_tile, f_tile = min(_D_TILE, rows.shape[1]), min(_F_TILE, grad.shape[1])
   expert, row_tile, bounds, num_steps = plan_steps(sizes, rows.shape[0] // tile, tile)
-  # Computed, not written down, so that it varies over the mesh as its operands do.
+  # Derived from the operands, so that it varies over the mesh as they do.
   shape = jax.eval_shape(
     lambda r, g, s: jnp.zeros_like(s, r.dtype)[:, None, None] + (r.T @ g)[None],
     rows,
@@ -87,8 +88,8 @@ def stack_gradient(
 
 
 def _kernel(tile: int) -> Callable[..., None]:
-  """One step: adds a tile of M = `tile` rows to its expert's sum, which begins with the
-  expert's first step and is written with its last."""
+  """Returns the kernel of one step: adds a tile of M = `tile` rows to its expert's sum,
+  which is zeroed at the expert's first step and written at its last."""
   from jax.experimental import pallas as pl
 
   def kernel(expert, row_tile, bounds, rows, grad, out, total):
@@ -114,8 +115,8 @@ def _kernel(tile: int) -> Callable[..., None]:
 
     @pl.when(~whole & (start < end))
     def _():
-      # A select in float32: masks of half-width numbers have another layout. Both sides,
-      # since what is not this run's may be NaN.
+      # A select in float32: masks of half-precision values have another layout. On both
+      # operands, since rows outside this run may be NaN.
       def mine(block: Array) -> Array:
         index = jax.lax.broadcasted_iota(jnp.int32, block.shape, 0) + first_row
         inside = (index >= start) & (index < end)
@@ -134,17 +135,17 @@ def _kernel(tile: int) -> Callable[..., None]:
 def plan_steps(
   sizes: Int[Array, "E"], num_tiles: int, tile: int
 ) -> tuple[Int[Array, "P"], Int[Array, "P"], Int[Array, "E+1"], Int[Array, ""]]:
-  """The (expert, tile of rows) pairs to visit, experts in order.
+  """Returns the (expert, tile of rows) pairs to visit, in expert order.
 
   Args:
-    sizes: of the runs.
-    num_tiles: of all rows.
+    sizes: lengths of the runs.
+    num_tiles: tiles of all rows.
     tile: M.
 
   Returns:
-    The expert and the tile of each step, P = tiles + E of them of which the first
-    `num_steps` count; where each run begins; and `num_steps`. An empty run has one step,
-    which writes its zeros.
+    The expert and the tile of each step, P = tiles + E steps of which the first
+    `num_steps` are used; the start of each run; and `num_steps`. An empty run has one
+    step, which writes its zeros.
   """
   num_experts = sizes.shape[0]
   ends = jnp.cumsum(sizes)

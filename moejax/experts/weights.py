@@ -1,4 +1,4 @@
-"""The experts: one stack of matrices each, and the plain form of applying them.
+"""The experts' stacked matrices, and their plain batched application.
 
 Letters: E experts, D width, F expert hidden width.
 """
@@ -12,7 +12,7 @@ from moejax.types import pytree
 
 @pytree
 class ExpertWeights:
-  """The experts, stacked: one array per matrix. No biases, as in Switch and Mixtral."""
+  """Expert weights, one stacked array per matrix. No biases, as in Switch and Mixtral."""
 
   w_in: Float[Array, "E D F"]
   w_out: Float[Array, "E F D"]
@@ -23,7 +23,7 @@ class ExpertWeights:
 def activate(
   hidden: Float[Array, "... F"], gate: Float[Array, "... F"] | None, activation: str
 ) -> Float[Array, "... F"]:
-  """The hidden non-linearity: relu, gelu (tanh form) or swiglu."""
+  """Applies the hidden non-linearity: relu, gelu (tanh form) or swiglu."""
   match activation:
     case "relu":
       return jax.nn.relu(hidden)
@@ -39,9 +39,10 @@ def activate(
 def apply_experts(
   rows: Float[Array, "E *n D"], weights: ExpertWeights, activation: str
 ) -> Float[Array, "E *n D"]:
-  """Every expert on its own rows: the plain batched form.
+  """Applies every expert to its own rows, in plain batched form.
 
-  Maps zero rows to zero rows, which is why empty slots need no mask.
+  Maps zero rows to zero rows, so empty slots need no mask.
+
   """
   hidden = jnp.einsum("e...d,edf->e...f", rows, weights.w_in)
   gate = None

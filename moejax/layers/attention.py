@@ -34,13 +34,13 @@ class Context:
   """What every attention layer of one call shares."""
 
   positions: Int[Array, "B S"]
-  """Of the new tokens, within their document."""
+  """Positions of the new tokens within their document."""
   mask: Bool[Array, "B 1 S M"]
-  """Whether a query may look at a key."""
+  """Whether a query may attend to a key."""
   segment_ids: Int[Array, "B S"]
-  """Of the new tokens: what `mask` was made of, for kernels that make their own."""
+  """Segments of the new tokens, for kernels that build their own mask."""
   index: Int[Array, ""] | None = None
-  """Where in the cache the new tokens go; None without a cache."""
+  """Index of the first new token in the cache; None without a cache."""
 
 
 def attention_mask(
@@ -50,16 +50,16 @@ def attention_mask(
   offset: Int[Array, ""] | int = 0,
   window: int = 0,
 ) -> Bool[Array, "B 1 S M"]:
-  """Causal, inside one segment, and at most `window` tokens back (0 is all).
+  """Returns a causal mask within segments, limited to `window` tokens (0 means all).
 
   Padding (segment 0) attends to padding: a row with nothing to attend to would
-  be uniform over everything, with a gradient.
+  attend uniformly to everything, with a gradient.
 
   Args:
     query_segment: segment of each new token.
-    key_segment: segment of each key; -1 where the cache is still empty.
+    key_segment: segment of each key; -1 where the cache is empty.
     offset: index of the first query among the keys.
-    window: 0, or the number of tokens seen, the query's own included.
+    window: 0, or the number of visible tokens, including the query's own.
   """
   num_queries, num_keys = query_segment.shape[1], key_segment.shape[1]
   query = jnp.arange(num_queries, dtype=jnp.int32)[:, None] + offset
@@ -74,7 +74,7 @@ def attention_mask(
 def rotary(
   x: Float[Array, "B S H A"], positions: Int[Array, "B S"], theta: float
 ) -> Float[Array, "B S H A"]:
-  """Rotary position embedding; angles and rotation in float32."""
+  """Applies rotary position embedding; angles and rotation in float32."""
   half = x.shape[-1] // 2
   frequency = theta ** (-jnp.arange(half, dtype=jnp.float32) / half)
   angle = positions.astype(jnp.float32)[:, :, None, None] * frequency[None, None, None]
@@ -85,7 +85,7 @@ def rotary(
 
 
 def _implementation(dtype: jnp.dtype) -> Literal["cudnn"] | None:
-  """Fused attention of cuDNN where it applies: half precision on an NVIDIA GPU."""
+  """Returns "cudnn" (fused attention) for half precision on an NVIDIA GPU, else None."""
   half = dtype in (jnp.bfloat16, jnp.float16)
   return "cudnn" if half and target_is_nvidia() else None
 
@@ -152,9 +152,9 @@ class Attention(nnx.Module):
     if cache is None and target_platform() == "tpu" and block_size(x.shape[1]):
       mixed = tpu_attention(query, key, value, context.segment_ids, window=self.window)
     else:
-      # jax's own attention mixes dtypes inside when computing in bfloat16. (Its backward
-      # pass does so when it is lowered, out of reach from here: strict promotion and
-      # bfloat16 gradients do not go together.)
+      # jax's attention mixes dtypes internally in bfloat16. (Its backward pass does so
+      # during lowering, which this context does not cover: strict promotion and bfloat16
+      # gradients are incompatible.)
       with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
         mixed = jax.nn.dot_product_attention(
           query, key, value, mask=context.mask, implementation=_implementation(x.dtype)

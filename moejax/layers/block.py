@@ -15,7 +15,7 @@ from moejax.types import pytree, static_field
 
 @pytree
 class CallOptions:
-  """How one call of the model differs from another, fixed at trace time."""
+  """Options of one call of the model, static at trace time."""
 
   train: bool = static_field()
   capacity_factor: float | None = static_field()
@@ -24,13 +24,13 @@ class CallOptions:
 
 @pytree
 class BlockInputs:
-  """What every block of one call shares."""
+  """Inputs shared by all blocks of one call."""
 
   context: Context
   valid: Bool[Array, "B S"]
   token_ids: Int[Array, "B S"]
   assigned: Int[Array, "B S K"] | None
-  """The experts of each token, where a table says them (hash routing)."""
+  """The experts of each token, if given by a table (hash routing)."""
   step: Int[Array, ""] | None
   """Optimizer steps taken, in training."""
   options: CallOptions = static_field()
@@ -82,5 +82,5 @@ class Block(nnx.Module):
 
 
 def twin_hidden(moe: MoEConfig) -> int:
-  """Hidden width of the dense layer with an MoE layer's active FLOPs: K*F plus shared."""
+  """Returns the width of a dense layer with an MoE layer's active FLOPs: K*F + shared."""
   return num_selected(moe) * moe.fine_hidden + moe.shared_width

@@ -3,8 +3,8 @@
   y = sum over chosen experts e of gate_e(x) * expert_e(x)  (+ shared experts)
 
 The module owns parameters and calls pure functions: a router from
-`moejax.routing` says who goes where, a dispatcher from `moejax.dispatch` runs
-the experts. Neither knows the other.
+`moejax.routing` assigns tokens to experts, a dispatcher from `moejax.dispatch`
+runs the experts. Neither knows the other.
 
 Letters: B batch, S sequence, G routing groups, T tokens of a group, D width,
 E experts, K choices per token, C slots per expert and group, F expert hidden
@@ -35,34 +35,34 @@ from moejax.routing.base import RouterStats, Routing, sum_groups
 from moejax.types import Constant, pytree
 
 WHOLE_BATCH = -1
-"""The group size that puts all tokens of a (micro)batch into one routing group."""
+"""Group size that puts all tokens of a (micro)batch in one routing group."""
 
 
 @pytree
 class MoEAux:
-  """What an MoE layer returns beside its output."""
+  """What an MoE layer returns besides its output."""
 
   losses: dict[str, Float[Array, "*l"]]
-  """By name: sum over groups of (the group's loss * its valid tokens)."""
+  """For each term: sum over groups of (the group's loss * its valid tokens)."""
   stats: RouterStats
   """Summed over groups."""
   served: Bool[Array, "*l B S E"] | None = None
-  """Which experts computed each token; only where it was asked for."""
+  """Which experts computed each token; only on request."""
 
 
 @pytree
 class LayerInputs:
-  """What an MoE layer is told that other layers of the same call are not."""
+  """Inputs specific to one MoE layer of a call."""
 
   batch_chosen: Float[Array, "*l E"] | None = None
-  """Assignments asked for in the whole batch, where the call has a part of it and
-  `balance_scope` is batch; None takes those of the call."""
+  """Assignments requested in the whole batch, if the call sees only part of it and
+  `balance_scope` is batch; None uses those of the call."""
   present: Bool[Array, "*l E"] | None = None
   """The experts that take part in this step, under expert dropout."""
 
 
 def loss_weights(moe: MoEConfig) -> dict[str, float]:
-  """Coefficient of each aux term in the training loss."""
+  """Returns the coefficient of each aux term in the training loss."""
   weights = {"balance_loss": moe.balance_weight, "z_loss": moe.z_weight}
   if moe.entropy_weight:
     weights["entropy_bonus"] = moe.entropy_weight
@@ -70,7 +70,7 @@ def loss_weights(moe: MoEConfig) -> dict[str, float]:
 
 
 class Experts(nnx.Module):
-  """E feed-forward networks as one stacked parameter per matrix."""
+  """E feed-forward networks, with one stacked parameter per matrix."""
 
   def __init__(self, config: ModelConfig, num_experts: int, hidden: int, rngs: nnx.Rngs):
     width, scale, dtype = config.width, config.init_scale, config.param_dtype
@@ -90,7 +90,7 @@ class Experts(nnx.Module):
     )
 
   def weights(self, dtype: jnp.dtype) -> ExpertWeights:
-    """The matrices in the compute dtype."""
+    """Returns the matrices in the compute dtype."""
     gate = None if self.w_gate is None else self.w_gate[...].astype(dtype)
     w_in, w_out = self.w_in[...].astype(dtype), self.w_out[...].astype(dtype)
     return ExpertWeights(w_in=w_in, w_out=w_out, w_gate=gate)
@@ -138,20 +138,20 @@ class MoE(nnx.Module):
     step: Int[Array, ""] | None = None,
     return_served: bool = False,
   ) -> tuple[Float[Array, "B S D"], MoEAux]:
-    """The layer's output, and what its router did.
+    """Returns the layer's output, router losses and statistics.
 
     Args:
       x: normalised activations.
       valid: False for padding.
       token_ids: vocabulary ids.
-      assigned: the experts of each token, where a table says them.
-      layer: what this layer is told and others are not.
-      key: randomness of this step; used in training only.
+      assigned: the experts of each token, if given by a table.
+      layer: inputs specific to this layer.
+      key: PRNG key of this step; used in training only.
       train: whether routing noise applies and routing groups matter.
-      capacity_factor: None is dropless.
-      positions: of each token in its document.
+      capacity_factor: None means dropless.
+      positions: position of each token in its document.
       step: optimizer steps taken, in training.
-      return_served: whether `MoEAux.served` is wanted.
+      return_served: whether to return `MoEAux.served`.
     """
     layer = layer or LayerInputs()
     num_groups = self._num_groups(x.shape[0], x.shape[1], train, capacity_factor)
@@ -188,8 +188,8 @@ class MoE(nnx.Module):
       weights,
       dispatcher,
       activation=self.activation,
-      # Evaluation must not lose tokens on the way, and it may be dropless where training
-      # is not: it travels by the rule of auto.
+      # Evaluation must not lose tokens in the exchange, and may be dropless when training
+      # is not, so it uses the rule of auto.
       dispatcher_name=name if train or name == "einsum" else "auto",
       options=self.exchange if train else expert_parallel.ExchangeOptions(),
     )
@@ -211,19 +211,19 @@ class MoE(nnx.Module):
     return y, MoEAux(losses=aux, stats=stats, served=served)
 
   def _shared(self, x: Float[Array, "B S D"]) -> Float[Array, "B S D"]:
-    """What the shared experts add: all of it, or a learned part (Qwen2-MoE)."""
+    """Returns the shared experts' output, scaled by a learned gate if any (Qwen2-MoE)."""
     y = self.shared(x)
     if self.shared_gate is None:
       return y
-    # In float32, as every gate.
+    # In float32, like every gate.
     part = jax.nn.sigmoid(project(x.astype(jnp.float32), self.shared_gate[...]))
     return y * part.astype(y.dtype)
 
   def _num_groups(
     self, batch: int, sequence: int, train: bool, capacity_factor: float | None
   ) -> int:
-    """G. Outside training a dropless layer needs no groups, since no token affects
-    another: it takes one per sequence, so that its losses are those of any mesh."""
+    """Returns G. In dropless evaluation tokens are independent and groups are not needed:
+    one per sequence makes the losses the same on any mesh."""
     size = self.config.group_size or sequence
     if not train and capacity_factor is None:
       return batch
@@ -244,7 +244,7 @@ class MoE(nnx.Module):
     batch_chosen: Float[Array, "E"] | None,
     train: bool,
   ) -> dict[str, Float[Array, ""]]:
-    """Each term times its valid tokens, so that dividing by all tokens is the mean."""
+    """Returns each term times its valid tokens; divided by all tokens, it is the mean."""
     count = routing.stats.num_valid
     terms = {"z_loss": jax.vmap(losses.z_loss)(logits, valid), **(routing.losses or {})}
     if self.config.entropy_weight:
@@ -265,7 +265,7 @@ class MoE(nnx.Module):
 
 
 def _served(routing: Routing) -> Bool[Array, "G T E"]:
-  """Which experts computed each token, whatever kind of router chose them."""
+  """Returns which experts computed each token, for any kind of router."""
 
   def group(routing: Routing) -> Bool[Array, "T E"]:
     if routing.dense_dispatch is not None:

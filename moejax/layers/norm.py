@@ -1,4 +1,4 @@
-"""RMSNorm (Zhang and Sennrich, arXiv:1910.07467): scale by the root mean square."""
+"""RMSNorm (Zhang and Sennrich, arXiv:1910.07467): division by the root mean square."""
 
 import jax
 import jax.numpy as jnp

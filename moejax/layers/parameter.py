@@ -1,4 +1,4 @@
-"""Parameters: declared on one line with their shape, axes and scale.
+"""Parameters, declared with their shape, axes and scale.
 
 A layer is an `nnx.Module` only as a typed shell: it owns `nnx.Param`s and calls
 pure functions on them. Models keep parameters as plain dicts and rebuild the
@@ -25,8 +25,8 @@ def matrix(
   dtype: str = "float32",
   trained: bool = True,
 ) -> nnx.Param:
-  """A weight drawn from a normal cut at two deviations, of std scale/sqrt(fan_in)."""
-  # 0.8796 is the standard deviation of a unit normal cut at two of its own.
+  """Returns a weight from a normal truncated at 2 sigma, of std scale/sqrt(fan_in)."""
+  # 0.8796 is the standard deviation of a unit normal truncated at +-2.
   deviation = scale / (0.87962566103423978 * fan_in**0.5)
   value = jax.random.truncated_normal(rngs.params(), -2.0, 2.0, shape, jnp.float32)
   return _declare((value * deviation).astype(dtype), axes, trained)
@@ -40,10 +40,10 @@ def constant(
   dtype: str = "float32",
   trained: bool = True,
 ) -> nnx.Param:
-  """A parameter that starts at one value: norm scales (1), biases (0).
+  """Returns a parameter filled with one value: norm scales (1), biases (0).
 
   Args:
-    trained: False keeps it from gradients and from the optimizer.
+    trained: False excludes it from gradients and the optimizer.
   """
   return _declare(jnp.full(shape, value, dtype), axes, trained)
 
@@ -54,12 +54,12 @@ def _declare(value: Array, axes: LogicalAxes, trained: bool) -> nnx.Param:
 
 
 def logical_axes(module: nnx.Module) -> dict[str, Any]:
-  """The declared axes of every parameter, as a plain nested dict."""
+  """Returns the declared axes of every parameter, as a plain nested dict."""
   return _declared(module, "logical_axes")
 
 
 def trained(module: nnx.Module) -> dict[str, Any]:
-  """Whether each parameter is trained, as a plain nested dict."""
+  """Returns whether each parameter is trained, as a plain nested dict."""
   return _declared(module, "trained")
 
 

@@ -1,7 +1,7 @@
-"""The router as a module: owns what is learned, and calls the function that decides.
+"""The router module: owns the router's parameters and calls its routing function.
 
 A router of `moejax.routing` declares its parameters and is a pure function of
-`RouterInputs`. Both are served here, so that a new router needs no module of its own.
+`RouterInputs`. This module handles both, so that a new router needs no module of its own.
 
 Letters: G routing groups, T tokens of a group, D width, E experts, K choices per
 token, C slots per expert and group.
@@ -29,7 +29,7 @@ from moejax.types import Constant
 
 
 class RouterLayer(nnx.Module):
-  """Scores tokens, and lets the configured router choose."""
+  """Scores tokens and runs the configured router."""
 
   def __init__(self, width: int, moe: MoEConfig, rngs: nnx.Rngs):
     self._config = Constant(moe)
@@ -46,12 +46,12 @@ class RouterLayer(nnx.Module):
     declared = self.router.parameters(sizes(moe, width, moe.group_size))
     self._declared = Constant(declared)
     for name, about in declared.items():
-      # By their own names, which are those in checkpoints.
+      # Attribute names are the names in checkpoints.
       setattr(self, name, _make(rngs, about))
 
   @property
   def parameter_names(self) -> tuple[str, ...]:
-    """Of the router's own parameters."""
+    """Names of the router's own parameters."""
     return tuple(self._declared.value)
 
   def __call__(
@@ -67,19 +67,19 @@ class RouterLayer(nnx.Module):
     step: Int[Array, ""] | None = None,
     present: Bool[Array, "E"] | None = None,
   ) -> tuple[Float[Array, "G T E"], Routing]:
-    """Logits, and who goes where.
+    """Returns the logits and the routing.
 
     Args:
       tokens: in any dtype; the router computes in float32.
       valid: False for padding.
       token_ids: vocabulary ids.
-      assigned: the experts of each token, for routers that read them out of a table.
-      key: randomness of this step; None in evaluation, which is deterministic.
-      capacity_factor: None is dropless.
-      positions: of each token in its document.
+      assigned: the experts of each token, for routers that look them up in a table.
+      key: PRNG key of this step; None in evaluation, which is deterministic.
+      capacity_factor: None means dropless.
+      positions: position of each token in its document.
       step: optimizer steps taken, in training.
-      present: the experts that take part in this step under expert dropout; None draws
-        them by `key`.
+      present: the experts that take part in this step under expert dropout; None samples
+        them with `key`.
     """
     moe, declared, keys = self._config.value, self._declared.value, None
     tokens = tokens.astype(jnp.float32)
@@ -110,7 +110,7 @@ class RouterLayer(nnx.Module):
       positions=positions,
       features=self.router.features(views, params, policy),
     )
-    # What all groups share is not mapped over.
+    # Inputs shared by all groups are not mapped over.
     same = {
       "params": {n: v for n, v in params.items() if declared[n].by_group},
       "step": step,
@@ -146,7 +146,7 @@ def _make(rngs: nnx.Rngs, declared: Parameter) -> nnx.Param:
 
 
 def present_experts(key: Key[Array, ""], moe: MoEConfig) -> Bool[Array, "E"]:
-  """The experts of a layer that take part in a step: `num_present` at random."""
+  """Samples the experts of a layer that take part in a step: `num_present` of them."""
   dropped = moe.fine_experts - num_present(moe)
   return jax.random.permutation(key, jnp.arange(moe.fine_experts) >= dropped)
 
@@ -154,6 +154,6 @@ def present_experts(key: Key[Array, ""], moe: MoEConfig) -> Bool[Array, "E"]:
 def project(
   tokens: Float[Array, "G T D"], weight: Float[Array, "D E"]
 ) -> Float[Array, "G T E"]:
-  """Logits in float32, whatever the compute dtype and the chip's default precision."""
+  """Returns float32 logits, for any compute dtype and default matmul precision."""
   weight = weight.astype(jnp.float32)
   return score(tokens, weight, cut_over=None, precision=jax.lax.Precision.HIGHEST)

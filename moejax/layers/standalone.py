@@ -1,4 +1,4 @@
-"""An MoE layer for anyone's NNX model: without a config, a mesh or an experiment.
+"""An MoE layer for any NNX model: without a config, a mesh or an experiment.
 
   layer = MoE(width=64, num_experts=8, num_selected=2, hidden=128, rngs=nnx.Rngs(0))
   y, aux = layer(x)
@@ -26,14 +26,14 @@ _TRAINED: Any = object()
 
 @pytree
 class Aux:
-  """What an MoE layer tells beside its output."""
+  """What an MoE layer returns besides its output."""
 
   loss: Float[Array, ""]
-  """To add to your loss: the terms by their weights."""
+  """The weighted sum of the terms, to add to your loss."""
   losses: dict[str, Float[Array, ""]]
-  """Each term, the mean over tokens, without its weight."""
+  """Each term's mean over tokens, unweighted."""
   stats: RouterStats
-  """What the router did, as sums over tokens; see `moejax.routing.base`."""
+  """Router statistics, as sums over tokens; see `moejax.routing.base`."""
 
 
 class MoE(nnx.Module):
@@ -53,23 +53,23 @@ class MoE(nnx.Module):
     rngs: nnx.Rngs,
     **moe: Any,
   ):
-    """Makes a layer.
+    """Creates a layer.
 
     Args:
       width: D.
       num_experts: E.
       hidden: F of one expert.
       num_selected: K.
-      router: by its name in `--list=routers`.
-      router_options: its own.
+      router: a name from `--list=routers`.
+      router_options: the router's own options.
       activation: relu, gelu or swiglu.
-      capacity_factor: slots per expert, by an even load; None is dropless.
-      rngs: of the initial parameters.
+      capacity_factor: slots per expert relative to an even load; None means dropless.
+      rngs: for the initial parameters.
       **moe: other fields of `moejax.config.MoEConfig`, such as num_shared=1,
         group_size=512, renormalize="before_drop" or dispatcher="gather".
 
     Raises:
-      ConfigError: a value that makes no sense, named by its flag in experiments.
+      ConfigError: an invalid value, named by its experiment flag.
     """
     config = Config(
       model=ModelConfig(num_layers=1, width=width, head_dim=2, activation=activation),
@@ -85,7 +85,7 @@ class MoE(nnx.Module):
     )
     config.moe.use_router(router, **(router_options or {}))
     if config.moe.group_size > 0:
-      # Which the groups must divide; those of a call are checked there.
+      # The group size must divide this; the tokens of a call are checked in the call.
       config.data.sequence_length = config.moe.group_size
     validate(config)
     self.layer = moe_lib.MoE(config.model, config.moe, rngs)
@@ -105,15 +105,15 @@ class MoE(nnx.Module):
     capacity_factor: float | None = _TRAINED,
     step: Int[Array, ""] | None = None,
   ) -> tuple[Float[Array, "... S D"], Aux]:
-    """The layer's output, and what its router did.
+    """Returns the layer's output, losses and router statistics.
 
     Args:
-      x: activations, [S, D] or [B, S, D]; a sequence is a routing group.
-      valid: False for padding, which no expert sees; None is no padding.
-      train: whether the router may use randomness, and tokens may be lost on the way
-        between devices.
-      key: of this step's randomness, for routers that are random in training.
-      capacity_factor: overrides the layer's; None is dropless.
+      x: activations, [S, D] or [B, S, D]; by default a sequence is a routing group.
+      valid: False for padding, which no expert sees; None means no padding.
+      train: whether the router may use randomness, and tokens may be lost in the
+        exchange between devices.
+      key: PRNG key of this step, for routers that are random in training.
+      capacity_factor: overrides the layer's; None means dropless.
       step: optimizer steps taken, for routers that anneal.
     """
     shape = x.shape
@@ -139,10 +139,10 @@ class MoE(nnx.Module):
     return y.reshape(shape), Aux(loss=loss, losses=losses, stats=aux.stats)
 
   def update_router(self, stats: RouterStats) -> None:
-    """Moves what no optimizer trains (balancing biases), once per optimizer step.
+    """Updates untrained parameters (balancing biases), once per optimizer step.
 
     Args:
-      stats: of the whole batch, from `Aux`.
+      stats: statistics of the whole batch, from `Aux`.
     """
     module = self.layer.router
     params = {name: getattr(module, name)[...] for name in module.parameter_names}
@@ -151,10 +151,10 @@ class MoE(nnx.Module):
 
 
 def is_trained(path: Any, value: Any) -> bool:
-  """An NNX filter: parameters that a gradient and an optimizer may see.
+  """Returns whether a parameter is trained; an NNX filter.
 
-  `nnx.Optimizer(layer, tx, wrt=is_trained)` and `nnx.DiffState(0, is_trained)` leave out
-  balancing biases, which weight decay would ruin.
+  `nnx.Optimizer(layer, tx, wrt=is_trained)` and `nnx.DiffState(0, is_trained)` exclude
+  balancing biases, which weight decay would corrupt.
   """
   del path
   is_param = isinstance(value, nnx.Param)

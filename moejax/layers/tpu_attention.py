@@ -1,8 +1,8 @@
-"""Fused attention on a TPU: never more than a block of scores in memory.
+"""Fused attention on TPU: at most one block of scores in memory.
 
-jax's splash attention (a Pallas kernel that comes with jax) under `jax.shard_map`, since
-a compiler cannot cut a kernel by itself: sequences over the axes that hold tokens, heads
-over `tensor`. Elsewhere `jax.nn.dot_product_attention` is used; see `layers/attention`.
+jax's splash attention (a Pallas kernel that ships with jax) under `jax.shard_map`, since
+the compiler cannot shard a kernel: sequences over the token axes, heads over `tensor`.
+Elsewhere `jax.nn.dot_product_attention` is used; see `layers/attention`.
 
 Letters: B batch, S sequence, H query heads, J key/value heads, A head width.
 """
@@ -18,11 +18,11 @@ from moejax.sharding.mesh import TOKEN_AXES, mesh_in_scope, shard_map
 
 LANES = 128
 _LARGEST_BLOCK = 512
-"""Scores of a 512 x 512 block and their operands fit the on-chip memory."""
+"""The scores of a 512 x 512 block and their operands fit in on-chip memory."""
 
 
 def block_size(sequence_length: int) -> int | None:
-  """Rows and columns of a block of scores; None where no block fits the sequence."""
+  """Returns the side of a block of scores; None if no block divides the sequence."""
   sizes = (s for s in (_LARGEST_BLOCK, 256, LANES) if sequence_length % s == 0)
   return next(sizes, None)
 
@@ -36,15 +36,15 @@ def tpu_attention(
   window: int = 0,
   interpret: bool = False,
 ) -> Float[Array, "B S H A"]:
-  """Causal attention inside each segment, scaled by 1/sqrt(A).
+  """Computes causal attention within each segment, scaled by 1/sqrt(A).
 
   Args:
     query: after rotary embedding.
     key: each serves H/J query heads.
-    value: as key.
-    segment_ids: of each token; padding is a segment of its own.
-    window: tokens a query sees, its own included; 0 is all before it.
-    interpret: run the kernel without a TPU, slowly, to test it.
+    value: like key.
+    segment_ids: segment of each token; padding is its own segment.
+    window: tokens a query sees, including its own; 0 means all before it.
+    interpret: runs the kernel without a TPU, slowly, for tests.
   """
 
   def local(query: Array, key: Array, value: Array, segment_ids: Array) -> Array:
@@ -60,8 +60,8 @@ def tpu_attention(
   if mesh_in_scope() is None:
     return local(query, key, value, segment_ids)
   heads = PartitionSpec(TOKEN_AXES, None, "tensor")
-  # The kernel does not say over which axes its results vary; everything here is cut
-  # over all of them in the same way, so there is nothing for the check to find.
+  # The kernel does not declare over which axes its results vary; everything here is
+  # sharded the same way over all of them, so the check would find nothing.
   return shard_map(
     local,
     in_specs=(heads, heads, heads, PartitionSpec(TOKEN_AXES)),
@@ -77,7 +77,7 @@ def _segments(ids: Int[Array, "S"]) -> Any:
 
 
 def _kernel(heads: int, length: int, window: int, interpret: bool) -> Any:
-  # Imported late: Pallas for TPUs takes a second that no CPU run should pay.
+  # Imported late: importing Pallas for TPUs takes a second, which CPU runs should avoid.
   from jax.experimental.pallas.ops.tpu import splash_attention as splash
 
   block = block_size(length)

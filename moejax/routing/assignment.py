@@ -1,4 +1,4 @@
-"""BASE: a balanced assignment of tokens to experts, learned without any loss term.
+"""BASE: balanced assignment of tokens to experts, without an auxiliary loss.
 
 Letters: T tokens of one group, E experts, K choices per token.
 Sources: Lewis et al. 2021, arXiv:2103.16716 (balanced in training, greedy at test,
@@ -26,10 +26,10 @@ def sinkhorn(
   tolerance: float = 1e-4,
   max_iterations: int = 30,
 ) -> Float[Array, "T E"]:
-  """Scales rows and columns of exp(logits) until rows sum 1/T and columns 1/E.
+  """Scales rows and columns of exp(logits) until rows sum to 1/T and columns to 1/E.
 
-  T counts valid tokens; rows of padding are zero. Stops when the column factors move
-  by less than `tolerance` in the mean, or after `max_iterations`.
+  T counts valid tokens; rows of padding are zero. Stops when the mean change of the
+  column factors is at most `tolerance`, or after `max_iterations`.
   """
   logits = jax.lax.stop_gradient(logits.astype(jnp.float32))
   kernel = jnp.where(valid[:, None], jnp.exp(logits), 0.0)
@@ -45,7 +45,7 @@ def sinkhorn(
   def unsettled(state):
     return (state[2] > tolerance) & (state[3] < max_iterations)
 
-  # Made of what is mapped, so that the carry varies over the devices as the result does.
+  # Derived from mapped arrays, so that the carry varies over devices as the result does.
   rows, columns = jnp.ones_like(kernel[:, 0]), jnp.ones_like(kernel[0])
   start = (rows, columns, jnp.full_like(count, jnp.inf), jnp.int32(0))
   rows, columns, _, _ = jax.lax.while_loop(unsettled, step, start)
@@ -56,9 +56,9 @@ def sinkhorn(
 class Base(Router):
   """Sinkhorn-balanced experts in training, the best ones at test; gate = sigmoid.
 
-  The balanced plan looks at the whole group, so training leaks the future; the
-  greedy choice of evaluation does not. With capacity factor 1 and
-  `overflow="next_best"` the assignment is exactly balanced, as the paper's is.
+  The balanced assignment depends on the whole group, so training leaks the future;
+  the greedy choice in evaluation does not. With capacity factor 1 and
+  `overflow="next_best"` the assignment is exactly balanced, as in the paper.
   """
 
   name = "base"
@@ -79,7 +79,7 @@ class Base(Router):
     logits = inputs.logits.astype(jnp.float32)
     scores = logits
     if inputs.key is not None:
-      # Rows only: logits of one token may be far above another's, and exp overflow.
+      # Per row: one token's logits may be far above another's, and exp would overflow.
       best = jax.lax.stop_gradient(jnp.max(logits, axis=-1, keepdims=True))
       scores = sinkhorn(
         logits - best,

@@ -1,4 +1,4 @@
-"""What routers are measured against: all experts, random ones, and perfect balance.
+"""Baseline routers: all experts, random experts, and perfect balance.
 
 Letters: T tokens of one group, E experts, K choices per token.
 """
@@ -17,7 +17,7 @@ from moejax.routing.token_choice import TopK
 
 
 class Dense(TopK):
-  """Every token to every expert by its probability: what sparse routing approximates."""
+  """Sends every token to every expert: what sparse routing approximates."""
 
   name = "dense"
   summary = "every token to every expert: what sparse routing approximates"
@@ -33,16 +33,16 @@ class Dense(TopK):
 
 
 def _positions(inputs: RouterInputs) -> Int[Array, "T"]:
-  """What a token is counted by in evaluation, the same in generation."""
+  """Returns the number of each token in evaluation, the same in generation."""
   if inputs.positions is not None:
     return inputs.positions
   return jnp.arange(inputs.logits.shape[0], dtype=jnp.int32)
 
 
 class Random(Router):
-  """K experts at random, gates still the router's probabilities.
+  """Chooses K experts at random; gates are still the router's probabilities.
 
-  Without a key (evaluation) always the same draw at the same position of a document.
+  Without a key (evaluation) the draw depends only on the position in the document.
   """
 
   name = "random"
@@ -65,10 +65,10 @@ class Random(Router):
 
 
 class ForcedBalance(Router):
-  """Experts in turn: token t's k-th choice is (t*K + k) mod E.
+  """Assigns experts in turn: token t's k-th choice is (t*K + k) mod E.
 
-  Perfectly balanced whatever the router says; gates are still its probabilities. t is
-  the token's number in its group in training, and in its document in evaluation, where
+  Perfectly balanced for any logits; gates are still the router's probabilities. t is
+  the token's index in its group in training, and in its document in evaluation, where
   the group of a generated token is that token alone.
   """
 

@@ -1,8 +1,8 @@
-"""Balancing by a bias that only choosing sees: the routers, and how a step moves it.
+"""Balancing by a selection-only bias: the routers, and how a step updates the bias.
 
-The router keeps one number per expert, which is added to the scores for choosing and
-never reaches a gate or a gradient. After the optimizer's step it is replaced, once, by a
-function of what the whole batch did (`RouterStats` summed over groups, devices and
+The router keeps one number per expert, which is added to the scores for selection and
+never enters a gate or a gradient. After each optimizer step it is updated once from the
+statistics of the whole batch (`RouterStats` summed over groups, devices and
 microbatches). Never in evaluation.
 
 Letters: T tokens, E experts, K choices per token, l any leading axes of layers.
@@ -25,11 +25,11 @@ from moejax.routing.router import Parameter, Params, Sizes
 from moejax.routing.scores import choose, pick, present
 
 _LEAST_SPREAD = 1e-4
-"""Of an expert's scores over tokens: keeps a router of equal scores moving."""
+"""Least std of an expert's scores over tokens: keeps a router of equal scores moving."""
 
 
 def bias_parameter(sizes: Sizes) -> dict[str, Parameter]:
-  """One number per expert, moved by the train step and not by the optimizer."""
+  """Declares one number per expert, updated by the train step, not by the optimizer."""
   shape = (sizes.num_experts,)
   return {"bias": Parameter(shape=shape, axes=("router_expert",), trained=False)}
 
@@ -37,7 +37,7 @@ def bias_parameter(sizes: Sizes) -> dict[str, Parameter]:
 def biased_scores(
   inputs: RouterInputs,
 ) -> tuple[Float[Array, "T E"], Float[Array, "T E"]]:
-  """Sigmoid scores, and what they are chosen by: the bias added, absent experts -inf."""
+  """Returns sigmoid scores, and selection scores: biased, -inf for absent experts."""
   scores = jax.nn.sigmoid(inputs.logits.astype(jnp.float32))
   biased = present(inputs.logits, scores)
   if "bias" in inputs.params:
@@ -51,10 +51,10 @@ def route_biased(
   scores: Float[Array, "T E"],
   biased: Float[Array, "T E"],
 ) -> Routing:
-  """The K best by biased scores; their gates are the scores.
+  """Routes to the K best experts by biased score; gates are the unbiased scores.
 
-  `probs` are the scores divided by their sum over all experts, which is what
-  DeepSeek-V3's sequence-wise loss takes.
+  `probs` are the scores divided by their sum over all experts, as in DeepSeek-V3's
+  sequence-wise loss.
   """
   expert = choose(biased, policy.num_selected)
   probs = scores / jnp.sum(scores, axis=-1, keepdims=True)
@@ -73,10 +73,10 @@ def route_biased(
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SigmoidBias(GroupedRouter):
-  """Sigmoid scores, balanced by a bias that only choosing sees (DeepSeek-V3).
+  """Sigmoid scores, balanced by a selection-only bias (DeepSeek-V3).
 
-  The bias has no gradient: a step moves it up by a fixed rate where the load was below
-  its mean, down where above. DeepSeek-V3 renormalises the gates:
+  The bias has no gradient: a step raises it by a fixed rate where the load was below
+  the mean and lowers it where above. DeepSeek-V3 renormalises the gates:
   `renormalize="before_drop"`.
   """
 
@@ -103,10 +103,10 @@ class SigmoidBias(GroupedRouter):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class QuantileBias(GroupedRouter):
-  """As `SigmoidBias`, with a bias that goes towards the quantile that balances.
+  """`SigmoidBias` with a bias that moves towards the quantile that balances the load.
 
-  How far an expert's bias must go depends on how its scores spread over tokens, whose
-  first two moments are summed for `quantile_step`.
+  The distance depends on the spread of an expert's scores over tokens; their first two
+  moments are summed for `quantile_step`.
   """
 
   name = "quantile_bias"
@@ -138,7 +138,7 @@ def _present(stats: RouterStats) -> Bool[Array, "*l E"] | None:
 
 
 def wanted_load(stats: RouterStats) -> Float[Array, "*l 1"]:
-  """Assignments per expert at balance, among those that took part."""
+  """Returns the assignments per expert at balance, among experts that took part."""
   present = _present(stats)
   if present is None:
     return jnp.mean(stats.chosen, axis=-1, keepdims=True)
@@ -148,7 +148,7 @@ def wanted_load(stats: RouterStats) -> Float[Array, "*l 1"]:
 def settled(
   bias: Float[Array, "*l E"], moved: Float[Array, "*l E"], stats: RouterStats
 ) -> Float[Array, "*l E"]:
-  """The moved biases with mean zero; the old one where nothing was seen of an expert."""
+  """Returns the moved biases with mean zero; the old ones where no token was valid."""
   present = _present(stats)
   if present is not None:
     moved = jnp.where(present, moved, bias)
@@ -159,20 +159,20 @@ def settled(
 def quantile_step(
   bias: Float[Array, "*l E"], stats: RouterStats, rate: float
 ) -> Float[Array, "*l E"]:
-  """A part of the way to the bias at which every expert would get its share.
+  """Moves biases a fraction of the way to where every expert would get an equal share.
 
-  An expert is chosen by the tokens whose score stands above some threshold, so its
-  share of tokens f is a tail of the distribution of its scores. Were that normal
-  with standard deviation s, moving the bias by s * (z(K/E) - z(f)), z the normal
-  quantile, would make the share K/E. Whatever the distribution, the step is zero
-  at balance (but for rounding) and has the sign of the error; only its length is
-  approximate, and `rate` of it is taken. Biases keep mean zero.
+  An expert is chosen by the tokens whose score exceeds some threshold, so its share of
+  tokens f is a tail of its score distribution. If that were normal with standard
+  deviation s, moving the bias by s * (z(K/E) - z(f)), z the normal quantile, would
+  make the share K/E. For any distribution the step is zero at balance (up to
+  rounding) and has the sign of the error; only its length is approximate, and is
+  scaled by `rate`. Biases keep mean zero.
   """
   moments = stats.extra["moments"]
   tokens = jnp.maximum(stats.num_valid, 1.0)[..., None]
   first, second = moments[..., 0, :] / tokens, moments[..., 1, :] / tokens
   spread = jnp.sqrt(jnp.maximum(second - first * first, _LEAST_SPREAD**2))
-  # No expert is certain never, or always, to be chosen: half a token at least.
+  # Keeps shares away from 0 and 1, where the quantile is infinite: half a token.
   least = 0.5 / tokens
   share = jnp.clip(stats.chosen / tokens, least, 1.0 - least)
   target = jnp.clip(wanted_load(stats) / tokens, least, 1.0 - least)

@@ -1,7 +1,7 @@
-"""Capacity: how many slots an expert has, and who gets them.
+"""Capacity: how many slots an expert has, and which assignments get them.
 
 An expert computes at most C assignments of a group; the rest overflow. Priority
-decides who is early in the queue, overflow decides what becomes of the late.
+orders the queue; the overflow policy handles the assignments left without a slot.
 
 Letters: T tokens of one group, E experts, K choices per token, C slots per
 expert, N = T*K assignments, numbered token-major (n = t*K + k).
@@ -33,22 +33,22 @@ def capacity_of(
   convention: str = "per_assignment",
   min_capacity: int = 1,
 ) -> int | None:
-  """C, slots per expert in one group: ceil(factor * K * T / E).
+  """Returns C, the slots per expert in one group: ceil(factor * K * T / E).
 
-  Never above T (a token visits an expert at most once) and never below
-  `min_capacity`, except that T wins over the minimum.
+  At least `min_capacity`, and at most T (a token visits an expert at most once);
+  T takes precedence.
 
   Args:
-    num_tokens: T, padding included, so that C is static.
-    factor: capacity factor; None is dropless.
-    convention: per_assignment as above; per_token leaves K out, as Flaxformer,
-      AXLearn and Praxis do.
+    num_tokens: T, including padding, so that C is static.
+    factor: capacity factor; None means dropless.
+    convention: per_assignment as above; per_token omits K, as Flaxformer, AXLearn
+      and Praxis do.
 
   Returns:
-    C, or None when dropless.
+    C, or None if dropless.
 
   Raises:
-    ConfigError: factor not positive, or an unknown convention.
+    ConfigError: factor not positive and finite, or an unknown convention.
   """
   if factor is None:
     return None
@@ -67,13 +67,13 @@ def capacity_of(
         f"--config.moe.capacity_convention={convention} is unknown: use per_assignment "
         "or per_token."
       )
-  # Exact in the factor as written: in floats 1.1 * 10 is above 11, and would give 12.
+  # Exact for the factor as written: in floats 1.1 * 10 exceeds 11 and would give 12.
   slots = Fraction(repr(float(factor))) * per_token * num_tokens / num_experts
   return min(num_tokens, max(min_capacity, math.ceil(slots)))
 
 
 class Slots(NamedTuple):
-  """Who got a slot; the fields are those of `Routing`."""
+  """The slots given out; the fields are those of `Routing`."""
 
   slot: Int[Array, "N"]
   kept: Bool[Array, "N"]
@@ -89,7 +89,7 @@ def _give_slots(
   policy: SlotPolicy,
   num_tokens: int,
 ) -> Slots:
-  """Serves each expert's queue until its slots are gone."""
+  """Serves each expert's queue until its slots are full."""
   num_experts, capacity = policy.num_experts, policy.capacity
   asking = jnp.where(asked, expert, num_experts)
   line = line_up(asking, queue, num_experts, ranking=policy.ranking)
@@ -100,8 +100,8 @@ def _give_slots(
     return Slots(slot, asked, line.assignment, chosen, chosen)
   kept = asked & (rank < capacity)
   load = jnp.minimum(chosen, capacity)
-  # Where each expert's kept run begins, then their total, twice: those who ask for
-  # nothing stand behind the overflow of the last expert.
+  # Start of each expert's kept run, then the total twice: assignments that request no
+  # slot come after the overflow of the last expert.
   ends = jnp.cumsum(load)
   start = jnp.concatenate([jnp.zeros((1,), jnp.int32), ends, ends[-1:]])
   kept_before = start.at[asking + 1].get(mode="promise_in_bounds")
@@ -123,29 +123,29 @@ def assign(
   scores: Float[Array, "T E"] | None = None,
   values: Float[Array, "T E"] | None = None,
 ) -> Routing:
-  """Gives assignments their slots, and makes the `Routing` of a token-choice router.
+  """Assigns slots and builds the `Routing` of a token-choice router.
 
   All first choices are placed before any second choice, so a token never loses
   its best expert to another token's second best (GShard, algorithm 1), unless
   `policy.slot_order` says otherwise.
 
   Args:
-    expert: chosen experts of each token, best first, all different.
-    gate: their weights, before renormalisation; differentiable.
+    expert: chosen experts of each token, best first, all distinct.
+    gate: their weights before renormalisation; differentiable.
     valid: False for padding, which takes no slot.
     probs: the router's probabilities, for losses and stats.
-    key: needed for priority=random in training; None is arrival order.
-    wanted: False where a choice was given up before slots are handed out (GShard's
-      random second expert); it takes no slot and counts nowhere.
-    scores: what overflow=next_best ranks experts by, -inf where refused; default probs.
-    values: what the gate of an expert taken by next_best is; default probs.
+    key: for priority=random in training; None means arrival order.
+    wanted: False for a choice given up before slots are assigned (GShard's random
+      second expert); it takes no slot and is not counted.
+    scores: ranking of experts for overflow=next_best, -inf if excluded; default probs.
+    values: gates of experts taken by next_best; default probs.
   """
   num_tokens, num_selected = expert.shape
   first, norm = expert[:, 0], policy.renormalize_norm
   asked = jnp.broadcast_to(valid[:, None], expert.shape)
   gate = jnp.where(asked, gate.astype(jnp.float32), 0.0)
   before_drop = policy.renormalize == "before_drop"
-  # by_gate compares final weights; batch priority compares what the router said.
+  # by_gate compares final weights; batch priority compares raw gates.
   by_gate = policy.slot_order == "by_gate" and before_drop
   queue = make_queue(normalize(gate, norm) if by_gate else gate, policy, key)
   if wanted is not None:
@@ -192,13 +192,13 @@ def _place_overflow(
   scores: Float[Array, "T E"],
   policy: SlotPolicy,
 ) -> tuple[Int[Array, "T K"], Slots, Bool[Array, "T K"]]:
-  """Sends what overflowed to each token's next-best expert with room.
+  """Moves overflowed assignments to each token's next-best expert with room.
 
-  Whoever has a slot keeps it: what was moved queues behind everyone who was not.
+  Kept assignments keep their slots: moved ones queue behind all the others.
 
   Returns:
-    expert: of every assignment after the move.
-    slots: of everyone.
+    expert: the expert of every assignment after the move.
+    slots: the slots of all assignments.
     moved: which assignments changed expert.
   """
   assert policy.capacity is not None
@@ -215,7 +215,7 @@ def _place_overflow(
 
 
 def _renumber(expert: Int[Array, "T K"], slots: Slots, policy: SlotPolicy) -> Slots:
-  """The same slots handed out again in token order."""
+  """Renumbers the kept slots in token order."""
   index = jnp.arange(expert.size, dtype=jnp.int32)
   queue = Queue(index, index)
   return _give_slots(expert.reshape(-1), slots.kept, queue, policy, expert.shape[0])
@@ -228,10 +228,10 @@ def make_stats(
   load: Int[Array, "E"],
   served: Bool[Array, "T"],
 ) -> RouterStats:
-  """The router's sums over one group; no gradient flows through them.
+  """Returns the router's sums over one group; no gradient flows through them.
 
   Args:
-    chosen: assignments asked for, per expert.
+    chosen: assignments requested, per expert.
     load: assignments kept, per expert.
     served: whether any assignment of the token was kept.
   """

@@ -1,7 +1,7 @@
 """Expert choice: every expert picks its C best tokens.
 
 Perfectly balanced and never over capacity; a token may get no expert, or all of
-them. It looks at later tokens, so it leaks the future in a causal model.
+them. The choice depends on later tokens, so it leaks the future in a causal model.
 
 Letters: T tokens of one group, E experts, C slots per expert, N = E*C assignments.
 Source: Zhou et al. 2022, arXiv:2202.09368, section 3.2.
@@ -20,7 +20,7 @@ from moejax.routing.scores import softmax
 class ExpertChoice(Router):
   """Slot c of expert e holds its c-th most probable token; gate = that probability.
 
-  The capacity factor is the mean number of experts per token times 1/K. Slots that
+  The capacity factor is the mean number of experts per token divided by K. Slots that
   only padding could fill stay empty.
   """
 
@@ -48,8 +48,8 @@ class ExpertChoice(Router):
     slot = jnp.broadcast_to(jnp.arange(capacity, dtype=jnp.int32)[None, :], kept.shape)
     expert = jnp.arange(num_experts, dtype=jnp.int32)[:, None]
     load = jnp.sum(kept.astype(jnp.int32), axis=-1)
-    # Every expert keeps as many: the valid tokens, or C. So the kept ones of expert e
-    # begin at e * load, and the empty slots follow all of them.
+    # Every expert keeps the same number of tokens, min(valid tokens, C). So the run of
+    # expert e starts at e * load, and the empty slots follow all runs.
     full, index = load[0], jnp.arange(num_experts * capacity, dtype=jnp.int32)
     total = full * num_experts
     empty = jnp.maximum(capacity - full, 1)

@@ -1,4 +1,4 @@
-"""Choice within groups of experts: a token's experts stand on few devices.
+"""Choice within groups of experts: a token's experts are on few devices.
 
 Letters: T tokens of one group of tokens, E experts, K choices per token.
 Sources: DeepSeek-V2, arXiv:2405.04434, section 2.1.2 and equations 24 to 27.
@@ -41,7 +41,7 @@ class GroupedRouter(Router):
   )
 
   def limited(self, scores: Float[Array, "T E"]) -> Float[Array, "T E"]:
-    """-inf outside each token's best groups."""
+    """Sets scores outside each token's best groups to -inf."""
     return limit_to_groups(
       scores, self.num_expert_groups, self.num_selected_groups, self.group_best
     )
@@ -82,9 +82,9 @@ class GroupedRouter(Router):
 def present_choices(
   inputs: RouterInputs, expert: Int[Array, "T K"]
 ) -> Bool[Array, "T K"] | None:
-  """Which choices are of experts that take part; None where all do.
+  """Returns which chosen experts take part in the step; None if all do.
 
-  At least K experts always do, but a token's best groups may hold fewer.
+  At least K experts always take part, but a token's best groups may hold fewer.
   """
   return None if inputs.present is None else inputs.present[expert]
 

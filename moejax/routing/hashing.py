@@ -1,4 +1,4 @@
-"""Hash routing: the token's id alone decides; nothing is learned.
+"""Hash routing: experts are determined by the token id; nothing is learned.
 
 Letters: T tokens of one group, E experts, K choices per token, V vocabulary.
 Source: Roller et al. 2021, arXiv:2106.04426, section 3 (random and balanced hash).
@@ -27,12 +27,12 @@ def hash_table(
   seed: int = 0,
   counts: np.ndarray | None = None,
 ) -> np.ndarray:
-  """The experts of every vocabulary id, int32 [V, K]; a row's K experts differ.
+  """Returns the experts of every vocabulary id, int32 [V, K], distinct within a row.
 
   Args:
-    counts: how often each id stands in the corpus: ids go, most frequent first, to
-      the expert with the least so far (balanced hash). None is a random hash with as
-      many ids for each expert.
+    counts: how often each id occurs in the corpus: ids go, most frequent first, to
+      the least loaded expert so far (balanced hash). None means a random hash with
+      equally many ids per expert.
   """
   rng = np.random.default_rng(seed)
   if counts is None:
@@ -42,7 +42,7 @@ def hash_table(
     for token in np.argsort(-counts, kind="stable"):
       first[token] = np.argmin(filled)
       filled[first[token]] += counts[token]
-  # Further choices are the first one shifted round, by other amounts per id, so that
+  # Further choices are cyclic shifts of the first, by different amounts per id, so that
   # two ids that share one expert seldom share all.
   shifts = np.stack([rng.permutation(num_experts - 1) for _ in range(vocab_size)])
   rest = (first[:, None] + 1 + shifts[:, : num_selected - 1]) % num_experts
@@ -50,10 +50,10 @@ def hash_table(
 
 
 def table_damage(table: np.ndarray, num_experts: int) -> str | None:
-  """What is wrong with a stored table, in a sentence; None if nothing is.
+  """Returns what is wrong with a stored table, in a sentence; None if nothing is.
 
-  Weight decay of versions before 0.2 took the table for a matrix: after one step every
-  entry was a little below a whole number, and was read as the expert below it.
+  Versions before 0.2 applied weight decay to the table: after one step every entry was
+  slightly below an integer and was read as the expert below it.
   """
   wrong = (table != np.floor(table)) | (table < 0) | (table >= num_experts)
   if not wrong.any():
@@ -69,7 +69,7 @@ def table_damage(table: np.ndarray, num_experts: int) -> str | None:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Hash(Router):
-  """Each token goes to the experts of its id, each with gate 1/K."""
+  """Sends each token to the experts of its id, each with gate 1/K."""
 
   name = "hash"
   summary = "experts fixed per vocabulary id, nothing learned (Hash layers)"
@@ -103,7 +103,7 @@ class Hash(Router):
         "--config.moe.router=hash reads the experts out of a table by token id, and no "
         "token ids reached the layer. Use another router for inputs that are not tokens."
       )
-    # Probabilities are reported (and have a gradient) but decide nothing.
+    # Probabilities are only reported (and have a gradient); they decide nothing.
     probs = softmax(inputs.logits)
     gate = jnp.full(inputs.assigned.shape, 1.0 / policy.num_selected, jnp.float32)
     return assign(inputs.assigned, gate, inputs.valid, probs, policy, inputs.key)

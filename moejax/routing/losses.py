@@ -1,6 +1,6 @@
-"""Router losses: pressure towards balance, and against large logits.
+"""Router losses: they encourage balance and discourage large logits.
 
-Each is a value of ONE group; the layer weighs groups by their valid tokens.
+Each loss is for ONE group; the layer weights groups by their valid tokens.
 
 Letters: T tokens of one group, E experts, K choices per token.
 Sources: Switch, arXiv:2101.03961, equations 4 to 6; GShard, arXiv:2006.16668,
@@ -8,7 +8,7 @@ section 2.2; ST-MoE, arXiv:2202.08906, equation 5 (z-loss); Shazeer et al. 2017,
 arXiv:1701.06538, section 4 and appendix A (importance, load); V-MoE,
 arXiv:2106.05974, appendix A; DeepSeek-V2, arXiv:2405.04434, section 2.1.3 (device
 and communication balance); DeepSeek-V3, arXiv:2412.19437, section 2.1.2 (bias).
-How each codebase scales them is in docs/conventions.md.
+See docs/conventions.md for how each codebase scales them.
 """
 
 import jax
@@ -32,18 +32,18 @@ def balance_loss(
   valid: Bool[Array, "T"],
   num_present: int | None = None,
 ) -> Float[Array, ""]:
-  """E * sum_e f_e P_e: 1 at perfect balance whatever K, E with one expert for all.
+  """Returns E * sum_e f_e P_e: 1 at balance for any K, E if one expert takes all.
 
-  f_e is the expert's share of the assignments asked for (before capacity, or an
-  overloaded expert would look balanced); P_e the mean probability over valid
-  tokens. Only P has a gradient. A group of padding alone gives 0.
+  f_e is the expert's share of the requested assignments (before capacity, since an
+  overloaded expert would look balanced after it); P_e the mean probability over
+  valid tokens. Only P has a gradient. A group of only padding gives 0.
 
   Args:
     probs: the router's probabilities.
-    chosen: assignments asked for, per expert.
+    chosen: assignments requested, per expert.
     valid: False for padding.
-    num_present: experts that take part, in place of E, where some are out for the
-      step (expert dropout): balance is then among those.
+    num_present: experts that take part in the step (expert dropout), used in place of
+      E: balance is among those.
   """
   num_experts = num_present or probs.shape[-1]
   fraction = jax.lax.stop_gradient(chosen) / jnp.maximum(jnp.sum(chosen), 1.0)
@@ -51,10 +51,10 @@ def balance_loss(
 
 
 def first_choices(routing: Routing, valid: Bool[Array, "T"]) -> Float[Array, "E"]:
-  """Valid tokens per expert by their FIRST choice alone, for `balance_loss`.
+  """Counts valid tokens per expert by FIRST choice only, for `balance_loss`.
 
-  As asked for, before overflow moved any. GShard's own form of the loss counts these;
-  V-MoE, Praxis, AXLearn's Top2, DeepSpeed's top-2 and Tutel follow it.
+  Counted before overflow moves any. GShard's original loss uses these counts; V-MoE,
+  Praxis, AXLearn's Top2, DeepSpeed's top-2 and Tutel follow it.
   """
   first = routing.first
   assert first is not None, "tokens make no first choice under this router"
@@ -63,16 +63,16 @@ def first_choices(routing: Routing, valid: Bool[Array, "T"]) -> Float[Array, "E"
 
 
 def z_loss(logits: Float[Array, "T E"], valid: Bool[Array, "T"]) -> Float[Array, ""]:
-  """Mean over valid tokens of logsumexp(logits)^2: of logits, not of probabilities."""
+  """Returns the mean over valid tokens of logsumexp(logits)^2, not of probabilities."""
   log_partition = jax.nn.logsumexp(logits.astype(jnp.float32), axis=-1)
   return _mean_over_valid(jnp.square(log_partition), valid)
 
 
 def squared_variation(values: Float[Array, "E"], *, ddof: int = 0) -> Float[Array, ""]:
-  """(standard deviation / mean)^2 over experts; 0 where all are equal.
+  """Returns (standard deviation / mean)^2 over experts; 0 if all are equal.
 
   Args:
-    ddof: 0 is the population's variance (V-MoE), 1 the unbiased one (Tutel).
+    ddof: 0 for the population variance (V-MoE), 1 for the unbiased one (Tutel).
   """
   mean = jnp.mean(values)
   variance = jnp.sum(jnp.square(values - mean)) / max(values.shape[0] - ddof, 1)
@@ -82,7 +82,7 @@ def squared_variation(values: Float[Array, "E"], *, ddof: int = 0) -> Float[Arra
 def importance_loss(
   gates: Float[Array, "T E"], valid: Bool[Array, "T"], *, ddof: int = 0
 ) -> Float[Array, ""]:
-  """CV^2 of the experts' summed gates (Shazeer et al., equation 7).
+  """Returns CV^2 of the experts' summed gates (Shazeer et al., equation 7).
 
   Args:
     gates: sparse gates (Shazeer et al.) or all probabilities (V-MoE).
@@ -98,17 +98,17 @@ def load_probability(
   *,
   excluding: bool = True,
 ) -> Float[Array, "T E"]:
-  """Chance that fresh noise would put the expert among the token's K best.
+  """Returns the probability that new noise puts the expert among the token's K best.
 
   Phi((clean - threshold) / scale). The threshold of Shazeer et al. (equation 9) is
-  the K-th largest of the OTHER experts' noisy logits; that of V-MoE and Tutel
-  (`excluding=False`) the K-th largest of all.
+  the K-th largest of the OTHER experts' noisy logits; in V-MoE and Tutel
+  (`excluding=False`) it is the K-th largest of all.
   """
   k = min(num_selected + 1, noisy.shape[-1])
   best = jax.lax.top_k(noisy, k)[0]
   inside = best[:, num_selected - 1 : num_selected]
   if excluding and k > num_selected:
-    # Without itself, an expert among the best K leaves the K+1-th as the threshold.
+    # An expert among the K best is excluded, so its threshold is the K+1-th largest.
     threshold = jnp.where(noisy >= inside, best[:, num_selected:], inside)
   else:
     threshold = jnp.broadcast_to(inside, noisy.shape)
@@ -118,7 +118,7 @@ def load_probability(
 def load_loss(
   probability: Float[Array, "T E"], valid: Bool[Array, "T"], *, ddof: int = 0
 ) -> Float[Array, ""]:
-  """CV^2 of the smooth load estimate (Shazeer et al., equation 11)."""
+  """Returns CV^2 of the smooth load estimate (Shazeer et al., equation 11)."""
   return squared_variation(_mean_over_valid(probability, valid), ddof=ddof)
 
 
@@ -128,7 +128,7 @@ def device_loss(
   valid: Bool[Array, "T"],
   num_groups: int,
 ) -> Float[Array, ""]:
-  """Balance between groups of experts (devices): 1 at balance (DeepSeek-V2, eq. 24).
+  """Returns the balance loss over groups (devices), 1 at balance (DeepSeek-V2, eq. 24).
 
   sum_i f_i P_i, f_i the mean of E * (share of assignments) over the group's experts,
   P_i the sum of its mean probabilities.
@@ -146,11 +146,12 @@ def communication_loss(
   valid: Bool[Array, "T"],
   num_groups: int,
 ) -> Float[Array, ""]:
-  """Balance of what groups (devices) receive (DeepSeek-V2, eq. 27), 1 at balance.
+  """Returns the balance loss of tokens received per group (DeepSeek-V2, eq. 27).
 
-  sum_i f_i P_i, f_i = D * (share of the sends that go to group i). A token sends once
-  to a group however many of its experts it chose there. The paper divides by the
-  sends allowed, M per token; dividing by those made keeps 1 at balance.
+  sum_i f_i P_i, f_i = D * (share of the sends that go to group i), D the number of
+  groups; 1 at balance. A token is sent to a group once, however many of its experts
+  are there. The paper divides by the allowed sends, M per token; dividing by the actual
+  sends keeps 1 at balance.
   """
   size = probs.shape[-1] // num_groups
   index = jnp.arange(num_groups, dtype=jnp.int32)[None, None, :]
@@ -167,17 +168,17 @@ def updated_bias(
   rate: float,
   present: Bool[Array, "*l E"] | None = None,
 ) -> Float[Array, "*l E"]:
-  """sigmoid_bias after one optimizer step: up where the load was below its mean.
+  """Returns the sigmoid_bias after one optimizer step, raised where load was low.
 
   b + rate * sign(mean load - load). Never in evaluation, never per microbatch.
 
   Args:
     bias: before the step.
-    chosen: assignments asked for, summed over the WHOLE batch: groups, devices and
-      accumulation.
-    rate: the length of the step.
-    present: the experts that took part. The others say nothing about balance: they
-      keep their bias and are not in the mean. None is all.
+    chosen: assignments requested, summed over the WHOLE batch: groups, devices and
+      gradient accumulation.
+    rate: step size.
+    present: the experts that took part; the others keep their bias and are excluded
+      from the mean. None means all.
   """
   if present is None:
     error = jnp.mean(chosen, axis=-1, keepdims=True) - chosen
@@ -189,7 +190,7 @@ def updated_bias(
 def mean_load(
   chosen: Float[Array, "*l E"], present: Bool[Array, "*l E"]
 ) -> Float[Array, "*l 1"]:
-  """Assignments per expert that took part."""
+  """Returns the mean assignments per expert that took part."""
   count = jnp.sum(present.astype(jnp.float32), axis=-1, keepdims=True)
   return jnp.sum(chosen, axis=-1, keepdims=True) / jnp.maximum(count, 1.0)
 
@@ -197,5 +198,5 @@ def mean_load(
 def entropy_bonus(
   probs: Float[Array, "T E"], valid: Bool[Array, "T"]
 ) -> Float[Array, ""]:
-  """Minus the mean entropy of a token's probabilities, in nats: a loss to lower."""
+  """Returns minus the mean entropy of a token's probabilities, in nats; minimised."""
   return -_mean_over_valid(entropy(probs), valid)

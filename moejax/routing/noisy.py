@@ -1,4 +1,4 @@
-"""Noisy top-k gating: noise that explores, with a scale that is learned or fixed.
+"""Noisy top-k gating: exploration noise with a learned or fixed scale.
 
 Letters: T tokens of one group, E experts, K choices per token.
 Sources: Shazeer et al. 2017, arXiv:1701.06538, equations 3 to 5 (learned scale,
@@ -23,12 +23,13 @@ from moejax.routing.scores import choose, pick, present, softmax
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class NoisyTopK(Router):
-  """The K best of logits + noise; without a key (evaluation) there is no noise.
+  """Chooses the K best of logits + noise; without a key (evaluation) no noise is added.
 
   noise="learned": gates are a softmax over the K kept noisy logits, the others at
-  -inf (set `renormalize="before_drop"`; "none" leaves the softmax over all).
+  -inf (set `renormalize="before_drop"`; "none" keeps the softmax over all).
   Losses: importance_loss over sparse gates and load_loss with Shazeer's threshold.
-  noise="fixed": V-MoE. Importance over the clean softmax, load with the K-th largest.
+  noise="fixed": V-MoE. Importance over the clean softmax, load with the K-th largest
+  of all noisy logits.
   """
 
   name = "noisy_top_k"
@@ -63,7 +64,7 @@ class NoisyTopK(Router):
     return super().macs(sizes) * (2 if self.noise == "learned" else 1)
 
   def noise_scale(self, inputs: RouterInputs) -> Float[Array, "T E"]:
-    """Standard deviation of the noise on each logit."""
+    """Returns the standard deviation of the noise on each logit."""
     if self.noise == "fixed":
       scale = self.noise_std / inputs.logits.shape[-1]
       return jnp.full(inputs.logits.shape, scale, jnp.float32)

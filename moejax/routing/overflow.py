@@ -1,13 +1,12 @@
-"""Overflow: where an assignment goes whose expert has no slot left.
+"""Overflow: what happens to an assignment whose expert has no slot left.
 
-next_best: to that token's best expert with room that does not serve it already,
-in the queue's order, until placed or none has room. That is a serial dictatorship;
-since all experts rank tokens by the same queue, it is also the one stable matching,
-and it is found in a few parallel rounds instead of one step per assignment: everyone
-left over asks for the best expert that has not turned it away, and an expert that
-more ask than it has room for turns away everyone from the first one too many on.
-In each round at least the expert that fills up first is settled, so there are at
-most E rounds.
+next_best: in queue order, each goes to its token's best expert that has room and does
+not already serve the token, if any. This is a serial dictatorship; since all experts
+rank tokens by the same queue, it is also the unique stable matching, and is found in a
+few parallel rounds instead of one step per assignment: each unplaced token asks the best
+expert that has not rejected it, and an expert with more requests than room rejects all
+from the first excess request on. Each round settles at least the expert that fills up
+first, so there are at most E rounds.
 
 Letters: T tokens of one group, E experts, K choices per token.
 """
@@ -28,16 +27,16 @@ def place(
   """Places overflowed assignments, first choices before second ones.
 
   Args:
-    kept: assignments that have their slot.
-    overflowed: those that want one.
-    scores: what next-best means; -inf marks an expert that may not be taken.
+    kept: assignments that have a slot.
+    overflowed: assignments that need one.
+    scores: ranking of experts per token; -inf marks an expert that may not be taken.
     room: slots left per expert.
-    position: place in the queue; choice-major, so that all of one choice stand
-      before all of the next.
+    position: place in the queue; choice-major, so that all first choices come before
+      all second ones.
 
   Returns:
     expert: with the new expert where placed.
-    placed: which overflowed assignments found one.
+    placed: which overflowed assignments were placed.
   """
   scores = jax.lax.stop_gradient(scores)
   index = jnp.arange(scores.shape[-1], dtype=jnp.int32)[None, :]
@@ -62,9 +61,9 @@ def _match(
   position: Int[Array, "T"],
   room: Int[Array, "E"],
 ) -> tuple[Int[Array, "T"], Bool[Array, "T"]]:
-  """Serial dictatorship of the pending tokens over the experts' room.
+  """Matches pending tokens to the experts' room by serial dictatorship.
 
-  An expert's cutoff is the place in the queue from which on it turns tokens away.
+  An expert's cutoff is the queue position from which on it rejects tokens.
   """
   never = jnp.iinfo(jnp.int32).max
   num_tokens, num_experts = scores.shape
@@ -89,7 +88,7 @@ def _match(
     return new, jnp.any(new != cutoff)
 
   start = jnp.where(room > 0, never, -1)
-  # Made of `room`, so that the carry varies over the devices as the result does.
+  # Derived from `room`, so that the carry varies over devices as the result does.
   again = jnp.ones_like(room[0], bool)
   cutoff, _ = jax.lax.while_loop(lambda s: s[1], round_of, (start, again))
   return ask(cutoff)

@@ -1,8 +1,8 @@
-"""Quantile Balancing: a bias that would have balanced the last batch.
+"""Quantile Balancing: the bias that would have balanced the last batch.
 
 Letters: T tokens, E experts, K choices per token, M bins, l any leading axes of layers.
 Source: Jianlin Su, kexue.fm/archives/11619, 2026; also in Marin and Megatron.
-docs/routing.md has what it and its neighbours were measured to do.
+docs/routing.md has measurements of this and similar routers.
 """
 
 import dataclasses
@@ -22,16 +22,16 @@ from moejax.routing.bias import (
 from moejax.routing.router import Parameter, Params, Router, Sizes
 
 NUM_BINS = 1024
-"""M, of a histogram of margins."""
+"""M, the bins of the margin histogram."""
 _LARGEST_MARGIN = 2.0
-"""Scores are in (0, 1), and biases in (-1, 1) if they balance anything."""
+"""Scores are in (0, 1), and useful biases in (-1, 1)."""
 
 
 class QuantileBalancing(Router):
-  """As `bias.SigmoidBias`, with the bias that would have balanced the last batch.
+  """`bias.SigmoidBias` with the bias that would have balanced the last batch.
 
-  A histogram of margins is counted in training, and `quantile_balance` reads the bias
-  out of it.
+  Training accumulates a histogram of margins, from which `quantile_balance` computes
+  the bias.
   """
 
   name = "quantile_balancing"
@@ -56,23 +56,23 @@ class QuantileBalancing(Router):
 def margins(
   biased: Float[Array, "T E"], valid: Bool[Array, "T"], num_selected: int
 ) -> Float[Array, "E M"]:
-  """Valid tokens by expert and by bin of s_te + b_e - alpha_t.
+  """Counts valid tokens by expert and by bin of the margin s_te + b_e - alpha_t.
 
-  alpha_t is the K+1-th largest biased score of the token: an expert is chosen where its
-  margin is above zero, and lowering its bias by q, all others staying as they are,
-  leaves it the tokens whose margin is above q. A histogram, because it adds up over
-  groups, devices and microbatches, as a quantile does not. Bins are narrow around zero,
-  where the quantile is near balance: 8e-6 wide there, 4e-3 at a margin of 1/2.
+  alpha_t is the K+1-th largest biased score of the token: an expert is chosen if its
+  margin is above zero, and lowering only its bias by q leaves it the tokens whose
+  margin is above q. A histogram can be summed over groups, devices and microbatches; a
+  quantile cannot. Bins are narrow around zero, where the quantile is near balance:
+  8e-6 wide there, 4e-3 at a margin of 1/2.
 
   Args:
-    biased: scores with their biases, by which tokens choose.
+    biased: biased scores, by which tokens choose.
     valid: False for padding.
     num_selected: K.
   """
   num_experts = biased.shape[-1]
   order = min(num_selected, num_experts - 1)
-  # An absent expert stands at -inf. Where no more than K take part, all of them are
-  # chosen whatever their biases are, and nothing is learned about balance.
+  # An absent expert has score -inf. If at most K take part, all of them are chosen for
+  # any biases, and the batch says nothing about balance.
   alpha = jax.lax.top_k(jax.lax.stop_gradient(biased), order + 1)[0][:, order:]
   margin = jnp.where(alpha > -jnp.inf, jax.lax.stop_gradient(biased) - alpha, 0.0)
   root = jnp.sign(margin) * jnp.sqrt(jnp.abs(margin) / _LARGEST_MARGIN)
@@ -87,20 +87,20 @@ def margins(
 def quantile_balance(
   bias: Float[Array, "*l E"], stats: RouterStats
 ) -> Float[Array, "*l E"]:
-  """The bias at which every expert would have had its share of this batch.
+  """Returns the bias that would have given every expert an equal share of this batch.
 
-  b_e = -beta_e, beta_e the (TK/E)-th largest of s_te - alpha_t over the batch's tokens;
-  then mean zero. Margins have the old bias in them, so that this is b_e less the
-  (TK/E)-th largest margin, which is read out of their histogram, linearly within a bin.
+  b_e = -beta_e, beta_e the (TK/E)-th largest of s_te - alpha_t over the batch's tokens,
+  then shifted to mean zero. Margins include the old bias, so this is b_e minus the
+  (TK/E)-th largest margin, read from the histogram with linear interpolation in a bin.
   There is no rate.
   """
   counts = stats.extra["margins"]
   edges = jnp.linspace(-1.0, 1.0, NUM_BINS + 1, dtype=jnp.float32)
   edges = _LARGEST_MARGIN * jnp.sign(edges) * jnp.square(edges)
   wanted = wanted_load(stats)
-  # From the top: tokens in and above each bin.
+  # Tokens in and above each bin.
   above = jnp.flip(jnp.cumsum(jnp.flip(counts, axis=-1), axis=-1), axis=-1)
-  # The highest bin from which on there are enough; the lowest where there never are.
+  # The highest bin with enough tokens in and above it; the lowest if there is none.
   enough = above >= wanted[..., None]
   here = jnp.maximum(jnp.sum(enough.astype(jnp.int32), axis=-1) - 1, 0)
 

@@ -1,4 +1,4 @@
-"""Queues for slots: who asks before whom, and everyone lined up expert by expert.
+"""Slot queues: the order of requests, and assignments sorted by expert.
 
 Letters: T tokens of one group, E experts, K choices per token, N = T*K assignments,
 numbered token-major (n = t*K + k), P places in the queue.
@@ -14,19 +14,19 @@ from moejax.errors import ConfigError
 from moejax.routing.base import SlotPolicy
 
 _PACKED_BITS = 31
-"""Of an int32, without its sign."""
+"""Bits of an int32 without the sign."""
 
 COUNTING_LIMIT = 256
-"""Most experts for which counting pays: it makes N*E integers."""
+"""Most experts for which counting pays off: it creates N*E integers."""
 
 
 class Queue(NamedTuple):
-  """The order in which the N assignments of a group ask for a slot."""
+  """The order in which the N assignments of a group request slots."""
 
   position: Int[Array, "N"]
-  """Of each assignment, its place in the queue."""
+  """The place in the queue of each assignment."""
   assignment: Int[Array, "P"]
-  """Of each place, its assignment; P is N, or more where places stay empty."""
+  """The assignment at each place; P is N, or more if some places are empty."""
 
 
 def make_queue(
@@ -71,27 +71,27 @@ def make_queue(
 
 
 def _arrival(num_tokens: int, num_selected: int) -> Int[Array, "N"]:
-  """Assignments in the plain queue: all first choices, then all second ones."""
+  """Returns assignments in arrival order: all first choices, then all second ones."""
   index = jnp.arange(num_tokens * num_selected, dtype=jnp.int32)
   return index % num_tokens * num_selected + index // num_tokens
 
 
 def invert(permutation: Int[Array, "N"]) -> Int[Array, "N"]:
-  """out[permutation[i]] = i."""
+  """Returns the inverse permutation: out[permutation[i]] = i."""
   index = jnp.arange(permutation.shape[0], dtype=jnp.int32)
   out = jnp.zeros_like(index)
   return out.at[permutation].set(index, unique_indices=True, mode="promise_in_bounds")
 
 
 class Line(NamedTuple):
-  """Assignments sorted by (expert, place in the queue); those that ask for none last."""
+  """Assignments sorted by (expert, place in the queue); those without a request last."""
 
   place: Int[Array, "N"]
-  """Of each assignment, its place in the line."""
+  """The place in the line of each assignment."""
   assignment: Int[Array, "N"]
-  """Of each place, its assignment."""
+  """The assignment at each place."""
   start: Int[Array, "E+1"]
-  """Where each expert's run begins; the last one is the number of asking ones."""
+  """Start of each expert's run; the last entry is the number of requests."""
 
 
 def line_up(
@@ -101,14 +101,14 @@ def line_up(
   *,
   ranking: Literal["sort", "count"] = "sort",
 ) -> Line:
-  """Sorts by (expert, place).
+  """Sorts assignments by (expert, place in the queue).
 
   Args:
-    expert: of each assignment; E where no slot is asked for.
-    queue: who asks before whom.
+    expert: of each assignment; E if no slot is requested.
+    queue: the order of requests.
     num_experts: E.
-    ranking: how. The compiler for TPUs takes 10 to 20 seconds for each sort in a
-      program, and runs it as a network of log^2 N passes; counting is one running sum.
+    ranking: the algorithm. The TPU compiler takes 10 to 20 seconds for each sort in a
+      program and runs it as a network of log^2 N passes; counting is one cumulative sum.
   """
   if ranking == "count" and num_experts <= COUNTING_LIMIT:
     return _line_up_by_counting(expert, queue, num_experts)
@@ -126,10 +126,10 @@ def line_up(
 
 
 def _line_up_by_counting(expert: Int[Array, "N"], queue: Queue, num_experts: int) -> Line:
-  """Each assignment's place is its expert's start plus those of it that ask before."""
+  """Computes each place as its expert's start plus that expert's earlier requests."""
   n, places = expert.shape[0], queue.assignment.shape[0]
   asking = expert.at[queue.assignment].get(mode="promise_in_bounds")
-  if places > n:  # Some places are empty: their assignment stands elsewhere.
+  if places > n:  # Some places are empty: their assignment is at another place.
     index = jnp.arange(places, dtype=jnp.int32)
     here = queue.position.at[queue.assignment].get(mode="promise_in_bounds") == index
     asking = jnp.where(here, asking, num_experts + 1)
@@ -139,20 +139,20 @@ def _line_up_by_counting(expert: Int[Array, "N"], queue: Queue, num_experts: int
   start = jnp.cumsum(until[-1]) - until[-1]
   by_position = jnp.sum(is_expert * (until - 1 + start[None, :]), axis=1)
   place = by_position.at[queue.position].get(mode="promise_in_bounds")
-  # What inverts a permutation is slow to compile there, and left out where unused.
+  # Inverting a permutation is slow to compile on TPUs, and is removed if unused.
   return Line(place, invert(place), start)
 
 
 def normalize(gate: Float[Array, "T K"], norm: float = 1.0) -> Float[Array, "T K"]:
-  """Scales each row to p-norm 1, p = `norm`; a row of zeros stays."""
+  """Scales each row to p-norm 1, p = `norm`; rows of zeros stay zero."""
   if norm == 1.0:
     total = jnp.sum(gate, axis=-1, keepdims=True)
   else:
-    # Over the largest gate, so that small gates to a high power do not vanish. The norm
-    # does not depend on what is divided by, nor does its gradient.
+    # Divided by the largest gate, so that small gates to a high power do not underflow.
+    # Neither the norm nor its gradient depends on the divisor.
     top = jax.lax.stop_gradient(jnp.max(gate, axis=-1, keepdims=True))
     top = jnp.where(top > 0, top, 1.0)
     powers = jnp.sum(jnp.power(gate / top, norm), axis=-1, keepdims=True)
-    # Rows of zeros are taken out before the root, whose slope there is infinite.
+    # Rows of zeros are replaced before the root, whose slope at zero is infinite.
     total = top * jnp.where(powers > 0, powers, 1.0) ** (1.0 / norm)
   return gate / jnp.where(total > 0, total, 1.0)

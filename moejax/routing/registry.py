@@ -1,7 +1,6 @@
-"""The registry: every router by its name on the command line.
+"""The registry of routers, by their names on the command line.
 
-A router's file is imported when it is first asked for: names alone cost nothing, and jax
-is not imported for them.
+A router's file is imported on first use, so listing names does not import jax.
 """
 
 import importlib
@@ -35,7 +34,7 @@ _SHIPPED = {
 
 
 class _Routers(MutableMapping[str, "type[Router]"]):
-  """Classes by name; one of your own is added by assignment."""
+  """Router classes by name; add your own by assignment."""
 
   def __init__(self, shipped: Mapping[str, str]):
     self._found: dict[str, str | type[Router]] = dict(shipped)
@@ -68,20 +67,20 @@ ROUTERS = _Routers(_SHIPPED)
 
 
 def options_by_name(name: str) -> Mapping[str, Option]:
-  """The options of a router, by their names."""
+  """Returns the options of a router by name."""
   return options_of(ROUTERS[name])
 
 
 def readers(field: str) -> list[str]:
-  """The routers that read a field of `MoEConfig`."""
+  """Returns the routers that read a field of `MoEConfig`."""
   return [name for name, router in ROUTERS.items() if router.reads_field(field)]
 
 
 def make(name: str, options: Mapping[str, Any]) -> "Router":
-  """A router with options; those that are not given have their defaults.
+  """Returns a router with the given options; the others have their defaults.
 
   Raises:
-    ConfigError: no such router or option, or a value that the option cannot have.
+    ConfigError: unknown router or option, or an invalid value.
   """
   if name not in ROUTERS:
     raise ConfigError(

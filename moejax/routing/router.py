@@ -1,10 +1,10 @@
-"""The contract of a router: one class that says everything there is to know about it.
+"""The router interface: one class describes a router completely.
 
-A router is a frozen dataclass. Its fields are its options, each of them a flag
-(`--config.moe.<router>.<option>`). It says what it needs beside the logits, which losses
-it has, how a step moves what is not trained, what kind of router it is and what it costs,
-and it is called on one group of tokens. One line in `moejax.routing.registry` (or
-`registry.ROUTERS[name] = cls` from a config file) makes it known; nothing else names it.
+A router is a frozen dataclass. Its fields are its options, each a flag
+(`--config.moe.<router>.<option>`). It declares its inputs besides the logits, its
+losses, how a step updates its untrained parameters, its properties and its cost, and is
+called on one group of tokens. One line in `moejax.routing.registry` (or
+`registry.ROUTERS[name] = cls` in a config file) registers it; nothing else names it.
 
 Letters: G groups, T tokens of a group, D width, E experts, K choices per token, C slots
 per expert and group, V vocabulary, l any leading axes of layers.
@@ -33,122 +33,122 @@ TOKEN_CHOICE_READS = (
   "overflow",
   "gate_scale",
 )
-"""Fields of `MoEConfig` that the routers whose tokens choose read, through `assign`."""
+"""Fields of `MoEConfig` that token-choice routers read, through `assign`."""
 
 LEARNED_READS = ("balance_weight", "z_weight", "entropy_weight", "jitter")
-"""Fields of `MoEConfig` that act on what a router has learned alone."""
+"""Fields of `MoEConfig` that affect only routers that learn."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Sizes:
-  """Of a layer and one of its training groups."""
+  """Sizes of a layer and of one training group."""
 
   width: int
   """D."""
   num_experts: int
-  """E, fine-grained ones counted."""
+  """E, counting fine-grained experts."""
   num_selected: int
   """K."""
   num_tokens: int
   """T."""
   capacity: int | None
-  """C; None is dropless."""
+  """C; None means dropless."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Parameter:
-  """A parameter of a router: shape, names of its dimensions, and how it begins."""
+  """A router parameter: its shape, axis names and initialisation."""
 
   shape: tuple[int, ...]
   axes: tuple[str | None, ...]
-  """Logical names, for `moejax.sharding.rules`."""
+  """Logical axis names, for `moejax.sharding.rules`."""
   fan_in: int | None = None
-  """Drawn from a cut normal of deviation 1 / sqrt(fan_in); None begins at `value`."""
+  """Truncated normal of std 1 / sqrt(fan_in); None initialises to `value`."""
   value: float = 0.0
   trained: bool = True
-  """False: no gradient and no optimizer sees it, and `Router.update` may move it."""
+  """False: no gradient, no optimizer; `Router.update` may change it."""
   by_group: bool = True
-  """Whether the router is given it with each group (`RouterInputs.params`); False where
+  """Whether the router receives it with each group (`RouterInputs.params`); False if
   only `Router.features` reads it."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Tokens:
-  """What features are made of: all groups at once, so that products are large."""
+  """Inputs of `Router.features`: all groups at once, so that matmuls are large."""
 
   clean: Float[Array, "G T D"]
   """float32."""
   seen: Float[Array, "G T D"]
-  """With input jitter, in training."""
+  """The tokens with input jitter, in training."""
   project: Callable[[Float[Array, "G T D"], Float[Array, "D E"]], Float[Array, "G T E"]]
-  """tokens @ weight in float32, whatever the chip's precision and the weight's shards."""
+  """tokens @ weight in float32, for any default precision and weight sharding."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Router(abc.ABC):
-  """Who goes where. A subclass sets what differs, and is called on one group."""
+  """Assigns tokens to experts. Subclasses override what differs from the defaults."""
 
   name: ClassVar[str]
-  """On the command line."""
+  """Name on the command line."""
   summary: ClassVar[str]
   """One line, for --list=routers."""
   fixed_selected: ClassVar[int | None] = None
-  """K where the router fixes it, and the config must agree."""
+  """K if the router fixes it; the config must agree."""
   causal: ClassVar[bool] = True
-  """Whether a token's experts are independent of later tokens. What gets a slot may
-  still depend on them: see `is_causal`."""
+  """Whether a token's experts are independent of later tokens. Slots may still depend
+  on them: see `is_causal`."""
   by_logits: ClassVar[bool] = True
-  """Whether the logits alone decide who goes where, so that expert dropout, which
-  lowers some of them, keeps tokens away from an expert."""
+  """Whether the logits alone decide the experts, so that expert dropout, which lowers
+  some logits, keeps tokens away from an expert."""
   learned: ClassVar[bool] = True
-  """Whether anything is learned; if not, no loss may reach tokens through the logits."""
+  """Whether the router learns; if not, no gradient reaches tokens through the logits."""
   token_choice: ClassVar[bool] = True
   """Whether assignments are token-major, so that priority and overflow apply."""
   needs_capacity: ClassVar[bool] = False
-  """Whether dropless is impossible."""
+  """Whether the router cannot run dropless."""
   fixed_slots: ClassVar[bool] = False
-  """Whether parameters fix C and T: the same capacity and group size always, whole
-  groups only, and no generation token by token."""
+  """Whether parameters fix C and T: constant capacity and group size, whole groups
+  only, no token-by-token generation."""
   mixes: ClassVar[bool] = False
-  """Whether slots hold mixtures of tokens, which only the einsum dispatcher carries."""
+  """Whether slots hold mixtures of tokens, which only the einsum dispatcher supports."""
   reads: ClassVar[tuple[str, ...]] = ()
-  """Of `TOKEN_CHOICE_READS`, what it reads though its tokens do not choose."""
+  """The fields of `TOKEN_CHOICE_READS` read by a router that is not token-choice."""
   has_table: ClassVar[bool] = False
-  """Whether a table says each vocabulary id's experts; see `table`."""
+  """Whether a table gives each vocabulary id's experts; see `table`."""
 
   @abc.abstractmethod
   def __call__(self, inputs: RouterInputs, policy: SlotPolicy) -> Routing:
     """Routes one group of T tokens.
 
     Args:
-      inputs: what there is to look at.
-      policy: how many are chosen, and who gets the slots.
+      inputs: logits, valid tokens and other inputs of the group.
+      policy: how many experts are chosen, and which assignments get slots.
     """
 
   # ------------------------------------------------------------- what it needs and has
 
   def selected(self, num_experts: int, num_selected: int) -> int:
-    """K, where the config has E experts and asks for `num_selected`."""
+    """Returns K for a config with E experts and `num_selected` choices."""
     del num_experts
     return num_selected
 
   def parameters(self, sizes: Sizes) -> dict[str, Parameter]:
-    """Its own parameters by name, beside the [D, E] weight of the logits."""
+    """Returns its own parameters by name, besides the [D, E] weight of the logits."""
     del sizes
     return {}
 
   def features(
     self, tokens: Tokens, params: Params, policy: SlotPolicy
   ) -> dict[str, Float[Array, "G T ..."]]:
-    """What it looks at beside the logits, made for all groups at once.
+    """Returns its inputs besides the logits, computed for all groups at once.
 
     Args:
-      tokens: of all groups.
-      params: all of its own.
-      policy: as in the call.
+      tokens: the tokens of all groups.
+      params: all of the router's own parameters.
+      policy: as in `__call__`.
 
     Returns:
-      `RouterInputs.features`, with the leading axis of groups.
+      `RouterInputs.features`, with a leading group axis.
     """
     del tokens, params, policy
     return {}
@@ -160,37 +160,37 @@ class Router(abc.ABC):
     num_selected: int,
     token_counts: Callable[[], np.ndarray] | None,
   ) -> np.ndarray:
-    """The experts of every vocabulary id, int [V, K], where `has_table`.
+    """Returns the experts of every vocabulary id, int [V, K], if `has_table`.
 
     Args:
       vocab_size: V.
       num_experts: E.
       num_selected: K.
-      token_counts: () -> how often each id stands in the training text; None where
-        that is not known.
+      token_counts: () -> how often each id occurs in the training text; None if
+        unknown.
     """
     raise NotImplementedError
 
   def table_damage(self, table: np.ndarray, num_experts: int) -> str | None:
-    """What is wrong with a stored table, in a sentence; None if nothing is known.
+    """Returns what is wrong with a stored table, in a sentence; None if unknown.
 
     Args:
-      table: [V, K], in floats as checkpoints hold it.
+      table: [V, K], as floats, as stored in checkpoints.
       num_experts: E.
     """
     del table, num_experts
     return None
 
   def loss_weights(self) -> dict[str, float]:
-    """Coefficient of each term of its own, by its name in `Routing.losses`."""
+    """Returns the coefficient of each of its own terms in `Routing.losses`, by name."""
     return {}
 
   def update(self, params: Params, stats: RouterStats) -> dict[str, Float[Array, "..."]]:
-    """New values of parameters that are not trained, once per optimizer step.
+    """Returns new values of its untrained parameters, once per optimizer step.
 
     Args:
-      params: its own, of one layer or with leading axes of layers.
-      stats: of the whole batch: groups, devices and microbatches added up.
+      params: its own parameters, of one layer or with leading layer axes.
+      stats: of the whole batch: summed over groups, devices and microbatches.
     """
     del params, stats
     return {}
@@ -198,28 +198,28 @@ class Router(abc.ABC):
   # ---------------------------------------------------------------------- what it costs
 
   def macs(self, sizes: Sizes) -> float:
-    """Multiply-adds of a token beside those of its experts; choosing is not counted."""
+    """Returns the router's multiply-adds per token; the selection is not counted."""
     return sizes.width * sizes.num_experts
 
   def experts_per_token(self, sizes: Sizes) -> float:
-    """Experts computed for a token, drops not counted."""
+    """Returns the experts computed per token, ignoring drops."""
     return sizes.num_selected
 
   # ------------------------------------------------------------------------- its checks
 
   @classmethod
   def reads_field(cls, field: str) -> bool:
-    """Whether it reads a field of `MoEConfig`; True for what all routers read."""
+    """Returns whether it reads a `MoEConfig` field; True for those every router reads."""
     if field in TOKEN_CHOICE_READS:
       return cls.token_choice or field in cls.reads
     return cls.learned or field not in LEARNED_READS
 
   def is_causal(self, policy: SlotPolicy) -> bool:
-    """Whether no token's output depends on a later token of its group.
+    """Returns whether no token's output depends on a later token of its group.
 
-    Capacity makes batch priority, by_gate and random order look ahead; choice-major
-    order does too for K > 1 (a later token's first choice goes before an earlier
-    token's second one), as in every codebase that has it, and is let pass here.
+    With a capacity, batch priority, by_gate and random order look ahead. So does
+    choice-major order for K > 1 (a later token's first choice precedes an earlier
+    token's second), as in every codebase that has it; it is accepted as causal here.
     """
     ordered = policy.priority == "arrival" and policy.slot_order in (
       "choice_major",
@@ -228,7 +228,7 @@ class Router(abc.ABC):
     return self.causal and (policy.capacity is None or ordered)
 
   def check(self, policy: SlotPolicy) -> None:
-    """Refuses combinations of router, options and policy that make no sense.
+    """Rejects combinations of router, options and policy that make no sense.
 
     Raises:
       ConfigError: naming the flags and the remedy.

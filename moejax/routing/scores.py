@@ -1,7 +1,7 @@
 """Scores: from router logits to probabilities, and from scores to choices.
 
-Everything is float32. A choice is an index and has no gradient; a gate is read
-out of the probabilities at the chosen indices and has one.
+Everything is float32. A choice is an index and has no gradient; a gate is the
+probability at a chosen index and has one.
 
 Letters: T tokens of one group, D width, E experts, K choices per token.
 Sources: Switch, arXiv:2101.03961, section 2.4 (input jitter).
@@ -12,17 +12,17 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Key
 
 _MAX_PASSES = 8
-"""Above so many choices a partial sort is cheaper than one pass per choice."""
+"""Above this many choices a partial sort is cheaper than one pass per choice."""
 
 ABSENT = -1e9
 """Logit of an expert that is out for this step (expert dropout): finite, so that
 nothing becomes NaN."""
 
 _OUT_OF_GROUP = -100.0
-"""What an expert that is out adds to its group's score, where scores are below ten."""
+"""Score of an absent expert within its group's score; real scores are below ten."""
 
 _SMALL_E = 16
-"""Up to so many experts XLA:CPU's argmax beats two plain reductions."""
+"""Up to this many experts XLA:CPU's argmax beats two plain reductions."""
 
 
 def jitter(
@@ -38,23 +38,22 @@ def jitter(
 
 
 def softmax(logits: Float[Array, "... E"]) -> Float[Array, "... E"]:
-  """Probabilities over experts, in float32 whatever comes in."""
+  """Returns probabilities over experts, in float32 for any input dtype."""
   return jax.nn.softmax(logits.astype(jnp.float32), axis=-1)
 
 
 def choose(scores: Float[Array, "T E"], num_selected: int) -> Int[Array, "T K"]:
-  """The K best experts of each token, best first; ties go to the lowest index.
+  """Returns the K best experts of each token, best first; ties go to the lowest index.
 
-  An index below E whatever the scores, so that a non-finite step cannot write
-  outside an array. -inf marks an expert that is only taken when nothing else is
-  left.
+  Indices are below E for any scores, so that a non-finite step cannot write out of
+  bounds. -inf marks an expert that is taken only when no other is left.
   """
   scores = jax.lax.stop_gradient(scores.astype(jnp.float32))
   num_experts = scores.shape[-1]
   if num_selected > _MAX_PASSES:
     return jax.lax.top_k(scores, num_selected)[1].astype(jnp.int32)
   # K passes over [T,E]: half the time of jax.lax.top_k on CPU at E <= 64.
-  # -inf means "taken" below, so a refused expert is lowered only to the smallest number.
+  # -inf means "taken" below, so an excluded expert gets the lowest finite number.
   scores = jnp.maximum(scores, jnp.finfo(jnp.float32).min)
   index = jnp.arange(num_experts, dtype=jnp.int32)[None, :]
   chosen = []
@@ -72,18 +71,18 @@ def choose(scores: Float[Array, "T E"], num_selected: int) -> Int[Array, "T K"]:
 def present(
   logits: Float[Array, "T E"], scores: Float[Array, "T E"]
 ) -> Float[Array, "T E"]:
-  """Scores to choose by: those of experts that are out for this step are -inf."""
+  """Returns selection scores: -inf for experts that are out for this step."""
   return jnp.where(logits > ABSENT, jax.lax.stop_gradient(scores), -jnp.inf)
 
 
 @jax.custom_vjp
 def pick(values: Float[Array, "T E"], expert: Int[Array, "T K"]) -> Float[Array, "T K"]:
-  """values[t, expert[t, k]], with a backward that is not a scatter."""
+  """Returns values[t, expert[t, k]], with a backward pass that is not a scatter."""
   return jnp.take_along_axis(values, expert, axis=-1, mode="promise_in_bounds")
 
 
 def _pick_forward(values, expert):
-  # The empty array carries E and the dtype to the backward without keeping values.
+  # The empty array passes E and the dtype to the backward pass without keeping values.
   return pick(values, expert), (expert, jnp.zeros((0, values.shape[-1]), values.dtype))
 
 
@@ -105,9 +104,9 @@ def limit_to_groups(
   num_selected_groups: int,
   group_best: int = 1,
 ) -> Float[Array, "T E"]:
-  """Refuses (-inf) the experts outside each token's best groups.
+  """Sets the scores of experts outside each token's best groups to -inf.
 
-  Experts stand in `num_groups` groups of neighbours, as many as there are devices
+  Experts form `num_groups` groups of consecutive indices, as many as there are devices
   to send to. A group's score is the sum of its `group_best` largest scores: 1 is
   DeepSeek-V2 (arXiv:2405.04434, section 2.1.2), 2 is DeepSeek-V3
   (arXiv:2412.19437, section 2.1.2), K / num_selected_groups is Megatron.
@@ -116,8 +115,8 @@ def limit_to_groups(
     return scores
   num_tokens, num_experts = scores.shape
   size = num_experts // num_groups
-  # An expert that is out (-inf) costs its group more than any score can make up for, and
-  # not everything: of groups that lack one, those with better experts come first.
+  # An absent expert (-inf) costs its group more than any score can offset, but stays
+  # finite: among groups that lack one, those with better experts come first.
   finite = jnp.maximum(jax.lax.stop_gradient(scores), _OUT_OF_GROUP)
   grouped = finite.reshape(num_tokens, num_groups, size)
   if group_best == 1:

@@ -1,6 +1,6 @@
-"""Soft MoE: every slot holds a weighted mean of all tokens, every token of all slots.
+"""Soft MoE: each slot is a weighted mean of all tokens, each output of all slots.
 
-Nothing is dropped and everything is differentiable; the weights are dense by nature.
+Nothing is dropped and everything is differentiable; the weights are inherently dense.
 It mixes all tokens of a group, so it leaks the future.
 
 Letters: T tokens of one group, E experts, C slots per expert.
@@ -19,8 +19,8 @@ from moejax.routing.router import Parameter, Params, Router, Sizes, Tokens
 class Soft(Router):
   """Dispatch: softmax of slot_logits over tokens. Combine: softmax over all slots.
 
-  Padding is in no slot and gets nothing back. `probs` is the combine weight of each
-  expert's slots together; load counts the slots.
+  Padding enters no slot and gets no output. `probs` is the summed combine weight of
+  each expert's slots; load counts the slots.
   """
 
   name = "soft"
@@ -43,10 +43,10 @@ class Soft(Router):
   def features(
     self, tokens: Tokens, params: Params, policy: SlotPolicy
   ) -> dict[str, Float[Array, "G T ..."]]:
-    """Cosine of each token and each slot's vector, times a learned scale.
+    """Returns the cosine of each token and each slot vector, times a learned scale.
 
-    Normalised on both sides because the softmax over many tokens collapses
-    otherwise when D is large (section 2.3).
+    Both are normalised, because otherwise the softmax over many tokens collapses for
+    large D (section 2.3).
     """
     slots = params["slots"].astype(jnp.float32)
     if slots.shape[-1] != policy.capacity:
@@ -66,7 +66,7 @@ class Soft(Router):
     return {"slot_logits": slot_logits}
 
   def macs(self, sizes: Sizes) -> float:
-    """Dispatch and combine products are its routing, and are counted here."""
+    """Returns the multiply-adds per token, including the dispatch and combine einsums."""
     slots = sizes.num_experts * (sizes.capacity or 1)
     return super().macs(sizes) + 3 * sizes.width * slots
 
@@ -82,7 +82,7 @@ class Soft(Router):
     logits = inputs.features["slot_logits"].astype(jnp.float32)
     num_tokens, num_experts, capacity = logits.shape
     valid = inputs.valid[:, None, None]
-    # A large negative number, not -inf: a group of padding alone must not become NaN.
+    # A large negative number, not -inf: a group of only padding must not become NaN.
     dispatch = jax.nn.softmax(jnp.where(valid, logits, -1e30), axis=0)
     dispatch = jnp.where(valid, dispatch, 0.0)
     combine = jax.nn.softmax(logits.reshape(num_tokens, -1), axis=-1)

@@ -2,7 +2,7 @@
 
 Letters: T tokens of one group, E experts, K choices per token.
 Sources: Switch, arXiv:2101.03961; GShard, arXiv:2006.16668, algorithm 1; Mixtral,
-arXiv:2401.04088; OLMoE, arXiv:2409.02060. Equations and a table worked by hand are in
+arXiv:2401.04088; OLMoE, arXiv:2409.02060. Equations and a worked example are in
 docs/routing.md.
 """
 
@@ -22,7 +22,7 @@ from moejax.routing.scores import choose, pick, present, softmax
 
 
 class TopK(Router):
-  """Each token goes to its K most probable experts.
+  """Sends each token to its K most probable experts.
 
   With `renormalize="before_drop"` the gates equal a softmax over the K chosen
   logits (Mixtral); with "none" they are probabilities over all E (OLMoE).
@@ -40,7 +40,7 @@ class TopK(Router):
 
 
 class Switch(TopK):
-  """Each token goes to its most probable expert, weighted by that probability."""
+  """Sends each token to its most probable expert, weighted by that probability."""
 
   name = "switch"
   summary = "top-1, gate = probability (Switch)"
@@ -54,12 +54,12 @@ class Switch(TopK):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Top2(Router):
-  """GShard: the best expert, and a second one by `second_policy`.
+  """Chooses the best expert, and a second one by `second_policy` (GShard).
 
-  all: always. random: kept with probability min(1, 2 g2), g2 the normalised
-  second gate; decided before slots are handed out, so a second choice given up
-  takes none. random_raw: the same with g2 the second probability as it is (Praxis
-  without its legacy behaviour). sample: the second expert is drawn from the remaining
+  all: always. random: kept with probability min(1, 2 g2), g2 the normalised second
+  gate; decided before slots are assigned, so a dropped second choice takes none.
+  random_raw: the same with g2 the unnormalised second probability (Praxis without its
+  legacy behaviour). sample: the second expert is drawn from the remaining
   probabilities. Without a key (evaluation) all four take the second-best expert.
   """
 
@@ -98,10 +98,11 @@ class Top2(Router):
 def choose_with_sampled_second(
   logits: Float[Array, "T E"], noise: Float[Array, "T E"]
 ) -> Int[Array, "T 2"]:
-  """The best expert, and one drawn from the others in proportion to probability.
+  """Chooses the best expert, and samples another in proportion to probability.
 
   Args:
-    noise: standard Gumbel draws; the largest of logit + noise is such a draw.
+    noise: standard Gumbel samples; the argmax of logit + noise is such a sample.
+
   """
   first = choose(logits, 1)
   index = jnp.arange(logits.shape[-1], dtype=jnp.int32)[None, :]

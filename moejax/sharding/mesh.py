@@ -1,8 +1,8 @@
-"""The device mesh, made in one place.
+"""The device mesh.
 
-Axes, outermost first: `data` (replicas), `fsdp` (parameters and optimizer state
-are cut), `expert` (experts are cut; elsewhere a data axis), `tensor` (heads and
-hidden widths are cut).
+Axes, outermost first: `data` (replicas), `fsdp` (shards parameters and optimizer
+state), `expert` (shards experts; elsewhere a data axis), `tensor` (shards heads and
+hidden widths).
 """
 
 import functools
@@ -21,26 +21,26 @@ from moejax.config.mesh import AXES, mesh_shape
 from moejax.errors import ConfigError
 
 TOKEN_AXES = ("data", "fsdp", "expert")
-"""A batch is cut over these: outside the MoE layer the expert axis is a data axis."""
+"""Axes that shard a batch: outside the MoE layer the expert axis is a data axis."""
 
 
 def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
-  """A mesh over all devices (or those given), in the order the hardware suggests."""
+  """Returns a mesh over all (or the given) devices, ordered to match the hardware."""
   devices = list(jax.devices() if devices is None else devices)
   shape = mesh_shape(config, len(devices))
   return Mesh(_placed(config, shape, devices), AXES, axis_types=(AxisType.Auto,) * 4)
 
 
 def num_slices(devices: Sequence[Any]) -> int:
-  """Groups of TPUs that a fast network joins inside and a slow one outside."""
+  """Returns the number of TPU slices: fast network inside, slow one between them."""
   return len({getattr(device, "slice_index", 0) for device in devices})
 
 
 def _placed(config: MeshConfig, shape: tuple[int, ...], devices: list[Any]) -> np.ndarray:
-  """Devices in the mesh's shape, neighbours on an axis being neighbours in hardware.
+  """Arranges devices in the mesh's shape so that axis neighbours are close in hardware.
 
   Raises:
-    ConfigError: the axis that is to cross slices cannot.
+    ConfigError: the size of `slice_axis` is not a multiple of the number of slices.
   """
   slices = num_slices(devices)
   if slices > 1:
@@ -61,30 +61,30 @@ def _placed(config: MeshConfig, shape: tuple[int, ...], devices: list[Any]) -> n
   try:
     return place()
   except NotImplementedError:
-    # Axes that are no products of whole sides of the torus share a side.
+    # Axes that are not products of whole torus sides share a side.
     return place(allow_split_physical_axes=True)
   except AssertionError:
-    # Some devices of a slice, which leave holes in its torus.
+    # Only some devices of a slice, which leaves holes in its torus.
     return np.asarray(devices).reshape(shape)
 
 
 BY_HAND = "moejax_by_hand"
-"""The named scope of every collective that moejax asks for itself; all others are the
-compiler's (`moejax.hlo.intended`)."""
+"""Named scope of every explicit collective of moejax; all others come from the
+compiler (`moejax.hlo.intended`)."""
 
 
 def mesh_in_scope() -> AbstractMesh | None:
-  """The mesh of `jax.set_mesh`, if it has more than one device."""
+  """Returns the mesh of `jax.set_mesh`, or None if it has only one device."""
   mesh = jax.sharding.get_abstract_mesh()
   return None if mesh.empty or mesh.size == 1 else mesh
 
 
 def shard_map(function: Callable[..., Any], **specs: Any) -> Callable[..., Any]:
-  """`jax.shard_map` over the mesh in scope, whose collectives are known to be ours."""
+  """Returns `jax.shard_map` over the mesh in scope, in the named scope `BY_HAND`."""
   mapped = jax.shard_map(function, **specs)
 
   def call(*arguments: Any) -> Any:
-    # Around it and not inside, so that what its transpose sends has the name too.
+    # Outside the shard_map, so that collectives of its transpose get the name too.
     with jax.named_scope(BY_HAND):
       return mapped(*arguments)
 
@@ -92,10 +92,10 @@ def shard_map(function: Callable[..., Any], **specs: Any) -> Callable[..., Any]:
 
 
 def on_tokens(x: Float[Array, "B *rest"]) -> Float[Array, "B *rest"]:
-  """Says that activations are cut as the batch is, whatever their weights are cut by.
+  """Constrains activations to be sharded like the batch, for any sharding of weights.
 
-  Left to itself the compiler may cut them over their width like an `fsdp` weight, and
-  move activations where it should gather weights.
+  Otherwise the compiler may shard them over their width like an `fsdp` weight, and move
+  activations instead of gathering weights.
   """
   mesh = jax.sharding.get_abstract_mesh()
   if mesh.empty or x.shape[0] % num_token_shards(mesh):
@@ -104,14 +104,14 @@ def on_tokens(x: Float[Array, "B *rest"]) -> Float[Array, "B *rest"]:
 
 
 def num_token_shards(mesh: Mesh | AbstractMesh) -> int:
-  """Over how many devices the tokens of a batch are cut."""
+  """Returns the number of devices that the tokens of a batch are sharded over."""
   return math.prod(mesh.shape[axis] for axis in TOKEN_AXES)
 
 
 def is_cut_over(name: str) -> bool:
-  """Inside a `jax.shard_map`: whether an axis has devices to gather from.
+  """Returns whether an axis has several devices; inside a `jax.shard_map`.
 
-  With one alone nothing would move, but XLA:CPU would still lay out the operand anew,
-  copy it and lay it out back, and the same for the transpose.
+  With a single device nothing would move, but XLA:CPU would still change the operand's
+  layout, copy it and change it back, and likewise for the transpose.
   """
   return jax.lax.axis_size(name) > 1

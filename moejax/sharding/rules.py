@@ -1,9 +1,8 @@
-"""Who holds what: one table from logical dimension to mesh axis.
+"""Sharding rules: one table from logical dimension to mesh axis.
 
-Each parameter names its dimensions on the line of its shape (moejax/layers);
-this table says which of them are cut, and over which mesh axis. A name that is
-not in the table and a mesh axis used twice in one array are errors: a hole in a
-sharding rule must not be silent.
+Each parameter names its dimensions next to its shape (moejax/layers); this table
+maps them to mesh axes. A name not in the table, or a mesh axis used twice in one
+array, is an error: a gap in the sharding rules must not be silent.
 """
 
 import dataclasses
@@ -22,7 +21,7 @@ LogicalAxes = tuple[str | None, ...]
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ShardingRules:
-  """Mesh axis of each logical dimension; None is replicated."""
+  """Mesh axis of each logical dimension; None means replicated."""
 
   layer: str | None = None
   """The stacked axis of repeated blocks."""
@@ -41,7 +40,7 @@ class ShardingRules:
   norm: str | None = None
 
   def spec(self, axes: LogicalAxes) -> PartitionSpec:
-    """The partition of an array with these logical dimensions."""
+    """Returns the PartitionSpec of an array with these logical dimensions."""
     names = [None if a is None else self._axis(a) for a in axes]
     used = [n for n in names if n is not None]
     if len(set(used)) != len(used):
@@ -64,7 +63,7 @@ RULES = ShardingRules()
 def shardings(
   mesh: Mesh, logical_axes: Any, shapes: Any, rules: ShardingRules = RULES
 ) -> Any:
-  """The sharding of every parameter.
+  """Returns the sharding of every parameter.
 
   Args:
     mesh: from `make_mesh`.
@@ -76,7 +75,7 @@ def shardings(
     The same tree, of NamedSharding.
 
   Raises:
-    ConfigError: if a dimension is not divisible by the mesh axis that cuts it.
+    ConfigError: a dimension is not divisible by the mesh axis that shards it.
   """
 
   def one(path: Any, axes: LogicalAxes, leaf: Any) -> NamedSharding:
@@ -96,11 +95,10 @@ def shardings(
 
 
 def like_parameters(mesh: Mesh, tree: Any, params: Any, param_shardings: Any) -> Any:
-  """Shardings of a tree that contains copies of the parameters (optimizer state).
+  """Returns shardings of a tree with copies of the parameters (optimizer state).
 
-  A leaf whose path ends in a parameter's path and which has that parameter's
-  shape is cut as the parameter is; anything else (counts, factored moments) is
-  replicated.
+  A leaf whose path ends in a parameter's path and which has that parameter's shape is
+  sharded like it; anything else (counts, factored moments) is replicated.
   """
 
   def names(path: Any) -> tuple[str, ...]:
@@ -127,16 +125,15 @@ def like_parameters(mesh: Mesh, tree: Any, params: Any, param_shardings: Any) ->
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
-  """Of arrays [B, ...]: the batch over every axis that holds tokens."""
+  """Returns the sharding of arrays [B, ...]: the batch over all token axes."""
   return NamedSharding(mesh, PartitionSpec(TOKEN_AXES))
 
 
 def local_rows(mesh: Mesh, batch_size: int) -> Int[np.ndarray, "b"]:
-  """Which rows of a global batch the devices of this process hold, ascending.
+  """Returns the rows of a global batch that this process's devices hold, ascending.
 
-  Asked of the mesh and not of the process's number: processes that share a sequence,
-  which `tensor` cuts no further, hold the same rows, and on some hardware the rows of
-  one process are not neighbours.
+  Derived from the mesh, not from the process index: processes that differ only along
+  `tensor` hold the same rows, and on some hardware a process's rows are not contiguous.
   """
   held = batch_sharding(mesh).addressable_devices_indices_map((batch_size,))
   blocks = {index[0].indices(batch_size) for index in held.values() if index}
@@ -144,7 +141,7 @@ def local_rows(mesh: Mesh, batch_size: int) -> Int[np.ndarray, "b"]:
 
 
 def place_rows(mesh: Mesh, rows: Shaped[np.ndarray, "b *rest"]) -> jax.Array:
-  """The global array [B, ...] of which this process gives its `local_rows`."""
+  """Returns the global array [B, ...], to which this process gives its `local_rows`."""
   sharding = batch_sharding(mesh)
   if sharding.is_fully_addressable:
     return jax.device_put(rows, sharding)
@@ -153,7 +150,7 @@ def place_rows(mesh: Mesh, rows: Shaped[np.ndarray, "b *rest"]) -> jax.Array:
   size = len(rows) // len(here)
 
   def block(index: tuple[slice, ...] | None) -> np.ndarray:
-    assert index is not None  # This process holds a part on each of its devices.
+    assert index is not None  # Each device of this process holds a part.
     nth = np.searchsorted(here, (index[0].start or 0) // size)
     return rows[nth * size : (nth + 1) * size]
 

@@ -1,10 +1,9 @@
-"""The ends of the model, which hold the vocabulary: looking up, and scoring every word.
-A router, which scores every expert, does as the head does.
+"""Sharded embedding lookup and output scores; a router scores experts the same way.
 
-Tokens are cut over the devices that hold them, the vocabulary over `tensor`, the width
-over `fsdp`. Left to itself the compiler all-reduces the gradient of a whole table, or
-scatters it in uneven parts. Here each device gathers the width over `fsdp`, whose
-transpose is a reduce-scatter, and works with its own part of the vocabulary.
+Tokens are sharded over the token axes, the vocabulary over `tensor`, the width over
+`fsdp`. Otherwise the compiler all-reduces the gradient of a whole table, or scatters it
+in uneven parts. Here each device gathers the width over `fsdp`, whose transpose is a
+reduce-scatter, and works with its own part of the vocabulary.
 """
 
 from typing import Any
@@ -26,10 +25,10 @@ from moejax.sharding.mesh import (
 def lookup(
   table: Float[Array, "V D"], tokens: Int[Array, "B S"], dtype: Any
 ) -> Float[Array, "B S D"]:
-  """table[tokens] in another dtype; its gradient adds up in the table's own.
+  """Returns table[tokens] in `dtype`; the gradient is summed in the table's dtype.
 
   Args:
-    table: the vocabulary cut over `tensor`, the width over `fsdp`.
+    table: the vocabulary sharded over `tensor`, the width over `fsdp`.
     tokens: ids below V.
     dtype: of the result.
   """
@@ -58,13 +57,13 @@ def score(
   cut_over: str | None = "tensor",
   precision: jax.lax.Precision | None = None,
 ) -> Float[Array, "B S V"]:
-  """X @ head in float32, whatever the type of both; of words, or of experts.
+  """Returns x @ head in float32, for any input dtype: scores of words or experts.
 
   Args:
     x: activations.
-    head: in the type of x; the width cut over `fsdp`.
-    cut_over: the mesh axis that cuts what is scored.
-    precision: of the product; None is the chip's default.
+    head: in the dtype of x; the width sharded over `fsdp`.
+    cut_over: the mesh axis that shards the words or experts.
+    precision: of the matmul; None means the chip's default.
   """
 
   def local(x: Array, head: Array) -> Array:
@@ -82,14 +81,15 @@ def score(
 
 
 def _is_cut(batch: Shaped[Array, "B *rest"]) -> bool:
-  """Whether there are devices to share the batch, and they can."""
+  """Returns whether there are several devices and the batch divides over them."""
   mesh = mesh_in_scope()
   return mesh is not None and batch.shape[0] % num_token_shards(mesh) == 0
 
 
 def _whole(weight: Array, *, axis: int) -> Array:
-  """Gathers the width; said to vary before, so that gradients are scattered before they
-  are summed over the other axes."""
+  """Gathers the width; marked as varying first, so that gradients are scattered before
+  they are summed over the other axes."""
+
   for name in ("data", "expert"):
     weight = jax.lax.pcast(weight, name, to="varying")
   if not is_cut_over("fsdp"):
