@@ -11,7 +11,7 @@ import functools
 import math
 import types
 import typing
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from moejax.errors import ConfigError, did_you_mean
@@ -108,17 +108,43 @@ class Option:
     Raises:
       ConfigError: names the flag, the value and what is allowed.
     """
-    # bool is a subclass of int, but `True` for a number is a mistake.
-    if type(value) is not self.kind and not (self.kind is float and type(value) is int):
-      raise ConfigError(f"{flag}={show(value)}: {self.expected}.")
-    if self.choices and value not in self.choices:
-      raise ConfigError(
-        f"{flag}={value} is unknown. {did_you_mean(str(value), self.choices)}"
-      )
-    if self.allowed is not None and value not in self.allowed:
-      reason = self.allowed.reason(value)
-      why = f" ({reason})" if reason else ""
-      raise ConfigError(f"{flag}={show(value)} must be {self.allowed}{why}.")
+    check_type(flag, value, self.kind, self.expected)
+    if self.choices:
+      check_choice(flag, value, self.choices)
+    if self.allowed is not None:
+      check_range(flag, value, self.allowed)
+
+
+def check_type(flag: str, value: Any, kind: type, expected: str) -> None:
+  """Rejects a value of another type than `kind`; an int is a float too.
+
+  Raises:
+    ConfigError: names the flag, the value and what is `expected`.
+  """
+  # bool is a subclass of int, but `True` for a number is a mistake.
+  if type(value) is not kind and not (kind is float and type(value) is int):
+    raise ConfigError(f"{flag}={show(value)}: {expected}.")
+
+
+def check_choice(flag: str, value: Any, choices: Collection[str]) -> None:
+  """Rejects an unknown word.
+
+  Raises:
+    ConfigError: names the flag, the value and the nearest choice.
+  """
+  if value not in choices:
+    raise ConfigError(f"{flag}={value} is unknown. {did_you_mean(str(value), choices)}")
+
+
+def check_range(flag: str, value: Any, allowed: Range) -> None:
+  """Rejects a number out of range.
+
+  Raises:
+    ConfigError: names the flag, the value, the range and its reason.
+  """
+  if value not in allowed:
+    why = f" ({allowed.reason(value)})" if allowed.reason(value) else ""
+    raise ConfigError(f"{flag}={show(value)} must be {allowed}{why}.")
 
 
 def parse_plain(kind: type, text: str) -> Any:

@@ -20,8 +20,8 @@ from moejax.config.text import (
   is_router_option,
   named,
 )
-from moejax.errors import ConfigError, did_you_mean
-from moejax.options import show
+from moejax.errors import ConfigError
+from moejax.options import check_choice, check_range, check_type
 
 
 def validate(config: Config) -> None:
@@ -88,30 +88,19 @@ def _types(config: Config) -> None:
     value = get_field(config, name)
     if optional and value is None:
       continue
-    # bool is a subclass of int, but `width = True` is a mistake.
-    if type(value) is not kind and not (kind is float and type(value) is int):
-      raise ConfigError(f"--config.{name}={show(value)}: {expected(name)}.")
+    check_type(f"--config.{name}", value, kind, expected(name))
 
 
 def _choices(config: Config) -> None:
   for name, choices in CHOICES.items():
-    _check_choice(config, name, choices)
-
-
-def _check_choice(config: Config, name: str, choices: Iterable[str]) -> None:
-  value = get_field(config, name)
-  if value not in choices:
-    raise ConfigError(
-      f"--config.{name}={value} is unknown. {did_you_mean(value, choices)}"
-    )
+    check_choice(f"--config.{name}", get_field(config, name), choices)
 
 
 def _ranges(config: Config) -> None:
   for name, allowed in RANGES.items():
     value = get_field(config, name)
-    if value is not None and value not in allowed:
-      why = f" ({allowed.reason(value)})" if allowed.reason(value) else ""
-      raise ConfigError(f"--config.{name}={show(value)} must be {allowed}{why}.")
+    if value is not None:
+      check_range(f"--config.{name}", value, allowed)
 
 
 # Each rule returns an error or None. Types, names and ranges are already checked.
