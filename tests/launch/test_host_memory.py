@@ -13,15 +13,20 @@ import jax, jax.numpy as jnp
 step = jax.jit(lambda x: (x[:, None] * x).at[0].add(1.0))
 x = jnp.ones(4096)
 faults = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-for _ in range(30): step(x).block_until_ready()
-before = faults()
-for _ in range(8): step(x).block_until_ready()
-print(kept, faults() - before)
+counts = []
+for _ in range(40):
+  before = faults()
+  step(x).block_until_ready()
+  counts.append(faults() - before)
+print(kept, sorted(counts[20:])[10])
 """
 
 
 def faults(mode: str) -> tuple[bool, int]:
-  """Page faults of eight later steps, each with a result of 64 MiB: 16,384 pages."""
+  """Page faults of a later step, whose result has 64 MiB: 16,384 pages.
+
+  The median of twenty: now and then the block of the step before is not free yet.
+  """
   done = subprocess.run(
     [sys.executable, "-c", PROGRAM, mode], capture_output=True, text=True, check=True
   )
@@ -31,9 +36,9 @@ def faults(mode: str) -> tuple[bool, int]:
 
 @pytest.mark.skipif(sys.platform != "linux", reason="glibc only; elsewhere a no-op")
 def test_a_step_touches_its_memory_once():
-  """Without it every step faults in its whole result; with it, soon, none does."""
+  """Without it a step faults in its whole result; with it, soon, nearly nothing."""
   kept, with_it = faults("keep")
   _, without = faults("leave")
   assert kept
-  assert without > 8 * 16_000
-  assert with_it < 2 * 16_384
+  assert without > 16_000
+  assert with_it < 1_000
