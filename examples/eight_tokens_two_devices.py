@@ -28,8 +28,7 @@ from flax import nnx
 from jax.sharding import PartitionSpec
 
 from moejax.config import MeshConfig, ModelConfig, MoEConfig
-from moejax.dispatch.gather import slot_moves
-from moejax.experts import permute
+from moejax.dispatch.slots import Slots
 from moejax.experts.weights import ExpertWeights, apply_experts
 from moejax.layers.moe import MoE
 from moejax.routing.base import RouterInputs, Routing, SlotPolicy
@@ -118,18 +117,19 @@ def route(tokens: Any) -> Routing:
 
 
 routing = on_devices(route, GROUPS, TOKENS)
+placed = routing.assignments
 show(
   "routing: token -> expert, slot, gate",
   [
-    f"device {g}, token {t}: expert {routing.expert[g, i]}, "
-    + (f"slot {routing.slot[g, i]}, " if routing.kept[g, i] else "dropped, ")
-    + f"gate {routing.gate[g, i]:.1f}"
+    f"device {g}, token {t}: expert {placed.expert[g, i]}, "
+    + (f"slot {placed.slot[g, i]}, " if placed.kept[g, i] else "dropped, ")
+    + f"gate {placed.gate[g, i]:.1f}"
     for g, group in enumerate(ORDER)
     for i, t in enumerate(group)
   ],
 )
-np.testing.assert_array_equal(routing.expert, [[0, 0, 0, 2], [1, 0, 1, 3]])
-np.testing.assert_array_equal(routing.kept, [[1, 1, 0, 1], [1, 1, 1, 1]])
+np.testing.assert_array_equal(placed.expert, [[0, 0, 0, 2], [1, 0, 1, 3]])
+np.testing.assert_array_equal(placed.kept, [[1, 1, 0, 1], [1, 1, 1, 1]])
 
 # %% [markdown]
 # ## Slots, before the exchange
@@ -142,8 +142,8 @@ np.testing.assert_array_equal(routing.kept, [[1, 1, 0, 1], [1, 1, 1, 1]])
 
 # %%
 def fill(tokens: Any, routing: Routing) -> Any:
-  rows = jax.vmap(permute.to_rows)(tokens, jax.vmap(slot_moves)(routing))
-  return rows.reshape(2, E // 2, C, D)  # One group on each device.
+  rows = Slots.of(routing.placement).to_experts(tokens)  # [E, 1, C, D]
+  return rows.reshape(2, E // 2, C, D)
 
 
 def names(rows: Any) -> str:
@@ -235,8 +235,7 @@ assert names(back[0, 1, 0]).split() == ["315", "-"]  # Token 5, three times as l
 
 # %%
 def combine(rows: Any, routing: Routing) -> Any:
-  moves = jax.vmap(slot_moves)(routing)
-  return jax.vmap(permute.combine)(rows.reshape(1, E * C, D), routing.gate, moves)
+  return Slots.of(routing.placement).from_experts(rows.reshape(E, 1, C, D))
 
 
 y = on_devices(combine, (GROUPS, GROUPS), back.reshape(4, 2, C, D), routing)

@@ -47,11 +47,12 @@ def make_layer(shape: Any, capacity_factor: float | None, exchange: str) -> Call
   import jax
   import jax.numpy as jnp
 
-  from moejax.dispatch.registry import resolve
-  from moejax.exchange import expert_parallel
+  from moejax.exchange.base import Options
+  from moejax.exchange.run import run
   from moejax.routing.base import RouterInputs, SlotPolicy
   from moejax.routing.capacity import capacity_of
   from moejax.routing.registry import ROUTERS
+  from moejax.sharding.mesh import over_groups
   from tools.layer_variants import router_of
 
   capacity = capacity_of(shape.T // DEVICES, shape.E, shape.K, capacity_factor)
@@ -68,16 +69,9 @@ def make_layer(shape: Any, capacity_factor: float | None, exchange: str) -> Call
   def layer(params: Any, x: Any) -> Any:
     logits = jnp.einsum("gtd,de->gte", x, params["router"])
     valid = jnp.ones(logits.shape[:2], bool)
-    routing = expert_parallel.over_groups(groups, (logits, valid), None, DEVICES)
-    y, _ = expert_parallel.run(
-      x,
-      routing,
-      params["experts"],
-      resolve("auto", capacity=capacity),
-      activation="gelu",
-      dispatcher_name="auto",
-      options=expert_parallel.ExchangeOptions(exchange=exchange),
-    )
+    routing = over_groups(groups, (logits, valid), None, DEVICES)
+    options = Options(activation="gelu", exchange=exchange)
+    y, _ = run(x, routing.placement, params["experts"], options)
     return jnp.sum(y * x)
 
   return layer

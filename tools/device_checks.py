@@ -15,9 +15,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from moejax.dispatch.einsum import einsum
-from moejax.dispatch.gather import gather
-from moejax.dispatch.grouped import LOOP, grouped
+from moejax.dispatch.registry import DISPATCHERS
+from moejax.dispatch.rows import LOOP
 from moejax.experts import grouped_matmul as kernels
 from moejax.experts.stack_gradient import stack_gradient
 from moejax.experts.weights import ExpertWeights, activate
@@ -277,15 +276,18 @@ def _routed(factor: float | None) -> Routing:
 
 
 def _layer_and_gradients(
-  dispatcher: Any, routing: Routing, x: Any, weights: Any, dy: Any
+  dispatcher: str, how: dict[str, Any], routing: Routing, x: Any, weights: Any, dy: Any
 ) -> Any:
   def layer(x: Any, gate: Any, weights: Any) -> Any:
-    gated = dataclasses.replace(routing, gate=gate)
-    return dispatcher(x, gated, weights, activation="swiglu")
+    placement = dataclasses.replace(routing.assignments, gate=gate)
+    layout = DISPATCHERS[dispatcher].of(placement)
+    return layout.run(x, weights, activation="swiglu", **how)
 
-  y, (dx, d_gate, d_weights) = value_and_gradients(layer, dy, x, routing.gate, weights)
+  y, (dx, d_gate, d_weights) = value_and_gradients(
+    layer, dy, x, routing.assignments.gate, weights
+  )
   # A dropped assignment's gate is a constant 0 already.
-  return y, dx, jnp.where(routing.kept, d_gate, 0.0), d_weights
+  return y, dx, jnp.where(routing.assignments.kept, d_gate, 0.0), d_weights
 
 
 def _layer_inputs(dtype: str) -> Any:
@@ -297,13 +299,15 @@ def _dense_masks(factor: float | None, dtype: str) -> Any:
   """By dense masks on the CPU, in float32, of inputs rounded to this dtype."""
   args = rounded(_layer_inputs(dtype), "float32")
   with exact_products("float32"):
-    run = functools.partial(_layer_and_gradients, einsum)
+    run = functools.partial(_layer_and_gradients, "einsum", {})
     return compute(cpu(), run, _routed(factor), *args)
 
 
-def check_dispatcher(dispatcher: Any, factor: float | None, dtype: str) -> Outcome:
+def check_dispatcher(
+  dispatcher: str, how: dict[str, str], factor: float | None, dtype: str
+) -> Outcome:
   """Output and gradients by tokens, gates and weights, against dense masks."""
-  run = functools.partial(_layer_and_gradients, dispatcher)
+  run = functools.partial(_layer_and_gradients, dispatcher, how)
   with exact_products(dtype):
     got = compute(device(), run, _routed(factor), *_layer_inputs(dtype))
   return agree(got, _dense_masks(factor, dtype), dtype)
@@ -311,15 +315,19 @@ def check_dispatcher(dispatcher: Any, factor: float | None, dtype: str) -> Outco
 
 def dispatcher_checks() -> Iterator[Check]:
   """Each dispatcher, and `grouped` over each product that it may use."""
-  variants: dict[str, tuple[Any, str]] = {"einsum": (einsum, ""), "gather": (gather, "")}
-  for name in (LOOP, *kernels.IMPLEMENTATIONS):
-    run: Any = functools.partial(grouped, implementation=name)
-    variants[f"grouped ({name})"] = run, _why_not(name)
+  variants: list[tuple[str, dict[str, str], str]] = [
+    *((name, {}, "") for name in ("einsum", "gather")),
+    *(
+      ("grouped", {"implementation": name}, _why_not(name))
+      for name in (LOOP, *kernels.IMPLEMENTATIONS)
+    ),
+  ]
   for dtype in DTYPES:
     for factor in (None, 1.0):
-      for name, (dispatcher, reason) in variants.items():
-        label = f"{name}, {'dropless' if factor is None else 'capacity'}, {dtype}"
-        run = functools.partial(check_dispatcher, dispatcher, factor, dtype)
+      for name, how, reason in variants:
+        by = f" ({how['implementation']})" if how else ""
+        label = f"{name}{by}, {'dropless' if factor is None else 'capacity'}, {dtype}"
+        run = functools.partial(check_dispatcher, name, how, factor, dtype)
         basic = (factor is None) == (dtype == "float32")
         basic = basic and (factor is None or name == "gather")
         yield Check("dispatchers", label, run, reason, basic)

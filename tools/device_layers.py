@@ -25,6 +25,7 @@ from moejax.layers.moe import MoE
 from moejax.layers.router import RouterLayer
 from moejax.models.decoder import Decoder
 from moejax.models.stack import Shell
+from moejax.routing.placement import Mixture, Placement
 from moejax.routing.registry import ROUTERS
 from moejax.sharding import rules
 from moejax.sharding.mesh import make_mesh
@@ -88,27 +89,36 @@ def routed(name: str, training: bool) -> Any:
         key=jax.random.key(1) if training else None,
         capacity_factor=1.0,
       )
-      weights = [routing.gate, routing.probs, routing.dense_combine]
-      sums = [jnp.sum(w * _waves(w.shape)) for w in weights if w is not None]
+      placement = routing.placement
+      mixed = isinstance(placement, Mixture)
+      weights = [placement.combine if mixed else placement.gate, routing.probs]
+      sums = [jnp.sum(w * _waves(w.shape)) for w in weights]
       sums += [jnp.sum(term) for term in (routing.losses or {}).values()]
       return functools.reduce(jnp.add, sums), routing
 
     grads, routing = jax.grad(total, argnums=(0, 1), has_aux=True)(params, tokens)
-    # Slots of what was dropped, and the order behind the kept ones, mean nothing.
     return {
-      "kept": routing.kept,
-      "expert": jnp.where(routing.kept, routing.expert, 0),
-      "slot": jnp.where(routing.kept, routing.slot, 0),
-      "load": routing.load,
-      "gate": routing.gate,
+      "placement": _placed(routing.placement),
       "probs": routing.probs,
-      "dense": (routing.dense_dispatch, routing.dense_combine),
       "losses": routing.losses,
       "stats": routing.stats,
       "gradients": rounded(grads, "float32"),
     }
 
   return run, shell.init(jax.random.key(0))
+
+
+def _placed(placement: Placement) -> Any:
+  """What a placement says: of dropped assignments, the experts and slots mean nothing."""
+  if isinstance(placement, Mixture):
+    return placement
+  return {
+    "kept": placement.kept,
+    "expert": jnp.where(placement.kept, placement.expert, 0),
+    "slot": jnp.where(placement.kept, placement.slot, 0),
+    "load": placement.load,
+    "gate": placement.gate,
+  }
 
 
 def _waves(shape: tuple[int, ...]) -> jax.Array:

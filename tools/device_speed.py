@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from moejax.dispatch.grouped import run_rows
+from moejax.dispatch.rows import Rows
 from moejax.experts import permute
 from moejax.experts.grouped_matmul import apply_ragged_experts
 from moejax.experts.weights import ExpertWeights
@@ -234,7 +234,7 @@ def _experts_on_rows(rows: jax.Array, weights: ExpertWeights, sizes: jax.Array) 
     num_selected=1,
   )
   gate = jnp.ones(index.shape, jnp.float32)
-  return run_rows(rows, gate, moves, sizes, weights, activation="swiglu")
+  return Rows(moves=moves, gate=gate, load=sizes).run(rows, weights, activation="swiglu")
 
 
 def speed_checks(options: Options) -> Iterator[Check]:

@@ -8,7 +8,8 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from moejax.dispatch.registry import resolve
+from moejax.config.exchange_rule import choose
+from moejax.dispatch.registry import DISPATCHERS
 from moejax.experts.weights import ExpertWeights, activate
 from moejax.routing.base import RouterInputs, SlotPolicy
 from moejax.routing.capacity import capacity_of
@@ -110,7 +111,14 @@ def make_moe(
   """Parameters and function of the MoE layer."""
   capacity = capacity_of(shape.T, shape.E, shape.K, factor)
   router, route = make_router(shape, settings, router_of(shape.K), capacity, skew)
-  dispatch = resolve(dispatcher, platform=settings.platform, capacity=capacity)
+  _, name = choose(
+    "auto",
+    dispatcher,
+    num_selected=shape.K,
+    capacity=capacity is not None,
+    platform=settings.platform,
+  )
+  layout = DISPATCHERS[name]
   keys = jax.random.split(jax.random.key(1), 3)
   e, d, f = shape.E, shape.D, shape.F
   weights = ExpertWeights(
@@ -123,8 +131,9 @@ def make_moe(
 
   def moe(params, x):
     routing = route(params["router"], x)
-    grouped = jax.tree.map(lambda a: a[None], routing)
-    y = dispatch(x[None], grouped, params["experts"], activation=settings.activation)
+    one_group = jax.tree.map(lambda a: a[None], routing.placement)
+    run = layout.of(one_group).run
+    y = run(x[None], params["experts"], activation=settings.activation)
     return y[0], routing.stats
 
   return {"router": router, "experts": weights}, moe

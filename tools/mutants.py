@@ -199,7 +199,7 @@ MUTANTS = (
     (
       "first choices counted after overflow moved them",
       "first = routing.first\n",
-      "first = routing.expert.reshape(valid.shape[0], -1)[:, 0]\n",
+      "first = routing.assignments.expert.reshape(valid.shape[0], -1)[:, 0]\n",
     ),
     (
       "absent experts count in the balance loss",

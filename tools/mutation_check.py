@@ -22,7 +22,15 @@ from tools import timing
 from tools.mutants import MUTANTS, Mutant
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
-COPIED = ("moejax", "tests", "configs", "experiments", "docs", "pyproject.toml")
+COPIED = (
+  "moejax",
+  "tests",
+  "configs",
+  "examples",
+  "experiments",
+  "docs",
+  "pyproject.toml",
+)
 TESTS = ("tests/routing", "tests/layers", "tests/golden")
 
 

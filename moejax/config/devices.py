@@ -88,7 +88,7 @@ def _check_dispatcher(config: Config, num_devices: int) -> None:
     num_groups=_num_groups(config),
     num_selected=num_selected(config.moe),
     capacity=config.moe.capacity_factor is not None,
-    dense=make_router(config.moe).mixes,
+    mixes=make_router(config.moe).mixes,
   )
 
 

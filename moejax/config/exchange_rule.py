@@ -1,86 +1,139 @@
-"""The rule that chooses how tokens of a layer are exchanged; no devices or arrays.
+"""The rule that chooses layout and exchange of a layer; no devices or arrays.
 
-Used by the layer itself and by the check of the config before compiling. The exchanges
-are described in `expert_parallel`.
+Used by the layer itself and by the check of the config before compiling. Layouts are
+described in `moejax.dispatch`, exchanges in `moejax.exchange`.
 
 Letters: P devices of the expert axis, K choices per token.
 """
 
 from moejax.errors import ConfigError
 
-CARRIED_AS = {
-  "gspmd": "einsum",
-  "all_to_all": "gather",
-  "ragged": "grouped",
-  "ring": "grouped",
+CARRIES = {
+  "none": ("einsum", "gather", "grouped"),
+  "all_to_all": ("einsum", "gather"),
+  "ragged": ("grouped",),
+  "ring": ("einsum", "gather", "grouped"),
+  "gspmd": ("einsum",),
 }
-"""The dispatcher whose layout each exchange sends: masks, slots or sorted rows."""
+"""The dispatchers whose rows each exchange carries."""
+
+_WHY_NOT = {
+  "all_to_all": "it sends slots, and {} has rows of any number",
+  "ragged": "it sends sorted rows, and {} has slots",
+  "gspmd": "it runs on dense weights, which {} has not",
+}
 
 
 def choose(
   exchange: str,
   dispatcher: str,
   *,
-  devices: int,
-  token_shards: int,
-  num_groups: int,
   num_selected: int,
   capacity: bool,
-  dense: bool,
-) -> str:
-  """Returns the exchange of a layer: one of `CARRIED_AS`, or "none".
+  mixes: bool = False,
+  devices: int = 1,
+  token_shards: int = 1,
+  num_groups: int = 1,
+  platform: str = "cpu",
+) -> tuple[str, str]:
+  """Returns the exchange and the dispatcher of a layer, none of them "auto".
 
-  `auto` uses gspmd for dense weights (Soft MoE), for the einsum dispatcher, and where
-  groups do not divide over the devices; otherwise, without an expert axis, "none". With
-  a capacity it uses all_to_all. Dropless uses ring if P <= K, since a token then visits
-  nearly every device and no buffer can overflow, and ragged otherwise.
+  Exchange auto: gspmd where groups do not divide over the devices; without an expert axis
+  "none". Else `grouped`, and dropless, which has no slots, go by ring if P <= K, since a
+  token then visits nearly every device and no buffer can overflow, and by ragged
+  otherwise; but ragged carries only sorted rows, so other dispatchers go by ring. With
+  a capacity, slots go by all_to_all.
+
+  Dispatcher auto: that of the exchange. Where nothing travels, `grouped` runs only the
+  rows that exist, and is fastest on CPU with capacity and dropless. On an accelerator it
+  needs a ragged matmul, which pays off when dropless; with a capacity the batched matmul
+  of `gather` has static shapes, which suit accelerators.
 
   Args:
     exchange: --config.moe.exchange.
     dispatcher: --config.moe.dispatcher.
+    num_selected: K.
+    capacity: whether experts have slots.
+    mixes: whether the router mixes tokens, which only einsum can.
     devices: P, of the expert axis.
     token_shards: number of devices that the tokens are sharded over.
     num_groups: routing groups on all of them.
-    num_selected: K.
-    capacity: whether experts have slots.
-    dense: whether the router mixes tokens.
+    platform: of the devices: cpu, gpu or tpu.
 
   Raises:
-    ConfigError: the exchange does not support this routing or this dispatcher.
+    ConfigError: the exchange cannot carry this routing or this dispatcher.
   """
+  problem = unmixable(dispatcher, mixes)
+  if problem is not None:
+    raise ConfigError(problem)
+  asked = "einsum" if mixes else dispatcher
+  divided = num_groups % token_shards == 0
   kind = exchange
   if exchange == "auto":
-    if dense or dispatcher == "einsum" or num_groups % token_shards:
-      kind = "gspmd"
-    elif capacity:
-      kind = "all_to_all"
-    else:
-      kind = "ring" if devices <= num_selected else "ragged"
-  if kind != "gspmd" and (dense or num_groups % token_shards):
-    reason = (
-      "this router mixes tokens"
-      if dense
-      else f"{num_groups} routing groups do not divide over {token_shards} devices"
-    )
+    kind = _auto_exchange(asked, divided, devices, num_selected, capacity)
+  if kind != "gspmd" and not divided:
     raise ConfigError(
-      f"--config.moe.exchange={exchange}: {reason}. Use gspmd or auto, or another "
-      "--config.moe.group_size."
+      f"--config.moe.exchange={exchange}: {num_groups} routing groups do not divide over "
+      f"{token_shards} devices. Use gspmd or auto, or another --config.moe.group_size."
     )
   if kind != "gspmd" and devices == 1:
-    return "none"
+    kind = "none"
   if kind == "all_to_all" and not capacity:
     raise ConfigError(
       "--config.moe.exchange=all_to_all sends slots, and dropless has none. Use ragged, "
       "ring or auto, or give --config.moe.capacity_factor."
     )
-  if dispatcher not in ("auto", CARRIED_AS[kind]):
-    carriers = [name for name, layout in CARRIED_AS.items() if layout == dispatcher]
-    if not capacity:
-      carriers = [name for name in carriers if name != "all_to_all"]
-    another = f", or --config.moe.exchange={' or '.join(carriers)}" if carriers else ""
-    raise ConfigError(
-      f"--config.moe.dispatcher={dispatcher} does not run with --config.moe.exchange="
-      f"{exchange} on this mesh: tokens travel by {kind}, which carries them as "
-      f"dispatcher {CARRIED_AS[kind]} does. Use --config.moe.dispatcher=auto{another}."
-    )
-  return kind
+  if asked == "auto":
+    return kind, _auto_dispatcher(kind, platform, capacity)
+  if asked not in CARRIES[kind]:
+    raise ConfigError(_refusal(exchange, kind, asked, capacity, mixes))
+  return kind, asked
+
+
+def unmixable(dispatcher: str, mixes: bool) -> str | None:
+  """Returns why a dispatcher cannot run a router that mixes tokens; None if it can."""
+  if not mixes or dispatcher in ("auto", "einsum"):
+    return None
+  return (
+    f"--config.moe.dispatcher={dispatcher} moves whole tokens, and this router mixes "
+    "them into slots. Use einsum or auto."
+  )
+
+
+def _auto_exchange(
+  dispatcher: str, divided: bool, devices: int, num_selected: int, capacity: bool
+) -> str:
+  if not divided:
+    return "gspmd"
+  if capacity and dispatcher != "grouped":
+    return "all_to_all"
+  if devices > num_selected and dispatcher in CARRIES["ragged"] + ("auto",):
+    return "ragged"
+  return "ring"
+
+
+def _auto_dispatcher(kind: str, platform: str, capacity: bool) -> str:
+  if kind == "none":
+    return "grouped" if platform == "cpu" or not capacity else "gather"
+  return {"all_to_all": "gather", "gspmd": "einsum"}.get(kind, "grouped")
+
+
+def _refusal(
+  exchange: str, kind: str, dispatcher: str, capacity: bool, mixes: bool
+) -> str:
+  """Returns why an exchange does not carry a dispatcher's rows, and what would."""
+  others = [
+    name
+    for name, carried in CARRIES.items()
+    if dispatcher in carried and name != "none" and (capacity or name != "all_to_all")
+  ]
+  what = (
+    "a router that mixes tokens" if mixes else f"--config.moe.dispatcher={dispatcher}"
+  )
+  through = f" (by {kind})" if exchange == "auto" else ""
+  remedy = "" if mixes else "--config.moe.dispatcher=auto or "
+  return (
+    f"{what} does not run with --config.moe.exchange={exchange} on this mesh{through}: "
+    f"{_WHY_NOT[kind].format(dispatcher)}. Use {remedy}"
+    f"--config.moe.exchange={' or '.join(others)}."
+  )

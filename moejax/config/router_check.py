@@ -6,6 +6,7 @@ A module separate from `config.check`, because a router's class imports jax.
 import dataclasses
 from collections.abc import Callable
 
+from moejax.config.exchange_rule import unmixable
 from moejax.config.router import make_router, slot_policy
 from moejax.config.schema import Config
 from moejax.config.text import named
@@ -73,11 +74,7 @@ def _slots_stay(c: Config, router: Router) -> str | None:
 
 
 def _mixtures_are_weighted(c: Config, router: Router) -> str | None:
-  if router.mixes and c.moe.dispatcher in ("gather", "grouped"):
-    return (
-      f"--config.moe.dispatcher={c.moe.dispatcher} moves whole tokens, and router "
-      f"{c.moe.router} mixes them into slots. Use einsum or auto."
-    )
+  return unmixable(c.moe.dispatcher, router.mixes)
 
 
 ROUTER_RULES: tuple[Callable[[Config, Router], str | None], ...] = (

@@ -108,7 +108,7 @@ class MoEConfig:
   router: str = "switch"
   """A name from --list=routers, which also shows its options; see `use_router`."""
   dispatcher: str = "auto"
-  """auto, einsum, gather or grouped."""
+  """Layout of experts' rows: einsum, gather, grouped (--list=dispatchers), or auto."""
   every: int = 2
   """Every n-th layer is an MoE layer; 1 is all."""
   offset: int = 1
@@ -125,7 +125,7 @@ class MoEConfig:
   """per_assignment multiplies by K; per_token (Flaxformer, AXLearn, Praxis) does not."""
   min_capacity: int = 1
   exchange: str = "auto"
-  """How tokens reach experts on other devices: all_to_all (slots), ragged (dropless
+  """How tokens reach experts on other devices: all_to_all (slots), ragged (sorted
   rows), ring, gspmd (the compiler decides), or auto."""
   exchange_buffer: float | None = None
   """ragged: rows a device can receive, as a multiple of an even load; none fits any

@@ -1,31 +1,90 @@
-"""Dispatch: how tokens reach their experts and come back.
+"""Layouts: how one device brings tokens to its experts, and results back.
 
-A dispatcher takes tokens, a `Routing` and the experts' weights, and returns for
-each token the gate-weighted sum of its experts' outputs. All dispatchers give
-the same values and gradients; they differ in memory, speed and communication.
+A layout is made of a placement, whoever placed the tokens. `to_experts` turns tokens into
+rows that experts can compute, `from_experts` adds up each token's weighted results, and
+`run` does all of it on one device. Between the two an exchange (`moejax.exchange`) may
+carry the rows to other devices. All layouts give the same values and gradients; they
+differ in memory and speed.
 
-Letters: G groups, T tokens of a group, D width.
+Letters: G groups, T tokens of a group, D width, E experts, C slots per expert and group.
 """
 
-from typing import Protocol, runtime_checkable
+import abc
+from typing import TypeVar
 
 from jaxtyping import Array, Float
 
-from moejax.experts.weights import ExpertWeights
-from moejax.routing.base import Routing
+from moejax.experts.weights import ExpertWeights, apply_experts
+from moejax.routing.placement import Placement
+
+_P = TypeVar("_P", bound=Placement)
 
 
-@runtime_checkable
-class Dispatcher(Protocol):
-  """One way to run the experts on their tokens."""
+class Layout(abc.ABC):
+  """The rows of a placement, in one layout."""
 
-  def __call__(
+  @classmethod
+  @abc.abstractmethod
+  def of(cls, placement: Placement) -> "Layout":
+    """Returns the layout of G groups."""
+
+  @abc.abstractmethod
+  def run(
     self,
     x: Float[Array, "G T D"],
-    routing: Routing,
     weights: ExpertWeights,
     *,
     activation: str,
+    chunks: int = 1,
   ) -> Float[Array, "G T D"]:
-    """Returns the sum over kept assignments of gate * expert(token), in x's dtype."""
-    ...
+    """Returns the sum over kept assignments of gate * expert(token), in x's dtype.
+
+    Args:
+      x: tokens of all groups.
+      weights: of the experts, which are all on this device.
+      activation: of the experts.
+      chunks: parts that are computed one after the other, to save memory; a layout
+        whose experts compute all rows at once ignores it.
+    """
+
+
+class SlotLayout(Layout):
+  """A layout whose rows have a size that does not depend on the load.
+
+  So one all-to-all of known shape carries them. Experts map zero rows to zero rows, so
+  empty slots need no mask, and cost as much as full ones.
+  """
+
+  @classmethod
+  @abc.abstractmethod
+  def of(cls, placement: Placement) -> "SlotLayout":
+    """Returns the layout of G groups."""
+
+  @abc.abstractmethod
+  def to_experts(self, x: Float[Array, "G T D"]) -> Float[Array, "E G C D"]:
+    """Returns the experts' inputs, zero where a slot is empty."""
+
+  @abc.abstractmethod
+  def from_experts(self, rows: Float[Array, "E G C D"]) -> Float[Array, "G T D"]:
+    """Returns each token's sum of outputs, weighted."""
+
+  def run(
+    self,
+    x: Float[Array, "G T D"],
+    weights: ExpertWeights,
+    *,
+    activation: str,
+    chunks: int = 1,
+  ) -> Float[Array, "G T D"]:
+    """Runs the experts in one batched matmul per matrix; see `Layout.run`."""
+    del chunks
+    return self.from_experts(apply_experts(self.to_experts(x), weights, activation))
+
+
+def only(placement: Placement, kind: type[_P], layout: str) -> _P:
+  """Returns the placement, which must be of this kind: a layout reads no other."""
+  if not isinstance(placement, kind):
+    raise TypeError(
+      f"the layout {layout} reads {kind.__name__}, not {type(placement).__name__}"
+    )
+  return placement

@@ -2,9 +2,9 @@
 
   y = sum over chosen experts e of gate_e(x) * expert_e(x)  (+ shared experts)
 
-The module owns parameters and calls pure functions: a router from
-`moejax.routing` assigns tokens to experts, a dispatcher from `moejax.dispatch`
-runs the experts. Neither knows the other.
+The module owns parameters and calls pure functions: a router from `moejax.routing`
+places tokens, `moejax.exchange` runs the experts on them, wherever they are. Neither
+knows the other.
 
 Letters: B batch, S sequence, G routing groups, T tokens of a group, D width,
 E experts, K choices per token, C slots per expert and group, F expert hidden
@@ -22,14 +22,12 @@ from jaxtyping import Array, Bool, Float, Int, Key
 
 from moejax.config import ModelConfig, MoEConfig
 from moejax.config.router import make_router, num_present
-from moejax.dispatch import registry as dispatch_registry
-from moejax.dispatch.grouped import grouped
-from moejax.exchange import expert_parallel
+from moejax.exchange import run as exchange
+from moejax.exchange.base import Lost, Options
 from moejax.experts.weights import ExpertWeights
 from moejax.layers import parameter
 from moejax.layers.feed_forward import FeedForward
 from moejax.layers.router import RouterLayer, project
-from moejax.platform import target_platform
 from moejax.routing import losses
 from moejax.routing.base import RouterStats, Routing, sum_groups
 from moejax.types import Constant, pytree
@@ -111,13 +109,14 @@ class MoE(nnx.Module):
       parameter.matrix(rngs, shape, axes, fan_in=model.width) if moe.shared_gate else None
     )
     self._config = Constant(moe)
-    self.exchange = expert_parallel.ExchangeOptions(
+    self.options = Options(
+      activation=model.activation,
+      dispatcher=moe.dispatcher,
       exchange=moe.exchange,
       exchange_buffer=moe.exchange_buffer,
       exchange_chunks=moe.exchange_chunks,
       expert_chunks=moe.expert_chunks,
     )
-    self.activation = model.activation
 
   @property
   def config(self) -> MoEConfig:
@@ -172,42 +171,21 @@ class MoE(nnx.Module):
       step=step,
       present=layer.present if train else None,
     )
-    name = self.config.dispatcher
-    dispatcher = dispatch_registry.resolve(
-      name,
-      platform=target_platform(),
-      capacity=routing.capacity,
-      dense=routing.dense_dispatch is not None,
-    )
-    if dispatcher is grouped:
-      dispatcher = functools.partial(grouped, chunks=self.config.expert_chunks)
+    options = self.options
+    if not train:
+      # Evaluation loses no tokens on the way, and may be dropless when training is not.
+      options = dataclasses.replace(options, exchange="auto", exchange_buffer=None)
     weights = self.experts.weights(x.dtype)
-    y, lost = expert_parallel.run(
-      tokens,
-      routing,
-      weights,
-      dispatcher,
-      activation=self.activation,
-      # Evaluation must not lose tokens in the exchange, and may be dropless when training
-      # is not, so it uses the rule of auto.
-      dispatcher_name=name if train or name == "einsum" else "auto",
-      options=self.exchange if train else expert_parallel.ExchangeOptions(),
-    )
+    y, lost = exchange.run(tokens, routing.placement, weights, options)
     y = y.reshape(x.shape)
     if self.config.shared_width:
       y = y + self._shared(x)
     aux = self._losses(logits, routing, valid, layer.batch_chosen, train)
     served = None
     if return_served:
-      served = _served(routing).reshape(*x.shape[:2], self.num_experts)
-    stats = sum_groups(routing.stats)
-    if lost is not None:
-      stats = dataclasses.replace(
-        stats,
-        load=stats.load - lost.assignments,
-        lost=jnp.sum(lost.assignments),
-        dropped_tokens=stats.dropped_tokens + lost.tokens,
-      )
+      served = jax.vmap(lambda group: group.served())(routing.placement)
+      served = served.reshape(*x.shape[:2], self.num_experts)
+    stats = _without(sum_groups(routing.stats), lost)
     return y, MoEAux(losses=aux, stats=stats, served=served)
 
   def _shared(self, x: Float[Array, "B S D"]) -> Float[Array, "B S D"]:
@@ -264,13 +242,13 @@ class MoE(nnx.Module):
     return {"balance_loss": balance, **sums}
 
 
-def _served(routing: Routing) -> Bool[Array, "G T E"]:
-  """Returns which experts computed each token, for any kind of router."""
-
-  def group(routing: Routing) -> Bool[Array, "T E"]:
-    if routing.dense_dispatch is not None:
-      return jnp.any(routing.dense_dispatch != 0, axis=-1)
-    served = jnp.zeros(routing.probs.shape, bool)
-    return served.at[routing.token, routing.expert].max(routing.kept)
-
-  return jax.vmap(group)(routing)
+def _without(stats: RouterStats, lost: Lost | None) -> RouterStats:
+  """Takes what a bounded exchange lost out of what was computed."""
+  if lost is None:
+    return stats
+  return dataclasses.replace(
+    stats,
+    load=stats.load - lost.assignments,
+    lost=jnp.sum(lost.assignments),
+    dropped_tokens=stats.dropped_tokens + lost.tokens,
+  )

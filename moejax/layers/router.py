@@ -17,13 +17,12 @@ from jaxtyping import Array, Bool, Float, Int, Key
 
 from moejax.config import MoEConfig
 from moejax.config.router import capacity, make_router, num_present, sizes, slot_policy
-from moejax.exchange.expert_parallel import over_groups
 from moejax.layers import parameter
 from moejax.platform import target_platform
 from moejax.routing import scores
 from moejax.routing.base import RouterInputs, Routing
 from moejax.routing.router import Parameter, Tokens
-from moejax.sharding.mesh import on_tokens
+from moejax.sharding.mesh import on_tokens, over_groups
 from moejax.sharding.vocabulary import score
 from moejax.types import Constant
 

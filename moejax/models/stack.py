@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Key
 
-from moejax.exchange.expert_parallel import SAVED_NAME
+from moejax.exchange.base import SAVED_NAME
 from moejax.layers import parameter
 from moejax.types import Params
 

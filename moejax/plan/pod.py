@@ -94,17 +94,15 @@ def model_flops(config: Config, devices: int) -> float:
 def ragged_fraction(config: Config, mesh: Mesh) -> float:
   """Of the rows that a device can receive, those that come under even routing."""
   devices, moe = mesh.shape["expert"], config.moe
-  if moe.capacity_factor is not None or moe.dense_twin or devices == 1:
+  if moe.dense_twin or devices == 1:
     return 1.0
-  kind = choose(
+  kind, _ = choose(
     moe.exchange,
     moe.dispatcher,
     devices=devices,
-    token_shards=1,
-    num_groups=1,
     num_selected=num_selected(moe),
-    capacity=False,
-    dense=make_router(moe).mixes,
+    capacity=moe.capacity_factor is not None,
+    mixes=make_router(moe).mixes,
   )
   if kind == "ring":
     # All rows of the axis are lined up, and one device's share computed.

@@ -68,7 +68,8 @@ def exchange_bound(config: Config, mesh: dict[str, int]) -> float:
     min_capacity=moe.min_capacity,
   )
   if capacity is not None:
-    rows = capacity * moe.fine_experts
+    slots = capacity * moe.fine_experts
+    rows = min(rows, slots) if moe.dispatcher == "grouped" else slots
   per_device = tokens / size * rows / shards * config.model.width * _bytes(config)
   return 4 * layers * per_device * _part(devices)
 

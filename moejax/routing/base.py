@@ -1,8 +1,8 @@
-"""Routing: the contract between a router and a dispatcher.
+"""Routing: what a router is given, and what it returns.
 
 A router decides, for one group of T tokens, which (token, expert) pairs are
-computed, in which slot and with what weight. It returns a `Routing`, which a
-dispatcher executes without knowing which router made it. Everything here works
+computed, in which slot and with what weight: the `placement` of its `Routing`, which
+the experts execute without knowing which router made it. Everything here works
 on one group; `jax.vmap` applies it to a batch of groups, adding a leading axis G
 to every array.
 
@@ -17,7 +17,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Key
 
-from moejax.types import pytree, static_field
+from moejax.routing.placement import Assignments, Placement
+from moejax.types import pytree
 
 Priority = Literal["arrival", "gate", "random"]
 Overflow = Literal["drop", "next_best", "none"]
@@ -55,27 +56,10 @@ class RouterStats:
 
 @pytree
 class Routing:
-  """The token-to-expert assignments of one group (or, after `vmap`, of G groups).
+  """What a router returns for one group (or, after `vmap`, for G groups)."""
 
-  Dropped assignments stay in the arrays with `kept` False and `gate` 0, so
-  every dispatcher adds exactly zero for them.
-  """
-
-  token: Int[Array, "*g N"]
-  """The assignment's token, in [0, T)."""
-  expert: Int[Array, "*g N"]
-  """The assignment's expert, in [0, E)."""
-  slot: Int[Array, "*g N"]
-  """Position in the expert's queue: if kept, 0 .. load - 1, each exactly once per
-  expert; otherwise C (T if dropless)."""
-  gate: Float[Array, "*g N"]
-  """float32 combine weight; differentiable; 0 where not kept."""
-  kept: Bool[Array, "*g N"]
-  """Whether the assignment is computed. Always False for padding."""
-  order: Int[Array, "*g N"]
-  """Assignment indices sorted by (expert, slot), kept ones first, dropped ones last."""
-  load: Int[Array, "*g E"]
-  """Kept assignments per expert: the lengths of the runs in `order`."""
+  placement: Placement
+  """Who is computed where, with what weight: what the experts need to know."""
   probs: Float[Array, "*g T E"]
   """The router's probabilities, for losses and analysis; differentiable."""
   stats: RouterStats
@@ -85,50 +69,12 @@ class Routing:
   losses: dict[str, Float[Array, "*g"]] | None = None
   """Router-specific loss terms of the group, by name. The layer computes those that
   every router has: the balance loss and the z-loss."""
-  dense_dispatch: Float[Array, "*g T E C"] | None = None
-  """Soft MoE only: weight of each token in each slot. The arrays over N are empty."""
-  dense_combine: Float[Array, "*g T E C"] | None = None
-  """Soft MoE only: weight of each slot in each token."""
-  capacity: int | None = static_field()
-  """C, slots per expert; None when dropless."""
-  num_selected: int | None = static_field()
-  """K if assignments are token-major (`token == arange(T*K) // K`), else None."""
 
   @property
-  def num_tokens(self) -> int:
-    return self.probs.shape[-2]
-
-  @property
-  def num_experts(self) -> int:
-    return self.probs.shape[-1]
-
-  @property
-  def num_slots(self) -> int:
-    """C, or T if dropless (a token visits an expert at most once)."""
-    return self.num_tokens if self.capacity is None else self.capacity
-
-  def dispatch_mask(self) -> Bool[Array, "T E C"]:
-    """Returns the dense mask of one group, for tests, plots and interop. Large."""
-    if self.dense_dispatch is not None:
-      return self.dense_dispatch != 0
-    shape = (self.num_tokens, self.num_experts, self.num_slots)
-    mask = jnp.zeros(shape, bool)
-    return mask.at[self.token, self.expert, self.slot].max(self.kept, mode="drop")
-
-  def dispatch_weights(self) -> Float[Array, "T E C"]:
-    """Returns each token's weight in each slot of one group; 0 or 1 if sparse."""
-    if self.dense_dispatch is not None:
-      return self.dense_dispatch
-    return self.dispatch_mask().astype(jnp.float32)
-
-  def combine_weights(self) -> Float[Array, "T E C"]:
-    """Returns the gate at each kept (token, expert, slot) of one group."""
-    if self.dense_combine is not None:
-      return self.dense_combine
-    shape = (self.num_tokens, self.num_experts, self.num_slots)
-    gate = jnp.where(self.kept, self.gate, 0.0)
-    weights = jnp.zeros(shape, jnp.float32)
-    return weights.at[self.token, self.expert, self.slot].add(gate, mode="drop")
+  def assignments(self) -> Assignments:
+    """The placement of a router that places whole tokens."""
+    assert isinstance(self.placement, Assignments), "this router mixes tokens"
+    return self.placement
 
 
 @pytree

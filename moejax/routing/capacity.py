@@ -20,6 +20,7 @@ from jaxtyping import Array, Bool, Float, Int, Key
 from moejax.errors import ConfigError
 from moejax.routing.base import RouterStats, Routing, SlotPolicy, entropy
 from moejax.routing.overflow import place
+from moejax.routing.placement import Assignments
 from moejax.routing.queueing import Queue, invert, line_up, make_queue, normalize
 from moejax.routing.scores import pick
 
@@ -168,7 +169,7 @@ def assign(
   if policy.gate_scale != 1.0:
     gate = gate * policy.gate_scale
   token = jnp.arange(num_tokens * num_selected, dtype=jnp.int32) // num_selected
-  return Routing(
+  placement = Assignments(
     token=token,
     expert=expert.reshape(-1),
     slot=slots.slot,
@@ -176,12 +177,12 @@ def assign(
     kept=slots.kept,
     order=slots.order,
     load=slots.load,
-    probs=probs,
-    stats=make_stats(probs, valid, chosen, slots.load, jnp.any(kept, axis=-1)),
-    first=first,
+    num_tokens=num_tokens,
     capacity=policy.capacity,
     num_selected=num_selected,
   )
+  stats = make_stats(probs, valid, chosen, slots.load, jnp.any(kept, axis=-1))
+  return Routing(placement=placement, probs=probs, stats=stats, first=first)
 
 
 def _place_overflow(

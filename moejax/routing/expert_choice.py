@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from moejax.errors import ConfigError
 from moejax.routing.base import RouterInputs, Routing, SlotPolicy
 from moejax.routing.capacity import make_stats
+from moejax.routing.placement import Assignments
 from moejax.routing.router import Router
 from moejax.routing.scores import softmax
 
@@ -60,7 +61,7 @@ class ExpertChoice(Router):
       beyond // empty * capacity + full + beyond % empty,
     )
     served = jnp.zeros(num_tokens, bool).at[token.reshape(-1)].max(kept.reshape(-1))
-    return Routing(
+    placement = Assignments(
       token=token.reshape(-1),
       expert=jnp.broadcast_to(expert, kept.shape).reshape(-1),
       slot=jnp.where(kept, slot, capacity).reshape(-1),
@@ -68,8 +69,9 @@ class ExpertChoice(Router):
       kept=kept.reshape(-1),
       order=order,
       load=load,
-      probs=probs,
-      stats=make_stats(probs, inputs.valid, load, load, served),
+      num_tokens=num_tokens,
       capacity=capacity,
       num_selected=None,
     )
+    stats = make_stats(probs, inputs.valid, load, load, served)
+    return Routing(placement=placement, probs=probs, stats=stats)

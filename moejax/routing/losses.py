@@ -58,7 +58,7 @@ def first_choices(routing: Routing, valid: Bool[Array, "T"]) -> Float[Array, "E"
   """
   first = routing.first
   assert first is not None, "tokens make no first choice under this router"
-  index = jnp.arange(routing.num_experts, dtype=jnp.int32)[None, :]
+  index = jnp.arange(routing.probs.shape[-1], dtype=jnp.int32)[None, :]
   return jnp.sum(((first[:, None] == index) & valid[:, None]).astype(jnp.float32), axis=0)
 
 

@@ -13,6 +13,7 @@ from jaxtyping import Array, Float
 
 from moejax.errors import ConfigError
 from moejax.routing.base import RouterInputs, RouterStats, Routing, SlotPolicy, entropy
+from moejax.routing.placement import Mixture
 from moejax.routing.router import Parameter, Params, Router, Sizes, Tokens
 
 
@@ -89,28 +90,15 @@ class Soft(Router):
     combine = jnp.where(valid, combine.reshape(logits.shape), 0.0)
     probs = jnp.sum(combine, axis=-1)
     seen = jax.lax.stop_gradient(probs)
-    slots = jnp.full((num_experts,), capacity, jnp.int32)
-    none = jnp.zeros((0,), jnp.int32)
+    slots = jnp.full((num_experts,), capacity, jnp.float32)
     stats = RouterStats(
       num_valid=jnp.sum(inputs.valid.astype(jnp.float32)),
-      chosen=slots.astype(jnp.float32),
-      load=slots.astype(jnp.float32),
+      chosen=slots,
+      load=slots,
       importance=jnp.sum(seen, axis=0),
       entropy=jnp.sum(entropy(seen)),
       dropped_tokens=jnp.zeros(()),
     )
     return Routing(
-      token=none,
-      expert=none,
-      slot=none,
-      gate=jnp.zeros((0,), jnp.float32),
-      kept=jnp.zeros((0,), bool),
-      order=none,
-      load=slots,
-      probs=probs,
-      stats=stats,
-      dense_dispatch=dispatch,
-      dense_combine=combine,
-      capacity=capacity,
-      num_selected=None,
+      placement=Mixture(dispatch=dispatch, combine=combine), probs=probs, stats=stats
     )

@@ -22,6 +22,8 @@ from moejax.errors import ConfigError
 
 TOKEN_AXES = ("data", "fsdp", "expert")
 """Axes that shard a batch: outside the MoE layer the expert axis is a data axis."""
+TOKENS = PartitionSpec(TOKEN_AXES)
+"""How a leading axis of sequences or of routing groups is sharded."""
 
 
 def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
@@ -100,7 +102,25 @@ def on_tokens(x: Float[Array, "B *rest"]) -> Float[Array, "B *rest"]:
   mesh = jax.sharding.get_abstract_mesh()
   if mesh.empty or x.shape[0] % num_token_shards(mesh):
     return x
-  return jax.lax.with_sharding_constraint(x, PartitionSpec(TOKEN_AXES))
+  return jax.lax.with_sharding_constraint(x, TOKENS)
+
+
+def over_groups(
+  function: Callable[[Any, Any], Any], mapped: Any, shared: Any, num_groups: int
+) -> Any:
+  """Computes function(mapped, shared), each device on its own groups.
+
+  Args:
+    function: returns trees whose leaves have a leading axis of groups.
+    mapped: tree whose leaves have a leading axis of groups.
+    shared: tree shared by all groups; replicated.
+    num_groups: groups in `mapped`. If not divisible by the devices, all compute all.
+  """
+  mesh = mesh_in_scope()
+  if mesh is None or num_groups % num_token_shards(mesh):
+    return function(mapped, shared)
+  run = shard_map(function, in_specs=(TOKENS, PartitionSpec()), out_specs=TOKENS)
+  return run(mapped, shared)
 
 
 def num_token_shards(mesh: Mesh | AbstractMesh) -> int:

@@ -15,7 +15,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from moejax.dispatch.base import Dispatcher
 from moejax.dispatch.registry import DISPATCHERS
 from moejax.experts.weights import ExpertWeights
 from moejax.routing.base import (
@@ -24,6 +23,7 @@ from moejax.routing.base import (
   Routing,
   SlotPolicy,
 )
+from moejax.routing.placement import Assignments
 from moejax.routing.registry import ROUTERS
 
 
@@ -99,7 +99,9 @@ def _routing(*, num_tokens, num_selected, capacity=None, **fields) -> Routing:
     for name, value in fields.items()
   }
   return Routing(
-    **arrays,
+    placement=Assignments(
+      **arrays, num_tokens=num_tokens, capacity=capacity, num_selected=num_selected
+    ),
     probs=jnp.full((1, num_tokens, num_experts), 1 / num_experts),
     stats=RouterStats(
       num_valid=zero,
@@ -109,9 +111,18 @@ def _routing(*, num_tokens, num_selected, capacity=None, **fields) -> Routing:
       entropy=zero,
       dropped_tokens=zero,
     ),
-    capacity=capacity,
-    num_selected=num_selected,
   )
+
+
+def gated(routing, gate):
+  """The same routing with these gates."""
+  placement = dataclasses.replace(routing.assignments, gate=gate)
+  return dataclasses.replace(routing, placement=placement)
+
+
+def run_experts(name, x, routing, weights, **options):
+  """The layer's experts by the layout of this name, on one device."""
+  return DISPATCHERS[name].of(routing.placement).run(x, weights, **options)
 
 
 def _activation(name, pre, gate):
@@ -134,16 +145,16 @@ def _activation(name, pre, gate):
 def naive(x, routing, weights, activation, dy):
   """Assignment by assignment: y, and the gradients of sum(dy * y)."""
   f64 = functools.partial(np.asarray, dtype=np.float64)
-  x, dy, gates = f64(x), f64(dy), f64(routing.gate)
+  x, dy, gates = f64(x), f64(dy), f64(routing.assignments.gate)
   w_in, w_out = f64(weights.w_in), f64(weights.w_out)
   w_gate = None if weights.w_gate is None else f64(weights.w_gate)
   y, dx, d_gate = np.zeros_like(x), np.zeros_like(x), np.zeros_like(gates)
   d_in, d_out = np.zeros_like(w_in), np.zeros_like(w_out)
   d_w_gate = np.zeros_like(w_in)
   for g, n in itertools.product(*map(range, gates.shape)):
-    if not routing.kept[g, n]:
+    if not routing.assignments.kept[g, n]:
       continue
-    t, e = int(routing.token[g, n]), int(routing.expert[g, n])
+    t, e = int(routing.assignments.token[g, n]), int(routing.assignments.expert[g, n])
     row, pre = x[g, t], x[g, t] @ w_in[e]
     gated = None if w_gate is None else row @ w_gate[e]
     act, by_pre, by_gate = _activation(activation, pre, gated)
@@ -164,15 +175,19 @@ def naive(x, routing, weights, activation, dy):
   return y, grads
 
 
-@functools.partial(jax.jit, static_argnames=("dispatcher", "activation"))
-def run(dispatcher, x, routing, weights, dy, activation):
+@functools.partial(
+  jax.jit, static_argnames=("dispatcher", "activation", "implementation")
+)
+def run(dispatcher, x, routing, weights, dy, activation, implementation=None):
   """y, and the gradients of sum(dy * y) by name."""
 
-  def layer(x, gate, weights):
-    gated = dataclasses.replace(routing, gate=gate)
-    return dispatcher(x, gated, weights, activation=activation)
+  chosen = {} if implementation is None else {"implementation": implementation}
 
-  y, pull = jax.vjp(layer, x, routing.gate, weights)
+  def layer(x, gate, weights):
+    routed = gated(routing, gate)
+    return run_experts(dispatcher, x, routed, weights, activation=activation, **chosen)
+
+  y, pull = jax.vjp(layer, x, routing.assignments.gate, weights)
   dx, d_gate, dw = pull(dy)
   grads = {"x": dx, "gate": d_gate, "w_in": dw.w_in, "w_out": dw.w_out}
   if dw.w_gate is not None:
@@ -184,10 +199,11 @@ class DispatcherSuite:
   """Inherited by one class per dispatcher, which gives its name."""
 
   name: str
+  implementation: str | None = None
+  """Of the ragged products; None is the layout's own choice."""
 
-  @property
-  def dispatcher(self) -> Dispatcher:
-    return DISPATCHERS[self.name]
+  def run(self, x, routing, weights, dy, activation):
+    return run(self.name, x, routing, weights, dy, activation, self.implementation)
 
   def check(self, routing, *, activation="gelu", width=6, hidden=10, tolerance=2e-5):
     """Values and every gradient against the naive loop."""
@@ -196,10 +212,10 @@ class DispatcherSuite:
     x = jax.random.normal(keys[0], (num_groups, num_tokens, width))
     dy = jax.random.normal(keys[1], x.shape)
     weights = make_weights(keys[2], num_experts, width, hidden, activation)
-    y, grads = run(self.dispatcher, x, routing, weights, dy, activation)
+    y, grads = self.run(x, routing, weights, dy, activation)
     want, want_grads = naive(x, routing, weights, activation, dy)
     np.testing.assert_allclose(y, want, atol=tolerance, rtol=tolerance)
-    kept = np.asarray(routing.kept)
+    kept = np.asarray(routing.assignments.kept)
     for name, grad in grads.items():
       grad = np.asarray(grad)
       if name == "gate":  # A dropped assignment's gate is a constant 0 already.
@@ -265,7 +281,10 @@ class DispatcherSuite:
     routing = route(logits, capacity=3, valid=valid)
     served = np.zeros((2, 12), bool)
     for g in range(2):
-      served[g, np.asarray(routing.token[g])[np.asarray(routing.kept[g])]] = True
+      served[
+        g,
+        np.asarray(routing.assignments.token[g])[np.asarray(routing.assignments.kept[g])],
+      ] = True
     assert not served.all()
     y, grads = self.check(routing)
     assert not np.any(np.asarray(y)[~served])
@@ -274,7 +293,7 @@ class DispatcherSuite:
   def test_expert_choice(self):
     """Assignments that are not token-major: tokens served many times, or never."""
     routing = route_expert_choice(jax.random.key(5), 10, 4, 3)
-    assert len(set(np.asarray(routing.token[0]).tolist())) < 10
+    assert len(set(np.asarray(routing.assignments.token[0]).tolist())) < 10
     self.check(routing)
 
   def test_loads_on_both_sides_of_every_block_size(self):
@@ -292,9 +311,7 @@ class DispatcherSuite:
     weights = make_weights(keys[2], 4, 16, 24, "swiglu")
     want, want_grads = naive(x, routing, weights, "swiglu", np.ones(x.shape))
     low = jax.tree.map(lambda a: a.astype(jnp.bfloat16), (x, weights))
-    y, grads = run(
-      self.dispatcher, low[0], routing, low[1], jnp.ones_like(low[0]), "swiglu"
-    )
+    y, grads = self.run(low[0], routing, low[1], jnp.ones_like(low[0]), "swiglu")
     assert y.dtype == jnp.bfloat16
     for name, grad in {**grads, "y": y}.items():
       reference = want if name == "y" else want_grads[name]
@@ -313,7 +330,7 @@ class DispatcherSuite:
 
     def layer(x, weights):
       routing = route(x @ router, capacity=4)
-      return x + self.dispatcher(x, routing, weights, activation="gelu"), None
+      return x + run_experts(self.name, x, routing, weights, activation="gelu"), None
 
     def scanned(layers):
       return jnp.sum(jnp.square(jax.lax.scan(jax.checkpoint(layer), x, layers)[0]))

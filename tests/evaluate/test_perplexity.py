@@ -9,7 +9,7 @@ import pytest
 from moejax.config import MeshConfig
 from moejax.errors import ConfigError, UserError
 from moejax.evaluate import groups, perplexity
-from moejax.exchange import expert_parallel
+from moejax.exchange import run as exchange
 from moejax.sharding.mesh import make_mesh
 from tests.evaluate import tiny
 
@@ -161,7 +161,7 @@ def test_experts_on_other_devices(dataset, evaluation, monkeypatch):
   travelled = []
 
   def noted(kind):
-    real = expert_parallel.EXCHANGES[kind]
+    real = exchange.EXCHANGES[kind]
 
     def call(*args):
       travelled.append(kind)
@@ -169,8 +169,8 @@ def test_experts_on_other_devices(dataset, evaluation, monkeypatch):
 
     return call
 
-  noting = {kind: noted(kind) for kind in expert_parallel.EXCHANGES}
-  monkeypatch.setattr(expert_parallel, "EXCHANGES", noting)
+  noting = {kind: noted(kind) for kind in exchange.EXCHANGES}
+  monkeypatch.setattr(exchange, "EXCHANGES", noting)
   mesh = MeshConfig(data=-1, fsdp=2, expert=2)
   apart = _evaluate(dataset, 8, _FACTORS, devices=8, mesh=mesh)
   assert set(travelled) == {"all_to_all", "ring"}

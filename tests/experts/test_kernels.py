@@ -10,11 +10,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from moejax.dispatch import grouped
 from moejax.dispatch.registry import DISPATCHERS
 from moejax.experts import grouped_matmul as kernels
 from moejax.experts.blocks import SMALL_MEAN, cover, make_plan, sizes_for
-from tests.dispatch.suite import DispatcherSuite, make_weights, route
+from tests.dispatch.suite import DispatcherSuite, make_weights, route, run_experts
 
 _plan = jax.jit(make_plan, static_argnums=(1, 2))
 LOADS = st.lists(st.integers(0, 700), min_size=1, max_size=6)
@@ -57,7 +56,7 @@ def test_gradients_of_an_expert_of_many_blocks():
   routing = route(logits, num_selected=1)
 
   def loss(name, weights):
-    y = DISPATCHERS[name](x, routing, weights, activation="gelu")
+    y = run_experts(name, x, routing, weights, activation="gelu")
     return jnp.sum(y * jnp.cos(jnp.arange(y.size, dtype=jnp.float32)).reshape(y.shape))
 
   got, expected = (
@@ -117,10 +116,7 @@ class TestGroupedByMatmul(DispatcherSuite):
   """What an accelerator runs passes the same suite, here by ragged_dot."""
 
   name = "grouped"
-
-  @property
-  def dispatcher(self):
-    return functools.partial(grouped.grouped, implementation="ragged_dot")
+  implementation = "ragged_dot"
 
 
 def _sharded_inputs():
@@ -131,7 +127,7 @@ def _sharded_inputs():
 
 
 def _loss(name, x, router, weights):
-  y = DISPATCHERS[name](x, route(x @ router), weights, activation="swiglu")
+  y = run_experts(name, x, route(x @ router), weights, activation="swiglu")
   return jnp.sum(jnp.square(y))
 
 

@@ -115,11 +115,11 @@ def run(name: str, logits, options: dict, valid=None, key=None, **extra):
 
 
 def combine(routing: Routing) -> jax.Array:
-  return jax.vmap(Routing.combine_weights)(routing)
+  return jax.vmap(lambda group: group.combine_weights())(routing.placement)
 
 
 def mask(routing: Routing) -> jax.Array:
-  return jax.vmap(Routing.dispatch_mask)(routing)
+  return jax.vmap(lambda group: group.dispatch_mask())(routing.assignments)
 
 
 def balance(routing: Routing, valid=None, *, first=False, chosen=None) -> jax.Array:

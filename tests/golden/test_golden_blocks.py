@@ -6,7 +6,7 @@ import pytest
 from flax import nnx
 
 from moejax.config import ModelConfig, MoEConfig
-from moejax.dispatch.registry import DISPATCHERS
+from moejax.dispatch.mix import Mix
 from moejax.experts.weights import ExpertWeights
 from moejax.layers.moe import MoE
 from moejax.models.stack import Shell
@@ -58,7 +58,7 @@ def test_hugging_face_block(name: str):
       w_in=gate_up[..., width:],
       w_out=jnp.swapaxes(down, 1, 2),
     )
-    y = DISPATCHERS["einsum"](x, routing, weights, activation="swiglu")
+    y = Mix.of(routing.placement).run(x, weights, activation="swiglu")
     return y + shared_expert(g, x), routing
 
   def loss(*args):
@@ -69,10 +69,10 @@ def test_hugging_face_block(name: str):
   y, routing = block(*args)
   g.near("y", y, 1e-5)
   # Recorded in order of weight; a bias may have chosen in another one.
-  order = jnp.argsort(-routing.gate.reshape(-1, p["K"]), axis=-1)
-  expert = routing.expert.reshape(-1, p["K"])
+  order = jnp.argsort(-routing.assignments.gate.reshape(-1, p["K"]), axis=-1)
+  expert = routing.assignments.expert.reshape(-1, p["K"])
   g.same("indices", jnp.take_along_axis(expert, order, -1))
-  gate = routing.gate.reshape(-1, p["K"])
+  gate = routing.assignments.gate.reshape(-1, p["K"])
   g.near("weights", jnp.take_along_axis(gate, order, -1))
   d_x, d_router, d_down = jax.grad(loss, (0, 1, 2))(*args)
   g.near("grad_x", d_x, 1e-5)
@@ -138,7 +138,7 @@ def test_qwen2_is_a_layer_of_ours_with_a_gate_on_its_shared_expert(name: str):
 def _layer(g: Golden, x, w, w_in, w_out):
   routing = run("top_k", x @ w, options_of(g))
   weights = ExpertWeights(w_in=w_in, w_out=w_out)
-  return DISPATCHERS["einsum"](x, routing, weights, activation="relu"), routing
+  return Mix.of(routing.placement).run(x, weights, activation="relu"), routing
 
 
 @pytest.mark.parametrize("name", names("flaxformer_layer"))

@@ -47,7 +47,7 @@ def test_flaxformer_tokens_choose(name: str):
     routing = route(x, w)
     if not scatter:
       return combine(routing)
-    gate = routing.gate.reshape(p["G"], p["T"], p["K"])
+    gate = routing.assignments.gate.reshape(p["G"], p["T"], p["K"])
     return jnp.where(real[:, :, None], gate, 0.0)
 
   def loss(x, w):
@@ -63,7 +63,13 @@ def test_flaxformer_tokens_choose(name: str):
     shape = (p["G"], p["T"], p["K"])
     g.same(
       "dispatch_indices",
-      jnp.stack([everything.expert.reshape(shape), everything.slot.reshape(shape)], -1),
+      jnp.stack(
+        [
+          everything.assignments.expert.reshape(shape),
+          everything.assignments.slot.reshape(shape),
+        ],
+        -1,
+      ),
     )
   else:
     g.same("dispatch_mask", mask(routing))
@@ -134,8 +140,11 @@ def test_vmoe_dispatch(name: str):
   g.same("dispatch_mask", mask(routing))
   g.near("combine", combine(routing))
   everything = run("top_k", logits, options_of(g, priority=priority, capacity=None))
-  g.same("indices", jnp.stack([everything.expert[0], everything.slot[0]], -1))
-  g.near("index_weights", everything.gate)
+  g.same(
+    "indices",
+    jnp.stack([everything.assignments.expert[0], everything.assignments.slot[0]], -1),
+  )
+  g.near("index_weights", everything.assignments.gate)
   sent = jnp.einsum("tec,td->ecd", mask(routing)[0].astype(jnp.float32), g["data"])
   g.near("dispatched_einsum", sent)
   back = jnp.einsum("tec,ecd->td", combine(routing)[0], g["expert_out"])
@@ -259,8 +268,8 @@ def test_axlearn_dropless(name: str):
   extra = {"bias": jnp.asarray(g["bias"])} if "bias" in g else {}
   logits = jnp.asarray(g["logits"])
   routing = run("sigmoid_bias" if sigmoid else "top_k", logits, opts, **extra)
-  g.same("indices", routing.expert)
-  g.near("weights", routing.gate)
+  g.same("indices", routing.assignments.expert)
+  g.near("weights", routing.assignments.gate)
   g.near("seq_aux_loss", balance(routing), 1e-5)
   g.near("z_loss", z(logits), 1e-5)
   pooled = losses.balance_loss(

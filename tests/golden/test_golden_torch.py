@@ -42,12 +42,14 @@ def test_tutel(name: str):
   )
   logits = jnp.log(jnp.asarray(g["scores"]))[None]
   routing = run("top_k", logits, opts)
-  g.same("indices", routing.expert)
-  g.same("locations", routing.slot)
-  g.near("gates", routing.gate)
+  g.same("indices", routing.assignments.expert)
+  g.same("locations", routing.assignments.slot)
+  g.near("gates", routing.assignments.gate)
   g.near("aux_loss", balance(routing, first=True), 1e-5)
   capped = run("top_k", logits, options_of(g, priority=priority))
-  np.testing.assert_array_equal(capped.kept, routing.slot < g.params["C"])
+  np.testing.assert_array_equal(
+    capped.assignments.kept, routing.assignments.slot < g.params["C"]
+  )
 
 
 @pytest.mark.parametrize("name", names("tutel_load_importance"))
@@ -179,10 +181,10 @@ def test_megablocks(name: str):
   logits = jnp.einsum("ltd,led->lte", g["x"], g["router_weight"])
   routing = run("top_k", logits, opts)
   g.near("scores", routing.probs)
-  g.same("indices", routing.expert)
+  g.same("indices", routing.assignments.expert)
   g.near("aux_loss", balance(routing), 1e-5)
   g.near("z_loss", [z(one[None]) for one in logits], 1e-5)
-  g.near("weights", routing.gate)
+  g.near("weights", routing.assignments.gate)
 
 
 @pytest.mark.parametrize("name", names("hf_balance_loss"))

@@ -87,8 +87,12 @@ def test_the_layer_gives_every_router_what_it_needs(name):
   options = SlotPolicy(num_experts=E, num_selected=k, capacity=S * k // E)
   made = inputs_by_hand(params["router"], x, valid, assigned)
   routing = jax.vmap(lambda group: ROUTERS[name]()(group, options))(made)
-  send = np.asarray(jax.vmap(lambda r: r.dispatch_weights())(routing), np.float64)
-  back = np.asarray(jax.vmap(lambda r: r.combine_weights())(routing), np.float64)
+  send = np.asarray(
+    jax.vmap(lambda r: r.dispatch_weights())(routing.placement), np.float64
+  )
+  back = np.asarray(
+    jax.vmap(lambda r: r.combine_weights())(routing.placement), np.float64
+  )
   w = {k: np.asarray(v, np.float64) for k, v in params["experts"].items()}
   rows = np.einsum("gtec,gtd->gecd", send, np.asarray(x, np.float64))
   hidden = np.einsum("gecd,edf->gecf", rows, w["w_in"])

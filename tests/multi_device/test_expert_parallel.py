@@ -7,6 +7,7 @@ the loads, the losses and all gradients must be those of one device.
 import contextlib
 import functools
 import itertools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -15,8 +16,11 @@ import pytest
 from flax import nnx
 
 from moejax.config import Config, MeshConfig, ModelConfig, MoEConfig
+from moejax.config.check import validate
 from moejax.config.devices import validate_devices
+from moejax.dispatch.registry import DISPATCHERS
 from moejax.errors import ConfigError
+from moejax.exchange.run import EXCHANGES
 from moejax.layers.moe import MoE
 from moejax.models.stack import Shell
 from moejax.sharding import rules
@@ -31,8 +35,9 @@ MESHES = {
   "expert 2 x fsdp 2 x tensor 2": MeshConfig(data=1, expert=2, fsdp=2, tensor=2),
   "fsdp 8": MeshConfig(data=1, fsdp=8),
 }
-K = {"switch": 1, "top2": 2, "top_k": 4, "sigmoid_bias": 2, "expert_choice": 2}
-EXCHANGES = ("all_to_all", "ragged", "ring", "gspmd")
+K = {"switch": 1, "top2": 2, "top_k": 4, "sigmoid_bias": 2, "expert_choice": 2, "soft": 1}
+USERS: dict[str, Any] = {"xla_backend_optimization_level": 3}
+"""What a run compiles with; the tests' own level is 0."""
 
 
 def make(router: str, factor: float | None, **changes) -> Shell:
@@ -45,30 +50,46 @@ def make(router: str, factor: float | None, **changes) -> Shell:
     "capacity_factor": factor,
     "balance_scope": "batch",
     "router_init_scale": 3.0,
+    "group_size": S if router == "soft" else 0,
   }
   moe = MoEConfig(**(fields | changes))
   return Shell(lambda key: MoE(MODEL, moe, nnx.Rngs(params=key)))
 
 
-def inputs():
+def inputs(dtype: str = "float32"):
   rng = np.random.default_rng(0)
-  x = rng.normal(size=(B, S, D)).astype(np.float32)
+  x = jnp.asarray(rng.normal(size=(B, S, D)), dtype)
   valid = np.arange(S)[None, :] < rng.integers(S // 2, S + 1, (B, 1))
-  weight = rng.normal(size=(B, S, D)).astype(np.float32)
+  weight = jnp.asarray(rng.normal(size=(B, S, D)), dtype)
   return x, valid, weight
 
 
-def compute(shell: Shell, factor: float | None, mesh_config: MeshConfig, devices: int):
+def compute(
+  shell: Shell,
+  factor: float | None,
+  mesh_config: MeshConfig,
+  devices: int,
+  dtype: str = "float32",
+  options: dict[str, Any] | None = None,
+):
   """Output, losses, stats, and gradients of all parameters and of the input."""
-  with prepared(shell, factor, mesh_config, devices) as (step, arguments):
+  with prepared(shell, factor, mesh_config, devices, dtype) as (step, arguments):
+    if options:
+      step = step.lower(*arguments).compile(options)
     return jax.device_get(step(*arguments))
 
 
 @contextlib.contextmanager
-def prepared(shell: Shell, factor: float | None, mesh_config: MeshConfig, devices: int):
+def prepared(
+  shell: Shell,
+  factor: float | None,
+  mesh_config: MeshConfig,
+  devices: int,
+  dtype: str = "float32",
+):
   """What `compute` calls, and with what, on its mesh."""
   mesh = make_mesh(mesh_config, jax.devices()[:devices])
-  x, valid, weight = inputs()
+  x, valid, weight = inputs(dtype)
 
   def call(params, x, valid, weight):
     def total(params, x):
@@ -76,7 +97,7 @@ def prepared(shell: Shell, factor: float | None, mesh_config: MeshConfig, device
       y, aux = shell.merge(params)(
         x, valid, ids, key=jax.random.key(3), train=True, capacity_factor=factor
       )
-      loss = jnp.sum(y * weight) + sum(aux.losses.values())
+      loss = jnp.sum((y * weight).astype(jnp.float32)) + sum(aux.losses.values())
       return loss, (y, aux.losses, aux.stats, aux.served)
 
     grads, out = jax.grad(total, argnums=(0, 1), has_aux=True)(params, x)
@@ -87,65 +108,150 @@ def prepared(shell: Shell, factor: float | None, mesh_config: MeshConfig, device
     placed = rules.shardings(mesh, shell.axes, shapes)
     tokens = rules.batch_sharding(mesh)
     params = jax.device_put(shell.init(jax.random.key(0)), placed)
+    x, valid, weight = jax.device_put((x, valid, weight), tokens)
     step = jax.jit(call, in_shardings=(placed, tokens, tokens, tokens))
     yield step, (params, x, valid, weight)
 
 
 @functools.cache
-def on_one_device(router: str, factor: float | None):
-  return compute(make(router, factor), factor, MeshConfig(data=1), 1)
+def on_one_device(router: str, factor: float | None, dtype: str = "float32"):
+  return compute(make(router, factor), factor, MeshConfig(data=1), 1, dtype)
 
 
-def check(router: str, factor: float | None, mesh: str, exchange: str, **changes):
-  shell = make(router, factor, exchange=exchange, **changes)
-  (y, losses, stats, _), grads = compute(shell, factor, MESHES[mesh], 8)
-  (y1, losses1, stats1, _), grads1 = on_one_device(router, factor)
-  np.testing.assert_array_equal(stats.chosen, stats1.chosen)
-  np.testing.assert_array_equal(stats.load, stats1.load)
-  np.testing.assert_array_equal(stats.dropped_tokens, stats1.dropped_tokens)
+def check(
+  router: str,
+  factor: float | None,
+  mesh: str,
+  dtype: str = "float32",
+  options: dict[str, Any] | None = None,
+  **changes,
+):
+  shell = make(router, factor, **changes)
+  there = compute(shell, factor, MESHES[mesh], 8, dtype, options)
+  (y, losses, stats, _), grads = there
+  (y1, losses1, stats1, _), grads1 = on_one_device(router, factor, dtype)
+  exact, value, gradient = TOLERANCE[dtype]
+  for name in ("chosen", "load", "dropped_tokens"):
+    got, want = getattr(stats, name), getattr(stats1, name)
+    np.testing.assert_allclose(got, want, rtol=exact, err_msg=name)
   np.testing.assert_array_equal(np.any(y != 0, -1), np.any(y1 != 0, -1))
-  np.testing.assert_allclose(y, y1, rtol=1e-5, atol=1e-5)
-  for name, value in losses1.items():
-    np.testing.assert_allclose(losses[name], value, rtol=1e-5)
+  near(y, y1, value)
+  for name in losses1:
+    np.testing.assert_allclose(losses[name], losses1[name], rtol=1e-5)
   for one, other in zip(jax.tree.leaves(grads1), jax.tree.leaves(grads), strict=True):
-    scale = np.max(np.abs(one))
-    np.testing.assert_allclose(other, one, rtol=1e-4, atol=1e-5 * scale)
+    near(other, one, gradient)
   assert stats.lost is None or stats.lost == 0
   return stats1
 
 
-MATRIX = [
-  case
-  for case in itertools.product(K, (1.0, None), MESHES, EXCHANGES)
-  if not (case[1] is None and (case[3] == "all_to_all" or case[0] == "expert_choice"))
+TOLERANCE = {"float32": (0, 1e-5, 1e-4), "bfloat16": (0, 0.02, 0.03)}
+"""Of counts; of values and of gradients, relative to the largest of an array."""
+
+
+def near(got, want, tolerance: float) -> None:
+  got, want = np.asarray(got, np.float64), np.asarray(want, np.float64)
+  np.testing.assert_allclose(got, want, atol=tolerance * max(np.abs(want).max(), 1e-30))
+
+
+CASES = [
+  ("top_k", 1.0, "fsdp 8", "auto", "einsum", "bfloat16"),
+  ("top2", None, "expert 4 x data 2", "ragged", "grouped", "bfloat16"),
+  ("sigmoid_bias", None, "expert 2 x fsdp 2 x tensor 2", "ring", "einsum", "float32"),
+  ("soft", 1.0, "data 8", "all_to_all", "auto", "float32"),
+  ("switch", None, "expert 8", "auto", "gather", "float32"),
+  ("expert_choice", 1.0, "expert 8", "gspmd", "auto", "bfloat16"),
+  ("top2", 1.0, "expert 2 x fsdp 2 x tensor 2", "ring", "gather", "bfloat16"),
+  ("top2", None, "fsdp 8", "gspmd", "auto", "float32"),
+  ("sigmoid_bias", 1.0, "expert 4 x data 2", "auto", "grouped", "float32"),
+  ("switch", 1.0, "data 8", "ragged", "einsum", "bfloat16"),
+  ("top_k", None, "expert 2 x fsdp 2 x tensor 2", "ragged", "auto", "float32"),
+  ("sigmoid_bias", 1.0, "fsdp 8", "all_to_all", "gather", "bfloat16"),
+  ("top_k", None, "data 8", "ring", "grouped", "bfloat16"),
+  ("soft", 1.0, "expert 4 x data 2", "gspmd", "einsum", "bfloat16"),
+  ("expert_choice", 1.0, "data 8", "ragged", "gather", "float32"),
+  ("switch", None, "expert 4 x data 2", "ring", "auto", "bfloat16"),
+  ("top2", 1.0, "expert 8", "all_to_all", "einsum", "bfloat16"),
+  ("top_k", 1.0, "expert 4 x data 2", "all_to_all", "gather", "float32"),
+  ("expert_choice", 1.0, "expert 2 x fsdp 2 x tensor 2", "auto", "grouped", "float32"),
+  ("switch", 1.0, "fsdp 8", "all_to_all", "grouped", "bfloat16"),
+  ("sigmoid_bias", None, "data 8", "gspmd", "auto", "float32"),
+  ("sigmoid_bias", None, "expert 8", "ragged", "grouped", "float32"),
+  ("top2", None, "data 8", "auto", "auto", "bfloat16"),
+  ("expert_choice", 1.0, "fsdp 8", "ring", "einsum", "bfloat16"),
+  ("switch", None, "expert 2 x fsdp 2 x tensor 2", "gspmd", "einsum", "bfloat16"),
+  ("soft", 1.0, "fsdp 8", "ragged", "auto", "float32"),
+  ("soft", 1.0, "expert 8", "ring", "einsum", "float32"),
+  ("expert_choice", 1.0, "expert 4 x data 2", "all_to_all", "einsum", "bfloat16"),
+  ("top_k", None, "expert 8", "gspmd", "auto", "float32"),
+  ("soft", 1.0, "expert 2 x fsdp 2 x tensor 2", "all_to_all", "einsum", "float32"),
+  ("soft", 1.0, "expert 8", "auto", "einsum", "bfloat16"),
 ]
-FAST = {
-  ("switch", 1.0, "expert 8", "all_to_all"),
-  ("top_k", 1.0, "expert 2 x fsdp 2 x tensor 2", "all_to_all"),
-  ("expert_choice", 1.0, "expert 4 x data 2", "all_to_all"),
-  ("top_k", None, "expert 2 x fsdp 2 x tensor 2", "ragged"),
-  ("sigmoid_bias", None, "expert 4 x data 2", "ragged"),
-  ("top2", None, "expert 4 x data 2", "ring"),
-  ("top2", 1.0, "expert 4 x data 2", "gspmd"),
-  ("top2", 1.0, "fsdp 8", "all_to_all"),
-}
-"""Every exchange and every router once; the others nightly."""
+"""Router, capacity factor, mesh, exchange, dispatcher, dtype: every two values that can
+go together do, in some case; the test below counts them. The first ones, which have most
+pairs, are fast tests."""
 
 
 @pytest.mark.parametrize(
-  ("router", "factor", "mesh", "exchange"),
-  [c if c in FAST else pytest.param(*c, marks=pytest.mark.slow) for c in MATRIX],
+  ("router", "factor", "mesh", "exchange", "dispatcher", "dtype"),
+  [c if c in CASES[:12] else pytest.param(*c, marks=pytest.mark.slow) for c in CASES],
 )
-def test_every_mesh_gives_the_numbers_of_one_device(router, factor, mesh, exchange):
-  """Drop decisions exactly, values to 1e-5, gradients to 1e-4."""
-  stats = check(router, factor, mesh, exchange)
-  if factor is not None and router != "expert_choice":
+def test_every_mesh_gives_the_numbers_of_one_device(
+  router, factor, mesh, exchange, dispatcher, dtype
+):
+  """Drop decisions exactly, values to 1e-5, gradients to 1e-4 (in float32); every fourth
+  case as users compile it."""
+  case = (router, factor, mesh, exchange, dispatcher, dtype)
+  options = USERS if CASES.index(case) % 4 == 0 else None
+  stats = check(*case[:3], dtype, options, exchange=exchange, dispatcher=dispatcher)
+  if factor is not None and router not in ("expert_choice", "soft"):
     assert stats.load.sum() < stats.chosen.sum()  # Something was dropped.
+
+
+def test_every_two_values_that_go_together_are_tested_together():
+  """Two values go together if some whole case with both of them is not refused."""
+  values = [dict.fromkeys(column) for column in zip(*CASES, strict=True)]
+  assert set(values[3]) == {"auto", "gspmd", *EXCHANGES} - {"none"}
+  assert set(values[4]) == {"auto", *DISPATCHERS}
+  possible = set()
+  for case in itertools.product(*values):
+    if not pairs(case) <= possible and runs(*case[:5]):
+      possible |= pairs(case)
+  assert possible == set().union(*map(pairs, CASES))
+
+
+def pairs(case: tuple) -> set[tuple]:
+  return set(itertools.combinations(enumerate(case), 2))
+
+
+def runs(
+  router: str, factor: float | None, mesh: str, exchange: str, dispatcher: str
+) -> bool:
+  """Whether the config is accepted, by the checks that every program makes."""
+  config = Config(mesh=MESHES[mesh])
+  config.data.sequence_length = S
+  config.train.batch_size = B
+  config.moe = MoEConfig(
+    num_experts=E,
+    num_selected=K[router],
+    router=router,
+    capacity_factor=factor,
+    eval_capacity_factor=factor,
+    group_size=S if router == "soft" else 0,
+    exchange=exchange,
+    dispatcher=dispatcher,
+  )
+  try:
+    validate(config)
+    validate_devices(config, 8)
+  except ConfigError:
+    return False
+  return True
 
 
 def test_pieces_change_nothing():
   """Slots that travel in three pieces, of unequal size, are the same slots."""
-  check("top2", 1.0, "expert 4 x data 2", "all_to_all", exchange_chunks=3)
+  mesh = "expert 4 x data 2"
+  check("top2", 1.0, mesh, exchange="all_to_all", exchange_chunks=3)
 
 
 def test_what_a_bounded_buffer_cannot_hold_is_counted():
@@ -171,51 +277,6 @@ def test_a_token_whose_assignments_are_all_lost_on_the_way_is_a_dropped_token():
   assert stats.dropped_tokens == (zero & valid).sum() > 0
   # Some of the others have lost one of their two experts.
   assert stats.lost > 2 * stats.dropped_tokens
-
-
-@pytest.mark.parametrize(
-  ("dispatcher", "exchange", "factor", "remedy"),
-  [
-    ("einsum", "all_to_all", 1.0, "auto, or --config.moe.exchange=gspmd"),
-    ("einsum", "ragged", None, "auto, or --config.moe.exchange=gspmd"),
-    ("grouped", "all_to_all", 1.0, "exchange=ragged or ring"),
-    ("grouped", "auto", 1.0, "exchange=ragged or ring"),
-    ("gather", "ragged", 1.0, "exchange=all_to_all"),
-    ("gather", "ring", 1.0, "exchange=all_to_all"),
-    ("gather", "gspmd", 1.0, "exchange=all_to_all"),
-    ("grouped", "gspmd", None, "exchange=ragged or ring"),
-  ],
-)
-def test_a_dispatcher_that_an_exchange_would_ignore_is_refused(
-  dispatcher, exchange, factor, remedy
-):
-  """By name, before anything is compiled, and by the layer itself."""
-  config = Config(mesh=MESHES["expert 4 x data 2"])
-  config.moe.dispatcher, config.moe.exchange = dispatcher, exchange
-  config.moe.capacity_factor = factor
-  with pytest.raises(ConfigError, match=f"dispatcher={dispatcher} does not.*{remedy}"):
-    validate_devices(config, 8)
-  with pytest.raises(ConfigError, match=f"dispatcher={dispatcher} does not"):
-    shell = make("top2", factor, dispatcher=dispatcher, exchange=exchange)
-    compute(shell, factor, MESHES["expert 4 x data 2"], 8)
-
-
-@pytest.mark.parametrize(
-  ("dispatcher", "exchange", "factor"),
-  [("gather", "auto", 1.0), ("grouped", "ring", 1.0), ("einsum", "auto", None)],
-)
-def test_a_dispatcher_that_an_exchange_carries_runs(dispatcher, exchange, factor):
-  """And without an expert axis every dispatcher does."""
-  config = Config(mesh=MESHES["expert 4 x data 2"])
-  config.moe.dispatcher, config.moe.exchange = dispatcher, exchange
-  config.moe.capacity_factor = factor
-  validate_devices(config, 8)
-  for name in ("einsum", "gather", "grouped"):
-    config.mesh, config.moe.dispatcher, config.moe.exchange = MeshConfig(), name, "auto"
-    validate_devices(config, 8)
-  shell = make("top2", factor, dispatcher=dispatcher, exchange=exchange)
-  (_, _, stats, _), _ = compute(shell, factor, MESHES["expert 4 x data 2"], 8)
-  assert stats.load.sum() > 0
 
 
 def test_an_exchange_that_cannot_carry_the_routing_is_refused():

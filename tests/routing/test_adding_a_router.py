@@ -67,9 +67,11 @@ def test_its_choice_is_that_of_numpy(config):
   hot = logits.astype(np.float64) * np.exp(temperature)
   probs = np.stack([reference.softmax(row) for row in hot])
   best = np.argsort(-(probs + boost), axis=1)[:, :K]
-  np.testing.assert_array_equal(np.asarray(got.expert).reshape(T, K), best)
+  np.testing.assert_array_equal(np.asarray(got.assignments.expert).reshape(T, K), best)
   gate = np.take_along_axis(probs, best, axis=1)
-  np.testing.assert_allclose(np.asarray(got.gate).reshape(T, K), gate, rtol=1e-4)
+  np.testing.assert_allclose(
+    np.asarray(got.assignments.gate).reshape(T, K), gate, rtol=1e-4
+  )
   assert got.losses is not None
   np.testing.assert_allclose(got.losses["spread_loss"], temperature.var(), rtol=1e-5)
   moved = router.update(inputs.params, got.stats)["boost"]

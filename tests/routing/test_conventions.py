@@ -103,7 +103,7 @@ def two_layers(seeds):
   routings = [route("top_k", skewed_logits(seed, T, E), options) for seed in seeds]
   valid = jnp.ones(T, bool)
   ours = [float(losses.balance_loss(r.probs, r.stats.chosen, valid)) for r in routings]
-  chosen = np.stack([np.asarray(r.expert).reshape(T, K) for r in routings])
+  chosen = np.stack([np.asarray(r.assignments.expert).reshape(T, K) for r in routings])
   return chosen, mean_probability(np.stack([r.probs for r in routings])), ours
 
 
@@ -156,7 +156,7 @@ def test_first_choices_alone():
     "top_k", skewed_logits(4, T, E), SlotPolicy(num_experts=E, num_selected=K)
   )
   valid = jnp.ones(T, bool)
-  first = np.asarray(routing.expert).reshape(T, K)[:, 0]
+  first = np.asarray(routing.assignments.expert).reshape(T, K)[:, 0]
   theirs = E * np.sum(
     np.bincount(first, minlength=E) / T * mean_probability(routing.probs)
   )
@@ -172,13 +172,13 @@ def test_a_softmax_over_the_chosen_is_renormalising_before_drops():
   routing = route("top_k", logits, options)
   best = -np.sort(-logits.astype(np.float64), axis=1)[:, :2]
   expected = np.exp(best) / np.exp(best).sum(axis=1, keepdims=True)
-  np.testing.assert_allclose(routing.gate.reshape(T, 2), expected, rtol=1e-5)
+  np.testing.assert_allclose(routing.assignments.gate.reshape(T, 2), expected, rtol=1e-5)
   options = SlotPolicy(
     num_experts=E, num_selected=2, renormalize="after_drop", capacity=3
   )
   routing = route("top_k", logits, options)
-  kept = np.asarray(routing.kept).reshape(T, 2)
-  total = np.asarray(routing.gate).reshape(T, 2).sum(axis=1)
+  kept = np.asarray(routing.assignments.kept).reshape(T, 2)
+  total = np.asarray(routing.assignments.gate).reshape(T, 2).sum(axis=1)
   np.testing.assert_allclose(total, kept.any(axis=1), rtol=1e-6)
   assert (kept.sum(axis=1) == 1).any()
 

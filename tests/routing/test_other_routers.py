@@ -15,6 +15,7 @@ from moejax.routing import losses
 from moejax.routing.assignment import sinkhorn
 from moejax.routing.base import RouterInputs, SlotPolicy
 from moejax.routing.hashing import hash_table
+from moejax.routing.placement import Mixture
 from moejax.routing.registry import ROUTERS
 from moejax.routing.soft import Soft
 from tests import reference_routing as reference
@@ -32,11 +33,13 @@ def test_expert_choice_equals_the_oracle(num_valid: int):
   want = reference.expert_choice(logits, valid, 5)
   for e, picks in enumerate(want):
     mine = slice(e * 5, e * 5 + len(picks))
-    assert got.load[e] == len(picks)
-    np.testing.assert_array_equal(got.token[mine], [t for t, _ in picks])
-    np.testing.assert_allclose(got.gate[mine], [g for _, g in picks], rtol=1e-5)
-    np.testing.assert_array_equal(got.slot[mine], range(len(picks)))
-  assert int(np.sum(got.kept)) == 4 * min(num_valid, 5)
+    assert got.assignments.load[e] == len(picks)
+    np.testing.assert_array_equal(got.assignments.token[mine], [t for t, _ in picks])
+    np.testing.assert_allclose(
+      got.assignments.gate[mine], [g for _, g in picks], rtol=1e-5
+    )
+    np.testing.assert_array_equal(got.assignments.slot[mine], range(len(picks)))
+  assert int(np.sum(got.assignments.kept)) == 4 * min(num_valid, 5)
   served = {t for picks in want for t, _ in picks}
   assert float(got.stats.dropped_tokens) == num_valid - len(served)
   check_order(got)
@@ -49,7 +52,7 @@ def test_expert_choice_gradient_reaches_the_logits_of_the_chosen():
 
   def total(logits):
     inputs = RouterInputs(logits=logits, valid=jnp.ones(6, bool))
-    gate = ROUTERS["expert_choice"]()(inputs, opts).gate
+    gate = ROUTERS["expert_choice"]()(inputs, opts).assignments.gate
     return jnp.sum(gate * jnp.arange(6.0))
 
   grad = jax.grad(total)(jnp.asarray(logits))
@@ -74,9 +77,11 @@ def test_soft_weights_by_hand():
   )
   got = Soft()(inputs, opts)
   exp = np.exp(logits.astype(np.float64)) * valid[:, None, None]
-  np.testing.assert_allclose(got.dispatch_weights(), exp / exp.sum(0), rtol=1e-5)
+  np.testing.assert_allclose(
+    got.placement.dispatch_weights(), exp / exp.sum(0), rtol=1e-5
+  )
   total = np.where(valid, exp.sum((1, 2)), 1)[:, None, None]
-  np.testing.assert_allclose(got.combine_weights(), exp / total, rtol=1e-5)
+  np.testing.assert_allclose(got.placement.combine_weights(), exp / total, rtol=1e-5)
   assert float(got.stats.num_valid) == 4
 
 
@@ -106,7 +111,7 @@ def test_base_with_next_best_is_exactly_balanced_in_training():
   """Capacity factor 1 and next_best give every expert T/E tokens and drop none."""
   opts = SlotPolicy(num_experts=4, capacity=3, overflow="next_best")
   got = route("base", skewed_logits(1, 12, 4), opts, key=jax.random.key(0))
-  assert got.load.tolist() == [3, 3, 3, 3]
+  assert got.assignments.load.tolist() == [3, 3, 3, 3]
 
 
 @st.composite
@@ -128,26 +133,31 @@ def test_next_best_drops_nothing_while_any_choosable_expert_has_room(case):
   plain = route("top_k", logits, opts, valid)
   opts = dataclasses.replace(opts, overflow="next_best")
   got = route("top_k", logits, opts, valid)
-  expert, kept = (np.asarray(a).reshape(8, k) for a in (got.expert, got.kept))
-  was = np.asarray(plain.kept).reshape(8, k)
-  assert np.all(kept[was])
-  np.testing.assert_array_equal(expert[was], np.asarray(plain.expert).reshape(8, k)[was])
-  np.testing.assert_array_equal(
-    np.asarray(got.slot)[was.reshape(-1)], np.asarray(plain.slot)[was.reshape(-1)]
+  expert, kept = (
+    np.asarray(a).reshape(8, k) for a in (got.assignments.expert, got.assignments.kept)
   )
-  gate = np.asarray(got.gate).reshape(8, k)
+  was = np.asarray(plain.assignments.kept).reshape(8, k)
+  assert np.all(kept[was])
+  np.testing.assert_array_equal(
+    expert[was], np.asarray(plain.assignments.expert).reshape(8, k)[was]
+  )
+  np.testing.assert_array_equal(
+    np.asarray(got.assignments.slot)[was.reshape(-1)],
+    np.asarray(plain.assignments.slot)[was.reshape(-1)],
+  )
+  gate = np.asarray(got.assignments.gate).reshape(8, k)
   for t, c in np.ndindex(8, k):
     serving = set(expert[t][kept[t]])
     assert len(serving) == kept[t].sum()
     if kept[t, c]:
       assert gate[t, c] == got.probs[t, expert[t, c]]
     elif valid[t]:
-      assert all(got.load[e] == capacity or e in serving for e in range(4))
+      assert all(got.assignments.load[e] == capacity or e in serving for e in range(4))
   np.testing.assert_array_equal(got.stats.chosen, plain.stats.chosen)
   want = reference.route("top_k", logits, valid, opts)
   np.testing.assert_array_equal(kept, want.kept)
   np.testing.assert_array_equal(expert[kept], want.expert[kept])
-  np.testing.assert_array_equal(np.asarray(got.slot).reshape(8, k), want.slot)
+  np.testing.assert_array_equal(np.asarray(got.assignments.slot).reshape(8, k), want.slot)
 
 
 def test_the_hand_worked_tables_of_next_best_and_expert_choice():
@@ -155,10 +165,15 @@ def test_the_hand_worked_tables_of_next_best_and_expert_choice():
   logits = np.log(EIGHT_TOKENS)
   opts = SlotPolicy(num_experts=4, capacity=2, overflow="next_best")
   got = route("switch", logits, opts)
-  assert got.expert.tolist() == [0, 0, 2, 1, 3, 2, 1, 3]
-  np.testing.assert_allclose(np.asarray(got.gate)[[2, 4]], 0.1, rtol=1e-6)
+  assert got.assignments.expert.tolist() == [0, 0, 2, 1, 3, 2, 1, 3]
+  np.testing.assert_allclose(np.asarray(got.assignments.gate)[[2, 4]], 0.1, rtol=1e-6)
   got = route("expert_choice", logits, SlotPolicy(num_experts=4, capacity=2))
-  assert got.token.tolist()[:4] == [2, 0, 3, 6] and got.token.tolist()[4::2] == [5, 7]
+  assert got.assignments.token.tolist()[:4] == [
+    2,
+    0,
+    3,
+    6,
+  ] and got.assignments.token.tolist()[4::2] == [5, 7]
 
 
 def test_the_hand_worked_tables_of_the_other_routers():
@@ -167,13 +182,17 @@ def test_the_hand_worked_tables_of_the_other_routers():
   two = SlotPolicy(num_experts=4, capacity=2)
   assigned = jnp.asarray([0, 2, 2, 1, 0, 2, 3, 1], jnp.int32)[:, None]
   got = route("hash", logits, two, assigned=assigned)
-  assert np.flatnonzero(~np.asarray(got.kept)).tolist() == [5]
-  assert set(np.asarray(got.gate).tolist()) == {0.0, 1.0}
+  assert np.flatnonzero(~np.asarray(got.assignments.kept)).tolist() == [5]
+  assert set(np.asarray(got.assignments.gate).tolist()) == {0.0, 1.0}
 
   balanced = dataclasses.replace(two, overflow="next_best")
   got = route("base", logits, balanced, key=jax.random.key(0))
-  assert got.expert.tolist() == [0, 0, 3, 1, 2, 2, 1, 3] and np.all(got.kept)
-  np.testing.assert_allclose(np.asarray(got.gate)[[0, 2]], [0.375, 0.1 / 1.1], rtol=1e-5)
+  assert got.assignments.expert.tolist() == [0, 0, 3, 1, 2, 2, 1, 3] and np.all(
+    got.assignments.kept
+  )
+  np.testing.assert_allclose(
+    np.asarray(got.assignments.gate)[[0, 2]], [0.375, 0.1 / 1.1], rtol=1e-5
+  )
   plan = sinkhorn(jnp.asarray(logits, jnp.float32), jnp.ones(8, bool))
   rows = 8 * np.asarray(plan)[[2, 4]]
   expected = [[0.55, 0.10, 0.14, 0.20], [0.29, 0.27, 0.26, 0.18]]
@@ -182,18 +201,20 @@ def test_the_hand_worked_tables_of_the_other_routers():
   one = SlotPolicy(num_experts=4, capacity=1)
   slot_logits = jnp.asarray(logits)[:, :, None]
   got = route("soft", logits, one, features={"slot_logits": slot_logits})
-  assert got.dense_dispatch is not None and got.dense_combine is not None
-  sent = np.asarray(got.dense_dispatch)[[2, 7], 0, 0]
+  assert isinstance(got.placement, Mixture)
+  sent = np.asarray(got.placement.dispatch)[[2, 7], 0, 0]
   np.testing.assert_allclose(sent, [0.7 / 2.7, 0.1 / 2.7], rtol=1e-5)
-  back = np.asarray(got.dense_combine)[2, :, 0]
+  back = np.asarray(got.placement.combine)[2, :, 0]
   np.testing.assert_allclose(back, [0.7, 0.1, 0.1, 0.1], rtol=1e-5)
 
   got = route("forced_balance", logits, SlotPolicy(num_experts=4))
-  assert got.expert.tolist() == [0, 1, 2, 3, 0, 1, 2, 3]
+  assert got.assignments.expert.tolist() == [0, 1, 2, 3, 0, 1, 2, 3]
   gates = [0.6, 0.3, 0.1, 0.1, 0.4, 0.2, 0.2, 0.6]
-  np.testing.assert_allclose(got.gate, gates, rtol=1e-5)
+  np.testing.assert_allclose(got.assignments.gate, gates, rtol=1e-5)
   got = route("dense", logits, SlotPolicy(num_experts=4))
-  np.testing.assert_allclose(np.asarray(got.gate)[:4], EIGHT_TOKENS[0], rtol=1e-5)
+  np.testing.assert_allclose(
+    np.asarray(got.assignments.gate)[:4], EIGHT_TOKENS[0], rtol=1e-5
+  )
 
 
 def test_next_best_gives_no_token_the_same_expert_twice():
@@ -204,8 +225,10 @@ def test_next_best_gives_no_token_the_same_expert_twice():
   probs = np.tile(np.array([[0.5, 0.3, 0.15, 0.05]], np.float32), (3, 1))
   opts = SlotPolicy(num_experts=4, num_selected=2, capacity=2, overflow="next_best")
   got = route("top_k", np.log(probs), opts)
-  assert got.expert.tolist() == [0, 1, 0, 1, 2, 3]
-  np.testing.assert_allclose(np.asarray(got.gate)[4:], [0.15, 0.05], rtol=1e-5)
+  assert got.assignments.expert.tolist() == [0, 1, 0, 1, 2, 3]
+  np.testing.assert_allclose(
+    np.asarray(got.assignments.gate)[4:], [0.15, 0.05], rtol=1e-5
+  )
 
 
 def test_importance_and_load_losses_by_hand():

@@ -56,17 +56,23 @@ def test_slots(case):
   """One token a slot; no expert above C; gates zero exactly where dropped."""
   logits, valid, opts = case
   got = route("top_k", logits, opts, valid)
-  kept, gate = np.asarray(got.kept), np.asarray(got.gate)
-  taken = list(zip(np.asarray(got.expert)[kept], np.asarray(got.slot)[kept], strict=True))
+  kept, gate = np.asarray(got.assignments.kept), np.asarray(got.assignments.gate)
+  taken = list(
+    zip(
+      np.asarray(got.assignments.expert)[kept],
+      np.asarray(got.assignments.slot)[kept],
+      strict=True,
+    )
+  )
   assert len(set(taken)) == len(taken)
-  assert np.max(got.load) <= got.num_slots
+  assert np.max(got.assignments.load) <= got.assignments.num_slots
   np.testing.assert_array_equal(gate == 0, ~kept)
   assert not kept.reshape(len(valid), -1)[~valid].any()
-  assert np.all(np.asarray(got.slot)[~kept] == got.num_slots)
+  assert np.all(np.asarray(got.assignments.slot)[~kept] == got.assignments.num_slots)
   check_order(got)
   want = reference.route("top_k", logits, valid, opts)
   np.testing.assert_array_equal(kept.reshape(want.kept.shape), want.kept)
-  np.testing.assert_array_equal(got.slot.reshape(want.slot.shape), want.slot)
+  np.testing.assert_array_equal(got.assignments.slot.reshape(want.slot.shape), want.slot)
 
 
 @settings(max_examples=40, deadline=None)
@@ -76,8 +82,8 @@ def test_first_choices_never_lose_a_slot_to_second_ones(case):
   logits, valid, opts = case
   opts = dataclasses.replace(opts, priority="arrival")
   got = route("top_k", logits, opts, valid)
-  kept = np.asarray(got.kept).reshape(len(valid), -1)
-  expert = np.asarray(got.expert).reshape(kept.shape)
+  kept = np.asarray(got.assignments.kept).reshape(len(valid), -1)
+  expert = np.asarray(got.assignments.expert).reshape(kept.shape)
   for t in np.flatnonzero(valid):
     if not kept[t, 0]:
       assert not kept[:, 1:][expert[:, 1:] == expert[t, 0]].any()
@@ -117,7 +123,7 @@ def test_a_non_finite_step_stays_in_bounds():
   for num_experts in (4, 40):
     logits = np.full((6, num_experts), np.nan, np.float32)
     got = route("top_k", logits, SlotPolicy(num_experts=num_experts, num_selected=3))
-    expert = np.asarray(got.expert)
+    expert = np.asarray(got.assignments.expert)
     assert expert.min() >= 0 and expert.max() < num_experts
 
 
@@ -144,16 +150,16 @@ def test_extremes(name: str):
   one_sided[:, 2] = 9.0
   opts = SlotPolicy(num_experts=4, num_selected=ROUTERS[name].fixed_selected or 2)
   got = route(name, one_sided, dataclasses.replace(opts, capacity=1))
-  assert got.load[2] == 1 and np.max(got.load) <= 1
+  assert got.assignments.load[2] == 1 and np.max(got.assignments.load) <= 1
   assert float(got.stats.dropped_tokens) >= 4
   got = route(name, one_sided, opts)
-  assert got.load[2] == 6 and float(got.stats.dropped_tokens) == 0
+  assert got.assignments.load[2] == 6 and float(got.stats.dropped_tokens) == 0
   padding = route(name, one_sided, opts, np.zeros(6, bool))
-  assert not np.any(padding.load) and not np.any(padding.gate)
+  assert not np.any(padding.assignments.load) and not np.any(padding.assignments.gate)
   for value in jax.tree.leaves(padding.stats):
     assert not np.any(value)
   single = route(name, one_sided[:1], dataclasses.replace(opts, capacity=1))
-  assert single.load[2] == 1 and int(single.slot[0]) == 0
+  assert single.assignments.load[2] == 1 and int(single.assignments.slot[0]) == 0
 
 
 def test_the_packed_and_the_wide_sort_agree(monkeypatch):
@@ -163,7 +169,7 @@ def test_the_packed_and_the_wide_sort_agree(monkeypatch):
   packed = route("top_k", logits, opts)
   monkeypatch.setattr("moejax.routing.queueing._PACKED_BITS", 1)
   valid = jnp.ones(11, bool)
-  expert = packed.expert.reshape(11, 2)
+  expert = packed.assignments.expert.reshape(11, 2)
   gate = pick(packed.probs, expert)
   wide = assign(expert, gate, valid, packed.probs, opts)
   for field in ("slot", "order", "load", "kept"):

@@ -217,31 +217,35 @@ def test_equals_the_oracle(case: str, train: bool):
       **arrays,
     )
     routing = router(inputs, policy)
-    return jnp.sum(routing.gate * jnp.float32(cotangent.reshape(-1))), routing
+    return jnp.sum(routing.assignments.gate * jnp.float32(cotangent.reshape(-1))), routing
 
   grad, got = jax.grad(run, has_aux=True)(jnp.asarray(logits))
-  np.testing.assert_array_equal(got.expert.reshape(want.expert.shape), want.expert)
-  np.testing.assert_array_equal(got.kept.reshape(want.kept.shape), want.kept)
-  np.testing.assert_array_equal(got.slot.reshape(want.slot.shape), want.slot)
-  np.testing.assert_array_equal(got.load, want.load)
-  np.testing.assert_allclose(got.gate.reshape(want.gate.shape), want.gate, rtol=1e-5)
+  np.testing.assert_array_equal(
+    got.assignments.expert.reshape(want.expert.shape), want.expert
+  )
+  np.testing.assert_array_equal(got.assignments.kept.reshape(want.kept.shape), want.kept)
+  np.testing.assert_array_equal(got.assignments.slot.reshape(want.slot.shape), want.slot)
+  np.testing.assert_array_equal(got.assignments.load, want.load)
+  np.testing.assert_allclose(
+    got.assignments.gate.reshape(want.gate.shape), want.gate, rtol=1e-5
+  )
   np.testing.assert_allclose(got.probs, want.probs, rtol=1e-5)
   for field, value in want.stats().items():
     np.testing.assert_allclose(getattr(got.stats, field), value, rtol=1e-5)
   np.testing.assert_allclose(grad, want.backward(cotangent), rtol=1e-4, atol=1e-6)
-  check_order(got)
+  check_order(got.assignments)
 
 
-def check_order(routing):
+def check_order(placed):
   """`order` is a permutation: kept ones by (expert, slot), then the dropped ones."""
-  order = np.asarray(routing.order)
+  order = np.asarray(placed.order)
   kept, expert, slot = (
-    np.asarray(a)[order] for a in (routing.kept, routing.expert, routing.slot)
+    np.asarray(a)[order] for a in (placed.kept, placed.expert, placed.slot)
   )
   assert sorted(order) == list(range(len(order)))
-  total = int(np.sum(routing.load))
+  total = int(np.sum(placed.load))
   assert kept[:total].all() and not kept[total:].any()
-  want = [(e, s) for e, n in enumerate(np.asarray(routing.load)) for s in range(n)]
+  want = [(e, s) for e, n in enumerate(np.asarray(placed.load)) for s in range(n)]
   assert list(zip(expert[:total], slot[:total], strict=True)) == want
 
 
@@ -251,7 +255,7 @@ def test_renormalising_before_drops_is_a_softmax_over_the_chosen_logits():
   got = route("top_k", logits, options(num_selected=2, renormalize="before_drop"))
   chosen = np.sort(logits, axis=-1)[:, ::-1][:, :2].astype(np.float64)
   want = np.exp(chosen) / np.exp(chosen).sum(-1, keepdims=True)
-  np.testing.assert_allclose(got.gate.reshape(T, 2), want, rtol=1e-5)
+  np.testing.assert_allclose(got.assignments.gate.reshape(T, 2), want, rtol=1e-5)
 
 
 def test_second_expert_is_kept_with_twice_its_normalised_gate():
@@ -260,7 +264,7 @@ def test_second_expert_is_kept_with_twice_its_normalised_gate():
   logits = np.tile(np.log(np.array([[0.8, 0.2, 0.0001]])), (num_tokens, 1))
   opts = SlotPolicy(num_experts=3, num_selected=2)
   got = route(Top2(second_policy="random"), logits, opts, key=jax.random.key(0))
-  kept = np.asarray(got.kept).reshape(num_tokens, 2)
+  kept = np.asarray(got.assignments.kept).reshape(num_tokens, 2)
   assert kept[:, 0].all()
   # Binomial(4000, 0.4): one standard deviation is 0.0077.
   assert abs(kept[:, 1].mean() - 0.4) < 0.03
@@ -272,7 +276,7 @@ def test_sampled_second_follows_the_remaining_probabilities():
   logits = np.tile(np.log(np.array([[0.5, 0.3, 0.2]])), (num_tokens, 1))
   opts = SlotPolicy(num_experts=3, num_selected=2)
   got = route(Top2(second_policy="sample"), logits, opts, key=jax.random.key(1))
-  second = np.asarray(got.expert).reshape(num_tokens, 2)[:, 1]
+  second = np.asarray(got.assignments.expert).reshape(num_tokens, 2)[:, 1]
   assert set(second) == {1, 2}
   assert abs((second == 1).mean() - 0.6) < 0.03
 
@@ -284,7 +288,7 @@ def test_switch_gate_reaches_the_router():
 
   def total(logits):
     inputs = RouterInputs(logits=logits, valid=jnp.ones(T, bool))
-    return jnp.sum(ROUTERS["switch"]()(inputs, opts).gate)
+    return jnp.sum(ROUTERS["switch"]()(inputs, opts).assignments.gate)
 
   assert float(jnp.linalg.norm(jax.grad(total)(logits))) > 0.1
 
@@ -295,9 +299,9 @@ def test_groups_do_not_see_each_other():
   logits = np.stack([skewed_logits(s, T, E) for s in range(3)])
   valid = jnp.ones((3, T), bool)
   inputs = RouterInputs(logits=jnp.asarray(logits), valid=valid)
-  both = jax.jit(jax.vmap(lambda i: ROUTERS["top_k"]()(i, opts)))(inputs)
+  both = jax.jit(jax.vmap(lambda i: ROUTERS["top_k"]()(i, opts)))(inputs).assignments
   for g in range(3):
-    one = route("top_k", logits[g], opts)
+    one = route("top_k", logits[g], opts).assignments
     for field in ("expert", "slot", "gate", "kept", "order", "load"):
       np.testing.assert_array_equal(getattr(both, field)[g], getattr(one, field))
 
@@ -306,10 +310,13 @@ def test_dense_form_shows_the_same_routing():
   """dispatch_mask and combine_weights hold exactly the kept assignments."""
   opts = options(num_selected=2, capacity=3)
   got = route("top_k", skewed_logits(2, T, E), opts)
-  mask, weights = np.asarray(got.dispatch_mask()), np.asarray(got.combine_weights())
-  assert mask.sum() == np.sum(got.kept) and mask.sum(axis=0).max() == 1
+  mask, weights = (
+    np.asarray(got.assignments.dispatch_mask()),
+    np.asarray(got.assignments.combine_weights()),
+  )
+  assert mask.sum() == np.sum(got.assignments.kept) and mask.sum(axis=0).max() == 1
   np.testing.assert_array_equal(weights != 0, mask)
-  assert dataclasses.replace(got).num_slots == 3
+  assert dataclasses.replace(got).assignments.num_slots == 3
 
 
 EIGHT_TOKENS = np.array(
@@ -331,21 +338,23 @@ def test_the_hand_worked_table_of_switch():
   """C = ceil(1.0 * 1 * 8 / 4) = 2: tokens 2 and 4 come too late for expert 0."""
   opts = SlotPolicy(num_experts=4, capacity=2)
   got = route("switch", np.log(EIGHT_TOKENS), opts)
-  assert got.expert.tolist() == [0, 0, 0, 1, 0, 2, 1, 3]
-  assert got.slot.tolist() == [0, 1, 2, 0, 2, 0, 1, 0]
-  np.testing.assert_allclose(got.gate, [0.6, 0.5, 0, 0.6, 0, 0.6, 0.5, 0.6], rtol=1e-6)
+  assert got.assignments.expert.tolist() == [0, 0, 0, 1, 0, 2, 1, 3]
+  assert got.assignments.slot.tolist() == [0, 1, 2, 0, 2, 0, 1, 0]
+  np.testing.assert_allclose(
+    got.assignments.gate, [0.6, 0.5, 0, 0.6, 0, 0.6, 0.5, 0.6], rtol=1e-6
+  )
 
 
 def test_the_hand_worked_table_of_top2():
   """C = ceil(1.0 * 2 * 8 / 4) = 4: the second choices get what the first ones left."""
   opts = SlotPolicy(num_experts=4, num_selected=2, capacity=4, renormalize="before_drop")
   got = route("top2", np.log(EIGHT_TOKENS), opts)
-  second = np.asarray(got.expert).reshape(8, 2)[:, 1]
+  second = np.asarray(got.assignments.expert).reshape(8, 2)[:, 1]
   assert second.tolist() == [1, 1, 1, 2, 1, 1, 0, 2]
-  slot = np.asarray(got.slot).reshape(8, 2)
+  slot = np.asarray(got.assignments.slot).reshape(8, 2)
   assert slot[:, 0].tolist() == [0, 1, 2, 0, 3, 0, 1, 0]
   assert slot[:, 1].tolist() == [2, 3, 4, 1, 4, 4, 4, 2]
-  gate = np.asarray(got.gate).reshape(8, 2)
+  gate = np.asarray(got.assignments.gate).reshape(8, 2)
   first = [0.75, 0.625, 0.875, 0.75, 4 / 7, 0.75, 5 / 7, 0.75]
   np.testing.assert_allclose(gate[:, 0], first, rtol=1e-6)
   np.testing.assert_allclose(gate[:, 1], [0.25, 0.375, 0, 0.25, 0, 0, 0, 0.25], rtol=1e-6)
@@ -356,13 +365,13 @@ def test_a_group_is_worth_its_best_expert_and_not_its_sum():
   logits = np.log(np.array([[0.4, 0.05, 0.3, 0.25]], np.float32))
   opts = SlotPolicy(num_experts=4, num_selected=2)
   router = GroupLimited(num_expert_groups=2, num_selected_groups=1)
-  assert route(router, logits, opts).expert.tolist() == [0, 1]
+  assert route(router, logits, opts).assignments.expert.tolist() == [0, 1]
   both = dataclasses.replace(router, group_best=2)
-  assert route(both, logits, opts).expert.tolist() == [2, 3]
+  assert route(both, logits, opts).assignments.expert.tolist() == [2, 3]
 
 
 def test_switch_keeps_its_probability_whatever_renormalize_says():
   """A gate scaled to 1 would carry no gradient to the router."""
   opts = SlotPolicy(num_experts=4, renormalize="before_drop")
   got = route("switch", np.log(EIGHT_TOKENS), opts)
-  np.testing.assert_allclose(got.gate, EIGHT_TOKENS.max(axis=1), rtol=1e-6)
+  np.testing.assert_allclose(got.assignments.gate, EIGHT_TOKENS.max(axis=1), rtol=1e-6)
