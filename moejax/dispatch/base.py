@@ -10,14 +10,11 @@ Letters: G groups, T tokens of a group, D width, E experts, C slots per expert a
 """
 
 import abc
-from typing import TypeVar
 
 from jaxtyping import Array, Float
 
 from moejax.experts.weights import ExpertWeights, apply_experts
 from moejax.routing.placement import Placement
-
-_P = TypeVar("_P", bound=Placement)
 
 
 class Layout(abc.ABC):
@@ -79,12 +76,3 @@ class SlotLayout(Layout):
     """Runs the experts in one batched matmul per matrix; see `Layout.run`."""
     del chunks
     return self.from_experts(apply_experts(self.to_experts(x), weights, activation))
-
-
-def only(placement: Placement, kind: type[_P], layout: str) -> _P:
-  """Returns the placement, which must be of this kind: a layout reads no other."""
-  if not isinstance(placement, kind):
-    raise TypeError(
-      f"the layout {layout} reads {kind.__name__}, not {type(placement).__name__}"
-    )
-  return placement

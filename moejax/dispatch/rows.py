@@ -13,14 +13,14 @@ docs/speed.md.
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from moejax.dispatch.base import Layout, only
+from moejax.dispatch.base import Layout
 from moejax.experts import permute
 from moejax.experts.blocks import make_plan, sizes_for
 from moejax.experts.expert_loop import Sorted, expert_loop
 from moejax.experts.grouped_matmul import apply_ragged_experts
 from moejax.experts.weights import ExpertWeights
 from moejax.platform import target_platform
-from moejax.routing.placement import Assignments, Placement
+from moejax.routing.placement import Placement, whole_tokens
 from moejax.types import pytree
 
 LOOP = "loop"
@@ -42,7 +42,7 @@ class Rows(Layout):
     Each group is already sorted, so an assignment's row is its expert's start, plus the
     expert's rows from earlier groups, plus its own slot.
     """
-    groups = only(placement, Assignments, "grouped")
+    groups = whole_tokens(placement, "grouped")
     num_groups, n = groups.expert.shape
     load = jnp.sum(groups.load, axis=0)
     start = jnp.cumsum(load) - load

@@ -14,9 +14,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from moejax.dispatch.base import SlotLayout, only
+from moejax.dispatch.base import SlotLayout
 from moejax.experts import permute
-from moejax.routing.placement import Assignments, Placement
+from moejax.routing.placement import Assignments, Placement, whole_tokens
 from moejax.types import pytree, static_field
 
 
@@ -33,7 +33,7 @@ class Slots(SlotLayout):
 
   @classmethod
   def of(cls, placement: Placement) -> "Slots":
-    groups = only(placement, Assignments, "gather")
+    groups = whole_tokens(placement, "gather")
     return cls(
       moves=jax.vmap(_moves)(groups),
       gate=groups.gate,

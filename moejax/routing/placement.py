@@ -151,3 +151,15 @@ class Mixture:
 
 
 Placement = Assignments | Mixture
+
+
+def whole_tokens(placement: Placement, dispatcher: str) -> Assignments:
+  """Returns the placement for a layout that reads no mixtures.
+
+  Raises:
+    TypeError: it is one, which checks of the config and of the exchange refuse earlier.
+  """
+  if not isinstance(placement, Assignments):
+    kind = type(placement).__name__
+    raise TypeError(f"the layout of {dispatcher} reads Assignments, not {kind}")
+  return placement
