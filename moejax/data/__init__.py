@@ -1,6 +1,6 @@
-"""Text to batches: see docs/data.md.
+"""From text to batches: see docs/data.md.
 
-`load` is the entrance; a `Dataset` gives batches.
+`load` is the entry point; a `Dataset` yields batches.
 """
 
 from moejax.data.dataset import Dataset, load

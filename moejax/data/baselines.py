@@ -1,13 +1,13 @@
-"""What no model needs: two compressors' bits per byte on the text that is evaluated.
+"""Baselines without a model: two compressors' bits per byte on the evaluated text.
 
 unigram  the best a model can do that knows only how often each byte occurs in the
-         train split (add-one smoothed), so it learns nothing from context.
-xz       LZMA, preset 9 extreme, of the held-out text alone: what `xz -9e` makes of
-         it, with no training text. A model that saw 10 MB of the kind should win.
+         train split (add-one smoothed), and uses no context.
+xz       LZMA, preset 9 extreme, of the held-out text alone, as `xz -9e` compresses
+         it, without training text. A model that saw 10 MB of similar text should win.
 
 Both are in bits per byte over exactly the bytes that an evaluation's targets
-cover. A model's loss also pays for the separators; its bits per byte divide by
-the same bytes, so the comparison favours the baselines.
+cover. A model's loss also pays for the separators, but is divided by the same
+bytes, so the comparison favours the baselines.
 """
 
 import lzma
@@ -19,13 +19,13 @@ from jaxtyping import Int
 from moejax.data.dataset import Dataset
 
 _CHUNK = 1 << 18
-"""Bytes compressed between two reports of progress; the result does not depend on it."""
+"""Bytes compressed between two progress reports; does not affect the result."""
 
 
 def covered_bytes(
   dataset: Dataset, split: str, batch_size: int = 0, limit: int = 0
 ) -> bytes:
-  """The bytes that `eval_batches(split, batch_size, limit)` has as targets.
+  """Returns the bytes of the targets of `eval_batches(split, batch_size, limit)`.
 
   A token counts with all its bytes; a character cut by the limit stays cut.
   """
@@ -39,7 +39,7 @@ def covered_bytes(
 
 
 def unigram_bits_per_byte(counts: Int[np.ndarray, "256"], text: bytes) -> float:
-  """Cross-entropy of `text` under the add-one smoothed frequencies `counts`."""
+  """Returns the cross-entropy of `text` under the add-one smoothed `counts`."""
   probs = (counts + 1.0) / (counts.sum() + 256.0)
   found = np.bincount(np.frombuffer(text, np.uint8), minlength=256)
   return float(-(found * np.log2(probs)).sum() / len(text))
@@ -48,11 +48,11 @@ def unigram_bits_per_byte(counts: Int[np.ndarray, "256"], text: bytes) -> float:
 def xz_bits_per_byte(
   text: bytes, progress: Callable[[int], None] = lambda done: None
 ) -> float:
-  """8 * compressed size / size, container included, as the command line tool makes it.
+  """Returns 8 * compressed size / size, with the container that `xz` writes.
 
   Args:
     text: to compress.
-    progress: called with the bytes compressed so far.
+    progress: called with the number of bytes compressed so far.
   """
   packer = lzma.LZMACompressor(preset=9 | lzma.PRESET_EXTREME)
   size = 0
@@ -69,14 +69,14 @@ def baselines(
   limit: int = 0,
   progress: Callable[[int], None] = lambda done: None,
 ) -> dict[str, float]:
-  """Bits per byte by name: `unigram` and `xz`, and `bytes`, how many were covered.
+  """Returns the bits per byte of `unigram` and `xz`, and `bytes`, the number covered.
 
   Args:
-    dataset: whose train split the unigram is fitted on.
-    split: what the loss was measured on.
-    batch_size: as it was evaluated with; only matters under a limit.
-    limit: as it was evaluated with; 0 is all.
-    progress: called with the bytes that xz, which takes the time, has done.
+    dataset: its train split gives the unigram frequencies.
+    split: the split the loss was measured on.
+    batch_size: as in the evaluation; only matters with a limit.
+    limit: as in the evaluation; 0 is all.
+    progress: called with the number of bytes that xz, the slow part, has compressed.
   """
   text = covered_bytes(dataset, split, batch_size, limit)
   return {
@@ -87,5 +87,5 @@ def baselines(
 
 
 def bits_per_byte(nats: float, num_bytes: float) -> float:
-  """From a summed loss in nats and the bytes that its targets stand for."""
+  """Converts a summed loss in nats, given the bytes that its targets stand for."""
   return float(nats / np.log(2.0) / max(num_bytes, 1.0))

@@ -1,13 +1,13 @@
-"""The disk cache: built once, by one process, whole or not at all.
+"""The disk cache: entries built once, by one process, atomically.
 
 A prepared dataset, a token cache and a trained tokenizer are directories named
-by a hash of everything that went into them. `build_once` makes such a directory
+by a hash of everything that went into them. `build_once` builds such a directory
 under a temporary name and renames it into place, so that a killed build never
-looks finished, and what it left behind goes at the next attempt.
+looks finished; the next attempt removes what it left behind.
 
 Processes wait for each other on an advisory lock that the system releases when
-its holder dies, kill -9 included: a lock file that merely exists would outlive
-a crash and need a human.
+its holder dies, even by kill -9: a lock file that merely exists would outlive a
+crash and need manual removal.
 """
 
 import errno
@@ -30,15 +30,15 @@ ENV = "MOEJAX_CACHE"
 
 
 def cache_root(cache_dir: str) -> Path:
-  """The cache directory, made if missing.
+  """Returns the cache directory, created if missing.
+
+  A read-only directory works as long as everything requested is in it.
 
   Args:
     cache_dir: `config.data.cache_dir`; empty is $MOEJAX_CACHE, else ~/.cache/moejax.
 
-  One that cannot be written will do as long as all that is asked for is in it.
-
   Raises:
-    ConfigError: the directory cannot be made.
+    ConfigError: the directory cannot be created.
   """
   chosen = cache_dir or os.environ.get(ENV, "") or "~/.cache/moejax"
   root = Path(chosen).expanduser().absolute()
@@ -58,7 +58,7 @@ def _not_writable(where: str, error: OSError) -> ConfigError:
 
 
 def damaged(directory: Path, error: Exception) -> UserError:
-  """The error for an entry of the cache that is not as it was made."""
+  """Returns the error for a damaged cache entry."""
   why = " ".join(str(error).split())[:200] or type(error).__name__
   return UserError(
     f"{directory}, in the cache, is damaged ({why}). Delete it: it is made again."
@@ -66,14 +66,14 @@ def damaged(directory: Path, error: Exception) -> UserError:
 
 
 def digest(*parts: Any) -> str:
-  """A short name for what `parts` (JSON values) say, stable across processes."""
+  """Returns a short hash of `parts` (JSON values), stable across processes."""
   text = json.dumps(parts, sort_keys=True, ensure_ascii=True)
   return hashlib.sha256(text.encode()).hexdigest()[:20]
 
 
 @contextmanager
 def locked(path: Path, what: str) -> Iterator[None]:
-  """Holds the exclusive lock file `path`; says so if it has to wait for it."""
+  """Holds an exclusive lock on the file `path`; logs if it has to wait."""
   try:
     path.parent.mkdir(parents=True, exist_ok=True)
     file = open(path, "w", encoding="utf-8")  # noqa: SIM115 (closed below)
@@ -92,14 +92,14 @@ def locked(path: Path, what: str) -> Iterator[None]:
 
 
 def build_once(final: Path, build: Callable[[Path], None], *, what: str) -> Path:
-  """Returns directory `final`, first made by `build(temporary directory)` if missing.
+  """Returns the directory `final`, first built by `build(temporary)` if missing.
 
-  Safe under any number of processes and kills: readers see all of it or none.
+  Safe with any number of processes and kills: readers see all of it or none.
 
   Args:
-    final: where the result lives; its name says what went into it.
-    build: fills an empty directory. Whatever it raises passes through.
-    what: for the log.
+    final: where the result is stored; its name identifies what went into it.
+    build: fills an empty directory. Its exceptions pass through.
+    what: what is built, for the log.
 
   Raises:
     ConfigError: the cache cannot be written.
@@ -113,7 +113,7 @@ def build_once(final: Path, build: Callable[[Path], None], *, what: str) -> Path
     if final.exists():
       return final
     for stale in final.parent.glob(f"{final.name}.tmp-*"):
-      # We hold the lock, so whoever made this is dead.
+      # We hold the lock, so the process that made this is dead.
       logging.info("Removing what a killed run left of %s: %s", what, stale.name)
       shutil.rmtree(stale, ignore_errors=True)
     temporary = Path(tempfile.mkdtemp(prefix=f"{final.name}.tmp-", dir=final.parent))

@@ -1,4 +1,4 @@
-"""From a `DataConfig` to batches: the one entrance to the data pipeline."""
+"""From a `DataConfig` to batches: the only entry point to the data pipeline."""
 
 import dataclasses
 import functools
@@ -18,7 +18,7 @@ from moejax.data.types import SPLITS, Document, Skipped, Source
 from moejax.errors import ConfigError, UserError, did_you_mean
 
 _BPE_BYTES = 32 << 20
-"""A bpe tokenizer learns from at most so much of the train split."""
+"""A BPE tokenizer learns from the first train documents that reach this many bytes."""
 
 _COUNT_CHUNK = 1 << 24
 _NAMED_IN_LOG = 5
@@ -37,65 +37,65 @@ class Dataset:
   def fingerprint(self) -> str:
     """Equal exactly when the same (seed, step) gives the same batch.
 
-    Given the same sequence length and batch size, which are the config's.
+    Assumes the same sequence length and batch size, which the config determines.
     """
     meta = self.tokens.meta
     return cache.digest(meta["format"], meta["fingerprint"], meta["tokenizer"])
 
   @property
   def corpus_fingerprint(self) -> str:
-    """Of the text alone, before any tokenizer."""
+    """Fingerprint of the text alone, before any tokenizer."""
     return self.tokens.meta["fingerprint"]
 
   @property
   def domains(self) -> tuple[str, ...]:
-    """Names that the `domain` of evaluation batches indexes."""
+    """Domain names, indexed by the `domain` of evaluation batches."""
     return tuple(self.tokens.meta["domains"])
 
   @property
   def skipped(self) -> list[Skipped]:
-    """Documents left out, with the reason; the first 1,000."""
+    """Documents left out, with the reason: the first 1,000."""
     return [Skipped(**s) for s in self.tokens.meta["skipped"]]
 
   @property
   def num_skipped(self) -> int:
-    """How many documents were left out, duplicates not counted."""
+    """Documents left out, without duplicates; local text counts at most 1,000."""
     return self.tokens.meta["num_skipped"]
 
   @property
   def num_duplicates(self) -> int:
-    """How many documents were left out because an equal one is in."""
+    """How many documents were left out as duplicates."""
     return self.tokens.meta["num_duplicates"]
 
   def num_documents(self, split: str) -> int:
-    """Documents of a split; 0 where the dataset has no such split."""
+    """Returns a split's number of documents; 0 if the dataset lacks the split."""
     return self._entry(split)["num_documents"]
 
   def num_tokens(self, split: str) -> int:
-    """Targets of a split, each document's final separator included."""
+    """Returns a split's number of targets, including one separator per document."""
     return self._entry(split)["num_places"]
 
   def num_bytes(self, split: str) -> int:
-    """UTF-8 bytes of the split's documents."""
+    """Returns the number of UTF-8 bytes of a split's documents."""
     return self._entry(split)["num_bytes"]
 
   def byte_counts(self, split: str) -> np.ndarray:
-    """How often each of the 256 bytes occurs: int64 [256]."""
+    """Returns how often each of the 256 bytes occurs: int64 [256]."""
     return np.array(self._entry(split)["byte_counts"], np.int64)
 
   def token_counts(self, split: str) -> np.ndarray:
-    """How often each vocabulary id occurs: int64 [V]."""
+    """Returns how often each vocabulary id occurs: int64 [V]."""
     self._entry(split)
     ids, counts = self.tokens.open(split).tokens, np.zeros(0, np.int64)
     for start in range(0, len(ids), _COUNT_CHUNK):
-      # In pieces: bincount widens its input to eight bytes a token.
+      # In pieces: bincount widens its input to eight bytes per token.
       piece = np.bincount(ids[start : start + _COUNT_CHUNK], minlength=len(counts))
       piece[: len(counts)] += counts
       counts = piece
     return np.pad(counts, (0, self.tokenizer.vocab_size - len(counts)))
 
   def num_sequences(self, split: str) -> int:
-    """Sequences of an epoch, the padded last one included."""
+    """Returns the sequences per epoch, including the padded last one."""
     return -(-self.num_tokens(split) // self.config.sequence_length)
 
   def _entry(self, split: str) -> dict:
@@ -104,13 +104,13 @@ class Dataset:
     return self.tokens.meta["splits"][split]
 
   def raw_bytes(self, split: str) -> Iterator[bytes]:
-    """The split's documents, in the order evaluation sees them."""
+    """Yields the split's documents, in the order evaluation sees them."""
     self._entry(split)
     for ids in tokens.documents(self.tokens.open(split)):
       yield self.tokenizer.decode_bytes(ids)
 
   def check_batch_size(self, batch_size: int) -> None:
-    """Refuses a corpus that does not fill one global batch."""
+    """Refuses a corpus with too few sequences for one global batch."""
     have = self.num_sequences("train")
     if have < batch_size:
       length = self.config.sequence_length
@@ -129,7 +129,7 @@ class Dataset:
     process_count: int = 1,
     rows: Int[np.ndarray, "b"] | None = None,
   ) -> Generator[Batch, None, None]:
-    """Endless batches, from the one of step `start_step` on.
+    """Returns endless batches, starting at step `start_step`.
 
     The global batch is a function of (seed, step); a process gets its rows of it.
     Close the iterator to end threads and workers.
@@ -137,15 +137,15 @@ class Dataset:
     Args:
       batch_size: of the global batch.
       seed: of the order.
-      start_step: the first batch is that of this step.
-      process_index: whose rows, if the processes divide them evenly in order.
-      process_count: among how many.
-      rows: which rows instead, ascending: those that a mesh gives this process
+      start_step: step of the first batch.
+      process_index: whose rows, if processes divide them evenly and in order.
+      process_count: number of processes.
+      rows: explicit rows instead, ascending: those that a mesh gives this process
         (`rules.local_rows`).
 
     Raises:
-      ConfigError: at once, if the corpus is smaller than a batch, or batch_size
-        does not divide among the processes.
+      ConfigError: immediately, if the corpus is smaller than a batch, or batch_size
+        is not divisible by the number of processes.
     """
     self.check_batch_size(batch_size)
     if rows is None:
@@ -170,18 +170,18 @@ class Dataset:
     process_count: int = 1,
     rows: Int[np.ndarray, "b"] | None = None,
   ) -> Generator[Batch, None, None]:
-    """Each token of a split once, in stored order; the last batch is padded.
+    """Returns each token of a split once, in stored order; pads the last batch.
 
     Args:
       split: train, validation or test.
       batch_size: global, as in `train_batches`.
-      limit: at most so many batches; 0 is all.
+      limit: maximum number of batches; 0 is all.
       process_index: whose rows, as in `train_batches`.
-      process_count: among how many.
-      rows: which rows instead.
+      process_count: number of processes.
+      rows: explicit rows instead.
 
     Raises:
-      UserError: at once, if there is no such split.
+      UserError: immediately, if the split is unknown or empty.
     """
     if not self.num_tokens(split):
       raise UserError(
@@ -214,20 +214,20 @@ def load(
   store: bool = True,
   check_corpus: Callable[[str], None] | None = None,
 ) -> Dataset:
-  """Prepares and tokenizes what `config` names, or finds it in the cache.
+  """Prepares and tokenizes the dataset of `config`, or finds it in the cache.
 
   Args:
     config: what to read.
     workdir: a run's directory. A run that has begun (it has a config.json) keeps the
       tokenizer stored there, whatever text is read; otherwise the tokenizer is
       stored there. None stores it in the cache only.
-    like: directory of another run, whose tokenizer a new run takes over: parameters
-      that are taken over know no other.
-    store: whether it is this process that stores the tokenizer.
+    like: directory of another run, whose tokenizer a new run adopts: the parameters
+      it adopts fit no other.
+    store: whether this process stores the tokenizer.
     check_corpus: called with the fingerprint of the text, before it is prepared.
 
   Raises:
-    ConfigError, UserError: anything wrong with the flags or the text behind them.
+    ConfigError, UserError: the flags, or the text they name, cannot be used.
   """
   _check(config)
   root = cache.cache_root(config.cache_dir)
@@ -277,8 +277,8 @@ def _check(config: DataConfig) -> None:
 def _stored_tokenizer(
   config: DataConfig, workdir: Path | str | None, flag: str
 ) -> Tokenizer | None:
-  # Without config.json no run has begun, and what lies there may be of a run that
-  # was refused.
+  # Without config.json no run has begun, and a tokenizer there may come from a run
+  # that was refused.
   if workdir is None or not Path(workdir, "config.json").exists():
     return None
   stored = tokenizer.load_tokenizer(workdir)
@@ -313,9 +313,9 @@ def _make_tokenizer(config: DataConfig, source: Source, root: Path) -> Tokenizer
 
 
 def _sample(source: Source) -> Iterator[bytes]:
-  """The first documents of the train split, up to `_BPE_BYTES`.
+  """Yields the first train documents, until they reach `_BPE_BYTES`.
 
-  Prepared datasets are stored in the order of a hash, so the first are a sample.
+  Prepared datasets are stored in hash order, so the first documents are a sample.
   """
   size = 0
   for item in source.documents("train"):

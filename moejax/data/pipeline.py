@@ -1,7 +1,7 @@
-"""Batches through Grain: threads or worker processes that make them ahead.
+"""Batches through Grain: threads or worker processes that prefetch them.
 
-The source is random access by step (`moejax.data.packing`), so Grain adds only
-its prefetching; the position to save is the step, and nothing here has state.
+The source is random access by step (`moejax.data.packing`), so Grain only adds
+prefetching; the position to save is the step, and nothing here has state.
 """
 
 import math
@@ -26,14 +26,14 @@ from moejax.data.tokens import TokenCache, TokenSplit
 from moejax.errors import ConfigError
 
 _ENDLESS = 2**62
-"""Steps of a training run, as far as Grain needs to know."""
+"""Length of a training source, as reported to Grain."""
 
 
 def process_rows(batch_size: int, index: int, count: int) -> Int[np.ndarray, "b"]:
-  """The index-th of `count` equal parts of a global batch's rows.
+  """Returns the index-th of `count` equal parts of a global batch's rows.
 
   Raises:
-    ConfigError: they cannot be divided so.
+    ConfigError: the rows do not divide evenly.
   """
   if batch_size < 1 or batch_size % count:
     raise ConfigError(
@@ -56,7 +56,7 @@ class BatchSource:
     batch_size: int,
     rows: Int[np.ndarray, "b"],
   ):
-    """batch_size is global; `rows` are those of it that this process makes."""
+    """`batch_size` is global; `rows` are the rows that this process makes."""
     self._tokens, self._split_name = tokens, split
     self._sequence_length, self._batch_size = sequence_length, batch_size
     self._rows = rows
@@ -69,7 +69,7 @@ class BatchSource:
     self._lock = threading.Lock()
 
   def __getstate__(self) -> dict[str, Any]:
-    """A worker process maps the files itself instead of receiving their content."""
+    """Drops what a worker process reopens: mapped files, layouts and lock."""
     mapped = ("_split", "_layouts", "_lock")
     return {k: v for k, v in self.__dict__.items() if k not in mapped}
 
@@ -80,7 +80,7 @@ class BatchSource:
   def _layout(self, epoch: int) -> Layout:
     with self._lock:
       if epoch not in self._layouts:
-        # A batch straddles at most the end of one epoch for long; keep two.
+        # A batch spans two epochs at most (`check_batch_size`): keep two layouts.
         while len(self._layouts) > 1:
           self._layouts.pop(min(self._layouts))
         self._layouts[epoch] = self._make_layout(epoch)
@@ -91,7 +91,7 @@ class BatchSource:
 
 
 class TrainSource(BatchSource):
-  """Step to batch, over as many epochs as it takes."""
+  """Maps steps to batches, over as many epochs as needed."""
 
   def __init__(self, *args: Any, seed: int, start_step: int, **kwargs: Any):
     """Element 0 is the batch of step `start_step`."""
@@ -106,7 +106,7 @@ class TrainSource(BatchSource):
     return _ENDLESS
 
   def __getitem__(self, index: int) -> Batch:
-    """The rows of step `start_step + index`."""
+    """Returns the rows of step `start_step + index`."""
     step = self._start_step + int(index)
     numbers = step * self._batch_size + self._rows
     epochs, served = np.divmod(numbers, self._num_sequences)
@@ -116,7 +116,7 @@ class TrainSource(BatchSource):
       )
       for epoch in np.unique(epochs).tolist()
     ]
-    # Rows ascend and so do their epochs: the parts lie in row order.
+    # Rows ascend and so do their epochs: the parts are in row order.
     return {k: np.concatenate([p[k] for p in parts]) for k in parts[0]}
 
 
@@ -130,7 +130,7 @@ class EvalSource(BatchSource):
     return math.ceil(self._num_sequences / self._batch_size)
 
   def __getitem__(self, index: int) -> Batch:
-    """The rows of batch `index`, with their domains."""
+    """Returns the rows of batch `index`, with their domains."""
     served = int(index) * self._batch_size + self._rows
     layout = self._layout(0)
     return assemble(self._split, layout, served, self._sequence_length, with_domain=True)
@@ -139,17 +139,17 @@ class EvalSource(BatchSource):
 def iterate(
   source: TrainSource | EvalSource, *, num_workers: int, prefetch: int, limit: int = 0
 ) -> Generator[Batch, None, None]:
-  """Runs a source through Grain; closing the iterator ends its threads and workers."""
+  """Yields a source's batches by Grain; closing it ends its threads and workers."""
   dataset = grain.MapDataset.source(source)
   if limit:
     dataset = dataset[:limit]
-  # One thread: numpy holds the interpreter lock for most of the work.
+  # One thread: NumPy holds the interpreter lock for most of the work.
   threads = 1 if prefetch and not num_workers else 0
   options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=max(prefetch, 1))
   batches = dataset.to_iter_dataset(options)
   if num_workers:
-    # Grain's workers refuse to start while absl's flags are unparsed, which they
-    # are when this is used as a library.
+    # Grain's workers refuse to start while absl's flags are unparsed, as they are
+    # when moejax is used as a library.
     if not flags.FLAGS.is_parsed():
       flags.FLAGS.mark_as_parsed()
     workers = grain.MultiprocessingOptions(

@@ -1,14 +1,14 @@
-"""Tokenizers: text to ids and back, without loss for any bytes.
+"""Tokenizers: text to ids and back, lossless for any bytes.
 
-bytes  one id per byte, and the separator; no training, no unknowns.
+bytes  one id per byte, and the separator; no training, no unknown tokens.
 bpe    byte-level byte pair encoding (Sennrich et al., arXiv:1508.07909; on bytes as
        in GPT-2), trained with the `tokenizers` library on the train split.
 
 Every token stands for a known number of bytes, so bits per byte is exact for any
 set of tokens: see `bytes_per_token`.
 
-The separator belongs to no text: no string encodes to it. That is why it is not a
-special token of the library, which would find it inside a document.
+No text encodes to the separator. So it is not a special token of the library, which
+would find it inside documents.
 """
 
 import abc
@@ -32,10 +32,10 @@ FILE = "tokenizer/tokenizer.json"
 """Inside a run's directory."""
 
 Ids = Iterable[int] | Integer[np.ndarray, "..."]
-"""Token ids in, as a list or an array of any shape."""
+"""Token ids as input: a list or an array of any shape."""
 
 _BYTES_VOCAB = 264
-"""256 bytes and the separator, rounded up so that it divides among 8 devices."""
+"""256 bytes and the separator, rounded up to a multiple of 8 devices."""
 
 _MIN_BPE_VOCAB = 257
 _MAX_VOCAB = 2**24
@@ -49,13 +49,13 @@ class Tokenizer(abc.ABC):
 
   kind: str
   vocab_size: int
-  """V of the model. Some ids may stand for nothing."""
+  """V of the model. Some ids may be unused."""
   separator: int
-  """Stands between documents; also what a prompt starts with."""
+  """The id between documents; a prompt starts with it too."""
 
   @abc.abstractmethod
   def encode_batch(self, texts: Sequence[bytes]) -> list[Int[np.ndarray, "n"]]:
-    """Encodes many texts at once: the fast way."""
+    """Encodes many texts at once, which is faster."""
 
   @abc.abstractmethod
   def _make_pieces(self) -> list[bytes]: ...
@@ -67,28 +67,28 @@ class Tokenizer(abc.ABC):
 
   @abc.abstractmethod
   def _model(self) -> str:
-    """What `from_json` needs beside kind and vocab_size."""
+    """Returns what `from_json` needs besides kind and vocab_size."""
     ...
 
   def encode(self, text: str | bytes) -> list[int]:
-    """The ids of one text, without separators."""
+    """Returns the ids of one text, without separators."""
     if isinstance(text, str):
       text = text.encode("utf-8", "surrogatepass")
     return self.encode_batch([text])[0].tolist()
 
   def decode_bytes(self, ids: Ids) -> bytes:
-    """The exact bytes; separators and unused ids are nothing."""
+    """Returns the exact bytes; separators and unused ids give none."""
     flat = np.asarray(ids if isinstance(ids, np.ndarray) else list(ids), np.int64)
     pieces = self.pieces
     return b"".join(pieces[i] for i in flat.reshape(-1).tolist())
 
   def decode(self, ids: Ids) -> str:
-    """Text to look at: bytes that are no UTF-8 become the replacement character."""
+    """Returns text for display: invalid UTF-8 becomes the replacement character."""
     return self.decode_bytes(ids).decode("utf-8", "replace")
 
   @functools.cached_property
   def bytes_per_token(self) -> Int[np.ndarray, "V"]:
-    """How many bytes each id stands for (int32); 0 for the separator."""
+    """Bytes each id stands for (int32); 0 for the separator and unused ids."""
     return np.array([len(p) for p in self.pieces], np.int32)
 
   @functools.cached_property
@@ -97,7 +97,7 @@ class Tokenizer(abc.ABC):
     return cache.digest(self.kind, self.vocab_size, self._model())
 
   def to_json(self) -> str:
-    """Everything `from_json` needs."""
+    """Returns everything `from_json` needs."""
     fields = {
       "kind": self.kind,
       "vocab_size": self.vocab_size,
@@ -107,7 +107,7 @@ class Tokenizer(abc.ABC):
     return json.dumps(fields, indent=1)
 
   def save(self, workdir: Path) -> None:
-    """Stores it with a run; does nothing where the same one is stored already."""
+    """Stores the tokenizer with a run, unless the same one is already there."""
     path = Path(workdir) / FILE
     text = self.to_json()
     try:
@@ -122,7 +122,7 @@ class Tokenizer(abc.ABC):
 
 
 class ByteTokenizer(Tokenizer):
-  """ids 0 to 255 are the bytes, 256 is the separator, up to 263 unused."""
+  """Ids 0 to 255 are the bytes, 256 is the separator, 257 to 263 are unused."""
 
   kind = "bytes"
   vocab_size = _BYTES_VOCAB
@@ -145,7 +145,7 @@ class ByteTokenizer(Tokenizer):
 
 
 def _byte_of_char() -> dict[str, int]:
-  """The library writes bytes as printable characters; this is the way back.
+  """Returns the byte of each printable character that the library writes for it.
 
   Printable Latin-1 characters stand for themselves, the others for the code
   points from 256 on, in order (the convention of GPT-2's encoder).
@@ -159,8 +159,8 @@ def _byte_of_char() -> dict[str, int]:
 class BPETokenizer(Tokenizer):
   """Byte-level BPE. The last id, vocab_size - 1, is the separator.
 
-  Training on little text may find fewer merges than asked for; the ids between
-  are unused, so that the model's shape depends on the config alone.
+  Training on little text may find fewer merges than requested; the ids in between
+  are unused, so that the model's shape depends only on the config.
   """
 
   kind = "bpe"
@@ -176,7 +176,7 @@ class BPETokenizer(Tokenizer):
     """Learns merges; the same texts give the same tokenizer.
 
     Raises:
-      ConfigError: vocab_size has no room for all bytes and the separator.
+      ConfigError: vocab_size is too small for all bytes and the separator, or over 2**24.
     """
     if not _MIN_BPE_VOCAB <= vocab_size <= _MAX_VOCAB:
       raise ConfigError(
@@ -208,7 +208,7 @@ class BPETokenizer(Tokenizer):
     ]
 
   def _encode_any(self, text: bytes) -> Int[np.ndarray, "n"]:
-    """Bytes that are no UTF-8 get the id of their byte; the rest as usual."""
+    """Encodes invalid UTF-8 as the ids of its single bytes, the rest as usual."""
     ids: list[int] = []
     while text:
       try:
@@ -237,10 +237,10 @@ class BPETokenizer(Tokenizer):
 
 
 def from_json(text: str | bytes) -> Tokenizer:
-  """The tokenizer that `to_json` wrote.
+  """Returns the tokenizer that `to_json` wrote.
 
   Raises:
-    ValueError: it is none, or is not as it was written.
+    ValueError: the text is no tokenizer, or was altered.
   """
   fields = files.parse_json(text, _MAX_DEPTH)
   if not isinstance(fields, dict) or not set(_FIELDS) <= set(fields):
@@ -264,10 +264,10 @@ def from_json(text: str | bytes) -> Tokenizer:
 
 
 def load_tokenizer(workdir: Path | str) -> Tokenizer:
-  """The tokenizer of a run, from nothing but the run's directory.
+  """Returns a run's tokenizer, from nothing but its directory.
 
   Raises:
-    UserError: the directory holds none, or a damaged one.
+    UserError: the directory holds no tokenizer, or a damaged one.
   """
   path = Path(workdir) / FILE
   try:

@@ -1,12 +1,12 @@
-"""The token cache: a split as one flat array of tokens, mapped from disk.
+"""The token cache: a split as one flat array of tokens, memory-mapped from disk.
 
-Tokens of a split lie end to end, each document after a separator, and one more
-separator at the end:
+Documents are stored end to end, each after a separator, with one more separator at
+the end:
 
   SEP a1 a2 a3 SEP b1 b2 SEP c1 SEP
 
 so the target of the input at place i is simply the token at i + 1. A document of
-n tokens owns n + 1 places, its separator the first of them.
+n tokens owns n + 1 places, starting with its separator.
 """
 
 import array
@@ -30,10 +30,10 @@ from moejax.data.types import EMPTY, SPLITS, Document, Skipped, Source
 from moejax.errors import UserError
 
 _FORMAT = 1
-"""Raised when the files' meaning changes."""
+"""Incremented when the meaning of the files changes."""
 
 MAX_DOMAINS = 64
-"""The smallest domains beyond so many become one, so that tables stay readable."""
+"""With more domains, the smallest become `OTHER`, so that tables stay readable."""
 
 OTHER = "(other)"
 
@@ -43,10 +43,10 @@ _MAX_NAMED = 1000
 
 @dataclasses.dataclass(frozen=True)
 class TokenSplit:
-  """One split, mapped: D documents, P places."""
+  """One split: D documents, P places."""
 
   tokens: Shaped[np.ndarray, "P_plus_1"]
-  """uint16 or uint32."""
+  """uint16 or uint32, memory-mapped."""
   offsets: Int[np.ndarray, "D_plus_1"]
   """First place of each document, and P."""
   domains: Int[np.ndarray, "D"]
@@ -70,19 +70,19 @@ class TokenCache:
 
   @functools.cached_property
   def meta(self) -> dict[str, Any]:
-    """Counts per split, domain names, skipped documents."""
+    """meta.json: counts per split, domain names, skipped documents."""
     try:
       return files.read_json(self.directory / "meta.json")
     except (OSError, ValueError) as e:
       raise cache.damaged(self.directory, e) from e
 
   def open(self, split: str) -> TokenSplit:
-    """Maps one split; costs no memory but what is touched."""
+    """Opens one split: maps its tokens, loads its index arrays."""
     stem = self.directory / split
     dtype = np.dtype(self.meta["dtype"])
     try:
       opened = TokenSplit(
-        # A plain view: memmap's own indexing builds a memmap for every result.
+        # A plain view: indexing a memmap makes every result a memmap.
         tokens=np.memmap(f"{stem}.tokens", dtype, "r").view(np.ndarray),
         offsets=np.load(f"{stem}.offsets.npy"),
         domains=np.load(f"{stem}.domains.npy"),
@@ -96,7 +96,7 @@ class TokenCache:
 
 
 def token_cache(source: Source, tokenizer: Tokenizer, root: Path) -> TokenCache:
-  """The token cache of a dataset under a tokenizer; made first if it is missing.
+  """Returns the token cache of a dataset and a tokenizer, made first if missing.
 
   Raises:
     UserError: the dataset has no training text.
@@ -113,7 +113,7 @@ def token_cache(source: Source, tokenizer: Tokenizer, root: Path) -> TokenCache:
 def _batches(
   items: Iterator[Document | Skipped], skipped: list[Skipped]
 ) -> Iterator[list[Document]]:
-  """Lists of documents of about `_BATCH_BYTES`; what was skipped is set aside."""
+  """Yields lists of documents of about `_BATCH_BYTES`; adds the others to `skipped`."""
   batch, size = [], 0
   for item in items:
     if isinstance(item, Skipped):
@@ -129,11 +129,11 @@ def _batches(
 
 
 class _Writer:
-  """Writes one split, keeping only offsets and domains in memory."""
+  """Writes one split, keeping only lengths, domains and byte counts in memory."""
 
   def __init__(self, stem: Path, tokenizer: Tokenizer, dtype: np.dtype):
     self._stem, self._tokenizer, self._dtype = stem, tokenizer, dtype
-    # Eight bytes a document: a web corpus has hundreds of millions.
+    # Eight bytes per document: a web corpus has hundreds of millions.
     self.lengths = array.array("q")
     self._domains = array.array("q")
     self._names: dict[str, int] = {}
@@ -203,7 +203,7 @@ def write_tokens(directory: Path, source: Source, tokenizer: Tokenizer) -> None:
 
 
 def _number_domains(writers: Any) -> tuple[list[str], dict[str, int]]:
-  """Names in alphabetical order, and the index of every domain's name."""
+  """Returns domain names, sorted with `OTHER` last, and each domain's index."""
   sizes: Counter[str] = sum((w.bytes_of_domain for w in writers), Counter())
   kept = [d for d, _ in sizes.most_common()]
   if len(kept) > MAX_DOMAINS:
@@ -215,6 +215,6 @@ def _number_domains(writers: Any) -> tuple[list[str], dict[str, int]]:
 
 
 def documents(split: TokenSplit) -> Iterator[Shaped[np.ndarray, "n"]]:
-  """The tokens of each document, without separators."""
+  """Yields the tokens of each document, without separators."""
   for start, end in itertools.pairwise(split.offsets.tolist()):
     yield split.tokens[start + 1 : end]

@@ -1,4 +1,4 @@
-"""What the parts of the data pipeline hand to each other."""
+"""Types shared by the parts of the data pipeline."""
 
 import dataclasses
 from collections.abc import Iterator
@@ -7,7 +7,7 @@ from typing import Protocol, runtime_checkable
 SPLITS = ("train", "validation", "test")
 
 EMPTY = "empty"
-"""The reason for skipping that deserves no warning."""
+"""The skip reason that `write_tokens` does not warn about."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -29,21 +29,21 @@ class Skipped:
 
 @runtime_checkable
 class Source(Protocol):
-  """Documents in three splits, in a fixed order, with a fingerprint of it all."""
+  """Documents in three splits, in a fixed order, with a fingerprint of them all."""
 
   name: str
 
   @property
   def fingerprint(self) -> str:
-    """Of the content and of every option that changes what `documents` yields."""
+    """Identifies the content and every option that changes what `documents` yields."""
     ...
 
   def documents(self, split: str) -> Iterator[Document | Skipped]:
-    """The documents of one split; prepares the dataset first if need be."""
+    """Yields the documents of one split; prepares the dataset first if necessary."""
     ...
 
   def num_duplicates(self) -> int:
-    """Documents left out because an equal one is in."""
+    """Returns how many documents were left out as duplicates."""
     ...
 
 

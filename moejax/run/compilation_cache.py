@@ -1,12 +1,12 @@
-"""What one start compiled the next one loads: JAX's persistent cache, on by default.
+"""JAX's persistent compilation cache, on by default, so that later starts are faster.
 
-    <data cache>/xla/jax-VERSION-MACHINE/    entries that took a second or more to compile
+    <data cache>/xla/jax-VERSION-MACHINE/    programs that took over a second to compile
 
-JAX keys an entry by the program, the compiler and its options, and by the kind of
-device. XLA's code for a CPU is for that very CPU and the key does not say which, so the
-directory's name does. An entry is code: keep the directory to yourself.
+JAX keys an entry by the program, the compiler and its options, and the kind of device.
+XLA's CPU code fits only the CPU model it was compiled for, which the key does not
+include, so the directory's name does. An entry is code: keep the directory private.
 
-The cache makes a start faster and nothing else: what is wrong with it is a warning.
+The cache only makes starts faster, so any problem with it is a warning.
 """
 
 import hashlib
@@ -28,14 +28,14 @@ FLAG = "compilation_cache"
 NONE = "none"
 _VARIABLES = ("JAX_COMPILATION_CACHE_DIR", "JAX_ENABLE_COMPILATION_CACHE")
 _ROOM = 256 << 20
-"""Bytes that must be free: jax would leave half an entry on a full disk."""
+"""Bytes that must be free: JAX would leave a partial entry on a full disk."""
 _CPUINFO = pathlib.Path("/proc/cpuinfo")
 _CPU_LINES = ("model name", "flags", "Features", "CPU implementer", "CPU part")
 _DAMAGED = "Error reading persistent compilation cache entry for "
 
 
 def define_flag() -> None:
-  """Defines --compilation_cache, once for each program."""
+  """Defines --compilation_cache, once per program."""
   if FLAG not in flags.FLAGS:
     flags.DEFINE_string(
       FLAG,
@@ -46,18 +46,17 @@ def define_flag() -> None:
 
 
 def enable(data_cache_dir: str) -> pathlib.Path | None:
-  """Turns the cache on, unless it is refused or jax was told by its own variables.
+  """Turns the cache on, unless the flag is none or, without it, JAX's variables are set.
 
-  To be called after the processes of a job have joined, before the first compilation.
-  Of several processes only a directory that was given is used: one that some see and
-  others do not has some compile and others not, and compilers for GPUs may wait for each
-  other.
+  Call it after the processes of a job have joined and before the first compilation.
+  Several processes use only a directory given by the flag: if just some of them see the
+  cache, only the others compile, and GPU compilers may wait for each other.
 
   Args:
     data_cache_dir: --config.data.cache_dir.
 
   Returns:
-    The directory; None if this did not turn it on.
+    The directory; None if this call did not turn the cache on.
   """
   import jax
 
@@ -87,7 +86,7 @@ def enable(data_cache_dir: str) -> pathlib.Path | None:
 
 
 def machine() -> str:
-  """The processor that compiled code is for, as a short name."""
+  """Returns a short name of the processor that compiled code is for."""
   try:
     text = _CPUINFO.read_text()
   except OSError:
@@ -107,7 +106,7 @@ def _root(given: str | None, data_cache_dir: str) -> pathlib.Path:
 
 
 def _check(directory: pathlib.Path) -> None:
-  """Raises OSError or UserError if nothing can be kept there."""
+  """Raises OSError or UserError if nothing can be stored there."""
   try:
     directory.mkdir(mode=0o700, parents=True, exist_ok=True)
     with tempfile.TemporaryFile(dir=directory):
@@ -120,7 +119,7 @@ def _check(directory: pathlib.Path) -> None:
 
 
 def _mend(directory: pathlib.Path) -> None:
-  """Makes an entry that cannot be read go away, where jax warns of it at every start."""
+  """Removes unreadable entries, which JAX would otherwise warn of at every start."""
   show = warnings.showwarning
 
   def tell(message: Any, *rest: Any, **more: Any) -> None:
@@ -128,7 +127,7 @@ def _mend(directory: pathlib.Path) -> None:
     if not text.startswith(_DAMAGED):
       show(message, *rest, **more)
       return
-    # The program's name, in quotes, is what its entries' names begin with.
+    # The quoted program name is the prefix of its entries' names.
     name = text.removeprefix(_DAMAGED).split("'")[1]
     for entry in directory.glob(f"{name}-*"):
       entry.unlink(missing_ok=True)

@@ -1,7 +1,7 @@
-"""From the sums a step returns to the numbers that are logged. Pure, on the host.
+"""Turns the sums a step returns into the numbers that are logged. Pure, on the host.
 
-Ratios are made here, once, from sums over groups, devices and microbatches; a
-mean of ratios would weigh a nearly empty group like a full one.
+Ratios are computed here, once, from sums over groups, devices and microbatches; a
+mean of ratios would weight a nearly empty group like a full one.
 
 Letters: L MoE layers, E experts.
 """
@@ -16,27 +16,27 @@ from moejax.cost import chips
 from moejax.routing.base import RouterStats
 
 MAX_LOAD_NUMBERS = 1024
-"""Above so many (layer, expert) pairs a log line holds quantiles, not every load."""
+"""With more (layer, expert) pairs, a log line holds quantiles, not every load."""
 
 QUANTILES = (0.0, 0.25, 0.5, 0.75, 1.0)
 
 
 def layer_metrics(stats: RouterStats) -> dict[str, Float[np.ndarray, "..."]]:
-  """What the router did in each MoE layer.
+  """Returns what the router did in each MoE layer.
 
   Args:
     stats: sums, with a leading axis L.
 
   Returns:
-    Arrays [L], and `load` [L, E]; a layer that saw no valid token gives zeros.
+    Arrays [L], and `load` [L, E]; zeros, and E dead experts, without valid tokens.
 
     load             each expert's share of the computed assignments; sums to 1
-    drop_fraction    assignments asked for and not computed, of those asked for
-    dropped_tokens   valid tokens with no computed assignment, of valid tokens
-    entropy          of the router's distribution, mean over tokens, nats
-    entropy_fraction the same over log E: 1 is uniform
+    drop_fraction    fraction of the requested assignments that was not computed
+    dropped_tokens   fraction of the valid tokens without a computed assignment
+    entropy          of the router's distribution, mean over valid tokens, nats
+    entropy_fraction entropy / log E: 1 is uniform
     max_load_ratio   largest load over mean load: 1 is balanced, E is collapsed
-    dead_experts     experts that computed nothing
+    dead_experts     number of experts that computed nothing
   """
   load = np.asarray(stats.load, np.float64)
   chosen = np.asarray(stats.chosen, np.float64).sum(axis=-1)
@@ -62,31 +62,31 @@ def _ratio(above: np.ndarray, below: np.ndarray) -> np.ndarray:
 
 
 def dropped_fraction(stats: RouterStats) -> float:
-  """Assignments asked for and not computed, over all MoE layers together."""
+  """Returns the fraction of requested assignments, of all layers, not computed."""
   chosen = float(np.sum(np.asarray(stats.chosen, np.float64)))
   kept = float(np.sum(np.asarray(stats.load, np.float64)))
   return (chosen - kept) / chosen if chosen else 0.0
 
 
 def lost_fraction(stats: RouterStats) -> float:
-  """Assignments that a bounded exchange had no room for; a part of those dropped."""
+  """Returns the part of `dropped_fraction` that a bounded exchange had no room for."""
   chosen = float(np.sum(np.asarray(stats.chosen, np.float64)))
   return float(np.sum(np.asarray(stats.lost, np.float64))) / chosen if chosen else 0.0
 
 
 def has_experts(stats: RouterStats | None) -> bool:
-  """Whether there is any MoE layer to report on."""
+  """Returns whether there is any MoE layer to report on."""
   return stats is not None and np.size(stats.load) > 0
 
 
 def loss_metrics(
   sums: dict[str, Any], num_bytes: float | None = None
 ) -> dict[str, float]:
-  """Cross-entropy, bits per byte, aux terms and dropped assignments, from sums.
+  """Returns cross-entropy, bits per byte, aux terms and drop fractions, from sums.
 
   Args:
-    sums: loss, tokens, aux, stats as `step.forward_sums` gives them, on the host.
-    num_bytes: bytes of text that the counted targets stand for, where known.
+    sums: loss, tokens, bytes, aux and stats of `loss.forward_sums`, on the host.
+    num_bytes: not used.
   """
   tokens = max(float(sums["tokens"]), 1.0)
   out = {"loss": float(sums["loss"]) / tokens}
@@ -109,14 +109,14 @@ def speed_metrics(
   num_devices: int,
   device_kind: str,
 ) -> dict[str, float]:
-  """Tokens/s and, where FLOPs and the device's peak are known, what that means.
+  """Returns tokens/s, FLOP/s if FLOPs are known, and utilisation if the peak is too.
 
   Args:
     tokens: valid tokens processed.
     seconds: wall-clock time they took.
     flops_per_token: model FLOPs of training one token (forward and backward).
-    num_devices: over which the work was spread.
-    device_kind: as jax reports it.
+    num_devices: devices that shared the work.
+    device_kind: as JAX reports it.
   """
   if seconds <= 0:
     return {}
@@ -125,15 +125,15 @@ def speed_metrics(
   if flops_per_token:
     out["model_flops_per_second"] = rate * flops_per_token
     chip = chips.per_device(device_kind)
-    # Against bfloat16 whatever the compute type, so that a float32 run shows what it
-    # leaves unused.
+    # Relative to the bfloat16 peak whatever the compute type, so that a float32 run
+    # shows what it leaves unused.
     if chip is not None and chip.flops is not None:
       out["utilisation"] = rate * flops_per_token / (chip.flops * num_devices)
   return out
 
 
 def layers_for_log(layers: dict[str, np.ndarray]) -> dict[str, Any]:
-  """The per-layer numbers as short JSON: every load, or its quantiles if many."""
+  """Returns per-layer numbers as short JSON: every load, or quantiles if many."""
   out: dict[str, Any] = {
     name: _short(value) for name, value in layers.items() if name != "load"
   }
@@ -146,7 +146,7 @@ def layers_for_log(layers: dict[str, np.ndarray]) -> dict[str, Any]:
 
 
 def _short(values: np.ndarray) -> list[Any]:
-  """Nested lists with five significant digits: a log is read, not computed with."""
+  """Returns nested lists with five significant digits: enough to read in a log."""
   if values.ndim > 1:
     return [_short(v) for v in values]
   return [float(f"{v:.5g}") for v in values]

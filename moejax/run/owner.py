@@ -1,10 +1,10 @@
-"""Whose run a directory is: a mark that only the user who trained it can make.
+"""Ownership of a run: a mark that only the user who trained it can make.
 
-A run's config names paths: the text it read and the cache it wrote. Evaluation takes
-them from there, which is right for a run of one's own. A directory that came from
-elsewhere could name any path of this machine. So training marks each checkpoint with an
-HMAC of those paths, under a key that lies in the user's own configuration directory and
-leaves it never. Who owns the files says nothing: whoever unpacks an archive does.
+A run's config names paths: the text it read and the cache it wrote. Evaluation reuses
+them, which is right for the user's own run. A directory from elsewhere could name any
+path on this machine. So training marks each checkpoint with an HMAC of those paths,
+under a key that never leaves the user's configuration directory. File ownership proves
+nothing: unpacked files belong to the user who unpacks the archive.
 """
 
 import contextlib
@@ -27,13 +27,13 @@ _KEY_BYTES = 32
 
 
 def key_file() -> Path:
-  """Where the key lies: `$XDG_CONFIG_HOME/moejax/key`, or below ~/.config."""
+  """Returns the path of the key: `$XDG_CONFIG_HOME/moejax/key`, or below ~/.config."""
   home = os.environ.get("XDG_CONFIG_HOME", "") or "~/.config"
   return Path(home).expanduser() / "moejax" / "key"
 
 
 def mark(config: Config) -> str | None:
-  """The mark of a run's paths; None where no key can be kept."""
+  """Returns the mark of a run's paths; None if no key can be stored."""
   try:
     key = _read_key() or _make_key()
   except (OSError, RuntimeError):  # RuntimeError: a user without a home
@@ -42,7 +42,7 @@ def mark(config: Config) -> str | None:
 
 
 def is_own(config: Config, found: object) -> bool:
-  """Whether this user trained with these paths, by the mark a checkpoint has."""
+  """Returns whether a checkpoint's mark shows that this user trained with its paths."""
   try:
     key = _read_key()
   except (OSError, RuntimeError):
@@ -53,19 +53,19 @@ def is_own(config: Config, found: object) -> bool:
 def own_paths(
   config: Config, found: object, given: Collection[str], workdir: Path | str
 ) -> Config:
-  """The config of a run, without paths that this user did not choose.
+  """Returns the config of a run, without paths that this user did not choose.
 
   Args:
     config: of a checkpoint.
-    found: the mark that the checkpoint has.
-    given: fields that are on the command line: these the user did choose.
-    workdir: the run's directory, for the error.
+    found: the checkpoint's mark.
+    given: fields set on the command line, which the user did choose.
+    workdir: the run's directory, for messages.
 
   Returns:
-    The config itself for a run of one's own; else one that uses one's own cache.
+    `config` for the user's own run; otherwise one that uses the user's own cache.
 
   Raises:
-    UserError: the text is read from a path that only the run names.
+    UserError: the path of the text is named only by the run.
   """
   data = config.data
   if not (data.path or data.cache_dir) or is_own(config, found):
@@ -104,7 +104,7 @@ def _read_key() -> bytes | None:
 
 
 def _make_key() -> bytes:
-  """Makes the key, or returns that of a process that made one meanwhile."""
+  """Creates the key, or returns the one that another process created meanwhile."""
   path = key_file()
   path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
   handle, name = tempfile.mkstemp(prefix=".key-", dir=path.parent)
@@ -112,7 +112,7 @@ def _make_key() -> bytes:
     with os.fdopen(handle, "wb") as file:
       file.write(secrets.token_bytes(_KEY_BYTES))
     if _read_key() is None and path.exists():
-      os.replace(name, path)  # one that is none, such as an empty file of a full disk
+      os.replace(name, path)  # not a valid key, such as an empty file from a full disk
     else:
       with contextlib.suppress(FileExistsError):
         os.link(name, path)

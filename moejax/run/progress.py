@@ -1,10 +1,10 @@
-"""What a person watching a run sees: a live bar, or a few plain lines.
+"""Progress output of a run: a live bar, or a few plain lines.
 
 A terminal gets a bar with step, loss, tokens/s, time left and dropped tokens. A
 file or a pipe gets a bounded number of lines, so that the log of a million steps
-can still be read. What takes long before the first step is named while it lasts; what
-takes long beside the steps, such as an evaluation, has a bar of its own, or a line every
-ten seconds. Processes other than the first are silent.
+stays readable. Slow work before the first step is named while it lasts; slow work
+between steps, such as an evaluation, gets its own bar, or a line every ten seconds.
+Processes other than the first are silent.
 """
 
 import contextlib
@@ -22,43 +22,43 @@ from moejax.run.results import coverage
 _T = TypeVar("_T")
 
 MAX_LINES = 25
-"""Plain progress lines of a whole run, messages and phases not counted."""
+"""Approximate maximum of progress lines per start; messages and phases come on top."""
 
 PHASE_SECONDS = 10.0
-"""Between two plain lines about a phase."""
+"""Seconds between two plain lines about a phase."""
 
 
 @runtime_checkable
 class Reporter(Protocol):
-  """Shows how far a run is."""
+  """Shows the progress of a run."""
 
   def update(self, step: int, values: dict[str, Any]) -> None:
-    """Shows that `step` steps are done, with the latest metrics known."""
+    """Shows that `step` steps are done, with the latest known metrics."""
     ...
 
   def phase(self, name: str, done: int, total: int) -> None:
-    """Shows how far something beside the steps is; it begins with `done` = 0.
+    """Shows the progress of work between steps; the first call has `done` = 0.
 
     Args:
-      name: of the phase and its unit, such as "validation, tokens".
-      done: how much of it.
-      total: at which it is over, and no longer shown.
+      name: the phase and its unit, such as "validation, tokens".
+      done: amount completed.
+      total: amount at which the phase ends and is no longer shown.
     """
     ...
 
   def message(self, text: str) -> None:
-    """Says something once, above the bar."""
+    """Prints a message once, above the bar."""
     ...
 
   def working(self, what: str) -> contextlib.AbstractContextManager[None]:
-    """Names what is being done in its body, and then how long it took."""
+    """Shows what the `with` body is doing, and then how long it took."""
     ...
 
   def close(self) -> None: ...
 
 
 class _TimeLeft(ProgressColumn):
-  """Time left from the mean speed of this process, ignoring the first (compile) step."""
+  """Time left at this process's mean speed, ignoring the first (compile) step."""
 
   def __init__(self, clocks: "dict[Any, _Clock]"):
     super().__init__()
@@ -75,7 +75,7 @@ class _Clock:
     self._first: tuple[int, float] | None = None
 
   def start(self, step: int) -> None:
-    """Starts with the first step that is done, since that one waited for compiling."""
+    """Starts timing once the first step is done, since that one includes compilation."""
     if self._begin is None:
       self._begin = step
     elif self._first is None and step > self._begin:
@@ -94,7 +94,7 @@ class _Clock:
 def first_call(
   function: Callable[..., _T], what: str, reporter: Reporter
 ) -> Callable[..., _T]:
-  """The function, whose first call is told of: the one that compiles."""
+  """Returns `function` with its first call, which compiles, reported."""
   calls = 0
 
   def call(*args: Any, **kwargs: Any) -> _T:
@@ -109,7 +109,7 @@ def first_call(
 
 
 def describe(values: dict[str, Any]) -> str:
-  """The few numbers worth watching, on one line."""
+  """Returns the few numbers worth watching, on one line."""
   parts = []
   if "loss" in values:
     parts.append(f"loss {values['loss']:.3f}")
@@ -125,7 +125,7 @@ def describe(values: dict[str, Any]) -> str:
 
 
 def _covered(values: dict[str, Any]) -> str:
-  """Of which tokens the validation loss is."""
+  """Returns which tokens the validation loss covers."""
   if "validation_num_tokens" not in values:
     return ""
   split = values.get("validation_split_tokens")
@@ -140,7 +140,7 @@ def _short(value: float) -> str:
 
 
 class _Numbers(ProgressColumn):
-  """The latest numbers; in the row of steps, while another thing is done, that."""
+  """The latest numbers; in the steps row, any work in progress instead."""
 
   def __init__(self):
     super().__init__()
@@ -155,7 +155,7 @@ class _Numbers(ProgressColumn):
 
 
 class Bar:
-  """A live progress bar on a terminal, from the first update or work on."""
+  """A live progress bar on a terminal, shown from the first update, phase or work."""
 
   def __init__(self, total: int, console: Console):
     self._total = total
@@ -195,7 +195,7 @@ class Bar:
 
   def _add(self, total: int, done: int) -> Any:
     self._progress.start()
-    # Not drawn before it has its clock.
+    # Invisible until its clock exists.
     task = self._progress.add_task(
       "", total=total, completed=done, numbers="", visible=False
     )
@@ -228,7 +228,7 @@ class Bar:
 
 
 class Lines:
-  """Plain lines at even distances."""
+  """Plain lines at even intervals."""
 
   def __init__(self, total: int, stream: Any):
     self._clock = _Clock(total)
@@ -244,7 +244,7 @@ class Lines:
       self._next = step + 1
     self._clock.start(step)
     self._values.update(values)
-    # Only where there is something new to show.
+    # Only if there is something new to show.
     if not values or (step < self._next and step != self._total):
       return
     self._next = step - step % self._every + self._every
@@ -278,7 +278,7 @@ class Lines:
 
 
 class Silent:
-  """For processes other than the first."""
+  """Shows nothing: for processes other than the first."""
 
   def update(self, step: int, values: dict[str, Any]) -> None:
     pass
@@ -298,9 +298,9 @@ class Silent:
 
 @contextlib.contextmanager
 def watched(reporter: Reporter, name: str, total: int) -> Iterator[Callable[[int], None]]:
-  """Shows a phase while its body runs, which tells the given function what is done.
+  """Shows a phase while the `with` body runs; yields a function that takes `done`.
 
-  Only leaving ends it: what is told may reach an estimated total too early.
+  Only leaving the body ends the phase, since `total` may be an underestimate.
   """
   reporter.phase(name, 0, total)
   try:
@@ -314,7 +314,7 @@ def _took(what: str, since: float) -> str:
 
 
 def make_reporter(total: int, *, process_index: int = 0, stream: Any = None) -> Reporter:
-  """A bar on a terminal, lines elsewhere, nothing on other processes."""
+  """Returns a bar for a terminal, else lines; a silent reporter on other processes."""
   if process_index:
     return Silent()
   stream = sys.stdout if stream is None else stream

@@ -1,4 +1,4 @@
-"""Where a run's numbers come from: versions of what computed them, and the revision."""
+"""Provenance of a run's numbers: package versions and the code's revision."""
 
 import functools
 import hashlib
@@ -14,12 +14,12 @@ from moejax.config import text as config_text
 PACKAGES = ("moejax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
 
 _OWN = ("data.cache_dir", "data.num_workers", "data.prefetch")
-"""Fields that each machine may set for itself: where its files lie, how it reads."""
+"""Fields that may differ between machines: where files are, how they are read."""
 
 
 @functools.cache
 def versions() -> dict[str, str]:
-  """Version by package, python included; "not installed" for a bare checkout."""
+  """Returns versions by package, with Python; "not installed" for a bare checkout."""
   found = {"python": platform.python_version()}
   for name in PACKAGES:
     try:
@@ -31,10 +31,10 @@ def versions() -> dict[str, str]:
 
 @functools.cache
 def revision() -> str | None:
-  """The git commit of the running code, "+dirty" if files differ from it.
+  """Returns the git commit of the running code, with "+dirty" if files differ from it.
 
-  None where the code is not in a git checkout (an installed wheel) or there is no
-  git. Untracked files do not count: runs and caches are untracked.
+  None if the code is not in a git checkout (an installed wheel) or git fails.
+  Untracked files are ignored: runs and caches are untracked.
   """
   root = Path(__file__).resolve().parents[2]
   if not (root / ".git").exists():
@@ -49,7 +49,7 @@ def revision() -> str | None:
 
 @functools.cache
 def sources() -> dict[str, str]:
-  """The beginning of each source file's SHA-256, by path: what two copies differ in.
+  """Returns a SHA-256 prefix of each source file, by path, to compare two copies.
 
   A revision does not tell two dirty checkouts apart, and a wheel has none.
   """
@@ -62,7 +62,7 @@ def sources() -> dict[str, str]:
 
 
 def facts(config: Config) -> dict[str, Any]:
-  """What the processes of a run must agree on: config, code and versions, by name."""
+  """Returns what a run's processes must agree on: config, code and versions, by name."""
   found: dict[str, Any] = {
     f"--config.{name}": config_text.get_field(config, name)
     for name in config_text.field_types()
@@ -74,7 +74,7 @@ def facts(config: Config) -> dict[str, Any]:
 
 
 def _git(root: Path, *arguments: str) -> str:
-  # No optional locks: a look must not collide with a commit someone makes meanwhile.
+  # No optional locks: reading must not collide with a commit made meanwhile.
   command = ["git", "--no-optional-locks", "-C", str(root), *arguments]
   done = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True)
   return done.stdout.strip()

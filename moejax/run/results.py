@@ -1,8 +1,8 @@
-"""What evaluations leave in a run's directory, and how to say what they covered.
+"""Evaluation files in a run's directory, and descriptions of what they covered.
 
   eval.json              the run's own, written by the run after its last step
-  eval_STEP_SPLIT.json   one of `experiments.evaluate` with the run's settings; others
-                         have what differs in their name, so that none replaces another
+  eval_STEP_SPLIT.json   from `moejax.cli.evaluate` with the run's settings; with others,
+                         the name says what differs, so that none replaces another
 
 A file is written whole or not at all, and only `train.finish` writes eval.json.
 """
@@ -19,17 +19,18 @@ from moejax.run import writers
 EVAL_FILE = "eval.json"
 
 _SAME_LOSS = 1e-4
-"""Relative: another mesh adds in another order, and may break a tie between experts."""
+"""Relative tolerance: another mesh sums in another order, and may break ties between
+experts."""
 
 
 def write(path: pathlib.Path, values: dict[str, Any]) -> None:
-  """Replaces a JSON file whole, or not at all; NaN becomes null."""
+  """Replaces a JSON file atomically; NaN and infinities become null."""
   text = json.dumps(writers.finite(values), indent=2, ensure_ascii=False)
   files.write_text(path, text + "\n")
 
 
 def read(path: pathlib.Path) -> dict[str, Any]:
-  """The content of an evaluation's file; empty if there is none that can be read."""
+  """Returns the content of an evaluation's file; empty if missing or unreadable."""
   try:
     found = json.loads(path.read_text(encoding="utf-8"))
   except (OSError, ValueError):
@@ -43,11 +44,11 @@ def name(
   changes: Sequence[tuple[str, Any, Any]],
   own_factor: float | str | None = None,
 ) -> str:
-  """The name of a file, without its ending: equal exactly for equal settings.
+  """Returns a file's name without its suffix: equal exactly for equal settings.
 
   Args:
     prefix: eval or routing.
-    evaluation: with step, split, tokens, split_tokens and `results`, if any.
+    evaluation: has step, split, tokens, split_tokens and, if any, `results`.
     changes: fields that differ from the run's: (name, the run's value, this one).
     own_factor: the capacity factor of the run's own evaluation.
   """
@@ -70,14 +71,14 @@ def _factor(factor: float | str) -> str:
 def coverage(
   tokens: int, split_tokens: int | None, show: Callable[[float], str] = "{:,}".format
 ) -> str:
-  """Of which tokens a loss is: `all 10 tokens`, or `first 5 of 10 tokens`.
+  """Returns the tokens a loss covers: `all 10 tokens`, or `first 5 of 10 tokens`.
 
   Args:
-    tokens: that were evaluated.
-    split_tokens: of the whole split, where known.
-    show: how to write a number.
+    tokens: number evaluated.
+    split_tokens: number in the whole split, if known.
+    show: formats a number.
   """
-  if not split_tokens:  # A file of an earlier version.
+  if not split_tokens:  # A file from an earlier version.
     return f"{show(tokens)} tokens"
   if tokens >= split_tokens:
     return f"all {show(tokens)} tokens"
@@ -85,11 +86,11 @@ def coverage(
 
 
 def disagreement(own: dict[str, Any], evaluation: dict[str, Any]) -> str:
-  """One line if an evaluation of the same text contradicts the run's own; else empty.
+  """Returns a line if an evaluation of the same text contradicts the run's; else "".
 
   Args:
     own: content of eval.json; empty if there is none.
-    evaluation: made with the run's settings but for the capacity factors.
+    evaluation: made with the run's settings, except for the capacity factors.
   """
   same = ("step", "split", "tokens", "bytes")
   if not own or any(own.get(key) != evaluation[key] for key in same):

@@ -1,4 +1,4 @@
-"""Leaving cleanly: SIGTERM and the first Ctrl-C ask, the second Ctrl-C insists."""
+"""Clean stops: SIGTERM or Ctrl-C requests one, a further Ctrl-C aborts."""
 
 import os
 import signal
@@ -10,15 +10,15 @@ SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 
 class StopRequest:
-  """While entered, turns the signals into a flag that the loop looks at each step.
+  """A context that turns the signals into a flag that the loop checks each step.
 
-  The handlers are put back on leaving. Where signals cannot be handled (outside
-  the main thread) the flag just stays unset.
+  Leaving it restores the handlers. Outside the main thread, where signals cannot be
+  handled, the flag stays unset.
   """
 
   def __init__(self, when: str = "after this step") -> None:
     """Args:
-    when: the run leaves, for the message.
+    when: when the run stops, for the message.
     """
     self._when = when
     self.signal: int | None = None
@@ -26,7 +26,7 @@ class StopRequest:
 
   @property
   def exit_code(self) -> int:
-    """What a process that was asked to stop returns: 128 + signal, 0 if it was not."""
+    """Exit code of the process: 128 + signal if asked to stop, else 0."""
     return 0 if self.signal is None else 128 + self.signal
 
   def __enter__(self) -> "StopRequest":
@@ -44,7 +44,7 @@ class StopRequest:
     if self.signal is not None and number == signal.SIGINT:
       raise KeyboardInterrupt
     self.signal = number
-    # A handler may interrupt a print, so no print here.
+    # No print here, since a handler may interrupt one.
     name = signal.Signals(number).name
     text = f"\n{name}: saving {self._when}, then leaving. Ctrl-C aborts.\n"
     os.write(2, text.encode())

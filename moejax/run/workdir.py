@@ -1,13 +1,13 @@
-"""A run's directory: whose it is, what it was begun with, who works in it now.
+"""A run's directory: which run owns it, its original settings, and its lock.
 
-    config.json     the resolved config, sorted; rewritten when an allowed field changes
-    run.json        corpus fingerprint, mesh, versions and git revision at the beginning
+    config.json     the resolved config, sorted; rewritten at each start
+    run.json        fingerprints, mesh, versions and git revision at the first start
     tokenizer/  metrics.jsonl  checkpoints/  tensorboard/  eval*.json  report.png
 
-A directory belongs to one run. It is refused when it was begun with another
-config or corpus, when it holds other people's files, and while another process
-trains in it. A run that was never begun (no checkpoint, no logged step) claims
-nothing: its flags may be changed and given again.
+A directory belongs to one run. It is refused if its run was started with another
+config or corpus, if it holds unrelated files, and while another process trains in
+it. A run without any progress (no checkpoint, no logged step) claims nothing: it may
+be started again with other flags.
 """
 
 import dataclasses
@@ -46,8 +46,8 @@ OURS = (
   ".*",
   "*.log",
 )
-"""What may lie in a directory that has no config.json yet: logs that a launcher
-opened there, and what a run writes."""
+"""Files allowed in a directory without a config.json: what a run writes, and logs
+that a launcher opened there."""
 
 MAY_CHANGE = (
   "schema_version",
@@ -71,38 +71,38 @@ MAY_CHANGE = (
   "train.keep_best",
   "train.max_bad_steps",
 )
-"""Fields that may differ when a run goes on: where it runs, what it logs, how often
-it looks and saves, when it gives up. None of them enters the arithmetic of a step,
-except that another mesh, exchange or dispatcher may sum in another order; with
-moe.exchange_buffer they also decide what is lost on the way, and may not change.
-train.num_steps may grow."""
+"""Fields that may differ when a run resumes: where it runs, what it logs, how often
+it evaluates and saves, when it gives up. None of them affects the arithmetic of a
+step, except that another mesh, exchange or dispatcher may sum in another order. With
+moe.exchange_buffer, mesh and exchange also decide which assignments are lost, and may
+not change. train.num_steps may grow."""
 
 _BUFFERED = ("moe.exchange", "mesh.*")
-"""Of those, what may not change under moe.exchange_buffer."""
+"""The fields of MAY_CHANGE that may not change with moe.exchange_buffer."""
 
 _LOCK_WAIT_SECONDS = 5.0
-"""A killed run's worker processes may hold its lock for a moment longer."""
+"""A killed run's worker processes may hold its lock a moment longer."""
 
 _locks: dict[str, int] = {}
-"""Directories this process works in, and the descriptor that holds each lock."""
+"""Directories this process has locked, with the descriptor that holds each lock."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class New:
-  """A directory in which nothing was trained yet."""
+  """A directory in which nothing has been trained yet."""
 
   path: Path
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Resume:
-  """A directory with a run that goes on."""
+  """A directory with a run to resume."""
 
   path: Path
   changed: list[tuple[str, Any, Any]]
-  """Allowed differences to how it was begun: (dotted field, before, now)."""
+  """Allowed differences from its last start: (dotted field, before, now)."""
   step: int | None
-  """Newest complete checkpoint; None if it was stopped before the first."""
+  """Newest complete checkpoint; None if the run stopped before its first."""
 
 
 def prepare(
@@ -112,21 +112,22 @@ def prepare(
   mesh: Mapping[str, int] | None = None,
   corpus_fingerprint: str | None = None,
 ) -> New | Resume:
-  """Takes a directory for this run, or refuses before anything is written in it.
+  """Claims a directory for this run, or refuses before writing anything in it.
 
-  The lock is held until `release` or the process ends, however it ends.
+  Process 0 holds the lock until `release` or until it ends, however it ends.
 
   Args:
-    workdir: --workdir; made if missing.
+    workdir: --workdir; created if missing.
     config: resolved and validated.
-    dataset_fingerprint: of the tokenized corpus. None checks and locks only, for
-      use before the data are read, and a second call with it writes the files.
-    mesh: devices along each axis; None does not look at them.
-    corpus_fingerprint: of the text alone, for `begun_with_corpus`.
+    dataset_fingerprint: of the tokenized corpus. None only checks and locks, before
+      the data are read; a second call with a fingerprint writes the files.
+    mesh: devices along each axis; None skips the check of the mesh.
+    corpus_fingerprint: of the text alone, for `check_corpus`.
 
   Raises:
-    ConfigError: begun with another config (every differing field is named) or corpus.
-    UserError: not writable, in use, or full of something else.
+    ConfigError: the run there has another config (every differing field is named),
+      corpus or, with moe.exchange_buffer, mesh.
+    UserError: not writable, in use, or holding unrelated files.
   """
   path = Path(workdir)
   _make_writable(path)
@@ -152,14 +153,14 @@ def prepare(
 
 
 def check_corpus(workdir: Path | str, fingerprint: str) -> None:
-  """Refuses a text that a run was not begun on, before it is tokenized.
+  """Refuses text other than the run's own, before it is tokenized.
 
   Args:
-    workdir: one that `prepare` took.
+    workdir: a directory claimed by `prepare`.
     fingerprint: of the text alone.
 
   Raises:
-    ConfigError: a run that has begun there had another text.
+    ConfigError: the run in the directory was started on another text.
   """
   path = Path(workdir)
   if (path / CONFIG_FILE).exists():
@@ -167,14 +168,14 @@ def check_corpus(workdir: Path | str, fingerprint: str) -> None:
 
 
 def release(workdir: Path | str) -> None:
-  """Lets another process have the directory. No error if it was not held."""
+  """Unlocks the directory for other processes. No error if it was not locked."""
   descriptor = _locks.pop(str(Path(workdir).resolve()), None)
   if descriptor is not None:
     os.close(descriptor)
 
 
 def read_config(workdir: Path | str) -> Config:
-  """The config a directory's run was last started with, migrated to this schema.
+  """Returns the config of the run's last start, migrated to the current schema.
 
   Raises:
     UserError: there is none, or it cannot be read.
@@ -194,7 +195,7 @@ def read_config(workdir: Path | str) -> Config:
 
 
 def refused_changes(old: Config, new: Config) -> list[tuple[str, Any, Any]]:
-  """The differences that make it another run: (dotted field, old, new)."""
+  """Returns the differences that make it another run: (dotted field, old, new)."""
   refused = []
   for name, before, now in config_text.difference(old, new):
     buffered = old.moe.exchange_buffer is not None and _matches(name, _BUFFERED)
@@ -219,8 +220,8 @@ def _examine(
   metrics = path / METRICS_FILE
   begun = bool(steps) or (metrics.exists() and metrics.stat().st_size > 0)
   if not begun:
-    # Refused or killed before its first step. What it wrote binds nobody, and the
-    # tokenizer beside a config.json would be taken for that of a run.
+    # Refused or killed before its first step. Its files bind no later run, and a
+    # tokenizer next to a config.json would be taken for a run's.
     if jax.process_index() == 0:
       for name in (CONFIG_FILE, RUN_FILE):
         (path / name).unlink(missing_ok=True)
@@ -237,7 +238,7 @@ def _examine(
 
 
 def _make_writable(path: Path) -> None:
-  """Makes the directory, and finds out by writing whether one can write there."""
+  """Creates the directory, and checks that it is writable by writing to it."""
   try:
     path.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryFile(dir=path):
@@ -254,7 +255,7 @@ def _make_writable(path: Path) -> None:
 
 
 def _lock(path: Path) -> None:
-  """Locks the directory itself: no lock file to leave behind, and kill -9 unlocks."""
+  """Locks the directory itself: no lock file is left behind, and kill -9 unlocks it."""
   key = str(path.resolve())
   if key in _locks:
     return
@@ -266,7 +267,7 @@ def _lock(path: Path) -> None:
       break
     except OSError as e:
       if e.errno not in (errno.EWOULDBLOCK, errno.EACCES):
-        # Some network file systems have no such locks: better a run than none.
+        # Some network file systems lack such locks: better to run without one.
         logging.warning("%s cannot be locked (%s): start one run in it only.", path, e)
         break
       if time.monotonic() > deadline:
@@ -319,7 +320,7 @@ def _matches(name: str, patterns: Iterable[str]) -> bool:
 
 
 def _begun_with(path: Path) -> dict[str, Any]:
-  """What run.json says; empty where it cannot be read, for nothing in it is vital."""
+  """Returns run.json; empty if unreadable, since nothing in it is vital."""
   try:
     found = files.read_json(path / RUN_FILE)
   except (OSError, ValueError):
@@ -328,7 +329,7 @@ def _begun_with(path: Path) -> dict[str, Any]:
 
 
 def _refuse_mesh(path: Path, config: Config, mesh: Mapping[str, int] | None) -> None:
-  """Under a bounded exchange the devices decide what is lost: arithmetic, not place."""
+  """Refuses another mesh with a bounded exchange: it changes which tokens are lost."""
   begun_with = _begun_with(path).get("mesh")
   if config.moe.exchange_buffer is None or mesh is None or begun_with is None:
     return

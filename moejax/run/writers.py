@@ -2,9 +2,9 @@
 
 metrics.jsonl holds one object per line, in order of `step`, which counts the
 optimizer steps done. A crash may tear the last line; opening the file for a run
-that resumes at step n drops it and every line after step n, so that no step is
-there twice. TensorBoard gets a bounded number of series whatever the number of
-layers and experts: scalars over all layers, and one histogram per layer.
+that resumes at step n drops it and every line after step n, so that no step
+occurs twice. TensorBoard gets a bounded number of series whatever the number of
+layers and experts: scalars over all layers, and histograms of up to 16 layers.
 """
 
 import json
@@ -20,15 +20,15 @@ from moejax import files
 METRICS_FILE = "metrics.jsonl"
 
 MAX_HISTOGRAMS = 16
-"""Layers with a histogram of their own, evenly spaced when there are more."""
+"""Most layers that get a histogram; evenly spaced if there are more."""
 
 
 @runtime_checkable
 class Writer(Protocol):
-  """Something that keeps the numbers of a step."""
+  """Stores the metrics of each step."""
 
   def write(self, step: int, values: dict[str, Any]) -> None:
-    """Keeps one step's values: scalars, or a dict `moe` of per-layer lists."""
+    """Stores one step's values: scalars, and a dict `moe` of per-layer lists."""
     ...
 
   def flush(self) -> None:
@@ -42,7 +42,7 @@ class JsonlWriter:
   """Appends to metrics.jsonl, one write per line."""
 
   def __init__(self, workdir: pathlib.Path, *, resume_step: int):
-    """Opens the file and cuts what a run that resumes at `resume_step` will redo."""
+    """Opens the file and drops the steps that a resumed run will repeat."""
     self.path = pathlib.Path(workdir) / METRICS_FILE
     cut(self.path, resume_step)
     self._file = self.path.open("a", encoding="utf-8")
@@ -61,7 +61,7 @@ class JsonlWriter:
 
 
 def finite(value: Any) -> Any:
-  """NaN and infinities become None: json would write words no parser must accept."""
+  """Returns the value with None for NaN and infinities, which are not valid JSON."""
   if isinstance(value, dict):
     return {k: finite(v) for k, v in value.items()}
   if isinstance(value, list | tuple):
@@ -72,7 +72,7 @@ def finite(value: Any) -> Any:
 
 
 def read(path: pathlib.Path) -> list[dict[str, Any]]:
-  """The lines of a metrics file; one that a crash tore is left out."""
+  """Returns the lines of a metrics file, without any that a crash tore."""
   lines = []
   if path.exists():
     for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
@@ -86,7 +86,7 @@ def read(path: pathlib.Path) -> list[dict[str, Any]]:
 
 
 def cut(path: pathlib.Path, last_step: int) -> None:
-  """Drops the lines after `last_step` and torn ones; atomic, absent is fine."""
+  """Drops lines after `last_step` and torn lines, atomically; the file may be missing."""
   if not path.exists():
     return
   kept = [entry for entry in read(path) if entry["step"] <= last_step]
@@ -94,10 +94,10 @@ def cut(path: pathlib.Path, last_step: int) -> None:
 
 
 class TensorBoardWriter:
-  """Scalars, and per MoE layer a histogram whose buckets are the experts."""
+  """Writes scalars, and per MoE layer a histogram whose buckets are the experts."""
 
   def __init__(self, workdir: pathlib.Path, *, resume_step: int):
-    # Not at the top: without TensorBoard a run needs none of it.
+    # Imported here: only needed with TensorBoard.
     import tensorboardX
 
     self._writer = tensorboardX.SummaryWriter(
@@ -123,7 +123,7 @@ class TensorBoardWriter:
       self._histogram(f"load/moe_layer_{layer:03d}", np.asarray(load[layer]), step)
 
   def _histogram(self, tag: str, load: np.ndarray, step: int) -> None:
-    """Bucket e is expert e, its height the expert's share times the mean load's."""
+    """Adds a histogram whose bucket e is the load of expert e over the mean load."""
     experts = np.arange(len(load), dtype=np.float64)
     weight = load * len(load)
     self._writer.add_histogram_raw(
@@ -148,7 +148,7 @@ class TensorBoardWriter:
 def make_writers(
   workdir: pathlib.Path, *, resume_step: int, tensorboard: bool
 ) -> list[Writer]:
-  """The writers of process 0; the others get none."""
+  """Returns the writers of process 0; other processes have none."""
   writers: list[Writer] = [JsonlWriter(workdir, resume_step=resume_step)]
   if tensorboard:
     writers.append(TensorBoardWriter(workdir, resume_step=resume_step))

@@ -1,4 +1,4 @@
-"""A TFDS builder of local text: ArrayRecord files, written without TensorFlow."""
+"""A TFDS builder for local text: ArrayRecord files, written without TensorFlow."""
 
 import contextlib
 import os
@@ -49,18 +49,18 @@ class LocalText(tfds.core.GeneratorBasedBuilder, skip_registration=True):
 
 
 def prepare(corpus: Corpus, plan: Plan, directory: Path) -> Path:
-  """Writes the dataset somewhere below `directory`; returns where."""
+  """Writes the dataset below `directory`; returns its own directory."""
   builder = LocalText(
     corpus=corpus, plan=plan, data_dir=str(directory), file_format="array_record"
   )
   tfds.disable_progress_bar()
-  # It prints two lines about downloads of unknown size.
+  # The builder prints two lines about downloads of unknown size.
   with open(os.devnull, "w") as null, contextlib.redirect_stdout(null):
     builder.download_and_prepare()
   return Path(builder.data_dir)
 
 
 def read(directory: Path, split: str) -> Any:
-  """The examples of a split, random access; None if there is no such split."""
+  """Returns a split's examples, with random access; None if there is no such split."""
   builder: Any = tfds.builder_from_directory(str(directory))
   return builder.as_data_source(split=split) if split in builder.info.splits else None

@@ -1,8 +1,8 @@
-"""Any TFDS text dataset by name, as far as it is prepared on this machine.
+"""Any TFDS text dataset by name, if it is prepared on this machine.
 
-Read straight from its directory, so neither the dataset's own code nor TensorFlow
-is needed. Preparing one is left to a command of its own: it may download
-hundreds of gigabytes and need Beam.
+It is read straight from its directory, so neither the dataset's own code nor
+TensorFlow is needed. Preparation is a separate command: it may download hundreds of
+gigabytes and need Beam.
 """
 
 import dataclasses
@@ -25,32 +25,32 @@ from moejax.errors import ConfigError, did_you_mean, nearest
 _FORMAT = 1
 
 _NAME = re.compile(r"(?P<name>\w+)(?P<config>(/[\w\-][\w.\-]*)+)?(:(?P<version>[\d.]+))?")
-"""No part begins with a point: `..` would lead out of the directory of datasets."""
+"""No folder begins with a dot: `..` would lead out of the directory of datasets."""
 
 _OWN_SPLITS = {
   "train": ("train",),
   "validation": ("validation", "valid", "val", "dev"),
   "test": ("test",),
 }
-"""What datasets call their splits."""
+"""Names that datasets use for their splits."""
 
 
 def data_dir(path: str = "") -> Path:
-  """Where TFDS keeps datasets: `path`, $TFDS_DATA_DIR or ~/tensorflow_datasets."""
+  """Returns where datasets are: `path`, $TFDS_DATA_DIR or ~/tensorflow_datasets."""
   chosen = path or os.environ.get("TFDS_DATA_DIR", "") or "~/tensorflow_datasets"
   return Path(chosen).expanduser().absolute()
 
 
 def prepared(root: Path) -> list[str]:
-  """Names of the datasets prepared below `root`, as name or name/config."""
+  """Returns the names of datasets prepared below `root`, as name or name/config."""
   found = {i.parent.parent for i in root.glob("*/*/dataset_info.json")}
   found |= {i.parent.parent for i in root.glob("*/*/*/dataset_info.json")}
   return sorted(d.relative_to(root).as_posix() for d in found)
 
 
 def known() -> list[str]:
-  """Names in the TFDS catalogue, as far as they can be had without TensorFlow."""
-  # Text sets such as wiki40b and c4 register only by this import.
+  """Returns the names in the TFDS catalogue that are available without TensorFlow."""
+  # Text datasets such as wiki40b and c4 are registered only by this import.
   import tensorflow_datasets.text  # noqa: F401
   from tensorflow_datasets.core import registered
 
@@ -58,7 +58,7 @@ def known() -> list[str]:
 
 
 def find_directory(name: str, root: Path) -> Path | None:
-  """The newest prepared version of NAME[/CONFIG][:VERSION], or None.
+  """Returns the newest prepared version of NAME[/CONFIG][:VERSION], or None.
 
   Raises:
     ConfigError: the name is malformed, or several configs are prepared and none named.
@@ -88,7 +88,7 @@ def _version(directory: Path) -> tuple[int, ...]:
 
 
 def _refuse(config: DataConfig, root: Path) -> ConfigError:
-  """The error for a dataset that is not prepared: unknown, or known."""
+  """Returns the error for an unknown, or known but unprepared, dataset."""
   name = config.name
   base = re.split("[/:]", name)[0]
   here = prepared(root)
@@ -111,15 +111,15 @@ def _refuse(config: DataConfig, root: Path) -> ConfigError:
 class TfdsSource:
   """A `Source` over a prepared TFDS dataset.
 
-  Its own validation and test splits are used as they are; what is missing is
-  carved from train by a hash of the content.
+  Its own validation and test splits are used as they are; missing ones are carved
+  from train by a hash of the content.
   """
 
   name: str
   directory: Path
   config: DataConfig
   fingerprint: str = dataclasses.field(init=False)
-  """Of its description and the sizes of its files: reading it all would take hours."""
+  """Of description, file sizes and options: reading all files would take hours."""
 
   def __post_init__(self):
     total = hashlib.sha256()
@@ -133,10 +133,11 @@ class TfdsSource:
 
   @classmethod
   def find(cls, config: DataConfig) -> "TfdsSource":
-    """The source of `config.name`, checked to have a train split and the text field.
+    """Returns the source of `config.name`, after `check`.
 
     Raises:
-      ConfigError: unknown or unprepared dataset, wrong format, no such field.
+      ConfigError: unknown or unprepared dataset, wrong format, no train split or no
+        such field.
     """
     root = data_dir(config.path)
     directory = find_directory(config.name, root)
@@ -154,7 +155,7 @@ class TfdsSource:
 
   @functools.cached_property
   def _own(self) -> dict[str, str]:
-    """Our name of each split that the dataset has to its own name."""
+    """The dataset's own name of each split it has, by our name."""
     have = self._builder.info.splits
     return {
       ours: next(n for n in names if n in have)
@@ -163,7 +164,7 @@ class TfdsSource:
     }
 
   def check(self) -> None:
-    """Refuses what cannot be read, before anything is."""
+    """Refuses a dataset that cannot be read, before reading it."""
     import tensorflow_datasets as tfds
 
     field, flag = self.config.text_field, f"--config.data.name={self.name}"
@@ -186,7 +187,7 @@ class TfdsSource:
       )
 
   def documents(self, split: str) -> Iterator[Document | Skipped]:
-    """At most `max_documents` of the split, in stored order."""
+    """Yields at most `max_documents` of the split, skipped ones too, in stored order."""
     limit = self.config.max_documents or None
     return itertools.islice(self._documents(split), limit)
 
@@ -194,7 +195,7 @@ class TfdsSource:
     if split in self._own and split != "train":
       yield from self._read(split)
       return
-    # The fractions count only for splits that have to be carved.
+    # The fractions apply only to splits that must be carved.
     carve = {
       s: 0.0 if s in self._own else getattr(self.config, f"{s}_fraction")
       for s in ("validation", "test")
@@ -220,5 +221,5 @@ class TfdsSource:
       yield check_text(example[field], f"{self.name}/{split}#{index}", domain)
 
   def num_duplicates(self) -> int:
-    """None are looked for: the dataset is taken as published."""
+    """Returns 0: the dataset is used as published, without deduplication."""
     return 0

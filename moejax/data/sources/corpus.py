@@ -1,12 +1,12 @@
 """Local text: which files, and which documents in them.
 
-A corpus is a folder (read recursively), or one file. Any file is one document,
-whatever its suffix; a .jsonl file is one document per line, from its text field.
-Each may be compressed as .gz, .xz or .zst. Hidden files and folders and
-__pycache__ are not looked at.
+A corpus is a folder (read recursively), or one file. A .jsonl file is one document
+per line, from its text field; any other file is one document, whatever its suffix.
+Each may be compressed as .gz, .xz or .zst. Hidden files and folders and __pycache__
+are ignored.
 
-A link to a file is read, wherever it leads. What is neither a file nor a folder that can
-be read (a pipe, a socket, a device, a link to one or to a folder) is left out and named.
+A link to a file is read, wherever it leads. Pipes, sockets, devices, links to them or to
+folders, and unreadable folders are left out and named.
 """
 
 import contextlib
@@ -33,11 +33,11 @@ COMPRESSIONS = (".gz", ".xz", ".zst")
 _BROKEN = (OSError, EOFError, zlib.error, lzma.LZMAError, zstandard.ZstdError)
 
 _MAX_DOCUMENT_BYTES = 1 << 30
-"""More than the records of a prepared dataset hold, and than a small compressed file may
-cost in memory."""
+"""Longer documents do not fit the records of a prepared dataset, and a small compressed
+file must not take more memory."""
 _TOO_LONG = "longer than 1 GiB: cut it into several documents"
 _ZSTD_BYTES = 1 << 13
-"""Read at once: at the greatest compression there is, 8 KiB become 256 MiB."""
+"""Bytes read at once: at maximum compression, 8 KiB expand to 256 MiB."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -46,14 +46,14 @@ class Corpus:
 
   root: Path
   files: tuple[PurePath, ...]
-  """Relative to root, sorted by their POSIX spelling."""
+  """Relative to root, sorted by POSIX path."""
   domain_of: Callable[[PurePath], str]
   text_field: str = "text"
   left_out: tuple[Skipped, ...] = ()
-  """What lies among the files and is none. Not part of the fingerprint."""
+  """Entries of the folder that are not files. Not part of the fingerprint."""
 
   def read(self, file: PurePath) -> Iterator[Document | Skipped]:
-    """The documents of one file; a broken file ends in one `Skipped`."""
+    """Yields the documents of one file; a broken file ends with a `Skipped`."""
     name, domain = readable(file.as_posix()), readable(self.domain_of(file))
     try:
       with open_text(self.root / file) as stream:
@@ -69,13 +69,13 @@ class Corpus:
       yield Skipped(name, f"cannot be read: {e or type(e).__name__}")
 
   def documents(self) -> Iterator[Document | Skipped]:
-    """Every document of every file, duplicates included; always the same order."""
+    """Yields what was left out, then every document, with duplicates, in fixed order."""
     yield from self.left_out
     for file in self.files:
       yield from self.read(file)
 
   def fingerprint(self) -> str:
-    """A hash of all names and bytes, compressed as they lie there."""
+    """Returns a hash of all names, domains and stored (compressed) bytes."""
     total = hashlib.sha256()
     for file in self.files:
       names = f"{file.as_posix()}\0{self.domain_of(file)}\0"
@@ -90,13 +90,13 @@ class Corpus:
 
 
 def local_corpus(path: str, text_field: str) -> Corpus:
-  """The corpus at `config.data.path`.
+  """Returns the corpus at `config.data.path`.
 
-  The domain is the top-level folder; of a .jsonl file at the top its stem; other
-  files at the top share the name of the folder that was given.
+  A file's domain is its top-level folder. At the top, a .jsonl file's is its stem, any
+  other file's the given folder's name. A file given as the path uses its own stem.
 
   Raises:
-    ConfigError: nothing is there, it cannot be read, or it holds no file.
+    ConfigError: the path is missing, unreadable, or holds no file.
   """
   if not path:
     raise ConfigError(
@@ -148,10 +148,10 @@ def local_corpus(path: str, text_field: str) -> Corpus:
 def find_files(
   root: Path, skip: frozenset[str] = frozenset()
 ) -> tuple[tuple[PurePath, ...], tuple[Skipped, ...]]:
-  """Files below `root`, without hidden ones and without folders named in `skip`.
+  """Finds the files below `root`, except hidden ones and folders named in `skip`.
 
   Returns:
-    The files, links to files and dangling links, and what is none of these.
+    The files (with links to files and dangling links), and what was left out.
   """
   found: list[Path] = []
   left_out: list[Skipped] = []
@@ -171,7 +171,7 @@ def find_files(
       try:
         what = files_lib.kind(path.stat().st_mode)
       except OSError:
-        what = ""  # a dangling link, named when it is read
+        what = ""  # a dangling link, reported when it is read
       if what:
         leave_out(path, f"is {'a link to ' * path.is_symlink()}{what}, not a file")
       else:
@@ -181,8 +181,8 @@ def find_files(
 
 
 def _tell_of_links(root: Path, files: tuple[PurePath, ...], path: str) -> None:
-  """Names where text comes from that does not lie in the folder that was given."""
-  # Not Path.resolve, for which a link to itself is an error.
+  """Warns of links to files outside the given folder."""
+  # Not Path.resolve, which fails on a link to itself.
   home = Path(os.path.realpath(root))
   out: list[tuple[PurePath, Path]] = []
   for file in files:
@@ -202,20 +202,20 @@ def _tell_of_links(root: Path, files: tuple[PurePath, ...], path: str) -> None:
 
 
 def readable(name: str) -> str:
-  """A file name as text: names may hold any bytes, escape codes among them."""
+  """Returns a printable file name: names may hold any bytes, even escape codes."""
   text = name.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
   return "".join(c if c.isprintable() else "?" for c in text)
 
 
 def _plain_name(file: PurePath) -> str:
-  """The name without its compression suffix."""
+  """Returns the name without its compression suffix."""
   return file.name[: -len(file.suffix)] if file.suffix in COMPRESSIONS else file.name
 
 
 class _ZstdFile(io.RawIOBase):
   """Decompresses all frames of a file.
 
-  zstandard's own reader ends silently where a file was cut off; this one raises.
+  zstandard's own reader ends silently in a truncated file; this one raises.
   """
 
   def __init__(self, raw: io.BufferedIOBase):
@@ -258,7 +258,7 @@ def open_text(path: Path) -> Iterator[io.BufferedIOBase]:
 
 
 def check_text(text: bytes, name: str, domain: str) -> Document | Skipped:
-  """A document, unless it is empty, binary or not UTF-8."""
+  """Returns a document, unless it is empty, binary or not UTF-8."""
   if not text:
     return Skipped(name, EMPTY)
   if b"\0" in text:
@@ -290,12 +290,12 @@ def _read_lines(
       keys = ", ".join(sorted(record)) if isinstance(record, dict) else "no fields"
       yield Skipped(where, f"no text field {text_field!r} (it has: {_short(keys)})")
       continue
-    # A lone surrogate is legal JSON but no text.
+    # A lone surrogate is legal JSON but not text.
     yield check_text(text.encode("utf-8", "surrogatepass"), where, domain)
 
 
 def _lines(stream: io.BufferedIOBase) -> Iterator[bytes | None]:
-  """The lines of a file; None for one that is too long, which is not kept."""
+  """Yields the lines of a file; None for each line that is too long."""
   while line := stream.readline(_MAX_DOCUMENT_BYTES + 1):
     if len(line) <= _MAX_DOCUMENT_BYTES:
       yield line

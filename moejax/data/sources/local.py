@@ -1,4 +1,4 @@
-"""Local text as a source: a TFDS dataset in the cache, made when the text changes."""
+"""Local text as a source: a TFDS dataset in the cache, rebuilt if the text changes."""
 
 import dataclasses
 import functools
@@ -18,20 +18,20 @@ from moejax.data.types import Document, Skipped
 from moejax.errors import ConfigError
 
 _FORMAT = 1
-"""Raised when the same text would be prepared differently."""
+"""Incremented when the same text would be prepared differently."""
 
 _MAX_NAMED = 1000
-"""So many skipped documents are kept by name; all are counted."""
+"""Skipped documents that report.json names; it counts all."""
 
 
 @dataclasses.dataclass(kw_only=True)
 class LocalSource:
-  """A `Source` over a local corpus: prepared once per content and options."""
+  """A `Source` over a local corpus, prepared once per content and options."""
 
   name: str
   corpus: Corpus
   flag: str
-  """What the user would change: the flag and value that named this corpus."""
+  """The flag and value that named this corpus, for messages."""
   root: Path
   """The cache directory."""
   validation: float
@@ -39,7 +39,7 @@ class LocalSource:
   max_documents: int = 0
 
   fingerprint: str = dataclasses.field(init=False)
-  """Changes with any byte, name or option, and never otherwise."""
+  """Changes exactly when a byte, a name or an option changes."""
 
   def __post_init__(self):
     options = (self.corpus.text_field, self.validation, self.test)
@@ -47,10 +47,10 @@ class LocalSource:
     self.fingerprint = cache.digest(self._key, self.max_documents)
 
   def documents(self, split: str) -> Iterator[Document | Skipped]:
-    """Documents in the order of their hashes, which is as good as shuffled."""
+    """Yields documents in hash order, which is as good as shuffled."""
     if split == "train":
       yield from self._report().skipped
-    from moejax.data.sources import builder  # a second of imports, only needed to prepare
+    from moejax.data.sources import builder  # slow import, unused with cached tokens
 
     source = builder.read(self._directory / "dataset", split)
     if source is None:
@@ -61,12 +61,12 @@ class LocalSource:
       yield Document(example["text"], path, domain)
 
   def num_duplicates(self) -> int:
-    """Documents left out because an equal one is in."""
+    """Returns how many documents were left out as duplicates."""
     return self._report().num_duplicates
 
   @functools.cached_property
   def _directory(self) -> Path:
-    # Its key is without max_documents, which only limits the reading.
+    # The key excludes max_documents, which only limits reading.
     return cache.build_once(
       self.root / "datasets" / self._key, self._build, what=f"dataset {self.name}"
     )
@@ -95,7 +95,7 @@ class LocalSource:
       "skipped": [dataclasses.asdict(s) for s in plan.skipped[:_MAX_NAMED]],
     }
     (directory / "report.json").write_text(json.dumps(report, indent=1), "utf-8")
-    # What was left out is told whenever the dataset is loaded.
+    # `dataset.load` logs what was left out, at every load.
     logging.info("%s: %d documents prepared.", self.name, len(plan.splits))
 
   def _check(self, plan: Plan) -> None:

@@ -1,8 +1,8 @@
-"""Which documents of a corpus are kept, and in which split each is.
+"""Which documents of a corpus are kept, and in which split.
 
-Documents are equal when their bytes are, and only the first is kept. The split
-is a function of the content alone, so a document keeps its split when others
-come and go, and none can be in two.
+Documents are equal if their bytes are, and only the first is kept. The split is a
+function of the content alone (except in tiny corpora), so a document keeps its split
+when others are added or removed, and none can be in two.
 """
 
 import dataclasses
@@ -13,16 +13,16 @@ from moejax.data.sources.corpus import Corpus
 from moejax.data.types import SPLITS, Document, Skipped
 
 _PIECE_BYTES = (512, 16_384)
-"""Least and greatest size of the pieces that a corpus of one document is cut into."""
+"""Bounds of the target size of the pieces of a single-document corpus."""
 
 
 def content_hash(text: bytes) -> bytes:
-  """What makes two documents equal, and decides the split."""
+  """Returns the hash that defines equal documents and decides the split."""
   return hashlib.sha256(text).digest()
 
 
 def split_of(content: bytes, validation: float, test: float) -> str:
-  """The split of a document with this content hash."""
+  """Returns the split of a document with this content hash."""
   place = int.from_bytes(content[:8], "big") / 2**64
   if place < validation:
     return "validation"
@@ -32,10 +32,10 @@ def split_of(content: bytes, validation: float, test: float) -> str:
 def assign_splits(
   contents: list[bytes], validation: float, test: float
 ) -> dict[bytes, str]:
-  """The split of each content hash.
+  """Returns the split of each content hash.
 
-  A corpus of few documents can leave a wanted split empty: it then gets the
-  training document of the smallest hash, while two are left.
+  In a small corpus a requested split can be empty: it then gets the training document
+  with the smallest hash, if there are two (train gets one from validation).
   """
   splits = {c: split_of(c, validation, test) for c in contents}
   for split, fraction in zip(SPLITS, (1.0, validation, test), strict=True):
@@ -49,10 +49,10 @@ def assign_splits(
 
 
 def cut(document: Document) -> Iterator[Document]:
-  """Cuts a document into pieces at blank lines, or lines, or anywhere in need.
+  """Cuts a document at blank lines, else line ends, spaces or between characters.
 
-  For a corpus of one document (a book, say), which no split by documents could
-  divide. Concatenated, the pieces are the document.
+  For a corpus of one document (such as a book), which cannot be split by documents.
+  Concatenated, the pieces are the document.
   """
   text, least, most = document.text, *_PIECE_BYTES
   target = min(max(len(text) // 64, least), most)
@@ -65,7 +65,7 @@ def cut(document: Document) -> Iterator[Document]:
         if found >= 0:
           end = found + len(mark)
           break
-      # Never inside a UTF-8 character, whose later bytes are 10xxxxxx.
+      # Never inside a UTF-8 character, whose continuation bytes are 10xxxxxx.
       while end < len(text) and text[end] & 0xC0 == 0x80:
         end += 1
     piece = text[start:end]
@@ -75,18 +75,18 @@ def cut(document: Document) -> Iterator[Document]:
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-  """What a first reading of the corpus found."""
+  """The result of a first pass over the corpus."""
 
   splits: dict[bytes, str]
-  """Split by content hash; one entry per distinct document."""
+  """Split of each content hash; one entry per distinct document."""
   is_cut: bool
-  """The corpus is one document, cut into pieces."""
+  """Whether the corpus is one document, cut into pieces."""
   skipped: list[Skipped]
   num_duplicates: int
 
 
 def planned_documents(corpus: Corpus, is_cut: bool) -> Iterator[Document | Skipped]:
-  """The corpus, with its one document cut into pieces where `is_cut`."""
+  """Yields the corpus, with its one document cut into pieces if `is_cut`."""
   for item in corpus.documents():
     if is_cut and isinstance(item, Document):
       yield from cut(item)
@@ -95,7 +95,7 @@ def planned_documents(corpus: Corpus, is_cut: bool) -> Iterator[Document | Skipp
 
 
 def make_plan(corpus: Corpus, validation: float, test: float) -> Plan:
-  """Reads the corpus once: which documents, which split, what to leave out."""
+  """Plans splits and what to leave out; reads a one-document corpus twice."""
 
   def scan(is_cut: bool) -> tuple[dict[bytes, None], list[Skipped], int]:
     contents: dict[bytes, None] = {}

@@ -1,4 +1,4 @@
-"""Which source a `DataConfig` names."""
+"""Selects the source that a `DataConfig` names."""
 
 from pathlib import Path
 
@@ -11,7 +11,7 @@ from moejax.errors import ConfigError
 
 
 def make_source(config: DataConfig, root: Path) -> Source:
-  """The source of `config.name`; reads no more than its fingerprint needs."""
+  """Returns the source of `config.name`; reads only what its fingerprint needs."""
   if config.name not in LOCAL:
     from moejax.data.sources.catalogue import TfdsSource
 

@@ -1,7 +1,7 @@
-"""python_stdlib: the text of the running interpreter's own standard library.
+"""python_stdlib: the source text of the running interpreter's standard library.
 
-About 12 MB of Python that is on every machine that runs this code, under a free
-license, and needs no download. Its text varies with the Python version, so its
+About 12 MB of Python that every machine that runs this code has, under a free
+license and without a download. The text varies with the Python version, so its
 fingerprint goes into every run's metadata.
 """
 
@@ -16,14 +16,14 @@ _SKIPPED_FOLDERS = frozenset(
 )
 
 MODULES = "(modules)"
-"""The domain of modules that are in no package."""
+"""The domain of modules outside packages."""
 
 
 def stdlib_corpus() -> Corpus:
-  """The standard library's sources, without tests and what others installed.
+  """Returns the standard library's sources, without tests and third-party packages.
 
   Raises:
-    UserError: the interpreter has no sources on disk (a zipped or stripped one).
+    UserError: the interpreter has no sources on disk (it is zipped or stripped).
   """
   root = Path(sysconfig.get_paths()["stdlib"])
   found, _ = find_files(root, _SKIPPED_FOLDERS)
@@ -38,7 +38,7 @@ def stdlib_corpus() -> Corpus:
 
 
 def _is_wanted(file: PurePath) -> bool:
-  # config-* and _sysconfigdata are written at build time and name that machine.
+  # config-* and _sysconfigdata are written at build time and name the build machine.
   built = file.parts[0].startswith(("config-", "_sysconfigdata", "__phello__"))
   return file.suffix == ".py" and not built
 
