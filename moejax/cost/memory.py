@@ -83,7 +83,7 @@ def check(config: Config, mesh: Any, devices: Sequence[Any]) -> None:
 
 
 def host_memory() -> int | None:
-  """Returns the bytes this process can still use, limited by the machine and its cgroup."""
+  """Returns the bytes this process can still use, by machine and cgroup limits."""
   found = [
     size
     for size in (_machine_memory(), *_cgroup_memory())
