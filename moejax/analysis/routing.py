@@ -1,10 +1,10 @@
 """Routing analysis: which experts serve which domains and which tokens.
 
-Counts the assignments that the experts computed over a split, dropless where the router
-can: per layer and domain, and per layer and vocabulary id. An expert's `lift` for a
-token or a domain is how many times more often it serves that than it serves anything: 1
-is no preference. (Mixtral, arXiv:2401.04088, section 5, looks at domains; Switch and
-ST-MoE, arXiv:2202.08906, section 7, at tokens.)
+Counts the computed assignments of a split per layer, by domain and by vocabulary id;
+dropless unless the router needs a capacity. An expert's `lift` for a token is the rate
+at which it serves that token over its rate for all tokens: 1 is no preference. (Mixtral,
+arXiv:2401.04088, section 5, analyses domains; Switch and ST-MoE, arXiv:2202.08906,
+section 7, tokens.)
 
 Letters: B batch, S sequence, L MoE layers, E experts, R domains, V vocabulary.
 """
@@ -28,22 +28,22 @@ from moejax.sharding import rules
 from moejax.types import Params
 
 MIN_COUNT = 20
-"""A token seen less often says nothing about an expert's taste."""
+"""Tokens seen less often get no lift: too few to show a preference."""
 
 MAX_DOMAINS = 24
-"""Columns of the picture; the file has all domains."""
+"""Maximum columns of the plot; the file has all domains."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Counts:
-  """Computed assignments, as whole numbers."""
+  """Counts of computed assignments and of tokens."""
 
   by_domain: Int[np.ndarray, "L E R"]
   by_token: Int[np.ndarray, "L E V"]
   domain: Int[np.ndarray, "R"]
   """Valid tokens of each domain."""
   token: Int[np.ndarray, "V"]
-  """How often each id was an input."""
+  """Occurrences of each id in the inputs, without padding."""
 
 
 def count(
@@ -56,7 +56,7 @@ def count(
   batch_size: int,
   limit: int = 0,
 ) -> Counts:
-  """Runs the split through the model; arguments as those of `perplexity.evaluate`."""
+  """Runs the model on a split and counts; arguments as in `perplexity.evaluate`."""
   num_domains = max(len(dataset.domains), 1)
 
   def step(params: Params, batch: dict[str, Array]) -> tuple[Array, Array, Array, Array]:
@@ -118,25 +118,25 @@ def analyse(
   limit: int = 0,
   top: int = 10,
 ) -> dict[str, Any]:
-  """Loads per domain and favourite tokens per expert, ready for JSON.
+  """Returns loads per domain and top tokens per expert, JSON-ready.
 
   Args:
     model: from `groups.make_model`; others as in `perplexity.evaluate`.
     params: its parameters.
     dataset: from `moejax.data.load`.
     split: train, validation or test.
-    mesh: where it runs.
+    mesh: of the evaluation.
     batch_size: sequences per step.
-    limit: at most so many batches; 0 is all.
+    limit: maximum number of batches; 0 is all.
     top: tokens listed per expert.
 
   Returns:
-    split, tokens, domains (names, those with tokens), domain_tokens and `layers`,
+    split, tokens, domains (names of those with tokens), domain_tokens and `layers`,
     each with layer (index in the model), domain_load (per domain, each expert's
-    share of its assignments) and top_tokens (per expert: text, lift, count).
+    share of its assignments) and top_tokens (per expert: token, lift, count).
 
   Raises:
-    UserError: the model has no MoE layer, or the split no text.
+    UserError: the model has no MoE layer, or the split has no text.
   """
   if not model.moe_layers:
     raise UserError("--routing: this model has no MoE layer, so nothing is routed.")
@@ -171,7 +171,7 @@ def analyse(
 
 
 def _shares(load: Float[np.ndarray, "E R"] | Int[np.ndarray, "E R"]) -> np.ndarray:
-  """Each column divided by its sum."""
+  """Returns each column divided by its sum."""
   return load / np.maximum(load.sum(axis=0, keepdims=True), 1)
 
 
@@ -181,7 +181,7 @@ def _top_tokens(
   pieces: list[bytes],
   top: int,
 ) -> list[list[dict[str, Any]]]:
-  """Per expert, the tokens it serves most often relative to its overall share."""
+  """Returns the tokens of highest lift per expert, in descending order."""
   share = served.sum(axis=1, keepdims=True) / max(int(seen.sum()), 1)
   rate = served / np.maximum(seen, 1)[None, :]
   lift = np.divide(rate, share, out=np.zeros_like(rate), where=share > 0)
@@ -207,8 +207,8 @@ def _show(pieces: list[bytes], token: int) -> str:
 
 
 def draw(analysis: dict[str, Any], path: pathlib.Path) -> None:
-  """A heat map per MoE layer: experts against domains, as lift over an even share."""
-  # Not pyplot, which keeps figures alive and picks a display.
+  """Draws a heat map per MoE layer: expert load over even load, by domain."""
+  # Not pyplot, which keeps figures alive and selects a display.
   from matplotlib.figure import Figure
 
   layers, names = analysis["layers"], analysis["domains"]

@@ -1,10 +1,10 @@
-"""What chips can do: one table, for utilisation in training and for plans of a pod.
+"""Table of chip specifications, for utilisation in training and for plans of a pod.
 
-Figures are per chip, from its maker's page or data sheet, the `source` of each row;
-products are dense (data sheets of GPUs since Ampere print twice as much, for matrices of
-which half is zero). On a TPU v2, v3 or 7x jax counts each of the two cores as a device;
-the two of a v4 or v5p act as one. A kind of device that is not in the table is not
-guessed from a similar name: an H100 NVL is no H100 SXM.
+Figures are per chip, from its maker's page or data sheet, the `source` of each row.
+FLOPs are for dense matrices (GPU data sheets since Ampere state twice that, for half-zero
+matrices). jax counts each of the two cores of a TPU v2, v3 or 7x as a device, but the two
+of a v4 or v5p as one. The figures of an unknown device are never guessed from a similar
+name: an H100 NVL is not an H100 SXM.
 """
 
 import dataclasses
@@ -14,28 +14,28 @@ GIB = 2**30
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Chip:
-  """One chip, or where `chip_of` or `per_device` made it, one device of it."""
+  """One chip, or one of its devices if from `chip_of` or `per_device`."""
 
   family: str
   """tpu, gpu or cpu."""
   kinds: tuple[str, ...] = ()
-  """Every `device_kind` that jax gives its devices."""
+  """The `device_kind` values that jax reports for it."""
   devices: int = 1
-  """As which a chip shows in jax."""
+  """Number of jax devices per chip."""
   hbm_bytes: int
   flops: float | None
-  """Of bfloat16 products, per second; None if the chip has none."""
+  """bfloat16 matmul FLOPs per second; None if the chip has none."""
   hbm_bandwidth: float
   """Bytes per second."""
   link_bandwidth: float = 0.0
-  """Bytes per second that it can send: on a TPU in one direction of one link, of which
-  each side of the torus has two; on a GPU to its node. 0 if not needed so far."""
+  """Send bandwidth in bytes per second: on a TPU, one direction of one link (there are
+  two links per torus dimension); on a GPU, within its node. 0 if not needed so far."""
   slow_bandwidth: float = 0.0
-  """Bytes per second that it can send to another slice (TPU) or node (GPU)."""
+  """Send bandwidth to another slice (TPU) or node (GPU), in bytes per second."""
   source: str = ""
 
   def divided(self, parts: int) -> "Chip":
-    """The share of one of so many equal parts."""
+    """Returns the figures of one of `parts` equal parts."""
     if parts == 1:
       return self
     return dataclasses.replace(
@@ -51,7 +51,7 @@ class Chip:
 
 _TPU_DOCS = "https://docs.cloud.google.com/tpu/docs"
 _NVIDIA = "https://www.nvidia.com/en-us"
-# Links between chips: How to Scale Your Model (Austin et al. 2025), chapters 2 and 12.
+# Link bandwidths: How to Scale Your Model (Austin et al. 2025), chapters 2 and 12.
 
 
 def _tpu(
@@ -106,7 +106,7 @@ _H200 = "data-center/h200"
 _HGX = "data-center/hgx"
 _ADA = "geforce/graphics-cards/40-series/rtx-4090"
 
-# Tests hold each row to the page's figure, so a row is one line where it can be.
+# Tests compare each row with its page's figures, so rows are one line if possible.
 # fmt: off
 CHIPS: dict[str, Chip] = {
   "v2": _tpu("TPU v2", page="v2", devices=2, flops=45e12, gib=16, bandwidth=700e9),
@@ -131,7 +131,7 @@ CHIPS: dict[str, Chip] = {
     page="tpu7x", devices=2,
     flops=2307e12, gib=192, bandwidth=7.37e12, link=100e9, slow=12.5e9,
   ),
-  # No bfloat16 products: what they reach in float16 is not what this code computes in.
+  # No bfloat16 matmuls; float16 figures do not apply: this code does not compute in it.
   "v100-16gb": _gpu(
     "Tesla V100-SXM2-16GB", page=_VOLTA, flops=None, gib=16, bandwidth=900e9
   ),
@@ -160,7 +160,7 @@ CHIPS: dict[str, Chip] = {
   "a40": _gpu(
     "NVIDIA A40", page="data-center/a40", flops=149.7e12, gib=48, bandwidth=696e9
   ),
-  # The memory of these two is what XLA's descriptions say a program can use.
+  # For these two, memory is what XLA's device descriptions give programs.
   "h100": _gpu(
     "NVIDIA H100 80GB HBM3",
     page=_H100, flops=989e12, gib=84_942_979_072 / GIB, bandwidth=3.35232e12,
@@ -196,23 +196,23 @@ CHIPS: dict[str, Chip] = {
   "l40s": _gpu(
     "NVIDIA L40S", page="data-center/l40s", flops=362e12, gib=48, bandwidth=864e9
   ),
-  # With sums in float32, half of what is printed for sums in float16.
+  # With float32 accumulation: half the figure stated for float16 accumulation.
   "rtx4090": _gpu(
     "NVIDIA GeForce RTX 4090", page=_ADA, flops=165.2e12, gib=24, bandwidth=1.008e12
   ),
   "cpu": Chip(family="cpu", hbm_bytes=0, flops=None, hbm_bandwidth=0.0),
 }
 # fmt: on
-"""By the name that `--topology` and reports use."""
+"""Chips by their name in `--topology` and reports."""
 
 _BY_KIND = {kind.lower(): chip for chip in CHIPS.values() for kind in chip.kinds}
 
 
 def per_device(device_kind: str) -> Chip | None:
-  """The figures of one device as jax counts them; None if its kind is not known.
+  """Returns the figures of one jax device; None if its kind is unknown.
 
   Args:
-    device_kind: as jax reports it; capitals do not matter.
+    device_kind: as jax reports it; case-insensitive.
   """
   chip = _BY_KIND.get(device_kind.strip().lower())
   return None if chip is None else chip.divided(chip.devices)

@@ -1,18 +1,18 @@
-"""Model FLOPs per token, by part: what the mathematics needs, not what ran.
+"""Model FLOPs per token, by part: those the model requires, not those executed.
 
-Conventions, stated because codebases differ on each:
+Conventions, which differ between codebases:
 
 - A multiply-accumulate is 2 FLOPs; training is 3 times the forward pass (the
   backward is one product for the input and one for the weight).
-- Matrix products only. Norms, softmaxes, activations, rotary embeddings and the
-  embedding's lookup are not counted; the output head is, tied or not.
-- Attention scores and their weighted sum take 4*S*H*head_dim a token and layer
-  forward, S the sequence length: the whole square, as in PaLM (arXiv:2204.02311,
-  appendix B), so that utilisation compares with published figures.
-  `causal=True` counts only the pairs a causal mask leaves, about half. A sliding
-  window shorter than S bounds the length in both.
-- A token is served by exactly its K chosen and all shared experts: capacity's empty
-  slots and dropped tokens change nothing here. Nor does recomputation.
+- Only matmuls count, including the output head, tied or not. Norms, softmaxes,
+  activations, rotary embeddings and the embedding lookup do not.
+- Attention scores and their weighted sum take 4*S*H*head_dim per token and layer in
+  the forward pass: the full square, as in PaLM (arXiv:2204.02311, appendix B), so
+  that utilisation is comparable with published figures. `causal=True` counts only
+  pairs that a causal mask keeps, about half. A sliding window shorter than S
+  replaces S in both.
+- A token counts its K experts (under router soft, its share of the slots) and all
+  shared experts; empty slots, dropped tokens and recomputation change nothing.
 
 Letters: D width, F expert hidden width, E experts, K choices per token, H heads,
 S sequence, V vocabulary.
@@ -33,16 +33,16 @@ PARTS = (
   "router",
   "head",
 )
-"""`attention` is its four projections; `attention_scores` what grows with S."""
+"""`attention` is the four projections; `attention_scores` the part that grows with S."""
 
 
 def mean_context(sequence_length: int, window: int, *, causal: bool) -> float:
-  """Positions that attention counts per token, on average over a sequence.
+  """Returns the positions that attention counts per token, averaged over a sequence.
 
   Args:
     sequence_length: S.
     window: the sliding window, 0 for none.
-    causal: count the pairs the causal mask leaves, not the whole square.
+    causal: counts only pairs that the causal mask keeps, not the full square.
   """
   span = min(window, sequence_length) if window else sequence_length
   if not causal:
@@ -59,7 +59,7 @@ def forward_flops_per_token(
   sequence_length: int | None = None,
   causal: bool = False,
 ) -> dict[str, float]:
-  """FLOPs of the forward pass per token, by part, with their sum as `total`.
+  """Returns the forward pass's FLOPs per token, by part, with their sum as `total`.
 
   Args:
     config: validated.
@@ -100,9 +100,9 @@ def flops_per_token(
   sequence_length: int | None = None,
   causal: bool = False,
 ) -> dict[str, float]:
-  """Training FLOPs per token (forward and backward), by part and in `total`.
+  """Returns training FLOPs per token (forward and backward), by part and in `total`.
 
-  The number behind model FLOP/s and utilisation. Arguments as those of
+  Model FLOP/s and utilisation are based on it. Arguments as in
   `forward_flops_per_token`.
   """
   forward = forward_flops_per_token(

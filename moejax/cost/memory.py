@@ -1,9 +1,9 @@
-"""Whether a run can fit into memory, from shapes alone, before anything is made.
+"""Checks whether a run can fit in memory, from shapes alone, before allocating anything.
 
-A lower bound on purpose: it must never refuse what fits. It counts, for each device,
-the parameters, their gradients, the optimizer's moments, the input that every repeated
-block keeps for its backward pass, and the logits. It does not count attention scores,
-expert buffers, hidden activations, temporaries and copies: a real run takes more.
+The estimate is a lower bound, so that a run that fits is never refused. Per device, it
+counts the parameters, their gradients, the optimizer's moments, the input that every
+repeated block keeps for its backward pass, and the logits. It omits attention scores,
+expert buffers, hidden activations, temporaries and copies, so a real run needs more.
 `tools.compile_for` asks the compiler instead.
 """
 
@@ -18,18 +18,18 @@ from moejax.errors import UserError
 
 _BYTES = {"float32": 4, "bfloat16": 2}
 _MOMENTS = {"adamw": 2, "lion": 1, "adafactor": 0}
-"""Whole float32 copies of the parameters; adafactor's are rows and columns."""
+"""float32 copies of the parameters; adafactor keeps only row and column moments."""
 
 _CGROUP = pathlib.Path("/sys/fs/cgroup")
 _MEMINFO = pathlib.Path("/proc/meminfo")
 
 
 def least_bytes(config: Config, mesh: dict[str, int], vocab_size: int) -> dict[str, int]:
-  """What a device needs at the very least, by kind.
+  """Returns the minimum bytes that a device needs, by kind.
 
   Args:
     config: validated.
-    mesh: devices of each axis.
+    mesh: number of devices per axis.
     vocab_size: V.
   """
   counts, _ = parameters.count_parameters(config, vocab_size)
@@ -40,7 +40,7 @@ def least_bytes(config: Config, mesh: dict[str, int], vocab_size: int) -> dict[s
   micro = config.train.batch_size // config.train.accumulation
   shards = mesh["data"] * mesh["fsdp"] * mesh["expert"]
   tokens = micro * config.data.sequence_length // shards
-  # Recomputing keeps the input of a repeated block alone, which may be several layers.
+  # With recomputation, only the input of a repeated unit (`every` layers) is kept.
   width, layers = config.model.width, config.model.num_layers // config.moe.every
   return {
     "parameters": here * stored,
@@ -51,19 +51,19 @@ def least_bytes(config: Config, mesh: dict[str, int], vocab_size: int) -> dict[s
 
 
 def check(config: Config, mesh: Any, devices: Sequence[Any]) -> None:
-  """Refuses a run that cannot fit.
+  """Raises an error if a run cannot fit in memory.
 
   Args:
     config: validated.
-    mesh: the run's.
-    devices: of this process; those of a CPU share the machine's memory.
+    mesh: of the run.
+    devices: of this process; CPU devices share the machine's memory.
 
   Raises:
-    UserError: with the numbers, and what would help.
+    UserError: with the sizes and possible remedies.
   """
   vocab_size = parameters.resolve_vocab_size(config)
   if not config.model.vocab_size and config.data.tokenizer == "bpe":
-    vocab_size = 0  # A small text makes a smaller one: known with the data.
+    vocab_size = 0  # A small text gives a smaller one: known with the data.
   need = least_bytes(config, dict(mesh.shape), vocab_size)
   on_cpu = devices[0].platform == "cpu"
   there = host_memory() if on_cpu else _device_memory(devices)
@@ -83,7 +83,7 @@ def check(config: Config, mesh: Any, devices: Sequence[Any]) -> None:
 
 
 def host_memory() -> int | None:
-  """Bytes this process could still get: of the machine, or of its control group."""
+  """Returns the bytes this process can still use, by machine and cgroup limits."""
   found = [
     size
     for size in (_machine_memory(), *_cgroup_memory())
@@ -102,7 +102,7 @@ def _machine_memory() -> int | None:
 
 
 def _cgroup_memory() -> list[int | None]:
-  """Limits of version 2 and 1. What is used now may be the caches' and is not counted."""
+  """Returns the cgroup v2 and v1 limits, ignoring usage, which may be page cache."""
   return [
     _number(_CGROUP / "memory.max"),
     _number(_CGROUP / "memory" / "memory.limit_in_bytes"),
@@ -112,7 +112,7 @@ def _cgroup_memory() -> list[int | None]:
 def _number(file: pathlib.Path) -> int | None:
   try:
     return int(file.read_text())
-  except (OSError, ValueError):  # "max" is no limit
+  except (OSError, ValueError):  # "max" means no limit
     return None
 
 

@@ -1,9 +1,9 @@
-"""How many parameters a decoder has, by part: all of them, and those a token uses.
+"""Parameter counts of a decoder, by part: total and active.
 
-Closed formulas over the configuration alone, written without looking at the
-model's own parameter tree, so that the two can check each other. "Active" is what
-a token passes through: of the routed experts K, everything else whole. The
-embedding table counts whole in both, as it does in published figures.
+Closed formulas over the configuration, independent of the model's own parameter tree,
+so that the two can check each other. Active parameters are those that a token uses: K
+of the routed experts, and everything else in full. The embedding table counts in full
+in both, as in published figures.
 
 Letters: D width, F expert hidden width, E experts, K choices per token, H heads,
 L layers, V vocabulary; m segments per expert (DeepSeekMoE, arXiv:2401.06066,
@@ -19,7 +19,7 @@ from moejax.config.router import make_router, num_selected, sizes
 from moejax.routing.router import Sizes
 
 BYTES_VOCABULARY = 264
-"""V of the bytes tokenizer: 256 bytes and 8 reserved ids."""
+"""V of the byte tokenizer: 256 bytes and 8 reserved ids."""
 
 PARTS = (
   "embedding",
@@ -31,12 +31,12 @@ PARTS = (
   "norms",
   "head",
 )
-"""Where a parameter can live; `dense` is the dense feed-forward layers."""
+"""The parts that are counted; `dense` is the dense feed-forward layers."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Dimensions:
-  """The numbers every formula needs, derived from the configuration once."""
+  """Sizes used by all formulas, derived from the configuration."""
 
   num_layers: int
   width: int
@@ -45,13 +45,13 @@ class Dimensions:
   head_dim: int
   vocab_size: int
   hidden: int
-  """Of the dense feed-forward layers."""
+  """Hidden width of the dense feed-forward layers."""
   matrices: int
-  """Of one feed-forward block: 3 for SwiGLU, else 2."""
+  """Matrices per feed-forward block: 3 for SwiGLU, else 2."""
   moe_layers: tuple[int, ...]
-  """Indices of the layers that are MoE layers, or their dense twins."""
+  """Indices of the MoE layers, or of their dense twins."""
   twin_hidden: int
-  """Hidden width of the dense twin of an MoE layer: K*F and the shared experts'."""
+  """Hidden width of an MoE layer's dense twin: K*F plus that of the shared experts."""
   is_twin: bool
   num_experts: int
   """E, after segmentation."""
@@ -60,7 +60,7 @@ class Dimensions:
   expert_hidden: int
   """F of one expert, after segmentation."""
   shared_hidden: int
-  """Of the shared experts together."""
+  """Total hidden width of the shared experts."""
 
   @property
   def num_dense_layers(self) -> int:
@@ -68,10 +68,10 @@ class Dimensions:
 
 
 def resolve_vocab_size(config: Config) -> int:
-  """V without opening any data: what the model would be built with.
+  """Returns V without reading data: `model.vocab_size` if set, else the tokenizer's.
 
-  `model.vocab_size` where it is set, else the tokenizer's: a bpe tokenizer trained
-  on a very small corpus can end up smaller than the `data.vocab_size` asked for.
+  A bpe tokenizer trained on a very small corpus can be smaller than the returned
+  `data.vocab_size`.
   """
   if config.model.vocab_size:
     return config.model.vocab_size
@@ -81,14 +81,14 @@ def resolve_vocab_size(config: Config) -> int:
 
 
 def moe_layer_indices(config: Config) -> tuple[int, ...]:
-  """Layers whose feed-forward is an MoE layer (or, in a dense twin, stands for one)."""
+  """Returns the layers whose feed-forward is MoE (or, in a dense twin, replaces one)."""
   moe = config.moe
   first = moe.dense_prefix + moe.offset % moe.every
   return tuple(range(first, config.model.num_layers, moe.every))
 
 
 def dimensions(config: Config, vocab_size: int) -> Dimensions:
-  """Resolves the zeros of the configuration that mean "derive it"."""
+  """Returns the sizes, deriving those that are 0 in the configuration."""
   model, moe = config.model, config.moe
   selected = num_selected(moe)
   return Dimensions(
@@ -111,7 +111,7 @@ def dimensions(config: Config, vocab_size: int) -> Dimensions:
 
 
 def dense_twin(config: Config) -> Config:
-  """The same configuration with every MoE layer dense, of equal active FLOPs."""
+  """Returns the configuration with MoE layers made dense, at equal active FLOPs."""
   twin = copy.deepcopy(config)
   twin.moe.dense_twin = True
   return twin
@@ -120,15 +120,15 @@ def dense_twin(config: Config) -> Config:
 def count_parameters(
   config: Config, vocab_size: int
 ) -> tuple[dict[str, int], dict[str, int]]:
-  """Total and active parameters of the decoder.
+  """Returns the total and active parameter counts of the decoder.
 
   Args:
     config: validated.
     vocab_size: V; see `resolve_vocab_size`.
 
   Returns:
-    Two dicts with a key for each of `PARTS` and their sum as `total`: all the
-    parameters, and those that one token uses.
+    Two dicts, total and active, with a key for each of `PARTS` and their sum as
+    `total`.
   """
   d = dimensions(config, vocab_size)
   query, key_value = d.num_heads * d.head_dim, d.num_kv_heads * d.head_dim
@@ -159,17 +159,17 @@ def count_parameters(
 
 
 def router_parameters(config: Config, d: Dimensions) -> int:
-  """Of one MoE layer. Hash routing's table of experts is not counted: it is data."""
+  """Returns the count per MoE layer, without hash routing's table, which is data."""
   own = make_router(config.moe).parameters(router_sizes(config))
   return d.width * d.num_experts + sum(math.prod(p.shape) for p in own.values())
 
 
 def router_sizes(config: Config) -> Sizes:
-  """Of an MoE layer's router."""
+  """Returns the sizes of an MoE layer's router."""
   return sizes(config.moe, config.model.width, group_tokens(config))
 
 
 def group_tokens(config: Config) -> int:
-  """T of one routing group; a group of the whole batch is counted as a sequence."""
+  """Returns T of a routing group; a whole-batch group counts as one sequence."""
   size = config.moe.group_size
   return size if size > 0 else config.data.sequence_length

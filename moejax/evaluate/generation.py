@@ -1,13 +1,13 @@
-"""Generation: sampled continuations of prompts, with a cache of keys and values.
+"""Generation: samples continuations of prompts, with a cache of keys and values.
 
-The prompts' common length is read in one call (prefill), then a compiled loop
-takes one token a step for all rows. A row whose prompt is longer than the common
-length is still reading it in the loop: the next token is forced, not sampled. A
-row that is done is fed padding, which no expert sees.
+One call (prefill) runs the length that all prompts have, then a compiled loop
+processes one token per step for all rows. Rows with longer prompts finish reading
+them in the loop: their next token is forced, not sampled. Finished rows are fed
+padding, which no expert processes.
 
-Generation is always dropless: with a capacity, a token's fate would depend on its
-neighbours in the batch. Every row draws from its own stream of random numbers, so
-a sample depends on seed, prompt and sample number, not on the batch it is in.
+Generation is dropless unless the router needs a capacity, because drops would depend on
+other tokens. Each sample number has its own random stream, so a dropless sample depends
+on seed, prompt and sample number, not on its batch.
 
 Letters: B rows (prompts times samples), P prefilled tokens, M the longest row,
 V vocabulary.
@@ -37,14 +37,14 @@ DEFAULT_MAX_TOKENS = 200
 
 @pytree
 class Sampling:
-  """How a token is drawn from logits; scalars, so that no value compiles anew."""
+  """How to sample a token from logits; arrays, so that new values do not recompile."""
 
   temperature: Float[Array, ""]
-  """Divides the logits; 0 takes the most probable token."""
+  """Divides the logits; 0 is greedy: the most probable token."""
   top_k: Int[Array, ""]
-  """Only the k most probable tokens; V or more is all."""
+  """Keeps only the k most probable tokens; V or more keeps all."""
   top_p: Float[Array, ""]
-  """Only the fewest tokens whose probability reaches p (arXiv:1904.09751)."""
+  """Keeps the fewest tokens whose total probability reaches p (arXiv:1904.09751)."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -53,43 +53,43 @@ class Completion:
 
   prompt: str
   text: str
-  """What was generated, without the prompt. Bytes that are no UTF-8, such as a
-  character cut off by the limit, are shown as the replacement character."""
+  """The generated text, without the prompt. Invalid UTF-8, such as a character cut
+  off by the limit, becomes the replacement character."""
   tokens: tuple[int, ...]
-  """The generated ids, without the separator that ended them."""
+  """The generated ids, without the final separator."""
   finish: str
-  """Why it ends: separator, max_tokens or context."""
+  """Why generation ended: separator, max_tokens or context."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Generated:
-  """All samples, in the order of the prompts, and what they took."""
+  """All samples, in the order of the prompts, with timings."""
 
   completions: tuple[Completion, ...]
   num_tokens: int
-  """Sampled, separators included."""
+  """Tokens sampled, including separators."""
   seconds: float
-  """Of the one-token steps; compiling and reading the prompts are not in it."""
+  """Time of the one-token steps, without compilation and prefill."""
   compile_seconds: float
-  """Of everything before the steps: compiling and reading the prompts."""
+  """Time before the steps: compilation and prefill."""
 
   @property
   def tokens_per_second(self) -> float:
-    """Over all rows together."""
+    """Throughput of all rows together."""
     return self.num_tokens / self.seconds if self.seconds > 0 else math.nan
 
 
 def context_length(config: Config) -> int:
-  """Tokens, prompt and separator included, that generation may span."""
+  """Returns the most tokens of a row, including prompt and separator."""
   return config.model.max_position or config.data.sequence_length
 
 
 def sample_token(
   logits: Float[Array, "V"], allowed: Bool[Array, "V"], key: Key[Array, ""], how: Sampling
 ) -> Int[Array, ""]:
-  """Draws one token: temperature first, then top-k, then top-p of what is left.
+  """Samples one token: applies temperature, then top-k, then top-p to the rest.
 
-  Equal logits rank by lowest id, so greedy choice is the same everywhere.
+  Equal logits rank by lowest id, so greedy decoding is the same everywhere.
   """
   logits = jnp.where(allowed, logits, -jnp.inf)
   order = jnp.argsort(-logits, stable=True).astype(jnp.int32)
@@ -99,7 +99,7 @@ def sample_token(
   ranked = jnp.where(rank < how.top_k, ranked, -jnp.inf)
   probability = jax.nn.softmax(ranked)
   before = jnp.cumsum(probability) - probability
-  # The most probable token stays whatever p is.
+  # The most probable token is kept for any p.
   ranked = jnp.where((before < how.top_p) | (rank == 0), ranked, -jnp.inf)
   drawn = jax.random.categorical(key, ranked).astype(jnp.int32)
   return order[jnp.where(is_greedy, 0, drawn)]
@@ -109,7 +109,7 @@ def sample_token(
 def _prefill(
   model: Any, params: Params, tokens: Int[Array, "B P"], *, length: int
 ) -> tuple[Float[Array, "B V"], Any]:
-  """Reads what all prompts have; logits of the next token, and a cache for M."""
+  """Runs P tokens; returns next-token logits and a cache for M tokens."""
   cache = model.init_cache(tokens.shape[0], length)
   out = model(params, tokens, cache=cache, capacity_factor=groups.least_factor(model))
   return out.logits[:, -1], out.cache
@@ -117,14 +117,14 @@ def _prefill(
 
 @pytree
 class _Rows:
-  """What the loop needs to know of each row and never changes."""
+  """Constant inputs of the loop, for each row."""
 
   prompt_length: Int[Array, "B"]
   limit: Int[Array, "B"]
-  """Tokens at which the row ends, prompt included."""
+  """Maximum length of the row, including the prompt."""
   key: Key[Array, "B"]
   allowed: Bool[Array, "V"]
-  """Ids that stand for text, and the separator."""
+  """The ids with text, and the separator."""
   separator: Int[Array, ""]
 
 
@@ -139,10 +139,10 @@ def _decode(
   rows: _Rows,
   how: Sampling,
 ) -> tuple[Int[Array, "B M"], Int[Array, "B"]]:
-  """Takes one token a step from `start` until `end`, or until all rows are done.
+  """Processes one token per step from `start` to `end`, or until all rows are done.
 
   Returns:
-    The tokens, and each row's length, the separator that ended it included.
+    The tokens, and each row's length, including its final separator.
   """
 
   def unfinished(state: Any) -> Bool[Array, ""]:
@@ -190,20 +190,20 @@ def generate(
   seed: int = 0,
   num_samples: int = 1,
 ) -> Generated:
-  """Samples continuations.
+  """Samples continuations of prompts.
 
   Args:
     model: a `moejax.models.decoder.Decoder`.
     params: its parameters.
     tokenizer: of the run; see `moejax.data.tokenizer`.
-    prompts: texts; an empty one is fine, as each starts with the separator.
-    max_length: longest row in tokens, prompt included; see `context_length`.
-    max_tokens: most tokens to generate for each sample.
+    prompts: texts, each run after a separator and so possibly empty.
+    max_length: longest row in tokens, including the prompt; see `context_length`.
+    max_tokens: most tokens to generate per sample.
     temperature: 0 is greedy.
     top_k: 0 is off.
     top_p: 1 is off.
     seed: of the random numbers.
-    num_samples: for each prompt.
+    num_samples: samples per prompt.
 
   Raises:
     UserError: see `check`.
@@ -221,7 +221,7 @@ def generate(
     num_samples=num_samples,
   )
   if groups.least_factor(model) is not None:
-    # Groups of the size trained with do not exist yet: each call is one of its own.
+    # Groups of the training size do not exist yet: each row of a call is one group.
     moe = dataclasses.replace(model.moe, group_size=0)
     model = Decoder(model.config, moe, vocab_size=model.vocab_size)
   lengths = np.repeat([len(ids) for ids in encoded], num_samples).astype(np.int32)
@@ -269,7 +269,7 @@ def _run(
   rows: _Rows,
   how: Sampling,
 ) -> tuple[Int[np.ndarray, "B M"], Int[np.ndarray, "B"], tuple[float, float]]:
-  """Prefill and loop; tokens, row lengths, seconds before and inside the loop."""
+  """Returns tokens, row lengths, and seconds before and inside the loop."""
   began = time.perf_counter()
   start = int(lengths.min())
   first = _prefill(model, params, jnp.asarray(tokens[:, :start]), length=tokens.shape[1])
@@ -279,7 +279,7 @@ def _run(
     result = _decode(model, params, jnp.asarray(tokens), *bounds, first, rows, how)
     return jax.block_until_ready(result)
 
-  # A loop of no steps compiles the loop, so that the time below is of steps alone.
+  # Compiles the loop by running zero steps, so that only steps are timed below.
   decode(start)
   compiled = time.perf_counter()
   out, ends = decode(tokens.shape[1])
@@ -288,7 +288,7 @@ def _run(
 
 
 def _allowed(tokenizer: Any, vocab_size: int) -> Bool[np.ndarray, "V"]:
-  """Ids worth sampling: a model's vocabulary may be padded with ids of no text."""
+  """Returns the ids to sample: a vocabulary may be padded with ids without text."""
   allowed = np.zeros(vocab_size, bool)
   stands_for_text = np.asarray(tokenizer.bytes_per_token) > 0
   allowed[: len(stands_for_text)] = stands_for_text
@@ -320,15 +320,15 @@ def check(
   seed: int,
   num_samples: int,
 ) -> list[list[int]]:
-  """Refuses what `generate` cannot do; needs no parameters.
+  """Validates the arguments of `generate`; needs no parameters.
 
   Returns:
     The prompts as token ids, each after a separator.
 
   Raises:
-    UserError: a prompt as long as the context or longer, a bad number, or a router
-      that looks at later tokens without `moe.allow_future_leak`: in generation it sees
-      only what is there so far, which is not what it was trained with.
+    UserError: a prompt that is not UTF-8 or leaves no room in the context, a number
+      out of range, a router with fixed slots, or one that looks at later tokens
+      without `moe.allow_future_leak`: unlike in training, it would not see them.
   """
   rules = [
     ("max_tokens", max_tokens, max_tokens >= 1, "1 or more"),
@@ -362,7 +362,7 @@ def _check_router(model: Any) -> None:
 def _encode(tokenizer: Any, prompt: str, max_length: int) -> list[int]:
   try:
     prompt.encode()
-  except UnicodeEncodeError:  # What a shell passed on were bytes of another encoding.
+  except UnicodeEncodeError:  # The shell passed bytes of another encoding.
     raise UserError(
       f"--prompt={prompt!a} is no UTF-8. Give it as UTF-8, or in a file by --prompt_file."
     ) from None

@@ -5,13 +5,14 @@ evaluations (during training, after the last step, `experiments.evaluate`) use t
 group is
 
   moe.group_size = 0   a sequence
-  moe.group_size = n   n consecutive tokens of the split, in the order they are stored in
-  moe.group_size = -1  as many tokens as a microbatch of training has
+  moe.group_size = n   n consecutive tokens of the split, in stored order
+  moe.group_size = -1  as many consecutive tokens as in a training microbatch
 
-and a batch holds whole groups, on every device. So a result depends neither on the batch
-size nor on the mesh. Only a split's last group may be part padding, which takes no slot.
+and each device's batch (under gspmd, the global batch) holds whole groups, so a result
+depends neither on batch size nor on mesh. Only a split's last group may contain padding,
+which takes no slot.
 
-Letters: B sequences of a microbatch, S tokens of a sequence, T of a group.
+Letters: B sequences of a microbatch, S tokens of a sequence, T tokens of a group.
 """
 
 import copy
@@ -36,7 +37,7 @@ def group_tokens(config: Config) -> int:
 
 
 def make_model(config: Config, vocab_size: int) -> Decoder:
-  """The model to evaluate: that of training, with groups that no batch size changes."""
+  """Returns the model of training, with groups independent of the batch size."""
   moe = copy.deepcopy(config.moe)
   if moe.group_size == WHOLE_BATCH:
     moe.group_size = group_tokens(config)
@@ -46,18 +47,18 @@ def make_model(config: Config, vocab_size: int) -> Decoder:
 def batch_size(
   config: Config, mesh: Mesh, factors: Sequence[float | None], wanted: int = 0
 ) -> int:
-  """Sequences of an evaluation's batch: whole groups for each device of the mesh.
+  """Returns the sequences per evaluation batch, such that all groups are whole.
 
   Args:
-    config: of the run, with what was overridden.
-    mesh: where it is evaluated.
-    factors: the capacity factors; if all are None there are no groups to keep whole.
-    wanted: the least; 0 is a microbatch of training.
+    config: of the run, with its overrides.
+    mesh: of the evaluation.
+    factors: the capacity factors; if all are None, groups do not matter.
+    wanted: minimum; 0 is the training microbatch.
   """
   shards = num_token_shards(mesh)
   multiple = shards
   if not config.moe.dense_twin and any(factor is not None for factor in factors):
-    # Under gspmd devices share a group, as they do in training.
+    # Under gspmd, devices share groups, as in training.
     devices = 1 if config.moe.exchange == "gspmd" else shards
     tokens, length = group_tokens(config) * devices, config.data.sequence_length
     multiple = math.lcm(shards, tokens // math.gcd(tokens, length))

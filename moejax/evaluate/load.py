@@ -1,4 +1,4 @@
-"""A trained model from its run's directory, for scripts and notebooks."""
+"""Loads a trained model from its run directory, for scripts and notebooks."""
 
 import dataclasses
 import functools
@@ -30,23 +30,23 @@ class LoadedRun:
   params: Params
   """On the first local device."""
   tokenizer: Tokenizer | None
-  """None where the directory holds none."""
+  """None if the directory has none."""
   step: int
-  """Optimizer steps that the parameters have seen."""
+  """Number of optimizer steps taken."""
 
   def logits(
     self, tokens: Int[np.ndarray | Array, "B S"] | Sequence[Sequence[int]]
   ) -> Float[Array, "B S V"]:
-    """Scores of the next token at every position, at the run's eval_capacity_factor.
+    """Returns next-token logits at every position, at the run's eval_capacity_factor.
 
-    Each row is one document from its start. Under a finite capacity the routing groups
-    are those of training, which B*S must fill.
+    Each row is one document from its start. With a finite capacity, B*S must be a
+    multiple of the routing groups' size, which is that of training.
 
     Args:
       tokens: vocabulary ids.
 
     Raises:
-      UserError: an id that the vocabulary does not have, or groups that do not fit.
+      UserError: an id outside the vocabulary, or groups that do not fit.
     """
     tokens = jnp.asarray(np.asarray(tokens, np.int32))
     least, most = int(tokens.min()), int(tokens.max())
@@ -71,11 +71,11 @@ class LoadedRun:
 
 
 def load_run(workdir: Path | str, step: int | None = None) -> LoadedRun:
-  """Restores a run's model, with nothing but its directory.
+  """Restores a run's model from its directory alone.
 
   Args:
     workdir: of a training run.
-    step: of a checkpoint; None is the newest that is whole.
+    step: which checkpoint; None is the newest intact one.
 
   Raises:
     UserError: no checkpoint there (says what is), no such step, or all damaged.
@@ -84,7 +84,7 @@ def load_run(workdir: Path | str, step: int | None = None) -> LoadedRun:
   tokenizer = None
   if (Path(workdir) / TOKENIZER_FILE).exists():
     tokenizer = load_tokenizer(workdir)
-  # The stored table has a row for each id, whatever the tokenizer.
+  # The stored embedding has a row for every id, regardless of the tokenizer.
   vocab_size = int(params["embedding"]["table"].shape[0])
   model = groups.make_model(config, vocab_size)
   return LoadedRun(

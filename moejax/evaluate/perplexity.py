@@ -1,9 +1,8 @@
-"""Evaluation: the loss of every token of a split, once, under several capacities.
+"""Evaluation: the loss of every token of a split, under one or more capacities.
 
-Per-token losses come back from the device and are added in float64 on the host, by
-domain, so that the result does not depend on how sequences were batched. Routing groups
-and the batches that keep them whole are those of `groups`; the last batch's empty rows
-are padding, which takes no slot.
+Per-token losses are summed by domain in float64 on the host, so that the result does
+not depend on how sequences are batched. `groups` defines the routing groups and batch
+sizes that keep them whole. Empty rows of the last batch are padding and take no slot.
 
 Letters: B batch, S sequence, E experts, L MoE layers, R domains, V vocabulary.
 """
@@ -37,16 +36,16 @@ DROPLESS = "dropless"
 
 Batch = dict[str, Any]
 Sums = dict[str, Any]
-"""Of one capacity factor: `nll` float64 [R], `stats` RouterStats or None."""
+"""For one capacity factor: `nll` float64 [R], `stats` RouterStats or None."""
 
 _BATCH_KEYS = ("inputs", "targets", "segment_ids", "positions", "domain")
 
 
 def parse_capacity_factors(text: str) -> tuple[float | None, ...]:
-  """Reads `1,1.25,2,dropless`; None stands for dropless. Repeats are dropped.
+  """Parses `1,1.25,2,dropless`; None stands for dropless. Duplicates are removed.
 
   Raises:
-    UserError: not a list of positive numbers, `dropless` or `none`.
+    UserError: an entry is not a capacity factor, `dropless` or `none`.
   """
   factors: list[float | None] = []
   for word in text.split(","):
@@ -67,7 +66,7 @@ def parse_capacity_factors(text: str) -> tuple[float | None, ...]:
 
 
 def choose_mesh(mesh: MeshConfig, num_devices: int | None = None) -> MeshConfig:
-  """The run's own mesh where these devices fit it, else all devices as replicas."""
+  """Returns the run's mesh if the devices fit it, else all devices as replicas."""
   num_devices = jax.device_count() if num_devices is None else num_devices
   try:
     mesh_shape(mesh, num_devices)
@@ -77,10 +76,10 @@ def choose_mesh(mesh: MeshConfig, num_devices: int | None = None) -> MeshConfig:
 
 
 def check_params(model: Decoder, params: Params) -> None:
-  """Refuses overrides that make another model than the checkpoint's.
+  """Checks that the model, with its overrides, has the checkpoint's parameters.
 
   Raises:
-    ConfigError: naming the first parameter that does not fit.
+    ConfigError: naming the first parameter whose shape differs.
   """
   theirs, ours = _named_shapes(params), _named_shapes(model.shapes())
   for name in sorted(theirs | ours):
@@ -101,7 +100,7 @@ def _named_shapes(tree: Any) -> dict[str, tuple[int, ...]]:
 def make_step(
   model: Decoder, mesh: Mesh, capacity_factor: float | None
 ) -> Callable[[Params, Batch], tuple[Float[jax.Array, "B S"], RouterStats | None]]:
-  """Compiles (params, batch) -> (loss of each token, 0 on padding; stats)."""
+  """Returns a jitted (params, batch) -> (loss of each token, 0 on padding; stats)."""
 
   def step(params: Params, batch: Batch) -> tuple[Any, RouterStats | None]:
     out = model(
@@ -124,7 +123,7 @@ def make_step(
 def device_batches(
   dataset: Any, split: str, *, mesh: Mesh, batch_size: int, limit: int = 0
 ) -> Iterator[Batch]:
-  """The batches of a split, each token once, on the devices of the mesh."""
+  """Yields the batches of a split, each token once, on the devices of the mesh."""
   rows = rules.local_rows(mesh, batch_size)
   for batch in dataset.eval_batches(split, batch_size, limit, rows=rows):
     yield {name: rules.place_rows(mesh, batch[name]) for name in _BATCH_KEYS}
@@ -142,23 +141,23 @@ def evaluate(
   limit: int = 0,
   progress: Callable[[int], None] | None = None,
 ) -> dict[str, Any]:
-  """Losses of a split, per domain, and what the routers did, per capacity factor.
+  """Returns a split's losses and router statistics, per capacity factor and domain.
 
   Args:
     model: from `groups.make_model`.
-    params: its parameters, anywhere; they are placed on the mesh.
+    params: its parameters, on any devices; they are moved to the mesh.
     dataset: from `moejax.data.load`.
     split: train, validation or test.
-    mesh: where it runs.
+    mesh: of the evaluation.
     batch_size: sequences per step, from `groups.batch_size`.
-    capacity_factors: evaluated side by side on each batch; None is dropless. A
-      model without MoE layers is evaluated once.
-    limit: at most so many batches; 0 is all.
-    progress: called with the tokens evaluated so far.
+    capacity_factors: all evaluated on each batch; None is dropless. A model without
+      MoE layers is evaluated once.
+    limit: maximum number of batches; 0 is all.
+    progress: called with the number of tokens evaluated so far.
 
   Returns:
     JSON-ready: split, tokens, split_tokens (of the whole split), bytes, seconds,
-    tokens_per_second (all factors together, compiling included) and `results`, one per
+    tokens_per_second (of all factors, including compilation) and `results`, one per
     factor, with loss (nats/token), bits_per_byte, perplexity, dropped_fraction, layers
     and domains.
 
@@ -174,13 +173,13 @@ def evaluate(
   totals = _Totals(len(factors), max(len(dataset.domains), 1))
   pending = None
   batches = device_batches(dataset, split, mesh=mesh, batch_size=batch_size, limit=limit)
-  # Without a mesh in scope the layers would leave it to the compiler how tokens reach
-  # experts elsewhere.
+  # Without a mesh in scope, layers would leave the exchange between devices to the
+  # compiler.
   with jax.set_mesh(mesh):
     for batch in batches:
       where = gather({n: batch[n] for n in ("targets", "segment_ids", "domain")})
       outputs = [step(params, batch) for step in steps]
-      # A batch's losses are fetched while the next batch is computed.
+      # Fetches the previous batch's losses while this batch is computed.
       totals.add(pending, token_bytes)
       pending = (where, outputs)
       if progress is not None:
@@ -208,11 +207,11 @@ def evaluate(
 
 
 def headline(evaluation: dict[str, Any], factor: float | None) -> dict[str, Any]:
-  """Loss, bits_per_byte and dropped_fraction under one factor, or the first there is.
+  """Returns loss, bits_per_byte and dropped_fraction for one factor, else the first.
 
   Args:
     evaluation: from `evaluate`.
-    factor: the configured one, which speaks for the run.
+    factor: the configured one, which represents the run.
   """
   name = DROPLESS if factor is None else factor
   results = evaluation["results"]
@@ -222,7 +221,7 @@ def headline(evaluation: dict[str, Any], factor: float | None) -> dict[str, Any]
 
 
 class _Totals:
-  """Sums over batches, on the host, in float64 and whole numbers."""
+  """Sums over batches, on the host, in float64 and int64."""
 
   def __init__(self, num_factors: int, num_domains: int):
     self.tokens = np.zeros(num_domains, np.int64)
@@ -231,7 +230,7 @@ class _Totals:
     self.stats: list[RouterStats | None] = [None] * num_factors
 
   def add(self, fetched: Any, token_bytes: Int[np.ndarray, "V"]) -> None:
-    """Adds one batch: its arrays, and each factor's (losses, stats)."""
+    """Adds one batch: its arrays and each factor's (losses, stats); ignores None."""
     if fetched is None:
       return
     where, outputs = jax.device_get(fetched)
@@ -252,7 +251,7 @@ class _Totals:
   def result(
     self, index: int, moe_layers: Sequence[int], domains: Sequence[str]
   ) -> dict[str, Any]:
-    """The numbers of one capacity factor; domains without tokens are left out."""
+    """Returns the results of one capacity factor; domains without tokens are omitted."""
     nll = self.nll[index]
     out = _losses(nll.sum(), int(self.tokens.sum()), int(self.bytes.sum()))
     stats = self.stats[index]
@@ -272,7 +271,7 @@ def _losses(nll: float, tokens: int, num_bytes: int) -> dict[str, Any]:
   return {
     "loss": loss,
     "bits_per_byte": float(nll) / math.log(2) / num_bytes if num_bytes else None,
-    # Beyond float range a perplexity says nothing that the loss does not.
+    # Capped to stay in float range; beyond it, the loss says as much.
     "perplexity": math.exp(min(loss, 700.0)),
     "tokens": tokens,
     "bytes": num_bytes,
@@ -280,7 +279,7 @@ def _losses(nll: float, tokens: int, num_bytes: int) -> dict[str, Any]:
 
 
 def _layers(stats: RouterStats, moe_layers: Sequence[int]) -> list[dict[str, Any]]:
-  """Per MoE layer: its index in the model, every expert's load, and the ratios."""
+  """Returns each MoE layer's index in the model, expert loads and ratios."""
   values = metrics.layer_metrics(stats)
   return [
     {"layer": layer} | {name: value[i].tolist() for name, value in values.items()}

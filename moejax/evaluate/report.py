@@ -1,7 +1,7 @@
-"""report.png: one look at a run. Its loss curve, and which expert got what.
+"""Draws report.png, an overview of a run: loss curves and expert load.
 
-Everything is read from the run's directory (metrics.jsonl, eval.json), so the
-picture can be drawn again at any time, also of a run that is still going.
+All data is read from the run's directory (metrics.jsonl, eval.json), so it can be
+redrawn at any time, even during the run.
 
 Letters: L MoE layers, E experts, R logged steps.
 """
@@ -20,31 +20,31 @@ from moejax.run import results, writers
 FILE = "report.png"
 
 MAX_ROWS = 64
-"""Up to so many (layer, expert) pairs get a row over time; more, one map of the end."""
+"""Most (layer, expert) pairs drawn over time; with more, only the last step is drawn."""
 
 _NAMED_LOADS = (0.25, 0.5, 1.0, 2.0, 4.0)
 
 
 def draw(workdir: pathlib.Path | str) -> pathlib.Path | None:
-  """Draws a run's picture.
+  """Draws the report of a run.
 
   Args:
     workdir: of the run; eval.json may be missing.
 
   Returns:
-    Path of the PNG; None if no step was logged yet.
+    Path of the PNG; None if no step has been logged.
   """
   workdir = pathlib.Path(workdir)
   lines = writers.read(workdir / writers.METRICS_FILE)
   if not lines:
     return None
   final = results.read(workdir / results.EVAL_FILE)
-  # Not pyplot: it keeps figures alive and chooses a backend for the whole process.
+  # Not pyplot, which keeps figures alive and sets a backend for the whole process.
   from matplotlib.backends.backend_agg import FigureCanvasAgg
   from matplotlib.figure import Figure
 
   has_load = any("load" in line.get("moe", {}) for line in lines)
-  # Its note about a font cache is nobody's business here.
+  # Hides matplotlib's message about its font cache.
   logging.getLogger("matplotlib").setLevel(logging.WARNING)
   figure = Figure(figsize=(13, 5) if has_load else (7, 5), layout="constrained")
   FigureCanvasAgg(figure)
@@ -65,7 +65,7 @@ def draw(workdir: pathlib.Path | str) -> pathlib.Path | None:
 
 
 def draw_loss(axes: Any, lines: list[dict[str, Any]], final: dict[str, Any]) -> None:
-  """Training loss (raw and smoothed), validation loss, and the two baselines."""
+  """Draws training loss (raw and smoothed), validation loss and the two baselines."""
   steps, losses = _series(lines, "loss")
   axes.plot(steps, losses, color="tab:blue", alpha=0.25, linewidth=1)
   axes.plot(steps, smooth(losses), color="tab:blue", linewidth=1.8, label="training")
@@ -87,14 +87,14 @@ def draw_loss(axes: Any, lines: list[dict[str, Any]], final: dict[str, Any]) -> 
 
 
 def draw_load(axes: Any, lines: list[dict[str, Any]]) -> Any:
-  """Expert load relative to its layer's mean; returns the image for a colour bar."""
+  """Draws expert load over its layer's mean; returns the image for a colour bar."""
   from matplotlib import colors
 
   rows = [line for line in lines if "load" in line.get("moe", {})]
   loads = np.stack([np.asarray(row["moe"]["load"], np.float64) for row in rows])
   num_layers, num_experts = loads.shape[1:]
   relative = loads * num_experts
-  # Log colours: half and double the mean are equally far from white.
+  # Log scale: half and double the mean are equally far from white.
   scale = {"cmap": "RdBu_r", "norm": colors.LogNorm(_NAMED_LOADS[0], _NAMED_LOADS[-1])}
   if num_layers * num_experts > MAX_ROWS:
     axes.set(xlabel="expert", ylabel="MoE layer", title="Expert load, last logged step")
@@ -118,9 +118,9 @@ def draw_load(axes: Any, lines: list[dict[str, Any]]) -> Any:
 
 
 def smooth(values: Float[np.ndarray, "R"]) -> Float[np.ndarray, "R"]:
-  """Exponential mean, corrected for its start so that it begins on the data."""
+  """Returns the bias-corrected exponential moving average."""
   out = np.empty_like(values)
-  # Over about a thirtieth of the curve, so that a short one is not smoothed away.
+  # Averages over about 1/30 of the curve, so that short curves keep their shape.
   keep = 1.0 - min(1.0, 30.0 / max(len(values), 1))
   mean = weight = 0.0
   for i, value in enumerate(values):
@@ -131,7 +131,7 @@ def smooth(values: Float[np.ndarray, "R"]) -> Float[np.ndarray, "R"]:
 
 
 def _edges(steps: Float[np.ndarray, "R"]) -> Float[np.ndarray, "R1"]:
-  """Cell borders halfway between logged steps."""
+  """Returns cell edges halfway between logged steps."""
   if len(steps) == 1:
     return np.asarray([steps[0] - 0.5, steps[0] + 0.5])
   middle = (steps[1:] + steps[:-1]) / 2
@@ -140,7 +140,7 @@ def _edges(steps: Float[np.ndarray, "R"]) -> Float[np.ndarray, "R1"]:
 
 
 def _series(lines: list[dict[str, Any]], name: str) -> tuple[np.ndarray, np.ndarray]:
-  """Steps and values of the lines where a number stands under `name`."""
+  """Returns steps and values of the lines with a finite number under `name`."""
   found = [
     (line["step"], line[name])
     for line in lines
@@ -151,7 +151,7 @@ def _series(lines: list[dict[str, Any]], name: str) -> tuple[np.ndarray, np.ndar
 
 
 def _covered(lines: list[dict[str, Any]]) -> str:
-  """Of which tokens the validation curve is; nothing if an earlier version logged it."""
+  """Returns the validation tokens covered; empty if not logged (earlier versions)."""
   for line in reversed(lines):
     if "validation_split_tokens" in line:
       tokens = line["validation_num_tokens"], line["validation_split_tokens"]

@@ -1,4 +1,4 @@
-"""What an evaluation shows on screen, from what it writes to disk."""
+"""Prints an evaluation's results as tables on the terminal."""
 
 from typing import Any
 
@@ -9,19 +9,19 @@ from rich.table import Table
 from moejax.run.results import coverage
 
 MAX_DOMAINS = 20
-"""Rows of the domain table on screen; the file has all."""
+"""Maximum rows of the printed domain table; the file has all domains."""
 
 _WIDTH = 100
 
 
 def make_console() -> Console:
-  """The terminal, or 100 columns where the output goes to a file or a pipe."""
+  """Returns the terminal, or a console of 100 columns if output is redirected."""
   console = Console()
   return console if console.is_terminal else Console(width=_WIDTH)
 
 
 def print_evaluation(console: Console, evaluation: dict[str, Any]) -> None:
-  """Losses and routing per capacity factor, loads per layer, losses per domain."""
+  """Prints losses and routing per capacity factor, loads per layer, domain losses."""
   console.print(_summary(evaluation))
   if any("layers" in result for result in evaluation["results"]):
     console.print(_loads(evaluation))
@@ -67,7 +67,7 @@ def _summary(evaluation: dict[str, Any]) -> Table:
 
 
 def _loads(evaluation: dict[str, Any]) -> Table:
-  """Per layer and capacity factor: drops, and the spread of the experts' loads."""
+  """Returns a table of drops and expert load spread, per capacity factor and layer."""
   title = "Load per expert: its share of the layer's computed assignments"
   table = Table(title=title, box=box.SIMPLE_HEAD, title_justify="left")
   headers = ("eval capacity", "layer", "dropped", "least", "most", "even", "entropy")
@@ -89,7 +89,7 @@ def _loads(evaluation: dict[str, Any]) -> Table:
 
 
 def _domains(evaluation: dict[str, Any]) -> Table:
-  """The largest domains' losses, one column per capacity factor."""
+  """Returns a table of the largest domains' losses, with a column per capacity factor."""
   results = evaluation["results"]
   domains = results[0]["domains"]
   largest = sorted(domains, key=lambda name: -domains[name]["tokens"])[:MAX_DOMAINS]

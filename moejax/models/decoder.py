@@ -1,7 +1,7 @@
 """The decoder-only Transformer language model.
 
-Layers follow a pattern: `dense_prefix` dense ones, then repeats of a unit of
-`every` layers of which one is MoE, then what is left over. The repeats are one
+Layers follow a pattern: `dense_prefix` dense layers, then repeats of a unit of
+`every` layers, one of them MoE, then the remaining layers. The repeats are one
 `jax.lax.scan` over stacked parameters, so compile time does not grow with depth.
 Parameters are a plain dict:
 
@@ -9,7 +9,7 @@ Parameters are a plain dict:
   prefix / "0", "1", ...        one block each
   unit   / "0", "1", ...        one block of the unit each, stacked over repeats
   suffix / "0", ...             one block each
-  hash_table                    [V, K], of a router that has a table: not trained
+  hash_table                    [V, K], if the router has a table; not trained
   norm, head                    final norm; [D, V] unless tied
 
 Letters: B batch, S sequence, D width, V vocabulary, R repeats, L layers.
@@ -43,11 +43,11 @@ from moejax.types import Params
 _UNSET: Any = object()
 
 TABLE = "hash_table"
-"""Name of a router's table among the parameters: that of the first router with one."""
+"""Parameter name of a router's table, after the first router that had one."""
 
 
 class Decoder:
-  """A model without parameters: `init` makes them, calling it applies them."""
+  """A model without its parameters: `init` creates them, a call takes them."""
 
   def __init__(
     self,
@@ -57,14 +57,14 @@ class Decoder:
     vocab_size: int,
     token_counts: Callable[[], np.ndarray] | None = None,
   ):
-    """Describes a model.
+    """Defines a model.
 
     Args:
-      model: sizes of the Transformer.
-      moe: of its MoE layers.
-      vocab_size: of the tokenizer.
-      token_counts: () -> how often each id stands in the training text; called by
-        `init` where the router's table is made from it.
+      model: config of the Transformer.
+      moe: config of its MoE layers.
+      vocab_size: size of the tokenizer's vocabulary.
+      token_counts: () -> how often each id occurs in the training text; `init` passes
+        it to routers with a table.
     """
     self.config, self.moe = model, moe
     self.router = make_router(moe)
@@ -78,7 +78,7 @@ class Decoder:
 
   @property
   def moe_layers(self) -> tuple[int, ...]:
-    """Indices of the MoE layers, in the order of `DecoderOutput.stats`."""
+    """Indices of the MoE layers, ordered as in `DecoderOutput.stats`."""
     if self.moe.dense_twin:
       return ()
     return tuple(i for i, is_moe in enumerate(self.pattern.is_moe) if is_moe)
@@ -92,7 +92,7 @@ class Decoder:
 
   @property
   def balances_batch(self) -> bool:
-    """Whether a microbatch needs to know the loads of its whole batch."""
+    """Whether microbatches need the assignment counts of their whole batch."""
     return bool(self.moe_layers) and self.moe.balance_scope == "batch"
 
   @property
@@ -100,7 +100,7 @@ class Decoder:
     return bool(self.moe_layers) and self.router.has_table
 
   def init(self, key: Key[Array, ""]) -> Params:
-    """Fresh parameters."""
+    """Returns newly initialised parameters."""
     embedding_key, *part_keys = jax.random.split(key, 1 + len(PARTS))
     params: Params = {"embedding": self._embedding.init(embedding_key)}
     for part, part_key in zip(PARTS, part_keys, strict=True):
@@ -118,9 +118,9 @@ class Decoder:
     return params
 
   def _table(self) -> Float[Array, "V K"]:
-    """A leaf beside the parameters, so that it travels with every checkpoint.
+    """Returns the router's table, kept with the parameters to be in every checkpoint.
 
-    In floats, which checkpoints have held from the beginning.
+    In floats, as checkpoints have always stored it.
     """
     table = self.router.table(
       self.vocab_size,
@@ -131,14 +131,14 @@ class Decoder:
     return jnp.asarray(table, jnp.float32)
 
   def update_routers(self, params: Params, stats: RouterStats) -> Params:
-    """Moves what routers keep and no optimizer trains, once per optimizer step.
+    """Updates the untrained router parameters, once per optimizer step.
 
     Args:
       params: after the optimizer's update.
-      stats: of the whole batch, leading axis the MoE layers in order.
+      stats: of the whole batch, with a leading axis of MoE layers in order.
 
     Returns:
-      The parameters; those of a router that moves nothing are the same.
+      The parameters; unchanged for routers without an update rule.
     """
     params = dict(params)
     for part, blocks in by_part(stats, self.pattern).items():
@@ -151,23 +151,23 @@ class Decoder:
     return params
 
   def present_experts(self, key: Key[Array, ""]) -> Bool[Array, "L E"] | None:
-    """The experts of each MoE layer that take part in a step; None where all do.
+    """Samples the experts of each MoE layer that take part in a step; None means all.
 
     Args:
-      key: of the step, so that all its microbatches leave out the same ones.
+      key: of the step, so that all its microbatches drop the same experts.
     """
     if not self.moe.expert_dropout or not self.moe_layers:
       return None
-    # Away from the keys of microbatches, which are folded in by number.
+    # Disjoint from the microbatch keys, which fold in the microbatch index.
     keys = jax.random.split(jax.random.fold_in(key, 2**31 - 1), len(self.moe_layers))
     return jax.vmap(lambda key: present_experts(key, self.moe))(keys)
 
   def shapes(self) -> Params:
-    """Shape and dtype of every parameter, without making it."""
+    """Returns the shape and dtype of every parameter, without allocating it."""
     return jax.eval_shape(lambda: self.init(jax.random.key(0)))
 
   def logical_axes(self) -> Params:
-    """Names of every parameter's dimensions, for `moejax.sharding.rules`."""
+    """Returns the dimension names of every parameter, for `moejax.sharding.rules`."""
 
     def stacked(block: Params) -> Params:
       return jax.tree.map(
@@ -186,7 +186,7 @@ class Decoder:
     return axes
 
   def trained(self) -> Params:
-    """Which parameters gradients and the optimizer see, a tree of bools."""
+    """Returns which parameters have gradients and are optimized, as a tree of bools."""
     mask: Params = {"embedding": self._embedding.trained}
     for part in PARTS:
       kinds = getattr(self.pattern, part)
@@ -196,7 +196,7 @@ class Decoder:
     return mask
 
   def init_cache(self, batch: int, length: int) -> Cache:
-    """An empty cache for `batch` rows of at most `length` tokens."""
+    """Returns an empty cache for `batch` rows of at most `length` tokens."""
     model = self.config
     heads = model.num_kv_heads or model.num_heads
     size = model.head_dim or model.width // model.num_heads
@@ -227,22 +227,22 @@ class Decoder:
     present: Bool[Array, "L E"] | None = None,
     step: Int[Array, ""] | None = None,
   ) -> DecoderOutput:
-    """Logits of the next token at every position.
+    """Returns next-token logits at every position.
 
     Args:
       params: from `init`.
       tokens: vocabulary ids.
-      segment_ids: document of each token; 0 is padding. None is one document a row.
+      segment_ids: document of each token, 0 for padding; None means one per row.
       positions: within the document; None counts from the row's (or cache's) start.
-      key: randomness of this step; needed by routers that are random in training.
-      train: whether routing noise applies and routing groups matter.
+      key: randomness of this step; required by routers that are random in training.
+      train: enables routing noise, and routing groups even if dropless.
       capacity_factor: overrides the configured one; None is dropless.
-      cache: keys and values so far; the result holds the grown one.
-      return_served: whether `served` is wanted, for analysis.
-      batch_chosen: assignments asked for per MoE layer in the whole batch, where
-        this is one of its microbatches and `balances_batch`.
-      present: from `present_experts`, for all microbatches of a step; None draws by
-        `key`.
+      cache: keys and values so far; the output has the extended cache.
+      return_served: whether to return `served`, for analysis.
+      batch_chosen: assignments requested per MoE layer in the whole batch, if this is
+        one of its microbatches and `balances_batch`.
+      present: from `present_experts`, for all microbatches of a step; None samples it
+        from `key` in training.
       step: optimizer steps taken, in training.
     """
     if capacity_factor is _UNSET:
@@ -287,7 +287,7 @@ class Decoder:
     positions: Int[Array, "B S"] | None,
     cache: Cache | None,
   ) -> tuple[Context, Cache | None]:
-    """Masks and positions, made once for all layers."""
+    """Returns masks and positions for all layers, and the advanced cache."""
     start = 0 if cache is None else cache.index
     if positions is None:
       row = jnp.arange(segment_ids.shape[1], dtype=jnp.int32) + start
@@ -313,7 +313,7 @@ class Decoder:
     cache: Cache | None,
     told: dict[str, dict[str, LayerInputs]],
   ) -> tuple[Float[Array, "B S D"], list[MoEAux], dict[str, dict[str, LayerCache]]]:
-    """Prefix, repeated units, suffix. Each aux has a leading axis of layers."""
+    """Runs prefix, repeated units and suffix; each aux has a leading layer axis."""
     auxes: list[MoEAux] = []
     layers: dict[str, dict[str, LayerCache]] = {}
     for number, part in enumerate(PARTS):
@@ -357,7 +357,7 @@ class Decoder:
     told: dict[str, LayerInputs],
     key: Key[Array, ""] | None,
   ) -> tuple[Float[Array, "B S D"], tuple[MoEAux | None, dict[str, LayerCache]]]:
-    """One repeat: its blocks in order, their aux stacked."""
+    """Runs the blocks of one repeat in order and stacks their aux."""
     auxes, new_cache = [], {}
     for index, is_moe in enumerate(kinds):
       name = str(index)
@@ -379,7 +379,7 @@ def _collect(
 ) -> tuple[
   dict[str, Float[Array, ""]], RouterStats | None, Bool[Array, "L B S E"] | None
 ]:
-  """Joins the parts' MoE layers in order and adds up their losses."""
+  """Concatenates the MoE layers of all parts in order and sums their losses."""
   if not auxes:
     return {}, None, None
   joined = jax.tree.map(lambda *a: jnp.concatenate(a), *auxes)

@@ -1,6 +1,6 @@
-"""What a model loses on a batch: sums over its valid tokens.
+"""The loss of a model on a batch, as sums over its valid tokens.
 
-Training, validation and evaluation all count by these.
+Shared by training, validation and evaluation.
 """
 
 from typing import Any
@@ -18,7 +18,7 @@ Batch = dict[str, Any]
 def cross_entropy(
   logits: Float[Array, "B S V"], targets: Int[Array, "B S"]
 ) -> Float[Array, "B S"]:
-  """Negative log-likelihood of each target, in nats, in float32."""
+  """Returns the negative log-likelihood of each target, in nats, in float32."""
   logits = logits.astype(jnp.float32)
   chosen = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
   return jax.nn.logsumexp(logits, axis=-1) - chosen
@@ -32,20 +32,20 @@ def forward_sums(
   token_bytes: Float[Array, "V"] | None = None,
   **kwargs: Any,
 ) -> dict[str, Any]:
-  """Sums over the valid tokens of a batch.
+  """Runs the model and sums over the valid tokens of a batch.
 
   Args:
     model: a decoder (see `moejax.models.decoder`).
     params: its parameters.
     batch: arrays [B, S]; targets count where `segment_ids` > 0.
-    token_bytes: bytes of text each vocabulary id stands for; None if not known.
+    token_bytes: bytes of text of each vocabulary id; None if unknown.
     **kwargs: passed to the model: key, train, capacity_factor, batch_chosen, present,
       step.
 
   Returns:
-    loss (sum of cross-entropy), tokens (how many), bytes (that they stand for, 0
-    if not known), aux (dict of sums), stats (RouterStats with a leading axis of
-    MoE layers, or None without any).
+    loss (sum of cross-entropy), tokens (their number), bytes (of the targets' text,
+    0 if unknown), aux (dict of sums), stats (RouterStats with a leading axis of MoE
+    layers; None without MoE layers).
   """
   out = model(
     params,

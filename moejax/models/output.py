@@ -1,4 +1,4 @@
-"""What a model gives: logits, what its routers did, and a cache to go on from.
+"""The output of a model: logits, router statistics and a cache for generation.
 
 Letters: B batch, S sequence, M tokens that a cache holds, V vocabulary, L layers.
 """
@@ -16,24 +16,24 @@ class Cache:
 
   layers: dict[str, dict[str, LayerCache]]
   segment_ids: Int[Array, "B M"]
-  """-1 where nothing was written yet."""
+  """-1 where the cache is empty."""
   index: Int[Array, ""]
   """Tokens written."""
 
 
 @pytree
 class DecoderOutput:
-  """Of one call."""
+  """The output of one call."""
 
   logits: Float[Array, "B S V"]
   """float32."""
   aux: dict[str, Float[Array, ""]]
   """Aux terms by name: sum over MoE layers and groups of value * valid tokens.
 
-  Divided by the batch's valid tokens, it is the term's mean summed over layers.
+  Divided by the batch's valid tokens, this is the sum over layers of the term's mean.
   """
   stats: RouterStats | None
-  """What the routers did, leading axis the MoE layers in order; None if none."""
+  """With a leading axis of MoE layers in order; None without MoE layers."""
   cache: Cache | None
   served: Bool[Array, "L B S E"] | None = None
-  """Which experts computed each token, L the MoE layers; only where asked for."""
+  """Which experts computed each token; L counts MoE layers; only on request."""

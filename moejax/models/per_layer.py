@@ -1,4 +1,4 @@
-"""Values of each MoE layer, folded as the decoder folds its parameters."""
+"""Per-layer values, grouped by block like the decoder's parameters."""
 
 from typing import Any
 
@@ -10,14 +10,14 @@ PARTS = ("prefix", "unit", "suffix")
 
 
 def by_part(values: Any, pattern: Pattern) -> dict[str, dict[str, Any]]:
-  """Cuts a tree with a leading axis of MoE layers into the blocks' own.
+  """Splits a tree with a leading axis of MoE layers into one tree per MoE block.
 
   Args:
     values: leaves [L, ...], the MoE layers in order.
 
   Returns:
-    By part and by name of the block in it, MoE blocks only: leaves [...], or
-    [R, ...] in the repeated unit.
+    Trees by part and block name, MoE blocks only: leaves [...], or [R, ...] in the
+    repeated unit.
   """
   result, used = {}, 0
   for part in PARTS:

@@ -1,4 +1,4 @@
-"""Where each parameter of a model lives on a mesh."""
+"""The placement of a model's parameters on a mesh."""
 
 from typing import Any
 
@@ -8,5 +8,5 @@ from moejax.sharding import rules
 
 
 def param_shardings(model: Any, mesh: Mesh) -> Any:
-  """The sharding of each parameter, from the model's logical axes."""
+  """Returns the sharding of each parameter, from the model's logical axes."""
   return rules.shardings(mesh, model.logical_axes(), model.shapes())

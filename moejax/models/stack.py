@@ -1,4 +1,4 @@
-"""Running a stack of blocks: rebuilt from plain parameters, scanned, rematerialised."""
+"""Runs a stack of blocks: rebuilt from plain parameters, scanned, rematerialised."""
 
 from collections.abc import Callable
 from typing import Any
@@ -13,11 +13,11 @@ from moejax.layers import parameter
 from moejax.types import Params
 
 Unit = Callable[..., Any]
-"""One repeat of the stack: (x, layer) -> (x, output), as `jax.lax.scan` wants it."""
+"""One repeat of the stack: (x, layer) -> (x, output), a body for `jax.lax.scan`."""
 
 
 class Shell:
-  """A module's structure apart from its parameters."""
+  """A module's structure without its parameters."""
 
   def __init__(self, make: Callable[[Key[Array, ""]], Any]):
     self._make = make
@@ -38,7 +38,7 @@ def split_key(key: Key[Array, ""] | None, count: int) -> Key[Array, "R"] | None:
 
 
 def remat(function: Unit, policy: str, *, in_scan: bool) -> Unit:
-  """Recompute in the backward pass: nothing, everything, or all but matrix products."""
+  """Applies `jax.checkpoint` to a unit under one of the `model.remat` policies."""
   match policy:
     case "none":
       return function
@@ -57,7 +57,7 @@ def remat(function: Unit, policy: str, *, in_scan: bool) -> Unit:
 
 
 def unrolled(unit: Unit, x: Any, stacked: Any, repeats: int) -> Any:
-  """What `jax.lax.scan` does, without the loop."""
+  """Does what `jax.lax.scan` does, without a loop in the program."""
   outputs = []
   for index in range(repeats):
     x, output = unit(x, jax.tree.map(lambda leaf, i=index: leaf[i], stacked))

@@ -1,10 +1,9 @@
-"""What is trained, and what is only kept: the parameters cut in two, and joined again.
+"""Splits the parameters into trained and untrained ones, and joins them again.
 
-A model's parameters are one tree, so that a checkpoint holds all of them. Some are no
-business of an optimizer: a table that routes by token id, a bias that the train step
-moves by a rule of its own. Each parameter says so where it is made; the gradient and the
-optimizer then see the trained part alone, so that nothing can decay, clip or move the
-rest.
+A model's parameters are one tree, so that a checkpoint holds all of them. An optimizer
+must not touch some of them: a table that routes by token id, a bias that the train step
+updates by its own rule. Each parameter is marked where it is declared; gradients and the
+optimizer then see only the trained part, so nothing can decay, clip or move the rest.
 """
 
 from typing import Any
@@ -12,16 +11,16 @@ from typing import Any
 from moejax.types import Params
 
 Mask = dict[str, Any]
-"""A nested dict like the parameters, with True where a leaf is trained."""
+"""A nested dict like the parameters, True for each trained leaf."""
 
 
 def split(params: Params, trained: Mask) -> tuple[Params, Params]:
-  """The trained parameters and the others, each a tree of its own.
+  """Returns the trained and the untrained parameters as two trees.
 
-  A dict of which nothing is left is left out: a stored state has no place for it.
+  Dicts that the split empties are omitted: a stored state has no entry for them.
 
   Raises:
-    ValueError: the mask is of another tree.
+    ValueError: the mask's keys differ from the parameters'.
   """
   if params.keys() != trained.keys():
     raise ValueError(f"parameters {sorted(params)} under a mask of {sorted(trained)}")
@@ -41,7 +40,7 @@ def split(params: Params, trained: Mask) -> tuple[Params, Params]:
 
 
 def join(learned: Params, kept: Params) -> Params:
-  """The inverse of `split`."""
+  """Joins what `split` returned."""
   both = dict(learned)
   for name, value in kept.items():
     both[name] = join(both.get(name, {}), value) if isinstance(value, dict) else value
@@ -49,7 +48,7 @@ def join(learned: Params, kept: Params) -> Params:
 
 
 def names(mask: Mask, prefix: str = "") -> list[str]:
-  """Dotted names of the parameters that are not trained."""
+  """Returns the dotted names of the parameters that are not trained."""
   found: list[str] = []
   for name, value in mask.items():
     if isinstance(value, dict):

@@ -1,8 +1,8 @@
-"""The real train step, compiled for devices that need not exist.
+"""Compiles the real train step for devices that need not exist.
 
-Nothing is allocated: the state and the batch are shapes with shardings. The same
-functions make the step here and in a run (`moejax.train`), so that what is measured is
-what would run.
+Nothing is allocated: the state and the batch are shapes with shardings. A run builds its
+step with the same functions (`moejax.train`), so the program measured here is the one
+that would run.
 """
 
 import dataclasses
@@ -27,7 +27,7 @@ from moejax.train.state import State
 
 @dataclasses.dataclass(frozen=True)
 class CompiledStep:
-  """A train step as the compiler made it."""
+  """A compiled train step."""
 
   mesh: Mesh
   state: State
@@ -35,14 +35,14 @@ class CompiledStep:
   compiled: Any
   """jax.stages.Compiled."""
   seconds: float
-  """Lowering and compiling; tracing is not in it."""
+  """Time to lower and compile, without tracing."""
 
 
 def compile_step(config: Config, devices: Sequence[Any]) -> CompiledStep:
-  """Compiles a train step for these devices, real or described.
+  """Compiles a train step for devices, real or described.
 
   Raises:
-    ConfigError: the config does not fit on so many devices.
+    ConfigError: the config does not fit this number of devices.
   """
   config_devices.validate_devices(config, len(devices))
   mesh = make_mesh(config.mesh, devices)

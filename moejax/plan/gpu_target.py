@@ -1,7 +1,7 @@
-"""What XLA needs to know of a GPU that is not here: a GpuTargetConfig in text form.
+"""Describes an absent GPU to XLA, as a GpuTargetConfig in text form.
 
-Fields and figures are those that XLA's device descriptions of the same GPUs give, cut
-down to what compiling reads: sizes and limits, of which both kinds differ in memory only.
+Fields and figures are from XLA's descriptions of the same GPUs, reduced to what the
+compiler reads: sizes and limits. The two kinds differ only in memory.
 """
 
 from moejax.cost.chips import CHIPS
@@ -35,7 +35,7 @@ device_description_str: "{name}"
 
 
 def target_config(kind: str) -> str:
-  """The description of an `h100` or `h200`."""
+  """Returns the description of an `h100` or `h200`."""
   chip = CHIPS[kind]
   return _TEXT.format(
     memory=chip.hbm_bytes, bandwidth=round(chip.hbm_bandwidth), name=chip.kinds[0]

@@ -1,8 +1,8 @@
-"""What a compiled train step needs of each chip: memory, FLOPs, traffic, time.
+"""Resources of a compiled train step per device: memory, FLOPs, traffic, time.
 
-Memory and the verdict whether it fits are the compiler's. FLOPs and bytes are counted in
-the optimised program, loops multiplied out. A ragged exchange or product is counted under
-even routing: the rows that exist, not the buffer that could hold more.
+The compiler reports memory, from which follows whether the step fits. FLOPs and bytes are
+counted in the optimised program, with loops multiplied out. Ragged exchanges and matmuls
+are counted under even routing: the rows in use, not the capacity of the buffer.
 
 Letters: P devices of an axis, D width, K choices per token, C slots per expert.
 """
@@ -33,7 +33,7 @@ from moejax.plan.wire_bound import wire_bound
 def report(
   config: Config, topology: Topology, step: CompiledStep, chip: Chip
 ) -> dict[str, Any]:
-  """Everything `tools.compile_for` prints, as plain numbers.
+  """Returns everything that `tools.compile_for` prints, as plain values.
 
   Args:
     config: validated.
@@ -71,7 +71,7 @@ def report(
 
 
 def refused(topology: Topology, chips: int, chip: Chip, message: str) -> dict[str, Any]:
-  """The report of a step that the compiler could not fit into memory."""
+  """Returns the report of a step that the compiler could not fit in memory."""
   return {
     "topology": str(topology),
     "slices": topology.slices,
@@ -83,7 +83,7 @@ def refused(topology: Topology, chips: int, chip: Chip, message: str) -> dict[st
 
 
 def model_flops(config: Config, devices: int) -> float:
-  """FLOPs of the mathematics per step and device, causal attention pairs only."""
+  """Returns model FLOPs per step and device, counting only causal attention pairs."""
   tokens = config.train.batch_size * config.data.sequence_length
   vocab = resolve_vocab_size(config)
   return (
@@ -92,7 +92,7 @@ def model_flops(config: Config, devices: int) -> float:
 
 
 def ragged_fraction(config: Config, mesh: Mesh) -> float:
-  """Of the rows that a device can receive, those that come under even routing."""
+  """Returns the fraction of a device's row buffer in use under even routing."""
   devices, moe = mesh.shape["expert"], config.moe
   if moe.dense_twin or devices == 1:
     return 1.0
@@ -105,7 +105,7 @@ def ragged_fraction(config: Config, mesh: Mesh) -> float:
     mixes=make_router(moe).mixes,
   )
   if kind == "ring":
-    # All rows of the axis are lined up, and one device's share computed.
+    # The rows of all devices are gathered; each device computes its share.
     return 1.0 / devices
   if kind == "ragged":
     return 1.0 / min(devices, moe.exchange_buffer or devices)
@@ -113,12 +113,12 @@ def ragged_fraction(config: Config, mesh: Mesh) -> float:
 
 
 def memory_of(step: CompiledStep, program: Program) -> dict[str, int]:
-  """Bytes on one device by kind; `total` is what the compiler sets aside.
+  """Returns bytes per device by kind; `total` is what the compiler reserves.
 
-  `saved_activations` are the stacks that the forward loop over layers leaves for the
-  backward one; `gradients` is a copy of the parameters in float32; `buffers` is the
-  rest of the temporaries. `peak` is what lives at once at the worst moment, which the
-  compiler cannot always pack without gaps.
+  `saved_activations` are the stacks that the forward loop over layers keeps for the
+  backward loop; `gradients` is a float32 copy of the parameters; `buffers` is the rest
+  of the temporaries. `peak` is the maximum of live bytes, which the compiler cannot
+  always pack without gaps.
   """
   analysis = step.compiled.memory_analysis()
   params = _device_bytes(step.state["params"])
@@ -158,19 +158,19 @@ def _device_bytes(tree: Any) -> int:
 
 @dataclasses.dataclass
 class Network:
-  """Where a mesh's axes lie in the machine, and what sending over them takes."""
+  """The networks that a mesh's axes span, and the time to send over them."""
 
   devices: np.ndarray
-  """In the shape of `AXES`."""
+  """One array dimension per axis of `AXES`."""
   topology: Topology
   chip: Chip
 
   def time_of(self, row: traffic.Row) -> tuple[str, float]:
-    """The network that a collective goes over, and a lower bound of its seconds.
+    """Returns a collective's network and a lower bound of its time in seconds.
 
-    Rings send in both directions of every side of the torus that the axis spans; an
-    all-to-all's bytes travel a quarter of each ring on average. Over the slow network
-    the devices of an island share the work of a ring.
+    Rings send in both directions along every torus dimension that the axis spans; an
+    all-to-all's bytes travel a quarter of each ring on average. Over the slow network,
+    the devices of an island share a ring's traffic.
     """
     sent = row["bytes_per_chip"]
     if not self.chip.link_bandwidth:
@@ -193,7 +193,7 @@ class Network:
     return "ici", sent * max(1.0, hops) / (2 * len(sides) * self.chip.link_bandwidth)
 
   def _group(self, axis: str) -> list[Any]:
-    """The devices of one group; of all, where no axes make the groups."""
+    """Returns the devices of one group; all devices if groups do not follow axes."""
     named = axis.split(",")
     if not all(name in AXES for name in named):
       return list(self.devices.flat)
@@ -204,9 +204,9 @@ class Network:
 def roofline(
   executed: float, memory: dict[str, int], rows: list[traffic.Row], chip: Chip
 ) -> dict[str, Any]:
-  """Seconds of a step if each resource were used at its peak and all overlapped.
+  """Returns a step's seconds if all resources ran at peak and overlapped fully.
 
-  Memory traffic is a lower bound: every argument read and written once, every
+  Memory traffic is a lower bound: every argument is read and written once, every
   temporary written and read once.
   """
   if not chip.flops:

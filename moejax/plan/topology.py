@@ -1,10 +1,10 @@
 """Machines that need not exist: their names, and devices to compile for.
 
 `v5p:4x4x8` is a slice of 128 TPUs, `h100:4x8` four nodes of eight GPUs, `cpu:8` eight
-fake devices of this machine. Compilers need descriptions only; the extra `tpu` brings
-the one for TPUs (libtpu), the extra `cuda` the one for GPUs.
+fake devices of this machine. Compilers need only descriptions; the extra `tpu` installs
+the TPU compiler (libtpu), the extra `cuda` the GPU compiler.
 
-What a chip can do stands in `chips`.
+Chip specifications are in `moejax.cost.chips`.
 """
 
 import dataclasses
@@ -18,29 +18,29 @@ from moejax.cost.chips import CHIPS, Chip
 from moejax.errors import ConfigError, UserError, did_you_mean
 
 COMPILED_FOR = ("v4", "v5e", "v5p", "v6e", "tpu7x", "h100", "h200", "cpu")
-"""Names in `CHIPS` that the compilers have descriptions of."""
+"""Names in `CHIPS` that can be compiled for."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Topology:
-  """A machine by name."""
+  """A machine: kind of chip, shape and slices."""
 
   kind: str
   """One of `COMPILED_FOR`."""
   shape: tuple[int, ...]
-  """Sides of the torus, (nodes, GPUs), or (devices,)."""
+  """Torus dimensions, (nodes, GPUs per node), or (devices,)."""
   slices: int = 1
-  """Of that shape each, joined by the slow network."""
+  """Number of slices of that shape, joined by the slow network."""
 
   def __str__(self) -> str:
     return f"{self.kind}:{'x'.join(map(str, self.shape))}"
 
 
 def parse(text: str, slices: int = 1) -> Topology:
-  """Reads `v5p:4x4x8`.
+  """Parses a name such as `v5p:4x4x8`.
 
   Raises:
-    ConfigError: no such kind, or no such shape of it.
+    ConfigError: unknown kind, a shape that it cannot have, or slices of a non-TPU.
   """
   kind, _, sides = text.partition(":")
   if kind not in COMPILED_FOR:
@@ -67,10 +67,10 @@ _SIDES = re.compile(r"\d+(x\d+)*")
 
 
 def prepare(topology: Topology) -> None:
-  """Sets up this process for compiling; to be called before jax is imported.
+  """Sets up this process for compiling; call it before importing jax.
 
   Raises:
-    UserError: what the compiler for it needs is not installed.
+    UserError: the package with the compiler is not installed.
   """
   family = CHIPS[topology.kind].family
   needs = {"tpu": ("libtpu", "tpu"), "gpu": ("jax_cuda12_plugin", "cuda")}.get(family)
@@ -86,17 +86,17 @@ def prepare(topology: Topology) -> None:
       "TPU_SKIP_MDS_QUERY": "1",
       "TPU_ACCELERATOR_TYPE": "v5p-8",
       "TPU_WORKER_HOSTNAMES": "localhost",
-      # A second process would otherwise end on the lock that guards real chips.
+      # Otherwise a second process fails on the lock that guards real chips.
       "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
       "TPU_MIN_LOG_LEVEL": os.environ.get("TPU_MIN_LOG_LEVEL", "3"),
     }
 
 
 def devices_of(topology: Topology) -> list[Any]:
-  """Devices to make a mesh of: descriptions, which hold no arrays.
+  """Returns devices for a mesh; unless on CPU, descriptions that cannot hold arrays.
 
   Raises:
-    ConfigError: the compiler knows no such machine.
+    ConfigError: the compiler does not know the machine.
   """
   import jax
   from jax.experimental import topologies
@@ -129,14 +129,14 @@ def devices_of(topology: Topology) -> list[Any]:
 
 
 def chip_of(topology: Topology, devices: list[Any]) -> Chip:
-  """Figures of one device, where a chip shows as several devices."""
+  """Returns the figures of one device, of which a chip may have several."""
   return CHIPS[topology.kind].divided(
     len(devices) // (math.prod(topology.shape) * topology.slices)
   )
 
 
 def island(topology: Topology, device: Any) -> int:
-  """The slice or node that a device stands in."""
+  """Returns the index of a device's slice or node."""
   if CHIPS[topology.kind].family == "gpu":
     return device.id // topology.shape[1]
   return getattr(device, "slice_index", 0)

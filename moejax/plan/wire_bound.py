@@ -1,9 +1,9 @@
-"""The least that a train step must send under its sharding, to compare with what it does.
+"""Lower bound of the bytes a train step sends under its sharding, for comparison.
 
 Every matrix is gathered over `fsdp` for the forward and again for the backward pass, and
-its gradient scattered once, all in the compute type; what several devices hold alike has
-its gradient's shard summed over them. Tokens go to their experts and back, forward and
-backward, each chosen one once (or each slot, with a capacity).
+its gradient reduce-scattered once, all in the compute dtype; gradient shards are
+all-reduced over replicas. Tokens go to experts and back, in the forward and backward
+pass, once per assignment; with a capacity, once per slot (grouped: the fewer of both).
 """
 
 import math
@@ -21,16 +21,16 @@ from moejax.sharding.rules import RULES
 
 
 def wire_bound(config: Config, mesh: dict[str, int]) -> float:
-  """Bytes that one device sends in a step.
+  """Returns the bytes that one device sends in a step.
 
   Args:
-    config: validated, of MoE layers without soft routing.
-    mesh: devices along each axis.
+    config: validated, without soft routing.
+    mesh: number of devices per axis.
   """
   width = _bytes(config)
   model = Decoder(config.model, config.moe, vocab_size=resolve_vocab_size(config))
 
-  # What is not trained has no gradient to be summed.
+  # Untrained parameters have no gradients to reduce.
   axes, _ = trained.split(model.logical_axes(), model.trained())
   shapes, _ = trained.split(model.shapes(), model.trained())
   names_of = jax.tree.leaves(axes, is_leaf=lambda a: isinstance(a, tuple))
@@ -49,7 +49,7 @@ def wire_bound(config: Config, mesh: dict[str, int]) -> float:
 
 
 def exchange_bound(config: Config, mesh: dict[str, int]) -> float:
-  """Bytes that one device sends to experts and back, forward and backward."""
+  """Returns the bytes that one device exchanges with experts, forward and backward."""
   moe, devices = config.moe, mesh["expert"]
   if moe.dense_twin or devices == 1:
     return 0.0
@@ -75,7 +75,7 @@ def exchange_bound(config: Config, mesh: dict[str, int]) -> float:
 
 
 def _part(devices: int) -> float:
-  """Of a buffer, what a ring over so many devices sends."""
+  """Returns the fraction of a buffer that each device of a ring sends."""
   return (devices - 1) / devices
 
 
