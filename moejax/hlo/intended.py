@@ -60,8 +60,8 @@ def _all_reduce(
   if "tensor" in axes and not small:
     return ""
   if "fsdp" in axes and not small:
-    # Gradients of weights sharded over fsdp should be reduce-scattered. Those of experts
-    # are reduced by hand, which excuses no compiler.
+    # Gradients of weights sharded over fsdp should be reduce-scattered. For experts
+    # that is done by hand, so no compiler is excused.
     by_hand = BY_HAND in collective.operation
     return "" if platform != "cpu" or by_hand else _NO_SCATTER
   if axes <= {*TOKEN_AXES, "tensor"}:
