@@ -1,24 +1,24 @@
 """Fingerprints: is this tree of arrays, bit for bit, the one that was written?
 
-Two kinds, for two questions.
+There are two kinds, for two purposes.
 
-`checksums` is what a checkpoint carries. Per leaf it is the inner product,
-modulo 2^64, of the leaf's words with fixed odd weights that depend on the
-position alone. A sum can be made from parts: each process sums what it holds, in
-any order, under any sharding, and no array is gathered. One changed word changes
-it always (an odd weight has an inverse modulo 2^64), two swapped blocks or many
-changed words all but surely. Before the weights of the expert axis and of the
-axes in front of it are applied, the partial sums are one number per expert, and
-equal experts have equal numbers wherever they stand: a swapped, duplicated or
-missing expert is found and named. What several processes hold is summed by one of
-them; `every_copy` finds out whether the others hold the same.
+A checkpoint stores `checksums`. The checksum of a leaf is the inner product,
+modulo 2^64, of its words with fixed odd weights that depend only on the position.
+It can be summed in parts: each process sums its own, in any order, under any
+sharding, and no array is gathered. One changed word always changes it (an odd
+weight has an inverse modulo 2^64); two swapped blocks or many changed words almost
+surely do. Before the weights of the expert axis and of the axes in front of it are
+applied, the partial sums are one number per expert, and equal experts have equal
+numbers whatever their position: a swapped, duplicated or missing expert is found
+and named. A part that several processes hold is summed by one of them;
+`every_copy` checks that the others hold the same.
 
 `sha256` is what a person compares between two runs: over every byte of every
 leaf in a fixed order, on one host.
 
 Leaves are named by their path ("params.blocks.moe.w_in"), the same whether an
-optimizer's state is a named tuple, as in training, or the dicts and lists that a
-checkpoint gives back without a target.
+optimizer's state is a named tuple, as in training, or the dicts and lists that
+restoring without a target returns.
 """
 
 import dataclasses
@@ -34,7 +34,7 @@ from jax.experimental import multihost_utils
 from moejax import splitmix
 
 EXPERT_AXES = ("expert", "experts")
-"""What logical axes call the axis that stacks experts."""
+"""Logical names of the axis that stacks experts."""
 
 Checksum = dict[str, Any]
 """JSON: shape, dtype, sum (hex) and, where the leaf stacks experts, `experts`:
@@ -45,18 +45,18 @@ _SUMS = ("sum", "experts", "apart")
 
 
 def leaf_name(path: tuple[Any, ...]) -> str:
-  """The dotted name of a leaf: keys, indices and field names look alike."""
+  """Returns the dotted name of a leaf: keys, indices and field names look alike."""
   return jax.tree_util.keystr(path, simple=True, separator=".")
 
 
 def named_leaves(tree: Any) -> dict[str, Any]:
-  """Leaves by name, in a fixed order: sorted by name. None and empty nodes vanish."""
+  """Returns leaves by name, sorted by name. None and empty nodes vanish."""
   leaves = jax.tree_util.tree_flatten_with_path(tree)[0]
   return dict(sorted((leaf_name(path), leaf) for path, leaf in leaves))
 
 
 def raw(leaf: Any) -> Any:
-  """The array of bits behind a leaf: a typed PRNG key's data, else itself."""
+  """Returns the bits behind a leaf: a typed PRNG key's data, else the leaf itself."""
   dtype = getattr(leaf, "dtype", None)
   if dtype is not None and jnp.issubdtype(dtype, jax.dtypes.prng_key):
     return jax.random.key_data(leaf)
@@ -64,15 +64,15 @@ def raw(leaf: Any) -> Any:
 
 
 def expert_axes(tree: Any, logical_axes: Any) -> dict[str, int]:
-  """Which axis of which leaf stacks experts.
+  """Returns which axis of which leaf stacks experts.
 
   Args:
     tree: a train state, parameters, or shapes of either.
-    logical_axes: tree like the parameters, of tuples of axis names; None finds none.
+    logical_axes: tuples of axis names, in a tree like the parameters; None finds none.
 
   Returns:
-    Axis by leaf name, for the parameters and for the optimizer's arrays that are
-    shaped like the parameter whose name they end in.
+    Axis by leaf name, for the parameters and for the optimizer's arrays whose name
+    ends in that of a parameter of the same rank.
   """
   if logical_axes is None:
     return {}
@@ -101,26 +101,26 @@ class _Part:
   index: tuple[slice, ...]
   bits: np.ndarray
   answers: bool
-  """Whether this process is the one of its holders that adds it to the sum."""
+  """Whether this process, of all that hold it, adds it to the sum."""
   balance: int
-  """Weight under which equal copies cancel: how many others hold it, or -1."""
+  """Weight under which equal copies cancel: other holders if `answers`, else -1."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class HostLeaf:
-  """A leaf as far as this process holds it, on the host."""
+  """This process's parts of a leaf, on the host."""
 
   shape: tuple[int, ...]
   dtype: str
   parts: list[_Part]
-  """No element is in two of them."""
+  """They do not overlap."""
   bits_shape: tuple[int, ...]
   every_copy: bool
   expert_axis: int | None = None
 
 
 def snapshot(tree: Any, axes: Mapping[str, int] | None = None) -> dict[str, HostLeaf]:
-  """Takes the arrays off the devices, so that they may be donated afterwards.
+  """Fetches the arrays to the host, so that they may be donated afterwards.
 
   Args:
     tree: of jax or numpy arrays.
@@ -131,9 +131,9 @@ def snapshot(tree: Any, axes: Mapping[str, int] | None = None) -> dict[str, Host
 
 
 def verified(tree: Any, axes: Mapping[str, int]) -> dict[str, Checksum]:
-  """The checksums of what was restored, over all processes and all their copies.
+  """Returns checksums of restored arrays, over all processes and all their copies.
 
-  A collective: every process calls it. Arguments as those of `snapshot`.
+  A collective: every process must call it. Arguments as for `snapshot`.
   """
   every_copy = jax.process_count() > 1
   return all_processes(
@@ -158,19 +158,19 @@ def _host_leaf(leaf: Any, axis: int | None, every_copy: bool = False) -> HostLea
 
 
 def checksums(leaves: Mapping[str, HostLeaf]) -> dict[str, Checksum]:
-  """Sums every leaf over the shards this process holds.
+  """Sums every leaf over the parts that this process answers for.
 
-  Host work only: a pass over the bytes at about 1.5 GB/s, and no compilation.
+  Runs on the host only: a pass over the bytes at about 1.5 GB/s, and no compilation.
 
   Returns:
-    Checksum by leaf name. With several processes each holds a part: add them up
-    with `all_processes`.
+    Checksum by leaf name; with several processes a partial one, to be added up by
+    `all_processes`.
   """
   return {name: _leaf_checksum(leaf) for name, leaf in leaves.items()}
 
 
 def all_processes(part: dict[str, Checksum]) -> dict[str, Checksum]:
-  """Adds up what the processes summed; a collective, so every process calls it."""
+  """Adds up all processes' sums; a collective, so every process must call it."""
   if jax.process_count() == 1:
     return part
   numbers = np.array(_numbers(list(part.values())), np.uint64)
@@ -184,14 +184,14 @@ def all_processes(part: dict[str, Checksum]) -> dict[str, Checksum]:
 def differences(
   saved: Mapping[str, Checksum], found: Mapping[str, Checksum]
 ) -> list[str]:
-  """What is not as it was saved, in words: one line per leaf, experts by number."""
+  """Describes what is not as it was saved: one line per leaf, experts by number."""
   lines = []
   for name, now in found.items():
     was = saved.get(name)
     if was is None:
       lines.append(f"{name} has no checksum")
     elif (kind := _kind(was)) != _kind(now):
-      # Orbax gives a typed key back as plain integers when its own notes are lost.
+      # Orbax restores a typed key as plain integers when its own metadata are lost.
       lines.append(f"{name} came back as {_kind(now)}, was {kind}")
     elif was["sum"] != now["sum"]:
       detail = ""
@@ -209,7 +209,7 @@ def differences(
 
 
 def sha256(tree: Any) -> str:
-  """SHA-256 over name, dtype, shape and bytes of every leaf, ordered by name.
+  """Returns the SHA-256 over name, dtype, shape and bytes of every leaf, ordered by name.
 
   Equal exactly when two trees are bit-identical. One host must hold all of it.
   """
@@ -226,7 +226,7 @@ def _hex(value: int) -> str:
 
 
 def _weights(axis: int, length: int) -> np.ndarray:
-  """Odd 64-bit weights of one axis: SplitMix64 of the position."""
+  """Returns the odd 64-bit weights of one axis: SplitMix64 of the position."""
   with np.errstate(over="ignore"):
     z = np.arange(1, length + 1, dtype=np.uint64) * splitmix.GAMMA
     z += np.uint64((axis + 1) * 0xD1342543DE82EF95 % 2**64)
@@ -234,14 +234,14 @@ def _weights(axis: int, length: int) -> np.ndarray:
 
 
 def _words(bits: np.ndarray) -> np.ndarray:
-  """An array's bits as unsigned integers of its item size; complex as pairs."""
+  """Returns bits as unsigned integers of their item size; complex128 as pairs."""
   if bits.dtype.itemsize > 8:
     bits = np.ascontiguousarray(bits)[..., None].view(np.float64)
   return bits.view(np.dtype(f"u{bits.dtype.itemsize}"))
 
 
 def _contract(words: np.ndarray, first_axis: int, index: tuple[slice, ...]):
-  """Weighted sum over all axes from first_axis on, of a shard at `index`."""
+  """Returns the weighted sum over axes from `first_axis` on, of a shard at `index`."""
   for axis in range(words.ndim - 1, first_axis - 1, -1):
     start = (index[axis].start or 0) if axis < len(index) else 0
     weights = _weights(axis, start + words.shape[axis])[start:]
@@ -251,7 +251,7 @@ def _contract(words: np.ndarray, first_axis: int, index: tuple[slice, ...]):
 
 
 def _parts(bits: jax.Array | np.ndarray, every_copy: bool) -> list[_Part]:
-  """What this process answers for and, if asked, what it holds a copy of."""
+  """Returns the parts that this process answers for; with `every_copy`, all it holds."""
   if isinstance(bits, np.ndarray) or bits.is_fully_addressable:
     holders = dict.fromkeys(_held(bits), frozenset(range(jax.process_count())))
   else:
@@ -263,8 +263,8 @@ def _parts(bits: jax.Array | np.ndarray, every_copy: bool) -> list[_Part]:
   for place, (index, data) in _held(bits).items():
     answers = jax.process_index() == min(holders[place])
     if answers or every_copy:
-      # On CPU this is a view: it keeps the buffer, which jax then does not reuse for
-      # the result of a donating step but copies.
+      # On CPU `np.asarray` is a view that keeps the buffer alive: a step that donates
+      # it then makes jax copy it, not reuse it for the result.
       balance = len(holders[place]) - 1 if answers else -1
       parts.append(
         _Part(index=index, bits=np.asarray(data), answers=answers, balance=balance)
@@ -276,12 +276,12 @@ _Place = tuple[tuple[int | None, int | None], ...]
 
 
 def _place(index: tuple[slice, ...]) -> _Place:
-  """An index as a key: slices have no hash before Python 3.12."""
+  """Returns an index as a dict key: slices have no hash before Python 3.12."""
   return tuple((s.start, s.stop) for s in index)
 
 
 def _held(bits: jax.Array | np.ndarray) -> dict[_Place, tuple[tuple[slice, ...], Any]]:
-  """The different parts of an array on this process's devices, not yet fetched."""
+  """Returns an array's distinct parts on this process's devices, not yet fetched."""
   if isinstance(bits, np.ndarray):
     everything = (slice(None),) * bits.ndim
     return {_place(everything): (everything, bits)}
@@ -313,7 +313,7 @@ def _leaf_checksum(leaf: HostLeaf) -> Checksum:
 
 
 def _numbers(node: Any) -> list[int]:
-  """The numbers of checksums, in the order in which `_with_numbers` takes them."""
+  """Returns the numbers of checksums, in the order that `_with_numbers` expects."""
   if isinstance(node, str):
     return [int(node, 16)]
   if isinstance(node, dict):
@@ -322,7 +322,7 @@ def _numbers(node: Any) -> list[int]:
 
 
 def _with_numbers(node: Any, values: Iterator[int]) -> Any:
-  """The same checksum with other numbers."""
+  """Returns the same checksum with other numbers."""
   if isinstance(node, str):
     return _hex(next(values))
   if isinstance(node, list):
@@ -335,7 +335,7 @@ def _kind(entry: Checksum) -> str:
 
 
 def _experts_in_words(was: Any, now: Any) -> str:
-  """Names the experts that differ and, where it shows, what stands in their place."""
+  """Names the experts that differ and, where recognised, what replaced them."""
   before, after = np.array(was, object), np.array(now, object)
   if before.shape != after.shape:
     return ""

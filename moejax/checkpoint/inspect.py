@@ -1,7 +1,7 @@
-"""A checkpoint described: its tree, a fingerprint per expert, one SHA-256 of it all.
+"""Describes a checkpoint: its tree, a fingerprint per expert and two SHA-256 digests.
 
-Reads without knowing the model or the devices, so it also says what is in a
-checkpoint that no longer fits anything.
+Needs neither the model nor the devices, so it also describes a checkpoint that no
+longer fits any.
 """
 
 import hashlib
@@ -27,7 +27,7 @@ def inspect(workdir: Path | str, step: int | None = None) -> dict[str, Any]:
 
   Args:
     workdir: of a run.
-    step: None is the newest, damaged or not.
+    step: None means the newest, damaged or not.
 
   Returns:
     `step`, `directory`, `meta` (without the table of arrays), `arrays` (name to
@@ -52,7 +52,7 @@ def inspect(workdir: Path | str, step: int | None = None) -> dict[str, Any]:
   axes = checkpoint_read.saved_expert_axes(saved)
   found = fingerprint.checksums(fingerprint.snapshot(state, axes))
   for name, entry in found.items():
-    # Read without a target, a typed key comes as the integers it is made of.
+    # Without a target, a typed key is read as the integers that it is made of.
     if name in saved and saved[name]["dtype"].startswith("key<"):
       entry |= {key: saved[name][key] for key in ("shape", "dtype")}
   damage = fingerprint.differences(saved, found)
@@ -73,7 +73,7 @@ def inspect(workdir: Path | str, step: int | None = None) -> dict[str, Any]:
 
 
 def expert_fingerprints(arrays: dict[str, Any]) -> dict[str, list[str]]:
-  """One fingerprint per expert over all of its matrices, by layer.
+  """Returns one fingerprint per expert over all of its matrices, by layer.
 
   Args:
     arrays: checksums by name; those of parameters that stack experts are used.
@@ -95,7 +95,7 @@ def expert_fingerprints(arrays: dict[str, Any]) -> dict[str, list[str]]:
 
 
 def _read_arrays(path: Path) -> tuple[dict[str, Any], dict[str, str]]:
-  """All arrays as numpy, whatever devices they were saved from, and their shardings."""
+  """Reads all arrays as numpy, whatever devices saved them, and their shardings."""
   checkpoint_read.quiet()
   try:
     with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
@@ -113,7 +113,7 @@ def _read_arrays(path: Path) -> tuple[dict[str, Any], dict[str, str]]:
 
 
 def _sharding(metadata: Any) -> str:
-  """`axes of the mesh -> axis of the array`, as it was when saved."""
+  """Returns `(mesh axes of each array axis) on mesh`, as saved."""
   sharding = getattr(metadata, "sharding", None)
   spec = getattr(sharding, "partition_spec", None)
   if spec is None:
@@ -125,7 +125,7 @@ def _sharding(metadata: Any) -> str:
 
 
 def render(report: dict[str, Any]) -> str:
-  """The report as text; the last line is `sha256 <hex>`."""
+  """Returns the report as text; the last line is `sha256 <hex>`."""
   meta = report["meta"]
   versions = meta.get("versions", {})
   lines = [

@@ -1,10 +1,10 @@
-"""Event loops in which Orbax can fail without noise.
+"""Event loops in which Orbax fails quietly.
 
 Orbax reads or writes all arrays at once in a loop of its own, and closes the loop as
-soon as one of them fails. The others are then abandoned: TensorStore's threads,
-Python's collector and asyncio each report every one of them, in hundreds of lines
-around the one error that we report. A loop from here first lets the others end, and
-takes note of what became of them.
+soon as one of them fails. The other tasks are then abandoned: TensorStore's threads,
+Python's garbage collector and asyncio each report every one of them, in hundreds of
+lines around the one error that we report. A loop from here first lets the others end,
+and drops the reports of Orbax's errors.
 """
 
 import asyncio
@@ -14,18 +14,18 @@ import traceback
 from typing import Any
 
 _PATIENCE_SECONDS = 5.0
-"""How long the others may take to end by themselves; after that they are cancelled.
-One that is cancelled before it began would be reported as never awaited."""
+"""How long the other tasks may take to end; after that they are cancelled. A task
+cancelled before it started would be reported as never awaited."""
 
 
 _ASYNCIO = pathlib.Path(asyncio.__file__).parent
 
 
 def install() -> None:
-  """Makes new event loops of this process such ones; called again, does nothing.
+  """Makes all new event loops of this process quiet ones; idempotent.
 
-  For good, since Orbax makes loops in threads that work in the background. A policy
-  that somebody else chose stays.
+  Permanent, since Orbax creates loops in background threads. A policy set by other code
+  stays.
   """
   if type(asyncio.get_event_loop_policy()) is asyncio.DefaultEventLoopPolicy:
     asyncio.set_event_loop_policy(_Policy())
@@ -43,7 +43,7 @@ class _Loop(asyncio.SelectorEventLoop):
 
   def _end_tasks(self) -> None:
     deadline = time.monotonic() + _PATIENCE_SECONDS
-    # One may begin others.
+    # A task may start others.
     while (tasks := asyncio.all_tasks(self)) and time.monotonic() < deadline:
       self.run_until_complete(asyncio.wait(tasks, timeout=deadline - time.monotonic()))
     for task in tasks:
@@ -58,9 +58,9 @@ class _Policy(asyncio.DefaultEventLoopPolicy):
 
 
 def _report(loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
-  """Passes on what a task left behind, unless it is one of Orbax's several errors.
+  """Passes on what a task left behind, unless it is one of Orbax's errors.
 
-  The first of them is raised, and reported by us.
+  The first of these is raised anyway, and reported by us.
   """
   error = context.get("exception")
   if error is None or not _is_orbax(error):
@@ -68,7 +68,7 @@ def _report(loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
 
 
 def _is_orbax(error: BaseException) -> bool:
-  """Whether Orbax failed, or TensorStore, of which nothing but asyncio is to be seen."""
+  """Returns whether Orbax failed, or TensorStore, whose tracebacks show only asyncio."""
   frames = traceback.extract_tb(error.__traceback__)
   files = [pathlib.Path(frame.filename) for frame in frames]
   if any("orbax" in file.parts for file in files):

@@ -1,9 +1,9 @@
-"""FLOPs of one instruction of an optimised program, as it is executed.
+"""FLOPs of one instruction of an optimised program, as executed.
 
 Products only: elementwise work is not counted, as in `cost/flops`. A multiply-add is two.
-The compiler's own estimate counts a loop's body once and leaves kernels out, so it is
-counted here, from shapes. A TPU writes every product as a convolution, and batch
-dimensions as windows that meet their operand once.
+The compiler's own estimate counts a loop's body once and omits kernels, so FLOPs are
+counted here, from shapes. XLA:TPU turns every product into a convolution, and batch
+dimensions into windows that meet their operand once.
 """
 
 import dataclasses
@@ -17,7 +17,7 @@ import numpy as np
 _ARRAY = re.compile(r"[a-z]+\d*(?:e\d+m\d+\w*)?\[([\d,]*)\]")
 
 RAGGED = re.compile(r"ragged[-_]dot|gmm")
-"""Kernels that run only the rows that exist, however long their buffer is."""
+"""Names of kernels that process only the rows in use, however long the buffer."""
 
 _ATTENTION_PRODUCTS = {"fwd": 2, "dq": 3, "dkv": 4}
 """Products of [S, S, A] in each kernel of splash attention: scores and values; scores,
@@ -37,12 +37,12 @@ class Instruction:
 def flops_of(
   instruction: Instruction, shapes: Mapping[str, str], ragged_fraction: float = 1.0
 ) -> float:
-  """FLOPs of one execution; 0 for what is no product.
+  """Returns the FLOPs of one execution; 0 if it is not a product.
 
   Args:
     instruction: of any opcode.
-    shapes: of all instructions of its computation, by name.
-    ragged_fraction: of a ragged buffer's rows, those that exist.
+    shapes: of all instructions in its computation, by name.
+    ragged_fraction: fraction of a ragged buffer's rows in use.
   """
   match instruction.opcode:
     case "dot":
@@ -56,13 +56,13 @@ def flops_of(
 
 
 def _dims(shape: str) -> list[int]:
-  """Of the first array of a shape."""
+  """Returns the dimensions of the first array of a shape."""
   found = _ARRAY.search(shape)
   return [int(d) for d in found[1].split(",") if d] if found else []
 
 
 def _operands(instruction: Instruction, shapes: Mapping[str, str]) -> list[list[int]]:
-  """Dimensions of each operand."""
+  """Returns the dimensions of each operand."""
   depth, end = 1, len(instruction.rest)
   for index, character in enumerate(instruction.rest):
     depth += (character == "(") - (character == ")")
@@ -110,7 +110,7 @@ def _convolution(instruction: Instruction, shapes: Mapping[str, str]) -> float:
 
 
 def _window(rest: str) -> dict[str, list[tuple[int, ...]]]:
-  """stride, pad, lhs_dilate and rhs_dilate of each spatial axis, where they are given."""
+  """Returns each spatial axis's stride, pad, lhs_dilate and rhs_dilate, where given."""
   found = re.search(r"window=\{([^}]*)\}", rest)
   result = {}
   for name, text in re.findall(r"(\w+)=([\dx_\-]+)", found[1] if found else ""):
@@ -123,7 +123,7 @@ def _window(rest: str) -> dict[str, list[tuple[int, ...]]]:
 def _valid_positions(
   size: int, window: int, result: int, options: tuple[tuple[str, tuple[int, ...]], ...]
 ) -> int:
-  """Pairs of (output, window element) that meet an element of the input."""
+  """Counts the pairs of (output, window element) that meet an element of the input."""
   given = dict(options)
   stride, low = given.get("stride", (1,))[0], given.get("pad", (0, 0))[0]
   dilated, spread = given.get("lhs_dilate", (1,))[0], given.get("rhs_dilate", (1,))[0]
@@ -134,7 +134,7 @@ def _valid_positions(
 
 
 def _kernel(instruction: Instruction, shapes: Mapping[str, str]) -> float:
-  """By the kernel's own count, its name, or its operands."""
+  """Returns FLOPs by the kernel's own estimate, its name or its operands."""
   rest = instruction.rest
   stated = re.search(r'cost_estimate":\{"flops":"?(\d+)', rest)
   if stated:
@@ -143,8 +143,8 @@ def _kernel(instruction: Instruction, shapes: Mapping[str, str]) -> float:
   if splash:
     return _splash(rest, splash[1])
   if "__cudnn$fmha" in rest:
-    # The mask is a bias there, so no block is left out. Backward: scores again, and the
-    # gradients of values, scores, queries and keys.
+    # cuDNN gets the mask as a bias, so it skips no block. Backward: scores again, and
+    # the gradients of values, scores, queries and keys.
     size = _layouts(rest)[0]
     return 2.0 * (5 if "Backward" in rest else 2) * math.prod(size) * size[1]
   if "gemm" in rest.partition("custom_call_target=")[2][:40]:
@@ -153,7 +153,7 @@ def _kernel(instruction: Instruction, shapes: Mapping[str, str]) -> float:
 
 
 def _splash(rest: str, part: str) -> float:
-  """Blocks on and below the diagonal; a window's savings are not counted."""
+  """Returns FLOPs of the blocks on and below the diagonal, as if without a window."""
   *batch, length, size = next(a for a in _layouts(rest) if len(a) > 2 and a[-1] >= 64)
   suffix = "" if part == "fwd" else f"_{part}"
   block = _numbers(rest, rf'block_q{suffix}\\?": (\d+)') or [length]
@@ -164,13 +164,13 @@ def _splash(rest: str, part: str) -> float:
 
 
 def _layouts(rest: str) -> list[list[int]]:
-  """Dimensions of a kernel's operands."""
+  """Returns the dimensions of a kernel's operands."""
   text = rest.partition("operand_layout_constraints={")[2]
   return [[int(n) for n in dims.split(",") if n] for dims in _ARRAY.findall(text)]
 
 
 def _gemm(instruction: Instruction, shapes: Mapping[str, str]) -> float:
-  """A library's matrix product on a GPU: dimensions stand in its configuration."""
+  """Returns FLOPs of a GPU library's product, whose configuration has the dimensions."""
   left = _operands(instruction, shapes)[0]
   found = re.search(
     r'lhs_contracting_dimensions":\[([^\]]*)\]', instruction.rest.replace("\\", "")

@@ -1,7 +1,7 @@
-"""Which devices take part in a collective, and which axes of the mesh they make.
+"""Which devices take part in a collective, and which mesh axes their groups span.
 
-Three spellings are read: lists of device numbers, iota tiles, and axes of a mesh. The
-numbers are positions in the program's mesh, in row-major order.
+Three notations are read: lists of device numbers, iota tiles and mesh axes. The numbers
+are positions in the program's mesh, in row-major order.
 """
 
 import itertools
@@ -15,7 +15,7 @@ Groups = list[tuple[int, ...]]
 
 
 def groups_of(rest: str) -> Groups | None:
-  """The device groups of a collective; None where they are not written as numbers."""
+  """Returns a collective's device groups; None if absent or in an unknown notation."""
   pairs = re.search(r"source_target_pairs=\{((?:\{\d+,\d+\},?)*)\}", rest)
   if pairs:
     return _components(re.findall(r"\{(\d+),(\d+)\}", pairs[1]))
@@ -34,8 +34,8 @@ def groups_of(rest: str) -> Groups | None:
 
 
 def _mesh_groups(rest: str) -> Groups | None:
-  """Groups spelt as axes of a mesh, whole or in part: 'a' or 'a':(4)2, where 2 of the
-  axis's devices make a group and 4 stand before them."""
+  """Returns groups written as mesh axes, whole or in part: 'a' or 'a':(4)2, the sub-axis
+  of size 2 inside one of size 4."""
   found = re.search(
     r"replica_groups=mesh\[([^\]]*)\]"
     r"(?:, device_ids=\(\[([\d,]+)\](?:T\(([\d,]+)\))?\))? \{([^}]*)\}",
@@ -71,7 +71,7 @@ def _numbers(text: str) -> list[int]:
 
 
 def _components(pairs: Sequence[tuple[str, str]]) -> Groups:
-  """Devices that a permutation connects."""
+  """Returns the connected components of a permutation."""
   groups: list[set[int]] = []
   for source, target in pairs:
     joined = {int(source), int(target)}
@@ -93,7 +93,7 @@ def group_size(rest: str) -> int:
 def axis_groups(
   axes: Sequence[str], sizes: Sequence[int]
 ) -> dict[frozenset[frozenset[int]], str]:
-  """The device groups that each set of axes makes; the smallest set that makes them."""
+  """Maps device groups to the smallest set of axes that spans them."""
   ids = np.arange(math.prod(sizes)).reshape(sizes)
   result: dict[frozenset[frozenset[int]], str] = {}
   for count in range(1, len(axes) + 1):
@@ -109,11 +109,11 @@ def axis_groups(
 def axis_of(
   rest: str, groups: dict[frozenset[frozenset[int]], str], num_devices: int
 ) -> tuple[str, int]:
-  """The axes of an instruction's groups, and how many devices are in one."""
+  """Returns the axes of an instruction's groups and the size of the largest group."""
   found = groups_of(rest)
   if found is None and (written := re.search(r"replica_groups=\S+", rest)):
     raise ValueError(f"device groups in a spelling that is not known: {written[0]}")
-  if not found:  # No groups are one group of all.
+  if not found:  # Without groups, all devices are one group.
     found = [tuple(range(num_devices))]
   key = frozenset(frozenset(group) for group in found)
   return groups.get(key, "?"), max(len(group) for group in found)

@@ -1,7 +1,7 @@
-"""Which collectives a train step is meant to have, and why each is there.
+"""Which collectives a train step should have, and why.
 
-A missing axis in a sharding rule makes no error: the compiler moves what it must, in
-silence. So what it moves is compared with this list.
+A missing axis in a sharding rule raises no error: the compiler silently moves what it
+must. So what it moves is compared with this list.
 """
 
 from moejax.config import Config
@@ -9,23 +9,23 @@ from moejax.hlo.parse import Collective
 from moejax.sharding.mesh import BY_HAND, TOKEN_AXES
 
 _NO_SCATTER = "gradients of weights (a CPU has no reduce-scatter pass)"
-"""XLA:CPU leaves an all-reduce of which each device keeps a part as it is."""
+"""XLA:CPU keeps an all-reduce even where each device uses only part of the result."""
 
 
 _FAR_BELOW = 8
-"""Times that something must be smaller than one matrix of an expert to be none."""
+"""How many times smaller than an expert's matrix a buffer must be not to be one."""
 
 _EVENED_OUT = "edges of a padded reduce-scatter (the TPU compiler's)"
 _LARGEST_EDGE = 1 << 26
 
 
 def reason(collective: Collective, config: Config, platform: str = "") -> str:
-  """Why it is there; empty if nothing asks for it.
+  """Returns why a collective is there; empty if nothing asks for it.
 
   Args:
     collective: from `hlo.Program.collectives`.
     config: of the run whose train step was compiled.
-    platform: that it was compiled for, cpu, gpu or tpu; empty excuses nothing.
+    platform: compile target: cpu, gpu or tpu; an empty one excuses nothing.
   """
   axes = set(collective.axis.split(","))
   match collective.kind:
@@ -39,7 +39,7 @@ def reason(collective: Collective, config: Config, platform: str = "") -> str:
     case "all-to-all" | "ragged-all-to-all" if axes == {"expert"}:
       return "tokens to experts and back"
     case "collective-permute" if platform == "tpu" and not collective.source:
-      # The compiler pads what it scatters to whole tiles, and evens it out afterwards.
+      # The compiler pads what it scatters to whole tiles, then evens out the shards.
       return _EVENED_OUT if collective.bytes <= _LARGEST_EDGE else ""
     case "all-gather" | "reduce-scatter" if axes == {"expert"}:
       return _over_experts(collective, config)
@@ -47,8 +47,8 @@ def reason(collective: Collective, config: Config, platform: str = "") -> str:
 
 
 def _small(config: Config) -> int:
-  """Bytes up to which an all-reduce over fsdp is sums and norms, and no matrix: a few
-  vectors of D numbers, which the compiler may join into one."""
+  """Returns the most bytes of an all-reduce over fsdp that is taken for sums and norms,
+  not a matrix: a few vectors of D numbers, which the compiler may merge."""
   return max(1 << 16, 64 * config.model.width)
 
 
@@ -60,8 +60,8 @@ def _all_reduce(
   if "tensor" in axes and not small:
     return ""
   if "fsdp" in axes and not small:
-    # Gradients of weights cut over fsdp should be reduce-scattered. Those of experts
-    # are by hand, so for them no compiler is excused.
+    # Gradients of weights sharded over fsdp should be reduce-scattered. For experts
+    # that is done by hand, so no compiler is excused.
     by_hand = BY_HAND in collective.operation
     return "" if platform != "cpu" or by_hand else _NO_SCATTER
   if axes <= {*TOKEN_AXES, "tensor"}:
@@ -70,10 +70,10 @@ def _all_reduce(
 
 
 def _over_experts(collective: Collective, config: Config) -> str:
-  """Legitimate for exchanges that see all tokens; never for expert weights."""
+  """Returns a reason if the exchange sees all tokens; none for expert weights."""
   one = config.model.width * config.moe.fine_hidden * 2
   if not collective.source and _FAR_BELOW * collective.bytes < one:
-    # Between slices compilers forget lines, and sum in steps: scattered, then gathered.
+    # Across slices the compiler drops source lines and sums by scatter, then gather.
     return "sums over tokens, in two steps, or gates (ragged)"
   if BY_HAND in collective.operation and config.moe.exchange in (
     "auto",

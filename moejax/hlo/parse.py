@@ -1,14 +1,13 @@
-"""What did the compiler send? Reads the collectives out of an optimised program.
+"""Reads the collectives, and the FLOPs, out of an optimised program.
 
-Counts what runs, not what is written: an instruction in a loop counts as often as the
-loop turns. Bytes are those of one device: `bytes` the buffer that takes part (operand of
-an all-to-all, result of an all-gather, operand of a reduce-scatter or all-reduce),
-`wire_bytes` what the device must send with n devices in a group: (n-1)/n of the buffer,
-twice that for an all-reduce, all of it for a permute.
+Counts executions: an instruction in a loop counts once per iteration. Bytes are per
+device: `bytes` is the buffer (operand of an all-to-all, result of an all-gather, operand
+of a reduce-scatter or all-reduce), `wire_bytes` what a device in a group of n must send:
+(n-1)/n of the buffer, twice that for an all-reduce, all of it for a permute.
 
-The text form is what there is: jax has no public interface to compiled instructions.
-Spellings handled: start/done pairs, tuples of buffers, replica groups as lists, as iota
-tiles and as mesh axes, reduce-scatters that a TPU fuses around an all-reduce.
+Parses text, since jax has no public interface to compiled instructions. Notations
+handled: start/done pairs, tuples of buffers, replica groups as lists, as iota tiles and
+as mesh axes, reduce-scatters that XLA:TPU fuses around an all-reduce.
 """
 
 import dataclasses
@@ -46,19 +45,19 @@ class Collective:
 
   kind: str
   axis: str
-  """Mesh axes of its groups, joined by commas; `?` where no axes make such groups."""
+  """Mesh axes that its groups span, joined by commas; `?` if they match no axes."""
   count: int
   """How often it runs in a step."""
   bytes: int
-  """Of its buffer, once."""
+  """Of its buffer, per execution."""
   wire_bytes: int
-  """That the device sends, once."""
+  """Sent by the device, per execution."""
   source: str
-  """file:line of moejax that it comes from, as far as the compiler says."""
+  """file:line that it comes from, of moejax if known; empty if the compiler drops it."""
   operation: str
-  """The jax operation it comes from."""
+  """The jax operation that it comes from."""
   across: bool = False
-  """Whether it goes over the slow network between TPU slices."""
+  """Whether it crosses the slow network between TPU slices."""
 
 
 class Program:
@@ -83,12 +82,12 @@ class Program:
   def collectives(
     self, axes: Sequence[str], sizes: Sequence[int], across: str = ""
   ) -> list[Collective]:
-    """Every collective that runs, in the order of the text.
+    """Returns every collective between devices, in the order of execution.
 
     Args:
       axes: names of the mesh's axes, outermost first.
-      sizes: devices along each, within a slice: several slices run the same program.
-      across: the axis that goes over slices.
+      sizes: devices along each within one slice: all slices run the same program.
+      across: the axis that crosses slices.
     """
     groups = axis_groups(axes, sizes)
     result = []
@@ -120,10 +119,10 @@ class Program:
     return result
 
   def flops(self, ragged_fraction: float = 1.0) -> float:
-    """FLOPs of all products that run on one device; see `hlo.flops`.
+    """Returns the FLOPs of all products that run on one device; see `hlo.flops`.
 
     Args:
-      ragged_fraction: of a ragged buffer's rows, those that exist.
+      ragged_fraction: fraction of a ragged buffer's rows in use.
     """
     tables = {
       name: {i.name: i.shape for i in instructions}
@@ -135,10 +134,10 @@ class Program:
     )
 
   def stacked_bytes(self, parameters: set[tuple[int, ...]]) -> int:
-    """Bytes of the stacks that the loop over layers leaves for its backward pass.
+    """Returns the bytes that the loop over layers stacks for its backward pass.
 
     Args:
-      parameters: shapes of parameters, which are stacks too and do not count.
+      parameters: shapes of parameters, which are also stacks but do not count.
     """
     best = 0
     for instruction in self._computations.get(self._entry, ()):
@@ -169,7 +168,7 @@ class Program:
         yield from self._executed(called, count * times, called)
 
   def _trips(self, loop: Instruction, where: str) -> int:
-    """How often a loop turns; 1 where it is only known when it runs."""
+    """Returns a loop's number of iterations; 1 if unknown at compile time."""
     known = re.search(r'known_trip_count"?:\s*\{"?n"?:\s*"?(\d+)', loop.rest)
     if known:
       return int(known[1])
@@ -183,7 +182,7 @@ class Program:
     return bounds[0] - (first[0] if first else 0)
 
   def _start(self, loop: Instruction, index: int, where: str) -> int:
-    """What a loop counts from: 0, or 1 where its first turn was taken out before it."""
+    """Returns a loop counter's start: 0, or 1 if the first iteration was peeled off."""
     named = {i.name: i for i in self._computations[where]}
     at = named.get(_first_name(loop.rest))
     if at is not None and at.opcode == "tuple":
@@ -196,17 +195,17 @@ class Program:
   def _buffer_bytes(self, instruction: Instruction, kind: str, where: str) -> int:
     arrays = _array_bytes(instruction.shape)
     if kind == "ragged-all-to-all":
-      # One of its buffers has room to spare; the other one is what there is to send.
+      # One of the two buffers has spare room; the smaller one is what is sent.
       return round(min(arrays[-1], self._operand_bytes(instruction, where)))
     if instruction.opcode.endswith("-start") and len(arrays) > 1:
-      # (operands, results, contexts): of a gather the result, else the operand.
+      # (operands, results, contexts): largest is a gather's result, else the operand.
       return round(max(arrays))
     if instruction.opcode == "reduce-scatter":
       return round(sum(arrays) * (group_size(instruction.rest) or 1))
     return round(sum(arrays))
 
   def _operand_bytes(self, instruction: Instruction, where: str) -> float:
-    """Of the first operand."""
+    """Returns the bytes of the first operand."""
     name = _first_name(instruction.rest)
     return sum(
       sum(_array_bytes(i.shape)) for i in self._computations[where] if i.name == name
@@ -221,7 +220,7 @@ class Program:
 
 
 def _across_slices(send: Instruction, count: int, axis: str) -> Collective:
-  """A transfer that the runtime takes from here to the other slices."""
+  """Returns a transfer between slices, which the runtime carries out."""
   kind = _attribute(send.rest, r'megascale_transfer_type="(\w+)"')
   slices = _attribute(send.rest, r'megascale_target="\{([\d,]+)\}').count(",") + 1
   number = round(_array_bytes(send.shape)[0])
@@ -240,14 +239,14 @@ def _across_slices(send: Instruction, count: int, axis: str) -> Collective:
 
 @dataclasses.dataclass
 class _Tables:
-  """Where instructions come from, as newer compilers print it."""
+  """Source locations of instructions, as newer compilers print them."""
 
   files: dict[int, str]
   locations: dict[int, tuple[int, int]]
   frames: dict[int, tuple[int, int]]
 
   def source(self, frame: int) -> str:
-    """The innermost line of moejax on the stack, else the innermost of all."""
+    """Returns the innermost line of moejax on the stack, else the innermost of all."""
     first, seen = "", set()
     while frame in self.frames and frame not in seen:
       seen.add(frame)
@@ -282,13 +281,13 @@ def _tables(text: str) -> _Tables:
 
 
 def _short(path: str) -> str:
-  """The path from `moejax/` on, or the file's name."""
+  """Returns the path from `moejax/` on, or the file's name."""
   at = path.rfind("moejax/")
   return path[at:] if at >= 0 else path.rsplit("/", 1)[-1]
 
 
 def _joined(text: str) -> Iterator[str]:
-  """Lines, with instructions that a kernel's metadata breaks put together again."""
+  """Yields lines, rejoining instructions that a kernel's metadata breaks up."""
   held, depth = "", 0
   for line in text.splitlines():
     held = f"{held} {line.strip()}" if held else line
@@ -323,7 +322,7 @@ def _split_shape(text: str) -> tuple[str, str]:
 
 
 def _array_bytes(shape: str) -> list[float]:
-  """Bytes of each array of a shape, layouts left out."""
+  """Returns the bytes of each array of a shape, ignoring layouts."""
   result = []
   for dtype, dims in _ARRAY.findall(_LAYOUT.sub("", shape)):
     digits = re.search(r"\d+", dtype)
@@ -340,13 +339,13 @@ def _called(rest: str) -> list[tuple[str, str]]:
 
 
 def _first_name(rest: str) -> str:
-  """Of the operands."""
+  """Returns the name of the first operand."""
   found = re.match(r"[^%)]*%([\w.\-]+)", rest)
   return found[1] if found else ""
 
 
 def _constant(instruction: Instruction) -> int | None:
-  """The value of an integer constant."""
+  """Returns the value of an integer constant; None for anything else."""
   found = re.match(r"(\d+)\)", instruction.rest)
   return int(found[1]) if instruction.opcode == "constant" and found else None
 

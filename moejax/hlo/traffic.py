@@ -1,8 +1,8 @@
-"""What a compiled train step sends, as rows, and what of it nobody asked for.
+"""What a compiled train step sends, as rows, and which of them nothing asks for.
 
-`tools.collectives` prints all rows; a run on a mesh looks once, when its step has been
-compiled, and warns of those that `intended` has no reason for. A missing axis in a
-sharding rule makes no error: it makes the compiler move what should have stayed.
+`tools.collectives` prints all rows; a run on a mesh checks them once, after compiling its
+step, and warns of those for which `intended` has no reason. A missing axis in a sharding
+rule raises no error: the compiler moves what should have stayed.
 """
 
 import collections
@@ -16,8 +16,8 @@ from moejax.hlo import intended
 from moejax.hlo import parse as hlo
 
 Row = dict[str, Any]
-"""The fields of an `hlo.Collective`, `count` over all its equals; `bytes_per_chip`, what
-a device sends in a step; `purpose`, empty where nothing asks for it."""
+"""The fields of an `hlo.Collective`, `count` summed over equal ones; `bytes_per_chip`,
+sent by a device per step; `purpose`, empty where nothing asks for it."""
 
 
 def rows_of(
@@ -27,15 +27,14 @@ def rows_of(
   platform: str = "",
   slices: int = 1,
 ) -> list[Row]:
-  """One row per kind, axis, buffer and line, the largest traffic first.
+  """Returns one row per kind, axis, buffer size and line, largest traffic first.
 
   Args:
     config: of the run whose train step was compiled.
     text: of the optimised program.
-    sizes: of the mesh's axes.
-    platform: that it was compiled for: what one compiler cannot do better is no
-      complaint there.
-    slices: of TPUs, which share the mesh along `mesh.slice_axis`.
+    sizes: of the mesh's axes, over all slices.
+    platform: compile target; what its compiler cannot do better is excused.
+    slices: number of TPU slices, which divide the mesh along `mesh.slice_axis`.
   """
   across = config.mesh.slice_axis
   sizes = [n // slices if a == across else n for a, n in zip(AXES, sizes, strict=True)]
@@ -55,11 +54,11 @@ def rows_of(
 
 
 def complaint(rows: Sequence[Row], command: str) -> str:
-  """What to tell whoever started the run; empty if everything is as intended.
+  """Returns the warning for the user; empty if everything is as intended.
 
   Args:
     rows: from `rows_of`.
-    command: that prints the whole table.
+    command: the command that prints the whole table.
   """
   stray = [row for row in rows if not row["purpose"]]
   if not stray:

@@ -1,8 +1,8 @@
-"""Whether the processes of a job were started alike, and the sentence if they were not.
+"""Checks that a job's processes were started alike, and words the error if not.
 
-Every process states facts: a name as its user would write it (`--config.train.seed`,
-`jax version`) and a JSON value. Sorting out happens in one place, process 0, so that
-all processes end with the same words. Pure functions; `meeting` carries the facts.
+Every process states facts: names as a user would write them (`--config.train.seed`,
+`jax version`) and JSON values. Only process 0 compares them, so all processes end with
+the same error. Pure functions; `meeting` transports the facts.
 """
 
 import json
@@ -13,17 +13,16 @@ Facts = dict[str, Any]
 """What must be the same on every process: name to JSON value."""
 
 _SHOWN = 8
-"""Differences that an error names, and values of each."""
+"""Most differences that an error names, and most values of each."""
 _LONGEST = 200
-"""Characters of a value that an error shows."""
+"""Most characters of a value that an error shows."""
 
 
 def disagreement(facts: Mapping[int, Facts]) -> str:
-  """What differs between processes, as one error; empty if nothing does.
+  """Returns the error about what differs between processes; empty if nothing does.
 
   Args:
-    facts: of each process, by its index. A name that a process lacks counts as a
-      value of its own.
+    facts: of each process, by its index. A missing name counts as a value of its own.
   """
   names = dict.fromkeys(name for stated in facts.values() for name in stated)
   found = [line for name in names if (line := _difference(name, facts))]
@@ -37,7 +36,7 @@ def disagreement(facts: Mapping[int, Facts]) -> str:
 
 
 def missing(count: int, present: Iterable[int], waited: float, address: str) -> str:
-  """The error about processes that never came."""
+  """Returns the error about processes that never connected."""
   absent = sorted(set(range(count)) - set(present))
   return (
     f"{processes(absent)} of {count} did not come within {waited:g} s "
@@ -46,7 +45,7 @@ def missing(count: int, present: Iterable[int], waited: float, address: str) -> 
 
 
 def processes(indices: Iterable[int]) -> str:
-  """Such as "process 3" or "processes 0, 2-7"."""
+  """Returns text such as "process 3" or "processes 0, 2-7"."""
   spans: list[list[int]] = []
   for index in sorted(indices):
     if spans and spans[-1][1] == index - 1:

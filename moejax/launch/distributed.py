@@ -1,11 +1,11 @@
-"""Several processes, one program: the seam where a run joins the others.
+"""Joins a process to the others of its job.
 
-Who is who comes from flags (`--coordinator_address --num_processes --process_id`),
-from the environment (JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES, JAX_PROCESS_ID; this
-is what `tools.launch_local` sets), or from the launcher, which jax knows how to ask:
-Cloud TPU pods, Slurm, MPI, and Kubernetes jobs with an index.
+Its place comes from flags (`--coordinator_address --num_processes --process_id`), from
+the environment (JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES, JAX_PROCESS_ID; set by
+`tools.launch_local`), or from a launcher that jax can query: Cloud TPU pods, Slurm, MPI
+and indexed Kubernetes jobs.
 
-A single process is left alone: no socket, no thread.
+Without any of these, no socket stays open and no thread starts.
 """
 
 import contextlib
@@ -31,30 +31,30 @@ _LAUNCHED_BY = {
   "OMPI_COMM_WORLD_SIZE": "Open MPI",
   "MEGASCALE_NUM_SLICES": "a multislice TPU job",
 }
-"""Variables that count processes, and who sets them."""
+"""Variables that count processes or slices, and the launchers that set them."""
 
 _HEARTBEAT_SECONDS = 3600
-"""The runtime's own heartbeat ends a job by an abort without a name, also when a
-process is merely stopped. Our connections know of a death within seconds, so this is
-only the last net."""
+"""The runtime's own heartbeat aborts a job without naming the lost process, even when it
+is merely stopped. Our connections notice a death within seconds, so this is only a last
+resort."""
 
 _TPU_HOSTS = (
   "http://metadata.google.internal/computeMetadata/v1/instance/attributes/"
   "worker-network-endpoints"
 )
-"""The hosts of a pod, joined by commas; only a Cloud TPU VM gets an answer."""
+"""URL of a pod's hosts, joined by commas; it answers only Cloud TPU VMs."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Place:
-  """Which one of how many a process is."""
+  """The place of a process among those of its job."""
 
   address: str
   """host:port of process 0."""
   count: int
   index: int
   by_launcher: bool = False
-  """Found by jax, which is left to find it again."""
+  """Whether jax found it, and is left to find it again."""
 
 
 @contextlib.contextmanager
@@ -66,24 +66,24 @@ def joined(
   facts: Facts | None = None,
   timeout: float = JOIN_SECONDS,
 ) -> Iterator[None]:
-  """Joins the other processes, if there are any, and watches them in its body.
+  """Joins the other processes, if any, and watches them while its body runs.
 
-  To be entered once, before the first array is made. In the body of one process among
-  several, an error does not come out: it is printed, the others are told, and the
-  process ends with the error's exit code. See `liveness`.
+  Enter it once, before the first array is made. With several processes, an error in the
+  body does not propagate: it is printed and sent to the others, and the process exits
+  with the error's code. See `liveness`.
 
   Args:
     coordinator_address: host:port of process 0; empty leaves it to the environment.
-    num_processes: of the whole job.
-    process_id: of this one, from 0.
-    facts: what all processes must have been started with; see `agreement`.
+    num_processes: in the whole job.
+    process_id: of this process, from 0.
+    facts: what must be the same on all processes; see `agreement`.
     timeout: seconds to wait for the others.
 
   Raises:
-    UserError: a place among others is named by halves, or is no such place, or there is
-      something wrong with the job's secret.
-    PeerLostError: the others did not come in time.
-    DisagreementError: they were started with something else.
+    UserError: the place is incomplete or invalid, the job's secret is unusable, or
+      process 0 cannot listen at its address.
+    PeerLostError: other processes did not connect in time.
+    DisagreementError: they were started differently.
   """
   place = find_place(coordinator_address, num_processes, process_id)
   if place is None:
@@ -105,10 +105,10 @@ def find_place(
   num_processes: int | None = None,
   process_id: int | None = None,
 ) -> Place | None:
-  """The place of this process by flags, environment or launcher; None for a single one.
+  """Returns the place by flags, environment or launcher; None for a single process.
 
   Raises:
-    UserError: a place among others is named by halves, or is no such place.
+    UserError: the place is incomplete or invalid.
   """
   given = (coordinator_address, num_processes, process_id)
   if any(value not in ("", None) for value in given):
@@ -120,7 +120,7 @@ def find_place(
 
 
 def launcher() -> str | None:
-  """Who started this process as one of several; None for a single one."""
+  """Returns what started this process as one of several; None for a single one."""
   for name, who in _LAUNCHED_BY.items():
     if os.environ.get(name, "").isdecimal() and int(os.environ[name]) > 1:
       return who
@@ -134,7 +134,7 @@ def launcher() -> str | None:
 
 
 def _on_tpu_pod() -> bool:
-  """Whether this machine is a TPU VM of a pod: those set no variable in a shell."""
+  """Returns whether this is a TPU VM of a pod, which no variable of its shell tells."""
   chips = [
     *pathlib.Path("/dev").glob("accel*"),
     *pathlib.Path("/dev/vfio").glob("[0-9]*"),
@@ -169,7 +169,7 @@ def _place(values: list[str], names: list[str]) -> Place:
 
 
 def _ask_launcher() -> Place:
-  """What jax will find out by itself; needed here before it acts on it."""
+  """Returns the place that jax will find itself, before jax acts on it."""
   try:
     from jax._src import clusters
 
@@ -180,7 +180,7 @@ def _ask_launcher() -> Place:
       raise TypeError("it found no place")
     return Place(address=address, count=count, index=index, by_launcher=True)
   except (ImportError, AttributeError, TypeError) as error:
-    # Not a public part of jax. Training works without; only the errors are worse.
+    # Not a public part of jax. Training works without it, with worse errors.
     logging.warning(
       "jax %s does not tell how %s placed this process (%s): the processes are neither "
       "compared nor watched.",
@@ -192,9 +192,9 @@ def _ask_launcher() -> Place:
 
 
 def _start_runtime(place: Place, heartbeat: int = 100) -> None:
-  # What CPU processes talk through; of no effect elsewhere.
+  # For collectives between CPU processes; no effect elsewhere.
   jax.config.update("jax_cpu_collectives_implementation", "gloo")
-  # A launcher's place also says which devices are ours: jax reads it itself.
+  # A launcher also says which devices are ours, so jax queries it itself.
   known = not place.by_launcher
   jax.distributed.initialize(
     place.address if known else None,
@@ -202,6 +202,6 @@ def _start_runtime(place: Place, heartbeat: int = 100) -> None:
     place.index if known else None,
     initialization_timeout=int(JOIN_SECONDS),
     heartbeat_timeout_seconds=heartbeat,
-    # The runtime asks nobody for a secret: no farther open than it must be.
+    # The runtime checks no secret, so it listens no more widely than it must.
     coordinator_bind_address=listening.bind_address(place.address) if known else None,
   )

@@ -1,10 +1,10 @@
-"""A run that hangs says where: the stack of every thread, from every process.
+"""Reports where a run hangs: the stack of every thread of every process.
 
-A collective waits for ever for a process that does not come, and looks like slow
-work. So whoever works tells `progress()`, and when nobody did for a set time each
-process writes to its own standard error what all its threads are doing. The run goes
-on waiting, since a compile or a slow disk may look the same; killing any one process
-makes the others leave (see `liveness`).
+A collective waits forever for a missing process, which looks like slow work. So the
+loops of training and evaluation call `progress()`. After a set time without a call, each
+process writes the stacks of its threads to its standard error. The run goes on waiting,
+since a compile or a slow disk may look the same; killing any one process makes the
+others exit (see `liveness`).
 """
 
 import contextlib
@@ -16,23 +16,23 @@ import time
 from collections.abc import Iterator
 
 DEFAULT_SECONDS = 600.0
-"""For several processes; a single one is watched only if asked."""
+"""For several processes; a single process is watched only on request."""
 
 _now: "_Hang | None" = None
 
 
 def progress() -> None:
-  """A step, or a batch of an evaluation, is finished. Costs nothing if unwatched."""
+  """Notes that a step or an evaluation batch is finished. Costs nothing if unwatched."""
   if _now is not None:
     _now.progress()
 
 
 @contextlib.contextmanager
 def reported(seconds: float, name: str = "This process") -> Iterator[None]:
-  """In its body, reports `seconds` without progress, and any SIGUSR1, by stacks.
+  """While its body runs, prints stacks after `seconds` without progress or on SIGUSR1.
 
   Args:
-    seconds: 0 leaves everything as it is.
+    seconds: 0 disables both.
     name: of this process, for the report.
   """
   global _now
@@ -41,7 +41,7 @@ def reported(seconds: float, name: str = "This process") -> Iterator[None]:
     return
   _now = _Hang(seconds, name)
   if hasattr(signal, "SIGUSR1"):
-    # By C code, which needs no bytecode to run: a hang may be anywhere.
+    # In C, independent of the interpreter: a hang may be anywhere.
     faulthandler.register(signal.SIGUSR1, all_threads=True)
   try:
     yield

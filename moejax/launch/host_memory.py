@@ -1,8 +1,8 @@
-"""Memory of a CPU run: pages the process has touched once, it keeps.
+"""Memory of a CPU run: the process keeps the pages that it has touched once.
 
 XLA:CPU allocates a step's temporaries and results afresh every step. By default glibc
-gives blocks that large back to the system when they are freed, and the next step pays
-a page fault for each 4 KiB of them. docs/speed.md holds what that costs.
+returns such large blocks to the system when they are freed, and the next step pays a
+page fault for each 4 KiB of them. docs/speed.md says what that costs.
 """
 
 import ctypes
@@ -14,8 +14,8 @@ from collections.abc import Sequence
 _TRIM_THRESHOLD, _TOP_PAD, _MMAP_MAX, _ARENA_MAX = -1, -2, -4, -8
 
 _KEEP = (
-  # One heap for all threads: the others' heaps are too small for large blocks, which
-  # are then mapped, and unmapped, whatever the other settings say.
+  # One heap for all threads: heaps of other threads are too small for large blocks,
+  # which are then mapped and unmapped whatever the other settings say.
   (_ARENA_MAX, 1),
   (_MMAP_MAX, 0),
   (_TRIM_THRESHOLD, 2**31 - 1),
@@ -30,13 +30,13 @@ _DEFAULT = (
 
 
 def keep_freed_pages() -> bool:
-  """Makes glibc keep freed memory for later, if this process computes on its CPU.
+  """Makes glibc keep freed memory for reuse, if this process computes on its CPU.
 
-  To be called before jax starts its threads, and inside `distributed.joined`. The
-  process never gets smaller again, as with an accelerator's allocator.
+  Call it before jax starts its threads, and inside `distributed.joined`. The process
+  never shrinks again, as with an accelerator's allocator.
 
   Returns:
-    Whether it was done: not with an accelerator, nor outside Linux with glibc.
+    Whether it did: not with an accelerator, nor outside Linux with glibc.
   """
   if not _set(_KEEP):
     return False

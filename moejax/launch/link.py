@@ -1,9 +1,9 @@
-"""A connection to another process of the job, over which JSON lines go.
+"""A connection to another process of the job, which carries JSON lines.
 
-Whoever reaches the port can write to it. So nothing that comes is believed before it
-is looked at: a message has a greatest size and depth, names and types are checked by
-`field`, and where the job has a secret each line carries a code that only who knows the
-secret can make, over the line, its direction and its number.
+Anyone who reaches the port can write to it, so no input is trusted unchecked: the size
+and depth of a message are limited, `field` checks names and types, and if the job has a
+secret each line after the greeting carries an HMAC, keyed by the secret, over the line,
+its direction and its number.
 """
 
 import hmac
@@ -23,26 +23,26 @@ SILENCE = {
   "TCP_KEEPCNT": 4,
   "TCP_USER_TIMEOUT": 30_000,
 }
-"""Seconds, seconds, times, and milliseconds where something is under way: a machine
-that vanished is noticed after 30 s. The kernels ask and answer, so a process that
-compiles for minutes, or is stopped, is not taken for a dead one."""
+"""Seconds, seconds, probes, and milliseconds with data in flight: a vanished machine is
+noticed after 30 s. The kernels probe and answer, so a process that compiles for minutes,
+or is stopped, is not taken for dead."""
 
 HELLO_BYTES = 1024
-"""Of a message from who has not said yes to anything."""
+"""Most bytes of a message before the greeting is complete."""
 MESSAGE_BYTES = 1 << 18
-"""Of any later message: ten times what a process has to say of itself."""
+"""Most bytes of a later message: ten times what a process says about itself."""
 _DEPTH = 8
 _CODE = 64
-"""Hexadecimal digits in front of a signed line."""
+"""Hexadecimal digits of the HMAC in front of a signed line."""
 
 _T = TypeVar("_T")
 
 
 class Link:
-  """A connected socket, and what is known of the process beyond."""
+  """A connected socket, and what is known of the process at its other end."""
 
   def __init__(self, connection: socket.socket, index: int = -1, host: str = "?"):
-    """Takes over a connected socket; index and host are of the process beyond."""
+    """Takes over a connected socket; index and host are the other process's."""
     self.socket, self.index, self.host = connection, index, host
     self.early: list[Message] = []
     """Messages received after the verdict, kept for the next reader."""
@@ -60,16 +60,16 @@ class Link:
     return f"process {self.index} ({self.host})"
 
   def greeted(self, key: bytes | None, is_host: bool) -> None:
-    """From here on messages may be long and, where there is a key, are signed."""
+    """Allows long messages from now on and, given a key, signs and verifies them."""
     self._limit = MESSAGE_BYTES
     if key is not None:
       ours, theirs = (b"host", b"caller") if is_host else (b"caller", b"host")
       self._keys = secret.code(key, ours), secret.code(key, theirs)
 
   def send(self, message: Message) -> bool:
-    """Whether it went out; False where nobody is left to hear it."""
+    """Sends a message; returns False if the connection is closed or broken."""
     line = json.dumps(message).encode()
-    # Numbered and sent in one order, whichever threads have something to say.
+    # Sent in the order of their numbers, whichever threads send.
     with self._sending:
       if self._keys:
         line = _signature(self._keys[0], self._sent, line) + line
@@ -81,12 +81,12 @@ class Link:
     return True
 
   def receive(self) -> list[Message]:
-    """What came since the last call; waits for the first byte.
+    """Returns the messages since the last call; waits for the first byte.
 
     Raises:
       OSError: the connection is closed or broken (ConnectionError), or nothing came
-        in the socket's timeout (TimeoutError).
-      ValueError: what came is not ours.
+        within the socket's timeout (TimeoutError).
+      ValueError: a message is too long, malformed or wrongly signed.
     """
     data = self.socket.recv(1 << 16)
     if not data:
@@ -112,7 +112,7 @@ class Link:
 
 
 def field(message: Message, name: str, kind: type[_T]) -> _T:
-  """A value of a message; ValueError if it is not there, or of another type."""
+  """Returns a value of a message; ValueError if it is missing or of another type."""
   value = message.get(name)
   if type(value) is not kind:
     raise ValueError(f"no {name} of type {kind.__name__}")
@@ -120,7 +120,7 @@ def field(message: Message, name: str, kind: type[_T]) -> _T:
 
 
 def printable(text: str, limit: int = 200) -> str:
-  """Text of another process as a part of one line: no escape codes, no novel."""
+  """Returns another process's text fit for one line: no escape codes, cut at `limit`."""
   text = "".join(c if c.isprintable() else "?" for c in text[: limit + 1])
   return text if len(text) <= limit else text[:limit] + "..."
 

@@ -1,9 +1,9 @@
-"""At which address process 0 listens, for the meeting and then for the runtime.
+"""Where process 0 listens, for the meeting and then for the runtime.
 
-A numeric address of this machine, or localhost: there and nowhere else. A name, or an
-address that is not this machine's (NAT, a load balancer): at all interfaces, since what a
-name means here need not be what it means to the others; in a container or under Debian
-it is often 127.0.1.1. JAX_COORDINATOR_BIND_ADDRESS decides where it is set.
+Given localhost or a numeric address of this machine: only there. Given a name, or an
+address of another machine (NAT, a load balancer): on all interfaces, since a name may
+resolve differently here than elsewhere; in a container or on Debian often to 127.0.1.1.
+JAX_COORDINATOR_BIND_ADDRESS, if set, overrides this.
 """
 
 import ipaddress
@@ -16,11 +16,11 @@ from moejax.errors import UserError
 _VARIABLE = "JAX_COORDINATOR_BIND_ADDRESS"
 _RETRY_SECONDS = 0.2
 _BIND_SECONDS = 10.0
-"""A predecessor that was killed may hold the port for a moment longer."""
+"""How long to retry: a killed predecessor may hold the port for a moment longer."""
 
 
 def split_address(address: str, name: str = "--coordinator_address") -> tuple[str, int]:
-  """Host and port of `host:port`; UserError, with the name it was given by, if none."""
+  """Splits `host:port`; raises a UserError that calls it `name` if it is malformed."""
   host, _, port = address.rpartition(":")
   if not host or not (port.isascii() and port.isdigit()) or not 0 < int(port) < 1 << 16:
     raise UserError(
@@ -31,7 +31,7 @@ def split_address(address: str, name: str = "--coordinator_address") -> tuple[st
 
 
 def own_interface(address: str) -> str | None:
-  """The host to listen at, if others cannot mean another by `address`; else None."""
+  """Returns the only host to listen on for `address`; None for all interfaces."""
   host, _ = split_address(address)
   if host == "localhost":
     return "127.0.0.1"
@@ -45,7 +45,7 @@ def own_interface(address: str) -> str | None:
 
 
 def bind_address(address: str) -> str | None:
-  """`host:port` for the runtime to listen at; None leaves it to its own default."""
+  """Returns `host:port` for the runtime to listen on; None leaves its default."""
   if os.environ.get(_VARIABLE):
     return None
   host, (_, port) = own_interface(address), split_address(address)
@@ -53,10 +53,10 @@ def bind_address(address: str) -> str | None:
 
 
 def listen(address: str) -> socket.socket:
-  """Listens for the meeting, where the runtime will, for the same reasons.
+  """Listens for the meeting where the runtime will listen.
 
   Raises:
-    UserError: the port is taken.
+    UserError: the address is malformed, or the port is taken.
   """
   bound = os.environ.get(_VARIABLE, "")
   name = _VARIABLE if bound else "--coordinator_address"

@@ -1,18 +1,18 @@
-"""Who is still there: how a process learns that another died, and leaves in order.
+"""How a process learns that another one died, and exits in order.
 
-A star of open connections around process 0 (`meeting` made them). The kernel closes
-a process's connection the moment it dies, however it dies, and gives up on a machine
-that vanished after half a minute. So there are no heartbeats of our own, and nothing
-that a long compile or a slow disk could be mistaken for.
+`meeting` leaves a star of open connections around process 0. The kernel closes a
+process's connection the moment it dies, however it dies, and gives up on a vanished
+machine after half a minute. So there are no heartbeats of our own, and a long compile or
+a slow disk is not mistaken for a death.
 
     with Watch(index, links):
       train()
 
-A peer that closes without a word was lost: everyone says so and leaves at once, with
-exit code 3. A peer that leaves because of an error says which; the others get a while
-to come to the same error by themselves, with their own words. At the end of the body
-everyone waits for everyone, as long as it takes. Leaving is `os._exit`: the runtime's
-own exit waits up to five minutes for the dead, and its abort has no message.
+If a peer's connection closes without a message, that peer is lost: the others say so and
+exit at once, with code 3. A peer that exits because of an error sends it first; the
+others get some time to reach and report the same error themselves. At the end of the
+body all wait for each other, as long as it takes. The exit is `os._exit`: the runtime's
+own exit waits up to five minutes for dead processes, and its abort has no message.
 """
 
 import os
@@ -30,18 +30,18 @@ from moejax.errors import EXIT_CODE, NOT_IN_AGREEMENT, PEER_LOST, UserError
 from moejax.launch.link import Link, Message, field, printable
 
 GRACE_SECONDS = 15.0
-"""After a peer's error, how long a process may take to come to one of its own."""
+"""How long after a peer's error a process may take to reach an error of its own."""
 _CONSEQUENCE_SECONDS = 3.0
-"""A collective breaks about when the connection does: how far apart, at most."""
+"""Longest time between the failure of a collective and that of the connection."""
 _LAST_SECONDS = GRACE_SECONDS + 5
-"""Process 0 leaves last, since the runtime aborts those who outlive it: at most so
-long after its error."""
+"""How long process 0 may stay after its error: it exits last, since the runtime aborts
+processes that outlive it."""
 _INTERRUPTED = 130
 _LONGEST = 20_000
-"""Characters of another process's error that are repeated."""
+"""Most characters repeated from another process's error."""
 
 _SAME_CODE = (EXIT_CODE, NOT_IN_AGREEMENT)
-"""A peer's mistake of these kinds is everyone's."""
+"""Exit codes of errors that all processes share."""
 
 
 class Watch:
@@ -52,15 +52,15 @@ class Watch:
     self._index, self._links = index, list(links)
     self._is_host = index == 0
     self._verdict: tuple[int, str] | None = None
-    """Exit code and error of the first peer that did not leave in order."""
+    """Exit code and error of the first peer that failed or was lost."""
     self._bad_news = threading.Event()
     self._ending = threading.Lock()
     self._done: set[int] = set()
-    """Peers that are through with their work, who may close."""
+    """Peers that have finished, and may close their connections."""
     self._all_done = threading.Event()
 
   def __enter__(self) -> "Watch":
-    # A worker that is forked would hold our connections open after our death.
+    # A forked worker would hold our connections open after our death.
     os.register_at_fork(after_in_child=self._close)
     threading.Thread(target=self._watch, name="peers", daemon=True).start()
     return self
@@ -79,13 +79,13 @@ class Watch:
     if isinstance(error, KeyboardInterrupt):
       self._end(_INTERRUPTED, "interrupted")
     traceback.print_exception(kind, error, trace)
-    # Perhaps a collective that broke because of a peer: then that is the error.
+    # A collective may have failed because of a peer: then that is the error.
     self._bad_news.wait(_CONSEQUENCE_SECONDS)
     own = (1, f"{type(error).__name__}: {error}".splitlines()[0])
     self._end(*(self._verdict or own))
 
   def _leave_together(self) -> None:
-    """Waits until all are done; those who die meanwhile are noticed as before."""
+    """Waits until all are done; deaths are still noticed meanwhile."""
     if not self._is_host:
       self._tell({"done": self._index})
       self._all_done.wait()
@@ -144,7 +144,7 @@ class Watch:
       self._tell(failed, but=source)
 
   def _end(self, code: int, text: str) -> NoReturn:
-    """Says why, tells the others, and ends the process; the first caller decides."""
+    """Prints why, tells the others and ends the process; only the first call counts."""
     if not self._ending.acquire(blocking=False):
       time.sleep(2 * _LAST_SECONDS)
     print(f"error: {text}", file=sys.stderr)
@@ -177,7 +177,7 @@ class Watch:
           if not link.socket.recv(1 << 16):
             break
       except OSError:
-        pass  # closed, or out of time
+        pass  # Closed, or out of time.
 
   def _close(self) -> None:
     for link in self._links:

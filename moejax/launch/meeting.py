@@ -1,22 +1,22 @@
-"""Where the processes of a job meet, before the runtime joins them.
+"""Where the processes of a job meet before the runtime connects them.
 
-Process 0 listens at the coordinator's address, which the runtime will use a moment
-later and which is open in every firewall for that reason. The others call until it
-answers, say who they are and what they were started with, and get its verdict. Only
-then does jax begin: it connects processes that disagree on their number without a
-word, and what fails inside its initialize ends in an abort that nobody can catch.
+Process 0 listens at the coordinator's address, which firewalls must leave open anyway:
+the runtime uses it a moment later. The others call until it answers, say who they are
+and what they were started with, and get its verdict. Only then does jax start: it
+silently connects processes that disagree on their number, and a failure inside its
+`initialize` is an abort that cannot be caught.
 
     caller   {"moejax": 1, "nonce": c, "signed": whether it has a secret}
     host     {"moejax": 1, "nonce": s, "signed": ..., "proof": that it knows the secret}
     caller   {"index": ..., "host": its machine, "facts": what it was started with}
     host     {"error": ..., "code": ..., "host": ...}     the verdict, to all at once
 
-With a secret (`secret`) the last two are signed and so is whatever follows: a stranger
-can neither take a seat nor end the meeting. Without one, whoever reaches the port and
-speaks this protocol can do both: a contradiction ends the job, as it should for friends.
-In either case what is no message of ours ends that connection and nothing else.
+With a secret (`secret`) the last two and all later messages are signed: a stranger can
+neither take a seat nor end the meeting. Without one, anyone who reaches the port and
+speaks this protocol can do both: a contradiction ends the job, as it should among honest
+processes. In either case an invalid message ends its own connection and nothing else.
 
-The connections stay open: `liveness` learns from them who died.
+The connections stay open: `liveness` learns from them which processes died.
 """
 
 import collections
@@ -36,7 +36,7 @@ from moejax.launch.link import Link, Message, field, printable
 from moejax.launch.listening import listen, split_address
 
 JOIN_SECONDS = 120.0
-"""After so long without the others a process gives up, unless --join_timeout says so."""
+"""How long a process waits for the others, unless --join_timeout says otherwise."""
 
 _PROTOCOL = 1
 _PROOF = b"process 0 of this job"
@@ -45,11 +45,11 @@ _MAX_COUNT = 1 << 20
 _MAX_FACTS = 10_000
 _RETRY_SECONDS = 0.2
 _SETTLE_SECONDS = 3.0
-"""After the first contradiction, how long to wait for others that shall hear of it."""
+"""How long to wait, after the first contradiction, for others who must hear of it."""
 _CALL_SECONDS = 10.0
-"""How long a caller may take to say who it is, and a listener to take the verdict."""
+"""How long a caller may take to say who it is, and later to receive the verdict."""
 _SPARE_CALLERS = 64
-"""Connections that may be undecided at once, beyond those that are expected."""
+"""Most undecided connections beyond the expected ones, and most rivals for seats."""
 
 
 def meet(
@@ -64,19 +64,19 @@ def meet(
 
   Args:
     address: host:port of process 0.
-    count: of processes.
-    index: of this one, from 0.
+    count: number of processes.
+    index: of this process, from 0.
     facts: what must be the same on all of them.
     timeout: seconds after which a process gives up.
-    shared: the job's secret; only who knows it is let in.
+    shared: the job's secret; only processes that know it are let in.
 
   Returns:
-    On process 0 a link to each other process; elsewhere the one to process 0.
+    On process 0 a link to each other process; elsewhere the link to it.
 
   Raises:
-    UserError: no such address, or process 0 cannot listen there.
+    UserError: the address is malformed, or process 0 cannot listen there.
     PeerLostError: process 0 does not answer, or processes are missing.
-    DisagreementError: they differ. Missing and differing is told to all alike.
+    DisagreementError: they differ. If some differ or are missing, all raise one error.
   """
   host, port = split_address(address)
   facts = {_COUNT_FACT: count, **facts}
@@ -88,7 +88,7 @@ def meet(
 
 @dataclasses.dataclass(eq=False, kw_only=True)
 class _Caller:
-  """A connection whose process has not said who it is."""
+  """A connection whose process has not yet said who it is."""
 
   link: Link
   address: str
@@ -97,7 +97,7 @@ class _Caller:
 
 
 class _Host:
-  """Process 0 of a meeting: seats whoever comes, then tells all of them the verdict."""
+  """Process 0 of a meeting: seats the callers, then sends all of them the verdict."""
 
   def __init__(
     self,
@@ -115,12 +115,12 @@ class _Host:
     self._callers: dict[Link, _Caller] = {}
     self._seats: dict[int, Link] = {}
     self._rivals: list[Link] = []
-    """Those who claim an index that is taken."""
+    """Processes that claim an index already taken."""
     self._claimed: dict[int, list[str]] = {}
-    """Machines of those who claim the same index."""
+    """By index claimed more than once: the machines that claim it."""
     self._facts: dict[int, Facts] = {0: facts}
     self._stranger = ""
-    """Of callers that spoke as we do and were turned away: why."""
+    """Why the last caller that spoke this protocol was turned away."""
 
   def gather(self) -> list[Link]:
     self._listener.setblocking(False)
@@ -133,13 +133,13 @@ class _Host:
       for key, _ in self._selector.select(max(0.0, min(deadlines) - now)):
         if key.data is None:
           self._accept()
-        elif key.data.socket.fileno() >= 0:  # not dropped since
+        elif key.data.socket.fileno() >= 0:  # Not dropped since.
           self._hear(key.data)
       self._drop_late()
     self._selector.close()
     for link in self._callers:
       link.close()
-    # Free for the runtime, before anyone is told to look for it there.
+    # Frees the port for the runtime before the others look for it there.
     self._listener.close()
     return self._close()
 
@@ -149,7 +149,7 @@ class _Host:
       connection.setblocking(False)
       link = Link(connection)
     except OSError as error:
-      # Gone before it was let in, or no more files may be open.
+      # The caller is gone already, or no more files may be opened.
       if error.errno in (errno.EMFILE, errno.ENFILE) and self._callers:
         self._make_room()
       return
@@ -160,10 +160,9 @@ class _Host:
     self._selector.register(connection, selectors.EVENT_READ, link)
 
   def _make_room(self) -> None:
-    """Drops one of the callers from where most of them come.
+    """Drops a random caller from the address with the most callers.
 
-    At random: a process that is slow for a moment then outlasts a flood, in which it
-    would always be the oldest.
+    Not the oldest: in a flood that would always be a process that is slow for a moment.
     """
     by_address = collections.Counter(c.address for c in self._callers.values())
     busiest = by_address.most_common(1)[0][0]
@@ -202,7 +201,7 @@ class _Host:
     except BlockingIOError:
       return
     except (OSError, ValueError):
-      # Gone again, or a stranger: a port scan, a health check, another job's runtime.
+      # Disconnected, or a stranger: a port scan, a health check, another job's runtime.
       self._drop(link)
 
   def _greet(self, caller: _Caller, message: Message) -> None:
@@ -226,7 +225,7 @@ class _Host:
   def _seat(self, link: Link, message: Message) -> None:
     index, facts = field(message, "index", int), _checked(field(message, "facts", dict))
     count = facts[_COUNT_FACT]
-    # One of a larger job is heard, so that all can be told that they disagree.
+    # A process of a larger job is seated, so that all can be told that they disagree.
     if not 0 < index < count or (count == self._count and index >= self._count):
       raise ValueError(f"there is no process {index}")
     link.host = printable(field(message, "host", str), 64)
@@ -267,7 +266,7 @@ class _Host:
     return sorted(links, key=lambda link: link.index)
 
   def _twice(self) -> str:
-    """The error about numbers that several processes have; empty if none."""
+    """Returns the error about indices given to several processes; empty if none."""
     text = "; ".join(
       f"--process_id={index} was given to several processes, on {', '.join(hosts)}"
       for index, hosts in sorted(self._claimed.items())
@@ -276,7 +275,7 @@ class _Host:
 
 
 def _checked(facts: Message) -> Facts:
-  """What a process says it was started with, if it can be compared and printed."""
+  """Returns a process's facts; ValueError if they cannot be compared or printed."""
   count = facts.get(_COUNT_FACT)
   if type(count) is not int or not 1 < count <= _MAX_COUNT or len(facts) > _MAX_FACTS:
     raise ValueError("no facts")
@@ -313,18 +312,18 @@ def _join(
 def _ask(
   host: str, port: int, me: Message, deadline: float, shared: bytes | None
 ) -> tuple[Link, Message]:
-  """One call to process 0: OSError or ValueError where it comes to nothing."""
+  """Calls process 0 once, for its verdict; OSError or ValueError if that fails."""
   left = max(1.0, min(5.0, deadline - time.monotonic()))
   connection = socket.create_connection((host, port), timeout=left)
   try:
     if connection.getsockname() == connection.getpeername():
-      # TCP lets a socket call itself when nobody listens at a port it was given.
+      # If nobody listens there, a socket that was given that port connects to itself.
       raise ConnectionRefusedError("nobody listens there")
     link = Link(connection, 0)
     _greet_host(link, shared)
     if not link.send(me):
       raise ConnectionResetError("closed by the other side")
-    # Process 0 answers when its own patience ends, and may have begun later than we.
+    # Process 0 answers by its own deadline, and may have started later than we did.
     wait = max(deadline, time.monotonic()) + 2 * _SETTLE_SECONDS
     verdict, *link.early = _messages(link, wait)
     field(verdict, "error", str)
@@ -339,7 +338,7 @@ def _ask(
 
 
 def _greet_host(link: Link, shared: bytes | None) -> None:
-  """Finds out whether it is process 0 of this job; ValueError if it is not."""
+  """Checks that process 0 of this job is at the other end; ValueError if not."""
   nonce = secrets.token_hex(16)
   link.send({"moejax": _PROTOCOL, "nonce": nonce, "signed": shared is not None})
   try:
@@ -360,7 +359,7 @@ def _greet_host(link: Link, shared: bytes | None) -> None:
 
 
 def _messages(link: Link, deadline: float) -> list[Message]:
-  """The next messages, at least one; TimeoutError when it gets late."""
+  """Returns the next messages, at least one; TimeoutError after the deadline."""
   while (left := deadline - time.monotonic()) > 0:
     link.socket.settimeout(left)
     if messages := link.receive():

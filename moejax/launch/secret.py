@@ -1,9 +1,8 @@
-"""The secret of a job: by it processes know each other from strangers at the port.
+"""A job's secret, which tells its processes from strangers at the port.
 
-It comes by the environment or a file, never by a flag, which every user of a machine
-can read in its list of processes. It does not travel: both sides prove by an HMAC over
-two fresh random numbers that they have it, and every later line carries an HMAC under a
-key that is made of all three.
+It comes from the environment or a file, never from a flag, which every user of a machine
+can read in its process list. It is never sent: both sides prove that they have it, and
+sign every later line, by HMACs under keys derived from it and two fresh random numbers.
 """
 
 import hashlib
@@ -24,11 +23,11 @@ _REMEDY = (
 
 
 def job_secret() -> bytes | None:
-  """The secret that this process was given; None if it was given none.
+  """Returns the secret that this process was given; None if none.
 
   Raises:
-    UserError: given twice, too short, or its file cannot be read. The error does not
-      repeat the secret.
+    UserError: given twice, too short or too long, or its file cannot be read. The error
+      does not repeat the secret.
   """
   text, file = os.environ.get(ENV, ""), os.environ.get(FILE_ENV, "")
   if not text and not file:
@@ -54,10 +53,10 @@ def job_secret() -> bytes | None:
 
 
 def session_key(secret: bytes, of_caller: str, of_host: str) -> bytes:
-  """The key of one connection, from the secret and both sides' random numbers."""
+  """Returns a connection's key, from the secret and both sides' random numbers."""
   return code(secret, f"moejax meeting\0{of_caller}\0{of_host}".encode())
 
 
 def code(key: bytes, message: bytes) -> bytes:
-  """HMAC-SHA256."""
+  """Returns the HMAC-SHA256 of a message."""
   return hmac.new(key, message, hashlib.sha256).digest()
