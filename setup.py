@@ -68,13 +68,9 @@ setup(
   long_description_content_type="text/markdown",
   license="Apache-2.0",
   python_requires=">=3.11",
-  packages=find_packages(
-    include=[
-      f"{name}{rest}"
-      for name in ("moejax", "configs", "experiments", "tools")
-      for rest in ("", ".*")
-    ]
-  ),
+  # Shipped configs stay at the top of a clone, and are data of moejax when installed.
+  packages=[*find_packages(include=["moejax", "moejax.*"]), "moejax.shipped_configs"],
+  package_dir={"moejax.shipped_configs": "configs"},
   entry_points={"console_scripts": ["moejax = moejax.cli.main:main"]},
   include_package_data=False,
   package_data={"": ["py.typed", "*.json"]},

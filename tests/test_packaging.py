@@ -12,7 +12,7 @@ import pytest
 from tools import update_constraints
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
-PACKAGES = ("moejax", "configs", "experiments", "tools")
+COPIED = ("moejax", "configs", "experiments", "tools")
 
 
 def test_versions_that_agree_need_no_marker():
@@ -69,11 +69,15 @@ def test_an_unsupported_python_is_refused_with_a_remedy(tmp_path):
 
 
 @pytest.mark.slow
-def test_the_wheel_holds_every_module_and_works_outside_the_checkout(tmp_path):
-  """A package without __init__.py or a data file left out would be missing here."""
+def test_the_wheel_is_moejax_alone_and_works_outside_the_checkout(tmp_path):
+  """A package without __init__.py or a data file left out would be missing here.
+
+  Names as common as `tools` are not put on anyone's path; shipped configs are found by
+  name all the same.
+  """
   source = tmp_path / "source"
   source.mkdir()
-  for name in (*PACKAGES, "setup.py", "pyproject.toml", "README.md", "LICENSE"):
+  for name in (*COPIED, "setup.py", "pyproject.toml", "README.md", "LICENSE"):
     path = ROOT / name
     copy = shutil.copytree if path.is_dir() else shutil.copy
     copy(path, source / name)
@@ -84,22 +88,27 @@ def test_the_wheel_holds_every_module_and_works_outside_the_checkout(tmp_path):
   inside = tmp_path / "inside"
   zipfile.ZipFile(wheel).extractall(inside)
 
-  here = {p.relative_to(ROOT) for name in PACKAGES for p in (ROOT / name).rglob("*.py")}
-  there = {p.relative_to(inside) for p in inside.rglob("*.py")}
-  assert here == there
+  top = {path.name for path in inside.iterdir() if path.suffix != ".dist-info"}
+  assert top == {"moejax"}
+  here = {p.relative_to(ROOT) for p in (ROOT / "moejax").rglob("*.py")}
+  configs = pathlib.Path("moejax") / "shipped_configs"
+  here |= {configs / p.name for p in (ROOT / "configs").glob("*.py")}
+  assert here == {p.relative_to(inside) for p in inside.rglob("*.py")}
   assert (inside / "moejax" / "py.typed").exists()
 
-  # The working directory keeps the checkout off the path.
-  for command in (
-    ["-m", "experiments.train", "--help"],
-    ["-m", "tools.dump_config", "--config=default"],
-  ):
+  def call(*arguments: str) -> str:
+    # The working directory keeps the checkout off the path.
     result = subprocess.run(
-      [sys.executable, *command],
+      [sys.executable, "-m", "moejax.cli.main", *arguments],
       capture_output=True,
       text=True,
       cwd=tmp_path,
       env={"PYTHONPATH": str(inside), "PATH": "/usr/bin:/bin", "JAX_PLATFORMS": "cpu"},
     )
     assert result.returncode == 0, result.stderr
-    assert "num_experts" in result.stdout
+    return result.stdout
+
+  assert "num_experts" in call("train", "--help")
+  assert "mixtral_8x7b" in call("train", "--list=configs")
+  # 46.7B: the published number of parameters.
+  assert "46,70" in call("count", "--config=mixtral_8x7b")

@@ -72,10 +72,10 @@ def bytes_by_formula(devices: int) -> int:
 def measure(devices: int) -> dict[str, Any]:
   """Compiles the step for so many devices, and counts. In a process of its own."""
   # Before the clock starts.
+  from moejax.cli.collectives import compile_step
   from moejax.hlo import parse as hlo
   from moejax.hlo import traffic
   from moejax.train import step  # noqa: F401
-  from tools.collectives import compile_step
 
   config = config_of(devices)
   begin = time.process_time()

@@ -1,7 +1,6 @@
 """Lists the available choices: `--list=configs|routers|datasets|dispatchers`."""
 
 import ast
-import importlib.util
 import pathlib
 
 from moejax.options import show
@@ -10,13 +9,18 @@ LISTS = ("configs", "routers", "datasets", "dispatchers")
 
 
 def shipped_configs() -> dict[str, pathlib.Path]:
-  """Returns the shipped config files by name (path under configs/, no .py), sorted."""
-  spec = importlib.util.find_spec("configs")
-  found = {}
-  for root in map(pathlib.Path, (spec and spec.submodule_search_locations) or ()):
-    for file in root.rglob("*.py"):
-      if not file.name.startswith("_"):
-        found[file.relative_to(root).with_suffix("").as_posix()] = file
+  """Returns the shipped config files by name (path under configs/, no .py), sorted.
+
+  They lie beside moejax in a clone, and inside it where it is installed (see setup.py).
+  """
+  package = pathlib.Path(__file__).parents[1]
+  places = (package / "shipped_configs", package.parent / "configs")
+  root = next((place for place in places if place.is_dir()), places[0])
+  found = {
+    file.relative_to(root).with_suffix("").as_posix(): file
+    for file in root.rglob("*.py")
+    if not file.name.startswith("_")
+  }
   return dict(sorted(found.items()))
 
 

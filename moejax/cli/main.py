@@ -21,6 +21,7 @@ PROGRAMS = {
   "evaluate": "moejax.cli.evaluate",
   "generate": "moejax.cli.generate",
   "count": "moejax.cli.count",
+  "collectives": "moejax.cli.collectives",
   "compile-for": "moejax.cli.compile_for",
   "launch": "moejax.cli.launch",
   "inspect-checkpoint": "moejax.cli.inspect_checkpoint",

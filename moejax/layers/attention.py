@@ -121,23 +121,27 @@ class Attention(nnx.Module):
       scale=out_scale,
       dtype=dtype,
     )
-    if config.attention_bias:
-      bias = parameter.constant
-      self.query_bias = bias(0.0, (heads, size), ("heads", "head_dim"), dtype=dtype)
-      self.key_bias = bias(0.0, (kv_heads, size), ("kv_heads", "head_dim"), dtype=dtype)
-      self.value_bias = bias(0.0, (kv_heads, size), ("kv_heads", "head_dim"), dtype=dtype)
+
+    def bias(count: int, axis: str) -> nnx.Param | None:
+      if not config.attention_bias:
+        return None
+      return parameter.constant(0.0, (count, size), (axis, "head_dim"), dtype=dtype)
+
+    self.query_bias = bias(heads, "heads")
+    self.key_bias = bias(kv_heads, "kv_heads")
+    self.value_bias = bias(kv_heads, "kv_heads")
     if config.qk_norm:
       self.query_norm = RMSNorm(size, epsilon=config.norm_eps, axis="head_dim")
       self.key_norm = RMSNorm(size, epsilon=config.norm_eps, axis="head_dim")
     self.theta, self.window = config.rope_theta, config.sliding_window
-    self.has_bias, self.qk_norm = config.attention_bias, config.qk_norm
+    self.qk_norm = config.qk_norm
 
   def __call__(
     self, x: Float[Array, "B S D"], context: Context, cache: LayerCache | None
   ) -> tuple[Float[Array, "B S D"], LayerCache | None]:
-    query = self._project(x, "query")
-    key = self._project(x, "key")
-    value = self._project(x, "value")
+    query = _project(x, self.query, self.query_bias)
+    key = _project(x, self.key, self.key_bias)
+    value = _project(x, self.value, self.value_bias)
     if self.qk_norm:
       query, key = self.query_norm(query), self.key_norm(key)
     query = rotary(query, context.positions, self.theta)
@@ -162,9 +166,11 @@ class Attention(nnx.Module):
     out = jnp.einsum("bsha,had->bsd", mixed, self.out[...].astype(x.dtype))
     return out, cache
 
-  def _project(self, x: Float[Array, "B S D"], name: str) -> Float[Array, "B S H A"]:
-    weight = getattr(self, name)[...].astype(x.dtype)
-    y = jnp.einsum("bsd,dha->bsha", x, weight)
-    if self.has_bias:
-      y = y + getattr(self, f"{name}_bias")[...].astype(x.dtype)[None, None]
+
+def _project(
+  x: Float[Array, "B S D"], weight: nnx.Param, bias: nnx.Param | None
+) -> Float[Array, "B S H A"]:
+  y = jnp.einsum("bsd,dha->bsha", x, weight[...].astype(x.dtype))
+  if bias is None:
     return y
+  return y + bias[...].astype(x.dtype)[None, None]

@@ -79,14 +79,11 @@ def has_experts(stats: RouterStats | None) -> bool:
   return stats is not None and np.size(stats.load) > 0
 
 
-def loss_metrics(
-  sums: dict[str, Any], num_bytes: float | None = None
-) -> dict[str, float]:
+def loss_metrics(sums: dict[str, Any]) -> dict[str, float]:
   """Returns cross-entropy, bits per byte, aux terms and drop fractions, from sums.
 
   Args:
     sums: loss, tokens, bytes, aux and stats of `loss.forward_sums`, on the host.
-    num_bytes: not used.
   """
   tokens = max(float(sums["tokens"]), 1.0)
   out = {"loss": float(sums["loss"]) / tokens}

@@ -15,6 +15,7 @@ IN_A_CLONE = {
   "evaluate": "experiments.evaluate",
   "generate": "experiments.generate",
   "count": "tools.count",
+  "collectives": "tools.collectives",
   "compile-for": "tools.compile_for",
   "launch": "tools.launch_local",
   "inspect-checkpoint": "tools.inspect_checkpoint",

@@ -1,4 +1,4 @@
-"""docs/architecture.md says what a token and a batch meet; these are the trips themselves."""
+"""The trips of docs/architecture.md: what a token and a batch meet."""
 
 import pathlib
 import re

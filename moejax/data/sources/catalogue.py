@@ -197,9 +197,10 @@ class TfdsSource:
       return
     # The fractions apply only to splits that must be carved.
     carve = {
-      s: 0.0 if s in self._own else getattr(self.config, f"{s}_fraction")
-      for s in ("validation", "test")
+      "validation": self.config.validation_fraction,
+      "test": self.config.test_fraction,
     }
+    carve |= dict.fromkeys(carve.keys() & self._own.keys(), 0.0)
     if split != "train" and not carve[split]:
       return
     for item in self._read("train"):

@@ -49,7 +49,11 @@ class LocalSource:
   def documents(self, split: str) -> Iterator[Document | Skipped]:
     """Yields documents in hash order, which is as good as shuffled."""
     if split == "train":
-      yield from self._report().skipped
+      report = self._report()
+      yield from report.skipped
+      # The report names only the first ones; the others count all the same.
+      unnamed = Skipped(document="", reason="as those named before")
+      yield from itertools.repeat(unnamed, report.num_unnamed)
     from moejax.data.sources import builder  # slow import, unused with cached tokens
 
     source = builder.read(self._directory / "dataset", split)
@@ -77,7 +81,8 @@ class LocalSource:
     except (OSError, ValueError) as e:
       raise cache.damaged(self._directory, e) from e
     skipped = [Skipped(**s) for s in report["skipped"]]
-    return Plan({}, report["is_cut"], skipped, report["num_duplicates"])
+    unnamed = report["num_skipped"] - len(skipped)
+    return Plan({}, report["is_cut"], skipped, report["num_duplicates"], unnamed)
 
   def _build(self, directory: Path) -> None:
     plan = make_plan(self.corpus, self.validation, self.test)

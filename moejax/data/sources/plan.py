@@ -83,6 +83,8 @@ class Plan:
   """Whether the corpus is one document, cut into pieces."""
   skipped: list[Skipped]
   num_duplicates: int
+  num_unnamed: int = 0
+  """Skipped documents that are not in `skipped`."""
 
 
 def planned_documents(corpus: Corpus, is_cut: bool) -> Iterator[Document | Skipped]:

@@ -124,6 +124,16 @@ def test_a_few_documents_still_fill_every_split(count):
   assert len(splits) == count
 
 
+def test_more_skipped_documents_than_a_report_names_are_counted(corpus_of, monkeypatch):
+  """Only the first ones are named; the number is that of all."""
+  from moejax.data.sources import local
+
+  monkeypatch.setattr(local, "_MAX_NAMED", 3)
+  dataset = load(corpus_of(many(20) | {f"{i}.bin": b"a\0" for i in range(8)}))
+  assert dataset.num_skipped == 8
+  assert sum(bool(s.document) for s in dataset.skipped) == 3
+
+
 def test_what_cannot_be_decoded_is_left_out_and_named(corpus_of, caplog):
   """Binary, Latin-1, empty, broken compression, bad JSON: the rest is used."""
   bad = {
