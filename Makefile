@@ -1,7 +1,7 @@
 # Two commands do everything: `make train` and `make test`. Each sets up .venv itself.
 #
 #   make train [ARGS="--config.moe.num_experts=16"] [WORKDIR=runs/mine]
-#   make test | test-core | test-all | test-matrix | lint | benchmark | clean
+#   make test | test-core | test-all | test-matrix | lint | docs | benchmark | clean
 #
 # PYTHON=3.12, or the path of an interpreter, says what to make .venv with; without it,
 # the newest one that is supported and found on the PATH. VENV=.venv-3.12 puts it
@@ -26,7 +26,8 @@ CORE := tests/routing tests/experts tests/dispatch tests/layers tests/models \
   tests/test_packaging.py
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help setup train test test-core test-all test-matrix lint format benchmark clean
+.PHONY: help setup train test test-core test-all test-matrix lint format docs benchmark \
+  clean
 
 help:
 	@sed -n '3,4s/^# *//p' Makefile
@@ -74,10 +75,14 @@ format: $(STAMP)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
+# The API reference, into site/.
+docs: $(STAMP)
+	$(BIN)/python -m tools.api_docs $(ARGS)
+
 benchmark: $(STAMP)
 	$(BIN)/python -m tools.benchmark_layer $(ARGS)
 
 # Runs are results and stay; `rm -r runs` is yours to type.
 clean:
-	rm -rf $(VENV) .venv-3.* build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) .venv-3.* build dist site *.egg-info .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -not -path './.venv*/*' -prune -exec rm -rf {} +

@@ -46,6 +46,7 @@ TEST = [
 
 DEV = [
   *TEST,
+  "pdoc>=15",
   "pre-commit>=4",
   "pyright>=1.1.400",
   "ruff>=0.12",
