@@ -292,7 +292,7 @@ def losses_on(where: Any, dtype: str, nudge: float = 0.0) -> np.ndarray:
     losses = []
     for batch in batches(config):
       state, metrics = step(state, step_lib.to_devices(batch, mesh))
-      losses.append(metrics["loss"] / metrics["tokens"])
+      losses.append(metrics.sums.loss / metrics.sums.tokens)
     return np.asarray(jax.device_get(losses), np.float64)
 
 

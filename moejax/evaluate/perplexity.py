@@ -14,7 +14,6 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Float, Int
@@ -25,7 +24,7 @@ from moejax.config.ranges import RANGES
 from moejax.errors import ConfigError, UserError
 from moejax.launch import hang
 from moejax.models.decoder import Decoder
-from moejax.models.loss import cross_entropy
+from moejax.models.loss import token_losses
 from moejax.models.placement import param_shardings
 from moejax.routing.base import RouterStats
 from moejax.run import metrics
@@ -103,15 +102,8 @@ def make_step(
   """Returns a jitted (params, batch) -> (loss of each token, 0 on padding; stats)."""
 
   def step(params: Params, batch: Batch) -> tuple[Any, RouterStats | None]:
-    out = model(
-      params,
-      batch["inputs"],
-      segment_ids=batch["segment_ids"],
-      positions=batch["positions"],
-      capacity_factor=capacity_factor,
-    )
-    losses = cross_entropy(out.logits, batch["targets"])
-    return jnp.where(batch["segment_ids"] > 0, losses, 0.0), out.stats
+    losses, out = token_losses(model, params, batch, capacity_factor=capacity_factor)
+    return losses, out.stats
 
   return jax.jit(
     step,

@@ -9,7 +9,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from moejax.types import Params
+from moejax.models.output import DecoderOutput
+from moejax.routing.base import RouterStats
+from moejax.types import Params, pytree
 
 Batch = dict[str, Any]
 """inputs, targets, segment_ids (0 is padding), positions: each int32 [B, S]."""
@@ -24,6 +26,37 @@ def cross_entropy(
   return jax.nn.logsumexp(logits, axis=-1) - chosen
 
 
+@pytree
+class Sums:
+  """Sums over the valid tokens of one batch, or of several: they add up."""
+
+  loss: Float[Array, ""]
+  """Cross-entropy in nats, without aux terms."""
+  tokens: Float[Array, ""]
+  """Their number."""
+  bytes: Float[Array, ""]
+  """Of the targets' text; 0 if unknown."""
+  aux: dict[str, Float[Array, ""]]
+  """Aux terms, unweighted."""
+  stats: RouterStats | None
+  """With a leading axis of MoE layers; None without any."""
+
+
+def token_losses(
+  model: Any, params: Params, batch: Batch, **kwargs: Any
+) -> tuple[Float[Array, "B S"], DecoderOutput]:
+  """Runs the model; returns each token's cross-entropy, 0 on padding, and its output."""
+  out = model(
+    params,
+    batch["inputs"],
+    segment_ids=batch["segment_ids"],
+    positions=batch["positions"],
+    **kwargs,
+  )
+  losses = cross_entropy(out.logits, batch["targets"])
+  return jnp.where(batch["segment_ids"] > 0, losses, 0.0), out
+
+
 def forward_sums(
   model: Any,
   params: Params,
@@ -31,7 +64,7 @@ def forward_sums(
   *,
   token_bytes: Float[Array, "V"] | None = None,
   **kwargs: Any,
-) -> dict[str, Any]:
+) -> Sums:
   """Runs the model and sums over the valid tokens of a batch.
 
   Args:
@@ -41,28 +74,16 @@ def forward_sums(
     token_bytes: bytes of text of each vocabulary id; None if unknown.
     **kwargs: passed to the model: key, train, capacity_factor, batch_chosen, present,
       step.
-
-  Returns:
-    loss (sum of cross-entropy), tokens (their number), bytes (of the targets' text,
-    0 if unknown), aux (dict of sums), stats (RouterStats with a leading axis of MoE
-    layers; None without MoE layers).
   """
-  out = model(
-    params,
-    batch["inputs"],
-    segment_ids=batch["segment_ids"],
-    positions=batch["positions"],
-    **kwargs,
-  )
+  losses, out = token_losses(model, params, batch, **kwargs)
   valid = batch["segment_ids"] > 0
-  losses = jnp.where(valid, cross_entropy(out.logits, batch["targets"]), 0.0)
   num_bytes = jnp.zeros((), jnp.float32)
   if token_bytes is not None:
     num_bytes = jnp.sum(jnp.where(valid, token_bytes[batch["targets"]], 0.0))
-  return {
-    "loss": jnp.sum(losses),
-    "tokens": jnp.sum(valid, dtype=jnp.float32),
-    "bytes": num_bytes,
-    "aux": dict(out.aux),
-    "stats": out.stats,
-  }
+  return Sums(
+    loss=jnp.sum(losses),
+    tokens=jnp.sum(valid, dtype=jnp.float32),
+    bytes=num_bytes,
+    aux=dict(out.aux),
+    stats=out.stats,
+  )

@@ -7,12 +7,13 @@ Letters: L MoE layers, E experts.
 """
 
 import math
-from typing import Any
+from typing import Any, TypeGuard
 
 import numpy as np
 from jaxtyping import Float
 
 from moejax.cost import chips
+from moejax.models.loss import Sums
 from moejax.routing.base import RouterStats
 
 MAX_LOAD_NUMBERS = 1024
@@ -74,27 +75,27 @@ def lost_fraction(stats: RouterStats) -> float:
   return float(np.sum(np.asarray(stats.lost, np.float64))) / chosen if chosen else 0.0
 
 
-def has_experts(stats: RouterStats | None) -> bool:
+def has_experts(stats: RouterStats | None) -> TypeGuard[RouterStats]:
   """Returns whether there is any MoE layer to report on."""
   return stats is not None and np.size(stats.load) > 0
 
 
-def loss_metrics(sums: dict[str, Any]) -> dict[str, float]:
+def loss_metrics(sums: Sums) -> dict[str, float]:
   """Returns cross-entropy, bits per byte, aux terms and drop fractions, from sums.
 
   Args:
-    sums: loss, tokens, bytes, aux and stats of `loss.forward_sums`, on the host.
+    sums: on the host.
   """
-  tokens = max(float(sums["tokens"]), 1.0)
-  out = {"loss": float(sums["loss"]) / tokens}
-  if sums["bytes"] > 0:
-    out["bits_per_byte"] = float(sums["loss"]) / math.log(2) / float(sums["bytes"])
-  for name, value in sums["aux"].items():
+  tokens = max(float(sums.tokens), 1.0)
+  out = {"loss": float(sums.loss) / tokens}
+  if sums.bytes > 0:
+    out["bits_per_byte"] = float(sums.loss) / math.log(2) / float(sums.bytes)
+  for name, value in sums.aux.items():
     out[name] = float(value) / tokens
-  if has_experts(sums["stats"]):
-    out["dropped_fraction"] = dropped_fraction(sums["stats"])
-    if sums["stats"].lost is not None:
-      out["exchange_lost_fraction"] = lost_fraction(sums["stats"])
+  if has_experts(sums.stats):
+    out["dropped_fraction"] = dropped_fraction(sums.stats)
+    if sums.stats.lost is not None:
+      out["exchange_lost_fraction"] = lost_fraction(sums.stats)
   return out
 
 

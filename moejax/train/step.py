@@ -25,18 +25,28 @@ from jaxtyping import Array, Float, Int, Key
 
 from moejax.config import Config
 from moejax.models import trained as trained_lib
-from moejax.models.loss import Batch, forward_sums
+from moejax.models.loss import Batch, Sums, forward_sums
 from moejax.models.placement import param_shardings
 from moejax.sharding import rules
 from moejax.sharding.mesh import TOKEN_AXES
 from moejax.train import state as state_lib
 from moejax.train.optimizer import Optimizer
 from moejax.train.state import State
-from moejax.types import Params
+from moejax.types import Params, pytree
 
 MODEL_KEYS = ("inputs", "targets", "segment_ids", "positions")
 
-Metrics = dict[str, Any]
+
+@pytree
+class StepMetrics:
+  """What one step reports."""
+
+  sums: Sums
+  grad_norm: Float[Array, ""]
+  learning_rate: Float[Array, ""]
+  bad_total: Int[Array, ""]
+  """Steps skipped as non-finite since the run began; `bad_in_a_row`, the last ones."""
+  bad_in_a_row: Int[Array, ""]
 
 
 def loss_gradients(
@@ -48,7 +58,7 @@ def loss_gradients(
   accumulation: int = 1,
   token_bytes: Float[Array, "V"] | None = None,
   step: Int[Array, ""] | None = None,
-) -> tuple[dict[str, Any], Params]:
+) -> tuple[Sums, Params]:
   """Returns sums over the global batch and the gradient of the mean training loss.
 
   The gradient is with respect to the trained parameters only (`moejax.models.trained`).
@@ -78,8 +88,8 @@ def loss_gradients(
       batch_chosen=chosen,
       **same,
     )
-    aux = sum(weights[name] * value for name, value in sums["aux"].items())
-    return (sums["loss"] + aux) / total, sums
+    aux = sum(weights[name] * value for name, value in sums.aux.items())
+    return (sums.loss + aux) / total, sums
 
   gradients_of = jax.grad(loss_of, has_aux=True)
   if accumulation == 1:
@@ -117,7 +127,8 @@ def _chosen_in_batch(
   def count(index: Int[Array, ""], microbatch: Batch) -> Float[Array, "L E"]:
     step_key = jax.random.fold_in(key, index)
     sums = forward_sums(model, params, microbatch, key=step_key, **same)
-    return sums["stats"].chosen
+    assert sums.stats is not None
+    return sums.stats.chosen
 
   def add(total: Float[Array, "L E"], inputs: tuple[Int[Array, ""], Batch]):
     return total + count(*inputs), None
@@ -149,7 +160,7 @@ def train_step(
   *,
   accumulation: int = 1,
   token_bytes: Float[Array, "V"] | None = None,
-) -> tuple[State, Metrics]:
+) -> tuple[State, StepMetrics]:
   """Takes one step, uncompiled; see `make_train_step`.
 
   A non-finite loss or gradient leaves parameters and optimizer state unchanged and is
@@ -175,13 +186,14 @@ def train_step(
     learning_rate=learning_rate,
     gradient_norm=norm,
   )
-  if sums["stats"] is not None:
+  if sums.stats is not None:
     # Uses the loads of the whole batch, outside the gradient (DeepSeek-V3).
-    moved = model.update_routers(updated[0], sums["stats"])
+    moved = model.update_routers(updated[0], sums.stats)
     updated = (moved, updated[1])
     # A router's own sums are only needed for this update and may be costly to fetch.
-    sums["stats"] = dataclasses.replace(sums["stats"], extra={})
-  finite = jnp.isfinite(sums["loss"]) & jnp.isfinite(norm)
+    stats = dataclasses.replace(sums.stats, extra={})
+    sums = dataclasses.replace(sums, stats=stats)
+  finite = jnp.isfinite(sums.loss) & jnp.isfinite(norm)
   new_params, opt_state = jax.tree.map(
     lambda new, old: jnp.where(finite, new, old), updated, (params, state["opt_state"])
   )
@@ -197,13 +209,13 @@ def train_step(
     "key": state["key"],
     "bad_steps": bad_steps,
   }
-  metrics = {
-    **sums,
-    "grad_norm": norm,
-    "learning_rate": learning_rate,
-    "bad_total": bad_steps["total"],
-    "bad_in_a_row": bad_steps["in_a_row"],
-  }
+  metrics = StepMetrics(
+    sums=sums,
+    grad_norm=norm,
+    learning_rate=learning_rate,
+    bad_total=bad_steps["total"],
+    bad_in_a_row=bad_steps["in_a_row"],
+  )
   return new_state, metrics
 
 
@@ -214,16 +226,15 @@ def make_train_step(
   mesh: Mesh,
   *,
   token_bytes: Float[np.ndarray, "V"] | None = None,
-) -> Callable[[State, Batch], tuple[State, Metrics]]:
+) -> Callable[[State, Batch], tuple[State, StepMetrics]]:
   """Compiles the step for a mesh; its input state is donated.
 
   Returns:
-    (state, batch) -> (state, metrics). Metrics are replicated arrays: sums as in
-    `forward_sums`, and grad_norm, learning_rate, bad_total, bad_in_a_row.
+    (state, batch) -> (state, metrics), the latter replicated.
   """
   shardings = state_lib.shardings_of(state_lib.state_shapes(model, optimizer, mesh))
 
-  def step(state: State, batch: Batch) -> tuple[State, Metrics]:
+  def step(state: State, batch: Batch) -> tuple[State, StepMetrics]:
     return train_step(
       model,
       optimizer,
@@ -247,7 +258,7 @@ def make_eval_step(
   capacity_factor: float | None,
   *,
   token_bytes: Float[np.ndarray, "V"] | None = None,
-) -> Callable[[Params, Batch], dict[str, Any]]:
+) -> Callable[[Params, Batch], Sums]:
   """Compiles the evaluation of one batch: deterministic, no randomness, no jitter.
 
   Args:
@@ -257,10 +268,10 @@ def make_eval_step(
     token_bytes: see `forward_sums`.
 
   Returns:
-    (params, batch) -> sums as in `forward_sums`, replicated.
+    (params, batch) -> sums, replicated.
   """
 
-  def step(params: Params, batch: Batch) -> dict[str, Any]:
+  def step(params: Params, batch: Batch) -> Sums:
     return forward_sums(
       model,
       params,

@@ -10,7 +10,7 @@ from moejax.launch import hang
 from moejax.run import metrics, writers
 from moejax.run.progress import Reporter
 from moejax.train.setup import Run
-from moejax.train.step import Metrics
+from moejax.train.step import StepMetrics
 
 
 class TrainingStopped(Exception):
@@ -42,7 +42,7 @@ class StepLog:
 
   def __init__(self, run: Run, reporter: Reporter):
     self._run, self._reporter = run, reporter
-    self._pending: tuple[int, Any] | None = None
+    self._pending: tuple[int, StepMetrics] | None = None
     # Held back so that an evaluation of the same step can be added.
     self._line: tuple[int, dict[str, Any]] | None = None
     self._speed = _Speed()
@@ -55,7 +55,7 @@ class StepLog:
         tensorboard=run.config.train.tensorboard,
       )
 
-  def add(self, step: int, device_metrics: Metrics) -> None:
+  def add(self, step: int, device_metrics: StepMetrics) -> None:
     """Takes the metrics of the step just started; reads those of the previous one."""
     previous, self._pending = self._pending, (step, device_metrics)
     if previous is not None:
@@ -92,15 +92,15 @@ class StepLog:
     for writer in self._writers:
       writer.close()
 
-  def _read(self, step: int, device_metrics: Metrics, *, keep: bool = False) -> None:
-    sums = jax.device_get(device_metrics)
+  def _read(self, step: int, device_metrics: StepMetrics, *, keep: bool = False) -> None:
+    found = jax.device_get(device_metrics)
     hang.progress()
-    self._speed.add(float(sums["tokens"]))
+    self._speed.add(float(found.sums.tokens))
     config = self._run.config.train
-    in_a_row = int(sums["bad_in_a_row"])
+    in_a_row = int(found.bad_in_a_row)
     shown: dict[str, Any] = {}
     if keep or step % config.log_every == 0 or step == config.num_steps or in_a_row:
-      shown = self._values(sums)
+      shown = self._values(found)
       self._line = (step, shown)
       self._speed.reset()
       if not keep:
@@ -109,11 +109,11 @@ class StepLog:
     if in_a_row >= config.max_bad_steps:
       raise TrainingStopped(self._verdict(step, in_a_row))
 
-  def _values(self, sums: Metrics) -> dict[str, Any]:
-    values: dict[str, Any] = metrics.loss_metrics(sums)
-    values["grad_norm"] = float(sums["grad_norm"])
-    values["learning_rate"] = float(sums["learning_rate"])
-    values["skipped_steps"] = int(sums["bad_total"])
+  def _values(self, found: StepMetrics) -> dict[str, Any]:
+    values: dict[str, Any] = metrics.loss_metrics(found.sums)
+    values["grad_norm"] = float(found.grad_norm)
+    values["learning_rate"] = float(found.learning_rate)
+    values["skipped_steps"] = int(found.bad_total)
     values |= metrics.speed_metrics(
       self._speed.tokens,
       self._speed.seconds,
@@ -121,8 +121,8 @@ class StepLog:
       num_devices=self._run.mesh.size,
       device_kind=self._device_kind,
     )
-    if metrics.has_experts(sums["stats"]):
-      layers = metrics.layer_metrics(sums["stats"])
+    if metrics.has_experts(found.sums.stats):
+      layers = metrics.layer_metrics(found.sums.stats)
       values["moe"] = metrics.layers_for_log(layers)
     return values
 

@@ -7,12 +7,12 @@ import jax
 import numpy as np
 
 from moejax.launch import hang
-from moejax.models.loss import Batch
+from moejax.models.loss import Batch, Sums
 from moejax.run import metrics
 from moejax.train import step as step_lib
 from moejax.types import Params
 
-EvalStep = Callable[[Params, Batch], dict[str, Any]]
+EvalStep = Callable[[Params, Batch], Sums]
 
 
 def evaluate(
@@ -43,18 +43,18 @@ def evaluate(
     total, pending = _add(total, pending), sums
     hang.progress()
     if progress is not None:
-      progress(0 if total is None else int(total["tokens"]))
+      progress(0 if total is None else int(total.tokens))
   total = _add(total, pending)
-  if total is None or total["tokens"] == 0:
+  if total is None or total.tokens == 0:
     return None
   values: dict[str, Any] = metrics.loss_metrics(total)
-  values["num_tokens"] = int(total["tokens"])
-  if metrics.has_experts(total["stats"]):
-    values["moe"] = metrics.layers_for_log(metrics.layer_metrics(total["stats"]))
+  values["num_tokens"] = int(total.tokens)
+  if metrics.has_experts(total.stats):
+    values["moe"] = metrics.layers_for_log(metrics.layer_metrics(total.stats))
   return values
 
 
-def _add(total: Any, sums: Any) -> Any:
+def _add(total: Sums | None, sums: Sums | None) -> Sums | None:
   if sums is None:
     return total
   sums = jax.tree.map(lambda x: np.asarray(x, np.float64), jax.device_get(sums))

@@ -13,9 +13,9 @@ from moejax.hlo import traffic
 from moejax.models.loss import Batch
 from moejax.platform import target_platform
 from moejax.train.state import State
-from moejax.train.step import Metrics
+from moejax.train.step import StepMetrics
 
-StepFn = Callable[[State, Batch], tuple[State, Metrics]]
+StepFn = Callable[[State, Batch], tuple[State, StepMetrics]]
 
 
 def watched(
@@ -36,7 +36,7 @@ def watched(
     return train_step
   compiled: list[Any] = []
 
-  def step(state: State, batch: Batch) -> tuple[State, Metrics]:
+  def step(state: State, batch: Batch) -> tuple[State, StepMetrics]:
     if not compiled:
       compiled.append(train_step.lower(state, batch).compile())
       if jax.process_index() == 0:

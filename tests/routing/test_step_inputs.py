@@ -67,11 +67,11 @@ def test_a_router_can_anneal_by_the_step(monkeypatch):
   model, params = decoder(router="annealed")
   plain, _ = decoder()
   for accumulation in (1, 2):
-    cold = sums(model, params, accumulation, step=jnp.int32(0))[0]["stats"].entropy
+    cold = sums(model, params, accumulation, step=jnp.int32(0))[0].stats.entropy
     np.testing.assert_allclose(
-      cold, sums(plain, params, accumulation)[0]["stats"].entropy, rtol=1e-6
+      cold, sums(plain, params, accumulation)[0].stats.entropy, rtol=1e-6
     )
-    hot = sums(model, params, accumulation, step=jnp.int32(50))[0]["stats"].entropy
+    hot = sums(model, params, accumulation, step=jnp.int32(50))[0].stats.entropy
     assert (hot < 0.9 * cold).all()
   assert all(seen)
   model(params, batch()["inputs"])
@@ -84,7 +84,7 @@ def test_one_set_of_experts_is_out_for_a_whole_step():
   model, params = decoder(expert_dropout=0.5, num_selected=1)
   loads = {}
   for accumulation in (1, 2, 4):
-    stats = sums(model, params, accumulation)[0]["stats"]
+    stats = sums(model, params, accumulation)[0].stats
     out = np.asarray(stats.chosen) == 0
     loads[accumulation] = out
     assert (out.sum(axis=1) >= 2).all(), "half of the experts are out of all microbatches"
@@ -101,8 +101,8 @@ def test_the_balance_loss_is_one_among_those_who_are_in(scope):
   model, params = decoder(expert_dropout=0.5, balance_scope=scope)
   params = jax.tree.map(jnp.zeros_like, params)
   got, _ = sums(model, params, 2)
-  tokens = float(got["tokens"])
-  np.testing.assert_allclose(got["aux"]["balance_loss"] / tokens, len(model.moe_layers))
+  tokens = float(got.tokens)
+  np.testing.assert_allclose(got.aux["balance_loss"] / tokens, len(model.moe_layers))
 
 
 @pytest.mark.parametrize("name", [n for n, s in ROUTERS.items() if s.by_logits])
@@ -173,7 +173,7 @@ def test_generation_uses_the_experts_of_evaluation(name):
 def test_dense_has_room_for_every_token_at_every_expert():
   """Its K is E, whatever num_selected says: a capacity factor of 1 drops nothing."""
   model, params = decoder(router="dense", num_selected=1, capacity_factor=1.0)
-  stats = sums(model, params, 1)[0]["stats"]
+  stats = sums(model, params, 1)[0].stats
   np.testing.assert_array_equal(stats.load, B * S)
   np.testing.assert_array_equal(stats.chosen, B * S)
 

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from moejax.models.loss import Sums
 from moejax.routing.base import RouterStats
 from moejax.run import metrics, progress, writers
 
@@ -43,10 +44,10 @@ def test_layer_metrics_by_hand():
 def test_what_an_exchange_lost_is_a_part_of_what_was_dropped():
   """Three of the four dropped ones had no room in a buffer; without one, no such line."""
   one = jnp.float32(1)
-  sums = {"loss": one, "tokens": one, "bytes": one, "aux": {}, "stats": _stats()}
+  sums = Sums(loss=one, tokens=one, bytes=one, aux={}, stats=_stats())
   assert "exchange_lost_fraction" not in metrics.loss_metrics(sums)
-  sums["stats"] = dataclasses.replace(_stats(), lost=jnp.array([3.0, 0.0]))
-  out = metrics.loss_metrics(sums)
+  stats = dataclasses.replace(_stats(), lost=jnp.array([3.0, 0.0]))
+  out = metrics.loss_metrics(dataclasses.replace(sums, stats=stats))
   assert out["dropped_fraction"] == pytest.approx(4 / 40)
   assert out["exchange_lost_fraction"] == pytest.approx(3 / 40)
 
@@ -67,19 +68,21 @@ def test_a_layer_without_tokens_gives_zeros_and_no_warning():
 
 def test_loss_metrics_divide_each_sum_once():
   """100 nats over 50 tokens that stand for 40 bytes: 2 nats/token, 3.607 bits/byte."""
-  sums = {
-    "loss": jnp.float32(100),
-    "tokens": jnp.float32(50),
-    "bytes": jnp.float32(40),
-    "aux": {"balance_loss": jnp.float32(75)},
-    "stats": _stats(),
-  }
+  sums = Sums(
+    loss=jnp.float32(100),
+    tokens=jnp.float32(50),
+    bytes=jnp.float32(40),
+    aux={"balance_loss": jnp.float32(75)},
+    stats=_stats(),
+  )
   values = metrics.loss_metrics(sums)
   assert values["loss"] == 2.0
   assert values["balance_loss"] == 1.5
   assert values["bits_per_byte"] == pytest.approx(100 / math.log(2) / 40)
   assert values["dropped_fraction"] == pytest.approx(4 / 40)
-  no_bytes = metrics.loss_metrics({**sums, "bytes": jnp.float32(0), "stats": None})
+  no_bytes = metrics.loss_metrics(
+    dataclasses.replace(sums, bytes=jnp.float32(0), stats=None)
+  )
   assert "bits_per_byte" not in no_bytes
   assert "dropped_fraction" not in no_bytes
 

@@ -20,6 +20,7 @@ from moejax import data
 from moejax.cli import flags as cli
 from moejax.config import Config
 from moejax.evaluate import report
+from moejax.models.loss import Sums
 from moejax.run import progress, results, writers
 from moejax.run.signals import StopRequest
 from moejax.sharding.mesh import make_mesh
@@ -150,9 +151,14 @@ def make_log(config: Config, workdir: pathlib.Path) -> step_log.StepLog:
 
 def numbers(*, bad: int = 0):
   """A step's metrics on a model without experts; `bad` steps in a row are behind it."""
-  values = {"loss": jnp.nan if bad else 16.0, "tokens": 8.0, "bytes": 8.0}
-  values |= {"grad_norm": 1.0, "learning_rate": 0.1, "bad_total": bad}
-  return {**values, "bad_in_a_row": bad, "aux": {}, "stats": None}
+  loss, eight = jnp.float32(jnp.nan if bad else 16.0), jnp.float32(8.0)
+  return step_lib.StepMetrics(
+    sums=Sums(loss=loss, tokens=eight, bytes=eight, aux={}, stats=None),
+    grad_norm=jnp.float32(1.0),
+    learning_rate=jnp.float32(0.1),
+    bad_total=jnp.int32(bad),
+    bad_in_a_row=jnp.int32(bad),
+  )
 
 
 @pytest.mark.parametrize("log_every", [1, 4])
@@ -200,7 +206,7 @@ def test_twenty_steps_on_the_test_corpus_give_the_golden_curve(setup, cache_dir)
   batches = dataset.train_batches(config.train.batch_size, seed=0)
   _, seen = setup.run(setup.state(0), *(next(batches) for _ in range(20)))
   batches.close()  # pyright: ignore[reportAttributeAccessIssue]
-  losses = [round(float(m["loss"] / m["tokens"]), 5) for m in seen]
+  losses = [round(float(m.sums.loss / m.sums.tokens), 5) for m in seen]
   if os.environ.get("MOEJAX_RECORD"):
     GOLDEN.write_text(json.dumps({"loss": losses}, indent=1) + "\n")
   np.testing.assert_allclose(losses, json.loads(GOLDEN.read_text())["loss"], rtol=2e-3)

@@ -38,8 +38,8 @@ def test_a_step_moves_each_bias_towards_the_mean_load(biased):
   expected = np.zeros(4)
   for seed in range(3):
     state, [seen] = biased.run(state, make_batch(seed))
-    chosen = seen["stats"].chosen.reshape(-1)
-    assert chosen.sum() == 2 * seen["tokens"]
+    chosen = seen.sums.stats.chosen.reshape(-1)
+    assert chosen.sum() == 2 * seen.sums.tokens
     expected = expected + 0.5 * np.sign(chosen.mean() - chosen)
     np.testing.assert_allclose(find_bias(state), expected, rtol=1e-6)
   assert np.any(expected != 0)
@@ -65,7 +65,7 @@ def test_a_skipped_step_and_an_evaluation_move_nothing(biased):
   poisoned["embedding"] = jax.tree.map(lambda x: x * np.nan, poisoned["embedding"])
   state = state | {"params": jax.tree.map(jnp.asarray, poisoned)}
   state, [seen] = biased.run(state, make_batch(1))
-  assert seen["bad_total"] == 1
+  assert seen.bad_total == 1
   np.testing.assert_array_equal(find_bias(state), before)
 
 

@@ -1,7 +1,6 @@
 """The train step: what it adds up, what it refuses, where it runs."""
 
 import copy
-import types
 
 import jax
 import jax.numpy as jnp
@@ -10,6 +9,7 @@ import pytest
 
 from moejax.config import MeshConfig
 from moejax.models.loss import cross_entropy, forward_sums
+from moejax.models.output import DecoderOutput
 from moejax.train import state as state_lib
 from moejax.train import step as step_lib
 from tests.train.conftest import make_batch, make_setup, tiny_config
@@ -65,9 +65,9 @@ def test_accumulation_equals_the_large_batch_when_it_is_balanced_as_a_whole(setu
   micro_sums, micro = of("batch", 4)
   _close(micro, large, atol=2e-6, rtol=1e-5)
   _close(micro_sums, sums, rtol=1e-6, atol=1e-6)
-  assert abs(
-    of("group", 1)[0]["aux"]["balance_loss"] / sums["aux"]["balance_loss"] - 1
-  ) > (1e-3)
+  assert abs(of("group", 1)[0].aux["balance_loss"] / sums.aux["balance_loss"] - 1) > (
+    1e-3
+  )
 
 
 def test_padding_and_its_targets_do_not_matter(setup, gradients):
@@ -84,11 +84,11 @@ def test_padding_and_its_targets_do_not_matter(setup, gradients):
 def test_the_reported_loss_has_no_aux_terms(setup):
   """At the start all experts and tokens are nearly alike: the loss is near log V."""
   _, [metrics] = setup.run(setup.state(), make_batch(0))
-  loss = metrics["loss"] / metrics["tokens"]
+  loss = metrics.sums.loss / metrics.sums.tokens
   assert loss == pytest.approx(np.log(264), rel=0.1)
   # One sparse layer: the balance loss is 1 at balance, and a little above.
-  assert 0.99 < metrics["aux"]["balance_loss"] / metrics["tokens"] < 2.0
-  assert metrics["tokens"] == make_batch(0)["segment_ids"].sum()
+  assert 0.99 < metrics.sums.aux["balance_loss"] / metrics.sums.tokens < 2.0
+  assert metrics.sums.tokens == make_batch(0)["segment_ids"].sum()
 
 
 def test_bytes_are_counted_over_valid_targets(setup):
@@ -98,13 +98,13 @@ def test_bytes_are_counted_over_valid_targets(setup):
   class Uniform:
     def __call__(self, params, tokens, **_):
       logits = jnp.zeros((*tokens.shape, 264))
-      return types.SimpleNamespace(logits=logits, aux={}, stats=None)
+      return DecoderOutput(logits=logits, aux={}, stats=None, cache=None)
 
   lengths = jnp.arange(264, dtype=jnp.float32)
   sums = forward_sums(Uniform(), {}, batch, token_bytes=lengths)
   valid = np.asarray(batch["segment_ids"]) > 0
-  assert float(sums["bytes"]) == np.asarray(batch["targets"])[valid].sum()
-  np.testing.assert_allclose(sums["loss"], valid.sum() * np.log(264), rtol=1e-5)
+  assert float(sums.bytes) == np.asarray(batch["targets"])[valid].sum()
+  np.testing.assert_allclose(sums.loss, valid.sum() * np.log(264), rtol=1e-5)
 
 
 def test_a_non_finite_step_is_skipped_and_counted_and_a_good_one_ends_the_row(setup):
@@ -118,13 +118,13 @@ def test_a_non_finite_step_is_skipped_and_counted_and_a_good_one_ends_the_row(se
   before = jax.device_get({k: state[k] for k in ("params", "opt_state")})
 
   state, seen = setup.run(state, bad, bad)
-  assert [int(m["bad_in_a_row"]) for m in seen] == [1, 2]
+  assert [int(m.bad_in_a_row) for m in seen] == [1, 2]
   assert int(state["step"]) == 2
   after = jax.device_get({k: state[k] for k in ("params", "opt_state")})
   jax.tree.map(np.testing.assert_array_equal, after, before)
 
   state, [last] = setup.run(state, good)
-  assert (int(last["bad_in_a_row"]), int(last["bad_total"])) == (0, 2)
+  assert (int(last.bad_in_a_row), int(last.bad_total)) == (0, 2)
   head = np.asarray(state["params"]["embedding"]["head"])
   assert not np.array_equal(head, before["params"]["embedding"]["head"])
 
@@ -163,9 +163,9 @@ def test_many_devices_compute_what_one_does(setup, mesh):
   one_state, one = setup.run(setup.state(), *batches)
   many_state, seen = many.run(start, *batches)
   for a, b in zip(one, seen, strict=True):
-    np.testing.assert_allclose(b["loss"], a["loss"], rtol=2e-5)
-    np.testing.assert_allclose(b["grad_norm"], a["grad_norm"], rtol=1e-4)
-    np.testing.assert_allclose(b["stats"].load, a["stats"].load)
+    np.testing.assert_allclose(b.sums.loss, a.sums.loss, rtol=2e-5)
+    np.testing.assert_allclose(b.grad_norm, a.grad_norm, rtol=1e-4)
+    np.testing.assert_allclose(b.sums.stats.load, a.sums.stats.load)
   # Adam divides by sqrt(v): where a gradient is nearly 0 its rounding is a step.
   _close(
     jax.device_get(many_state["params"]), jax.device_get(one_state["params"]), atol=2e-3

@@ -82,7 +82,7 @@ def test_a_step_whose_rules_are_whole_does_not(mesh, caplog):
   step = wire.watched(setup.step, config, setup.mesh)
   with jax.set_mesh(setup.mesh):
     state, metrics = step(setup.state(), setup.place(make_batch(0)))
-  assert int(state["step"]) == 1 and float(metrics["tokens"]) > 0
+  assert int(state["step"]) == 1 and float(metrics.sums.tokens) > 0
   assert not warnings_of(caplog)
 
 
