@@ -69,7 +69,7 @@ def test_slots(case):
   np.testing.assert_array_equal(gate == 0, ~kept)
   assert not kept.reshape(len(valid), -1)[~valid].any()
   assert np.all(np.asarray(got.assignments.slot)[~kept] == got.assignments.num_slots)
-  check_order(got)
+  check_order(got.assignments)
   want = reference.route("top_k", logits, valid, opts)
   np.testing.assert_array_equal(kept.reshape(want.kept.shape), want.kept)
   np.testing.assert_array_equal(got.assignments.slot.reshape(want.slot.shape), want.slot)
@@ -99,8 +99,8 @@ def test_permuting_tokens_permutes_the_routing_when_nothing_is_dropped(case, see
   one = route("top_k", logits, opts, valid)
   two = route("top_k", logits[order], opts, valid[order])
   for field in ("expert", "gate", "kept"):
-    a = np.asarray(getattr(one, field)).reshape(len(valid), -1)
-    b = np.asarray(getattr(two, field)).reshape(len(valid), -1)
+    a = np.asarray(getattr(one.assignments, field)).reshape(len(valid), -1)
+    b = np.asarray(getattr(two.assignments, field)).reshape(len(valid), -1)
     np.testing.assert_array_equal(a[order], b)
 
 
@@ -173,7 +173,8 @@ def test_the_packed_and_the_wide_sort_agree(monkeypatch):
   gate = pick(packed.probs, expert)
   wide = assign(expert, gate, valid, packed.probs, opts)
   for field in ("slot", "order", "load", "kept"):
-    np.testing.assert_array_equal(getattr(wide, field), getattr(packed, field))
+    got, want = (getattr(r.assignments, field) for r in (wide, packed))
+    np.testing.assert_array_equal(got, want)
 
 
 @pytest.mark.parametrize("slot_order", ["choice_major", "token_major", "by_gate"])
@@ -194,7 +195,8 @@ def test_counting_ranks_as_sorting_does(slot_order, overflow, capacity):
   sorted_ = route("top_k", logits, opts, valid)
   counted = route("top_k", logits, dataclasses.replace(opts, ranking="count"), valid)
   for field in ("expert", "slot", "kept", "gate", "order", "load"):
-    np.testing.assert_array_equal(getattr(counted, field), getattr(sorted_, field))
+    got, want = (getattr(r.assignments, field) for r in (counted, sorted_))
+    np.testing.assert_array_equal(got, want)
 
 
 def test_nothing_of_size_tokens_times_experts_times_slots_is_made():

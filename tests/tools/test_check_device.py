@@ -139,7 +139,11 @@ def test_rounding_changes_no_decision_of_the_inputs_chosen(name):
   for training in (False, True) if name in device_layers.DRAWS else (False,):
     run, params = device_layers.routed(name, training)
     run = jax.jit(run)
-    plain, moved = run(params, tokens), run(params, tokens + jnp.float32(noise))
+    plain, moved = (
+      run(params, at)["placement"] for at in (tokens, tokens + jnp.float32(noise))
+    )
+    if ROUTERS[name].mixes:  # It decides nothing.
+      continue
     for field in ("kept", "expert", "slot", "load"):
       np.testing.assert_array_equal(plain[field], moved[field], err_msg=field)
 

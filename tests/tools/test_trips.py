@@ -3,6 +3,8 @@
 import pathlib
 import re
 
+import pytest
+
 from tools import trips
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -24,6 +26,7 @@ def test_a_token_meets_the_files_of_the_page_and_no_others():
   assert f"That is {len(files)} files" in page
 
 
+@pytest.mark.slow
 def test_a_batch_meets_the_stops_of_the_page():
   """Every stop is passed, and the total is what the page calls "some 70 files"."""
   files = trips.batch()
