@@ -19,6 +19,7 @@ JOBS ?= 2
 # command lines. CI runs it under the Pythons that do not get the whole suite.
 CORE := tests/routing tests/experts tests/dispatch tests/layers tests/models \
   tests/sharding tests/hlo tests/launch tests/multi_device/test_expert_parallel.py \
+  tests/multi_device/test_exchange_cells.py \
   tests/data/sources/test_local.py \
   tests/data/test_batches.py tests/train/test_step.py tests/train/test_loop.py \
   tests/train/test_optimizer.py tests/checkpoint/test_manager.py tests/evaluate \

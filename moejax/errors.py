@@ -5,6 +5,7 @@ keeps its traceback (exit code 1).
 """
 
 import difflib
+import sys
 from collections.abc import Iterable
 
 EXIT_CODE = 2
@@ -15,6 +16,12 @@ PEER_LOST = 3
 
 NOT_IN_AGREEMENT = 4
 """Exit code when the processes of a job were started differently."""
+
+
+def program(name: str, in_a_clone: str) -> str:
+  """Returns how the user of this process calls another program of moejax."""
+  installed = sys.argv[0].startswith("moejax ")
+  return f"moejax {name}" if installed else f"python -m {in_a_clone}"
 
 
 class UserError(Exception):

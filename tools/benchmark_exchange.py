@@ -70,7 +70,7 @@ def make_layer(shape: Any, capacity_factor: float | None, exchange: str) -> Call
     logits = jnp.einsum("gtd,de->gte", x, params["router"])
     valid = jnp.ones(logits.shape[:2], bool)
     routing = over_groups(groups, (logits, valid), None, DEVICES)
-    options = Options(activation="gelu", exchange=exchange)
+    options = Options(activation="gelu", num_selected=shape.K, exchange=exchange)
     y, _ = run(x, routing.placement, params["experts"], options)
     return jnp.sum(y * x)
 

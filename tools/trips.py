@@ -22,7 +22,7 @@ from typing import Any
 from moejax.cli import flags as cli
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent / "moejax"
-LEFT_OUT = ("config/", "types.py", "errors.py", "registry.py", "/types.py", "options.py")
+LEFT_OUT = ("config/", "types.py", "errors.py", "registry.py", "options.py")
 
 Files = Mapping[str, list[str]]
 """Functions by file, both in the order of their first call."""

@@ -61,10 +61,10 @@ def _routers() -> dict[str, str]:
 
 
 def _dispatchers() -> dict[str, str]:
-  from moejax.dispatch.registry import DISPATCHERS
+  from moejax.dispatch.registry import SUMMARIES
 
   rows = {"auto": "chosen by platform and capacity, by a written rule"}
-  return rows | {name: _first_line(f.__doc__) for name, f in DISPATCHERS.items()}
+  return rows | dict(SUMMARIES)
 
 
 def _datasets() -> dict[str, str]:

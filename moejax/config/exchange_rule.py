@@ -63,6 +63,13 @@ def choose(
   Raises:
     ConfigError: the exchange cannot carry this routing or this dispatcher.
   """
+  for flag, value, known in (
+    ("exchange", exchange, CARRIES.keys() - {"none"}),
+    ("dispatcher", dispatcher, set(CARRIES["none"])),
+  ):
+    if value not in known | {"auto"}:
+      choices = ", ".join(["auto", *sorted(known)])
+      raise ConfigError(f"--config.moe.{flag}={value} is unknown: use {choices}.")
   problem = unmixable(dispatcher, mixes)
   if problem is not None:
     raise ConfigError(problem)
@@ -86,7 +93,7 @@ def choose(
   if asked == "auto":
     return kind, _auto_dispatcher(kind, platform, capacity)
   if asked not in CARRIES[kind]:
-    raise ConfigError(_refusal(exchange, kind, asked, capacity, mixes))
+    raise ConfigError(_refusal(exchange, kind, asked, capacity, mixes, divided))
   return kind, asked
 
 
@@ -119,21 +126,25 @@ def _auto_dispatcher(kind: str, platform: str, capacity: bool) -> str:
 
 
 def _refusal(
-  exchange: str, kind: str, dispatcher: str, capacity: bool, mixes: bool
+  exchange: str, kind: str, dispatcher: str, capacity: bool, mixes: bool, divided: bool
 ) -> str:
   """Returns why an exchange does not carry a dispatcher's rows, and what would."""
   others = [
     name
     for name, carried in CARRIES.items()
-    if dispatcher in carried and name != "none" and (capacity or name != "all_to_all")
+    if dispatcher in carried
+    and name != "none"
+    and (capacity or name != "all_to_all")
+    and (divided or name == "gspmd")
   ]
   what = (
     "a router that mixes tokens" if mixes else f"--config.moe.dispatcher={dispatcher}"
   )
   through = f" (by {kind})" if exchange == "auto" else ""
-  remedy = "" if mixes else "--config.moe.dispatcher=auto or "
+  ways = [] if mixes else ["--config.moe.dispatcher=auto"]
+  if others:
+    ways.append(f"--config.moe.exchange={' or '.join(others)}")
   return (
     f"{what} does not run with --config.moe.exchange={exchange} on this mesh{through}: "
-    f"{_WHY_NOT[kind].format(dispatcher)}. Use {remedy}"
-    f"--config.moe.exchange={' or '.join(others)}."
+    f"{_WHY_NOT[kind].format(dispatcher)}. Use {' or '.join(ways)}."
   )

@@ -133,7 +133,7 @@ class MoEConfig:
   exchange_chunks: int = 1
   """all_to_all: chunks sent one by one, to overlap with compute."""
   expert_chunks: int = 1
-  """Dropless on GPU and TPU: chunks of rows computed in sequence, so that only one
+  """Sorted rows on GPU and TPU: chunks of rows computed in sequence, so that only one
   chunk's hidden activations are in memory at a time."""
   group_size: int = 0
   """T, tokens per routing group: the scope of capacity and balance; 0 is one sequence,

@@ -27,6 +27,8 @@ class Options:
   """How experts are run and tokens travel; see the flags of the same names."""
 
   activation: str
+  num_selected: int
+  """K of the config: the rule of auto goes by it, here as in the check of the config."""
   dispatcher: str = "auto"
   exchange: str = "auto"
   exchange_buffer: float | None = None

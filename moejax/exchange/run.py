@@ -85,7 +85,7 @@ def run(
     devices=1 if mesh is None else mesh.shape[AXIS],
     token_shards=1 if mesh is None else num_token_shards(mesh),
     num_groups=placement.num_groups,
-    num_selected=placement.num_selected or 1,
+    num_selected=options.num_selected,
     capacity=placement.capacity is not None,
     mixes=isinstance(placement, Mixture),
     platform=target_platform(),

@@ -21,7 +21,7 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int, Key
 
 from moejax.config import ModelConfig, MoEConfig
-from moejax.config.router import make_router, num_present
+from moejax.config.router import make_router, num_present, num_selected
 from moejax.exchange import run as exchange
 from moejax.exchange.base import Lost, Options
 from moejax.experts.weights import ExpertWeights
@@ -111,6 +111,7 @@ class MoE(nnx.Module):
     self._config = Constant(moe)
     self.options = Options(
       activation=model.activation,
+      num_selected=num_selected(moe),
       dispatcher=moe.dispatcher,
       exchange=moe.exchange,
       exchange_buffer=moe.exchange_buffer,

@@ -3,7 +3,8 @@
 Every matrix is gathered over `fsdp` for the forward and again for the backward pass, and
 its gradient reduce-scattered once, all in the compute dtype; gradient shards are
 all-reduced over replicas. Tokens go to experts and back, in the forward and backward
-pass, once per assignment; with a capacity, once per slot (grouped: the fewer of both).
+pass, once per assignment; with a capacity, once per slot (sorted rows: the fewer of
+both); by ring, once to every device.
 """
 
 import math
@@ -11,8 +12,9 @@ import math
 import jax
 
 from moejax.config import Config
+from moejax.config.exchange_rule import choose
 from moejax.config.pattern import layer_pattern
-from moejax.config.router import num_selected
+from moejax.config.router import make_router, num_selected
 from moejax.cost.parameters import resolve_vocab_size
 from moejax.models import trained
 from moejax.models.decoder import Decoder
@@ -53,6 +55,14 @@ def exchange_bound(config: Config, mesh: dict[str, int]) -> float:
   moe, devices = config.moe, mesh["expert"]
   if moe.dense_twin or devices == 1:
     return 0.0
+  kind, dispatcher = choose(
+    moe.exchange,
+    moe.dispatcher,
+    num_selected=num_selected(moe),
+    capacity=moe.capacity_factor is not None,
+    mixes=make_router(moe).mixes,
+    devices=devices,
+  )
   layers = sum(layer_pattern(config.model.num_layers, moe).is_moe)
   shards = mesh["data"] * mesh["fsdp"] * devices
   tokens = config.train.batch_size * config.data.sequence_length
@@ -69,7 +79,10 @@ def exchange_bound(config: Config, mesh: dict[str, int]) -> float:
   )
   if capacity is not None:
     slots = capacity * moe.fine_experts
-    rows = min(rows, slots) if moe.dispatcher == "grouped" else slots
+    rows = min(rows, slots) if dispatcher == "grouped" else slots
+  if kind == "ring":
+    # Every token to every other device, whatever chose it.
+    rows = devices * size
   per_device = tokens / size * rows / shards * config.model.width * _bytes(config)
   return 4 * layers * per_device * _part(devices)
 

@@ -74,7 +74,7 @@ def capacity_of(
 
 
 class Slots(NamedTuple):
-  """The slots given out; the fields are those of `Routing`."""
+  """The slots given out; the fields are those of `Assignments`."""
 
   slot: Int[Array, "N"]
   kept: Bool[Array, "N"]

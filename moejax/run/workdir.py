@@ -27,7 +27,7 @@ from absl import logging
 from moejax import files
 from moejax.config import Config
 from moejax.config import text as config_text
-from moejax.errors import ConfigError, UserError
+from moejax.errors import ConfigError, UserError, program
 from moejax.run import provenance
 from moejax.run.files import CONFIG_FILE, DIRECTORY, list_steps
 
@@ -74,10 +74,10 @@ MAY_CHANGE = (
 """Fields that may differ when a run resumes: where it runs, what it logs, how often
 it evaluates and saves, when it gives up. None of them affects the arithmetic of a
 step, except that another mesh, exchange or dispatcher may sum in another order. With
-moe.exchange_buffer, mesh and exchange also decide which assignments are lost, and may
-not change. train.num_steps may grow."""
+moe.exchange_buffer, all three also decide which assignments are lost, and may not change.
+train.num_steps may grow."""
 
-_BUFFERED = ("moe.exchange", "mesh.*")
+_BUFFERED = ("moe.exchange", "moe.dispatcher", "mesh.*")
 """The fields of MAY_CHANGE that may not change with moe.exchange_buffer."""
 
 _LOCK_WAIT_SECONDS = 5.0
@@ -190,7 +190,8 @@ def read_config(workdir: Path | str) -> Config:
   except (ValueError, OSError) as e:
     raise UserError(
       f"{path} cannot be read ({e}). Every checkpoint holds the config too: "
-      f"`python -m tools.inspect_checkpoint --workdir={workdir} --json` prints it."
+      f"`{program('inspect-checkpoint', 'tools.inspect_checkpoint')} --workdir={workdir} "
+      "--json` prints it."
     ) from e
 
 

@@ -9,6 +9,7 @@ from absl import logging
 from jax.sharding import Mesh
 
 from moejax.config import Config
+from moejax.errors import program
 from moejax.hlo import traffic
 from moejax.models.loss import Batch
 from moejax.platform import target_platform
@@ -59,7 +60,8 @@ def warn(compiled: Any, config: Config, mesh: Mesh, config_flags: str = "") -> N
   except Exception as error:
     logging.debug("What the step sends could not be read: %r", error)
     return
-  command = f"python -m tools.collectives {config_flags} --devices={mesh.size}"
+  command = program("collectives", "tools.collectives")
+  command += f" {config_flags} --devices={mesh.size}"
   if text := traffic.complaint(rows, command):
     logging.warning("%s", text)
   seconds = time.monotonic() - begin

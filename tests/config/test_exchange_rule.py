@@ -53,10 +53,20 @@ def test_groups_that_do_not_divide_fall_to_the_compiler():
     "gspmd",
     "einsum",
   )
-  with pytest.raises(ConfigError, match=r"exchange=auto .*\(by gspmd\).*dense weights"):
+  with pytest.raises(
+    ConfigError, match=r"exchange=auto .*\(by gspmd\).*dense weights.*patcher=auto\.$"
+  ):
     choose("auto", "grouped", num_selected=2, capacity=True, **apart)
   with pytest.raises(ConfigError, match="1 routing groups do not divide over 8"):
     choose("ring", "auto", num_selected=2, capacity=True, **apart)
+
+
+@pytest.mark.parametrize(("flag", "place"), [("exchange", 0), ("dispatcher", 1)])
+def test_an_unknown_name_is_refused_with_the_known_ones(flag, place):
+  names = ["auto", "auto"]
+  names[place] = "magic"
+  with pytest.raises(ConfigError, match=f"{flag}=magic is unknown: use auto, "):
+    choose(*names, num_selected=2, capacity=True)
 
 
 def test_a_router_that_mixes_tokens_takes_dense_weights():

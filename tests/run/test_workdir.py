@@ -238,6 +238,11 @@ def test_a_bounded_exchange_makes_the_mesh_part_of_the_arithmetic(tmp_path):
   )
   with pytest.raises(ConfigError, match="moe.exchange was 'auto' and is now 'ragged'"):
     workdir.prepare(tmp_path / "bounded", ring, "corpus-a", one)
+  grouped = changed(
+    moe__exchange_buffer=1.25, moe__capacity_factor=None, moe__dispatcher="grouped"
+  )
+  with pytest.raises(ConfigError, match="dispatcher was 'auto' and is now 'grouped'"):
+    workdir.prepare(tmp_path / "bounded", grouped, "corpus-a", one)
   begin(tmp_path / "free", Config(), mesh=one)
   found = workdir.prepare(tmp_path / "free", Config(), "corpus-a", other)
   assert isinstance(found, workdir.Resume)
