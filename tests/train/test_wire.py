@@ -12,6 +12,7 @@ from moejax.sharding import rules
 from moejax.sharding.mesh import make_mesh
 from moejax.train import finish, loop, wire
 from moejax.train import state as state_lib
+from moejax.train.step import StepMetrics
 from tests.hlo.test_parse import PROGRAM
 from tests.train.conftest import make_batch, make_setup, tiny_config
 
@@ -118,7 +119,8 @@ class FakeStep:
     return self.text() if callable(self.text) else self.text
 
   def __call__(self, state, batch):
-    return {"sum": state["x"] + batch["x"]}, {}
+    # Nobody reads the metrics.
+    return {"sum": state["x"] + batch["x"]}, object.__new__(StepMetrics)
 
 
 def sums(step: FakeStep, times: int = 1) -> list[int]:
