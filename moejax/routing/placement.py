@@ -116,8 +116,6 @@ class Mixture:
   combine: Float[Array, "*g T E C"]
   """Weight of each slot in each token."""
 
-  num_selected = None
-
   @property
   def num_experts(self) -> int:
     return self.dispatch.shape[-2]
