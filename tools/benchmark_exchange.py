@@ -16,8 +16,9 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
+from moejax.cli import arguments
 from moejax.cli import flags as cli
-from tools import timing
+from moejax.run import timing
 from tools.benchmark_layer import FACTOR, SHAPES
 
 DEVICES = 2
@@ -34,11 +35,11 @@ def parse(argv: list[str]) -> argparse.Namespace:
   parser.add_argument("--shapes", default="A,B,C,D", help="of A,B,C,D")
   parser.add_argument("--variants", default=",".join(VARIANTS))
   parser.add_argument(
-    "--seconds", type=timing.at_least(0.0), default=15.0, help="per shape"
+    "--seconds", type=arguments.at_least(0.0), default=15.0, help="per shape"
   )
   parser.add_argument("--json", default="", help="write the rows to this file")
   args = parser.parse_args(argv)
-  timing.split_names(parser, args, shapes=SHAPES, variants=VARIANTS)
+  arguments.split_names(parser, args, shapes=SHAPES, variants=VARIANTS)
   return args
 
 
@@ -47,13 +48,13 @@ def make_layer(shape: Any, capacity_factor: float | None, exchange: str) -> Call
   import jax
   import jax.numpy as jnp
 
+  from moejax.device_check.layer_variants import router_of
   from moejax.exchange.base import Options
   from moejax.exchange.run import run
   from moejax.routing.base import RouterInputs, SlotPolicy
   from moejax.routing.capacity import capacity_of
   from moejax.routing.registry import ROUTERS
   from moejax.sharding.mesh import over_groups
-  from tools.layer_variants import router_of
 
   capacity = capacity_of(shape.T // DEVICES, shape.E, shape.K, capacity_factor)
   policy = SlotPolicy(num_experts=shape.E, num_selected=shape.K, capacity=capacity)

@@ -10,27 +10,15 @@ expert, against the balanced layer) and `--routers` (the router alone, forward).
 """
 
 import argparse
-import dataclasses
 import functools
 import json
 import sys
 from typing import Any
 
+from moejax.cli import arguments
 from moejax.cli import flags as cli
-from tools import timing
-
-
-@dataclasses.dataclass(frozen=True)
-class Shape:
-  """A layer: T tokens in one group, E experts of width F, K chosen."""
-
-  name: str
-  T: int
-  D: int
-  F: int
-  E: int
-  K: int
-
+from moejax.device_check.shapes import FACTOR, Shape
+from moejax.run import timing
 
 SHAPES = {
   shape.name: shape
@@ -44,7 +32,6 @@ SHAPES = {
 GROWTH = tuple(
   Shape(f"E={e}", T=4096, D=256, F=256, E=e, K=4) for e in (8, 16, 32, 64, 128, 256, 512)
 )
-FACTOR = 1.25
 # What each variant is: dispatcher, capacity factor.
 VARIANTS: dict[str, tuple[str, float | None]] = {
   "dropless": ("auto", None),
@@ -59,10 +46,10 @@ def parse(argv: list[str]) -> argparse.Namespace:
   parser.add_argument("--shapes", default="A,B,C,D", help="of A,B,C,D; empty is none")
   parser.add_argument("--variants", default="dropless,capacity,gather,einsum")
   parser.add_argument(
-    "--cores", type=timing.at_least(0), default=1, help="cores to use; 0 is all"
+    "--cores", type=arguments.at_least(0), default=1, help="cores to use; 0 is all"
   )
   parser.add_argument(
-    "--seconds", type=timing.at_least(0.0), default=10.0, help="per shape"
+    "--seconds", type=arguments.at_least(0.0), default=10.0, help="per shape"
   )
   parser.add_argument("--dtype", default="auto", help="float32; auto: bfloat16 on a GPU")
   parser.add_argument("--activation", default="gelu", help="relu, gelu or swiglu")
@@ -72,7 +59,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
   parser.add_argument("--all", action="store_true", help="growth, skew and routers too")
   parser.add_argument("--json", default="", help="write the rows to this file")
   args = parser.parse_args(argv)
-  timing.split_names(parser, args, shapes=SHAPES, variants=VARIANTS)
+  arguments.split_names(parser, args, shapes=SHAPES, variants=VARIANTS)
   return args
 
 
@@ -80,7 +67,7 @@ def main(argv: list[str] | None = None) -> None:
   args = parse(sys.argv[1:] if argv is None else argv)
   cores = timing.prepare(args.cores)
   # Only now: XLA sizes its thread pool by the cores the process may use.
-  from tools import layer_variants as layers
+  from moejax.device_check import layer_variants as layers
 
   settings = layers.Settings.make(args.dtype, args.activation)
   print(f"# {settings.device}, {settings.dtype}, {args.activation}, {cores} core(s)")

@@ -16,17 +16,18 @@ import sys
 import time
 from typing import Any
 
+from moejax.cli import arguments
 from moejax.cli import flags as cli
-from tools import timing
+from moejax.run import timing
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
   parser = cli.Parser(__doc__)
   parser.add_argument("--config", default="configs/default.py", help="a config file")
   parser.add_argument(
-    "--cores", type=timing.at_least(0), default=2, help="cores to use; 0 is all"
+    "--cores", type=arguments.at_least(0), default=2, help="cores to use; 0 is all"
   )
-  parser.add_argument("--seconds", type=timing.at_least(0.0), default=20.0)
+  parser.add_argument("--seconds", type=arguments.at_least(0.0), default=20.0)
   parser.add_argument("--dispatcher", default="", help="instead of the config's")
   parser.add_argument("--json", default="", help="write the result to this file")
   return parser.parse_args(argv)

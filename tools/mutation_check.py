@@ -17,8 +17,8 @@ import subprocess
 import sys
 import tempfile
 
+from moejax.cli import arguments
 from moejax.cli import flags as cli
-from tools import timing
 from tools.mutants import MUTANTS, Mutant
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
@@ -90,7 +90,7 @@ def edit(path: pathlib.Path, mutant: Mutant) -> None:
 def main() -> int:
   parser = cli.Parser(__doc__)
   parser.add_argument(
-    "--jobs", type=timing.at_least(1), default=2, help="tests at a time"
+    "--jobs", type=arguments.at_least(1), default=2, help="tests at a time"
   )
   parser.add_argument("--only", default="", help="mutants whose name contains this")
   args = parser.parse_args()

@@ -24,6 +24,7 @@ PROGRAMS = {
   "collectives": "moejax.cli.collectives",
   "compile-for": "moejax.cli.compile_for",
   "launch": "moejax.cli.launch",
+  "check-device": "moejax.cli.check_device",
   "inspect-checkpoint": "moejax.cli.inspect_checkpoint",
 }
 """Each module has a docstring, shown by --help, and a function `run`."""

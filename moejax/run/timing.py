@@ -1,17 +1,14 @@
-"""Timing that two benchmarks share: pinning, interleaved runs, ratios.
+"""Timing of functions: pinning, interleaved runs, ratios.
 
 jax is not imported here, so that cores can be pinned before its thread pools
 are made: XLA:CPU makes as many threads as the process may use cores.
 """
 
-import argparse
 import os
 import statistics
 import time
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
-
-_MOST = 1_000_000
 
 
 def prepare(cores: int) -> int:
@@ -82,28 +79,3 @@ def compare(times: list[float], baseline: list[float]) -> Ratio:
   ratios = sorted(a / b for a, b in zip(times, baseline, strict=True))
   q1, median, q3 = statistics.quantiles(ratios, n=4, method="inclusive")
   return Ratio(median, q1, q3, min(times) / min(baseline))
-
-
-def at_least(low: float) -> Callable[[str], Any]:
-  """What argparse calls with a number's text; the number is of the type of `low`."""
-
-  def number(text: str) -> Any:
-    value = type(low)(text)
-    if not low <= value <= _MOST:
-      raise argparse.ArgumentTypeError(f"{text}: at least {low}, at most {_MOST:,}")
-    return value
-
-  number.__name__ = "whole number" if isinstance(low, int) else "number"
-  return number
-
-
-def split_names(
-  parser: argparse.ArgumentParser, args: argparse.Namespace, **known: Collection[str]
-) -> None:
-  """Makes lists of arguments like A,B, in place; a name that is not known is an error."""
-  for argument, names in known.items():
-    values = [v for v in getattr(args, argument).split(",") if v]
-    if unknown := set(values) - set(names):
-      choices = f"choose from {sorted(names)}"
-      parser.error(f"--{argument}: unknown {sorted(unknown)}; {choices}")
-    setattr(args, argument, values)

@@ -1,7 +1,7 @@
 """One bad check is one bad row, whatever it does to its process."""
 
-from tests.tools import fake_checks
-from tools.device_runner import run_all
+from moejax.device_check.runner import run_all
+from tests.device_check import fake_checks
 
 
 def rows_of(*names: str, make=fake_checks.make_checks, seconds=100.0, longest=30.0):

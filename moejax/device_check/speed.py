@@ -19,15 +19,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from moejax.device_check import layer_variants
+from moejax.device_check.checks import Options, platform
+from moejax.device_check.compare import device
+from moejax.device_check.runner import Check, Outcome
+from moejax.device_check.shapes import FACTOR, Shape
 from moejax.dispatch.rows import Rows
 from moejax.experts import permute
 from moejax.experts.grouped_matmul import apply_ragged_experts
 from moejax.experts.weights import ExpertWeights
-from tools import layer_variants, timing
-from tools.benchmark_layer import FACTOR, Shape
-from tools.device_checks import Options, platform
-from tools.device_compare import device
-from tools.device_runner import Check, Outcome
+from moejax.run import timing
 
 SHAPES = (
   # OLMoE-1B-7B, arXiv:2409.02060, table 1; Mixtral 8x7B, arXiv:2401.04088, table 1.

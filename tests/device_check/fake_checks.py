@@ -3,7 +3,7 @@
 import os
 import time
 
-from tools.device_runner import Check, Mismatch, Outcome
+from moejax.device_check.runner import Check, Mismatch, Outcome
 
 
 def fine() -> Outcome:

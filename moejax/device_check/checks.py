@@ -7,7 +7,6 @@ sequence, H query heads, J key/value heads, A head width.
 import dataclasses
 import functools
 import importlib.util
-import sys
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -15,19 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from moejax.dispatch.registry import DISPATCHERS
-from moejax.dispatch.rows import LOOP
-from moejax.experts import grouped_matmul as kernels
-from moejax.experts.stack_gradient import stack_gradient
-from moejax.experts.weights import ExpertWeights, activate
-from moejax.launch import host_memory
-from moejax.layers.attention import attention_mask
-from moejax.layers.tpu_attention import tpu_attention
-from moejax.platform import target_is_nvidia
-from moejax.routing.base import RouterInputs, Routing, SlotPolicy
-from moejax.routing.capacity import capacity_of
-from moejax.routing.registry import ROUTERS
-from tools.device_compare import (
+from moejax.device_check.compare import (
   DTYPES,
   agree,
   compute,
@@ -37,7 +24,18 @@ from tools.device_compare import (
   rounded,
   value_and_gradients,
 )
-from tools.device_runner import Check, Outcome
+from moejax.device_check.runner import Check, Outcome
+from moejax.dispatch.registry import DISPATCHERS
+from moejax.dispatch.rows import LOOP
+from moejax.experts import grouped_matmul as kernels
+from moejax.experts.stack_gradient import stack_gradient
+from moejax.experts.weights import ExpertWeights, activate
+from moejax.layers.attention import attention_mask
+from moejax.layers.tpu_attention import tpu_attention
+from moejax.platform import target_is_nvidia
+from moejax.routing.base import RouterInputs, Routing, SlotPolicy
+from moejax.routing.capacity import capacity_of
+from moejax.routing.registry import ROUTERS
 
 SIZES = (130, 0, 1, 200, 57, 0, 100, 8)
 """Rows of each expert: none, one, less than a tile, across tiles."""
@@ -331,33 +329,3 @@ def dispatcher_checks() -> Iterator[Check]:
         basic = (factor is None) == (dtype == "float32")
         basic = basic and (factor is None or name == "gather")
         yield Check("dispatchers", label, run, reason, basic)
-
-
-def check_devices() -> Outcome:
-  """What is here: not a check, but the head of the table."""
-  found = jax.devices()
-  kind = f"{len(found)} x {found[0].platform} {found[0].device_kind}"
-  python = ".".join(map(str, sys.version_info[:3]))
-  return Outcome(f"{kind}; jax {jax.__version__}, Python {python}")
-
-
-def make_checks(options: Options) -> list[Check]:
-  """All checks that were asked for, simple ones first."""
-  from tools import device_layers, device_speed
-
-  # As in training; it must precede the first computation.
-  host_memory.keep_freed_pages()
-  checks = [
-    *kernel_checks(),
-    *dispatcher_checks(),
-    *attention_checks(),
-    *device_layers.router_checks(),
-    *device_layers.exchange_checks(),
-    *device_layers.training_checks(),
-    *device_speed.speed_checks(options),
-  ]
-  if options.small:
-    checks = [check for check in checks if check.basic]
-  if options.only:
-    checks = [check for check in checks if check.group in options.only]
-  return [Check("devices", "found", check_devices), *checks]

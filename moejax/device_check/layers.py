@@ -21,6 +21,18 @@ from moejax.config import (
   OptimizerConfig,
   TrainConfig,
 )
+from moejax.device_check.compare import (
+  DTYPES,
+  TOLERANCE,
+  agree,
+  compute,
+  cpu,
+  device,
+  exact_products,
+  mesh_of,
+  rounded,
+)
+from moejax.device_check.runner import Check, Mismatch, Outcome
 from moejax.layers.moe import MoE
 from moejax.layers.router import RouterLayer
 from moejax.models.decoder import Decoder
@@ -32,18 +44,6 @@ from moejax.sharding.mesh import make_mesh
 from moejax.train import state as state_lib
 from moejax.train import step as step_lib
 from moejax.train.optimizer import make_optimizer
-from tools.device_compare import (
-  DTYPES,
-  TOLERANCE,
-  agree,
-  compute,
-  cpu,
-  device,
-  exact_products,
-  mesh_of,
-  rounded,
-)
-from tools.device_runner import Check, Mismatch, Outcome
 
 # Routers.
 

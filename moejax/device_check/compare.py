@@ -28,7 +28,7 @@ import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from moejax.config.mesh import AXES
-from tools.device_runner import Mismatch, Outcome
+from moejax.device_check.runner import Mismatch, Outcome
 
 TOLERANCE = {"float32": 1e-4, "bfloat16": 3e-2}
 DTYPES = tuple(TOLERANCE)

@@ -15,7 +15,7 @@ from moejax.routing.base import RouterInputs, SlotPolicy
 from moejax.routing.capacity import capacity_of
 from moejax.routing.registry import ROUTERS
 from moejax.routing.router import Sizes, Tokens
-from tools import timing
+from moejax.run import timing
 
 Show = Callable[[dict[str, Any]], None]
 

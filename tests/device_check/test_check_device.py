@@ -15,13 +15,17 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from moejax.cli import check_device
+from moejax.device_check import checks as device_checks
+from moejax.device_check import compare as device_compare
+from moejax.device_check import layers as device_layers
+from moejax.device_check import speed as device_speed
+from moejax.device_check.runner import Check, Mismatch, run_check
+from moejax.device_check.shapes import Shape
 from moejax.dispatch.registry import DISPATCHERS
 from moejax.exchange.run import EXCHANGES
 from moejax.experts import grouped_matmul as kernels
 from moejax.routing.registry import ROUTERS
-from tools import check_device, device_checks, device_compare, device_layers, device_speed
-from tools.benchmark_layer import Shape
-from tools.device_runner import Check, Mismatch, run_check
 
 ROOT = pathlib.Path(__file__).parents[2]
 

@@ -1,0 +1,32 @@
+"""Kinds of arguments of the programs that have no config."""
+
+import argparse
+from collections.abc import Callable, Collection
+from typing import Any
+
+_MOST = 1_000_000
+
+
+def at_least(low: float) -> Callable[[str], Any]:
+  """What argparse calls with a number's text; the number is of the type of `low`."""
+
+  def number(text: str) -> Any:
+    value = type(low)(text)
+    if not low <= value <= _MOST:
+      raise argparse.ArgumentTypeError(f"{text}: at least {low}, at most {_MOST:,}")
+    return value
+
+  number.__name__ = "whole number" if isinstance(low, int) else "number"
+  return number
+
+
+def split_names(
+  parser: argparse.ArgumentParser, args: argparse.Namespace, **known: Collection[str]
+) -> None:
+  """Makes lists of arguments like A,B, in place; a name that is not known is an error."""
+  for argument, names in known.items():
+    values = [v for v in getattr(args, argument).split(",") if v]
+    if unknown := set(values) - set(names):
+      choices = f"choose from {sorted(names)}"
+      parser.error(f"--{argument}: unknown {sorted(unknown)}; {choices}")
+    setattr(args, argument, values)
