@@ -16,9 +16,9 @@ evaluation; its functions are re-exported here.
 import json
 import shutil
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import numpy as np
@@ -56,6 +56,8 @@ __all__ = [
 
 _PARTIAL = "*.orbax-checkpoint-tmp*"
 """Name pattern of an incomplete save."""
+_State = TypeVar("_State", bound=Mapping[str, Any])
+
 _POLL_SECONDS = 0.01
 """Polling interval for a save by several processes."""
 
@@ -139,7 +141,7 @@ class Checkpointer:
   def save(
     self,
     step: int,
-    state: dict[str, Any],
+    state: Mapping[str, Any],
     *,
     position: dict[str, Any],
     metric: float | None = None,
@@ -266,8 +268,8 @@ class Checkpointer:
     return max(self.steps(), default=None)
 
   def restore(
-    self, target: dict[str, Any], step: int | None = None
-  ) -> tuple[dict[str, Any], dict[str, Any]]:
+    self, target: _State, step: int | None = None
+  ) -> tuple[_State, dict[str, Any]]:
     """Restores the newest checkpoint that is intact.
 
     Newer damaged ones are renamed `N.damaged` and reported by `warn`, but only after an
@@ -306,8 +308,8 @@ class Checkpointer:
     )
 
   def _try(
-    self, step: int, target: dict[str, Any]
-  ) -> tuple[dict[str, Any], dict[str, Any], str | None]:
+    self, step: int, target: Mapping[str, Any]
+  ) -> tuple[Any, dict[str, Any], str | None]:
     """Restores one step, or returns a description of damage found by any process."""
     try:
       state, meta = read_step(

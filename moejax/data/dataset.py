@@ -11,7 +11,7 @@ from jaxtyping import Int
 
 from moejax.config import DataConfig
 from moejax.data import cache, pipeline, tokenizer, tokens
-from moejax.data.packing import Batch
+from moejax.data.packing import AnyBatch, Batch, EvalBatch
 from moejax.data.sources.registry import make_source
 from moejax.data.tokenizer import BPETokenizer, ByteTokenizer, Tokenizer
 from moejax.data.types import SPLITS, Document, Skipped, Source
@@ -169,7 +169,7 @@ class Dataset:
     process_index: int = 0,
     process_count: int = 1,
     rows: Int[np.ndarray, "b"] | None = None,
-  ) -> Generator[Batch, None, None]:
+  ) -> Generator[EvalBatch, None, None]:
     """Returns each token of a split once, in stored order; pads the last batch.
 
     Args:
@@ -200,8 +200,8 @@ class Dataset:
     return self._iterate(source, limit)
 
   def _iterate(
-    self, source: pipeline.TrainSource | pipeline.EvalSource, limit: int = 0
-  ) -> Generator[Batch, None, None]:
+    self, source: pipeline.BatchSource[AnyBatch], limit: int = 0
+  ) -> Generator[AnyBatch, None, None]:
     workers, prefetch = self.config.num_workers, self.config.prefetch
     return pipeline.iterate(source, num_workers=workers, prefetch=prefetch, limit=limit)
 

@@ -18,15 +18,34 @@ Letters: B sequences of S places; D documents.
 """
 
 import dataclasses
+from collections.abc import Callable
+from typing import TypedDict, TypeVar, cast
 
 import numpy as np
-from jaxtyping import Int
+from jaxtyping import Bool, Int
 
 from moejax import splitmix
 from moejax.data.tokens import TokenSplit
 
-Batch = dict[str, np.ndarray]
-"""inputs, targets, segment_ids, positions and, in evaluation, domain: int32 [B, S]."""
+
+class Batch(TypedDict):
+  """This process's rows of a batch, as int32 in host memory; 0 is padding everywhere."""
+
+  inputs: Int[np.ndarray, "B S"]
+  targets: Int[np.ndarray, "B S"]
+  segment_ids: Int[np.ndarray, "B S"]
+  positions: Int[np.ndarray, "B S"]
+
+
+class EvalBatch(Batch):
+  """A batch of an evaluation."""
+
+  domain: Int[np.ndarray, "B S"]
+  """Index of each token's domain."""
+
+
+AnyBatch = TypeVar("AnyBatch", bound=Batch)
+
 
 _MASK = 2**64 - 1
 
@@ -89,26 +108,47 @@ def assemble(
   layout: Layout,
   served: Int[np.ndarray, "B"],
   sequence_length: int,
-  *,
-  with_domain: bool = False,
 ) -> Batch:
   """Returns the sequences with these numbers; padding for those outside [0, N)."""
+  place, valid, nth = _places(layout, served, sequence_length)
+  start = layout.starts[nth]
+  source = split.offsets[layout.documents[nth]] + place - start
+  batch: Batch = {
+    "inputs": split.tokens[source],
+    "targets": split.tokens[source + 1],
+    "segment_ids": nth - nth[:, :1] + 1,
+    "positions": place - np.maximum(start, place[:, :1]),
+  }
+  return each(lambda values: np.where(valid, values, 0).astype(np.int32), batch)
+
+
+def assemble_eval(
+  split: TokenSplit,
+  layout: Layout,
+  served: Int[np.ndarray, "B"],
+  sequence_length: int,
+) -> EvalBatch:
+  """Returns the same as `assemble`, with domains."""
+  _, valid, nth = _places(layout, served, sequence_length)
+  domain = np.where(valid, split.domains[layout.documents[nth]], 0)
+  batch = assemble(split, layout, served, sequence_length)
+  return {**batch, "domain": domain.astype(np.int32)}
+
+
+def _places(
+  layout: Layout, served: Int[np.ndarray, "B"], sequence_length: int
+) -> tuple[Int[np.ndarray, "B S"], Bool[np.ndarray, "B S"], Int[np.ndarray, "B S"]]:
+  """Returns places on the line, whether each is real, and its document on the line."""
   real = (served >= 0) & (served < len(layout.sequences))
   row = layout.sequences[np.where(real, served, 0)]
   place = row[:, None] * sequence_length + np.arange(sequence_length)[None, :]
   valid = (place < layout.num_places) & real[:, None]
   place = np.where(valid, place, (row * sequence_length)[:, None])
-  # Each place's document on the line: one binary search for the whole batch.
-  nth = np.searchsorted(layout.starts, place, side="right") - 1
-  start = layout.starts[nth]
-  source = split.offsets[layout.documents[nth]] + place - start
-  positions = place - np.maximum(start, (row * sequence_length)[:, None])
-  batch = {
-    "inputs": split.tokens[source],
-    "targets": split.tokens[source + 1],
-    "segment_ids": nth - nth[:, :1] + 1,
-    "positions": positions,
-  }
-  if with_domain:
-    batch["domain"] = split.domains[layout.documents[nth]]
-  return {k: np.where(valid, v, 0).astype(np.int32) for k, v in batch.items()}
+  # One binary search for the whole batch.
+  return place, valid, np.searchsorted(layout.starts, place, side="right") - 1
+
+
+def each(function: Callable[..., np.ndarray], *batches: AnyBatch) -> AnyBatch:
+  """Applies a function to each array of one batch, or of several with the same keys."""
+  made = {name: function(*(b[name] for b in batches)) for name in batches[0]}
+  return cast(AnyBatch, made)

@@ -7,7 +7,7 @@ prefetching; the position to save is the step, and nothing here has state.
 import math
 import threading
 from collections.abc import Generator
-from typing import Any
+from typing import Any, Generic
 
 import grain
 import numpy as np
@@ -15,9 +15,13 @@ from absl import flags
 from jaxtyping import Int
 
 from moejax.data.packing import (
+  AnyBatch,
   Batch,
+  EvalBatch,
   Layout,
   assemble,
+  assemble_eval,
+  each,
   eval_layout,
   num_sequences,
   train_layout,
@@ -44,7 +48,7 @@ def process_rows(batch_size: int, index: int, count: int) -> Int[np.ndarray, "b"
   return np.arange(index * rows, (index + 1) * rows)
 
 
-class BatchSource:
+class BatchSource(Generic[AnyBatch]):
   """This process's rows of the global batch of each step: a Grain source."""
 
   def __init__(
@@ -89,8 +93,14 @@ class BatchSource:
   def _make_layout(self, epoch: int) -> Layout:
     raise NotImplementedError
 
+  def __len__(self) -> int:
+    raise NotImplementedError
 
-class TrainSource(BatchSource):
+  def __getitem__(self, index: int) -> AnyBatch:
+    raise NotImplementedError
+
+
+class TrainSource(BatchSource[Batch]):
   """Maps steps to batches, over as many epochs as needed."""
 
   def __init__(self, *args: Any, seed: int, start_step: int, **kwargs: Any):
@@ -117,10 +127,10 @@ class TrainSource(BatchSource):
       for epoch in np.unique(epochs).tolist()
     ]
     # Rows ascend and so do their epochs: the parts are in row order.
-    return {k: np.concatenate([p[k] for p in parts]) for k in parts[0]}
+    return each(lambda *arrays: np.concatenate(arrays), *parts)
 
 
-class EvalSource(BatchSource):
+class EvalSource(BatchSource[EvalBatch]):
   """Each place of a split once, in stored order; the last batch is padded."""
 
   def _make_layout(self, epoch: int) -> Layout:
@@ -129,16 +139,16 @@ class EvalSource(BatchSource):
   def __len__(self) -> int:
     return math.ceil(self._num_sequences / self._batch_size)
 
-  def __getitem__(self, index: int) -> Batch:
-    """Returns the rows of batch `index`, with their domains."""
+  def __getitem__(self, index: int) -> EvalBatch:
+    """Returns the rows of batch `index`."""
     served = int(index) * self._batch_size + self._rows
     layout = self._layout(0)
-    return assemble(self._split, layout, served, self._sequence_length, with_domain=True)
+    return assemble_eval(self._split, layout, served, self._sequence_length)
 
 
 def iterate(
-  source: TrainSource | EvalSource, *, num_workers: int, prefetch: int, limit: int = 0
-) -> Generator[Batch, None, None]:
+  source: BatchSource[AnyBatch], *, num_workers: int, prefetch: int, limit: int = 0
+) -> Generator[AnyBatch, None, None]:
   """Yields a source's batches by Grain; closing it ends its threads and workers."""
   dataset = grain.MapDataset.source(source)
   if limit:

@@ -36,6 +36,7 @@ from moejax.device_check.runner import Check, Mismatch, Outcome
 from moejax.layers.moe import MoE
 from moejax.layers.router import RouterLayer
 from moejax.models.decoder import Decoder
+from moejax.models.loss import to_devices
 from moejax.models.stack import Shell
 from moejax.routing.placement import Mixture, Placement
 from moejax.routing.registry import ROUTERS
@@ -291,7 +292,7 @@ def losses_on(where: Any, dtype: str, nudge: float = 0.0) -> np.ndarray:
     step = step_lib.make_train_step(model, optimizer, config, mesh)
     losses = []
     for batch in batches(config):
-      state, metrics = step(state, step_lib.to_devices(batch, mesh))
+      state, metrics = step(state, to_devices(batch, mesh))
       losses.append(metrics.sums.loss / metrics.sums.tokens)
     return np.asarray(jax.device_get(losses), np.float64)
 

@@ -24,7 +24,7 @@ from moejax.config.ranges import RANGES
 from moejax.errors import ConfigError, UserError
 from moejax.launch import hang
 from moejax.models.decoder import Decoder
-from moejax.models.loss import token_losses
+from moejax.models.loss import Batch, to_devices, token_losses
 from moejax.models.placement import param_shardings
 from moejax.routing.base import RouterStats
 from moejax.run import metrics
@@ -33,11 +33,14 @@ from moejax.types import Params
 
 DROPLESS = "dropless"
 
-Batch = dict[str, Any]
 Sums = dict[str, Any]
 """For one capacity factor: `nll` float64 [R], `stats` RouterStats or None."""
 
-_BATCH_KEYS = ("inputs", "targets", "segment_ids", "positions", "domain")
+
+class EvalBatch(Batch):
+  """Rows of a batch on the devices, with their domains."""
+
+  domain: Int[jax.Array, "B S"]
 
 
 def parse_capacity_factors(text: str) -> tuple[float | None, ...]:
@@ -114,11 +117,12 @@ def make_step(
 
 def device_batches(
   dataset: Any, split: str, *, mesh: Mesh, batch_size: int, limit: int = 0
-) -> Iterator[Batch]:
+) -> Iterator[EvalBatch]:
   """Yields the batches of a split, each token once, on the devices of the mesh."""
   rows = rules.local_rows(mesh, batch_size)
   for batch in dataset.eval_batches(split, batch_size, limit, rows=rows):
-    yield {name: rules.place_rows(mesh, batch[name]) for name in _BATCH_KEYS}
+    domain = rules.place_rows(mesh, batch["domain"])
+    yield {**to_devices(batch, mesh), "domain": domain}
 
 
 def evaluate(
@@ -169,7 +173,13 @@ def evaluate(
   # compiler.
   with jax.set_mesh(mesh):
     for batch in batches:
-      where = gather({n: batch[n] for n in ("targets", "segment_ids", "domain")})
+      where = gather(
+        {
+          "targets": batch["targets"],
+          "segment_ids": batch["segment_ids"],
+          "domain": batch["domain"],
+        }
+      )
       outputs = [step(params, batch) for step in steps]
       # Fetches the previous batch's losses while this batch is computed.
       totals.add(pending, token_bytes)

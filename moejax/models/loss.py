@@ -3,18 +3,42 @@
 Shared by training, validation and evaluation.
 """
 
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, TypedDict
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int
 
 from moejax.models.output import DecoderOutput
 from moejax.routing.base import RouterStats
+from moejax.sharding import rules
 from moejax.types import Params, pytree
 
-Batch = dict[str, Any]
-"""inputs, targets, segment_ids (0 is padding), positions: each int32 [B, S]."""
+
+class Batch(TypedDict):
+  """Rows of a batch on the devices."""
+
+  inputs: Int[Array, "B S"]
+  targets: Int[Array, "B S"]
+  segment_ids: Int[Array, "B S"]
+  """Documents of a row are 1, 2, ...; 0 is padding."""
+  positions: Int[Array, "B S"]
+  """Position of a token in its segment."""
+
+
+def to_devices(batch: Mapping[str, Any], mesh: Mesh) -> Batch:
+  """Puts this process's rows of a batch on the devices, sharded for the compiled steps.
+
+  The domain, which no model reads, stays on the host.
+  """
+  return {
+    "inputs": rules.place_rows(mesh, batch["inputs"]),
+    "targets": rules.place_rows(mesh, batch["targets"]),
+    "segment_ids": rules.place_rows(mesh, batch["segment_ids"]),
+    "positions": rules.place_rows(mesh, batch["positions"]),
+  }
 
 
 def cross_entropy(

@@ -17,6 +17,7 @@ from moejax.config import Config
 from moejax.config import devices as config_devices
 from moejax.cost.parameters import resolve_vocab_size
 from moejax.models.decoder import Decoder
+from moejax.models.loss import Batch
 from moejax.sharding import rules
 from moejax.sharding.mesh import make_mesh
 from moejax.train import state as state_lib
@@ -58,7 +59,7 @@ def compile_step(config: Config, devices: Sequence[Any]) -> CompiledStep:
   with jax.set_mesh(mesh):
     step: Any = step_lib.make_train_step(model, optimizer, config, mesh)
     state = state_lib.state_shapes(model, optimizer, mesh)
-    traced = step.trace(state, dict.fromkeys(step_lib.MODEL_KEYS, tokens))
+    traced = step.trace(state, dict.fromkeys(Batch.__annotations__, tokens))
     start = time.monotonic()
     lowered = traced.lower()
     compiled = lowered.compile()

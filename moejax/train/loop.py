@@ -20,7 +20,9 @@ import jax
 import numpy as np
 
 from moejax.config import Config
+from moejax.data.packing import Batch
 from moejax.evaluate import groups
+from moejax.models.loss import to_devices
 from moejax.run import workdir as workdir_lib
 from moejax.run.progress import Reporter, first_call, make_reporter, watched
 from moejax.run.signals import StopRequest
@@ -119,7 +121,7 @@ def fit(run: Run, reporter: Reporter, stop: StopRequest, config_flags: str = "")
   reporter.update(step, {})
   try:
     while step < end:
-      batch = step_lib.to_devices(next(batches), run.mesh)
+      batch = to_devices(next(batches), run.mesh)
       run.state, device_metrics = train_step(run.state, batch)
       step += 1
       # The metrics of step n-1 are read after step n has started, so that the
@@ -147,7 +149,7 @@ def fit(run: Run, reporter: Reporter, stop: StopRequest, config_flags: str = "")
   return step
 
 
-def train_batches(run: Run) -> Iterator[dict[str, np.ndarray]]:
+def train_batches(run: Run) -> Iterator[Batch]:
   """Yields this process's rows of each global batch, from `run.start_step` on."""
   return run.dataset.train_batches(
     run.config.train.batch_size,

@@ -1,29 +1,41 @@
 """The train state: a plain dict of arrays, and their shardings.
 
-    step       int32 scalar: optimizer steps taken, skipped ones included
-    params     the model's parameters
-    opt_state  the optimizer's moments and counts
-    key        typed PRNG key of the run; step n uses fold_in(key, n)
-    bad_steps  int32 scalars `total` and `in_a_row`: steps skipped as non-finite
-
 Everything that determines the next step is in the state or, for the data, a function
 of `step`. A resumed run is therefore bit-identical to an uninterrupted one.
 """
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypedDict
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
-from jaxtyping import Array, Key
+from jaxtyping import Array, Int, Key
 
 from moejax.models.placement import param_shardings
 from moejax.sharding import rules
 from moejax.train.optimizer import Optimizer
 from moejax.types import Params
 
-State = dict[str, Any]
+
+class BadSteps(TypedDict):
+  """Steps skipped as non-finite."""
+
+  total: Int[Array, ""]
+  in_a_row: Int[Array, ""]
+
+
+class State(TypedDict):
+  """A plain dict when it runs, so that jax and Orbax need to know no class."""
+
+  step: Int[Array, ""]
+  """Optimizer steps taken, skipped ones included."""
+  params: Params
+  opt_state: Any
+  """The optimizer's moments and counts."""
+  key: Key[Array, ""]
+  """Of the run; step n uses fold_in(key, n)."""
+  bad_steps: BadSteps
 
 
 def initial_state(model: Any, optimizer: Optimizer, key: Key[Array, ""]) -> State:

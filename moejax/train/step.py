@@ -31,10 +31,8 @@ from moejax.sharding import rules
 from moejax.sharding.mesh import TOKEN_AXES
 from moejax.train import state as state_lib
 from moejax.train.optimizer import Optimizer
-from moejax.train.state import State
+from moejax.train.state import BadSteps, State
 from moejax.types import Params, pytree
-
-MODEL_KEYS = ("inputs", "targets", "segment_ids", "positions")
 
 
 @pytree
@@ -198,11 +196,11 @@ def train_step(
     lambda new, old: jnp.where(finite, new, old), updated, (params, state["opt_state"])
   )
   bad = (~finite).astype(jnp.int32)
-  bad_steps = {
+  bad_steps: BadSteps = {
     "total": state["bad_steps"]["total"] + bad,
     "in_a_row": (state["bad_steps"]["in_a_row"] + 1) * bad,
   }
-  new_state = {
+  new_state: State = {
     "step": step + 1,
     "params": new_params,
     "opt_state": opt_state,
@@ -286,11 +284,3 @@ def make_eval_step(
     in_shardings=(param_shardings(model, mesh), rules.batch_sharding(mesh)),
     out_shardings=rules.replicated(mesh),
   )
-
-
-def to_devices(batch: dict[str, Any], mesh: Mesh) -> Batch:
-  """Puts this process's rows of a batch on the devices, sharded for the compiled steps.
-
-  Keys that no model reads (`domain`) are dropped.
-  """
-  return {name: rules.place_rows(mesh, batch[name]) for name in MODEL_KEYS}

@@ -6,10 +6,10 @@ from typing import Any
 import jax
 import numpy as np
 
+from moejax.data.packing import Batch as HostBatch
 from moejax.launch import hang
-from moejax.models.loss import Batch, Sums
+from moejax.models.loss import Batch, Sums, to_devices
 from moejax.run import metrics
-from moejax.train import step as step_lib
 from moejax.types import Params
 
 EvalStep = Callable[[Params, Batch], Sums]
@@ -18,7 +18,7 @@ EvalStep = Callable[[Params, Batch], Sums]
 def evaluate(
   eval_step: EvalStep,
   params: Params,
-  batches: Iterable[dict[str, np.ndarray]],
+  batches: Iterable[HostBatch],
   mesh: jax.sharding.Mesh,
   progress: Callable[[int], None] | None = None,
 ) -> dict[str, Any] | None:
@@ -37,7 +37,7 @@ def evaluate(
   """
   total, pending = None, None
   for batch in batches:
-    sums = eval_step(params, step_lib.to_devices(batch, mesh))
+    sums = eval_step(params, to_devices(batch, mesh))
     # The sums of one batch are fetched while the next is computed. They are
     # added in float64: thousands of batches would lose digits in float32.
     total, pending = _add(total, pending), sums

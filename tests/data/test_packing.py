@@ -27,7 +27,7 @@ def split_of_lengths(lengths: list[int]) -> TokenSplit:
 def whole_epoch(split: TokenSplit, length: int, seed: int = 0, epoch: int = 0):
   layout = packing.train_layout(split, length, seed=seed, epoch=epoch)
   served = np.arange(packing.num_sequences(split, length))
-  return packing.assemble(split, layout, served, length, with_domain=True)
+  return packing.assemble_eval(split, layout, served, length)
 
 
 LENGTHS = st.lists(st.integers(1, 40), min_size=1, max_size=12)
@@ -54,7 +54,7 @@ def test_within_a_segment_the_target_is_the_next_input_of_the_same_document(
   """Segments are runs of one document; positions count from 0 inside a segment."""
   batch = whole_epoch(split_of_lengths(lengths), length)
   for row in range(len(batch["inputs"])):
-    get = {k: v[row] for k, v in batch.items()}
+    get = packing.each(lambda values, row=row: values[row], batch)
     segments = get["segment_ids"][get["segment_ids"] > 0]
     assert segments[0] == 1 and set(np.diff(segments)) <= {0, 1}
     for segment in np.unique(segments):

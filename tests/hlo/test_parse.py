@@ -9,6 +9,7 @@ from moejax.hlo import groups as hlo_groups
 from moejax.hlo import intended
 from moejax.hlo import parse as hlo
 from moejax.models.decoder import Decoder
+from moejax.models.loss import Batch
 from moejax.models.placement import param_shardings
 from moejax.sharding import rules
 from moejax.sharding.mesh import BY_HAND, make_mesh
@@ -141,7 +142,9 @@ def compiled_step(exchange: str, remat: str, mesh_config: MeshConfig):
     )
     at = rules.batch_sharding(mesh)
     tokens = jax.ShapeDtypeStruct((B, S), "int32", sharding=at)
-    lowered = jax.jit(gradients).lower(params, dict.fromkeys(step_lib.MODEL_KEYS, tokens))
+    lowered = jax.jit(gradients).lower(
+      params, dict.fromkeys(Batch.__annotations__, tokens)
+    )
     text = lowered.compile().as_text()
   assert text
   return hlo.Program(text).collectives(AXES, mesh.devices.shape), Config(moe=moe)

@@ -21,6 +21,7 @@ from moejax.config import (
 )
 from moejax.data.tokenizer import ByteTokenizer
 from moejax.models.decoder import Decoder
+from moejax.models.loss import to_devices
 from moejax.sharding.mesh import make_mesh
 from moejax.train import state as state_lib
 from moejax.train import step as step_lib
@@ -77,7 +78,7 @@ class Setup:
     return self.init(jax.random.key(seed))
 
   def place(self, batch):
-    return step_lib.to_devices(batch, self.mesh)
+    return to_devices(batch, self.mesh)
 
   def run(self, state, *batches):
     """Steps over the batches; the last state and each step's metrics, on the host."""

@@ -127,7 +127,7 @@ def sums(step: FakeStep, times: int = 1) -> list[int]:
   """What the watched step returns when it is called with 1 and 0, 1 and 1, ..."""
   config = tiny_config()
   config.mesh = MeshConfig(data=4, expert=2)
-  watched = wire.watched(step, config, make_mesh(config.mesh, jax.devices()))
+  watched: Any = wire.watched(step, config, make_mesh(config.mesh, jax.devices()))
   return [watched({"x": 1}, {"x": n})[0]["sum"] for n in range(times)]
 
 
