@@ -52,6 +52,14 @@ def states(monkeypatch):
   return ended
 
 
+def draw_everything(config: Config) -> None:
+  """Makes each training step depend on every random draw that there is."""
+  config.moe.use_router("noisy_top_k")
+  config.moe.num_selected, config.moe.capacity_factor = 2, 0.75
+  config.moe.jitter, config.moe.expert_dropout = 0.1, 0.25
+  config.moe.priority = "random"
+
+
 def _train(config, workdir):
   return loop.train(config, workdir, devices=jax.devices()[:1])
 
@@ -60,14 +68,19 @@ def _lines(workdir) -> list[dict]:
   return writers.read(workdir / writers.METRICS_FILE)
 
 
+@pytest.mark.parametrize("drawn", [False, True], ids=["nothing drawn", "all drawn"])
 def test_a_run_that_was_stopped_ends_like_one_that_was_not(
-  config, states, tmp_path, monkeypatch
+  config, states, tmp_path, monkeypatch, drawn
 ):
   """Six steps, against three and, by another process's eyes, three more.
 
   Parameters and moments bit for bit; metrics.jsonl has each step once, with the
-  same loss, gradient norm and learning rate.
+  same loss, gradient norm and learning rate. Also where every step draws a router's
+  noise, jitter, a random queue and experts to leave out: a resumed run draws what the
+  whole one drew.
   """
+  if drawn:
+    draw_everything(config)
   _train(config, tmp_path / "whole")
   agreed = loop._agreed
   monkeypatch.setattr(loop, "_agreed", lambda stop, step, *_, **__: _ask(stop, step == 4))
