@@ -10,6 +10,7 @@ Letters: T tokens, D width, E experts, F expert hidden width, K choices, C slots
 """
 
 import math
+from typing import NamedTuple
 
 import numpy as np
 
@@ -43,29 +44,44 @@ def activation(name: str, hidden: Array, gate: Array | None):
   return hidden * gate * sigmoid, gate * sigmoid, d_gate
 
 
-def experts_forward(x, routing: Reference, weights: dict[str, Array], act: str) -> Array:
+class Assigned(NamedTuple):
+  """Assignments of one group, in any order: arrays [N]."""
+
+  token: Array
+  expert: Array
+  gate: Array
+  kept: Array
+
+
+def assigned(routing: Reference) -> Assigned:
+  """The assignments of a router where each token chooses K experts."""
+  num_tokens, num_selected = routing.expert.shape
+  token = np.repeat(np.arange(num_tokens), num_selected)
+  flat = (value.reshape(-1) for value in (routing.expert, routing.gate, routing.kept))
+  return Assigned(token, *flat)
+
+
+def experts_forward(x, to: Assigned, weights: dict[str, Array], act: str) -> Array:
   """Sum over each token's kept assignments of gate * expert(token); zero if none."""
   y = np.zeros(x.shape)
-  for t, c in np.ndindex(routing.kept.shape):
-    if routing.kept[t, c]:
-      e = routing.expert[t, c]
+  for t, e, g, kept in zip(*to, strict=True):
+    if kept:
       gate = x[t] @ weights["w_gate"][e] if "w_gate" in weights else None
       hidden, _, _ = activation(act, x[t] @ weights["w_in"][e], gate)
-      y[t] += routing.gate[t, c] * (hidden @ weights["w_out"][e])
+      y[t] += g * (hidden @ weights["w_out"][e])
   return y
 
 
-def experts_backward(x, routing: Reference, weights: dict[str, Array], act: str, d_y):
-  """Gradients by x (through the experts), by gate [T,K] and by each weight."""
-  d_x, d_gates = np.zeros(x.shape), np.zeros(routing.gate.shape)
+def experts_backward(x, to: Assigned, weights: dict[str, Array], act: str, d_y):
+  """Gradients by x (through the experts), by gate [N] and by each weight."""
+  d_x, d_gates = np.zeros(x.shape), np.zeros(to.gate.shape)
   d_w = {name: np.zeros(value.shape) for name, value in weights.items()}
-  for t, c in np.ndindex(routing.kept.shape):
-    if not routing.kept[t, c]:
+  for n, (t, e, g, kept) in enumerate(zip(*to, strict=True)):
+    if not kept:
       continue
-    e, g = routing.expert[t, c], routing.gate[t, c]
     gate = x[t] @ weights["w_gate"][e] if "w_gate" in weights else None
     hidden, by_hidden, by_gate = activation(act, x[t] @ weights["w_in"][e], gate)
-    d_gates[t, c] = d_y[t] @ (hidden @ weights["w_out"][e])
+    d_gates[n] = d_y[t] @ (hidden @ weights["w_out"][e])
     d_w["w_out"][e] += g * np.outer(hidden, d_y[t])
     d_act = g * (weights["w_out"][e] @ d_y[t])
     d_w["w_in"][e] += np.outer(x[t], d_act * by_hidden)
@@ -89,11 +105,12 @@ def moe_layer(name, x, valid, router, weights, options, act="gelu", **draws):
   """
   x = x.astype(np.float64)
   routing = route(name, x @ router, valid, options, **draws)
-  y = experts_forward(x, routing, weights, act)
+  to = assigned(routing)
+  y = experts_forward(x, to, weights, act)
 
   def backward(d_y):
-    d_x, d_gate, d_w = experts_backward(x, routing, weights, act, d_y)
-    d_logits = routing.backward(d_gate)
+    d_x, d_gate, d_w = experts_backward(x, to, weights, act, d_y)
+    d_logits = routing.backward(d_gate.reshape(routing.gate.shape))
     return {"x": d_x + d_logits @ router.T, "router": x.T @ d_logits, **d_w}
 
   return y, routing, backward

@@ -1,13 +1,12 @@
 """The one suite of a dispatcher: values and gradients against a loop in numpy.
 
-`DispatcherSuite` is inherited by one class per registered dispatcher; the naive
-layer below is float64 numpy over assignments, and its gradients are written out,
-so nothing it says passes through jax.
+`DispatcherSuite` is inherited by one class per registered dispatcher. The oracle is
+tests/reference.py: float64 numpy over assignments, its gradients written out, so that
+nothing in it passes through jax.
 """
 
 import dataclasses
 import functools
-import itertools
 from typing import Any
 
 import jax
@@ -25,6 +24,7 @@ from moejax.routing.base import (
 )
 from moejax.routing.placement import Assignments
 from moejax.routing.registry import ROUTERS
+from tests import reference
 
 
 def make_weights(key, num_experts, width, hidden, activation, dtype=jnp.float32):
@@ -125,54 +125,23 @@ def run_experts(name, x, routing, weights, **options):
   return DISPATCHERS[name].of(routing.placement).run(x, weights, **options)
 
 
-def _activation(name, pre, gate):
-  """Value, and derivatives by hidden and by gate."""
-  match name:
-    case "relu":
-      return np.maximum(pre, 0), (pre > 0) * 1.0, None
-    case "gelu":
-      inner = np.sqrt(2 / np.pi) * (pre + 0.044715 * pre**3)
-      tanh = np.tanh(inner)
-      slope = np.sqrt(2 / np.pi) * (1 + 3 * 0.044715 * pre**2)
-      grad = 0.5 * (1 + tanh) + 0.5 * pre * (1 - tanh**2) * slope
-      return 0.5 * pre * (1 + tanh), grad, None
-    case _:
-      sigmoid = 1 / (1 + np.exp(-gate))
-      silu = gate * sigmoid
-      return silu * pre, silu, pre * (sigmoid + silu * (1 - sigmoid))
-
-
-def naive(x, routing, weights, activation, dy):
-  """Assignment by assignment: y, and the gradients of sum(dy * y)."""
+def oracle(x, routing, weights, activation, dy):
+  """Y of tests/reference.py, and its gradients of sum(dy * y)."""
   f64 = functools.partial(np.asarray, dtype=np.float64)
-  x, dy, gates = f64(x), f64(dy), f64(routing.assignments.gate)
-  w_in, w_out = f64(weights.w_in), f64(weights.w_out)
-  w_gate = None if weights.w_gate is None else f64(weights.w_gate)
-  y, dx, d_gate = np.zeros_like(x), np.zeros_like(x), np.zeros_like(gates)
-  d_in, d_out = np.zeros_like(w_in), np.zeros_like(w_out)
-  d_w_gate = np.zeros_like(w_in)
-  for g, n in itertools.product(*map(range, gates.shape)):
-    if not routing.assignments.kept[g, n]:
-      continue
-    t, e = int(routing.assignments.token[g, n]), int(routing.assignments.expert[g, n])
-    row, pre = x[g, t], x[g, t] @ w_in[e]
-    gated = None if w_gate is None else row @ w_gate[e]
-    act, by_pre, by_gate = _activation(activation, pre, gated)
-    out = act @ w_out[e]
-    y[g, t] += gates[g, n] * out
-    d_gate[g, n] = dy[g, t] @ out
-    d_y = gates[g, n] * dy[g, t]
-    d_act = w_out[e] @ d_y
-    d_out[e] += np.outer(act, d_y)
-    d_in[e] += np.outer(row, d_act * by_pre)
-    dx[g, t] += w_in[e] @ (d_act * by_pre)
-    if w_gate is not None:
-      d_w_gate[e] += np.outer(row, d_act * by_gate)
-      dx[g, t] += w_gate[e] @ (d_act * by_gate)
-  grads = {"x": dx, "gate": d_gate, "w_in": d_in, "w_out": d_out}
-  if w_gate is not None:
-    grads["w_gate"] = d_w_gate
-  return y, grads
+  names = ("w_in", "w_out", "w_gate")
+  arrays = {n: f64(w) for n in names if (w := getattr(weights, n)) is not None}
+  placed = routing.assignments
+  y, dx, d_gate, d_weights = [], [], [], []
+  for group in range(len(x)):
+    fields = (placed.token, placed.expert, f64(placed.gate), placed.kept)
+    to = reference.Assigned(*(np.asarray(field[group]) for field in fields))
+    row, d_row = f64(x[group]), f64(dy[group])
+    y.append(reference.experts_forward(row, to, arrays, activation))
+    found = reference.experts_backward(row, to, arrays, activation, d_row)
+    for made, part in zip((dx, d_gate, d_weights), found, strict=True):
+      made.append(part)
+  grads = {name: sum(d[name] for d in d_weights) for name in arrays}
+  return np.stack(y), {"x": np.stack(dx), "gate": np.stack(d_gate), **grads}
 
 
 @functools.partial(
@@ -206,14 +175,14 @@ class DispatcherSuite:
     return run(self.name, x, routing, weights, dy, activation, self.implementation)
 
   def check(self, routing, *, activation="gelu", width=6, hidden=10, tolerance=2e-5):
-    """Values and every gradient against the naive loop."""
+    """Values and every gradient against the oracle."""
     num_groups, num_tokens, num_experts = routing.probs.shape
     keys = jax.random.split(jax.random.key(7), 3)
     x = jax.random.normal(keys[0], (num_groups, num_tokens, width))
     dy = jax.random.normal(keys[1], x.shape)
     weights = make_weights(keys[2], num_experts, width, hidden, activation)
     y, grads = self.run(x, routing, weights, dy, activation)
-    want, want_grads = naive(x, routing, weights, activation, dy)
+    want, want_grads = oracle(x, routing, weights, activation, dy)
     np.testing.assert_allclose(y, want, atol=tolerance, rtol=tolerance)
     kept = np.asarray(routing.assignments.kept)
     for name, grad in grads.items():
@@ -238,7 +207,7 @@ class DispatcherSuite:
       (4, None, "relu"),
     ],
   )
-  def test_agrees_with_the_naive_layer(self, num_groups, capacity, activation):
+  def test_agrees_with_the_oracle(self, num_groups, capacity, activation):
     """Every activation, with drops and without, in one group and in several."""
     logits = jax.random.normal(jax.random.key(1), (num_groups, 12, 5))
     self.check(route(logits, capacity=capacity), activation=activation)
@@ -309,7 +278,7 @@ class DispatcherSuite:
     x = jax.random.normal(keys[0], (2, 12, 16))
     routing = route(jax.random.normal(keys[1], (2, 12, 4)))
     weights = make_weights(keys[2], 4, 16, 24, "swiglu")
-    want, want_grads = naive(x, routing, weights, "swiglu", np.ones(x.shape))
+    want, want_grads = oracle(x, routing, weights, "swiglu", np.ones(x.shape))
     low = jax.tree.map(lambda a: a.astype(jnp.bfloat16), (x, weights))
     y, grads = self.run(low[0], routing, low[1], jnp.ones_like(low[0]), "swiglu")
     assert y.dtype == jnp.bfloat16
