@@ -173,7 +173,7 @@ def test_a_directory_that_cannot_be_written_is_named(tmp_path, monkeypatch):
   def refuse(**_):
     raise PermissionError(13, "Permission denied")
 
-  monkeypatch.setattr(workdir.tempfile, "TemporaryFile", refuse)
+  monkeypatch.setattr(claim.tempfile, "TemporaryFile", refuse)
   with pytest.raises(UserError, match=r"not writable \(Permission denied\)"):
     workdir.prepare(tmp_path, Config(), "a")
 
