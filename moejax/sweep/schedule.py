@@ -87,6 +87,7 @@ def run(
     allow_changes=options.allow_changes,
   ):
     runs = {p.name: workdir / RUNS / p.directory for p in points}
+    timing.read(workdir)
     _refuse_damaged([states.examine(path) for path in runs.values()])
     for point in points:
       _prepare(runs[point.name], point)
@@ -94,9 +95,9 @@ def run(
       code = _evaluate(runs, points, options, slots, stream)
     else:
       code = _train(runs, points, options, slots, stream)
-    timed = options.time_steps and options.executor == "local" and code <= 1
-    if timed:
-      code = max(code, timing.measure(workdir, points, options.time_steps, slots[0]))
+    if options.time_steps and options.executor == "local" and code <= 1:
+      slot, steps = slots[0], options.time_steps
+      code = max(code, timing.measure(workdir, points, steps, slot, stream))
     return code
 
 
@@ -128,6 +129,8 @@ def _check(points: Sequence[Point], options: Options) -> None:
     raise UserError(f"--jobs={options.jobs}: at least 1.")
   if options.devices_per_run is not None and options.devices_per_run < 1:
     raise UserError(f"--devices_per_run={options.devices_per_run}: at least 1.")
+  if options.time_steps < 0:
+    raise UserError(f"--time_steps={options.time_steps}: at least 0.")
   names = [point.name for point in points]
   twice = sorted({name for name in names if names.count(name) > 1})
   if twice:
@@ -238,6 +241,7 @@ class _Training:
     self.statuses = dict(found)
     self._waiting = list(jobs)
     self._active: dict[str, local.Job] = {}
+    self._first_step: dict[str, int] = {}
     self._view, self._num_slots = view, num_slots
     self._examined = time.monotonic()
     view.update(self.statuses, num_slots)
@@ -250,7 +254,11 @@ class _Training:
       return None
     # What a run compiles, later ones load: equal programs start one after the other as
     # long as there is other work. Waiting for them would gain nothing.
-    compiling = {job.program for job in running if not self.statuses[job.name].step}
+    compiling = {
+      job.program
+      for job in running
+      if self.statuses[job.name].step == self._first_step[job.name]
+    }
     fresh = [job for job in startable if job.program not in compiling]
     job = (fresh or startable)[0]
     self._waiting.remove(job)
@@ -262,6 +270,7 @@ class _Training:
   def started(self, job: local.Job, pid: int) -> None:
     states.begin(job.run, pid)
     self._active[job.name] = job
+    self._first_step[job.name] = self.statuses[job.name].step
     self._examine([job])
 
   def ended(self, job: local.Job, exit_code: int) -> None:
