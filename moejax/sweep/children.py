@@ -2,7 +2,7 @@
 
 import signal
 import time
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from moejax.run.signals import StopRequest
 from moejax.sweep.local import Job, Pool
@@ -10,6 +10,7 @@ from moejax.sweep.local import Job, Pool
 POLL_SECONDS = 0.1
 
 
+@runtime_checkable
 class Queue(Protocol):
   """What to run, and who is told of it."""
 

@@ -4,7 +4,7 @@ import collections
 import sys
 import time
 from collections.abc import Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from rich.console import Console, Group
 from rich.live import Live
@@ -29,6 +29,7 @@ _FRAME = 6
 _WATCHED = (State.RUNNING, State.FAILED, State.INTERRUPTED)
 
 
+@runtime_checkable
 class View(Protocol):
   """Shows the states of a sweep's runs while they change."""
 
