@@ -10,7 +10,6 @@ a step slower or faster than here.
 
 import math
 import os
-import platform
 import statistics
 import sys
 import time
@@ -31,7 +30,7 @@ from moejax.launch import host_memory
 from moejax.models.decoder import Decoder
 from moejax.plan.compile import CompiledStep, compile_step
 from moejax.platform import target_platform
-from moejax.run import provenance
+from moejax.run import compilation_cache, provenance
 from moejax.train import state as state_lib
 from moejax.train import step as step_lib
 from moejax.train.optimizer import make_optimizer
@@ -118,7 +117,7 @@ def measure(configs: Mapping[str, Config], num_steps: int) -> dict[str, dict[str
   machine = {
     "device_kind": jax.devices()[0].device_kind,
     "cores": _num_cores(),
-    "processor": platform.processor() or platform.machine(),
+    "processor": compilation_cache.machine(),
     "versions": provenance.versions(),
     "revision": provenance.revision(),
   }

@@ -1,8 +1,10 @@
 """Points of tiny runs, and a stand-in for `moejax train` that only leaves its files.
 
-  python -m tests.sweep.runs WORKDIR BEHAVIOURS [JOBS]
+  python -m tests.sweep.runs WORKDIR BEHAVIOURS.json JOBS
+  python -m tests.sweep.runs WORKDIR DATA_CACHE JOBS
 
-runs four points in WORKDIR with the stand-in, for tests that kill the scheduler.
+runs four points in WORKDIR, with the stand-in or really, for tests that kill the
+scheduler.
 """
 
 import hashlib
@@ -25,6 +27,7 @@ from moejax.sweep.spec import Point
 
 CORPUS = pathlib.Path(__file__).parents[1] / "data" / "corpus"
 STEPS = 6
+LONG = 400
 
 STAND_IN = """
 import json, os, pathlib, signal, sys, time
@@ -129,10 +132,13 @@ def stand_in_command(directory: pathlib.Path, behaviours: pathlib.Path):
 
 
 def main() -> None:
-  workdir, behaviours = map(pathlib.Path, sys.argv[1:3])
-  jobs = int(sys.argv[3]) if len(sys.argv) > 3 else 1
-  local.command = stand_in_command(behaviours.parent, behaviours)
-  sys.exit(schedule.run(workdir, points(), options=schedule.Options(jobs=jobs)))
+  workdir, other, jobs = pathlib.Path(sys.argv[1]), sys.argv[2], int(sys.argv[3])
+  made = points()
+  if other.endswith(".json"):
+    local.command = stand_in_command(pathlib.Path(other).parent, pathlib.Path(other))
+  else:
+    made = points(other, num_steps=LONG, checkpoint_every=20, log_every=1)
+  sys.exit(schedule.run(workdir, made, options=schedule.Options(jobs=jobs)))
 
 
 if __name__ == "__main__":

@@ -225,7 +225,8 @@ def test_gpus_are_divided_among_the_jobs(monkeypatch):
 
 def scheduler(workdir, behaviours) -> subprocess.Popen[str]:
   """A scheduler in a process of its own, with its first run under way."""
-  command = [sys.executable, "-m", "tests.sweep.runs", str(workdir), str(behaviours)]
+  arguments = [str(workdir), str(behaviours), "1"]
+  command = [sys.executable, "-m", "tests.sweep.runs", *arguments]
   environment = os.environ | {"PYTHONPATH": str(ROOT)}
   process = subprocess.Popen(
     command,
