@@ -91,7 +91,7 @@ def opened(
     elif not allow_changes:
       _refuse_other(workdir, (differences or plain_differences)(stored, spec))
     (workdir / RUNS).mkdir(exist_ok=True)
-    if stored != spec:
+    if stored is None or (allow_changes and stored != spec):
       files.write_json(workdir / SPEC_FILE, spec)
     yield
   finally:
