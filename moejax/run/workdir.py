@@ -11,24 +11,18 @@ be started again with other flags.
 """
 
 import dataclasses
-import errno
-import fcntl
 import fnmatch
-import os
-import tempfile
-import time
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import jax
-from absl import logging
 
 from moejax import files
 from moejax.config import Config
 from moejax.config import text as config_text
 from moejax.errors import ConfigError, UserError, program
-from moejax.run import provenance
+from moejax.run import claim, provenance
 from moejax.run.files import CONFIG_FILE, DIRECTORY, list_steps
 
 RUN_FILE = "run.json"
@@ -80,12 +74,6 @@ train.num_steps may grow."""
 _BUFFERED = ("moe.exchange", "moe.dispatcher", "mesh.*")
 """The fields of MAY_CHANGE that may not change with moe.exchange_buffer."""
 
-_LOCK_WAIT_SECONDS = 5.0
-"""A killed run's worker processes may hold its lock a moment longer."""
-
-_locks: dict[str, int] = {}
-"""Directories this process has locked, with the descriptor that holds each lock."""
-
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class New:
@@ -130,9 +118,9 @@ def prepare(
     UserError: not writable, in use, or holding unrelated files.
   """
   path = Path(workdir)
-  _make_writable(path)
+  claim.make_writable(path)
   if jax.process_index() == 0:
-    _lock(path)
+    claim.lock(path)
   try:
     found = _examine(path, config, dataset_fingerprint, mesh)
   except UserError:
@@ -169,9 +157,7 @@ def check_corpus(workdir: Path | str, fingerprint: str) -> None:
 
 def release(workdir: Path | str) -> None:
   """Unlocks the directory for other processes. No error if it was not locked."""
-  descriptor = _locks.pop(str(Path(workdir).resolve()), None)
-  if descriptor is not None:
-    os.close(descriptor)
+  claim.unlock(workdir)
 
 
 def read_config(workdir: Path | str) -> Config:
@@ -236,49 +222,6 @@ def _examine(
     changed=config_text.difference(old, config),
     step=steps[-1] if steps else None,
   )
-
-
-def _make_writable(path: Path) -> None:
-  """Creates the directory, and checks that it is writable by writing to it."""
-  try:
-    path.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryFile(dir=path):
-      pass
-  except (FileExistsError, NotADirectoryError) as e:
-    raise UserError(
-      f"--workdir={path} is not a directory, or lies below a file. Choose another."
-    ) from e
-  except OSError as e:
-    raise UserError(
-      f"--workdir={path} is not writable ({e.strerror}). Choose another, or change "
-      "its permissions."
-    ) from e
-
-
-def _lock(path: Path) -> None:
-  """Locks the directory itself: no lock file is left behind, and kill -9 unlocks it."""
-  key = str(path.resolve())
-  if key in _locks:
-    return
-  descriptor = os.open(path, os.O_RDONLY)
-  deadline = time.monotonic() + _LOCK_WAIT_SECONDS
-  while True:
-    try:
-      fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-      break
-    except OSError as e:
-      if e.errno not in (errno.EWOULDBLOCK, errno.EACCES):
-        # Some network file systems lack such locks: better to run without one.
-        logging.warning("%s cannot be locked (%s): start one run in it only.", path, e)
-        break
-      if time.monotonic() > deadline:
-        os.close(descriptor)
-        raise UserError(
-          f"--workdir={path} is in use by another live run. Wait until it ends, stop "
-          "it, or choose another --workdir."
-        ) from e
-      time.sleep(0.1)
-  _locks[key] = descriptor
 
 
 def _refuse_foreign(path: Path) -> None:

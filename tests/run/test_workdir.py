@@ -14,7 +14,7 @@ from moejax import data, files
 from moejax.config import Config
 from moejax.config import text as config_text
 from moejax.errors import ConfigError, UserError
-from moejax.run import workdir
+from moejax.run import claim, workdir
 
 ROOT = Path(__file__).parents[2]
 
@@ -22,7 +22,7 @@ ROOT = Path(__file__).parents[2]
 @pytest.fixture(autouse=True)
 def release_locks():
   yield
-  for path in list(workdir._locks):
+  for path in list(claim._locks):
     workdir.release(path)
 
 
@@ -173,7 +173,7 @@ def test_a_directory_that_cannot_be_written_is_named(tmp_path, monkeypatch):
   def refuse(**_):
     raise PermissionError(13, "Permission denied")
 
-  monkeypatch.setattr(workdir.tempfile, "TemporaryFile", refuse)
+  monkeypatch.setattr(claim.tempfile, "TemporaryFile", refuse)
   with pytest.raises(UserError, match=r"not writable \(Permission denied\)"):
     workdir.prepare(tmp_path, Config(), "a")
 
@@ -199,7 +199,7 @@ time.sleep(60)
 
 def test_two_live_runs_refuse_and_a_killed_one_does_not(tmp_path, monkeypatch):
   """The second is told; SIGKILL on the first frees the directory at once."""
-  monkeypatch.setattr(workdir, "_LOCK_WAIT_SECONDS", 0.2)
+  monkeypatch.setattr(claim, "LOCK_WAIT_SECONDS", 0.2)
   environment = os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)}
   holder = subprocess.Popen(
     [sys.executable, "-c", _HOLD, str(tmp_path)], stdout=subprocess.PIPE, env=environment

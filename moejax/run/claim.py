@@ -1,0 +1,110 @@
+"""Claiming a directory: it is writable, and locked against other processes.
+
+The lock is on the directory itself: no lock file is left behind, and the end of the
+process unlocks it, kill -9 included. Nothing here imports jax.
+"""
+
+import contextlib
+import errno
+import fcntl
+import os
+import tempfile
+import time
+from pathlib import Path
+
+from absl import logging
+
+from moejax.errors import UserError
+
+LOCK_WAIT_SECONDS = 5.0
+"""A killed run's worker processes may hold its lock a moment longer."""
+
+_BUSY = (errno.EWOULDBLOCK, errno.EACCES)
+
+_locks: dict[str, int] = {}
+"""Directories this process has locked, with the descriptor that holds each lock."""
+
+
+def make_writable(path: Path) -> None:
+  """Creates the directory, and checks that it is writable by writing to it.
+
+  Raises:
+    UserError: it is no directory, or cannot be written to.
+  """
+  try:
+    path.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryFile(dir=path):
+      pass
+  except (FileExistsError, NotADirectoryError) as e:
+    raise UserError(
+      f"--workdir={path} is not a directory, or lies below a file. Choose another."
+    ) from e
+  except OSError as e:
+    raise UserError(
+      f"--workdir={path} is not writable ({e.strerror}). Choose another, or change "
+      "its permissions."
+    ) from e
+
+
+def lock(path: Path, holder: str = "run", wait_seconds: float | None = None) -> None:
+  """Locks a directory until `unlock` or until this process ends, however it ends.
+
+  Args:
+    path: an existing directory; no error if this process has locked it already.
+    holder: the kind of process that may hold the lock, for the error.
+    wait_seconds: for a lock held by another process; None is `LOCK_WAIT_SECONDS`.
+
+  Raises:
+    UserError: another process holds the lock.
+  """
+  key = str(path.resolve())
+  if key in _locks:
+    return
+  descriptor = os.open(path, os.O_RDONLY)
+  wait = LOCK_WAIT_SECONDS if wait_seconds is None else wait_seconds
+  deadline = time.monotonic() + wait
+  while True:
+    try:
+      fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+      break
+    except OSError as e:
+      if e.errno not in _BUSY:
+        # Some network file systems lack such locks: better to run without one.
+        logging.warning(
+          "%s cannot be locked (%s): start one %s in it only.", path, e, holder
+        )
+        break
+      if time.monotonic() > deadline:
+        os.close(descriptor)
+        raise UserError(
+          f"--workdir={path} is in use by another live {holder}. Wait until it ends, "
+          "stop it, or choose another --workdir."
+        ) from e
+      time.sleep(0.1)
+  _locks[key] = descriptor
+
+
+def unlock(path: Path | str) -> None:
+  """Unlocks the directory for other processes. No error if it was not locked."""
+  descriptor = _locks.pop(str(Path(path).resolve()), None)
+  if descriptor is not None:
+    os.close(descriptor)
+
+
+def is_locked(path: Path) -> bool:
+  """Returns whether a live process, this one included, has locked the directory.
+
+  The probe takes a shared lock for an instant; `lock` waits longer than that.
+  """
+  try:
+    descriptor = os.open(path, os.O_RDONLY)
+  except OSError:
+    return False
+  try:
+    fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    return False
+  except OSError as e:
+    return e.errno in _BUSY
+  finally:
+    with contextlib.suppress(OSError):
+      os.close(descriptor)
