@@ -303,7 +303,7 @@ class Ludziejewski(Law):
   e_start: float = 2.0732
   e_max: float = 290.4521
   ranges: Mapping[str, Span] = spans(N=(0, 2.7e9), E=(1, 32))
-  """Greatest N from the paper (2.7B active); the least N and the range of D not checked."""
+  """Greatest N from the paper (2.7B active); the least N, and D, not checked."""
 
   source: ClassVar[str] = "arXiv:2502.05172"
   definitions: ClassVar[Mapping[str, str]] = {
