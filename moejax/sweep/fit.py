@@ -18,6 +18,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
+from scipy import stats
 
 from moejax.errors import UserError
 from moejax.sweep import laws
@@ -25,6 +26,8 @@ from moejax.sweep.law import Floats, Law, Span
 from moejax.sweep.solve import Problem
 
 FOLDS = 5
+_FEW = 4
+"""Below so many degrees of freedom an interval is the range of its draws."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -51,6 +54,8 @@ class Fit:
   intervals: Mapping[str, Span]
   """Bootstrap interval of each fitted constant; empty without draws."""
   level: float
+  tails: Span
+  """Quantiles of the draws that bound an interval; see `tails_of`."""
   draws: Floats
   """[num_draws, constants]: bootstrap fits, in the order of `law.constants`."""
   error: float
@@ -82,7 +87,7 @@ class Fit:
         for draw in self.draws
       ]
     )
-    low, high = np.quantile(values, _tails(self.level), axis=0)
+    low, high = np.quantile(values, self.tails, axis=0)
     return low, high
 
 
@@ -95,7 +100,7 @@ def fit(
   compute: ArrayLike | None = None,
   delta: float = 0.01,
   num_starts: int = 6,
-  num_draws: int = 200,
+  num_draws: int = 400,
   level: float = 0.9,
   resample: str = "points",
   seed: int = 0,
@@ -150,18 +155,25 @@ def fit(
     draws = _bootstrap(
       problem, rows, measured, points, solution.x, num_draws, resample == "points", rng
     )
-  tails = np.quantile(draws, _tails(level), axis=0) if len(draws) else ()
+  freedom = num_points - num_free
+  tails = tails_of(level, num_points, freedom, by_points=resample == "points")
+  bounds = np.quantile(draws, tails, axis=0) if len(draws) else ()
+  if 0 < freedom < _FEW:
+    notes.append(
+      f"{freedom} more settings than constants: intervals are narrower than they should be"
+    )
   return Fit(
     law=dataclasses.replace(fitted, ranges=_ranges(rows)),
     fixed=problem.fixed_names,
     intervals={
       name: (float(low), float(high))
-      for name, low, high in zip(law.constant_names(), *tails)
+      for name, low, high in zip(law.constant_names(), *bounds)
       if name in problem.free
     }
     if len(draws)
     else {},
     level=level,
+    tails=tails,
     draws=draws,
     error=_log_error(predicted, measured),
     r2=_r2(predicted, measured),
@@ -245,8 +257,28 @@ def _ranges(rows: Mapping[str, Floats]) -> dict[str, Span]:
   return {name: (float(v.min()), float(v.max())) for name, v in rows.items()}
 
 
-def _tails(level: float) -> Span:
-  return (1 - level) / 2, (1 + level) / 2
+def tails_of(level: float, num_points: int, freedom: int, *, by_points: bool) -> Span:
+  """Returns the quantiles of bootstrap draws that make an interval of some level.
+
+  A percentile interval is too narrow for few points, as a normal interval is beside
+  Student's. The expanded percentile interval (Hesterberg, arXiv:1411.5279, section 3.3)
+  goes out to the quantile that a t interval would reach: 6 points and 2 constants go from
+  5% to 0.5%.
+
+  Args:
+    level: of the interval.
+    num_points: n.
+    freedom: n less the fitted constants; below 1 nothing is expanded.
+    by_points: whether settings were resampled, which also shrinks the spread by
+      sqrt(freedom / n); resampled residuals are already scaled by that.
+  """
+  if freedom < 1:
+    return (1 - level) / 2, (1 + level) / 2
+  reach = float(stats.t.ppf((1 + level) / 2, freedom))
+  if by_points:
+    reach *= math.sqrt(num_points / freedom)
+  tail = float(stats.norm.sf(reach))
+  return tail, 1 - tail
 
 
 def _log_error(predicted: Floats, measured: Floats) -> float:
