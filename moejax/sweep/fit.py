@@ -160,7 +160,7 @@ def fit(
   bounds = np.quantile(draws, tails, axis=0) if len(draws) else ()
   if 0 < freedom < _FEW:
     notes.append(
-      f"{freedom} more settings than constants: intervals are narrower than they should be"
+      f"only {freedom} more settings than constants: intervals are too narrow"
     )
   return Fit(
     law=dataclasses.replace(fitted, ranges=_ranges(rows)),
@@ -261,7 +261,7 @@ def tails_of(level: float, num_points: int, freedom: int, *, by_points: bool) ->
   """Returns the quantiles of bootstrap draws that make an interval of some level.
 
   A percentile interval is too narrow for few points, as a normal interval is beside
-  Student's. The expanded percentile interval (Hesterberg, arXiv:1411.5279, section 3.3)
+  Student's. The expanded percentile interval (Hesterberg, arXiv:1411.5279)
   goes out to the quantile that a t interval would reach: 6 points and 2 constants go from
   5% to 0.5%.
 
