@@ -101,6 +101,10 @@ class Evaluating:
   def started(self, job: local.Job, pid: int) -> None:
     del job, pid
 
+  def not_started(self, job: local.Job, error: OSError) -> None:
+    self._view.message(f"{job.name} cannot be started: {error}")
+    self.ended(job, 1)
+
   def ended(self, job: local.Job, exit_code: int) -> None:
     self._over += 1
     if exit_code:

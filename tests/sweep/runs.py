@@ -63,6 +63,9 @@ if behaviour == "kill":
   os.kill(os.getpid(), signal.SIGKILL)
 if behaviour == "hang":
   time.sleep(120)
+if behaviour == "damage":
+  time.sleep(0.3)
+  (workdir / ".sweep.json").write_text("{")
 if behaviour == "slow":
   time.sleep(0.5)
 log(6)

@@ -142,6 +142,21 @@ def test_a_run_that_is_not_done_is_told_and_is_started_once_per_call(
     assert f"{FIRST} failed (without its last checkpoint)" in said
 
 
+def test_a_log_that_cannot_be_opened_and_a_lost_record_end_no_other_run(
+  behaviours, tmp_path
+):
+  """A folder in the log's place, and a record that is damaged while the run goes on."""
+  sweep(tmp_path / "s", executor="print")
+  first, second = directory.run_directories(tmp_path / "s")[:2]
+  (first / states.LOG_FILE).mkdir()
+  behaviours.write_text(json.dumps({"num_experts=2,seed=1": "damage"}))
+  code, said = sweep(tmp_path / "s")
+  assert code == 1 and "4 runs: 1 waiting, 3 done" in said
+  assert f"{FIRST} cannot be started: " in said
+  assert "The record of num_experts=2,seed=1 cannot be written: " in said
+  assert (second / states.RECORD_FILE).read_text() == "{"
+
+
 def test_printed_commands_are_those_that_the_local_executor_starts(tmp_path):
   """For what is not done, one line each; nothing is started."""
   code, said = sweep(tmp_path, executor="print")
