@@ -58,13 +58,9 @@ def job(
     split: --split.
     factors: --eval_capacity_factor; None is the run's own.
     cache: --compilation_cache; None is the program's default.
-
-  Raises:
-    UserError: `factors` are no capacity factors.
   """
   flags = [f"--workdir={path}", f"--split={split}"]
   if factors is not None:
-    parse_capacity_factors(factors)
     flags.append(f"--eval_capacity_factor={factors}")
   if cache is not None:
     flags.append(f"--compilation_cache={cache}")

@@ -14,6 +14,7 @@ from typing import Any
 
 from moejax.cost import flops, parameters
 from moejax.errors import UserError
+from moejax.evaluate.perplexity import parse_capacity_factors
 from moejax.sweep import children, directory, evaluations, local, shapes, states, timing
 from moejax.sweep import view as view_lib
 from moejax.sweep.spec import RUNS, Point
@@ -131,6 +132,8 @@ def _check(points: Sequence[Point], options: Options) -> None:
     raise UserError(f"--devices_per_run={options.devices_per_run}: at least 1.")
   if options.time_steps < 0:
     raise UserError(f"--time_steps={options.time_steps}: at least 0.")
+  if options.evaluate and options.eval_capacity_factor is not None:
+    parse_capacity_factors(options.eval_capacity_factor)
   names = [point.name for point in points]
   twice = sorted({name for name in names if names.count(name) > 1})
   if twice:

@@ -41,6 +41,8 @@ cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else
 with open(workdir.parent / "trace.log", "a") as trace:
   trace.write(json.dumps([name, cores, os.environ.get("CUDA_VISIBLE_DEVICES")]) + "\\n")
 print("standing in:", behaviour, flush=True)
+if sys.argv[2] == "evaluate":
+  sys.exit("error: no such text" if behaviour == "fail" else 0)
 (workdir / "config.json").write_text(json.dumps({"train": {"num_steps": 6}}))
 
 def log(step):
