@@ -27,6 +27,10 @@ class Queue(Protocol):
 
   def started(self, job: Job, pid: int) -> None: ...
 
+  def not_started(self, job: Job, error: OSError) -> None:
+    """Told that a command could not be started, such as for a log on a full disk."""
+    ...
+
   def ended(self, job: Job, exit_code: int) -> None: ...
 
   def tick(self) -> None:
@@ -73,7 +77,12 @@ def _fill(queue: Queue, pool: Pool, stop: StopRequest) -> None:
     if found is None:
       return
     job, number = found
-    queue.started(job, pool.start(job, number))
+    try:
+      pid = pool.start(job, number)
+    except OSError as error:
+      queue.not_started(job, error)
+    else:
+      queue.started(job, pid)
 
 
 def _tell_of_ended(queue: Queue, pool: Pool) -> None:

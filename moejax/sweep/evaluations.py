@@ -58,13 +58,9 @@ def job(
     split: --split.
     factors: --eval_capacity_factor; None is the run's own.
     cache: --compilation_cache; None is the program's default.
-
-  Raises:
-    UserError: `factors` are no capacity factors.
   """
   flags = [f"--workdir={path}", f"--split={split}"]
   if factors is not None:
-    parse_capacity_factors(factors)
     flags.append(f"--eval_capacity_factor={factors}")
   if cache is not None:
     flags.append(f"--compilation_cache={cache}")
@@ -100,6 +96,10 @@ class Evaluating:
 
   def started(self, job: local.Job, pid: int) -> None:
     del job, pid
+
+  def not_started(self, job: local.Job, error: OSError) -> None:
+    self._view.message(f"{job.name} cannot be started: {error}")
+    self.ended(job, 1)
 
   def ended(self, job: local.Job, exit_code: int) -> None:
     self._over += 1

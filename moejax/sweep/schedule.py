@@ -8,12 +8,13 @@ import dataclasses
 import shlex
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from moejax.cost import flops, parameters
 from moejax.errors import UserError
+from moejax.evaluate.perplexity import parse_capacity_factors
 from moejax.sweep import children, directory, evaluations, local, shapes, states, timing
 from moejax.sweep import view as view_lib
 from moejax.sweep.spec import RUNS, Point
@@ -131,6 +132,8 @@ def _check(points: Sequence[Point], options: Options) -> None:
     raise UserError(f"--devices_per_run={options.devices_per_run}: at least 1.")
   if options.time_steps < 0:
     raise UserError(f"--time_steps={options.time_steps}: at least 0.")
+  if options.evaluate and options.eval_capacity_factor is not None:
+    parse_capacity_factors(options.eval_capacity_factor)
   names = [point.name for point in points]
   twice = sorted({name for name in names if names.count(name) > 1})
   if twice:
@@ -268,13 +271,16 @@ class _Training:
     return not self._waiting
 
   def started(self, job: local.Job, pid: int) -> None:
-    states.begin(job.run, pid)
+    self._record(states.begin, job, pid)
     self._active[job.name] = job
     self._first_step[job.name] = self.statuses[job.name].step
     self._examine([job])
 
+  def not_started(self, job: local.Job, error: OSError) -> None:
+    self._view.message(f"{job.name} cannot be started: {error}")
+
   def ended(self, job: local.Job, exit_code: int) -> None:
-    states.end(job.run, exit_code)
+    self._record(states.end, job, exit_code)
     del self._active[job.name]
     self._examine([job])
 
@@ -287,6 +293,15 @@ class _Training:
     self._waiting = [
       job for job in self._waiting if self.statuses[job.name].state is not State.DONE
     ]
+
+  def _record(
+    self, write: Callable[[Path, int], None], job: local.Job, value: int
+  ) -> None:
+    """Writes a run's record; a problem with it must not end the other runs."""
+    try:
+      write(job.run, value)
+    except (OSError, UserError) as error:
+      self._view.message(f"The record of {job.name} cannot be written: {error}")
 
   def _elsewhere(self) -> list[local.Job]:
     """Returns the runs of the queue that another process runs now."""

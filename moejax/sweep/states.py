@@ -262,14 +262,19 @@ def begin(path: Path, pid: int) -> None:
 def end(path: Path, exit_code: int) -> None:
   """Records how the last attempt ended; a negative code is a signal."""
   record = read_record(path)
+  if not record.get("attempts"):
+    raise DamagedError(f"{path / RECORD_FILE} has lost the attempt that has just ended.")
   *earlier, last = record["attempts"]
   last = {**last, "end": time.time(), "exit_code": exit_code}
   files.write_json(path / RECORD_FILE, {**record, "attempts": [*earlier, last]})
 
 
 def num_attempts(path: Path) -> int:
-  """Returns how often the run was started."""
-  return len(read_record(path).get("attempts", []))
+  """Returns how often the run was started; 0 if its record is damaged."""
+  try:
+    return len(read_record(path).get("attempts", []))
+  except DamagedError:
+    return 0
 
 
 def _read_final(path: Path) -> dict[str, Any]:

@@ -152,6 +152,10 @@ class _One:
   def started(self, job: local.Job, pid: int) -> None:
     del job, pid
 
+  def not_started(self, job: local.Job, error: OSError) -> None:
+    print(f"{job.name} cannot be started: {error}", file=sys.stderr)
+    self.exit_code = 1
+
   def ended(self, job: local.Job, exit_code: int) -> None:
     del job
     self.exit_code = exit_code

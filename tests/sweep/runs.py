@@ -41,6 +41,8 @@ cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else
 with open(workdir.parent / "trace.log", "a") as trace:
   trace.write(json.dumps([name, cores, os.environ.get("CUDA_VISIBLE_DEVICES")]) + "\\n")
 print("standing in:", behaviour, flush=True)
+if sys.argv[2] == "evaluate":
+  sys.exit("error: no such text" if behaviour == "fail" else 0)
 (workdir / "config.json").write_text(json.dumps({"train": {"num_steps": 6}}))
 
 def log(step):
@@ -63,6 +65,9 @@ if behaviour == "kill":
   os.kill(os.getpid(), signal.SIGKILL)
 if behaviour == "hang":
   time.sleep(120)
+if behaviour == "damage":
+  time.sleep(0.3)
+  (workdir / ".sweep.json").write_text("{")
 if behaviour == "slow":
   time.sleep(0.5)
 log(6)

@@ -142,6 +142,21 @@ def test_a_run_that_is_not_done_is_told_and_is_started_once_per_call(
     assert f"{FIRST} failed (without its last checkpoint)" in said
 
 
+def test_a_log_that_cannot_be_opened_and_a_lost_record_end_no_other_run(
+  behaviours, tmp_path
+):
+  """A folder in the log's place, and a record that is damaged while the run goes on."""
+  sweep(tmp_path / "s", executor="print")
+  first, second = directory.run_directories(tmp_path / "s")[:2]
+  (first / states.LOG_FILE).mkdir()
+  behaviours.write_text(json.dumps({"num_experts=2,seed=1": "damage"}))
+  code, said = sweep(tmp_path / "s")
+  assert code == 1 and "4 runs: 1 waiting, 3 done" in said
+  assert f"{FIRST} cannot be started: " in said
+  assert "The record of num_experts=2,seed=1 cannot be written: " in said
+  assert (second / states.RECORD_FILE).read_text() == "{"
+
+
 def test_printed_commands_are_those_that_the_local_executor_starts(tmp_path):
   """For what is not done, one line each; nothing is started."""
   code, said = sweep(tmp_path, executor="print")
@@ -164,6 +179,7 @@ def test_printed_commands_are_those_that_the_local_executor_starts(tmp_path):
     ({"executor": "cloud"}, "--executor=cloud: choose from local, print"),
     ({"devices_per_run": 0}, "--devices_per_run=0: at least 1"),
     ({"time_steps": -1}, "--time_steps=-1"),
+    ({"evaluate": True, "eval_capacity_factor": "x"}, "--eval_capacity_factor=x"),
   ],
 )
 def test_a_wrong_option_is_one_line_and_leaves_no_directory(
@@ -175,6 +191,23 @@ def test_a_wrong_option_is_one_line_and_leaves_no_directory(
   assert not (tmp_path / "s").exists()
 
 
+def test_an_evaluation_leaves_out_unfinished_runs_and_names_those_that_fail(
+  behaviours, tmp_path, capsys
+):
+  """Each finished run is evaluated, whatever became of the others; no run trains."""
+  behaviours.write_text(json.dumps({FIRST: "kill"}))
+  sweep(tmp_path / "s")
+  behaviours.write_text(json.dumps({"num_experts=2,seed=1": "fail"}))
+  code, said = sweep(tmp_path / "s", evaluate=True, split="test")
+  assert code == 1
+  assert started(tmp_path / "s")[4:] == [p.name for p in runs.points()[1:]]
+  assert f"{FIRST}: interrupted  step 2/6  loss 2.8000  dropped 12.5%: left out" in said
+  assert "num_experts=4,seed=1: evaluated (3 of 3)" in said
+  err = capsys.readouterr().err
+  assert "Evaluating num_experts=2,seed=1 failed (exit code 1)" in err
+  assert "error: no such text" in err
+
+
 @pytest.mark.parametrize("name", ["eval.json", ".sweep.json"])
 def test_a_damaged_file_of_a_run_starts_nothing(behaviours, tmp_path, name):
   behaviours.write_text(json.dumps({FIRST: "fail"}))
@@ -183,6 +216,9 @@ def test_a_damaged_file_of_a_run_starts_nothing(behaviours, tmp_path, name):
   damaged.write_text("{")
   with pytest.raises(UserError, match="cannot be read .*Delete it"):
     sweep(tmp_path / "s", retry_failed=True)
+  said = io.StringIO()
+  schedule.status(tmp_path / "s", stream=said)
+  assert f"{damaged} cannot be read" in said.getvalue()
   assert len(trace(tmp_path / "s")) == 4
 
 
