@@ -9,10 +9,11 @@ Each --sweep.SECTION.FIELD=A,B,C is an axis, and all axes are multiplied; all fl
 changes the base config of all runs. Every point is checked as a single run is, before
 anything starts. The same command, or --workdir alone, goes on with a stopped sweep.
 
---spec=FILE reads a Python file with a docstring and a function get_sweep() that returns a
-moejax.sweep.spec.Spec: what flags say, and named variants and conditions. Flags beside it
-win: --config replaces its base and --config.X changes it, --sweep.X replaces its axis of X
-or adds one, --zip.… adds one; --seeds, --match, --match_by and --isoflop replace its own.
+--spec=FILE reads a Python file with a docstring and a function get_sweep() that returns
+a moejax.sweep.spec.Spec: what flags say, and named variants and conditions. Flags beside
+it win: --config replaces its base, --config.X changes it, --sweep.X replaces its axis of
+X or adds one, --zip.X the same; --seeds, --match, --match_by and --isoflop replace its
+own.
 
 docs/sweeps.md has examples. Exit codes: 0 done, 1 a run failed, 2 invalid input.
 """

@@ -106,12 +106,8 @@ def summary(
 def short(count: float) -> str:
   """Returns a count with three digits: 1.23M."""
   for unit, size in (("T", 1e12), ("B", 1e9), ("M", 1e6), ("k", 1e3)):
-    if count >= size:
-      return (
-        f"{count / size:.3g}{unit}"
-        if count < 999.5 * size
-        else f"{count / size:.0f}{unit}"
-      )
+    if count >= 0.9995 * size:
+      return f"{count / size:.3g}{unit}"
   return f"{count:.0f}"
 
 

@@ -148,12 +148,10 @@ def check_varies(flag: str, name: str) -> None:
     ConfigError: names the field and the reason.
   """
   if name in FIXED:
-    reason = FIXED[name]
-    remedy = "" if "--" in reason else f" Set it for all runs by --config.{name}."
-    if name == "schema_version":
-      remedy = ""
+    settable = name not in ("schema_version", SEED)
+    remedy = f" Set it for all runs by --config.{name}." if settable else ""
     raise ConfigError(
-      f"{flag}: this field may not vary within a sweep: {reason}.{remedy}"
+      f"{flag}: this field may not vary within a sweep: {FIXED[name]}.{remedy}"
     )
 
 

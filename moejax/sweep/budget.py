@@ -65,6 +65,10 @@ class Size:
   num_layers: int
   num_heads: int
 
+  def shown(self) -> dict[str, int]:
+    """Returns the fields that name it."""
+    return {"model.width": self.width, "model.num_layers": self.num_layers}
+
 
 def token_flops(config: Config) -> float:
   """Returns the training FLOPs per token, in all."""
@@ -103,7 +107,8 @@ def check_match(match: str, field: str) -> None:
   if field not in counts:
     near = did_you_mean(field, counts) if field not in types else "It is no size."
     raise ConfigError(
-      f"--match_by={field}: no field that can be solved. {near} The default is moe.hidden."
+      f"--match_by={field}: no field that can be solved. {near} The default is "
+      "moe.hidden."
     )
 
 
@@ -127,8 +132,8 @@ def match(config: Config, reference: Config, field: str) -> None:
   reached = token_flops(config)
   if not is_within(reached, target):
     raise ConfigError(
-      f"--match=active_flops: no --config.{field} brings FLOPs per token within 1% of the "
-      f"base config's {target:,.0f}. The nearest reachable is "
+      f"--match=active_flops: no --config.{field} brings FLOPs per token within 1% of "
+      f"the base config's {target:,.0f}. The nearest reachable is "
       f"{config_text.get_field(config, field)}, with {reached:,.0f} "
       f"({reached / target - 1:+.1%}). Choose another --match_by, or change the axes."
     )
@@ -251,8 +256,8 @@ def ladder(base: Config, flops: float) -> list[Size]:
       else "Give a smaller budget"
     )
     raise ConfigError(
-      f"--isoflop={flops:g}: {len(fit)} of the sizes around the base config can spend it, "
-      f"and a curve needs {_LEAST_SIZES}. {remedy}; or give sizes of your own, by "
+      f"--isoflop={flops:g}: {len(fit)} of the sizes around the base config can spend "
+      f"it, and a curve needs {_LEAST_SIZES}. {remedy}; or give sizes of your own, by "
       "--sweep.model.width or --sweep.model.num_layers, or a smaller base config."
     )
   here = _step_flops(base)

@@ -96,7 +96,7 @@ def _check_solved(spec: Spec) -> None:
       budget.refuse_scaled(varied(spec))
   for field in sorted(solved.keys() & varied(spec)):
     raise ConfigError(
-      f"--{axes_lib.SWEEP}.{field}: {solved[field]} solves this field, so it cannot vary. "
-      "Drop one of them"
+      f"--{axes_lib.SWEEP}.{field}: {solved[field]} solves this field, so it cannot "
+      "vary. Drop one of them"
       + (", or solve another by --match_by." if field == spec.match_by else ".")
     )

@@ -88,8 +88,8 @@ def _refuse_unreached(spec: Spec, found: list[list[Choice]]) -> None:
   for field in sorted(varied(spec) - reached):
     router = _router_named(field)
     raise ConfigError(
-      f"--{axes_lib.SWEEP}.{field}: no point has --config.moe.router={router}. Set it, or "
-      f"add {router} to --{axes_lib.SWEEP}.moe.router."
+      f"--{axes_lib.SWEEP}.{field}: no point has --config.moe.router={router}. Set it, "
+      f"or add {router} to --{axes_lib.SWEEP}.moe.router."
     )
 
 
@@ -123,17 +123,13 @@ def _budgets(spec: Spec) -> list[list[Choice]]:
   return [
     [
       Choice(
-        settings={
-          ISOFLOP: flops,
-          "model.width": s.width,
-          "model.num_layers": s.num_layers,
-        },
+        settings={ISOFLOP: flops} | size.shown(),
         fields={},
         flops=flops,
-        size=s,
+        size=size,
       )
       for flops in spec.isoflop
-      for s in budget.ladder(spec.base, flops)
+      for size in budget.ladder(spec.base, flops)
     ]
   ]
 

@@ -62,9 +62,7 @@ def expand(spec: Spec) -> Expansion:
   skipped: list[Skipped] = []
   rows = combinations(spec)
   # The order of names does not depend on which points happen to have an option.
-  names = dict.fromkeys(
-    key for choices in combinations for c in choices for key in c.settings
-  )
+  names = dict.fromkeys(key for row in rows for c in row for key in c.settings)
   among = [*names, SEED]
   for choices in rows:
     settings = {k: v for choice in choices for k, v in choice.settings.items()}
