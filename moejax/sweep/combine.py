@@ -6,7 +6,7 @@ router of a combination is decided first, by all that is no such option.
 
 import dataclasses
 import itertools
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from moejax.config import text as config_text
@@ -58,7 +58,7 @@ def combinations(spec: Spec) -> list[list[Choice]]:
   rows: list[tuple[int, ...]] = []
   plain = ([_ABSENT] if own else range(len(axis)) for axis, own in zip(axes, routers))
   for partial in itertools.product(*plain):
-    router = _router_of(spec, axes, partial)
+    router = router_of(spec, _chosen(axes, partial))
     rows += itertools.product(
       *(
         range(len(axis)) if router in own else [index]
@@ -67,19 +67,23 @@ def combinations(spec: Spec) -> list[list[Choice]]:
     )
   found = []
   for row in sorted(rows):
-    router = _router_of(spec, axes, row)
-    chosen = [axis[index] for axis, index in zip(axes, row) if index != _ABSENT]
+    chosen = _chosen(axes, row)
+    router = router_of(spec, chosen)
     found.append([choice.of_router(router) for choice in chosen])
   _refuse_unreached(spec, found)
   return found
 
 
-def _router_of(spec: Spec, axes: list[list[Choice]], row: tuple[int, ...]) -> str:
+def router_of(spec: Spec, choices: Iterable[Choice]) -> str:
+  """Returns the router of a combination."""
   router = spec.base.moe.router
-  for axis, index in zip(axes, row):
-    if index != _ABSENT:
-      router = axis[index].fields.get("moe.router", router)
+  for choice in choices:
+    router = choice.fields.get("moe.router", router)
   return router
+
+
+def _chosen(axes: list[list[Choice]], row: tuple[int, ...]) -> list[Choice]:
+  return [axis[index] for axis, index in zip(axes, row) if index != _ABSENT]
 
 
 def _refuse_unreached(spec: Spec, found: list[list[Choice]]) -> None:

@@ -21,7 +21,7 @@ from moejax.sweep import axes as axes_lib
 from moejax.sweep import budget
 from moejax.sweep.axes import SEED
 from moejax.sweep.check import check_spec
-from moejax.sweep.combine import Choice, combinations
+from moejax.sweep.combine import Choice, combinations, router_of
 from moejax.sweep.spec import Point, Spec
 
 NOT_IN_DIGEST = ("schema_version", "data.cache_dir", "data.num_workers", "data.prefetch")
@@ -79,11 +79,23 @@ def expand(spec: Spec) -> Expansion:
     found += _seeded(spec, config, settings, among)
   if skipped and not spec.skip_impossible:
     raise ConfigError(_impossible(skipped))
+  _refuse_lost_options(spec, rows)
   if not found:
     why = "every one of them is impossible" if skipped else "the conditions leave none"
     raise ConfigError(f"the sweep has no point: {why}. Change its axes or conditions.")
   _refuse_twice(found)
   return Expansion(points=_named_apart(found), skipped=skipped)
+
+
+def _refuse_lost_options(spec: Spec, rows: list[list[Choice]]) -> None:
+  """Rejects options in the base config of a router that no point has."""
+  chosen = {router_of(spec, choices) for choices in rows}
+  for router, options in spec.base.moe.options.items():
+    if router not in chosen and options:
+      raise ConfigError(
+        f"--config.moe.{router}.{next(iter(options))}: no point has "
+        f"--config.moe.router={router}. Leave it out, or use that router."
+      )
 
 
 def _impossible(skipped: list[Skipped]) -> str:
