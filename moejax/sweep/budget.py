@@ -162,9 +162,13 @@ def _solve(config: Config, field: str, target: float) -> int:
       least = middle + 1
     else:
       most = middle
-  near = range(max(low, least - _SEARCHED), min(high, least + _SEARCHED) + 1)
-  counts = sorted(near, key=lambda count: abs(flops(count) - target))
-  return step * next((c for c in counts if _is_valid(config, field, c * step)), counts[0])
+  # The two neighbours of the target first, then outwards past those a rule refuses.
+  for away in range(_SEARCHED):
+    pair = [c for c in (least - 1 - away, least + away) if low <= c <= high]
+    for count in sorted(pair, key=lambda count: abs(flops(count) - target)):
+      if _is_valid(config, field, count * step):
+        return count * step
+  return least * step
 
 
 def _step(config: Config, field: str) -> int:
@@ -294,9 +298,8 @@ def _sizes(base: Config) -> list[Size]:
 
 
 def _around(count: int) -> list[int]:
-  """Returns numbers from 1/8 to 8 times a count, at most some dozens."""
-  steps = range(-4 * 3 * 2, 4 * 3 * 2 + 1)
-  return sorted({max(1, round(count * 2 ** (k / 8))) for k in steps})
+  """Returns numbers from 1/8 to 8 times a count, at most 25."""
+  return sorted({max(1, round(count * 2 ** (k / 4))) for k in range(-12, 13)})
 
 
 def _off_shape(base: Config, size: Size) -> float:

@@ -100,7 +100,7 @@ def _refuse_lost_options(spec: Spec, rows: list[list[Choice]]) -> None:
 
 def _impossible(skipped: list[Skipped]) -> str:
   first, *others = skipped
-  more = f" ({len(others)} more points are impossible too)" if others else ""
+  more = f" ({len(others)} more like it)" if others else ""
   point = f"point {first.name}" if first.name else "the only point"
   return (
     f"{point}: {first.reason.rstrip('.')}{more}. Or leave such points out with "

@@ -38,7 +38,7 @@ def to_json(
     "title": spec.title,
     "notes": spec.notes,
     "revision": provenance.revision(),
-    "base": given_fields(spec.base),
+    "base": given_fields(spec.base) | _options(spec.base),
     "axes": [
       {"fields": list(axis.fields), "values": [list(row) for row in axis.values]}
       for axis in spec.axes
@@ -62,6 +62,15 @@ def to_json(
       for point in points
     ],
     "skipped": [{"name": s.name, "reason": s.reason} for s in skipped],
+  }
+
+
+def _options(base: Config) -> dict[str, Any]:
+  """Returns options of all routers, of which another may be chosen by a point."""
+  return {
+    f"moe.{router}.{name}": value
+    for router, options in base.moe.options.items()
+    for name, value in options.items()
   }
 
 
@@ -207,7 +216,7 @@ def _said(value: Any) -> str:
     return ", ".join(value) or "none"
   if isinstance(value, list):
     return ", ".join(map(_said, value)) or "none"
-  return show(value) if value != "" else "none"
+  return " ".join(show(value).split()) or "none"
 
 
 def _changed_fields(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:

@@ -23,7 +23,7 @@ def parse(*words: str) -> tuple[Axis, ...]:
 
 
 def test_values_have_the_type_of_their_field():
-  """Numbers, words, switches and `none`, as --config.FIELD takes them; spaces are lost."""
+  """Numbers, words, switches and `none`, as --config.FIELD takes them."""
   found = parse(
     "sweep.moe.num_experts=8, 16",
     "sweep.moe.capacity_factor=1,1.25,none",
@@ -102,7 +102,7 @@ def test_what_may_not_vary_are_fields():
 def test_a_name_is_short_unless_two_fields_end_alike():
   """`hidden` is a field of two sections; `seed` of one."""
   fields = ("moe.hidden", "model.hidden", "moe.capacity_factor", "train.seed")
-  settings = dict(zip(fields, (512, 256, 1.25, 0)))
+  settings: dict[str, float] = dict(zip(fields, (512, 256, 1.25, 0)))
   name = axes.name_of(settings, fields)
   assert name == "moe.hidden=512,model.hidden=256,capacity_factor=1.25,seed=0"
 
