@@ -13,7 +13,6 @@ import _thread
 import argparse
 import copy
 import functools
-import importlib.util
 import logging
 import os
 import pathlib
@@ -22,14 +21,14 @@ import signal
 import sys
 import textwrap
 import threading
-import traceback
 from collections.abc import Callable
 from typing import Any, NoReturn, TypeVar
 
 from absl import app, flags
 from absl import logging as absl_logging
 
-from moejax.cli import listing
+from moejax.cli import dotted as dotted_flags
+from moejax.cli import listing, python_file
 from moejax.config import Config
 from moejax.config import text as config_text
 from moejax.config.check import refuse_unread, validate, validate_fields
@@ -49,6 +48,9 @@ _pressed: list[int] = []
 
 _overrides: dict[str, Any] = {}
 """Dotted name to value, from the last parsed command line."""
+
+_given: list[dotted_flags.Given] = []
+"""Flags of other prefixes on it, in its order."""
 
 
 def define_config(default: str | None = DEFAULT_CONFIG) -> None:
@@ -87,23 +89,43 @@ def get_config(
     ConfigError: the file cannot be used, or the result fails `validate`.
   """
   from_file = base is None
-  if base is None:
-    base = load_config(flags.FLAGS["config"].value or DEFAULT_CONFIG)
-  config = copy.deepcopy(base)
-  options = [name for name in _overrides if config_text.is_router_option(name)]
-  for dotted, value in _overrides.items():
-    if dotted not in options:
-      config_text.set_field(config, dotted, value)
+  config = _laid_over(base)
   validate_fields(config)
   if announce is not None:
     announce()
-  # A router's options are known only after its module, and so jax, is imported.
-  for dotted in options:
-    value = config_text.parse_value(dotted, _overrides[dotted])
-    config_text.set_field(config, dotted, value)
+  _set_options(config)
   validate(config)
   refuse_unread(config, list(_overrides) + (given_by(config) if from_file else []))
   return config
+
+
+def get_unchecked_config(base: Config | None = None) -> Config:
+  """As `get_config`, for a config that need not be valid before it is changed further.
+
+  Raises:
+    ConfigError: the file cannot be used, or an override is not of its field's type.
+  """
+  config = _laid_over(base)
+  _set_options(config)
+  return config
+
+
+def _laid_over(base: Config | None) -> Config:
+  """Returns a copy of `base`, or the config of --config, with overridden fields."""
+  if base is None:
+    base = load_config(flags.FLAGS["config"].value or DEFAULT_CONFIG)
+  config = copy.deepcopy(base)
+  for dotted, value in _overrides.items():
+    if not config_text.is_router_option(dotted):
+      config_text.set_field(config, dotted, value)
+  return config
+
+
+def _set_options(config: Config) -> None:
+  """Sets the overridden options of routers, whose modules import jax."""
+  for dotted, text in _overrides.items():
+    if config_text.is_router_option(dotted):
+      config_text.set_field(config, dotted, config_text.parse_value(dotted, text))
 
 
 def given_by(config: Config) -> list[str]:
@@ -135,6 +157,11 @@ def overrides() -> dict[str, Any]:
   return dict(_overrides)
 
 
+def given() -> list[dotted_flags.Given]:
+  """Returns this command line's flags of the prefixes that the program defined."""
+  return list(_given)
+
+
 def config_flags() -> str:
   """Returns flags that give another program the config of this command line."""
   file = flags.FLAGS["config"].value if "config" in flags.FLAGS else None
@@ -152,45 +179,8 @@ def load_config(path: str) -> Config:
   Raises:
     ConfigError: no such file, or it fails, or it does not return a `Config`.
   """
-  file = _find_config(path)
-  spec = importlib.util.spec_from_file_location("moejax_config_file", file)
-  if spec is None or spec.loader is None:
-    raise ConfigError(f"--config={path}: not a Python file (its name must end in .py).")
-  module = importlib.util.module_from_spec(spec)
-  try:
-    spec.loader.exec_module(module)
-    make = getattr(module, "get_config", None)
-    config = make() if callable(make) else None
-  except (ConfigError, KeyboardInterrupt):
-    raise
-  except BaseException as error:
-    # Not only Exception: a file that calls sys.exit must not end the program silently.
-    raise ConfigError(f"--config={path} {_failure(error, file)}") from error
-  if not isinstance(config, Config):
-    raise ConfigError(
-      f"--config={path}: it needs a function get_config() that returns a "
-      f"moejax.config.Config, and it "
-      + ("returns a " + type(config).__name__ if callable(make) else "has none")
-      + ". See configs/default.py."
-    )
-  return config
-
-
-def _failure(error: BaseException, file: pathlib.Path) -> str:
-  """Returns where and why a config file fails, in one line."""
-  if isinstance(error, SyntaxError):
-    text = f": {error.text.strip()}" if error.text else ""
-    return f"fails at {error.filename}:{error.lineno}: SyntaxError: {error.msg}{text}"
-  # The innermost line of the file itself: the error may be deep in a library.
-  frames = traceback.extract_tb(error.__traceback__)
-  own = [frame.lineno for frame in frames if frame.filename == str(file)]
-  where = f"{file}:{own[-1]}" if own else str(file)
-  if isinstance(error, SystemExit):
-    return (
-      f"leaves the program at {where} ({error.code!r}). A config file only describes."
-    )
-  words = " ".join(str(error).split())
-  return f"fails at {where}: {type(error).__name__}{f': {words}' if words else ''}"
+  flag, file = f"--config={path}", _find_config(path)
+  return python_file.load(flag, file, "get_config", Config, "configs/default.py")[0]
 
 
 def _find_config(path: str) -> pathlib.Path:
@@ -311,10 +301,12 @@ def parse(argv: list[str], program: str = "__main__") -> list[str]:
     sys.exit(0)
   try:
     argv = flags.FLAGS.read_flags_from_files(argv, force_gnu=True)
-    rest, texts = _split_overrides(argv) if "config" in flags.FLAGS else (argv, {})
+    rest, found = dotted_flags.split(argv) if "config" in flags.FLAGS else (argv, [])
     # Stored at once, after the whole line is read: a later --config must not undo them.
     _overrides.clear()
-    _overrides.update((k, _parsed(k, v)) for k, v in texts.items())
+    ours = [flag for flag in found if flag.prefix == dotted_flags.CONFIG]
+    _overrides.update((flag.name, _parsed(flag.name, flag.text)) for flag in ours)
+    _given[:] = [flag for flag in found if flag.prefix != dotted_flags.CONFIG]
     positional = flags.FLAGS(rest)
   except flags.UnrecognizedFlagError as error:
     raise UserError(_unknown_flag(error.flagname)) from None
@@ -334,40 +326,14 @@ def _parsed(dotted: str, text: str) -> Any:
   return config_text.parse_value(dotted, text)
 
 
-def _split_overrides(argv: list[str]) -> tuple[list[str], dict[str, str]]:
-  """Splits `--config.a.b=v`, `--config.a.b v` and `--[no]config.a.flag` off argv."""
-  rest, found = [], {}
-  words = iter(argv)
-  for word in words:
-    name, has_value, value = word.partition("=")
-    plain = name.lstrip("-")
-    negated = plain.startswith("noconfig.")
-    dotted = plain.removeprefix("no" if negated else "").removeprefix("config.")
-    if not name.startswith("-") or plain == dotted:
-      rest.append(word)
-      continue
-    config_text.check_name(dotted)
-    kind = config_text.field_types().get(dotted, (str, False))[0]
-    is_bool = kind is bool
-    if negated and (has_value or not is_bool):
-      raise ConfigError(f"{word}: write --config.{dotted}=VALUE.")
-    if not has_value:
-      value = str(not negated) if is_bool else next(words, None)
-    if value is None:
-      field = not config_text.is_router_option(dotted)
-      wanted = config_text.expected(dotted) if field else f"write {word}=VALUE"
-      raise ConfigError(f"{word}: no value given; {wanted}.")
-    found[dotted] = value
-  return rest, found
-
-
 def _unknown_flag(name: str) -> str:
   fields = [] if "config" not in flags.FLAGS else list(config_text.field_types())
   # `--num_experts` or `--moe.num_experts`: an existing field without its prefix.
   for field in fields:
     if field == name or field.endswith("." + name):
       return f"--{name}: there is no such flag. Did you mean --config.{field}?"
-  names = [n for n in flags.FLAGS if len(n) > 1] + ["config." + f for f in fields]
+  names = [n for n in flags.FLAGS if len(n) > 1]
+  names += [f"{p}.{f}" for p in ("config", *dotted_flags.prefixes()) for f in fields]
   near = nearest(name, names)
   remedy = f"Did you mean --{near}?" if near else "--help lists what there is."
   return f"--{name}: there is no such flag. {remedy}"
@@ -383,7 +349,9 @@ def _help(name: str, program: str) -> str:
     default = "" if flag.default is None else f" (default: {flag.default})"
     lines.append(f"  --{flag.name}: {flag.help}{default}")
   if "config" in flags.FLAGS:
-    lines += ["", "--config.SECTION.FIELD=VALUE overrides one field of the config:"]
+    lines.append("")
+    lines += [f"--{p}.SECTION.{text}" for p, text in dotted_flags.prefixes().items()]
+    lines.append("--config.SECTION.FIELD=VALUE overrides one field of the config:")
     sections: dict[str, list[str]] = {}
     for dotted in config_text.field_types():
       section, _, leaf = dotted.rpartition(".")

@@ -19,6 +19,7 @@ from moejax.version import __version__
 PROGRAMS = {
   "train": "moejax.cli.train",
   "evaluate": "moejax.cli.evaluate",
+  "sweep": "moejax.cli.sweep",
   "generate": "moejax.cli.generate",
   "count": "moejax.cli.count",
   "collectives": "moejax.cli.collectives",

@@ -43,12 +43,21 @@ def validate_fields(config: Config) -> None:
   Raises:
     ConfigError: as `validate`.
   """
-  for check in (_types, _choices, _ranges):
-    check(config)
+  validate_values(config)
   for rule in RULES:
     error = rule(config)
     if error:
       raise ConfigError(error)
+
+
+def validate_values(config: Config) -> None:
+  """Checks each field on its own: types, names and ranges, not rules between fields.
+
+  Raises:
+    ConfigError: as `validate`.
+  """
+  for check in (_types, _choices, _ranges):
+    check(config)
 
 
 def refuse_unread(config: Config, given: Iterable[str]) -> None:

@@ -20,6 +20,9 @@ from moejax.routing.registry import ROUTERS, options_by_name
 
 Migration = Callable[[dict[str, Any]], dict[str, Any]]
 
+FLAG = "--config."
+"""Before a dotted name, the flag that sets the field."""
+
 _MOVED_TO_ROUTERS = {
   "second_policy": ("second_policy", "top2"),
   "num_expert_groups": (
@@ -95,7 +98,7 @@ def is_router_option(dotted: str) -> bool:
   return section == "moe" and bool(dot) and router in ROUTERS
 
 
-def _option(dotted: str) -> Option:
+def _option(dotted: str, prefix: str = FLAG) -> Option:
   """Returns a router's option; imports the router's module.
 
   Raises:
@@ -104,16 +107,20 @@ def _option(dotted: str) -> Option:
   _, router, name = dotted.split(".", 2)
   known = options_by_name(router)
   if name not in known:
-    near = [f"--config.moe.{router}.{option}" for option in known]
-    remedy = did_you_mean("--config." + dotted, near) if near else "It has none."
-    raise ConfigError(f"--config.{dotted}: there is no such option. {remedy}")
+    near = [f"{prefix}moe.{router}.{option}" for option in known]
+    remedy = did_you_mean(prefix + dotted, near) if near else "It has none."
+    raise ConfigError(f"{prefix}{dotted}: there is no such option. {remedy}")
   return known[name]
 
 
-def check_name(dotted: str) -> None:
+def check_name(dotted: str, prefix: str = FLAG) -> None:
   """Raises ConfigError, with the nearest valid name, unless `dotted` is a field.
 
   For a router option only the router is checked, so that jax is not imported.
+
+  Args:
+    dotted: the name to check.
+    prefix: of the flag by which it was given.
   """
   known = field_types()
   if dotted in known or is_router_option(dotted):
@@ -122,26 +129,26 @@ def check_name(dotted: str) -> None:
   section, _, leaf = dotted.rpartition(".")
   if section == "moe" and leaf in _MOVED_TO_ROUTERS:
     new, routers = _MOVED_TO_ROUTERS[leaf]
-    flags = [f"--config.moe.{router}.{new}" for router in routers.split()]
+    flags = [f"{prefix}moe.{router}.{new}" for router in routers.split()]
     remedy = f"It is an option of a router: {' or '.join(flags)}."
   elif section == "moe" and leaf in ROUTERS:
     remedy = "It is a group of options; --list=routers shows them."
   elif under:
-    remedy = f"It is a group of fields; set one, for example --config.{under[0]}."
+    remedy = f"It is a group of fields; set one, for example {prefix}{under[0]}."
   else:
-    remedy = did_you_mean("--config." + dotted, _flags_near(dotted, known))
-  raise ConfigError(f"--config.{dotted}: there is no such field. {remedy}")
+    remedy = did_you_mean(prefix + dotted, _flags_near(dotted, known, prefix))
+  raise ConfigError(f"{prefix}{dotted}: there is no such field. {remedy}")
 
 
-def _flags_near(dotted: str, known: Mapping[str, Any]) -> list[str]:
+def _flags_near(dotted: str, known: Mapping[str, Any], prefix: str) -> list[str]:
   """Returns flags to suggest: the leaf elsewhere, else the section, else all."""
   section, _, leaf = dotted.rpartition(".")
   if section.startswith("moe."):  # The misspelt part is the router.
-    return [f"--config.moe.{router}.{leaf}" for router in ROUTERS]
+    return [f"{prefix}moe.{router}.{leaf}" for router in ROUTERS]
   siblings = [n for n in known if n.rpartition(".")[0] == section]
   # The right leaf in the wrong section is closer than any similar sibling.
   namesakes = [n for n in known if n.rpartition(".")[2] == leaf]
-  return ["--config." + n for n in namesakes or siblings or known]
+  return [prefix + n for n in namesakes or siblings or known]
 
 
 def get_field(config: Config, dotted: str) -> Any:
@@ -201,22 +208,27 @@ def expected(dotted: str) -> str:
   return f"expected {WORDS[kind]}" + (" or none" if optional else "")
 
 
-def parse_value(dotted: str, text: str) -> Any:
+def parse_value(dotted: str, text: str, prefix: str = FLAG) -> Any:
   """Parses a field's value from the command line.
+
+  Args:
+    dotted: name of the field.
+    text: its value.
+    prefix: of the flag by which it was given, for errors.
 
   Raises:
     ConfigError: no such field, or the text is not a value of its type.
   """
-  check_name(dotted)
+  check_name(dotted, prefix)
   if is_router_option(dotted):
-    return _option(dotted).parse(f"--config.{dotted}", text)
+    return _option(dotted, prefix).parse(prefix + dotted, text)
   kind, optional = field_types()[dotted]
   if optional and text.strip().lower() == "none":
     return None
   try:
     return parse_plain(kind, text)
   except ValueError:
-    raise ConfigError(f"--config.{dotted}={text}: {expected(dotted)}.") from None
+    raise ConfigError(f"{prefix}{dotted}={text}: {expected(dotted)}.") from None
 
 
 def to_dict(config: Config) -> dict[str, Any]:

@@ -1,0 +1,74 @@
+"""Runs a Python file that describes something: a config, or a sweep.
+
+A file may import what it likes and fail in any way; the error is one line that names the
+file and the line in it.
+"""
+
+import importlib.util
+import pathlib
+import traceback
+import types
+from typing import TypeVar
+
+from moejax.errors import ConfigError
+
+_T = TypeVar("_T")
+
+
+def load(
+  flag: str, file: pathlib.Path, function: str, kind: type[_T], example: str
+) -> tuple[_T, types.ModuleType]:
+  """Runs a file and returns what its function returns, unchecked, and its module.
+
+  Args:
+    flag: as given, such as `--config=mine.py`.
+    file: an existing file.
+    function: name of the function that it must have, without arguments.
+    kind: class of what the function returns.
+    example: where an example is, for the error.
+
+  Raises:
+    ConfigError: the file fails, or the function does not return a `kind`.
+  """
+  spec = importlib.util.spec_from_file_location("moejax_described", file)
+  if spec is None or spec.loader is None:
+    raise ConfigError(f"{flag}: not a Python file (its name must end in .py).")
+  module = importlib.util.module_from_spec(spec)
+  try:
+    spec.loader.exec_module(module)
+    make = getattr(module, function, None)
+    found = make() if callable(make) else None
+  except (ConfigError, KeyboardInterrupt):
+    raise
+  except BaseException as error:
+    # Not only Exception: a file that calls sys.exit must not end the program silently.
+    raise ConfigError(f"{flag} {_failure(error, file)}") from error
+  if not isinstance(found, kind):
+    raise ConfigError(
+      f"{flag}: it needs a function {function}() that returns a "
+      f"{_public_name(kind)}, and it "
+      + ("returns a " + type(found).__name__ if callable(make) else "has none")
+      + f". See {example}."
+    )
+  return found, module
+
+
+def _public_name(kind: type) -> str:
+  """Returns a class by the name that a file imports: `moejax.config.Config`."""
+  module = kind.__module__.removesuffix(".schema")
+  return f"{module}.{kind.__name__}"
+
+
+def _failure(error: BaseException, file: pathlib.Path) -> str:
+  """Returns where and why a file fails, in one line."""
+  if isinstance(error, SyntaxError):
+    text = f": {error.text.strip()}" if error.text else ""
+    return f"fails at {error.filename}:{error.lineno}: SyntaxError: {error.msg}{text}"
+  # The innermost line of the file itself: the error may be deep in a library.
+  frames = traceback.extract_tb(error.__traceback__)
+  own = [frame.lineno for frame in frames if frame.filename == str(file)]
+  where = f"{file}:{own[-1]}" if own else str(file)
+  if isinstance(error, SystemExit):
+    return f"leaves the program at {where} ({error.code!r}). Such a file only describes."
+  words = " ".join(str(error).split())
+  return f"fails at {where}: {type(error).__name__}{f': {words}' if words else ''}"

@@ -1,0 +1,287 @@
+r"""Run every combination of some settings, and report what they show.
+
+  python -m experiments.sweep --config=default --workdir=runs/ec --seeds=3 \
+    --sweep.moe.num_experts=8,16,32 --sweep.moe.capacity_factor=1,1.25,2,none [--dry_run]
+
+Each --sweep.SECTION.FIELD=A,B,C is an axis, and all axes are multiplied; all flags
+--zip.SECTION.FIELD=A,B,C together are one axis. An option of a router,
+--sweep.moe.ROUTER.OPTION=..., multiplies only the points with that router. --config.X=V
+changes the base config of all runs. Every point is checked as a single run is, before
+anything starts. The same command, or --workdir alone, goes on with a stopped sweep.
+
+--spec=FILE reads a Python file with a docstring and a function get_sweep() that returns
+a moejax.sweep.spec.Spec: what flags say, and named variants and conditions. Flags beside
+it win: --config replaces its base, --config.X changes it, --sweep.X replaces its axis of
+X or adds one, --zip.X the same; --seeds, --match, --match_by and --isoflop replace its
+own.
+
+docs/sweeps.md has examples. Exit codes: 0 done, 1 a run failed, 2 invalid input.
+"""
+
+import dataclasses
+import math
+import pathlib
+import shutil
+
+from absl import flags
+
+from moejax import files
+from moejax.cli import dotted, python_file
+from moejax.cli import flags as cli
+from moejax.errors import ConfigError, UserError
+from moejax.run import compilation_cache
+
+_EXECUTORS = ("local", "slurm", "print")
+_SPLITS = ("train", "validation", "test")
+
+
+def define_flags() -> None:
+  """Defines the program's flags."""
+  _define_what()
+  _define_how()
+  dotted.define_prefix("sweep", "FIELD=A,B,C is an axis: all its values, times others.")
+  dotted.define_prefix("zip", "FIELD=A,B,C: all such flags together are one axis.")
+
+
+def _define_what() -> None:
+  flags.DEFINE_string("spec", None, "Python file that describes the sweep.")
+  flags.DEFINE_integer(
+    "seeds", None, "Seeds 0 to N-1 of each point; default one.", 1, 100_000
+  )
+  flags.DEFINE_string(
+    "match", None, "active_flops: every point costs as much per token as the base config."
+  )
+  flags.DEFINE_string(
+    "match_by", None, "The field that is solved for --match; default moe.hidden."
+  )
+  flags.DEFINE_string(
+    "isoflop", None, "Training budgets in FLOPs, such as 1e13,3e13; solves the steps."
+  )
+  flags.DEFINE_bool(
+    "skip_impossible", False, "Leave out points that a single run would refuse."
+  )
+  flags.DEFINE_bool(
+    "dry_run", False, "Print every run with its size, FLOPs, memory and time, and stop."
+  )
+
+
+def _define_how() -> None:
+  flags.DEFINE_integer("jobs", 1, "Runs at once.", 1, 4096)
+  flags.DEFINE_enum(
+    "executor", "local", _EXECUTORS, "Where runs start; print only prints commands."
+  )
+  flags.DEFINE_integer(
+    "devices_per_run", None, "Devices of each run; default what --jobs leaves.", 1, 65_536
+  )
+  flags.DEFINE_bool("status", False, "Print the state of every run, and stop.")
+  flags.DEFINE_bool("retry_failed", False, "Start failed runs again.")
+  flags.DEFINE_bool(
+    "allow_changes", False, "Go on although the sweep or the code has changed."
+  )
+  flags.DEFINE_bool("evaluate", False, "Evaluate finished runs instead of training.")
+  flags.DEFINE_enum("split", "validation", _SPLITS, "With --evaluate: which documents.")
+  flags.DEFINE_string(
+    "eval_capacity_factor", None, "With --evaluate: capacity factors, e.g. 1,1.25,none."
+  )
+  flags.DEFINE_integer(
+    "time_steps", 0, "Afterwards time so many steps of each shape, alone.", 0, 100_000
+  )
+
+
+def main() -> int:
+  given = flags.FLAGS
+  if given.status:
+    return _status(_workdir())
+  if given.executor == "slurm" and shutil.which("sbatch") is None:
+    raise UserError(
+      "--executor=slurm: there is no sbatch on the PATH. Start the sweep where Slurm is "
+      "installed, or use --executor=local, or print for the commands alone."
+    )
+  if not given.dry_run:
+    _workdir()  # Refused before the slow imports.
+  # Here, because routers import jax: a mistake above costs no second.
+  from moejax.sweep import stored
+
+  if _is_described() or not given.workdir:
+    spec = get_spec()
+    points, skipped = _expand(spec)
+    values = stored.to_json(spec, points, skipped)
+  else:
+    _, points = stored.read(pathlib.Path(given.workdir))
+    skipped, values = [], _stored_values()
+  if given.dry_run:
+    _show(points, skipped)
+    return 0
+  return _run(points, values)
+
+
+def _workdir() -> pathlib.Path:
+  if not flags.FLAGS.workdir:
+    raise UserError(
+      "--workdir=DIR is missing: give the directory of the sweep, or --dry_run."
+    )
+  return pathlib.Path(flags.FLAGS.workdir)
+
+
+def _is_described() -> bool:
+  """Returns whether this command line says what to run, not only where."""
+  given = flags.FLAGS
+  words = (given.spec, given.seeds, given.match, given.match_by, given.isoflop)
+  return bool(
+    any(word is not None for word in words)
+    or given.skip_impossible
+    or given["config"].present
+    or cli.given()
+    or cli.overrides()
+  )
+
+
+def _stored_values() -> dict:
+  """Returns spec.json as it would be written now, by the code that runs now."""
+  from moejax.run import provenance
+  from moejax.sweep.spec import SPEC_FILE
+
+  values = files.read_json(_workdir() / SPEC_FILE)
+  return values | {"revision": provenance.revision()}
+
+
+# --------------------------------------------------------------------------------- spec
+
+
+def get_spec():
+  """Returns the specification of this command line; see the module's docstring.
+
+  Raises:
+    ConfigError: the file or a flag cannot be used.
+  """
+  from moejax.sweep import axes
+  from moejax.sweep.spec import Spec
+
+  given = flags.FLAGS
+  varied = axes.parse([(flag.prefix, flag.name, flag.text) for flag in cli.given()])
+  if given.spec is None:
+    base = cli.get_unchecked_config()
+    spec = Spec(base=base, seeds=(base.train.seed,))
+  else:
+    spec = _load_spec(given.spec)
+    replaced = given["config"].present
+    base = cli.get_unchecked_config(None if replaced else spec.base)
+  changes: dict = {"base": base, "axes": _joined(spec.axes, varied)}
+  if given.seeds is not None:
+    changes["seeds"] = tuple(range(given.seeds))
+  if given.match is not None:
+    changes["match"] = given.match
+  if given.match_by is not None:
+    changes["match_by"] = given.match_by
+  if given.isoflop is not None:
+    changes["isoflop"] = _budgets(given.isoflop)
+  if given.skip_impossible:
+    changes["skip_impossible"] = True
+  spec = dataclasses.replace(spec, **changes)
+  if given.match_by is not None and not spec.match:
+    raise ConfigError(
+      f"--match_by={given.match_by}: nothing is matched. Add --match=active_flops."
+    )
+  return spec
+
+
+def _load_spec(path: str):
+  from moejax.sweep.spec import Spec
+
+  file = pathlib.Path(path)
+  if not file.is_file():
+    what = "is a directory" if file.is_dir() else "no such file"
+    raise ConfigError(f"--spec={path}: {what}. Give a Python file with get_sweep().")
+  spec, module = python_file.load(
+    f"--spec={path}", file, "get_sweep", Spec, "docs/sweeps.md"
+  )
+  notes = spec.notes or (module.__doc__ or "").strip()
+  title = spec.title or notes.partition("\n")[0].rstrip(".")
+  return dataclasses.replace(spec, notes=notes, title=title)
+
+
+def _joined(own: tuple, given: tuple) -> tuple:
+  """Returns a file's axes with those of flags, which replace the axis of their fields."""
+  by_fields = {frozenset(axis.fields): axis for axis in own}
+  return tuple((by_fields | {frozenset(a.fields): a for a in given}).values())
+
+
+def _budgets(text: str) -> tuple[float, ...]:
+  from moejax.sweep.budget import check_budget
+
+  found = []
+  for word in text.split(","):
+    try:
+      found.append(float(word))
+    except ValueError:
+      found.append(math.nan)
+    if math.isnan(found[-1]):
+      raise ConfigError(
+        f"--isoflop={text}: expected numbers of FLOPs, such as --isoflop=1e13,3e13."
+      )
+    check_budget(found[-1])
+  return tuple(found)
+
+
+def _expand(spec) -> tuple[list, list]:
+  from moejax.sweep.points import expand
+
+  expansion = expand(spec)
+  return expansion.points, expansion.skipped
+
+
+# ---------------------------------------------------------------------------- what to do
+
+
+def _show(points: list, skipped: list) -> None:
+  from moejax.cli import sweep_table
+  from moejax.sweep import predict
+
+  given = flags.FLAGS
+  workdir = pathlib.Path(given.workdir) if given.workdir else None
+  rate = predict.choose_rate(workdir, points)
+  found = predict.predict(points, rate, devices_per_run=given.devices_per_run or 1)
+  seconds = predict.sweep_seconds(found, rate, predict.slots(rate, given.jobs))
+  sweep_table.show(found, skipped, rate=rate, seconds=seconds, jobs=given.jobs)
+
+
+def _status(workdir: pathlib.Path) -> int:
+  from moejax.sweep import schedule  # pyright: ignore
+
+  return schedule.status(workdir, num_jobs=flags.FLAGS.jobs)
+
+
+def _run(points: list, values: dict) -> int:
+  from moejax.sweep import (
+    schedule,  # pyright: ignore
+    stored,
+  )
+
+  given = flags.FLAGS
+  options = schedule.Options(
+    jobs=given.jobs,
+    executor=given.executor,
+    retry_failed=given.retry_failed,
+    devices_per_run=given.devices_per_run,
+    allow_changes=given.allow_changes,
+    compilation_cache=given[compilation_cache.FLAG].value,
+    evaluate=given.evaluate,
+    split=given.split,
+    eval_capacity_factor=given.eval_capacity_factor,
+    time_steps=given.time_steps,
+  )
+  return schedule.run(
+    _workdir(), points, options=options, spec=values, differences=stored.differences
+  )
+
+
+def run() -> None:
+  """Runs the program."""
+  cli.define_config()
+  compilation_cache.define_flag()
+  define_flags()
+  cli.run(main)
+
+
+if __name__ == "__main__":
+  run()

@@ -1,0 +1,290 @@
+"""The command line of a sweep: what flags say, and one line for each mistake."""
+
+import json
+
+import pytest
+from absl import flags
+from absl.testing import flagsaver
+
+from configs import default
+from moejax.cli import dotted, sweep, sweep_table
+from moejax.cli import flags as cli
+from moejax.errors import UserError
+from moejax.run import compilation_cache
+from moejax.sweep import axes, stored
+from moejax.sweep.points import expand
+from moejax.sweep.spec import SPEC_FILE, Spec
+
+OWN: list[str] = []
+"""Names of the program's flags."""
+
+
+@pytest.fixture(autouse=True)
+def _flags():
+  """Flags as the program has them, gone afterwards: other programs define some too."""
+  cli.define_config()
+  before = set(flags.FLAGS)
+  compilation_cache.define_flag()
+  sweep.define_flags()
+  OWN[:] = [*set(flags.FLAGS) - before, "config", "workdir", "list"]
+  with flagsaver.flagsaver():
+    yield
+    for name in set(flags.FLAGS) - before:
+      delattr(flags.FLAGS, name)
+    dotted.forget_prefixes()
+    flags.FLAGS["config"].unparse()
+    cli.parse(["program"])
+  flags.FLAGS.mark_as_parsed()
+
+
+@pytest.fixture(autouse=True)
+def _quick(monkeypatch):
+  """No product is timed."""
+  monkeypatch.setattr("moejax.sweep.predict.product_speed", lambda: 1e11)
+
+
+def parse(*words: str) -> None:
+  """As a new process: no flag keeps the value of the line before."""
+  for name in OWN:
+    flags.FLAGS[name].unparse()
+  cli.parse(["program", *words])
+
+
+def main(*words: str) -> int:
+  parse(*words)
+  return sweep.main()
+
+
+def spec_of(*words: str) -> Spec:
+  parse(*words)
+  return sweep.get_spec()
+
+
+def refused(*words: str) -> str:
+  with pytest.raises(UserError) as caught:
+    main(*words)
+  assert "\n" not in str(caught.value) and caught.value.exit_code == 2
+  return str(caught.value)
+
+
+def test_flags_make_the_specification():
+  """Axes in the order of the line, the base with its overrides, N seeds from 0."""
+  found = spec_of(
+    "--sweep.moe.num_experts=8,16",
+    "--zip.model.num_layers=2,4",
+    "--config.model.qk_norm",
+    "--sweep.moe.capacity_factor",
+    "1,none",
+    "--zip.model.hidden=64,128",
+    "--seeds=2",
+    "--match=active_flops",
+    "--isoflop=1e13,3e13",
+  )
+  base = default.get_config()
+  base.model.qk_norm = True
+  assert found == Spec(
+    base=base,
+    axes=(
+      axes.product("moe.num_experts", 8, 16),
+      axes.together({"model.num_layers": [2, 4], "model.hidden": [64, 128]}),
+      axes.product("moe.capacity_factor", 1.0, None),
+    ),
+    seeds=(0, 1),
+    match="active_flops",
+    isoflop=(1e13, 3e13),
+  )
+
+
+def test_without_seeds_there_is_the_one_of_the_config():
+  assert spec_of("--config.train.seed=7").seeds == (7,)
+
+
+def test_the_base_need_not_be_possible():
+  """Only points are runs: here top2 needs the two choices that an axis gives."""
+  code = main("--dry_run", "--config.moe.router=top2", "--sweep.moe.num_selected=2")
+  assert code == 0
+
+
+SPEC = '''"""Experts and depth.
+
+What pays?
+"""
+
+from configs import default
+from moejax.sweep import axes
+from moejax.sweep.spec import Spec
+
+
+def get_sweep():
+  return Spec(
+    base=default.get_config(),
+    axes=(axes.product("moe.num_experts", 4, 8), axes.product("moe.jitter", 0.0, 0.1)),
+    variants={"deep": {"model.num_layers": 8}, "flat": {"model.num_layers": 2}},
+    conditions=(lambda c: c.moe.num_experts < 32,),
+    seeds=(3, 4),
+  )
+'''
+
+
+@pytest.fixture
+def spec_file(tmp_path):
+  file = tmp_path / "mine.py"
+  file.write_text(SPEC)
+  return file
+
+
+def test_a_file_says_what_flags_say_and_more(spec_file):
+  """Its docstring becomes title and notes; variants and conditions are kept."""
+  found = spec_of(f"--spec={spec_file}")
+  assert (found.title, found.notes) == (
+    "Experts and depth",
+    "Experts and depth.\n\nWhat pays?",
+  )
+  assert found.seeds == (3, 4) and list(found.variants) == ["deep", "flat"]
+  assert len(expand(found).points) == 2 * 2 * 2 * 2
+
+
+def test_flags_beside_a_file_win(spec_file):
+  """They replace its axis of the same field, add others, and change its base."""
+  found = spec_of(
+    f"--spec={spec_file}",
+    "--sweep.moe.num_experts=16,64",
+    "--sweep.moe.capacity_factor=1,2",
+    "--config.train.batch_size=8",
+    "--seeds=1",
+  )
+  assert found.axes == (
+    axes.product("moe.num_experts", 16, 64),
+    axes.product("moe.jitter", 0.0, 0.1),
+    axes.product("moe.capacity_factor", 1.0, 2.0),
+  )
+  assert found.base.train.batch_size == 8 and found.seeds == (0,)
+  assert len(found.conditions) == 1
+
+
+def test_a_config_beside_a_file_replaces_its_base(spec_file, tmp_path):
+  other = tmp_path / "other.py"
+  other.write_text(
+    "from moejax.config import Config, TrainConfig\n\n"
+    "def get_config():\n  return Config(train=TrainConfig(batch_size=2))\n"
+  )
+  found = spec_of(f"--spec={spec_file}", f"--config={other}")
+  assert found.base.train.batch_size == 2
+
+
+def test_a_dry_run_prints_every_run_and_writes_nothing(tmp_path, capsys):
+  """Also into a directory that is not there; totals below, and what time rests on."""
+  workdir = tmp_path / "new"
+  code = main(
+    "--dry_run",
+    f"--workdir={workdir}",
+    "--seeds=2",
+    "--jobs=2",
+    "--sweep.moe.num_experts=8,16",
+  )
+  out = capsys.readouterr().out
+  assert code == 0 and not workdir.exists() and not list(tmp_path.iterdir())
+  for experts in (8, 16):
+    for seed in (0, 1):
+      assert f" num_experts={experts},seed={seed} " in out
+  # 4,730,880 FLOPs of 2,048 tokens in 500 steps, at 30 GFLOP/s: 161 s.
+  assert "4,730,880" in out and "2 min 41 s" in out and "4.844e+12" in out
+  assert "--jobs=2: 4 runs in 10 min 47 s" in out
+  assert "30% of a float32 matrix product" in out
+
+
+def test_a_dry_run_lists_what_it_leaves_out(capsys):
+  main(
+    "--dry_run",
+    "--skip_impossible",
+    "--config.moe.router=top_k",
+    "--sweep.moe.num_selected=1,16",
+  )
+  out = capsys.readouterr().out
+  assert "Left out, 1 impossible:" in out and "  num_selected=16: --config.moe" in out
+
+
+def test_a_directory_alone_means_the_sweep_in_it(tmp_path, capsys):
+  """So that --dry_run, --status and going on need no flags again."""
+  spec = spec_of("--sweep.moe.num_experts=8,16", "--seeds=2")
+  values = stored.to_json(spec, expand(spec).points)
+  (tmp_path / SPEC_FILE).write_text(json.dumps(values))
+  assert main(f"--workdir={tmp_path}", "--dry_run") == 0
+  assert "num_experts=16,seed=1" in capsys.readouterr().out
+  assert "holds no sweep" in refused(f"--workdir={tmp_path / 'other'}", "--dry_run")
+
+
+AXIS = "--sweep.moe.num_experts=8,16"
+
+
+@pytest.mark.parametrize(
+  ("line", "part"),
+  [
+    ("--sweep.moe.num_expert=8", "Did you mean --sweep.moe.num_experts?"),
+    ("--swep.moe.num_experts=8", "Did you mean --sweep.moe.num_experts?"),
+    ("--zipp.moe.num_experts=8", "Did you mean --zip.moe.num_experts?"),
+    ("--sweep.moe.num_experts=", "the list is empty"),
+    ("--sweep.moe.num_experts", "no value given; expected a whole number"),
+    ("--nosweep.model.qk_norm", "write --sweep.model.qk_norm=VALUE"),
+    ("--sweep.moe.num_experts=8,8", "the same point twice"),
+    ("--sweep.moe.num_experts=8,x", "--sweep.moe.num_experts=x: expected a whole number"),
+    ("--sweep.data.cache_dir=a,b", "this field may not vary within a sweep"),
+    ("--zip.moe.num_experts=8,16 --zip.moe.hidden=64", "has 2 values and"),
+    ("--sweep.moe.num_selected=1,16", "point num_selected=16: --config.moe"),
+    (f"{AXIS} --seeds=0", "--seeds"),
+    (f"{AXIS} --seeds=x", "--seeds"),
+    (f"{AXIS} --match=flops", "--match=flops is unknown. Choose from active_flops."),
+    (f"{AXIS} --match_by=moe.hidden", "nothing is matched. Add --match=active_flops."),
+    ("--sweep.moe.num_experts=9999 --match=active_flops", "The nearest reachable is 1"),
+    (f"{AXIS} --isoflop=1e5", "The nearest reachable budget is "),
+    (f"{AXIS} --isoflop=much", "expected numbers of FLOPs"),
+    (f"{AXIS} --isoflop=", "expected numbers of FLOPs"),
+    (f"{AXIS} --isoflop=-1e13", "a budget is a number of FLOPs above 0"),
+    (f"{AXIS} --spec=nowhere.py", "--spec=nowhere.py: no such file"),
+    (f"{AXIS} --spec=configs/default.py", "needs a function get_sweep() that returns a"),
+    (f"{AXIS} --executor=slrm", "--executor=slrm"),
+    (f"{AXIS} --executor=slurm", "there is no sbatch on the PATH"),
+    (f"{AXIS} --jobs=0", "--jobs"),
+    (f"{AXIS} --devices_per_run=0", "--devices_per_run"),
+    ("--config.moe.num_experts=0", "--config.moe.num_experts=0 must be at least 1"),
+    ("--config=nowhere", "no such file"),
+  ],
+)
+def test_a_mistake_is_one_line_and_starts_nothing(line, part, tmp_path, monkeypatch):
+  """Exit code 2, and the directory of the sweep is not even made."""
+  monkeypatch.setenv("PATH", "")
+  assert part in refused(f"--workdir={tmp_path / 'new'}", *line.split())
+  assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("what", ["", "--status", "--evaluate"])
+def test_a_directory_is_needed_unless_nothing_is_written(what):
+  assert "--workdir=DIR is missing" in refused(AXIS, *what.split())
+
+
+def test_a_file_that_fails_names_its_line(tmp_path):
+  file = tmp_path / "mine.py"
+  file.write_text("def get_sweep():\n  return 1 / 0\n")
+  assert f"fails at {file}:2: ZeroDivisionError" in refused(f"--spec={file}", "--dry_run")
+
+
+def test_other_programs_do_not_take_an_axis():
+  """A prefix belongs to the program that defined it."""
+  dotted.forget_prefixes()
+  with pytest.raises(UserError, match="--sweep.moe.num_experts: there is no such flag"):
+    cli.parse(["program", AXIS])
+
+
+@pytest.mark.parametrize(
+  ("value", "text"),
+  [(0.5, "0.5 s"), (59.4, "59 s"), (61, "1 min 01 s"), (7500, "2 h 05 min")],
+)
+def test_times_are_read_at_a_glance(value, text):
+  assert sweep_table.duration(value) == text
+
+
+@pytest.mark.parametrize(
+  ("value", "text"), [(999, "999"), (999_600, "1M"), (1.5e6, "1.5M"), (2e12, "2T")]
+)
+def test_counts_have_three_digits(value, text):
+  assert sweep_table.short(value) == text
