@@ -24,7 +24,8 @@ class DataConfig:
   """Where text comes from and how it becomes batches."""
 
   name: str = "python_stdlib"
-  """python_stdlib (embedded), text (your own, with path), or a TFDS name such as lm1b."""
+  """python_stdlib or python_packages (embedded), text (your own, with path), or a TFDS
+  name such as lm1b."""
   path: str = ""
   """name=text: a folder, a file, .jsonl, each also .gz .xz .zst. With a TFDS name: the
   directory of the prepared dataset, if not TFDS's own."""
