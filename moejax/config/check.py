@@ -135,9 +135,9 @@ def _text_has_a_path(c: Config) -> str | None:
       "--config.data.name=text needs --config.data.path: a folder, a file or .jsonl. "
       "Or leave the name out and train on the embedded python_stdlib."
     )
-  if c.data.name == "python_stdlib" and c.data.path:
+  if c.data.name in ("python_stdlib", "python_packages") and c.data.path:
     return (
-      f"--config.data.path={c.data.path} is not read by python_stdlib. For your own text "
+      f"--config.data.path={c.data.path} is not read by {c.data.name}. For your own text "
       "add --config.data.name=text."
     )
   if not c.data.name:

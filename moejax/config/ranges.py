@@ -22,7 +22,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
   "moe.exchange": ("auto", "all_to_all", "ragged", "ring", "gspmd"),
   "moe.balance_counts": ("all", "first"),
   "moe.dispatcher": ("auto", "einsum", "gather", "grouped"),
-  "optimizer.name": ("adamw", "adafactor", "lion"),
+  "optimizer.name": ("adamw", "adafactor", "lion", "muon"),
   "mesh.slice_axis": ("data", "fsdp", "expert", "tensor"),
   "optimizer.schedule": ("cosine", "linear", "inverse_sqrt", "constant_decay"),
 }
@@ -126,6 +126,9 @@ RANGES: dict[str, Range] = {
   "optimizer.beta1": _BELOW_ONE,
   "optimizer.beta2": _BELOW_ONE,
   "optimizer.epsilon": _positive(1, "it only keeps a division finite"),
+  "optimizer.momentum": _BELOW_ONE,
+  "optimizer.newton_schulz_steps": count(1, 64, "five are enough"),
+  "optimizer.update_rms": _positive(10, "a step moves a weight by about rate times this"),
   "optimizer.weight_decay": Range(
     0,
     100,

@@ -24,7 +24,8 @@ class DataConfig:
   """Where text comes from and how it becomes batches."""
 
   name: str = "python_stdlib"
-  """python_stdlib (embedded), text (your own, with path), or a TFDS name such as lm1b."""
+  """python_stdlib or python_packages (embedded), text (your own, with path), or a TFDS
+  name such as lm1b."""
   path: str = ""
   """name=text: a folder, a file, .jsonl, each also .gz .xz .zst. With a TFDS name: the
   directory of the prepared dataset, if not TFDS's own."""
@@ -209,7 +210,7 @@ class MoEConfig:
 @dataclass(kw_only=True, slots=True)
 class OptimizerConfig:
   name: str = "adamw"
-  """adamw, adafactor or lion."""
+  """adamw, adafactor, lion, or muon (hidden matrices; AdamW for the rest)."""
   learning_rate: float = 1e-3
   """At the peak of the schedule."""
   schedule: str = "cosine"
@@ -222,6 +223,13 @@ class OptimizerConfig:
   beta1: float = 0.9
   beta2: float = 0.95
   epsilon: float = 1e-8
+  momentum: float = 0.95
+  """Muon: Nesterov momentum of the hidden matrices."""
+  newton_schulz_steps: int = 5
+  """Muon: iterations that make an update orthogonal."""
+  update_rms: float = 0.2
+  """Muon: root mean square of an update of learning rate 1; 0.2 is about AdamW's, so that
+  both share one learning rate."""
   weight_decay: float = 0.1
   """Decoupled; applied to matrices only, not to norms, biases or embeddings."""
   clip_norm: float = 1.0

@@ -17,7 +17,7 @@ from moejax.cost import parameters
 from moejax.errors import UserError
 
 _BYTES = {"float32": 4, "bfloat16": 2}
-_MOMENTS = {"adamw": 2, "lion": 1, "adafactor": 0}
+_MOMENTS = {"adamw": 2, "lion": 1, "adafactor": 0, "muon": 1}
 """float32 copies of the parameters; adafactor keeps only row and column moments."""
 
 _CGROUP = pathlib.Path("/sys/fs/cgroup")

@@ -34,6 +34,8 @@ def reason(collective: Collective, config: Config, platform: str = "") -> str:
       return _all_reduce(axes, collective, small, platform)
     case "all-gather" if axes == {"fsdp"}:
       return "weights for use"
+    case "all-gather" if axes == {"tensor"} and _is_muon(collective, config):
+      return "matrices for Newton-Schulz"
     case "reduce-scatter" if axes == {"fsdp"}:
       return "gradients of weights"
     case "all-to-all" | "ragged-all-to-all" if axes == {"expert"}:
@@ -44,6 +46,10 @@ def reason(collective: Collective, config: Config, platform: str = "") -> str:
     case "all-gather" | "reduce-scatter" if axes == {"expert"}:
       return _over_experts(collective, config)
   return ""
+
+
+def _is_muon(collective: Collective, config: Config) -> bool:
+  return config.optimizer.name == "muon" and BY_HAND in collective.operation
 
 
 def _small(config: Config) -> int:

@@ -38,17 +38,19 @@ def rows_of(
   """
   across = config.mesh.slice_axis
   sizes = [n // slices if a == across else n for a, n in zip(AXES, sizes, strict=True)]
-  counts: collections.Counter[hlo.Collective] = collections.Counter()
+  counts: collections.Counter[tuple[hlo.Collective, str]] = collections.Counter()
   for found in hlo.Program(text).collectives(AXES, sizes, across):
-    counts[dataclasses.replace(found, count=1, operation="")] += found.count
+    # The operation has a name per call and would keep rows apart; the purpose needs it.
+    purpose = intended.reason(found, config, platform)
+    counts[dataclasses.replace(found, count=1, operation=""), purpose] += found.count
   rows = [
     dataclasses.asdict(found)
     | {
       "count": count,
       "bytes_per_chip": count * found.wire_bytes,
-      "purpose": intended.reason(found, config, platform),
+      "purpose": purpose,
     }
-    for found, count in counts.items()
+    for (found, purpose), count in counts.items()
   ]
   return sorted(rows, key=lambda row: -row["bytes_per_chip"])
 

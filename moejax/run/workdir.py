@@ -295,6 +295,6 @@ def _refuse_data(path: Path, name: str, fingerprint: str | None) -> None:
     raise ConfigError(
       f"--workdir={path} was begun on other data: the {name.replace('_', ' ')} was "
       f"{begun_with} and is now {fingerprint}, with the same --config.data. Restore the "
-      "files as they were (the standard library's text differs between Python "
-      "versions), or choose another --workdir."
+      "files as they were (python_stdlib varies with the Python version, python_packages "
+      "with the installed packages), or choose another --workdir."
     )

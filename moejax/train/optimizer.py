@@ -26,6 +26,7 @@ from jaxtyping import Array, Float, Int
 from moejax.config import OptimizerConfig
 from moejax.errors import ConfigError
 from moejax.models import trained as trained_lib
+from moejax.train.muon import muon
 from moejax.types import Params
 
 Schedule = Callable[[Int[Array, ""]], Float[Array, ""]]
@@ -87,11 +88,11 @@ def _float32(params: Params) -> Params:
   return jax.tree.map(lambda p: p.astype(jnp.float32), params)
 
 
-def _adamw(config: OptimizerConfig) -> optax.GradientTransformation:
+def _adamw(config: OptimizerConfig, axes: Params) -> optax.GradientTransformation:
   return optax.scale_by_adam(config.beta1, config.beta2, config.epsilon)
 
 
-def _adafactor(config: OptimizerConfig) -> optax.GradientTransformation:
+def _adafactor(config: OptimizerConfig, axes: Params) -> optax.GradientTransformation:
   # beta1, beta2 and epsilon are not used: the factored second moment has its own
   # decay 1 - t^-0.8, and by design there is no first moment. The step is relative
   # to the parameter's scale, so 1e-2 is a usual rate.
@@ -102,14 +103,17 @@ def _adafactor(config: OptimizerConfig) -> optax.GradientTransformation:
   )
 
 
-def _lion(config: OptimizerConfig) -> optax.GradientTransformation:
+def _lion(config: OptimizerConfig, axes: Params) -> optax.GradientTransformation:
   return optax.scale_by_lion(config.beta1, config.beta2)
 
 
-OPTIMIZERS: dict[str, Callable[[OptimizerConfig], optax.GradientTransformation]] = {
+OPTIMIZERS: dict[
+  str, Callable[[OptimizerConfig, Params], optax.GradientTransformation]
+] = {
   "adamw": _adamw,
   "adafactor": _adafactor,
   "lion": _lion,
+  "muon": muon,
 }
 
 
@@ -131,9 +135,9 @@ def make_optimizer(
     raise ConfigError(
       f"--config.optimizer.name={config.name} is unknown: one of {', '.join(OPTIMIZERS)}."
     )
-  transform = OPTIMIZERS[config.name](config)
+  learned, _ = trained_lib.split(axes, trained)
+  transform = OPTIMIZERS[config.name](config, learned)
   if config.weight_decay:
-    learned, _ = trained_lib.split(axes, trained)
     decay = optax.add_decayed_weights(config.weight_decay, mask=decay_mask(learned))
     transform = optax.chain(transform, decay)
   return Optimizer(

@@ -52,11 +52,15 @@ class Corpus:
   left_out: tuple[Skipped, ...] = ()
   """Entries of the folder that are not files. Not part of the fingerprint."""
 
+  def locate(self, file: PurePath) -> Path:
+    """Returns the path of one of `files`."""
+    return self.root / file
+
   def read(self, file: PurePath) -> Iterator[Document | Skipped]:
     """Yields the documents of one file; a broken file ends with a `Skipped`."""
     name, domain = readable(file.as_posix()), readable(self.domain_of(file))
     try:
-      with open_text(self.root / file) as stream:
+      with open_text(self.locate(file)) as stream:
         if _plain_name(file).endswith(".jsonl"):
           yield from _read_lines(stream, name, domain, self.text_field)
         else:
@@ -82,7 +86,7 @@ class Corpus:
       # File names are bytes, and need not be UTF-8.
       total.update(names.encode("utf-8", "surrogateescape"))
       try:
-        with files_lib.open_regular(self.root / file) as stream:
+        with files_lib.open_regular(self.locate(file)) as stream:
           total.update(hashlib.file_digest(stream, "sha256").digest())
       except OSError as e:
         total.update(f"unreadable {e.errno}".encode())

@@ -1,13 +1,20 @@
 """Selects the source that a `DataConfig` names."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 from moejax.config import DataConfig
-from moejax.data.sources.corpus import local_corpus
+from moejax.data.sources.corpus import Corpus, local_corpus
 from moejax.data.sources.local import LocalSource
+from moejax.data.sources.packages import packages_corpus
 from moejax.data.sources.stdlib import stdlib_corpus
 from moejax.data.types import LOCAL, Source
 from moejax.errors import ConfigError
+
+_EMBEDDED: dict[str, Callable[[], Corpus]] = {
+  "python_stdlib": stdlib_corpus,
+  "python_packages": packages_corpus,
+}
 
 
 def make_source(config: DataConfig, root: Path) -> Source:
@@ -16,13 +23,13 @@ def make_source(config: DataConfig, root: Path) -> Source:
     from moejax.data.sources.catalogue import TfdsSource
 
     return TfdsSource.find(config)
-  if config.name == "python_stdlib":
+  if config.name in _EMBEDDED:
     if config.path:
       raise ConfigError(
-        f"--config.data.path={config.path!r} means nothing to python_stdlib. For your"
+        f"--config.data.path={config.path!r} means nothing to {config.name}. For your"
         " own text add --config.data.name=text."
       )
-    corpus, flag = stdlib_corpus(), "--config.data.name=python_stdlib"
+    corpus, flag = _EMBEDDED[config.name](), f"--config.data.name={config.name}"
   else:
     corpus = local_corpus(config.path, config.text_field)
     flag = f"--config.data.path={config.path!r}"

@@ -1,0 +1,133 @@
+"""python_packages: the source text of the packages installed beside moejax.
+
+The standard library is too small for many experts; its users have more Python on disk
+anyway, under free licenses and without a download. Read are the distributions in the
+site-packages of the running interpreter, as their RECORD files list them, so that
+neither stray files nor the order of a file system matter. The text varies with what is
+installed: the fingerprint covers every name, version and byte.
+
+Source of RECORD and direct_url.json: packaging.python.org/specifications,
+"Recording installed projects" and "Recording the Direct URL Origin".
+"""
+
+import dataclasses
+import importlib.metadata
+import json
+import re
+import sysconfig
+from collections.abc import Iterable, Mapping
+from pathlib import Path, PurePath
+
+from moejax.data import cache
+from moejax.data.sources.corpus import Corpus
+from moejax.data.types import Skipped
+from moejax.errors import UserError
+
+_OWN = "moejax"
+
+_SKIPPED_FOLDERS = frozenset(("test", "tests", "_vendor", "vendor", "vendored"))
+"""Vendored copies differ from their originals in a few imports: unlike equal documents,
+they would be in other splits than those."""
+
+_GENERATED = ("_ops_gen.py", "_enum_gen.py", "_generated.py", "_pb2.py")
+
+_MAX_BYTES = 1_000_000
+"""Longer files are tables and generated code; the longest by hand has 0.7 MB."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PackagesCorpus(Corpus):
+  """Files of several folders, with the versions of their distributions."""
+
+  places: Mapping[PurePath, Path]
+  """Where each file is: pure and compiled packages can have folders of their own."""
+  versions: tuple[str, ...]
+  """NAME==VERSION of every distribution that is read, sorted."""
+
+  def locate(self, file: PurePath) -> Path:
+    return self.places[file]
+
+  def fingerprint(self) -> str:
+    return cache.digest(super().fingerprint(), self.versions)
+
+
+def packages_corpus(folders: Iterable[str] | None = None) -> PackagesCorpus:
+  """Returns the sources of the installed distributions, moejax and editable ones aside.
+
+  A document's domain is its distribution. Left out are tests, vendored copies,
+  generated code, empty files and files of more than 1 MB.
+
+  Args:
+    folders: where distributions are installed; None is the site-packages of the running
+      interpreter.
+
+  Raises:
+    UserError: less than a hundred sources are installed.
+  """
+  paths = sysconfig.get_paths()
+  where = list(dict.fromkeys(folders or (paths["purelib"], paths["platlib"])))
+  domains: dict[PurePath, str] = {}
+  places: dict[PurePath, Path] = {}
+  versions: list[str] = []
+  left_out: list[Skipped] = []
+  # The path decides between two versions of a name, which a broken update leaves.
+  found = importlib.metadata.distributions(path=where)
+  for name, version, distribution in sorted(
+    ((_canonical(d.name), d.version, d) for d in found), key=lambda item: item[:2]
+  ):
+    if name == _OWN or _is_editable(distribution):
+      continue
+    if distribution.read_text("RECORD") is None:
+      left_out.append(Skipped(name, "has no RECORD of its files"))
+      continue
+    num_before = len(places)
+    for listed in distribution.files or ():
+      file, path = PurePath(listed), Path(str(distribution.locate_file(listed)))
+      # The first distribution that lists a file owns it.
+      if file not in places and _is_wanted(file) and _has_usual_size(path):
+        places[file], domains[file] = path, name
+    if len(places) > num_before:
+      versions.append(f"{name}=={version}")
+  if len(places) < 100:
+    raise UserError(
+      f"--config.data.name=python_packages: found {len(places)} sources of installed"
+      f" packages in {', '.join(where)}. Install moejax with its requirements by pip, or"
+      " use --config.data.name=text --config.data.path=DIR."
+    )
+  return PackagesCorpus(
+    root=Path(where[0]),
+    files=tuple(sorted(places, key=lambda f: (domains[f], f.as_posix()))),
+    domain_of=domains.__getitem__,
+    left_out=tuple(left_out),
+    places=places,
+    versions=tuple(versions),
+  )
+
+
+def _canonical(name: str) -> str:
+  """Returns a distribution's name as PEP 503 normalises it."""
+  return re.sub(r"[-_.]+", "-", name).lower()
+
+
+def _is_editable(distribution: importlib.metadata.Distribution) -> bool:
+  text = distribution.read_text("direct_url.json")
+  try:
+    origin = json.loads(text or "{}")
+  except ValueError:
+    return False
+  info = origin.get("dir_info") if isinstance(origin, dict) else None
+  return isinstance(info, dict) and bool(info.get("editable"))
+
+
+def _is_wanted(file: PurePath) -> bool:
+  outside = file.is_absolute() or ".." in file.parts
+  skipped = _SKIPPED_FOLDERS.intersection(file.parts[:-1])
+  generated = file.name.endswith(_GENERATED)
+  return file.suffix == ".py" and not (outside or skipped or generated)
+
+
+def _has_usual_size(path: Path) -> bool:
+  try:
+    return 0 < path.stat().st_size <= _MAX_BYTES
+  except OSError:
+    return True  # A missing file, reported when it is read.
