@@ -246,14 +246,14 @@ def _show(points: list, skipped: list) -> None:
 
 
 def _status(workdir: pathlib.Path) -> int:
-  from moejax.sweep import schedule  # pyright: ignore
+  from moejax.sweep import schedule
 
   return schedule.status(workdir, num_jobs=flags.FLAGS.jobs)
 
 
 def _run(points: list, values: dict) -> int:
   from moejax.sweep import (
-    schedule,  # pyright: ignore
+    schedule,
     stored,
   )
 

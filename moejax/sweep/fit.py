@@ -159,9 +159,7 @@ def fit(
   tails = tails_of(level, num_points, freedom, by_points=resample == "points")
   bounds = np.quantile(draws, tails, axis=0) if len(draws) else ()
   if 0 < freedom < _FEW:
-    notes.append(
-      f"only {freedom} more settings than constants: intervals are too narrow"
-    )
+    notes.append(f"only {freedom} more settings than constants: intervals are too narrow")
   return Fit(
     law=dataclasses.replace(fitted, ranges=_ranges(rows)),
     fixed=problem.fixed_names,

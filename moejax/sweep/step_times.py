@@ -28,11 +28,11 @@ from moejax.cost.parameters import resolve_vocab_size
 from moejax.hlo import traffic
 from moejax.launch import host_memory
 from moejax.models.decoder import Decoder
+from moejax.models.loss import to_devices
 from moejax.plan.compile import CompiledStep, compile_step
 from moejax.platform import target_platform
 from moejax.run import compilation_cache, provenance
 from moejax.train import state as state_lib
-from moejax.train import step as step_lib
 from moejax.train.optimizer import make_optimizer
 
 WARMUP_STEPS = 3
@@ -62,7 +62,7 @@ class Stepper:
       trained=model.trained(),
     )
     self._state = state_lib.make_init(model, optimizer, mesh)(jax.random.key(0))
-    self._batch = step_lib.to_devices(random_batch(config, vocab_size), mesh)
+    self._batch = to_devices(random_batch(config, vocab_size), mesh)
     for _ in range(WARMUP_STEPS):
       self.seconds()
 
