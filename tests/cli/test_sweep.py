@@ -1,6 +1,8 @@
 """The command line of a sweep: what flags say, and one line for each mistake."""
 
 import json
+import subprocess
+import sys
 
 import pytest
 from absl import flags
@@ -288,3 +290,18 @@ def test_times_are_read_at_a_glance(value, text):
 )
 def test_counts_have_three_digits(value, text):
   assert sweep_table.short(value) == text
+
+
+def test_a_wrong_axis_is_refused_before_jax_is_imported():
+  """Its name, its values and its length are known at once."""
+  code = (
+    "import sys\nfrom absl import flags\nfrom moejax.cli import flags as cli, sweep\n"
+    "cli.define_config()\nsweep.define_flags()\n"
+    "for axis in ('num_expert=4', 'num_experts=4,x', 'num_experts='):\n"
+    "  try:\n"
+    "    cli.parse(['p', '--dry_run', '--sweep.moe.' + axis])\n    sweep.main()\n"
+    "  except cli.ConfigError:\n    print('jax' in sys.modules)\n"
+  )
+  command = [sys.executable, "-c", code]
+  result = subprocess.run(command, capture_output=True, text=True, timeout=60)
+  assert result.stdout == "False\n" * 3, result.stderr
