@@ -1,6 +1,8 @@
 """The command line of a sweep: what flags say, and one line for each mistake."""
 
 import json
+import pathlib
+import re
 import subprocess
 import sys
 
@@ -172,6 +174,16 @@ def test_a_config_beside_a_file_replaces_its_base(spec_file, tmp_path):
   )
   found = spec_of(f"--spec={spec_file}", f"--config={other}")
   assert found.base.train.batch_size == 2
+
+
+def test_the_file_in_the_docs_is_a_sweep(tmp_path):
+  """Ten settings, of which the dense twins are two, with three seeds."""
+  page = (pathlib.Path(__file__).parents[2] / "docs" / "sweeps.md").read_text()
+  (text,) = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+  (tmp_path / "docs.py").write_text(text)
+  found = expand(spec_of(f"--spec={tmp_path / 'docs.py'}")).points
+  assert len(found) == 30
+  assert sum(p.config.moe.dense_twin for p in found) == 6
 
 
 def test_a_dry_run_prints_every_run_and_writes_nothing(tmp_path, capsys):
