@@ -99,16 +99,7 @@ def main() -> int:
     )
   if not given.dry_run:
     _workdir()  # Refused before the slow imports.
-  # Here, because routers import jax: a mistake above costs no second.
-  from moejax.sweep import stored
-
-  if _is_described() or not given.workdir:
-    spec = get_spec()
-    points, skipped = _expand(spec)
-    values = stored.to_json(spec, points, skipped)
-  else:
-    _, points = stored.read(pathlib.Path(given.workdir))
-    skipped, values = [], _stored_values()
+  points, skipped, values = _points()
   if given.dry_run:
     _show(points, skipped)
     return 0
@@ -134,6 +125,22 @@ def _is_described() -> bool:
     or cli.given()
     or cli.overrides()
   )
+
+
+def _points() -> tuple[list, list, dict]:
+  """Returns the points, those left out, and the content of spec.json."""
+  if _is_described() or not flags.FLAGS.workdir:
+    spec = get_spec()
+    # Imported here, because it imports jax: a wrong flag costs no second.
+    from moejax.sweep import stored
+    from moejax.sweep.points import expand
+
+    found = expand(spec)
+    return found.points, found.skipped, stored.to_json(spec, found.points, found.skipped)
+  from moejax.sweep import stored
+
+  _, points = stored.read(_workdir())
+  return points, [], _stored_values()
 
 
 def _stored_values() -> dict:
@@ -221,13 +228,6 @@ def _budgets(text: str) -> tuple[float, ...]:
       )
     check_budget(found[-1])
   return tuple(found)
-
-
-def _expand(spec) -> tuple[list, list]:
-  from moejax.sweep.points import expand
-
-  expansion = expand(spec)
-  return expansion.points, expansion.skipped
 
 
 # ---------------------------------------------------------------------------- what to do

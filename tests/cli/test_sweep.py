@@ -1,6 +1,10 @@
 """The command line of a sweep: what flags say, and one line for each mistake."""
 
 import json
+import pathlib
+import re
+import subprocess
+import sys
 
 import pytest
 from absl import flags
@@ -172,6 +176,16 @@ def test_a_config_beside_a_file_replaces_its_base(spec_file, tmp_path):
   assert found.base.train.batch_size == 2
 
 
+def test_the_file_in_the_docs_is_a_sweep(tmp_path):
+  """Ten settings, of which the dense twins are two, with three seeds."""
+  page = (pathlib.Path(__file__).parents[2] / "docs" / "sweeps.md").read_text()
+  (text,) = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+  (tmp_path / "docs.py").write_text(text)
+  found = expand(spec_of(f"--spec={tmp_path / 'docs.py'}")).points
+  assert len(found) == 30
+  assert sum(p.config.moe.dense_twin for p in found) == 6
+
+
 def test_a_dry_run_prints_every_run_and_writes_nothing(tmp_path, capsys):
   """Also into a directory that is not there; totals below, and what time rests on."""
   workdir = tmp_path / "new"
@@ -288,3 +302,18 @@ def test_times_are_read_at_a_glance(value, text):
 )
 def test_counts_have_three_digits(value, text):
   assert sweep_table.short(value) == text
+
+
+def test_a_wrong_axis_is_refused_before_jax_is_imported():
+  """Its name, its values and its length are known at once."""
+  code = (
+    "import sys\nfrom absl import flags\nfrom moejax.cli import flags as cli, sweep\n"
+    "cli.define_config()\nsweep.define_flags()\n"
+    "for axis in ('num_expert=4', 'num_experts=4,x', 'num_experts='):\n"
+    "  try:\n"
+    "    cli.parse(['p', '--dry_run', '--sweep.moe.' + axis])\n    sweep.main()\n"
+    "  except cli.ConfigError:\n    print('jax' in sys.modules)\n"
+  )
+  command = [sys.executable, "-c", code]
+  result = subprocess.run(command, capture_output=True, text=True, timeout=60)
+  assert result.stdout == "False\n" * 3, result.stderr
