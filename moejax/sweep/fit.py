@@ -88,7 +88,7 @@ class Fit:
       ]
     )
     low, high = np.quantile(values, self.tails, axis=0)
-    return low, high
+    return np.asarray(low), np.asarray(high)
 
 
 def fit(
@@ -100,6 +100,7 @@ def fit(
   compute: ArrayLike | None = None,
   delta: float = 0.01,
   num_starts: int = 6,
+  published: bool = True,
   num_draws: int = 400,
   level: float = 0.9,
   resample: str = "points",
@@ -118,6 +119,7 @@ def fit(
     delta: where the Huber loss turns linear, in log L. Papers use 0.1 (Krajewski), 0.01
       (Ludziejewski) and 1e-3 (Chinchilla, Abnar).
     num_starts: points of the grid of starts from which to minimise.
+    published: whether the published constants join the grid.
     num_draws: bootstrap samples; 0 makes no intervals.
     level: of the intervals.
     resample: `points` draws settings with replacement; `residuals` adds resampled
@@ -134,7 +136,7 @@ def fit(
   if not 0 < level < 1:
     raise UserError(f"level={level:g}: it must be between 0 and 1, such as 0.9.")
   rows, measured = _table(law, inputs, output)
-  problem = Problem.of(law, fixed or {}, delta, settings)
+  problem = Problem.of(law, fixed or {}, delta, settings, published=published)
   points = _points(rows)
   num_points, num_free = int(points.max()) + 1, len(problem.free)
   if num_points < num_free:
@@ -149,7 +151,9 @@ def fit(
     notes.append("as many settings as constants: the fit passes through all of them")
   predicted = np.asarray(fitted.formula(**rows))
   rng = np.random.default_rng(seed)
-  held_out = _hold_out(problem, rows, measured, points, _flops(rows, compute), rng)
+  held_out = _hold_out(
+    problem, rows, measured, points, _flops(rows, compute), solution.x, rng
+  )
   draws = np.empty((0, len(law.constant_names())))
   if num_draws and num_points > num_free:
     draws = _bootstrap(
@@ -159,9 +163,7 @@ def fit(
   tails = tails_of(level, num_points, freedom, by_points=resample == "points")
   bounds = np.quantile(draws, tails, axis=0) if len(draws) else ()
   if 0 < freedom < _FEW:
-    notes.append(
-      f"only {freedom} more settings than constants: intervals are too narrow"
-    )
+    notes.append(f"only {freedom} more settings than constants: intervals are too narrow")
   return Fit(
     law=dataclasses.replace(fitted, ranges=_ranges(rows)),
     fixed=problem.fixed_names,
@@ -297,6 +299,7 @@ def _hold_out(
   measured: Floats,
   points: NDArray[np.int64],
   compute: Floats | None,
+  solution: Floats,
   rng: np.random.Generator,
 ) -> tuple[HeldOut, ...]:
   """Returns errors of k-fold and of the largest compute, where enough points remain."""
@@ -307,14 +310,14 @@ def _hold_out(
     predicted = np.empty_like(measured)
     for fold in range(folds):
       out = fold_of[points] == fold
-      predicted[out] = _predict_held_out(problem, rows, measured, out)
+      predicted[out] = _predict_held_out(problem, rows, measured, out, solution)
     results.append(_held_out(f"{folds} folds", num_points, predicted, measured))
   if compute is not None:
     # Budgets of an isoFLOP sweep are met within 1%.
     out = compute >= compute.max() * 0.98
     seen = len(np.unique(points[~out]))
     if seen >= len(problem.free):
-      predicted = _predict_held_out(problem, rows, measured, out)
+      predicted = _predict_held_out(problem, rows, measured, out, solution)
       how = f"C above {compute[~out].max():.3g}"
       count = len(np.unique(points[out]))
       results.append(_held_out(how, count, predicted, measured[out]))
@@ -331,12 +334,17 @@ def _held_out(how: str, num_points: int, predicted: Floats, measured: Floats) ->
 
 
 def _predict_held_out(
-  problem: Problem, rows: Mapping[str, Floats], measured: Floats, out: NDArray[np.bool_]
+  problem: Problem,
+  rows: Mapping[str, Floats],
+  measured: Floats,
+  out: NDArray[np.bool_],
+  solution: Floats,
 ) -> Floats:
+  """Fits the other rows, started at the fit to all and at the grid."""
   seen = {name: column[~out] for name, column in rows.items()}
-  solution = problem.solve(seen, measured[~out], num_starts=3)
+  solution = problem.solve(seen, measured[~out], num_starts=1, also=solution).x
   unseen = {name: column[out] for name, column in rows.items()}
-  return np.asarray(problem.law_of(solution.x).formula(**unseen))
+  return np.asarray(problem.law_of(solution).formula(**unseen))
 
 
 def _bootstrap(

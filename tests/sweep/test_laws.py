@@ -20,10 +20,10 @@ from moejax.sweep import definitions, laws
 def test_ludziejewski_splits_1e20_flops_as_the_paper_does(experts, n, d, loss):
   """C = 6 N D; the optimum is flat, so N and D agree less closely than the loss."""
   best = laws.Ludziejewski().optimum(1e20, E=experts)
-  assert best.N == pytest.approx(n, rel=0.01)
-  assert best.D == pytest.approx(d, rel=0.01)
+  assert pytest.approx(n, rel=0.01) == best.N
+  assert pytest.approx(d, rel=0.01) == best.D
   assert best.loss == pytest.approx(loss, abs=5e-4)
-  assert 6 * best.N * best.D == pytest.approx(1e20)
+  assert pytest.approx(1e20) == 6 * best.N * best.D
 
 
 def test_ludziejewski_at_eight_experts_is_the_papers_chinchilla_form():
@@ -42,7 +42,7 @@ def test_optimum_agrees_with_the_closed_form_of_chinchillas_law():
   law = laws.Ludziejewski().at_experts(8)
   scale = (law.alpha * law.a / (law.beta * law.b)) ** (1 / (law.alpha + law.beta))
   exact = scale * (1e20 / 6) ** (law.beta / (law.alpha + law.beta))
-  assert law.optimum(1e20).N == pytest.approx(exact, rel=1e-5)
+  assert pytest.approx(exact, rel=1e-5) == law.optimum(1e20).N
 
 
 KRAJEWSKI = [
@@ -54,7 +54,7 @@ KRAJEWSKI = [
   (300e9, 2.96e12, 64, 5.69e24, 1.503),
   (1e12, 7.94e12, 64, 4.97e25, 1.367),
 ]
-"""Compute-optimal models: dense parameters (12 d^2 a block, 64 experts), D, G, C, loss."""
+"""Compute-optimal models: dense parameters (12 d^2 a block), D, G, C, loss."""
 
 
 @pytest.mark.parametrize(("dense", "d", "granularity", "budget", "loss"), KRAJEWSKI)
@@ -72,8 +72,8 @@ def test_krajewski_reproduces_the_table_of_compute_optimal_models(
   best = {g: law.optimum(budget, G=g) for g in (1, 2, 4, 8, 16, 32, 64, 128)}
   chosen = min(best, key=lambda g: best[g].loss)
   assert chosen == granularity
-  assert best[chosen].N == pytest.approx(n, rel=0.03)
-  assert best[chosen].D == pytest.approx(d, rel=0.03)
+  assert pytest.approx(n, rel=0.03) == best[chosen].N
+  assert pytest.approx(d, rel=0.03) == best[chosen].D
 
 
 def test_ling_gives_the_papers_best_granularity_and_leverage():
@@ -141,7 +141,9 @@ def test_every_input_lowers_the_loss_within_the_fitted_range(law):
 def test_sparsity_pays_with_size_in_abnars_law():
   """At equal total N sparser is worse, and costs less the larger the model is."""
   law = laws.Abnar()
-  cost = [law.formula(N=n, D=1e11, S=0.9) - law.formula(N=n, D=1e11, S=0) for n in (1e9, 1e11)]
+  cost = [
+    law.formula(N=n, D=1e11, S=0.9) - law.formula(N=n, D=1e11, S=0) for n in (1e9, 1e11)
+  ]
   assert cost[0] > cost[1]
   assert cost[0] > 0
 
@@ -231,7 +233,7 @@ def test_ludziejewskis_e_is_the_ratio_of_all_to_active_experts():
 
 
 def test_lings_g_is_half_of_krajewskis_and_its_c_leaves_out_the_head():
-  """d_expert = 128: G is 2 * 64 / 128 there and 256 / 128 here; a shared one is active."""
+  """d_expert = 128: G is 2 * 64 / 128 here and 256 / 128 there."""
   config = model(num_experts=16, segments=2, num_selected=1, num_shared=1)
   inputs = definitions.inputs_of(laws.Ling, config)
   assert inputs["G"] == 1
