@@ -1,6 +1,7 @@
 """Fits: known constants come back, intervals cover, and thin data is refused or said."""
 
 import warnings
+from typing import Any
 
 import numpy as np
 import pytest
@@ -100,7 +101,7 @@ def test_huber_ignores_a_diverged_run_that_least_squares_follows():
   """One loss 30% too high: with the small threshold alpha stays, with a large one not."""
   loss = noisy(TRUE, {"C": COMPUTE}, sigma=0.001)
   loss[-1] *= 1.3
-  options = dict(evaluation="x", l_inf=1.2, num_draws=0)
+  options: dict[str, Any] = dict(evaluation="x", l_inf=1.2, num_draws=0)
   robust = fit.power_law(COMPUTE, loss, delta=1e-3, **options).law.constants["alpha"]
   plain = fit.power_law(COMPUTE, loss, delta=10.0, **options).law.constants["alpha"]
   assert abs(robust - 0.12) < 0.002 < 0.01 < abs(plain - 0.12)
