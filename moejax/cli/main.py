@@ -24,6 +24,7 @@ PROGRAMS = {
   "collectives": "moejax.cli.collectives",
   "compile-for": "moejax.cli.compile_for",
   "launch": "moejax.cli.launch",
+  "fit-law": "moejax.cli.fit_law",
   "inspect-checkpoint": "moejax.cli.inspect_checkpoint",
 }
 """Each module has a docstring, shown by --help, and a function `run`."""

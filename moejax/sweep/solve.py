@@ -136,10 +136,12 @@ class Problem:
     bound = np.array(
       [_LOG_BOUND if n in self.law.positive else _BOUND for n in self.free]
     )
+    # Typed as the strings that it may be as well.
+    jacobian: Any = self.jacobian
     return optimize.least_squares(
       self.residuals,
       np.clip(start, -bound * 0.999, bound * 0.999),
-      jac=self.jacobian,
+      jac=jacobian,
       bounds=(-bound, bound),
       loss="huber",
       f_scale=self.delta,

@@ -18,6 +18,7 @@ IN_A_CLONE = {
   "collectives": "tools.collectives",
   "compile-for": "tools.compile_for",
   "launch": "tools.launch_local",
+  "fit-law": "tools.fit_law",
   "inspect-checkpoint": "tools.inspect_checkpoint",
 }
 
