@@ -10,6 +10,7 @@ from scipy import optimize
 
 from moejax.errors import UserError, did_you_mean
 from moejax.sweep.law import Floats, Law
+from moejax.sweep.rows import Rows
 
 _FAR = 1e3
 """Residual of constants whose prediction is not a finite number above 0."""
@@ -89,48 +90,39 @@ class Problem:
       ]
     )
 
-  def residuals(self, x: Any, rows: Mapping[str, Floats], measured: Floats) -> Any:
+  def residuals(self, x: Any, rows: Rows) -> Any:
     """Returns log(predicted / measured) per row, complex if x is."""
     with np.errstate(all="ignore"):
-      predicted = self.law.evaluate(self.constants_of(x), rows)
-      values = np.log(predicted) - np.log(measured)
+      predicted = self.law.evaluate(self.constants_of(x), rows.inputs)
+      values = np.log(predicted) - np.log(rows.measured)
       return np.where(np.isfinite(values), values, _FAR)
 
   def solve(
-    self,
-    rows: Mapping[str, Floats],
-    measured: Floats,
-    num_starts: int,
-    also: Floats | None = None,
+    self, rows: Rows, num_starts: int, also: Floats | None = None
   ) -> optimize.OptimizeResult:
     """Returns the best of several minimisations.
 
     Args:
-      rows: [n] per letter.
-      measured: [n].
+      rows: what to fit.
       num_starts: how many of the grid's best points to start from.
       also: a start beside them.
     """
     starts = self._starts()
-    values = self.residuals(starts.T[:, :, None], rows, measured)
+    values = self.residuals(starts.T[:, :, None], rows)
     scaled = np.abs(values) / self.delta
     huber = np.where(scaled <= 1, scaled**2 / 2, scaled - 0.5).sum(axis=-1)
     best = starts[np.argsort(huber, kind="stable")[: max(num_starts, 1)]]
     best = [*best, *([] if also is None else [also])]
-    rough = [self.polish(rows, measured, x, _ROUGH) for x in best]
-    return self.polish(rows, measured, min(rough, key=lambda r: r.cost).x)
+    rough = [self.polish(rows, x, _ROUGH) for x in best]
+    return self.polish(rows, min(rough, key=lambda r: r.cost).x)
 
-  def jacobian(self, x: Floats, rows: Mapping[str, Floats], measured: Floats) -> Floats:
+  def jacobian(self, x: Floats, rows: Rows) -> Floats:
     """Returns [rows, constants] derivatives, by a complex step: exact to rounding."""
     steps = x[:, None] + 1j * _STEP * np.eye(len(x))
-    return self.residuals(steps[:, :, None], rows, measured).imag.T / _STEP
+    return self.residuals(steps[:, :, None], rows).imag.T / _STEP
 
   def polish(
-    self,
-    rows: Mapping[str, Floats],
-    measured: Floats,
-    start: Floats,
-    max_steps: int = 300,
+    self, rows: Rows, start: Floats, max_steps: int = 300
   ) -> optimize.OptimizeResult:
     """Returns the minimum reached from one start."""
     bound = np.array(
@@ -150,7 +142,7 @@ class Problem:
       xtol=1e-10,
       gtol=1e-12,
       max_nfev=max_steps,
-      args=(rows, measured),
+      args=(rows,),
     )
 
   def weaknesses(self, solution: optimize.OptimizeResult) -> list[str]:

@@ -8,7 +8,7 @@ import pytest
 from scipy import optimize
 
 from moejax.errors import UserError
-from moejax.sweep import fit, isoflop, laws
+from moejax.sweep import fit, isoflop, laws, resample
 from moejax.sweep.law import OutsideFittedRange
 
 TRUE = laws.PowerLaw(l_inf=1.2, a=60.0, alpha=0.12)
@@ -166,10 +166,10 @@ def test_more_experts_than_constants_need_more_points_for_equal_width():
   Student's t of 4 degrees of freedom is 2.132 at 95%; times sqrt(6/4) is 2.611, below
   which a normal variable has 1 - 0.00452.
   """
-  low, high = fit.tails_of(0.9, 6, 4, by_points=True)
+  low, high = resample.tails_of(0.9, 6, 4, by_points=True)
   assert low == pytest.approx(0.00452, abs=2e-5)
   assert high == 1 - low
-  assert fit.tails_of(0.9, 10**6, 10**6 - 2, by_points=True)[0] == pytest.approx(
+  assert resample.tails_of(0.9, 10**6, 10**6 - 2, by_points=True)[0] == pytest.approx(
     0.05, 1e-3
   )
 
@@ -282,15 +282,15 @@ def test_isoflop_runs_without_enough_minima_are_refused(pick, words):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("resample", ["points", "residuals"])
-def test_the_interval_covers_in_most_of_40_synthetic_sweeps(resample):
+@pytest.mark.parametrize("how", ["points", "residuals"])
+def test_the_interval_covers_in_most_of_40_synthetic_sweeps(how):
   """90% intervals of 6 runs hold alpha in at least 31 of 40: 1% of true 90% ones fail."""
   compute = np.logspace(13, 16, 6)
   hits = 0
   for seed in range(40):
     loss = noisy(TRUE, {"C": compute}, sigma=0.005, seed=seed)
     fitted = fit.power_law(
-      compute, loss, evaluation="x", l_inf=1.2, resample=resample, seed=seed
+      compute, loss, evaluation="x", l_inf=1.2, resample=how, seed=seed
     )
     low, high = fitted.intervals["alpha"]
     hits += low <= TRUE.alpha <= high
