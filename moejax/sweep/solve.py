@@ -149,7 +149,8 @@ class Problem:
     """Returns sentences about constants that the rows do not determine."""
     scale = np.linalg.norm(solution.jac, axis=0)
     idle = [n for n, s in zip(self.free, scale) if s < _FLAT * scale.max()]
-    notes = [f"the runs say nothing about {name}: fix it" for name in idle]
+    values = self.constants_of(solution.x)
+    notes = [f"{n} = {values[n]:.2g} has no effect on the fit: fix it" for n in idle]
     kept = scale >= _FLAT * scale.max()
     _, singular, right = np.linalg.svd(solution.jac[:, kept] / scale[kept])
     flat = right[singular < _FLAT * singular[0]]

@@ -43,6 +43,7 @@ def test_a_power_law_comes_back_from_noisy_runs_within_its_own_interval():
     (laws.Chinchilla(), {}, 1e-3),
     (laws.Krajewski(), {}, 1e-2),
     (laws.Clark(), {}, 1e-2),
+    (laws.Abnar(), {}, 1e-2),
     (laws.Ludziejewski(), {"e_start": 2.0732, "e_max": 290.4521}, 1e-2),
   ],
   ids=lambda value: type(value).__name__,
@@ -51,10 +52,11 @@ def test_exact_losses_give_back_the_constants_from_a_grid_without_them(
   law, fixed, tolerance
 ):
   """Starts far from the solution find it; the published constants are not a start."""
-  third = next((n for n in ("E", "G") if n in law.inputs()), None)
+  third = next((n for n in ("E", "G", "S") if n in law.inputs()), None)
   inputs = grid(4)
   if third:
     values = np.array([1.0, 2, 4, 8, 16, 32])
+    values = 1 - 1 / values if third == "S" else values
     inputs = {name: np.tile(v, len(values)) for name, v in inputs.items()}
     inputs[third] = np.repeat(values, 16)
   inputs = {name: v for name, v in inputs.items() if name in law.inputs()}
@@ -160,7 +162,15 @@ def test_constants_that_the_runs_do_not_determine_are_named():
   assert any("do not tell" in note and "delta" in note for note in fitted.notes)
 
 
-def test_more_experts_than_constants_need_more_points_for_equal_width():
+def test_an_l_inf_of_zero_is_said_not_left_at_a_tiny_number():
+  """A law without offset: l_inf goes to 0, where its logarithm is free."""
+  loss = laws.PowerLaw(a=60.0, alpha=0.12).formula(C=COMPUTE) - 0.02
+  fitted = fit.power_law(COMPUTE, loss, evaluation="x", num_draws=0)
+  assert fitted.law.constants["l_inf"] < 1e-3
+  assert any(n.startswith("l_inf = ") and "no effect" in n for n in fitted.notes)
+
+
+def test_few_points_take_wider_quantiles_as_students_t_does():
   """The expanded percentile interval of 6 points and 2 constants: 5% becomes 0.45%.
 
   Student's t of 4 degrees of freedom is 2.132 at 95%; times sqrt(6/4) is 2.611, below
