@@ -28,6 +28,7 @@ REQUIRED = [
   "optax>=0.2.8",
   "orbax-checkpoint>=0.12",
   "rich>=13",
+  "scipy>=1.15",
   "tensorboardX>=2.6",
   "tensorflow-datasets>=4.9.10",
   "tokenizers>=0.20",

@@ -26,6 +26,7 @@ PROGRAMS = {
   "compile-for": "moejax.cli.compile_for",
   "launch": "moejax.cli.launch",
   "check-device": "moejax.cli.check_device",
+  "fit-law": "moejax.cli.fit_law",
   "inspect-checkpoint": "moejax.cli.inspect_checkpoint",
 }
 """Each module has a docstring, shown by --help, and a function `run`."""

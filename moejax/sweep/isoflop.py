@@ -68,7 +68,8 @@ class Allocation:
 
   def best_n(self, budget: ArrayLike) -> Floats:
     """Returns N* at a budget."""
-    return self.coefficient * np.asarray(budget, np.float64) ** self.exponent
+    c = np.asarray(budget, np.float64)
+    return np.asarray(self.coefficient * c**self.exponent)
 
 
 def minima(

@@ -10,9 +10,10 @@ Letters mean different things in different laws, so each class lists its own in
 
 import dataclasses
 import math
+import types
 import warnings
 from collections.abc import Callable, Mapping
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -70,6 +71,12 @@ class Law:
     Must stay analytic in the constants: a fit differentiates it by a complex step.
     """
     raise NotImplementedError
+
+  @classmethod
+  def evaluate(cls, constants: Mapping[str, Any], inputs: Mapping[str, Any]) -> Any:
+    """Returns `formula` for constants of any number type: complex, or arrays of many."""
+    # A law's fields are floats; the formula only reads attributes.
+    return cls.formula(cast(Any, types.SimpleNamespace(**constants)), **inputs)
 
   @classmethod
   def constant_names(cls) -> tuple[str, ...]:

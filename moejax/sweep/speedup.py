@@ -2,10 +2,10 @@
 
 Two kinds of answer, which need different runs:
 
-- `effective`: by how much compute the baseline would have to grow to reach the variant's
-  loss, along the baseline's own law L = l_inf + a C^-alpha. `from_losses` is its closed
-  form at equal compute; `against_baseline` estimates it from several baseline runs, with
-  the lack-of-fit interval of an inverse regression.
+- `effective`: how much more compute the baseline would need to reach the variant's loss,
+  along the baseline's own law L = l_inf + a C^-alpha, if both were trained with the same
+  C. `over_seeds` adds an interval; `against_baseline` reads the law off several baseline
+  runs, with the lack-of-fit interval of an inverse regression.
 - `to_quality`: without a law. When does the variant's loss curve reach the loss at which
   the baseline ends? In whatever unit the curves are in: steps, FLOPs or seconds.
 
@@ -332,7 +332,7 @@ def to_quality(
 def _ratio(
   baseline: Curve, variant: Curve, target: float, *, strict: bool = True
 ) -> float:
-  """Returns the ratio of costs: 0 if only the variant, inf if only the baseline fails."""
+  """Returns the ratio of costs: 0 if the variant fails, inf if only the baseline does."""
   ours, theirs = cost_to(variant, target), cost_to(baseline, target)
   if strict and not math.isfinite(theirs):
     raise UserError(f"target={target:g}: the baseline never reaches this loss.")

@@ -54,7 +54,7 @@ KRAJEWSKI = [
   (300e9, 2.96e12, 64, 5.69e24, 1.503),
   (1e12, 7.94e12, 64, 4.97e25, 1.367),
 ]
-"""Compute-optimal models: dense parameters (12 d^2 a block, 64 experts), D, G, C, loss."""
+"""Compute-optimal models: dense parameters (12 d^2 a block), D, G, C, loss."""
 
 
 @pytest.mark.parametrize(("dense", "d", "granularity", "budget", "loss"), KRAJEWSKI)
@@ -233,7 +233,7 @@ def test_ludziejewskis_e_is_the_ratio_of_all_to_active_experts():
 
 
 def test_lings_g_is_half_of_krajewskis_and_its_c_leaves_out_the_head():
-  """d_expert = 128: G is 2 * 64 / 128 there and 256 / 128 here; a shared one is active."""
+  """d_expert = 128: G is 2 * 64 / 128 here and 256 / 128 there."""
   config = model(num_experts=16, segments=2, num_selected=1, num_shared=1)
   inputs = definitions.inputs_of(laws.Ling, config)
   assert inputs["G"] == 1
