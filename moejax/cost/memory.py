@@ -17,8 +17,12 @@ from moejax.cost import parameters
 from moejax.errors import UserError
 
 _BYTES = {"float32": 4, "bfloat16": 2}
-_MOMENTS = {"adamw": 2, "lion": 1, "adafactor": 0, "muon": 1}
+_MOMENTS = {"adamw": 2, "lion": 1, "adafactor": 0, "muon": 2}
 """float32 copies of the parameters; adafactor keeps only row and column moments."""
+
+_MATRICES = ("attention", "dense", "experts", "shared_experts")
+"""Parts of which muon keeps one copy. Their few biases and gates, of which it keeps two,
+count as one: the estimate is a lower bound."""
 
 _CGROUP = pathlib.Path("/sys/fs/cgroup")
 _MEMINFO = pathlib.Path("/proc/meminfo")
@@ -35,7 +39,12 @@ def least_bytes(config: Config, mesh: dict[str, int], vocab_size: int) -> dict[s
   counts, _ = parameters.count_parameters(config, vocab_size)
   cut = mesh["fsdp"] * mesh["tensor"]
   experts = counts["experts"]
-  here = -(-experts // (cut * mesh["expert"])) + -(-(counts["total"] - experts) // cut)
+  experts_here = -(-experts // (cut * mesh["expert"]))
+  here = experts_here + -(-(counts["total"] - experts) // cut)
+  moments = here * _MOMENTS[config.optimizer.name]
+  if config.optimizer.name == "muon":
+    matrices = sum(counts[part] for part in _MATRICES)
+    moments -= experts_here + -(-(matrices - experts) // cut)
   stored, computed = _BYTES[config.model.param_dtype], _BYTES[config.model.dtype]
   micro = config.train.batch_size // config.train.accumulation
   shards = mesh["data"] * mesh["fsdp"] * mesh["expert"]
@@ -45,7 +54,7 @@ def least_bytes(config: Config, mesh: dict[str, int], vocab_size: int) -> dict[s
   return {
     "parameters": here * stored,
     "gradients": here * stored,
-    "moments": here * 4 * _MOMENTS[config.optimizer.name],
+    "moments": 4 * moments,
     "activations": tokens * (width * layers + vocab_size // mesh["tensor"]) * computed,
   }
 

@@ -44,6 +44,7 @@ def small(**fields) -> Config:
     {"model__dtype": "bfloat16"},
     {"optimizer__name": "lion", "model__remat": "full"},
     {"optimizer__name": "adafactor"},
+    {"optimizer__name": "muon"},
   ],
 )
 def test_the_compiler_takes_no_less(fields):
@@ -78,6 +79,11 @@ def test_the_numbers_of_a_known_model():
   count = 264 * 32 + 2 * (4 * 32 * 32 + 64) + 32 + 5 * 2 * 32 * 64 + 32 * 4
   assert need["parameters"] == need["gradients"] == 4 * count
   assert need["moments"] == 8 * count
+  # Muon has one moment of the matrices: attention, dense layer and experts.
+  config.optimizer.name = "muon"
+  need = memory.least_bytes(config, MESH, 264)
+  matrices = 2 * 4 * 32 * 32 + 5 * 2 * 32 * 64
+  assert need["moments"] == 8 * count - 4 * matrices
   # 8 sequences of 32: the input of one block of two layers, and the logits.
   assert need["activations"] == 8 * 32 * (32 + 264) * 4
 

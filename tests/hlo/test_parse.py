@@ -6,7 +6,7 @@ import pytest
 from moejax.config import Config, MeshConfig, ModelConfig, MoEConfig
 from moejax.config.mesh import AXES
 from moejax.hlo import groups as hlo_groups
-from moejax.hlo import intended
+from moejax.hlo import intended, traffic
 from moejax.hlo import parse as hlo
 from moejax.models.decoder import Decoder
 from moejax.models.loss import Batch
@@ -210,3 +210,53 @@ def test_only_a_cpu_is_excused_from_scattering_gradients():
   assert "CPU" in reason("cpu", dense)
   assert not reason("tpu", dense) and not reason("gpu", dense) and not reason("", dense)
   assert not reason("cpu", f"jit(step)/transpose(jvp({BY_HAND}))/psum")
+
+
+def test_a_sum_keeps_the_purpose_of_its_parts():
+  """Rows of one line and size are merged by purpose. What moejax gathers by hand over the
+  expert axis under ring is intended; the same gather by the compiler is not."""
+  config = Config()
+  config.moe.exchange = "ring"
+  config.moe.num_experts, config.model.width, config.moe.hidden = 4, 2, 2
+
+  def gather(name: str, operation: str) -> str:
+    return (
+      f"  %{name} = f32[512]{{0}} all-gather(%x), replica_groups={{{{0,1}}}},"
+      f' dimensions={{0}}, metadata={{op_name="{operation}"}}\n'
+    )
+
+  text = (
+    "HloModule step\nENTRY %main (x: f32[256]) -> f32[512] {\n"
+    "  %x = f32[256]{0} parameter(0)\n"
+    + gather("a", f"jit(step)/{BY_HAND}/gather")
+    + gather("b", f"jit(step)/{BY_HAND}/other")
+    + gather("c", "jit(step)/dot")
+    + "}\n"
+  )
+  rows = traffic.rows_of(config, text, tuple(2 if a == "expert" else 1 for a in AXES))
+  assert sorted((row["count"], bool(row["purpose"])) for row in rows) == [
+    (1, False),
+    (2, True),
+  ]
+
+
+def test_only_muon_gathers_matrices_over_tensor():
+  """By hand, for its Newton-Schulz iterations; any other such gather is a mistake."""
+
+  def reason(optimizer: str, operation: str) -> str:
+    config = Config()
+    config.optimizer.name = optimizer
+    found = hlo.Collective(
+      kind="all-gather",
+      axis="tensor",
+      count=1,
+      bytes=1 << 20,
+      wire_bytes=1 << 19,
+      source="moejax/train/muon.py:1",
+      operation=operation,
+    )
+    return intended.reason(found, config)
+
+  by_hand = f"jit(step)/{BY_HAND}/all_gather"
+  assert "Newton" in reason("muon", by_hand)
+  assert not reason("adamw", by_hand) and not reason("muon", "jit(step)/dot")

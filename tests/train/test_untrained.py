@@ -69,7 +69,7 @@ def test_one_step_moves_what_is_trained_and_nothing_else(router, compilation_cac
   assert bool(untrained) == (router in BY_RULE or router == "hash"), untrained
 
 
-@pytest.mark.parametrize("name", ["adamw", "adafactor", "lion"])
+@pytest.mark.parametrize("name", ["adamw", "adafactor", "lion", "muon"])
 def test_hash_routing_keeps_its_table_under_every_optimizer(name, compilation_cache):
   """The table after a step is the table: every id keeps its experts."""
   config = config_of("hash")
