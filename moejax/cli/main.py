@@ -21,6 +21,7 @@ PROGRAMS = {
   "evaluate": "moejax.cli.evaluate",
   "generate": "moejax.cli.generate",
   "count": "moejax.cli.count",
+  "compare": "moejax.cli.compare",
   "collectives": "moejax.cli.collectives",
   "compile-for": "moejax.cli.compile_for",
   "launch": "moejax.cli.launch",

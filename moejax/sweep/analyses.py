@@ -133,7 +133,7 @@ class Capacity:
   largest: float
   """The largest factor that was tried."""
   margin: float | None
-  """One standard error of the dropless loss; None with one seed, which answers nothing."""
+  """One standard error of the dropless loss; None with one seed."""
 
 
 def sufficient_capacity(found: Sequence[Setting], axes: Sequence[str]) -> list[Capacity]:

@@ -107,8 +107,7 @@ def _pareto(found: Sequence[Setting]) -> list[Finding]:
   out = []
   units = {"step_ms_p50": "{:.3g} ms", "flops_per_token": "{:.3g} FLOP"}
   for cost, title in summary.COSTS.items():
-    prices = {setting.of(cost) for setting in found} - {None}
-    if len(prices) < 2:
+    if not summary.varies(found, cost):
       continue
     front = summary.pareto(found, cost)
     listed = "; ".join(

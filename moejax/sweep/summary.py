@@ -23,6 +23,9 @@ from moejax.sweep.records import Record, Records
 LEVEL = 0.9
 """Coverage of every interval."""
 
+_SAME_COST = 1.01
+"""Costs within this ratio are equal: runs matched in FLOPs agree to 1%."""
+
 COSTS = {"step_ms_p50": "step time", "flops_per_token": "FLOPs per token"}
 """Columns that a loss is weighed against."""
 
@@ -181,6 +184,12 @@ def paired(a: Setting, b: Setting) -> Interval | None:
   """Returns b's loss minus a's over their common seeds; None if they share no seed."""
   seeds = sorted(a.losses.keys() & b.losses.keys())
   return student([b.losses[s] - a.losses[s] for s in seeds]) if seeds else None
+
+
+def varies(found: Iterable[Setting], cost: str) -> bool:
+  """Returns whether settings differ in a cost by more than 1%."""
+  prices = [price for s in found if (price := s.of(cost)) is not None]
+  return len(prices) > 1 and max(prices) > _SAME_COST * min(prices)
 
 
 def pareto(found: Iterable[Setting], cost: str) -> list[Setting]:
