@@ -8,14 +8,23 @@ Source of the chart grammar: Satyanarayan et al., "Vega-Lite", IEEE TVCG 23 (201
 
 import copy
 import dataclasses
+import pathlib
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import altair as alt
+import vl_convert
 
+from moejax import files
 from moejax.sweep import summary
 from moejax.sweep.analyses import CAPACITY
 from moejax.sweep.summary import Setting
+
+_VEGA_LITE = ".".join(alt.SCHEMA_VERSION.removeprefix("v").split(".")[:2])
+"""The version that Altair writes; vl_convert has several."""
+
+_SCALE = 2
+"""Pixels of a PNG per pixel of its chart."""
 
 HEIGHT = 300
 FILE_WIDTH = 520
@@ -75,29 +84,48 @@ def colour(axis: str, levels: Sequence[str], names: Mapping[str, str]) -> Any:
 
 
 _INK = "currentColor"
-_CONFIG = {
+_CONFIG: dict[str, Any] = {
   "background": "transparent",
   "view": {"stroke": None},
   "font": "system-ui, sans-serif",
-  "legend": {"orient": "bottom", "direction": "horizontal", "columns": 5},
-  "axis": {"labelOverlap": True},
+  "axis": {"labelOverlap": "greedy", "labelSeparation": 5},
+  "legend": {
+    "orient": "bottom",
+    "direction": "horizontal",
+    "columns": 5,
+    "symbolOpacity": 1,
+    # One legend below another: beside each other they do not fit a narrow page.
+    "layout": {"bottom": {"anchor": "start", "direction": "vertical"}},
+  },
 }
 
 
 def page_spec(figure: Figure) -> dict[str, Any]:
   """Returns the Vega-Lite of a figure, as wide as its place and in the text's colour."""
   ink = {"labelColor": _INK, "titleColor": _INK}
-  config: dict[str, Any] = copy.deepcopy(_CONFIG)
   lines = {"gridColor": _INK, "gridOpacity": 0.15, "tickColor": _INK, "domainColor": _INK}
+  config: dict[str, Any] = copy.deepcopy(_CONFIG)
   config["axis"] |= ink | lines
-  config["legend"] |= ink
+  config["legend"] |= ink | {"symbolBaseFillColor": _INK, "symbolBaseStrokeColor": _INK}
+  config["rule"] = {"color": _INK}
   spec = figure.chart.to_dict()
   fit = {"type": "fit-x", "contains": "padding"}
   return spec | {"width": "container", "autosize": fit, "config": config}
 
 
-def file_chart(figure: Figure) -> Any:
-  """Returns the chart with title, fixed width and white background, for a file."""
-  chart = figure.chart.properties(width=FILE_WIDTH, title=figure.title)
+def save(figure: Figure, directory: pathlib.Path) -> None:
+  """Writes NAME.png and NAME.pdf: titled, of fixed width, black on white."""
   config = {**_CONFIG, "background": "white"}
-  return chart.configure(**config)
+  spec = figure.chart.to_dict() | {"width": FILE_WIDTH, "title": figure.title}
+  spec |= {"config": config}
+  png = vl_convert.vegalite_to_png(spec, vl_version=_VEGA_LITE, scale=_SCALE)
+  pdf = vl_convert.vegalite_to_pdf(spec, vl_version=_VEGA_LITE)
+  for suffix, content in ((".png", png), (".pdf", pdf)):
+    with files.replacing(directory / (figure.name + suffix)) as temporary:
+      temporary.write_bytes(content)
+
+
+def library() -> str:
+  """Returns the scripts that draw `page_spec` in a browser, as one text."""
+  # Its stub lacks the default.
+  return vl_convert.javascript_bundle(vl_version=_VEGA_LITE)  # pyright: ignore[reportCallIssue]

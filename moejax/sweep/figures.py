@@ -62,15 +62,15 @@ def loss_against(
   """Draws loss against a cost, with the Pareto front."""
   title = summary.COSTS[cost]
   is_time = cost == "step_ms_p50"
-  rows = [
-    _row(setting, axes) | {"cost": setting.of(cost)}
-    for setting in found
-    if setting.of(cost) is not None
-  ]
+  rows, prices = [], []
+  for setting in found:
+    if (price := setting.of(cost)) is not None:
+      rows.append(_row(setting, axes) | {"cost": price})
+      prices.append(price)
   x = alt.X(
     "cost:Q",
-    title=f"{title}, {'ms' if is_time else 'training FLOPs'}",
-    scale=charts.scale([row["cost"] for row in rows]),
+    title=f"{title}, ms" if is_time else title,
+    scale=charts.scale(prices),
     axis=alt.Axis(format="~g" if is_time else "~s"),
   )
   scale = alt.Scale(zero=False, nice=False, padding=12)
@@ -172,7 +172,8 @@ def _heat_map(
     if s.of(column) is not None
   ]
   values = [row["value"] for row in rows]
-  if len({r["x"] for r in rows}) < 2 or len({r["y"] for r in rows}) < 2:
+  shape = len({row["y"] for row in rows}), len({row["x"] for row in rows})
+  if min(shape) < 2 or len(rows) * 2 < math.prod(shape):
     return None
   log = min(values) > 0 and max(values) > charts.LOG * min(values)
   scale = alt.Scale(scheme="viridis", type="log" if log else "linear")
@@ -197,8 +198,8 @@ def _heat_map(
     text=alt.Text("value:Q", format=digits),
     color=alt.condition(f"datum.value < {middle}", alt.value("#fff"), alt.value("#111")),
   )
-  rows_high = max(3, len({r["y"] for r in rows}))
-  return alt.layer(cells, text).properties(height=min(charts.HEIGHT, 44 * rows_high))
+  height = min(charts.HEIGHT, 44 * max(3, shape[0]))
+  return alt.layer(cells, text).properties(height=height)
 
 
 def drops(

@@ -30,8 +30,6 @@ _NEEDS = ("altair", "vl_convert", "itables", "pandas", "jinja2")
 """Modules of the extra `report`."""
 
 _TEMPLATE = "page.html"
-_SCALE = 2
-"""Pixels of a PNG per pixel of its chart."""
 
 
 def write(
@@ -105,7 +103,7 @@ def draw(
 ) -> None:
   """Writes the page, the figures and the tables; needs the extra `report`."""
   # These modules import the extra's packages.
-  from moejax.sweep import figures, tables
+  from moejax.sweep import charts, figures, tables
 
   drawn = figures.make(records, found, axes)
   sheets = tables.make(records, found, axes)
@@ -113,18 +111,9 @@ def draw(
     (workdir / name).mkdir(exist_ok=True)
   tables.write(workdir / TABLES, sheets)
   for figure in drawn:
-    _save(workdir / FIGURES, figure)
+    charts.save(figure, workdir / FIGURES)
   text = page(records, said, drawn, sheets, title, notes)
   files.write_text(workdir / PAGE_FILE, text)
-
-
-def _save(directory: pathlib.Path, figure: Any) -> None:
-  from moejax.sweep import charts
-
-  chart = charts.file_chart(figure)
-  for suffix, options in (("png", {"scale_factor": _SCALE}), ("pdf", {})):
-    with files.replacing(directory / f"{figure.name}.{suffix}") as temporary:
-      chart.save(str(temporary), format=suffix, **options)
 
 
 def page(
@@ -147,7 +136,6 @@ def page(
   """
   import jinja2
   import markupsafe
-  import vl_convert
 
   from moejax.sweep import charts
 
@@ -166,14 +154,13 @@ def page(
     findings=[(topic, list(group)) for topic, group in topics],
     unknown=said.unknown,
     figures=drawn,
-    specs=[charts.page_spec(figure) for figure in drawn],
+    specs={figure.name: charts.page_spec(figure) for figure in drawn},
     sheets=[
       {"name": t.name, "title": t.title, "html": markupsafe.Markup(_sheet(t))}
       for t in sheets
     ],
     equal=_equal(records),
-    # Its stub lacks the default.
-    chart_library=markupsafe.Markup(vl_convert.javascript_bundle()),  # pyright: ignore[reportCallIssue]
+    chart_library=markupsafe.Markup(charts.library()),
     table_library=markupsafe.Markup(_table_library()),
   )
 
@@ -182,8 +169,13 @@ def _facts(records: Records) -> str:
   done = sum(run.done for run in records.runs)
   seeds = {run.values["seed"] for run in records.runs}
   by = f", differing in {', '.join(records.fields)}" if records.fields else ""
-  runs = f"{len(records.runs)} runs" if len(records.runs) != 1 else "1 run"
-  return f"{runs}, {done} done, {len(seeds)} seed(s){by}."
+  return (
+    f"{_many(len(records.runs), 'run')}, {done} done, {_many(len(seeds), 'seed')}{by}."
+  )
+
+
+def _many(number: int, noun: str) -> str:
+  return f"{number} {noun}{'' if number == 1 else 's'}"
 
 
 def _equal(records: Records) -> str:
@@ -211,6 +203,7 @@ def _sheet(table: Any) -> str:
     # No limit: every run is on the page.
     "maxBytes": 0,
     "classes": "display compact nowrap",
+    "column_filters": "footer",
     "layout": {"topStart": "search", "topEnd": "pageLength", "bottomEnd": "paging"},
     "lengthMenu": [25, 100, {"label": "all", "value": -1}],
     "style": "width:100%;margin:0",

@@ -105,7 +105,7 @@ def where(values: Mapping[str, Any], names: Mapping[str, str]) -> str:
 
 def _pareto(found: Sequence[Setting]) -> list[Finding]:
   out = []
-  units = {"step_ms_p50": "{:.3g} ms", "flops_per_token": "{:.3g} FLOP"}
+  units = {"step_ms_p50": "{:.3g} ms", "training_flops": "{:.3g} FLOP"}
   for cost, title in summary.COSTS.items():
     if not summary.varies(found, cost):
       continue

@@ -26,7 +26,7 @@ LEVEL = 0.9
 _SAME_COST = 1.01
 """Costs within this ratio are equal: runs matched in FLOPs agree to 1%."""
 
-COSTS = {"step_ms_p50": "step time", "flops_per_token": "FLOPs per token"}
+COSTS = {"step_ms_p50": "step time", "training_flops": "training FLOPs"}
 """Columns that a loss is weighed against."""
 
 

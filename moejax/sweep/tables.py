@@ -10,13 +10,19 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from moejax import files
+from moejax.options import show
 from moejax.sweep import analyses, summary
 from moejax.sweep.charts import word
 from moejax.sweep.records import Records
 from moejax.sweep.summary import Interval, Setting
 
-DIGITS = 5
-"""Significant digits of a printed number."""
+DIGITS = 4
+"""Significant digits of a printed number that is no loss."""
+
+_LARGE = 1e9
+"""From here on a whole number is rounded too."""
+
+_LOSSES = ("loss", "effect", "bits_per_byte", "standard error")
 
 _MEASURED = (
   "active_parameters",
@@ -63,9 +69,22 @@ def make(records: Records, found: Sequence[Setting], axes: Sequence[str]) -> lis
   return [table for table in tables if table.rows]
 
 
-def rounded(value: Any) -> Any:
-  """Returns a float with `DIGITS` significant digits, other values unchanged."""
-  return float(f"{value:.{DIGITS}g}") if isinstance(value, float) else value
+def cell(name: str, value: Any) -> str:
+  """Returns a cell's text: losses with four decimals, other numbers with four digits.
+
+  Args:
+    name: of the column.
+    value: None is an empty cell.
+  """
+  if value is None:
+    return ""
+  if isinstance(value, float):
+    is_loss = any(word in name for word in _LOSSES) or name in ("sd", "se")
+    if is_loss:
+      return f"{value:.4f}"
+    whole = value.is_integer() and abs(value) < _LARGE
+    return f"{value:.0f}" if whole else f"{value:.{DIGITS}g}"
+  return show(value)
 
 
 def _words(
@@ -160,11 +179,10 @@ def _isoflops(
 
 
 def frame(table: Table) -> Any:
-  """Returns a pandas frame of the rounded cells."""
+  """Returns a pandas frame of the cells' text."""
   import pandas
 
-  rows = [[rounded(row[name]) for name in table.columns] for row in table.rows]
-  # Objects: pandas would turn a whole number beside an empty cell into a float.
+  rows = [[cell(name, row[name]) for name in table.columns] for row in table.rows]
   return pandas.DataFrame(rows, columns=list(table.columns), dtype=object)
 
 
@@ -174,7 +192,7 @@ def write(directory: pathlib.Path, tables: Sequence[Table]) -> list[pathlib.Path
   for table in tables:
     sheet = frame(table)
     latex = sheet.to_latex(
-      index=False, escape=True, na_rep="", caption=table.title, label=f"tab:{table.name}"
+      index=False, escape=True, caption=table.title, label=f"tab:{table.name}"
     )
     for suffix, text in ((".csv", sheet.to_csv(index=False)), (".tex", latex)):
       written.append(directory / (table.name + suffix))
