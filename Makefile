@@ -1,7 +1,8 @@
 # Two commands do everything: `make train` and `make test`. Each sets up .venv itself.
 #
 #   make train [ARGS="--config.moe.num_experts=16"] [WORKDIR=runs/mine]
-#   make test | test-core | test-all | test-matrix | lint | docs | benchmark | clean
+#   make test | test-core | test-all | test-browser | test-matrix | lint | docs |
+#     benchmark | clean
 #
 # PYTHON=3.12, or the path of an interpreter, says what to make .venv with; without it,
 # the newest one that is supported and found on the PATH. VENV=.venv-3.12 puts it
@@ -27,11 +28,11 @@ CORE := tests/routing tests/experts tests/dispatch tests/layers tests/models \
   tests/test_packaging.py
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help setup train test test-core test-all test-matrix lint format docs benchmark \
-  clean
+.PHONY: help setup train test test-core test-all test-browser test-matrix lint format \
+  docs benchmark clean
 
 help:
-	@sed -n '3,4s/^# *//p' Makefile
+	@sed -n '3,5s/^# *//p' Makefile
 
 setup: $(STAMP)
 
@@ -55,17 +56,23 @@ train: $(STAMP)
 	$(BIN)/python -m experiments.train --workdir=$(WORKDIR) $(ARGS)
 
 test: $(STAMP)
-	$(BIN)/python -m pytest -q -n $(JOBS) -m "not slow" $(ARGS)
+	$(BIN)/python -m pytest -q -n $(JOBS) -m "not slow and not browser" $(ARGS)
 
 test-core: $(STAMP)
-	$(BIN)/python -m pytest -q -n $(JOBS) -m "not slow" $(CORE) $(ARGS)
+	$(BIN)/python -m pytest -q -n $(JOBS) -m "not slow and not browser" $(CORE) $(ARGS)
 
 # The fast tests under every supported Python that is here, each in its own environment.
 test-matrix:
 	@bash tools/test_matrix.sh test
 
 test-all: $(STAMP)
-	$(BIN)/python -m pytest -q -n $(JOBS) $(ARGS)
+	$(BIN)/python -m pytest -q -n $(JOBS) -m "not browser" $(ARGS)
+
+# The report's page in Chromium, which must be installed: chromium on the PATH, or
+# CHROMIUM=its path.
+test-browser: $(STAMP)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[browser]"
+	$(BIN)/python -m pytest -q -m browser tests/sweep/test_page.py $(ARGS)
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

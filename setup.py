@@ -45,8 +45,22 @@ TEST = [
   "wheel>=0.40",
 ]
 
+# The report of a sweep; its results.csv needs none of this.
+REPORT = [
+  "altair>=6.0",
+  "itables>=2.5",
+  # LaTeX tables of pandas need it too.
+  "jinja2>=3.1",
+  "pandas>=2.2",
+  "vl-convert-python>=1.9",
+]
+
+# Drives a Chromium that is installed by other means.
+BROWSER = ["playwright>=1.50"]
+
 DEV = [
   *TEST,
+  *REPORT,
   "pdoc>=15",
   "pre-commit>=4",
   "pyright>=1.1.400",
@@ -75,7 +89,7 @@ setup(
   package_dir={"moejax.shipped_configs": "configs"},
   entry_points={"console_scripts": ["moejax = moejax.cli.main:main"]},
   include_package_data=False,
-  package_data={"": ["py.typed", "*.json"]},
+  package_data={"": ["py.typed", "*.json", "*.html"]},
   install_requires=REQUIRED,
   extras_require={
     "test": TEST,
@@ -83,6 +97,8 @@ setup(
     "tpu": TPU,
     "cuda": CUDA,
     "hf": HF,
+    "report": REPORT,
+    "browser": BROWSER,
     "tfds": TFDS,
     "all": [*DEV, *HF, *TFDS],
   },

@@ -3,7 +3,7 @@
   python -m tools.update_constraints python3.11 python3.12 python3.13
 
 Asks pip, in a fresh environment of each interpreter given, what it would install
-for the project with its `dev` and `hf` extras, and writes one file in which a
+for the project with its `dev`, `hf` and `browser` extras, and writes one file in which a
 package whose version depends on the Python carries a marker. Give all supported
 interpreters at once: the file is rewritten, not merged. The extras for
 accelerators and for Beam are not pinned: jax's own extras pin their plugins.
@@ -20,7 +20,7 @@ from collections.abc import Mapping, Sequence
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 OUTPUT = ROOT / "constraints.txt"
-EXTRAS = "dev,hf"
+EXTRAS = "dev,hf,browser"
 HEADER = """\
 # Made by tools/update_constraints.py for Python {pythons}; do not edit.
 # A marker stands where the version depends on the Python.

@@ -22,6 +22,7 @@ PROGRAMS = {
   "sweep": "moejax.cli.sweep",
   "generate": "moejax.cli.generate",
   "count": "moejax.cli.count",
+  "compare": "moejax.cli.compare",
   "collectives": "moejax.cli.collectives",
   "compile-for": "moejax.cli.compile_for",
   "launch": "moejax.cli.launch",

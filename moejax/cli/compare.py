@@ -1,0 +1,134 @@
+"""Compare runs: results.csv, figures, tables and one offline page.
+
+  python -m tools.compare RUN RUN ... [--by=moe.router] [--out=DIR] [--title=TEXT]
+
+Each RUN is the directory of a training run, finished or not; no sweep need have made it.
+A directory with a folder `runs` in it, such as that of a sweep, stands for all runs
+below. Runs that differ only in their seed become one setting with a mean and a spread.
+Prints what the runs say and what they cannot say yet (docs/sweeps.md).
+
+--by names the fields that the figures are drawn over, the most important first; without
+it, they are those in which the runs differ.
+"""
+
+import pathlib
+import sys
+import tempfile
+from collections.abc import Sequence
+from typing import Any
+
+from moejax.cli import flags as cli
+from moejax.config import text as config_text
+from moejax.errors import UserError
+
+_RUNS = "runs"
+_CONFIG = "config.json"
+_TIMING = "timing.json"
+
+
+def main() -> int:
+  options = _parser().parse_args()
+  fields = tuple(name for name in (options.by or "").split(",") if name)
+  for name in fields:
+    config_text.check_name(name)
+  run_dirs = find(options.runs)
+  out = _writable(pathlib.Path(options.out))
+  # jax is imported after the command line is checked.
+  from moejax.sweep import report
+
+  said = report.write(
+    out,
+    run_dirs,
+    options.title or f"Comparison of {len(run_dirs)} runs",
+    timing=_timing(options.runs),
+    axes=fields,
+    base=cli.load_config(cli.DEFAULT_CONFIG),
+  )
+  for finding in said.findings:
+    print(f"{finding.topic}: {finding.text}")
+    if finding.command:
+      print(f"  {finding.command}")
+  for text in said.unknown:
+    print(f"Unknown: {text}")
+  print(out / report.PAGE_FILE)
+  return 0
+
+
+def _parser() -> cli.Parser:
+  parser = cli.Parser(__doc__)
+  parser.add_argument("runs", nargs="+", metavar="RUN", help="directory of a run")
+  parser.add_argument("--by", help="fields to draw over, such as moe.router,moe.hidden")
+  parser.add_argument("--out", default="comparison", help="directory for the files")
+  parser.add_argument("--title", help="of the page")
+  return parser
+
+
+def find(given: Sequence[str]) -> list[pathlib.Path]:
+  """Returns the runs' directories; a sweep's stands for the runs below it.
+
+  Args:
+    given: from the command line.
+
+  Raises:
+    UserError: there is no run in one of them, or one is given twice.
+  """
+  found: list[pathlib.Path] = []
+  for word in given:
+    path = pathlib.Path(word)
+    if not path.is_dir():
+      what = "is a file" if path.exists() else "does not exist"
+      raise UserError(f"{word} {what}. Give the directory of a training run.")
+    below = [] if (path / _CONFIG).exists() else sorted((path / _RUNS).glob("*"))
+    runs = [run for run in below if (run / _CONFIG).exists()]
+    if below and not runs:
+      raise UserError(f"{word}: none of its {len(below)} runs has started. Start them.")
+    found += runs or [path]
+  whole = [path.resolve() for path in found]
+  for i, path in enumerate(whole):
+    if path in whole[:i]:
+      raise UserError(f"{found[i]} is given twice. Leave one out.")
+  return found
+
+
+def _writable(out: pathlib.Path) -> pathlib.Path:
+  """Creates the directory for the files, and checks that it is writable."""
+  try:
+    out.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryFile(dir=out):
+      pass
+  except OSError as e:
+    raise UserError(
+      f"--out={out} is not a writable directory ({e.strerror}). Give another."
+    ) from e
+  return out
+
+
+def _timing(given: Sequence[str]) -> dict[str, Any]:
+  """Returns the timed shapes of all sweeps among the arguments."""
+  from moejax import files
+
+  shapes: dict[str, Any] = {}
+  for word in given:
+    path = pathlib.Path(word) / _TIMING
+    try:
+      found = files.read_json(path)
+    except FileNotFoundError:
+      continue
+    except (OSError, ValueError) as e:
+      raise UserError(f"{path} cannot be read ({e}). Delete it to do without.") from e
+    if isinstance(found, dict):
+      shapes |= {f"{word}/{k}": v for k, v in found.get("shapes", found).items()}
+  return shapes
+
+
+def run() -> None:
+  """Runs the program."""
+  try:
+    sys.exit(main())
+  except UserError as error:
+    print(f"error: {error}", file=sys.stderr)
+    sys.exit(error.exit_code)
+
+
+if __name__ == "__main__":
+  run()
