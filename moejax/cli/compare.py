@@ -44,12 +44,7 @@ def main() -> int:
     axes=fields,
     base=cli.load_config(cli.DEFAULT_CONFIG),
   )
-  for finding in said.findings:
-    print(f"{finding.topic}: {finding.text}")
-    if finding.command:
-      print(f"  {finding.command}")
-  for text in said.unknown:
-    print(f"Unknown: {text}")
+  said.show()
   print(out / report.PAGE_FILE)
   return 0
 

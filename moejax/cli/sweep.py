@@ -270,9 +270,33 @@ def _run(points: list, values: dict) -> int:
     eval_capacity_factor=given.eval_capacity_factor,
     time_steps=given.time_steps,
   )
-  return schedule.run(
+  code = schedule.run(
     _workdir(), points, options=options, spec=values, differences=stored.differences
   )
+  if given.executor == "print" or code > 1:  # Nothing ran, or it was stopped.
+    return code
+  _report(points, values)
+  return code
+
+
+def _report(points: list, values: dict) -> None:
+  """Writes the results and the page, and prints what they say."""
+  from moejax.sweep import records, report, timing
+  from moejax.sweep.spec import RUNS
+
+  workdir = _workdir()
+  said = report.write(
+    workdir,
+    [workdir / RUNS / point.directory for point in points],
+    values.get("title") or workdir.name,
+    values.get("notes", ""),
+    timing=timing.read(workdir),
+    axes=list(dict.fromkeys(name for point in points for name in point.settings)),
+    base=cli.load_config(cli.DEFAULT_CONFIG),
+  )
+  said.show()
+  for name in (records.CSV_FILE, report.PAGE_FILE):
+    print(workdir / name)
 
 
 def run() -> None:

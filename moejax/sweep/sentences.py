@@ -44,6 +44,15 @@ class Sentences:
   unknown: tuple[str, ...]
   """What cannot be said, and why."""
 
+  def show(self) -> None:
+    """Prints them."""
+    for finding in self.findings:
+      print(f"{finding.topic}: {finding.text}")
+      if finding.command:
+        print(f"  {finding.command}")
+    for text in self.unknown:
+      print(f"Unknown: {text}")
+
 
 def write(
   records: Records,
