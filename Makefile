@@ -72,7 +72,7 @@ test-all: $(STAMP)
 # CHROMIUM=its path.
 test-browser: $(STAMP)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[browser]"
-	$(BIN)/python -m pytest -q -m browser tests/sweep/test_page.py $(ARGS)
+	$(BIN)/python -m pytest -q -m browser tests/sweep/report/test_page.py $(ARGS)
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

@@ -34,7 +34,7 @@ def main() -> int:
   run_dirs = find(options.runs)
   out = _writable(pathlib.Path(options.out))
   # jax is imported after the command line is checked.
-  from moejax.sweep import report
+  from moejax.sweep.report import page as report
 
   said = report.write(
     out,

@@ -119,7 +119,8 @@ def main(argv: Sequence[str] | None = None) -> None:
   args = parse(sys.argv[1:] if argv is None else argv)
   if args.draws < 0 or args.seed < 0:
     raise UserError("--draws and --seed are counts from 0.")
-  from moejax.sweep import fit, laws
+  from moejax.sweep.laws import fit
+  from moejax.sweep.laws import published as laws
 
   law = laws.by_name(args.law)
   letters = dict(COLUMNS[args.law])

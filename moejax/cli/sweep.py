@@ -132,12 +132,12 @@ def _points() -> tuple[list, list, dict]:
   if _is_described() or not flags.FLAGS.workdir:
     spec = get_spec()
     # Imported here, because it imports jax: a wrong flag costs no second.
-    from moejax.sweep import stored
-    from moejax.sweep.points import expand
+    from moejax.sweep.points import stored
+    from moejax.sweep.points.expand import expand
 
     found = expand(spec)
     return found.points, found.skipped, stored.to_json(spec, found.points, found.skipped)
-  from moejax.sweep import stored
+  from moejax.sweep.points import stored
 
   _, points = stored.read(_workdir())
   return points, [], _stored_values()
@@ -161,7 +161,7 @@ def get_spec():
   Raises:
     ConfigError: the file or a flag cannot be used.
   """
-  from moejax.sweep import axes
+  from moejax.sweep.points import axes
   from moejax.sweep.spec import Spec
 
   given = flags.FLAGS
@@ -214,7 +214,7 @@ def _joined(own: tuple, given: tuple) -> tuple:
 
 
 def _budgets(text: str) -> tuple[float, ...]:
-  from moejax.sweep.budget import check_budget
+  from moejax.sweep.points.budget import check_budget
 
   found = []
   for word in text.split(","):
@@ -235,7 +235,7 @@ def _budgets(text: str) -> tuple[float, ...]:
 
 def _show(points: list, skipped: list) -> None:
   from moejax.cli import sweep_table
-  from moejax.sweep import predict
+  from moejax.sweep.points import predict
 
   given = flags.FLAGS
   workdir = pathlib.Path(given.workdir) if given.workdir else None
@@ -246,16 +246,14 @@ def _show(points: list, skipped: list) -> None:
 
 
 def _status(workdir: pathlib.Path) -> int:
-  from moejax.sweep import schedule
+  from moejax.sweep.execution import schedule
 
   return schedule.status(workdir, num_jobs=flags.FLAGS.jobs)
 
 
 def _run(points: list, values: dict) -> int:
-  from moejax.sweep import (
-    schedule,
-    stored,
-  )
+  from moejax.sweep.execution import schedule
+  from moejax.sweep.points import stored
 
   given = flags.FLAGS
   options = schedule.Options(
@@ -281,7 +279,9 @@ def _run(points: list, values: dict) -> int:
 
 def _report(points: list, values: dict) -> None:
   """Writes the results and the page, and prints what they say."""
-  from moejax.sweep import records, report, timing
+  from moejax.sweep.execution import timing
+  from moejax.sweep.report import page as report
+  from moejax.sweep.report import records
   from moejax.sweep.spec import RUNS
 
   workdir = _workdir()

@@ -6,8 +6,8 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from moejax.sweep.points import Skipped
-from moejax.sweep.predict import Prediction, Rate
+from moejax.sweep.points.expand import Skipped
+from moejax.sweep.points.predict import Prediction, Rate
 
 _COLUMNS = (
   "parameters",

@@ -15,8 +15,8 @@ from moejax.cli import dotted, sweep, sweep_table
 from moejax.cli import flags as cli
 from moejax.errors import UserError
 from moejax.run import compilation_cache
-from moejax.sweep import axes, stored
-from moejax.sweep.points import expand
+from moejax.sweep.points import axes, stored
+from moejax.sweep.points.expand import expand
 from moejax.sweep.spec import SPEC_FILE, Spec
 
 OWN: list[str] = []
@@ -44,7 +44,7 @@ def _flags():
 @pytest.fixture(autouse=True)
 def _quick(monkeypatch):
   """No product is timed."""
-  monkeypatch.setattr("moejax.sweep.predict.product_speed", lambda: 1e11)
+  monkeypatch.setattr("moejax.sweep.points.predict.product_speed", lambda: 1e11)
 
 
 def parse(*words: str) -> None:

@@ -1,0 +1,362 @@
+"""Runs the points of a sweep: starts, resumes, watches and evaluates them.
+
+What is to be done is read from the runs' directories (states.py), never
+remembered, so the same call goes on after any interruption.
+"""
+
+import dataclasses
+import shlex
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from moejax.cost import flops, parameters
+from moejax.errors import UserError
+from moejax.evaluate.perplexity import parse_capacity_factors
+from moejax.sweep.execution import (
+  children,
+  directory,
+  evaluations,
+  local,
+  shapes,
+  states,
+  timing,
+)
+from moejax.sweep.execution import view as view_lib
+from moejax.sweep.execution.states import State, Status
+from moejax.sweep.spec import RUNS, Point
+
+EXECUTORS = ("local", "print")
+
+_EXAMINE_SECONDS = 1.0
+"""Between two looks at the directories of running runs."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Options:
+  """How to run the points."""
+
+  jobs: int = 1
+  """Runs at once, each on cores or a GPU of its own."""
+  executor: str = "local"
+  """local starts the runs; print only prints their commands."""
+  retry_failed: bool = False
+  """Start failed runs again, instead of naming them."""
+  devices_per_run: int | None = None
+  """GPUs, or simulated CPU devices, of each run; see `local.make_slots`."""
+  allow_changes: bool = False
+  """Go on in the directory of a sweep with another specification."""
+  compilation_cache: str | None = None
+  """--compilation_cache of every run; None is the runs' own default, which they share."""
+  evaluate: bool = False
+  """Evaluate the finished runs instead of training."""
+  split: str = "validation"
+  """For `evaluate`."""
+  eval_capacity_factor: str | None = None
+  """For `evaluate`: capacity factors, separated by commas; None is each run's own."""
+  time_steps: int = 0
+  """Afterwards, time this many steps of each distinct shape alone; 0 is off."""
+
+
+def run(
+  workdir: Path,
+  points: Sequence[Point],
+  *,
+  options: Options,
+  spec: Mapping[str, Any] | None = None,
+  differences: directory.Differences | None = None,
+  stream: Any = None,
+) -> int:
+  """Trains, or with `options.evaluate` evaluates, the points of a sweep.
+
+  Args:
+    workdir: of the sweep; created if missing.
+    points: in the order in which they start.
+    options: how to run them.
+    spec: stored as spec.json; None stores the points' names and digests.
+    differences: compares two forms of `spec`; see `directory.opened`.
+    stream: where progress is printed; None is standard output.
+
+  Returns:
+    0 if every run is done (or evaluated), 1 if any is not, 128 + signal when stopped.
+
+  Raises:
+    UserError: before anything is started, an error that the user can fix.
+  """
+  workdir, stream = Path(workdir), sys.stdout if stream is None else stream
+  _check(points, options)
+  slots = local.make_slots(options.jobs, options.devices_per_run)
+  stored = plain_spec(points) if spec is None else spec
+  with directory.opened(
+    workdir,
+    stored,
+    differences=differences,
+    allow_changes=options.allow_changes,
+  ):
+    runs = {p.name: workdir / RUNS / p.directory for p in points}
+    timing.read(workdir)
+    _refuse_damaged([states.examine(path) for path in runs.values()])
+    for point in points:
+      _prepare(runs[point.name], point)
+    if options.evaluate:
+      code = _evaluate(runs, points, options, slots, stream)
+    else:
+      code = _train(runs, points, options, slots, stream)
+    if options.time_steps and options.executor == "local" and code <= 1:
+      slot, steps = slots[0], options.time_steps
+      code = max(code, timing.measure(workdir, points, steps, slot, stream))
+    return code
+
+
+def status(workdir: Path, *, num_jobs: int = 1, stream: Any = None) -> int:
+  """Prints the table of a sweep's runs; takes no lock, and starts nothing.
+
+  Raises:
+    UserError: the directory holds no sweep.
+  """
+  if not (Path(workdir) / RUNS).is_dir():
+    raise UserError(
+      f"--workdir={workdir} holds no sweep (it has no {RUNS}/). Give the directory that "
+      "the sweep was given as --workdir."
+    )
+  found = [states.examine(path) for path in directory.run_directories(Path(workdir))]
+  view_lib.print_table(found, num_jobs, stream)
+  return 0
+
+
+def plain_spec(points: Sequence[Point]) -> dict[str, Any]:
+  """Returns a specification that only names the points."""
+  return {"points": {point.name: point.digest for point in points}}
+
+
+def _check(points: Sequence[Point], options: Options) -> None:
+  if options.executor not in EXECUTORS:
+    raise UserError(f"--executor={options.executor}: choose from {', '.join(EXECUTORS)}.")
+  if options.jobs < 1:
+    raise UserError(f"--jobs={options.jobs}: at least 1.")
+  if options.devices_per_run is not None and options.devices_per_run < 1:
+    raise UserError(f"--devices_per_run={options.devices_per_run}: at least 1.")
+  if options.time_steps < 0:
+    raise UserError(f"--time_steps={options.time_steps}: at least 0.")
+  if options.evaluate and options.eval_capacity_factor is not None:
+    parse_capacity_factors(options.eval_capacity_factor)
+  names = [point.name for point in points]
+  twice = sorted({name for name in names if names.count(name) > 1})
+  if twice:
+    raise UserError(f"Two runs of this sweep have the name {twice[0]}.")
+
+
+def _refuse_damaged(found: Sequence[Status]) -> None:
+  damages = [s.damage for s in found if s.damage and s.state is not State.RUNNING]
+  if damages:
+    more = f" And {len(damages) - 1} more." if len(damages) > 1 else ""
+    raise UserError(damages[0] + more)
+
+
+def _prepare(path: Path, point: Point) -> None:
+  """Makes a run's directory with its config and plan, unless it is there already."""
+  directory.write_config(path, point.name, point.config)
+  if states.read_record(path).get("plan", {}).get("digest") == point.digest:
+    return
+  config = point.config
+  vocab_size = parameters.resolve_vocab_size(config)
+  plan = states.Plan(
+    name=point.name,
+    digest=point.digest,
+    num_steps=config.train.num_steps,
+    tokens_per_step=config.train.batch_size * config.data.sequence_length,
+    flops_per_token=flops.flops_per_token(config, vocab_size)["total"],
+  )
+  states.write_plan(path, plan)
+
+
+def train_job(path: Path, point: Point, options: Options) -> local.Job:
+  """Returns the command that starts or resumes a point's run."""
+  flags = [f"--config={path / directory.CONFIG_MODULE}", f"--workdir={path}"]
+  if options.compilation_cache is not None:
+    flags.append(f"--compilation_cache={options.compilation_cache}")
+  return local.Job(
+    name=point.name,
+    run=path,
+    command=local.command("train", *flags),
+    log=path / states.LOG_FILE,
+    program=shapes.program_digest(point.config),
+  )
+
+
+# -------------------------------------------------------------------------- training
+
+
+def _train(
+  runs: Mapping[str, Path],
+  points: Sequence[Point],
+  options: Options,
+  slots: Sequence[local.Slot],
+  stream: Any,
+) -> int:
+  jobs = [train_job(runs[point.name], point, options) for point in points]
+  found = {name: states.examine(path) for name, path in runs.items()}
+  wanted = [job for job in jobs if _is_wanted(found[job.name], options.retry_failed)]
+  if options.executor == "print":
+    for job in wanted:
+      print(shlex.join(job.command), file=stream)
+    return 0
+  view = view_lib.make_view(stream)
+  try:
+    queue = _Training(wanted, found, view, len(slots))
+    signal = children.work_off(queue, local.Pool(slots))
+  finally:
+    view.close()
+  return _conclude(queue.statuses, signal, options)
+
+
+def _is_wanted(found: Status, retry_failed: bool) -> bool:
+  if found.state is State.FAILED:
+    return retry_failed
+  return found.state is not State.DONE
+
+
+def _conclude(found: Mapping[str, Status], signal: int | None, options: Options) -> int:
+  """Names the runs that are not done, and returns the exit code."""
+  for s in found.values():
+    if s.state is State.FAILED:
+      print(view_lib.failure(s), file=sys.stderr)
+  failed = sum(s.state is State.FAILED for s in found.values())
+  if failed and not options.retry_failed:
+    print(f"--retry_failed runs the {failed} failed again.", file=sys.stderr)
+  if signal is not None:
+    print("Stopped. The same command goes on.", file=sys.stderr)
+    return 128 + signal
+  for s in found.values():
+    if s.state is State.INTERRUPTED:
+      print(
+        f"{s.name} was interrupted (exit code {s.exit_code}) at step {s.step}. The same "
+        "command goes on.",
+        file=sys.stderr,
+      )
+  return int(any(s.state is not State.DONE for s in found.values()))
+
+
+class _Training:
+  """The runs to start, each at most once, and what is known of all of them."""
+
+  def __init__(
+    self,
+    jobs: Sequence[local.Job],
+    found: Mapping[str, Status],
+    view: view_lib.View,
+    num_slots: int,
+  ):
+    self.statuses = dict(found)
+    self._waiting = list(jobs)
+    self._active: dict[str, local.Job] = {}
+    self._first_step: dict[str, int] = {}
+    self._view, self._num_slots = view, num_slots
+    self._examined = time.monotonic()
+    view.update(self.statuses, num_slots)
+    for job in self._elsewhere():
+      view.message(f"{job.name} is run by another process: waiting until it ends.")
+
+  def next(self, running: list[local.Job]) -> tuple[local.Job, int] | None:
+    startable = [job for job in self._waiting if job not in self._elsewhere()]
+    if not startable:
+      return None
+    # What a run compiles, later ones load: equal programs start one after the other as
+    # long as there is other work. Waiting for them would gain nothing.
+    compiling = {
+      job.program
+      for job in running
+      if self.statuses[job.name].step == self._first_step[job.name]
+    }
+    fresh = [job for job in startable if job.program not in compiling]
+    job = (fresh or startable)[0]
+    self._waiting.remove(job)
+    return job, states.num_attempts(job.run) + 1
+
+  def is_empty(self) -> bool:
+    return not self._waiting
+
+  def started(self, job: local.Job, pid: int) -> None:
+    self._record(states.begin, job, pid)
+    self._active[job.name] = job
+    self._first_step[job.name] = self.statuses[job.name].step
+    self._examine([job])
+
+  def not_started(self, job: local.Job, error: OSError) -> None:
+    self._view.message(f"{job.name} cannot be started: {error}")
+
+  def ended(self, job: local.Job, exit_code: int) -> None:
+    self._record(states.end, job, exit_code)
+    del self._active[job.name]
+    self._examine([job])
+
+  def tick(self) -> None:
+    if time.monotonic() < self._examined + _EXAMINE_SECONDS:
+      return
+    self._examined = time.monotonic()
+    self._examine([*self._active.values(), *self._elsewhere()])
+    # Finished by another process meanwhile.
+    self._waiting = [
+      job for job in self._waiting if self.statuses[job.name].state is not State.DONE
+    ]
+
+  def _record(
+    self, write: Callable[[Path, int], None], job: local.Job, value: int
+  ) -> None:
+    """Writes a run's record; a problem with it must not end the other runs."""
+    try:
+      write(job.run, value)
+    except (OSError, UserError) as error:
+      self._view.message(f"The record of {job.name} cannot be written: {error}")
+
+  def _elsewhere(self) -> list[local.Job]:
+    """Returns the runs of the queue that another process runs now."""
+    return [
+      job for job in self._waiting if self.statuses[job.name].state is State.RUNNING
+    ]
+
+  def _examine(self, jobs: Sequence[local.Job]) -> None:
+    for job in jobs:
+      self.statuses[job.name] = states.examine(job.run)
+    self._view.update(self.statuses, self._num_slots)
+
+
+# ------------------------------------------------------------------------ evaluation
+
+
+def _evaluate(
+  runs: Mapping[str, Path],
+  points: Sequence[Point],
+  options: Options,
+  slots: Sequence[local.Slot],
+  stream: Any,
+) -> int:
+  """Evaluates the finished runs that have no result with these settings."""
+  jobs, unfinished, kept = [], [], 0
+  for point in points:
+    path = runs[point.name]
+    found = states.examine(path)
+    if found.state is not State.DONE:
+      unfinished.append(found)
+      continue
+    request = (options.split, options.eval_capacity_factor)
+    if evaluations.result_file(path, point.config, *request).exists():
+      kept += 1
+      continue
+    jobs.append(evaluations.job(path, point, *request, cache=options.compilation_cache))
+  if options.executor == "print":
+    for job in jobs:
+      print(shlex.join(job.command), file=stream)
+    return 0
+  view = view_lib.Lines(stream)
+  for s in unfinished:
+    view.message(f"{view_lib.one_line(s)}: left out, since it is not finished.")
+  if kept:
+    view.message(f"{kept} of {len(points)} runs have this evaluation already.")
+  queue = evaluations.Evaluating(jobs, view)
+  signal = children.work_off(queue, local.Pool(slots))
+  for job, code in queue.failed:
+    print(evaluations.failure(job, code), file=sys.stderr)
+  return 128 + signal if signal is not None else int(bool(queue.failed))

@@ -1,0 +1,266 @@
+"""A specification and its points as JSON, for `spec.json`, and what changed since.
+
+The file says what a sweep is: its base config (fields that are not at their default), its
+axes, variants, conditions (as source text), seeds and budgets, every point with what its
+config changes in the base, and the code revision. Points are read back whole; conditions
+are not, since the points that they kept are there.
+"""
+
+import copy
+import inspect
+import textwrap
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from moejax import files
+from moejax.config import Config
+from moejax.config import text as config_text
+from moejax.errors import ConfigError, UserError, program
+from moejax.options import show
+from moejax.run import provenance
+from moejax.sweep.points.expand import Skipped, digest, given_fields
+from moejax.sweep.spec import SPEC_FILE, Axis, Point, Spec
+
+FORMAT = 1
+"""Incremented when the file changes its meaning."""
+
+_SHOWN = 5
+"""Number of names in a message."""
+
+
+def to_json(
+  spec: Spec, points: Sequence[Point], skipped: Sequence[Skipped] = ()
+) -> dict[str, Any]:
+  """Returns the content of spec.json."""
+  return {
+    "format": FORMAT,
+    "title": spec.title,
+    "notes": spec.notes,
+    "revision": provenance.revision(),
+    "base": given_fields(spec.base) | _options(spec.base),
+    "axes": [
+      {"fields": list(axis.fields), "values": [list(row) for row in axis.values]}
+      for axis in spec.axes
+    ],
+    "variants": {name: dict(settings) for name, settings in spec.variants.items()},
+    # A sorted file would lose the order of variants, which is that of the points.
+    "variant_order": list(spec.variants),
+    "conditions": [source(condition) for condition in spec.conditions],
+    "seeds": list(spec.seeds),
+    "match": spec.match,
+    "match_by": spec.match_by,
+    "isoflop": list(spec.isoflop),
+    "skip_impossible": spec.skip_impossible,
+    "points": [
+      {
+        "name": point.name,
+        "digest": point.digest,
+        "settings": [[key, value] for key, value in point.settings.items()],
+        "config": given_fields(point.config, spec.base),
+      }
+      for point in points
+    ],
+    "skipped": [{"name": s.name, "reason": s.reason} for s in skipped],
+  }
+
+
+def _options(base: Config) -> dict[str, Any]:
+  """Returns options of all routers, of which another may be chosen by a point."""
+  return {
+    f"moe.{router}.{name}": value
+    for router, options in base.moe.options.items()
+    for name, value in options.items()
+  }
+
+
+def source(condition: Callable[[Config], bool]) -> str:
+  """Returns a condition's source text; its name if it has none."""
+  try:
+    text = inspect.getsource(condition)
+  except (OSError, TypeError):
+    return getattr(condition, "__qualname__", None) or repr(condition)
+  return textwrap.dedent(text).strip()
+
+
+def read(workdir: Path) -> tuple[Spec, list[Point]]:
+  """Returns the sweep of a directory; see `from_json`.
+
+  Raises:
+    UserError: there is none, or its file is damaged.
+  """
+  path = Path(workdir) / SPEC_FILE
+  try:
+    values = files.read_json(path)
+  except FileNotFoundError:
+    raise UserError(
+      f"--workdir={workdir} holds no sweep (it has no {SPEC_FILE}). Give the directory "
+      f"that {program('sweep', 'experiments.sweep')} was given as --workdir."
+    ) from None
+  except (OSError, ValueError) as error:
+    raise UserError(_damaged(path, error)) from error
+  try:
+    return from_json(values)
+  except (UserError, LookupError, TypeError, ValueError, AttributeError) as error:
+    raise UserError(_damaged(path, error)) from error
+
+
+def _damaged(path: Path, error: Exception) -> str:
+  words = " ".join(str(error).split()).rstrip(".")
+  return (
+    f"{path} cannot be read ({type(error).__name__}: {words}). Restore it, or move it "
+    "away and give the sweep's flags again: finished runs are kept."
+  )
+
+
+def from_json(values: Mapping[str, Any]) -> tuple[Spec, list[Point]]:
+  """Returns a specification, without its conditions, and its points.
+
+  Raises:
+    ConfigError: of another format, or a config that does not have its digest.
+    LookupError, TypeError, ValueError: it is not what `to_json` returns.
+  """
+  if values["format"] != FORMAT:
+    raise ConfigError(f"it has format {values['format']}, and this moejax reads {FORMAT}")
+  base = _with_fields(Config(), values["base"])
+  spec = Spec(
+    base=base,
+    title=values["title"],
+    notes=values["notes"],
+    axes=tuple(
+      Axis(fields=tuple(a["fields"]), values=tuple(map(tuple, a["values"])))
+      for a in values["axes"]
+    ),
+    variants={name: values["variants"][name] for name in values["variant_order"]},
+    seeds=tuple(values["seeds"]),
+    match=values["match"],
+    match_by=values["match_by"],
+    isoflop=tuple(values["isoflop"]),
+    skip_impossible=values["skip_impossible"],
+  )
+  return spec, [_point(base, point) for point in values["points"]]
+
+
+def _point(base: Config, values: Mapping[str, Any]) -> Point:
+  config = _with_fields(base, values["config"])
+  router = config.moe.router
+  config.moe.options = {r: o for r, o in config.moe.options.items() if r == router}
+  if digest(config) != values["digest"]:
+    raise ConfigError(
+      f"the config of {values['name']} does not have the digest {values['digest']}"
+    )
+  return Point(
+    name=values["name"],
+    settings=dict(values["settings"]),
+    config=config,
+    digest=values["digest"],
+  )
+
+
+def _with_fields(base: Config, fields: Mapping[str, Any]) -> Config:
+  config = copy.deepcopy(base)
+  for field, value in fields.items():
+    config_text.set_field(config, field, value)
+  return config
+
+
+# ------------------------------------------------------------------------- differences
+
+
+def differences(stored: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+  """Returns in words how a specification differs from the stored one.
+
+  Title, notes and skipped points do not count: they change no run.
+
+  Args:
+    stored: what spec.json holds, possibly changed by hand.
+    now: of `to_json`.
+  """
+  try:
+    return _differences(stored, now)
+  except (AttributeError, LookupError, TypeError, ValueError):
+    return [f"{SPEC_FILE} holds no specification of this moejax"]
+
+
+def _differences(stored: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+  found = []
+  if stored.get("revision") != now["revision"]:
+    was, now_at = (_short(x.get("revision")) for x in (stored, now))
+    found.append(f"the code was at {was} and is at {now_at}")
+  found += _changed_fields(stored.get("base", {}), now["base"])
+  found += _changed_axes(stored.get("axes", []), now["axes"])
+  names = {
+    "variants": "variants",
+    "conditions": "conditions",
+    "seeds": "seeds",
+    "match": "--match",
+    "match_by": "--match_by",
+    "isoflop": "--isoflop",
+  }
+  for key, name in names.items():
+    before, after = stored.get(key), now[key]
+    if before != after:
+      found.append(f"{name}: {_said(before)} before, {_said(after)} now")
+  return found + _changed_points(stored.get("points", []), now["points"])
+
+
+def _short(revision: str | None) -> str:
+  if not revision:
+    return "no revision"
+  commit, plus, dirty = revision.partition("+")
+  return commit[:10] + plus + dirty
+
+
+def _said(value: Any) -> str:
+  if isinstance(value, Mapping):
+    return ", ".join(value) or "none"
+  if isinstance(value, list):
+    return ", ".join(map(_said, value)) or "none"
+  return " ".join(show(value).split()) or "none"
+
+
+def _changed_fields(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+  def of(fields: Mapping[str, Any], name: str) -> str:
+    return show(fields[name]) if name in fields else "at its default"
+
+  return [
+    f"--config.{name} was {of(before, name)} and is {of(now, name)}"
+    for name in sorted(before.keys() | now.keys())
+    if of(before, name) != of(now, name)
+  ]
+
+
+def _changed_axes(
+  before: Sequence[Mapping[str, Any]], now: Sequence[Mapping[str, Any]]
+) -> list[str]:
+  def by_fields(axes: Sequence[Mapping[str, Any]]) -> dict[str, str]:
+    return {
+      " with ".join(axis["fields"]): ", ".join(
+        "/".join(map(_said, row)) for row in axis["values"]
+      )
+      for axis in axes
+    }
+
+  old, new = by_fields(before), by_fields(now)
+  found = [f"axis {name} is gone" for name in old if name not in new]
+  found += [f"axis {name} is new: {new[name]}" for name in new if name not in old]
+  return found + [
+    f"axis {name} was {old[name]} and is {new[name]}"
+    for name in new
+    if name in old and old[name] != new[name]
+  ]
+
+
+def _changed_points(
+  before: Sequence[Mapping[str, Any]], now: Sequence[Mapping[str, Any]]
+) -> list[str]:
+  old = {point["digest"]: point["name"] for point in before}
+  new = {point["digest"]: point["name"] for point in now}
+  found = []
+  for what, ours, others in (("more", new, old), ("fewer", old, new)):
+    names = [name for digest_, name in ours.items() if digest_ not in others]
+    if names:
+      more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
+      listed = "; ".join(names[:_SHOWN])
+      found.append(f"{len(names)} run{'s' * (len(names) > 1)} {what}: {listed}{more}")
+  return found

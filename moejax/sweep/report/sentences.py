@@ -1,0 +1,369 @@
+"""Sentences made of a sweep's numbers: what it found, and what it cannot say.
+
+A sentence is written only if the data carry it: finished runs, enough seeds, an interval
+that excludes 0. What fails one of these is listed as unknown, with its numbers.
+"""
+
+import dataclasses
+import shlex
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from moejax.config import Config
+from moejax.config import text as config_text
+from moejax.errors import program
+from moejax.options import show
+from moejax.sweep.report import analyses, summary
+from moejax.sweep.report.records import Records
+from moejax.sweep.report.summary import Interval, Setting
+
+_MOST = 8
+"""Settings named in one sentence; the figures and tables have all."""
+
+_NOT_TO_COPY = (
+  "schema_version",
+  *(f"data.{name}" for name in ("cache_dir", "num_workers", "prefetch")),
+)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Finding:
+  """A sentence that the data carry."""
+
+  topic: str
+  text: str
+  command: str = ""
+  """A command line to copy."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Sentences:
+  """The top of a report."""
+
+  findings: tuple[Finding, ...]
+  unknown: tuple[str, ...]
+  """What cannot be said, and why."""
+
+  def show(self) -> None:
+    """Prints them."""
+    for finding in self.findings:
+      print(f"{finding.topic}: {finding.text}")
+      if finding.command:
+        print(f"  {finding.command}")
+    for text in self.unknown:
+      print(f"Unknown: {text}")
+
+
+def write(
+  records: Records,
+  found: Sequence[Setting],
+  axes: Sequence[str],
+  base: Config | None = None,
+) -> Sentences:
+  """Returns the sentences of a report.
+
+  Args:
+    records: all runs.
+    found: their settings, from `summary.settings`.
+    axes: the fields that were varied.
+    base: the config that `train` has without flags; None gives a command that sets
+      every field.
+  """
+  names = summary.short_names(records.fields)
+  findings = [
+    *_pareto(found),
+    *_doubling(found, axes, names),
+    *_capacity(found, axes, names),
+    *_isoflop(found, records.fields, names),
+    *_best(found, base),
+  ]
+  unknown = [
+    *_unfinished(records),
+    *_incomparable(records),
+    *_seeds(found),
+    *_close(found),
+    *_uncertain_doublings(found, axes, names),
+    *_refused(found, records.fields, names),
+    *_step_times(records),
+  ]
+  return Sentences(findings=tuple(findings), unknown=tuple(unknown))
+
+
+def spread(setting: Setting) -> str:
+  """Returns a mean loss with its standard error, if there is one."""
+  if setting.se is None:
+    return f"{setting.mean:.4f}"
+  return f"{setting.mean:.4f} +- {setting.se:.4f}"
+
+
+def difference(interval: Interval) -> str:
+  """Returns a difference in loss with its interval and number of seeds."""
+  text = f"{interval.estimate:+.4f} nats/token"
+  if interval.low is None or interval.high is None:
+    return f"{text} (one seed)"
+  return (
+    f"{text} ({summary.LEVEL:.0%} interval {interval.low:+.4f} to {interval.high:+.4f}, "
+    f"{interval.n} seeds)"
+  )
+
+
+def where(values: Mapping[str, Any], names: Mapping[str, str]) -> str:
+  """Returns `, with top_k=2` for the axes held fixed; empty if there is none."""
+  return f", with {summary.label(values, names)}" if values else ""
+
+
+def _pareto(found: Sequence[Setting]) -> list[Finding]:
+  out = []
+  units = {"step_ms_p50": "{:.3g} ms", "training_flops": "{:.3g} FLOP"}
+  for cost, title in summary.COSTS.items():
+    if not summary.varies(found, cost):
+      continue
+    front = summary.pareto(found, cost)
+    listed = "; ".join(
+      f"{s.label} ({units[cost].format(s.of(cost))}, {spread(s)})" for s in front[:_MOST]
+    )
+    more = f"; and {len(front) - _MOST} more" if len(front) > _MOST else ""
+    only = "1 is" if len(front) == 1 else f"{len(front)} are"
+    out.append(
+      Finding(
+        topic=f"Loss against {title}",
+        text=f"Of {len(found)} settings, {only} not beaten in mean loss at equal or "
+        f"lower {title}, from the cheapest: {listed}{more}.",
+      )
+    )
+  return out
+
+
+def _doubling_words(
+  doubling: analyses.Doubling, names: Mapping[str, str]
+) -> tuple[str, str]:
+  """Returns what is compared, and what is added about its step time."""
+  what = f"from {doubling.experts} to {2 * doubling.experts} experts"
+  if doubling.step_ms is not None:
+    what += f" at equal step time ({doubling.step_ms:.3g} ms, interpolated)"
+  slower = ""
+  if doubling.slower is not None:
+    slower = f", and the step time by {doubling.slower:+.0%}"
+  return what + where(doubling.others, names), slower
+
+
+def _doubling(
+  found: Sequence[Setting], axes: Sequence[str], names: Mapping[str, str]
+) -> list[Finding]:
+  out = []
+  for doubling in analyses.doublings(found, axes):
+    if doubling.difference.certain:
+      what, slower = _doubling_words(doubling, names)
+      text = (
+        f"Going {what} changes the loss by {difference(doubling.difference)}{slower}."
+      )
+      out.append(Finding(topic="Doubling the experts", text=text))
+  return out
+
+
+def _uncertain_doublings(
+  found: Sequence[Setting], axes: Sequence[str], names: Mapping[str, str]
+) -> list[str]:
+  return [
+    f"Whether going {_doubling_words(doubling, names)[0]} changes the loss: "
+    f"{difference(doubling.difference)} includes 0."
+    for doubling in analyses.doublings(found, axes)
+    if doubling.difference.n > 1 and not doubling.difference.certain
+  ]
+
+
+def _capacity(
+  found: Sequence[Setting], axes: Sequence[str], names: Mapping[str, str]
+) -> list[Finding]:
+  out = []
+  for answer in analyses.sufficient_capacity(found, axes):
+    if answer.margin is None:
+      continue
+    than = f"dropless ({spread(answer.dropless)}){where(answer.others, names)}"
+    if answer.sufficient is None:
+      text = (
+        f"No capacity factor up to {answer.largest:g} has a loss within one standard "
+        f"error of {than}."
+      )
+    else:
+      factor = answer.sufficient.values[analyses.CAPACITY]
+      text = (
+        f"{factor:g} is the smallest capacity factor tried whose loss "
+        f"({answer.sufficient.mean:.4f}) is within one standard error of {than}."
+      )
+    out.append(Finding(topic="Capacity that suffices", text=text))
+  return out
+
+
+def _isoflop(
+  found: Sequence[Setting], fields: Sequence[str], names: Mapping[str, str]
+) -> list[Finding]:
+  out = []
+  for curve in analyses.isoflops(found, fields):
+    if curve.minimum is None:
+      continue
+    at = curve.minimum
+    interval = ""
+    if at.low is not None and at.high is not None:
+      interval = f" ({summary.LEVEL:.0%} interval {at.low:.3g} to {at.high:.3g})"
+    text = (
+      f"At {curve.budget:.3g} training FLOPs{where(curve.others, names)}, the loss is "
+      f"lowest, {curve.loss:.4f}, at {at.estimate:.3g} active parameters{interval}."
+    )
+    out.append(Finding(topic="Best size for a budget", text=text))
+  return out
+
+
+def _refused(
+  found: Sequence[Setting], fields: Sequence[str], names: Mapping[str, str]
+) -> list[str]:
+  return [
+    f"The best size at {curve.budget:.3g} training FLOPs{where(curve.others, names)}: "
+    f"{curve.refused}. Add sizes beyond it."
+    for curve in analyses.isoflops(found, fields)
+    if curve.refused
+  ]
+
+
+def _best(found: Sequence[Setting], base: Config | None) -> list[Finding]:
+  if len(found) < 2:
+    return []
+  best = min(found, key=lambda setting: setting.mean)
+  seeds = "1 seed" if best.n == 1 else f"{best.n} seeds"
+  text = f"{best.label} has the lowest mean loss: {spread(best)} nats/token ({seeds})."
+  cheaper = [
+    (setting.of("step_ms_p50") or 0.0, setting)
+    for setting in _indistinguishable(found, best)
+    if (setting.of("step_ms_p50") or 0.0) < (best.of("step_ms_p50") or 0.0)
+  ]
+  if cheaper:
+    cost, setting = min(cheaper, key=lambda pair: pair[0])
+    gap = summary.paired(best, setting)
+    assert gap is not None
+    share = 1 - cost / (best.of("step_ms_p50") or cost)
+    text += (
+      f" {setting.label} cannot be told from it, {difference(gap)}, and takes "
+      f"{share:.0%} less time per step."
+    )
+  config = best.runs[0].config
+  return [Finding(topic="Lowest loss", text=text, command=command(config, base))]
+
+
+def _indistinguishable(found: Sequence[Setting], best: Setting) -> list[Setting]:
+  """Returns the settings whose difference to the best has an interval around 0."""
+  out = []
+  for setting in found:
+    gap = summary.paired(best, setting) if setting is not best else None
+    if gap is not None and gap.n > 1 and not gap.certain:
+      out.append(setting)
+  return out
+
+
+def command(config: Config, base: Config | None = None) -> str:
+  """Returns the command line that trains a config.
+
+  Args:
+    config: of a run.
+    base: what `train` has without flags; None sets every field.
+  """
+  ours = config_text.leaves(config)
+  theirs = {} if base is None else config_text.leaves(base)
+  flags = [
+    f"--config.{name}={show(value)}"
+    for name, value in ours.items()
+    if name not in _NOT_TO_COPY and (name not in theirs or theirs[name] != value)
+  ]
+  return f"{program('train', 'experiments.train')} --workdir=runs/best " + " ".join(
+    shlex.quote(flag) for flag in flags
+  )
+
+
+def _unfinished(records: Records) -> list[str]:
+  out = []
+  open_runs = [run for run in records.runs if not run.done]
+  if open_runs:
+    named = ", ".join(f"{r.values['run']} ({r.values['state']})" for r in open_runs[:5])
+    more = f" and {len(open_runs) - 5} more" if len(open_runs) > 5 else ""
+    out.append(
+      f"{len(open_runs)} of {len(records.runs)} runs are not finished and count in no "
+      f"figure or sentence: {named}{more}."
+    )
+  lost = [run.values["run"] for run in records.runs if run.done and not _has_loss(run)]
+  if lost:
+    out.append(
+      f"{len(lost)} finished run(s) have no finite held-out loss and are left out: "
+      f"{', '.join(lost[:5])}{' and more' if len(lost) > 5 else ''}."
+    )
+  return out
+
+
+def _has_loss(run: Any) -> bool:
+  return isinstance(run.values.get("loss"), int | float)
+
+
+def _incomparable(records: Records) -> list[str]:
+  out = []
+  done = [run for run in records.runs if run.done]
+
+  def distinct(column: str) -> list[Any]:
+    found = {run.values[column] for run in done if column in run.values}
+    return sorted(found)
+
+  if len(tokens := distinct("eval_tokens")) > 1:
+    out.append(
+      f"Losses are of different held-out tokens ({tokens[0]:,} to {tokens[-1]:,}) and "
+      "compare only roughly. Evaluate every run on the same ones, or train with "
+      "--config.train.final_eval_tokens=0."
+    )
+  if len(distinct("dataset")) > 1:
+    out.append("The runs read different texts: their losses do not compare.")
+  if len(distinct("revision")) > 1:
+    out.append(f"The runs are of {len(distinct('revision'))} revisions of the code.")
+  if len(distinct("num_steps")) > 1 and len(distinct("dropped_tail")) > 1:
+    steps = distinct("num_steps")
+    out.append(
+      f"Runs have {steps[0]:,} to {steps[-1]:,} steps: drops are read at the same "
+      "fraction of each schedule, but a longer run has had longer to balance."
+    )
+  return out
+
+
+def _seeds(found: Sequence[Setting]) -> list[str]:
+  single = [setting for setting in found if setting.n == 1]
+  if not single or len(found) < 2:
+    return []
+  which = "Every setting" if len(single) == len(found) else f"{len(single)} settings"
+  have = "have" if len(single) > 1 and len(single) < len(found) else "has"
+  return [
+    f"{which} {have} one seed: nothing is known of the spread between seeds there, and a "
+    "difference may be chance. Add seeds with --seeds=3."
+  ]
+
+
+def _close(found: Sequence[Setting]) -> list[str]:
+  """Says which settings cannot be told from the best."""
+  if len(found) < 2:
+    return []
+  best = min(found, key=lambda setting: setting.mean)
+  near = _indistinguishable(found, best)
+  if not near:
+    return []
+  near.sort(key=lambda setting: setting.mean)
+  gaps = []
+  for setting in near[:_MOST]:
+    gap = summary.paired(best, setting)
+    assert gap is not None
+    gaps.append(f"{setting.label} ({difference(gap)})")
+  more = f"; and {len(near) - _MOST} more" if len(near) > _MOST else ""
+  return [f"Whether {best.label} is better than {'; '.join(gaps)}{more}."]
+
+
+def _step_times(records: Records) -> list[str]:
+  sources = {run.values.get("step_time_source") for run in records.runs} - {None}
+  if "logged" not in sources:
+    return []
+  some = "Some step" if "timed" in sources else "Step"
+  return [
+    f"{some} times were logged while training: runs beside each other slow each other. "
+    "A separate pass, --time_steps, times each shape alone."
+  ]

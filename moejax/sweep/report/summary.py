@@ -1,0 +1,210 @@
+"""Runs that differ only in their seed become one setting: mean, spread, comparisons.
+
+Only finished runs with a finite loss count. The spread is that of seeds and of nothing
+else: the same text, the same held-out tokens, the same code. Two settings are compared
+by seeds that both have, since a seed fixes the order of the data for both; an interval
+is Student's t over those differences, 90%, and needs two seeds.
+
+Source of the intervals: W. S. Gosset, "The probable error of a mean", Biometrika 6
+(1908).
+"""
+
+import dataclasses
+import functools
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from moejax.options import show
+from moejax.sweep.report.records import Record, Records
+
+LEVEL = 0.9
+"""Coverage of every interval."""
+
+_SAME_COST = 1.01
+"""Costs within this ratio are equal: runs matched in FLOPs agree to 1%."""
+
+COSTS = {"step_ms_p50": "step time", "training_flops": "training FLOPs"}
+"""Columns that a loss is weighed against."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Interval:
+  """An estimate with its interval; `low` and `high` are None with one seed."""
+
+  estimate: float
+  low: float | None = None
+  high: float | None = None
+  n: int = 1
+  """Seeds."""
+
+  @property
+  def certain(self) -> bool:
+    """Whether the interval excludes 0."""
+    return self.low is not None and self.high is not None and self.low * self.high > 0
+
+
+def student(values: Sequence[float]) -> Interval:
+  """Returns the mean of a sample with its interval.
+
+  Args:
+    values: at least one number.
+  """
+  mean, n = float(np.mean(values)), len(values)
+  if n < 2:
+    return Interval(estimate=mean)
+  # scipy.stats takes a second to import.
+  from scipy import special
+
+  quantile = float(special.stdtrit(n - 1, (1 + LEVEL) / 2))
+  half = quantile * float(np.std(values, ddof=1)) / math.sqrt(n)
+  return Interval(estimate=mean, low=mean - half, high=mean + half, n=n)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Setting:
+  """Finished runs that are equal up to their seed."""
+
+  values: Mapping[str, Any]
+  """Field to value; a field of another router is absent."""
+  runs: tuple[Record, ...]
+  """In order of their seeds; each has a loss."""
+  label: str
+  """Readable: `num_experts=8, capacity_factor=1.25`."""
+
+  @functools.cached_property
+  def losses(self) -> dict[int, float]:
+    """Final held-out loss by seed, nats per token."""
+    return {run.values["seed"]: run.values["loss"] for run in self.runs}
+
+  @property
+  def n(self) -> int:
+    return len(self.runs)
+
+  @functools.cached_property
+  def mean(self) -> float:
+    return float(np.mean(list(self.losses.values())))
+
+  @functools.cached_property
+  def sd(self) -> float | None:
+    """Standard deviation over seeds (n - 1 in the denominator); None with one."""
+    return float(np.std(list(self.losses.values()), ddof=1)) if self.n > 1 else None
+
+  @property
+  def se(self) -> float | None:
+    """Standard error of the mean; None with one seed."""
+    return None if self.sd is None else self.sd / math.sqrt(self.n)
+
+  @functools.cached_property
+  def interval(self) -> Interval:
+    return student(list(self.losses.values()))
+
+  def of(self, column: str) -> float | None:
+    """Returns a column's mean over seeds; None unless every run has it."""
+    found = [run.values.get(column) for run in self.runs]
+    if any(not isinstance(value, int | float) for value in found):
+      return None
+    return float(np.mean(np.asarray(found, np.float64)))
+
+
+def settings(records: Records) -> tuple[Setting, ...]:
+  """Groups finished runs by their setting, in the order of axes."""
+  names = short_names(records.fields)
+  groups: dict[Any, list[Record]] = {}
+  for run in records.runs:
+    if run.done and isinstance(run.values.get("loss"), int | float):
+      groups.setdefault(tuple(run.settings.items()), []).append(run)
+  found = [
+    Setting(
+      values=dict(key),
+      runs=tuple(sorted(runs, key=lambda run: run.values["seed"])),
+      label=label(dict(key), names),
+    )
+    for key, runs in groups.items()
+  ]
+  return tuple(sorted(found, key=lambda s: position(s.values, records.fields)))
+
+
+def label(values: Mapping[str, Any], names: Mapping[str, str]) -> str:
+  """Returns a setting in words; `the setting` if runs differ in nothing but seeds."""
+  words = [f"{names[field]}={short(v)}" for field, v in values.items() if field in names]
+  return ", ".join(words) or "the setting"
+
+
+def short(value: Any) -> str:
+  """Returns a value as on the command line, floats without trailing zeros."""
+  return f"{value:g}" if isinstance(value, float) else show(value)
+
+
+def short_names(fields: Iterable[str]) -> dict[str, str]:
+  """Returns each field's last part, or its whole name where two would be equal."""
+  fields = tuple(fields)
+  leaves = [field.rpartition(".")[2] for field in fields]
+  return {f: f if leaves.count(n) > 1 else n for f, n in zip(fields, leaves, strict=True)}
+
+
+def position(values: Mapping[str, Any], fields: Sequence[str]) -> tuple[Any, ...]:
+  """Returns a sort key: field by field, each as `order`; absent ones first."""
+  return tuple(order(values[f]) if f in values else (-1, 0.0, "") for f in fields)
+
+
+def order(value: Any) -> tuple[int, float, str]:
+  """Returns a value's sort key: numbers ascending, then none, then words."""
+  if isinstance(value, bool):
+    return 0, float(value), ""
+  if isinstance(value, int | float):
+    return 0, float(value), ""
+  return (1, 0.0, "") if value is None else (2, 0.0, str(value))
+
+
+def axes(found: Sequence[Setting], fields: Sequence[str]) -> tuple[str, ...]:
+  """Returns the fields that were varied, without those that follow from them.
+
+  An expert's width solved for equal FLOPs follows from the number of experts: it is no
+  axis of its own.
+
+  Args:
+    found: settings.
+    fields: those that differ, the most important first.
+  """
+  kept: list[str] = []
+  for field in fields:
+    seen: dict[Any, set[str]] = {}
+    for setting in found:
+      key = tuple(show(setting.values.get(name)) for name in kept)
+      seen.setdefault(key, set()).add(show(setting.values.get(field)))
+    if any(len(values) > 1 for values in seen.values()):
+      kept.append(field)
+  return tuple(kept)
+
+
+def paired(a: Setting, b: Setting) -> Interval | None:
+  """Returns b's loss minus a's over their common seeds; None if they share no seed."""
+  seeds = sorted(a.losses.keys() & b.losses.keys())
+  return student([b.losses[s] - a.losses[s] for s in seeds]) if seeds else None
+
+
+def varies(found: Iterable[Setting], cost: str) -> bool:
+  """Returns whether settings differ in a cost by more than 1%."""
+  prices = [price for s in found if (price := s.of(cost)) is not None]
+  return len(prices) > 1 and max(prices) > _SAME_COST * min(prices)
+
+
+def pareto(found: Iterable[Setting], cost: str) -> list[Setting]:
+  """Returns the settings that no other beats in loss at equal or lower cost.
+
+  Args:
+    found: settings; those without the cost are left out.
+    cost: a column, such as `step_ms_p50`.
+
+  Returns:
+    Ascending in cost, descending in mean loss.
+  """
+  priced = [(price, s) for s in found if (price := s.of(cost)) is not None]
+  front: list[Setting] = []
+  for _, setting in sorted(priced, key=lambda pair: (pair[0], pair[1].mean)):
+    if not front or setting.mean < front[-1].mean:
+      front.append(setting)
+  return front

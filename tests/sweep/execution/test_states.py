@@ -1,0 +1,191 @@
+"""The state of a run follows from its directory, whatever ended its processes."""
+
+import fcntl
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+
+import pytest
+
+from moejax.sweep.execution import states
+from moejax.sweep.execution.states import State
+
+PLAN = states.Plan(
+  name="a=1", digest="01234567", num_steps=6, tokens_per_step=64, flops_per_token=10.0
+)
+
+
+@pytest.fixture
+def run(tmp_path):
+  """A run's directory as the scheduler prepares it."""
+  path = tmp_path / "a=1-01234567"
+  path.mkdir()
+  states.write_plan(path, PLAN)
+  return path
+
+
+def log(path, *entries):
+  (path / "metrics.jsonl").write_text("".join(json.dumps(e) + "\n" for e in entries))
+
+
+def finish(path, step=6):
+  (path / "checkpoints" / str(step)).mkdir(parents=True)
+  (path / "eval.json").write_text(json.dumps({"step": step, "loss": 2.25}))
+
+
+def attempt(path, exit_code, pid=1 << 22):
+  """An attempt of a process that is gone: no process has so large a number."""
+  states.begin(path, pid)
+  if exit_code is not None:
+    states.end(path, exit_code)
+
+
+def test_a_run_without_anything_waits(run, tmp_path):
+  assert states.examine(run).state is State.WAITING
+  assert states.examine(tmp_path / "missing").state is State.WAITING
+
+
+def test_done_is_checkpointed_and_evaluated_at_the_last_step(run):
+  """Whatever was recorded, and only if both files agree."""
+  attempt(run, 1)
+  finish(run)
+  log(run, {"step": 6, "loss": 2.5})
+  found = states.examine(run)
+  assert (found.state, found.step, found.loss) == (State.DONE, 6, 2.5)
+  assert found.validation_loss == 2.25
+  (run / "checkpoints" / "6").rmdir()
+  assert states.examine(run).state is State.FAILED
+  (run / "checkpoints" / "4").mkdir()
+  assert states.examine(run).state is State.FAILED
+
+
+def test_a_finished_run_with_more_steps_to_take_is_not_done(run):
+  finish(run, step=4)
+  assert states.examine(run).state is State.INTERRUPTED
+
+
+def test_a_locked_directory_is_running_and_probing_does_not_unlock_it(run):
+  """Asked again and again, also for a run without a record."""
+  (run / states.RECORD_FILE).unlink()
+  (run / "config.json").write_text(json.dumps({"train": {"num_steps": 6}}))
+  descriptor = os.open(run, os.O_RDONLY)
+  try:
+    fcntl.flock(descriptor, fcntl.LOCK_EX)
+    found = [states.examine(run) for _ in range(3)]
+    assert [(s.state, s.num_steps) for s in found] == [(State.RUNNING, 6)] * 3
+    code = "import fcntl, os, sys; fcntl.flock(os.open(sys.argv[1], 0), 6)"
+    probe = subprocess.run([sys.executable, "-c", code, str(run)], capture_output=True)
+    assert b"BlockingIOError" in probe.stderr
+  finally:
+    os.close(descriptor)
+  assert states.examine(run).state is State.INTERRUPTED
+
+
+def test_a_started_process_is_running_before_it_locks_and_interrupted_once_killed(run):
+  """Between its start and its lock a run imports jax for seconds."""
+  with subprocess.Popen(
+    [sys.executable, "-c", "input()"], stdin=subprocess.PIPE
+  ) as child:
+    states.begin(run, child.pid)
+    assert states.examine(run).state is State.RUNNING
+    child.kill()
+    # Not yet waited for: what is left of the process is no run.
+    os.waitid(os.P_PID, child.pid, os.WEXITED | os.WNOWAIT)
+    assert states.examine(run).state is State.INTERRUPTED
+
+
+def test_another_process_with_the_same_number_is_not_the_run(run):
+  """A number is used again: the record of a killed run may name a living stranger."""
+  states.begin(run, os.getpid())
+  assert states.examine(run).state is State.RUNNING
+  record = states.read_record(run)
+  record["attempts"][0]["born"] = "1"
+  (run / states.RECORD_FILE).write_text(json.dumps(record))
+  assert states.examine(run).state is State.INTERRUPTED
+
+
+@pytest.mark.parametrize(
+  ("code", "state"),
+  [
+    (1, State.FAILED),
+    (2, State.FAILED),
+    (0, State.FAILED),
+    (-signal.SIGSEGV, State.FAILED),
+    (143, State.INTERRUPTED),
+    (130, State.INTERRUPTED),
+    (-signal.SIGKILL, State.INTERRUPTED),
+    (None, State.INTERRUPTED),
+  ],
+)
+def test_an_exit_code_decides_between_failed_and_interrupted(run, code, state):
+  """None: nobody lived to record it."""
+  attempt(run, code)
+  found = states.examine(run)
+  assert (found.state, found.exit_code) == (state, code)
+
+
+def test_the_tail_of_a_failed_run_is_that_of_its_last_attempt(run):
+  attempt(run, 1)
+  lines = "".join(f"line {i}\n" for i in range(40))
+  first = states.log_header(1, "train") + "error: the first\n"
+  (run / states.LOG_FILE).write_text(first + states.log_header(2, "train") + lines)
+  tail = states.examine(run).tail
+  assert tail == tuple(f"line {i}" for i in range(40 - states.TAIL_LINES, 40))
+  (run / states.LOG_FILE).write_text(lines + states.log_header(2, "train") + "error: x\n")
+  assert states.examine(run).tail == ("error: x",)
+
+
+def test_numbers_come_from_the_last_lines_even_if_the_last_is_torn(run):
+  """At 32 tokens/s and 64 tokens a step, the two steps left take 4 s."""
+  finish(run, step=4)
+  (run / "eval.json").unlink()
+  entries = [
+    {"step": 2, "loss": 4.0, "validation_loss": 3.5},
+    {"step": 4, "loss": 3.0, "dropped_fraction": 0.25, "tokens_per_second": 32.0},
+  ]
+  log(run, *entries)
+  with open(run / "metrics.jsonl", "a") as file:
+    file.write('{"step": 5, "loss"')
+  states.begin(run, os.getpid())
+  found = states.examine(run)
+  assert (found.step, found.loss, found.dropped) == (4, 3.0, 0.25)
+  assert found.validation_loss == 3.5
+  assert found.seconds_left == pytest.approx(4.0)
+  assert found.flops_left == pytest.approx(2 * 64 * 10.0)
+
+
+def test_only_the_end_of_a_long_log_is_read(run):
+  log(run, *({"step": i, "loss": 1.0, "pad": "x" * 1000} for i in range(2000)))
+  assert states.examine(run).step == 6
+  assert len(list(states._last_metrics(run / "metrics.jsonl"))) < 300
+
+
+@pytest.mark.parametrize(
+  ("name", "content"),
+  [
+    (states.RECORD_FILE, "{"),
+    (states.RECORD_FILE, "[]"),
+    (states.RECORD_FILE, '{"attempts": [1]}'),
+    (states.RECORD_FILE, '{"plan": {"num_steps": "many"}}'),
+    (states.RECORD_FILE, '{"attempts": [{"exit_code": "x"}]}'),
+    ("eval.json", "not json"),
+    ("eval.json", '{"step": "six"}'),
+  ],
+)
+def test_a_damaged_file_is_one_line_that_names_it_and_the_remedy(run, name, content):
+  (run / name).write_text(content)
+  found = states.examine(run)
+  assert str(run / name) in found.damage and "Delete it" in found.damage
+  assert "\n" not in found.damage
+
+
+def test_attempts_are_kept_when_the_plan_changes(run):
+  attempt(run, 1)
+  states.write_plan(run, states.Plan(**{**vars(PLAN), "num_steps": 12}))
+  assert states.num_attempts(run) == 1
+  assert states.examine(run).num_steps == 12
+  [stored] = states.read_record(run)["attempts"]
+  assert stored["host"] == socket.gethostname() and stored["end"] >= stored["start"]
