@@ -15,6 +15,7 @@ IN_A_CLONE = {
   "evaluate": "experiments.evaluate",
   "generate": "experiments.generate",
   "count": "tools.count",
+  "compare": "tools.compare",
   "collectives": "tools.collectives",
   "compile-for": "tools.compile_for",
   "launch": "tools.launch_local",
@@ -50,7 +51,10 @@ def test_a_program_takes_the_same_flags_in_a_clone(name):
   assert len(thin.splitlines()) == 6 and ".run()" in thin
   out = call("moejax.cli.main", name, "--help").stdout
   there = call(IN_A_CLONE[name], "--help").stdout
-  if name == "launch":  # argparse begins with the program's name, wrapped by its length.
+  if name in (
+    "launch",
+    "compare",
+  ):  # argparse begins with the program's name, wrapped by its length.
     out, there = (text.partition("\n\n")[2] for text in (out, there))
   assert out == there and len(out) > 200
   assert importlib.util.find_spec(PROGRAMS[name]) is not None
