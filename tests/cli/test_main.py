@@ -16,6 +16,7 @@ IN_A_CLONE = {
   "sweep": "experiments.sweep",
   "generate": "experiments.generate",
   "count": "tools.count",
+  "compare": "tools.compare",
   "collectives": "tools.collectives",
   "compile-for": "tools.compile_for",
   "launch": "tools.launch_local",
@@ -53,7 +54,7 @@ def test_a_program_takes_the_same_flags_in_a_clone(name):
   out = call("moejax.cli.main", name, "--help").stdout
   there = call(IN_A_CLONE[name], "--help").stdout
   # argparse begins with the program's name, wrapped by its length.
-  if name in ("launch", "fit-law"):
+  if name in ("launch", "fit-law", "compare", "check-device"):
     out, there = (text.partition("\n\n")[2] for text in (out, there))
   assert out == there and len(out) > 200
   assert importlib.util.find_spec(PROGRAMS[name]) is not None

@@ -200,6 +200,8 @@ def _sheet(table: Any) -> str:
     "table_id": f"table-{table.name}",
     "display_logo_when_loading": False,
     "showIndex": False,
+    # A click on a header sorts, as one expects.
+    "text_in_header_can_be_selected": False,
     # No limit: every run is on the page.
     "maxBytes": 0,
     "classes": "display compact nowrap",

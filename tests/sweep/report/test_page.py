@@ -113,12 +113,12 @@ def test_sorting_and_filtering_change_the_rows(opened):
   assert len(before) == 18 and before != sorted(before)
   header = page.locator("#table-runs thead th", has_text=re.compile("^loss"))
   header.click()
-  page.wait_for_timeout(100)
+  page.wait_for_timeout(500)
   assert [float(cell) for cell in column(page, "runs", "loss")] == sorted(before)
   page.locator("#runs .dt-search input").fill("dropless")
   page.wait_for_timeout(500)
   assert column(page, "runs", "capacity_factor") == ["dropless"] * 6
-  page.locator("#table-runs tfoot input").first.fill("16")
+  page.locator("#table-runs tfoot input").first.press_sequentially("16")
   page.wait_for_timeout(500)
   assert column(page, "runs", "num_experts") == ["16", "16"]
 
