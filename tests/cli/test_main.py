@@ -21,6 +21,7 @@ IN_A_CLONE = {
   "compile-for": "tools.compile_for",
   "launch": "tools.launch_local",
   "fit-law": "tools.fit_law",
+  "check-device": "tools.check_device",
   "inspect-checkpoint": "tools.inspect_checkpoint",
 }
 
