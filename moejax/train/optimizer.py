@@ -10,8 +10,8 @@ used, also after a skipped step, where optax's counters stop but the schedule do
 
 Sources: AdamW, arXiv:1711.05101 (decay is decoupled: it is multiplied by the
 learning rate and never enters the moments); Adafactor, arXiv:1804.04235; Lion,
-arXiv:2302.06675; constant-then-decay, arXiv:2405.18392; inverse square root,
-arXiv:1706.03762.
+arXiv:2302.06675; Muon, see `moejax.train.muon`; constant-then-decay,
+arXiv:2405.18392; inverse square root, arXiv:1706.03762.
 """
 
 import dataclasses
