@@ -14,12 +14,23 @@ from typing import Any
 
 from moejax.cost import flops, parameters
 from moejax.errors import UserError
-from moejax.sweep import children, directory, evaluations, local, shapes, states, timing
+from moejax.sweep import (
+  children,
+  directory,
+  evaluations,
+  local,
+  shapes,
+  slurm,
+  slurm_queue,
+  states,
+  timing,
+)
 from moejax.sweep import view as view_lib
+from moejax.sweep.slurm_options import SlurmOptions, checked
 from moejax.sweep.spec import RUNS, Point
 from moejax.sweep.states import State, Status
 
-EXECUTORS = ("local", "print")
+EXECUTORS = ("local", "slurm", "print")
 
 _EXAMINE_SECONDS = 1.0
 """Between two looks at the directories of running runs."""
@@ -32,7 +43,9 @@ class Options:
   jobs: int = 1
   """Runs at once, each on cores or a GPU of its own."""
   executor: str = "local"
-  """local starts the runs; print only prints their commands."""
+  """local starts the runs, slurm submits them; print only prints their commands."""
+  slurm: SlurmOptions = dataclasses.field(default_factory=SlurmOptions)
+  """With slurm: what each run asks of the cluster."""
   retry_failed: bool = False
   """Start failed runs again, instead of naming them."""
   devices_per_run: int | None = None
@@ -78,7 +91,8 @@ def run(
   """
   workdir, stream = Path(workdir), sys.stdout if stream is None else stream
   _check(points, options)
-  slots = local.make_slots(options.jobs, options.devices_per_run)
+  is_slurm = options.executor == "slurm"
+  slots = [] if is_slurm else local.make_slots(options.jobs, options.devices_per_run)
   stored = plain_spec(points) if spec is None else spec
   with directory.opened(
     workdir,
@@ -94,7 +108,7 @@ def run(
     if options.evaluate:
       code = _evaluate(runs, points, options, slots, stream)
     else:
-      code = _train(runs, points, options, slots, stream)
+      code = _train(workdir, runs, points, options, slots, stream)
     if options.time_steps and options.executor == "local" and code <= 1:
       slot, steps = slots[0], options.time_steps
       code = max(code, timing.measure(workdir, points, steps, slot, stream))
@@ -112,7 +126,12 @@ def status(workdir: Path, *, num_jobs: int = 1, stream: Any = None) -> int:
       f"--workdir={workdir} holds no sweep (it has no {RUNS}/). Give the directory that "
       "the sweep was given as --workdir."
     )
-  found = [states.examine(path) for path in directory.run_directories(Path(workdir))]
+  runs = {path.name: path for path in directory.run_directories(Path(workdir))}
+  try:
+    found = list(slurm.examine(Path(workdir), runs).values())
+  except UserError as error:
+    print(f"By the directories alone: {error}", file=sys.stderr)
+    found = [states.examine(path) for path in runs.values()]
   view_lib.print_table(found, num_jobs, stream)
   return 0
 
@@ -131,10 +150,37 @@ def _check(points: Sequence[Point], options: Options) -> None:
     raise UserError(f"--devices_per_run={options.devices_per_run}: at least 1.")
   if options.time_steps < 0:
     raise UserError(f"--time_steps={options.time_steps}: at least 0.")
+  if options.executor == "slurm":
+    _check_slurm(options)
   names = [point.name for point in points]
   twice = sorted({name for name in names if names.count(name) > 1})
   if twice:
     raise UserError(f"Two runs of this sweep have the name {twice[0]}.")
+
+
+def _check_slurm(options: Options) -> None:
+  if options.jobs != 1:
+    raise UserError(
+      f"--jobs={options.jobs} is for --executor=local. With slurm, "
+      f"--slurm.array_parallelism={options.jobs} limits the runs at once."
+    )
+  if options.devices_per_run is not None:
+    raise UserError(
+      f"--devices_per_run={options.devices_per_run} is for --executor=local. With slurm, "
+      "give --slurm.gpus_per_node, and --slurm.tasks_per_node as many."
+    )
+  if options.time_steps:
+    raise UserError(
+      f"--time_steps={options.time_steps} with --executor=slurm would time this machine, "
+      "not a node. Do it with --executor=local on a node (srun) when all runs are done."
+    )
+  if options.evaluate:
+    raise UserError(
+      "--evaluate with --executor=slurm is not supported. Evaluate with "
+      "--executor=local on a node (srun), or submit what --executor=print prints."
+    )
+  checked(options.slurm)
+  slurm_queue.check(options.slurm)
 
 
 def _refuse_damaged(found: Sequence[Status]) -> None:
@@ -179,6 +225,7 @@ def train_job(path: Path, point: Point, options: Options) -> local.Job:
 
 
 def _train(
+  workdir: Path,
   runs: Mapping[str, Path],
   points: Sequence[Point],
   options: Options,
@@ -186,8 +233,11 @@ def _train(
   stream: Any,
 ) -> int:
   jobs = [train_job(runs[point.name], point, options) for point in points]
-  found = {name: states.examine(path) for name, path in runs.items()}
+  found = slurm.examine(workdir, runs)
   wanted = [job for job in jobs if _is_wanted(found[job.name], options.retry_failed)]
+  if options.executor == "slurm":
+    return _train_by_slurm(workdir, runs, wanted, found, options, stream)
+  _refuse_submitted(list(found.values()), options.executor)
   if options.executor == "print":
     for job in wanted:
       print(shlex.join(job.command), file=stream)
@@ -201,7 +251,50 @@ def _train(
   return _conclude(queue.statuses, signal, options)
 
 
+def _train_by_slurm(
+  workdir: Path,
+  runs: Mapping[str, Path],
+  wanted: Sequence[local.Job],
+  found: Mapping[str, Status],
+  options: Options,
+  stream: Any,
+) -> int:
+  wanted = [job for job in wanted if found[job.name].state is not State.RUNNING]
+  made = slurm.submit(workdir, wanted, options.slurm) if wanted else []
+  view = view_lib.make_view(stream)
+  try:
+    for submission in made:
+      view.message(f"Submitted {len(submission.runs)} runs as job {submission.job}.")
+    if made:
+      found = slurm.examine(workdir, runs)
+    if not options.slurm.wait:
+      view.update(found, 1)
+      return int(any(s.state is State.FAILED for s in found.values()))
+    found, number = slurm.watch(workdir, runs, view, found)
+  finally:
+    view.close()
+  if number is not None:
+    print(
+      f"The jobs go on. To cancel them: {slurm.cancel_command(list(found.values()))}",
+      file=sys.stderr,
+    )
+    return 128 + number
+  return _conclude(found, None, options)
+
+
+def _refuse_submitted(found: Sequence[Status], executor: str) -> None:
+  """Refuses to start here what a job of Slurm does or will do."""
+  theirs = [s for s in found if s.job and s.state in (State.QUEUED, State.RUNNING)]
+  if theirs:
+    raise UserError(
+      f"--executor={executor}: {len(theirs)} runs of this sweep have jobs in Slurm. Give "
+      f"--executor=slurm to watch them, or cancel them: {slurm.cancel_command(theirs)}."
+    )
+
+
 def _is_wanted(found: Status, retry_failed: bool) -> bool:
+  if found.state is State.QUEUED:
+    return False
   if found.state is State.FAILED:
     return retry_failed
   return found.state is not State.DONE

@@ -18,6 +18,7 @@ WIDTH = 160
 
 _STYLES = {
   State.WAITING: "dim",
+  State.QUEUED: "blue",
   State.RUNNING: "cyan",
   State.DONE: "green",
   State.FAILED: "bold red",
@@ -66,6 +67,8 @@ def table(statuses: Sequence[Status]) -> Table:
 def _state(status: Status) -> str:
   if status.state is State.FAILED and status.exit_code is not None:
     return f"{status.state} (exit code {status.exit_code})"
+  if status.state is State.QUEUED:
+    return f"{status.state} ({', '.join(filter(None, (status.job, status.reason)))})"
   return str(status.state)
 
 
@@ -125,7 +128,7 @@ def duration(seconds: float | None) -> str:
 def one_line(status: Status) -> str:
   """Returns a run's name, state and numbers."""
   parts = [f"{status.name}: {_state(status)}"]
-  if status.state is not State.WAITING and status.num_steps:
+  if status.state not in (State.WAITING, State.QUEUED) and status.num_steps:
     parts.append(f"step {status.step}/{status.num_steps}")
   if status.loss is not None:
     parts.append(f"loss {status.loss:.4f}")
