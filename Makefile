@@ -1,7 +1,7 @@
 # Two commands do everything: `make train` and `make test`. Each sets up .venv itself.
 #
 #   make train [ARGS="--config.moe.num_experts=16"] [WORKDIR=runs/mine]
-#   make test | test-core | test-all | test-matrix | lint | docs | benchmark | clean
+#   make test | test-core | test-all | test-slurm | test-matrix | lint | docs | benchmark | clean
 #
 # PYTHON=3.12, or the path of an interpreter, says what to make .venv with; without it,
 # the newest one that is supported and found on the PATH. VENV=.venv-3.12 puts it
@@ -27,8 +27,8 @@ CORE := tests/routing tests/experts tests/dispatch tests/layers tests/models \
   tests/test_packaging.py
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help setup train test test-core test-all test-matrix lint format docs benchmark \
-  clean
+.PHONY: help setup train test test-core test-all test-slurm test-matrix lint format \
+  docs benchmark clean
 
 help:
 	@sed -n '3,4s/^# *//p' Makefile
@@ -55,7 +55,7 @@ train: $(STAMP)
 	$(BIN)/python -m experiments.train --workdir=$(WORKDIR) $(ARGS)
 
 test: $(STAMP)
-	$(BIN)/python -m pytest -q -n $(JOBS) -m "not slow" $(ARGS)
+	$(BIN)/python -m pytest -q -n $(JOBS) -m "not slow and not slurm" $(ARGS)
 
 test-core: $(STAMP)
 	$(BIN)/python -m pytest -q -n $(JOBS) -m "not slow" $(CORE) $(ARGS)
@@ -64,8 +64,20 @@ test-core: $(STAMP)
 test-matrix:
 	@bash tools/test_matrix.sh test
 
+# Where Slurm is not installed, the summary names its tests as skipped.
 test-all: $(STAMP)
 	$(BIN)/python -m pytest -q -n $(JOBS) $(ARGS)
+
+# Jobs of a sweep on a real Slurm, which is started in a temporary directory.
+test-slurm: $(STAMP)
+	@for name in slurmctld slurmd munged; do \
+	  PATH="$$PATH:/usr/sbin:/sbin" command -v $$name > /dev/null || { \
+	    echo "error: make test-slurm needs $$name, which is not on the PATH. On Debian:" \
+	      "apt-get install slurm-wlm munge." >&2; exit 1; }; done
+	@[ "$$(id -u)" = 0 ] || { \
+	  echo "error: make test-slurm must run as root: it starts Slurm's daemons." >&2; \
+	  exit 1; }
+	$(BIN)/python -m pytest -q -m slurm tests/sweep $(ARGS)
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

@@ -9,13 +9,15 @@ gets it, and is the name of its jobs; so whatever dies whenever, the queue says 
 have a job. Jobs depend on nothing that lives here: see moejax/sweep/slurm_task.py.
 """
 
+import contextlib
 import dataclasses
+import os
 import secrets
 import shlex
 import shutil
 import signal
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -123,8 +125,7 @@ def _submit_array(
   try:
     executor = submitit.SlurmExecutor(folder, max_num_timeout=_ENDLESS)
     executor.update_parameters(**parameters(made.name, options))
-    # From inside a job, its own variables would be taken for the new one's.
-    with submitit.helpers.clean_env(), executor.batch():
+    with _outside_of_any_job(), executor.batch():
       submitted = [executor.submit(task) for task in tasks]
   except (submitit.core.utils.FailedJobError, OSError) as error:
     shutil.rmtree(folder)
@@ -135,6 +136,24 @@ def _submit_array(
   made = dataclasses.replace(made, job=submitted[0].job_id.partition("_")[0])
   _write(made)
   return made
+
+
+@contextlib.contextmanager
+def _outside_of_any_job() -> Iterator[None]:
+  """Hides a surrounding job's variables, which would be taken for those of a new one.
+
+  Not what tells Slurm's programs where their cluster is, and the user's own defaults.
+  """
+  import submitit
+
+  kept = {
+    name: value
+    for name, value in os.environ.items()
+    if name == "SLURM_CONF" or name.startswith("SBATCH_")
+  }
+  with submitit.helpers.clean_env():
+    with submitit.core.utils.environment_variables(**kept):
+      yield
 
 
 def parameters(name: str, options: SlurmOptions) -> dict[str, Any]:
@@ -170,6 +189,7 @@ def parameters(name: str, options: SlurmOptions) -> dict[str, Any]:
   setup = [f"{secret.ENV}={make}", f"export {secret.ENV}", f"unset {secret.FILE_ENV}"]
   return {
     "job_name": name,
+    "wckey": None,  # submitit gives one, which a cluster may refuse.
     "time": options.minutes,
     "nodes": options.nodes,
     "ntasks_per_node": options.tasks_per_node,
