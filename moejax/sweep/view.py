@@ -2,6 +2,7 @@
 
 import collections
 import sys
+import textwrap
 import time
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol, runtime_checkable
@@ -26,6 +27,9 @@ _STYLES = {
 }
 _FRAME = 6
 """Lines of a terminal that the table's frame and the summary take."""
+
+_REASON = 32
+"""Most characters shown of why a job waits."""
 
 _WATCHED = (State.RUNNING, State.FAILED, State.INTERRUPTED)
 
@@ -68,7 +72,9 @@ def _state(status: Status) -> str:
   if status.state is State.FAILED and status.exit_code is not None:
     return f"{status.state} (exit code {status.exit_code})"
   if status.state is State.QUEUED:
-    return f"{status.state} ({', '.join(filter(None, (status.job, status.reason)))})"
+    # Some of Slurm's reasons are whole sentences.
+    reason = textwrap.shorten(status.reason, _REASON, placeholder=" ...")
+    return f"{status.state} ({', '.join(filter(None, (status.job, reason)))})"
   return str(status.state)
 
 
