@@ -4,7 +4,6 @@ What is to be done is read from the runs' directories (moejax/sweep/states.py), 
 remembered, so the same call goes on after any interruption.
 """
 
-import dataclasses
 import shlex
 import sys
 import time
@@ -21,47 +20,17 @@ from moejax.sweep import (
   local,
   shapes,
   slurm,
-  slurm_queue,
+  slurm_run,
   states,
   timing,
 )
 from moejax.sweep import view as view_lib
-from moejax.sweep.slurm_options import SlurmOptions, checked
+from moejax.sweep.options import EXECUTORS, Options
 from moejax.sweep.spec import RUNS, Point
 from moejax.sweep.states import State, Status
 
-EXECUTORS = ("local", "slurm", "print")
-
 _EXAMINE_SECONDS = 1.0
 """Between two looks at the directories of running runs."""
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Options:
-  """How to run the points."""
-
-  jobs: int = 1
-  """Runs at once, each on cores or a GPU of its own."""
-  executor: str = "local"
-  """local starts the runs, slurm submits them; print only prints their commands."""
-  slurm: SlurmOptions = dataclasses.field(default_factory=SlurmOptions)
-  """With slurm: what each run asks of the cluster."""
-  retry_failed: bool = False
-  """Start failed runs again, instead of naming them."""
-  devices_per_run: int | None = None
-  """GPUs, or simulated CPU devices, of each run; see `local.make_slots`."""
-  allow_changes: bool = False
-  """Go on in the directory of a sweep with another specification."""
-  compilation_cache: str | None = None
-  """--compilation_cache of every run; None is the runs' own default, which they share."""
-  evaluate: bool = False
-  """Evaluate the finished runs instead of training."""
-  split: str = "validation"
-  """For `evaluate`."""
-  eval_capacity_factor: str | None = None
-  """For `evaluate`: capacity factors, separated by commas; None is each run's own."""
-  time_steps: int = 0
-  """Afterwards, time this many steps of each distinct shape alone; 0 is off."""
 
 
 def run(
@@ -106,7 +75,7 @@ def run(
     for point in points:
       _prepare(runs[point.name], point)
     if options.evaluate:
-      code = _evaluate(runs, points, options, slots, stream)
+      code = _evaluate(workdir, runs, points, options, slots, stream)
     else:
       code = _train(workdir, runs, points, options, slots, stream)
     if options.time_steps and options.executor == "local" and code <= 1:
@@ -151,36 +120,11 @@ def _check(points: Sequence[Point], options: Options) -> None:
   if options.time_steps < 0:
     raise UserError(f"--time_steps={options.time_steps}: at least 0.")
   if options.executor == "slurm":
-    _check_slurm(options)
+    slurm_run.check(options)
   names = [point.name for point in points]
   twice = sorted({name for name in names if names.count(name) > 1})
   if twice:
     raise UserError(f"Two runs of this sweep have the name {twice[0]}.")
-
-
-def _check_slurm(options: Options) -> None:
-  if options.jobs != 1:
-    raise UserError(
-      f"--jobs={options.jobs} is for --executor=local. With slurm, "
-      f"--slurm.array_parallelism={options.jobs} limits the runs at once."
-    )
-  if options.devices_per_run is not None:
-    raise UserError(
-      f"--devices_per_run={options.devices_per_run} is for --executor=local. With slurm, "
-      "give --slurm.gpus_per_node, and --slurm.tasks_per_node as many."
-    )
-  if options.time_steps:
-    raise UserError(
-      f"--time_steps={options.time_steps} with --executor=slurm would time this machine, "
-      "not a node. Do it with --executor=local on a node (srun) when all runs are done."
-    )
-  if options.evaluate:
-    raise UserError(
-      "--evaluate with --executor=slurm is not supported. Evaluate with "
-      "--executor=local on a node (srun), or submit what --executor=print prints."
-    )
-  checked(options.slurm)
-  slurm_queue.check(options.slurm)
 
 
 def _refuse_damaged(found: Sequence[Status]) -> None:
@@ -236,8 +180,13 @@ def _train(
   found = slurm.examine(workdir, runs)
   wanted = [job for job in jobs if _is_wanted(found[job.name], options.retry_failed)]
   if options.executor == "slurm":
-    return _train_by_slurm(workdir, runs, wanted, found, options, stream)
-  _refuse_submitted(list(found.values()), options.executor)
+    found, signal = slurm_run.train(workdir, runs, wanted, found, options, stream)
+    if signal is not None:
+      return 128 + signal
+    if not options.slurm.wait:
+      return int(any(s.state is State.FAILED for s in found.values()))
+    return _conclude(found, None, options)
+  slurm_run.refuse_submitted(list(found.values()), options.executor)
   if options.executor == "print":
     for job in wanted:
       print(shlex.join(job.command), file=stream)
@@ -249,47 +198,6 @@ def _train(
   finally:
     view.close()
   return _conclude(queue.statuses, signal, options)
-
-
-def _train_by_slurm(
-  workdir: Path,
-  runs: Mapping[str, Path],
-  wanted: Sequence[local.Job],
-  found: Mapping[str, Status],
-  options: Options,
-  stream: Any,
-) -> int:
-  wanted = [job for job in wanted if found[job.name].state is not State.RUNNING]
-  made = slurm.submit(workdir, wanted, options.slurm) if wanted else []
-  view = view_lib.make_view(stream)
-  try:
-    for submission in made:
-      view.message(f"Submitted {len(submission.runs)} runs as job {submission.job}.")
-    if made:
-      found = slurm.examine(workdir, runs)
-    if not options.slurm.wait:
-      view.update(found, 1)
-      return int(any(s.state is State.FAILED for s in found.values()))
-    found, number = slurm.watch(workdir, runs, view, found)
-  finally:
-    view.close()
-  if number is not None:
-    print(
-      f"The jobs go on. To cancel them: {slurm.cancel_command(list(found.values()))}",
-      file=sys.stderr,
-    )
-    return 128 + number
-  return _conclude(found, None, options)
-
-
-def _refuse_submitted(found: Sequence[Status], executor: str) -> None:
-  """Refuses to start here what a job of Slurm does or will do."""
-  theirs = [s for s in found if s.job and s.state in (State.QUEUED, State.RUNNING)]
-  if theirs:
-    raise UserError(
-      f"--executor={executor}: {len(theirs)} runs of this sweep have jobs in Slurm. Give "
-      f"--executor=slurm to watch them, or cancel them: {slurm.cancel_command(theirs)}."
-    )
 
 
 def _is_wanted(found: Status, retry_failed: bool) -> bool:
@@ -397,6 +305,7 @@ class _Training:
 
 
 def _evaluate(
+  workdir: Path,
   runs: Mapping[str, Path],
   points: Sequence[Point],
   options: Options,
@@ -404,7 +313,7 @@ def _evaluate(
   stream: Any,
 ) -> int:
   """Evaluates the finished runs that have no result with these settings."""
-  jobs, unfinished, kept = [], [], 0
+  jobs, results, unfinished, kept = [], {}, [], 0
   for point in points:
     path = runs[point.name]
     found = states.examine(path)
@@ -412,7 +321,8 @@ def _evaluate(
       unfinished.append(found)
       continue
     request = (options.split, options.eval_capacity_factor)
-    if evaluations.result_file(path, point.config, *request).exists():
+    results[point.name] = evaluations.result_file(path, point.config, *request)
+    if results[point.name].exists():
       kept += 1
       continue
     jobs.append(evaluations.job(path, point, *request, cache=options.compilation_cache))
@@ -425,6 +335,8 @@ def _evaluate(
     view.message(f"{view_lib.one_line(s)}: left out, since it is not finished.")
   if kept:
     view.message(f"{kept} of {len(points)} runs have this evaluation already.")
+  if options.executor == "slurm":
+    return slurm_run.evaluate(workdir, jobs, results, options, view)
   queue = evaluations.Evaluating(jobs, view)
   signal = children.work_off(queue, local.Pool(slots))
   for job, code in queue.failed:

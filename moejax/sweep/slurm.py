@@ -15,9 +15,8 @@ import os
 import secrets
 import shlex
 import shutil
-import signal
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +27,6 @@ from moejax.sweep import slurm_queue, slurm_task, states
 from moejax.sweep.local import Job
 from moejax.sweep.slurm_options import SlurmOptions
 from moejax.sweep.states import State, Status
-from moejax.sweep.view import View
 
 FOLDER = "slurm"
 FILE = "submission.json"
@@ -36,17 +34,11 @@ FILE = "submission.json"
 PREFIX = "moejax-"
 """Of the names of jobs."""
 
-TRAIN, EVALUATE = "train", "evaluate"
+TRAIN = "train"
+"""The kind of a submission that trains; others name an evaluation."""
 
 _ENDLESS = 1_000_000
 """submitit counts requeues; `slurm_task.MAX_IDLE` is the limit that makes sense."""
-
-EXAMINE_SECONDS = 2.0
-"""Between two looks at the runs' directories."""
-QUEUE_SECONDS = 15.0
-"""Between two questions to Slurm, whose controller serves a whole cluster."""
-
-_ACTIVE = (State.QUEUED, State.RUNNING)
 _STOPPED_BY = ("CANCELLED", "PREEMPT", "NODE FAIL", "TIME LIMIT", "User defined signal 2")
 """In what a job printed that ended before its run started, not by its own fault."""
 
@@ -58,7 +50,7 @@ class Submission:
   name: str
   folder: Path
   kind: str
-  """TRAIN or EVALUATE."""
+  """TRAIN, or what is evaluated; submissions of one kind and run are the same work."""
   runs: tuple[str, ...]
   """Names of the runs' directories, in the order of the array."""
   job: str
@@ -83,7 +75,7 @@ def submit(
     workdir: of the sweep.
     jobs: the commands.
     options: resources of each.
-    kind: TRAIN, or EVALUATE.
+    kind: TRAIN, or what is evaluated.
 
   Raises:
     UserError: Slurm refuses, in its words.
@@ -108,6 +100,7 @@ def _submit_array(
   workdir: Path, jobs: Sequence[Job], options: SlurmOptions, kind: str
 ) -> Submission:
   import submitit
+  from submitit.core.utils import FailedJobError
 
   number = time.strftime("%Y%m%d-%H%M%S-") + secrets.token_hex(3)
   folder = (workdir / FOLDER / number).absolute()
@@ -121,13 +114,13 @@ def _submit_array(
     time=time.time(),
   )
   _write(made)
-  tasks = [slurm_task.Task(_absolute(job), is_run=kind == TRAIN) for job in jobs]
+  tasks = [slurm_task.Task(_absolute(job), trains=kind == TRAIN) for job in jobs]
   try:
     executor = submitit.SlurmExecutor(folder, max_num_timeout=_ENDLESS)
     executor.update_parameters(**parameters(made.name, options))
     with _outside_of_any_job(), executor.batch():
       submitted = [executor.submit(task) for task in tasks]
-  except (submitit.core.utils.FailedJobError, OSError) as error:
+  except (FailedJobError, OSError) as error:
     shutil.rmtree(folder)
     words = slurm_queue.in_words(str(error))
     raise UserError(
@@ -145,6 +138,7 @@ def _outside_of_any_job() -> Iterator[None]:
   Not what tells Slurm's programs where their cluster is, and the user's own defaults.
   """
   import submitit
+  from submitit.core.utils import environment_variables
 
   kept = {
     name: value
@@ -152,7 +146,7 @@ def _outside_of_any_job() -> Iterator[None]:
     if name == "SLURM_CONF" or name.startswith("SBATCH_")
   }
   with submitit.helpers.clean_env():
-    with submitit.core.utils.environment_variables(**kept):
+    with environment_variables(**kept):
       yield
 
 
@@ -246,17 +240,14 @@ def examine(workdir: Path, runs: Mapping[str, Path]) -> dict[str, Status]:
     QueueError: Slurm has been used here and does not answer.
     DamagedError: see `submissions`.
   """
-  newest = _newest(workdir, TRAIN)
-  names = {s.name for s, _ in newest.values()}
   # The queue first: whatever it no longer has, has left its traces in the directory.
-  queued = {(job.name, job.index): job for job in slurm_queue.jobs(names)}
+  jobs = queued(workdir, TRAIN)
+  newest = _newest(workdir, TRAIN)
   found = {}
   for name, path in runs.items():
     found[name] = status = states.examine(path)
     if path.name in newest:
-      submission, index = newest[path.name]
-      job = queued.get((submission.name, index))
-      found[name] = combined(status, submission, index, job)
+      found[name] = combined(status, *newest[path.name], jobs.get(path.name))
   return found
 
 
@@ -310,6 +301,24 @@ def _never_started(status: Status, submission: Submission, index: int) -> tuple[
   return tuple(lines[-states.TAIL_LINES :])
 
 
+def queued(workdir: Path, kind: str) -> dict[str, slurm_queue.Job]:
+  """Returns the jobs that Slurm has for submissions of a kind, by the run's directory.
+
+  Args:
+    workdir: of the sweep.
+    kind: TRAIN, or what is evaluated.
+
+  Raises:
+    QueueError: Slurm has been used here and does not answer.
+    DamagedError: see `submissions`.
+  """
+  newest = _newest(workdir, kind)
+  jobs = slurm_queue.jobs({s.name for s, _ in newest.values()})
+  found = {(job.name, job.index): job for job in jobs}
+  places = {run: (s.name, index) for run, (s, index) in newest.items()}
+  return {run: found[place] for run, place in places.items() if place in found}
+
+
 def _newest(workdir: Path, kind: str) -> dict[str, tuple[Submission, int]]:
   """Returns the newest submission of each run, and its place there, by directory name."""
   return {
@@ -320,70 +329,11 @@ def _newest(workdir: Path, kind: str) -> dict[str, tuple[Submission, int]]:
   }
 
 
-def cancel_command(statuses: Sequence[Status]) -> str:
-  """Returns the command that cancels the jobs of these runs."""
-  ids = sorted({s.job.partition("_")[0] for s in statuses if s.job}, key=_as_number)
+def cancel_command(jobs: Iterable[str]) -> str:
+  """Returns the command that cancels jobs, whole arrays at once; "" are left out."""
+  ids = sorted({job.partition("_")[0] for job in jobs if job}, key=_as_number)
   return shlex.join(["scancel", *ids])
 
 
 def _as_number(job: str) -> tuple[int, str]:
   return (int(job) if job.isdecimal() else 0, job)
-
-
-def watch(
-  workdir: Path, runs: Mapping[str, Path], view: View, found: Mapping[str, Status]
-) -> tuple[dict[str, Status], int | None]:
-  """Shows the runs until none has a job any more. Ctrl-C leaves; the jobs go on.
-
-  Args:
-    workdir: of the sweep.
-    runs: directory of each run, by name.
-    view: where their states are shown.
-    found: their statuses now.
-
-  Returns:
-    The last statuses, and the signal that ended it, or None.
-  """
-  statuses, trouble = dict(found), ""
-  asked = time.monotonic()
-  try:
-    while any(s.state in _ACTIVE for s in statuses.values()):
-      view.update(statuses, _num_running(statuses))
-      time.sleep(EXAMINE_SECONDS)
-      if time.monotonic() < asked + QUEUE_SECONDS:
-        statuses = {name: _fresher(status) for name, status in statuses.items()}
-        continue
-      asked = time.monotonic()
-      try:
-        statuses, trouble = examine(workdir, runs), ""
-      except slurm_queue.QueueError as error:
-        # A controller may be restarted while jobs run.
-        if str(error) != trouble:
-          view.message(str(error))
-        trouble = str(error)
-  except KeyboardInterrupt:
-    return statuses, signal.SIGINT
-  finally:
-    view.update(statuses, _num_running(statuses))
-  return statuses, None
-
-
-def _fresher(status: Status) -> Status:
-  """Returns the status with the newest numbers of the run's directory.
-
-  Whether it still has a job is left to the queue.
-  """
-  if status.state not in _ACTIVE:
-    return status
-  now = states.examine(status.path)
-  if now.state is State.DONE:
-    return now
-  state = now.state if now.state is State.RUNNING else status.state
-  reason = status.reason if state is State.QUEUED else ""
-  return dataclasses.replace(
-    now, state=state, job=status.job, reason=reason, exit_code=None, tail=()
-  )
-
-
-def _num_running(statuses: Mapping[str, Status]) -> int:
-  return max(sum(s.state is State.RUNNING for s in statuses.values()), 1)

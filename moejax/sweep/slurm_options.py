@@ -125,7 +125,8 @@ def from_flags() -> SlurmOptions:
   """
   names = [field.name for field in dataclasses.fields(SlurmOptions)]
   values: dict[str, Any] = {n: flags.FLAGS[f"slurm.{n}"].value for n in names}
-  return checked(SlurmOptions(**values | {"setup": tuple(values["setup"])}))
+  values["setup"] = tuple(values["setup"])
+  return checked(SlurmOptions(**values))
 
 
 def given() -> list[str]:

@@ -29,7 +29,7 @@ from moejax.sweep import slurm_queue, states
 from moejax.sweep.local import Job
 
 MAX_IDLE = 3
-"""A run that was requeued this often without a new checkpoint is not requeued again."""
+"""A run that was stopped this often without a new checkpoint is not requeued again."""
 
 _POLL_SECONDS = 0.1
 _FAILED = 1
@@ -39,12 +39,12 @@ _TOLD = (signal.SIGTERM, signal.SIGUSR2)
 class Task:
   """A command, as `submitit` calls it in each task of the job."""
 
-  def __init__(self, job: Job, *, is_run: bool = True):
+  def __init__(self, job: Job, *, trains: bool = True):
     """Args:
     job: the command.
-    is_run: it trains, so its attempts are recorded and it can be requeued.
+    trains: its attempts are recorded, and it resumes. An evaluation starts anew.
     """
-    self._job, self._is_run = job, is_run
+    self._job, self._trains = job, trains
     self._idle = 0
 
   def __call__(self) -> None:
@@ -56,7 +56,7 @@ class Task:
     # submitit has installed it; called below, outside of any signal handler.
     requeue: Any = signal.getsignal(signal.SIGUSR2)
     is_first = os.environ.get("SLURM_PROCID", "0") == "0"
-    records = is_first and self._is_run
+    records = is_first and self._trains
     begun_at = self._newest_step()
     with _noted() as told:
       process = self._start(is_first)
@@ -67,7 +67,7 @@ class Task:
         states.end(self._job.run, code)
       if code == 0:
         return
-      if records and code in states.INTERRUPTIONS and _is_to_go_on(told):
+      if is_first and code in states.INTERRUPTIONS and _is_to_go_on(told):
         self._idle = 0 if self._newest_step() > begun_at else self._idle + 1
         if self._idle < MAX_IDLE:
           _requeue(requeue)
@@ -87,7 +87,7 @@ class Task:
     log = self._job.log
     if not is_first:
       log = log.with_name(f"{log.stem}.{rank}{log.suffix}")
-    number = states.num_attempts(self._job.run) + 1 if self._is_run else 1
+    number = states.num_attempts(self._job.run) + 1 if self._trains else 1
     with open(log, "ab") as output, _blocked(signal.SIGUSR2):
       output.write(states.log_header(number, shlex.join(self._job.command)).encode())
       output.flush()
@@ -105,12 +105,13 @@ class Task:
 
   def _give_up(self) -> None:
     text = (
-      f"error: {MAX_IDLE} jobs in a row ended without a new checkpoint. Raise "
-      "--slurm.time, or lower --config.train.checkpoint_every.\n"
+      f"error: stopped {MAX_IDLE} times in a row before anything was saved. Raise "
+      "--slurm.time.\n"
     )
     with open(self._job.log, "a", encoding="utf-8") as output:
       output.write(text)
-    states.end(self._job.run, _FAILED)
+    if self._trains:
+      states.end(self._job.run, _FAILED)
 
 
 def job_id() -> str:

@@ -14,7 +14,7 @@ import sys
 
 from moejax.config import text as config_text
 from moejax.errors import UserError
-from moejax.sweep import schedule, slurm
+from moejax.sweep import schedule, slurm_run
 from moejax.sweep.slurm_options import SlurmOptions
 from moejax.sweep.spec import Point
 from tests.sweep import runs
@@ -35,7 +35,7 @@ def main() -> int:
   workdir, cache = pathlib.Path(sys.argv[1]), sys.argv[2]
   given = json.loads(pathlib.Path(sys.argv[3]).read_text())
   # The real intervals are kind to a controller that serves a whole cluster.
-  slurm.EXAMINE_SECONDS, slurm.QUEUE_SECONDS = 0.2, 0.5
+  slurm_run.EXAMINE_SECONDS, slurm_run.QUEUE_SECONDS = 0.2, 0.5
   options = schedule.Options(
     **{"executor": "slurm", **given.get("options", {})},
     slurm=SlurmOptions(**{"time": "10", **given.get("slurm", {})}),

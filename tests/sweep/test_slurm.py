@@ -383,7 +383,6 @@ def test_what_the_cluster_has_is_not_refused(programs):
     ({"jobs": 2}, "--slurm.array_parallelism=2"),
     ({"devices_per_run": 2}, "--slurm.tasks_per_node"),
     ({"time_steps": 5}, "--executor=local"),
-    ({"evaluate": True}, "--executor=local"),
   ],
 )
 def test_options_of_local_runs_name_what_takes_their_place(
@@ -475,7 +474,7 @@ def tell_when_ready(log: pathlib.Path, *numbers: int) -> None:
   threading.Thread(target=tell).start()
 
 
-def run_task(task, tmp_path, *numbers) -> int:
+def run_task(task, tmp_path, *numbers):
   (tmp_path / "train.log").unlink(missing_ok=True)
   tell_when_ready(tmp_path / "train.log", *numbers)
   with pytest.raises(SystemExit) as left:

@@ -325,6 +325,22 @@ def test_a_job_that_ends_before_its_run_begins_is_named_with_what_it_printed(swe
   assert "num_experts=2,seed=0 failed" in err and "no such module: cuda" in err
 
 
+def test_finished_runs_are_evaluated_by_jobs_and_each_only_once(sweeps):
+  """Its jobs leave the runs' records alone."""
+  workdir = sweeps.scratch / "s"
+  assert sweeps.run(workdir, points=2)[0] == 0
+  options = {"evaluate": True, "eval_capacity_factor": "1,none"}
+  code, out, err = sweeps.run(workdir, points=2, options=options)
+  assert code == 0, err
+  assert "evaluated (2 of 2)" in out
+  code, out, _ = sweeps.run(workdir, points=2, options=options)
+  assert code == 0 and "2 of 2 runs have this evaluation already" in out
+  kinds = [submission.kind for submission in slurm.submissions(workdir)]
+  assert kinds == ["train", "evaluate validation 1,none"]
+  for run in directory.run_directories(workdir):
+    assert exit_codes(run) == [0]
+
+
 def test_what_slurm_refuses_is_one_line_and_submits_nothing(sweeps):
   """The partitions of mini_slurm.sh: short allows ten minutes."""
   workdir = sweeps.scratch / "s"
