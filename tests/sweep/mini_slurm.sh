@@ -1,7 +1,9 @@
 #!/usr/bin/env bash
 # A real Slurm on this one machine, for tests: one node with two CPUs, no accounting.
 #
-#   mini_slurm.sh start DIR | stop DIR
+#   mini_slurm.sh start DIR | stop DIR | reboot DIR
+#
+# reboot kills the node's daemon and starts it anew, as after a crash of the node.
 #
 # Needs slurmctld, slurmd, munged (Debian: slurm-wlm, munge) and root. After `start`,
 # SLURM_CONF=DIR/slurm.conf is all that sinfo, srun, sbatch, squeue and scancel need. The
@@ -27,6 +29,11 @@ free_port() {
 
 if [ "$what" = stop ]; then
   stop
+  exit 0
+fi
+if [ "$what" = reboot ]; then
+  kill -9 "$(cat "$dir/slurmd.pid")"
+  SLURM_CONF=$dir/slurm.conf slurmd -f "$dir/slurm.conf"
   exit 0
 fi
 

@@ -241,7 +241,9 @@ def test_a_node_that_dies_leaves_a_run_that_the_next_call_resumes(sweeps, calm):
   with sweeps.start(workdir, train=LONG) as process:
     until(lambda: has_logged(workdir, 60))
     sweeps.ask("scontrol", "update", f"JobId={sweeps.job(workdir)}", "Requeue=0")
-    kill_job(sweeps.environment["SLURM_CONF"], sweeps.job(workdir))
+    conf = sweeps.environment["SLURM_CONF"]
+    kill_job(conf, sweeps.job(workdir))
+    sweeps.ask("bash", str(SCRIPT), "reboot", str(pathlib.Path(conf).parent))
     _, err = process.communicate(timeout=SECONDS)
   run = only_run(workdir)
   assert process.returncode == 1
