@@ -1,8 +1,8 @@
 # Two commands do everything: `make train` and `make test`. Each sets up .venv itself.
 #
 #   make train [ARGS="--config.moe.num_experts=16"] [WORKDIR=runs/mine]
-#   make test | test-core | test-all | test-browser | test-matrix | lint | docs |
-#     benchmark | clean
+#   make test | test-core | test-all | test-browser | test-slurm | test-matrix | lint |
+#     docs | benchmark | clean
 #
 # PYTHON=3.12, or the path of an interpreter, says what to make .venv with; without it,
 # the newest one that is supported and found on the PATH. VENV=.venv-3.12 puts it
@@ -26,9 +26,11 @@ CORE := tests/routing tests/experts tests/dispatch tests/layers tests/models \
   tests/train/test_optimizer.py tests/checkpoint/test_manager.py tests/evaluate \
   tests/cli tests/config/test_check.py tests/config/test_text.py \
   tests/test_packaging.py
+ANYWHERE := not browser and not slurm
+FAST := not slow and $(ANYWHERE)
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help setup train test test-core test-all test-browser test-matrix lint format \
+.PHONY: help setup train test test-core test-all test-browser test-slurm test-matrix lint format \
   docs benchmark clean
 
 help:
@@ -56,23 +58,39 @@ train: $(STAMP)
 	$(BIN)/python -m experiments.train --workdir=$(WORKDIR) $(ARGS)
 
 test: $(STAMP)
-	$(BIN)/python -m pytest -q -n $(JOBS) -m "not slow and not browser" $(ARGS)
+	$(BIN)/python -m pytest -q -n $(JOBS) -m "$(FAST)" $(ARGS)
 
 test-core: $(STAMP)
-	$(BIN)/python -m pytest -q -n $(JOBS) -m "not slow and not browser" $(CORE) $(ARGS)
+	$(BIN)/python -m pytest -q -n $(JOBS) -m "$(FAST)" $(CORE) $(ARGS)
 
 # The fast tests under every supported Python that is here, each in its own environment.
 test-matrix:
 	@bash tools/test_matrix.sh test
 
+# Then the targets that need more than Python; what is missing is named.
 test-all: $(STAMP)
-	$(BIN)/python -m pytest -q -n $(JOBS) -m "not browser" $(ARGS)
+	$(BIN)/python -m pytest -q -n $(JOBS) -m "$(ANYWHERE)" $(ARGS)
+	@if command -v "$${CHROMIUM:-chromium}" > /dev/null; then $(MAKE) test-browser; \
+	else echo "Not run: make test-browser (chromium is not on the PATH)."; fi
+	@if command -v sbatch > /dev/null && [ "$$(id -u)" = 0 ]; then $(MAKE) test-slurm; \
+	else echo "Not run: make test-slurm (needs Slurm and root)."; fi
 
 # The report's page in Chromium, which must be installed: chromium on the PATH, or
 # CHROMIUM=its path.
 test-browser: $(STAMP)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[browser]"
 	$(BIN)/python -m pytest -q -m browser tests/sweep/report/test_page.py $(ARGS)
+
+# Jobs of a sweep on a real Slurm, which is started in a temporary directory.
+test-slurm: $(STAMP)
+	@for name in slurmctld slurmd munged; do \
+	  PATH="$$PATH:/usr/sbin:/sbin" command -v $$name > /dev/null || { \
+	    echo "error: make test-slurm needs $$name, which is not on the PATH. On Debian:" \
+	      "apt-get install slurm-wlm munge." >&2; exit 1; }; done
+	@[ "$$(id -u)" = 0 ] || { \
+	  echo "error: make test-slurm must run as root: it starts Slurm's daemons." >&2; \
+	  exit 1; }
+	$(BIN)/python -m pytest -q -m slurm tests/sweep $(ARGS)
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

@@ -35,7 +35,11 @@ REQUIRED = [
   "zstandard>=0.22",
 ]
 
+# Runs of a sweep as jobs of a Slurm cluster.
+SLURM = ["submitit>=1.5.3"]
+
 TEST = [
+  *SLURM,
   "beartype>=0.23",
   "hypothesis>=6.100",
   "pytest>=8",
@@ -94,6 +98,7 @@ setup(
   extras_require={
     "test": TEST,
     "dev": DEV,
+    "slurm": SLURM,
     "tpu": TPU,
     "cuda": CUDA,
     "hf": HF,

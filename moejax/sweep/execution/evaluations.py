@@ -73,9 +73,15 @@ def job(
   )
 
 
-def failure(job: local.Job, code: int) -> str:
-  """Returns the name, exit code, log and last lines of a failed evaluation."""
-  head = f"Evaluating {job.name} failed (exit code {code}). The end of {job.log}:"
+def failure(job: local.Job, code: int | None) -> str:
+  """Returns the name, exit code, log and last lines of a failed evaluation.
+
+  Args:
+    job: the evaluation.
+    code: None if it is not known.
+  """
+  how = "" if code is None else f" (exit code {code})"
+  head = f"Evaluating {job.name} failed{how}. The end of {job.log}:"
   return "\n".join([head, *(f"  {line}" for line in states.log_tail(job.log))])
 
 

@@ -4,7 +4,6 @@ What is to be done is read from the runs' directories (states.py), never
 remembered, so the same call goes on after any interruption.
 """
 
-import dataclasses
 import shlex
 import sys
 import time
@@ -21,43 +20,18 @@ from moejax.sweep.execution import (
   evaluations,
   local,
   shapes,
+  slurm,
+  slurm_run,
   states,
   timing,
 )
 from moejax.sweep.execution import view as view_lib
+from moejax.sweep.execution.options import EXECUTORS, Options
 from moejax.sweep.execution.states import State, Status
 from moejax.sweep.spec import RUNS, Point
 
-EXECUTORS = ("local", "print")
-
 _EXAMINE_SECONDS = 1.0
 """Between two looks at the directories of running runs."""
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Options:
-  """How to run the points."""
-
-  jobs: int = 1
-  """Runs at once, each on cores or a GPU of its own."""
-  executor: str = "local"
-  """local starts the runs; print only prints their commands."""
-  retry_failed: bool = False
-  """Start failed runs again, instead of naming them."""
-  devices_per_run: int | None = None
-  """GPUs, or simulated CPU devices, of each run; see `local.make_slots`."""
-  allow_changes: bool = False
-  """Go on in the directory of a sweep with another specification."""
-  compilation_cache: str | None = None
-  """--compilation_cache of every run; None is the runs' own default, which they share."""
-  evaluate: bool = False
-  """Evaluate the finished runs instead of training."""
-  split: str = "validation"
-  """For `evaluate`."""
-  eval_capacity_factor: str | None = None
-  """For `evaluate`: capacity factors, separated by commas; None is each run's own."""
-  time_steps: int = 0
-  """Afterwards, time this many steps of each distinct shape alone; 0 is off."""
 
 
 def run(
@@ -87,7 +61,8 @@ def run(
   """
   workdir, stream = Path(workdir), sys.stdout if stream is None else stream
   _check(points, options)
-  slots = local.make_slots(options.jobs, options.devices_per_run)
+  is_slurm = options.executor == "slurm"
+  slots = [] if is_slurm else local.make_slots(options.jobs, options.devices_per_run)
   stored = plain_spec(points) if spec is None else spec
   with directory.opened(
     workdir,
@@ -101,9 +76,9 @@ def run(
     for point in points:
       _prepare(runs[point.name], point)
     if options.evaluate:
-      code = _evaluate(runs, points, options, slots, stream)
+      code = _evaluate(workdir, runs, points, options, slots, stream)
     else:
-      code = _train(runs, points, options, slots, stream)
+      code = _train(workdir, runs, points, options, slots, stream)
     if options.time_steps and options.executor == "local" and code <= 1:
       slot, steps = slots[0], options.time_steps
       code = max(code, timing.measure(workdir, points, steps, slot, stream))
@@ -121,7 +96,12 @@ def status(workdir: Path, *, num_jobs: int = 1, stream: Any = None) -> int:
       f"--workdir={workdir} holds no sweep (it has no {RUNS}/). Give the directory that "
       "the sweep was given as --workdir."
     )
-  found = [states.examine(path) for path in directory.run_directories(Path(workdir))]
+  runs = {path.name: path for path in directory.run_directories(Path(workdir))}
+  try:
+    found = list(slurm.examine(Path(workdir), runs).values())
+  except UserError as error:
+    print(f"By the directories alone: {error}", file=sys.stderr)
+    found = [states.examine(path) for path in runs.values()]
   view_lib.print_table(found, num_jobs, stream)
   return 0
 
@@ -142,6 +122,8 @@ def _check(points: Sequence[Point], options: Options) -> None:
     raise UserError(f"--time_steps={options.time_steps}: at least 0.")
   if options.evaluate and options.eval_capacity_factor is not None:
     parse_capacity_factors(options.eval_capacity_factor)
+  if options.executor == "slurm":
+    slurm_run.check(options)
   names = [point.name for point in points]
   twice = sorted({name for name in names if names.count(name) > 1})
   if twice:
@@ -190,6 +172,7 @@ def train_job(path: Path, point: Point, options: Options) -> local.Job:
 
 
 def _train(
+  workdir: Path,
   runs: Mapping[str, Path],
   points: Sequence[Point],
   options: Options,
@@ -197,8 +180,16 @@ def _train(
   stream: Any,
 ) -> int:
   jobs = [train_job(runs[point.name], point, options) for point in points]
-  found = {name: states.examine(path) for name, path in runs.items()}
+  found = slurm.examine(workdir, runs)
   wanted = [job for job in jobs if _is_wanted(found[job.name], options.retry_failed)]
+  if options.executor == "slurm":
+    found, signal = slurm_run.train(workdir, runs, wanted, found, options, stream)
+    if signal is not None:
+      return 128 + signal
+    if not options.slurm.wait:
+      return int(any(s.state is State.FAILED for s in found.values()))
+    return _conclude(found, None, options)
+  slurm_run.refuse_submitted(list(found.values()), options.executor)
   if options.executor == "print":
     for job in wanted:
       print(shlex.join(job.command), file=stream)
@@ -213,6 +204,8 @@ def _train(
 
 
 def _is_wanted(found: Status, retry_failed: bool) -> bool:
+  if found.state is State.QUEUED:
+    return False
   if found.state is State.FAILED:
     return retry_failed
   return found.state is not State.DONE
@@ -327,6 +320,7 @@ class _Training:
 
 
 def _evaluate(
+  workdir: Path,
   runs: Mapping[str, Path],
   points: Sequence[Point],
   options: Options,
@@ -334,7 +328,7 @@ def _evaluate(
   stream: Any,
 ) -> int:
   """Evaluates the finished runs that have no result with these settings."""
-  jobs, unfinished, kept = [], [], 0
+  jobs, results, unfinished, kept = [], {}, [], 0
   for point in points:
     path = runs[point.name]
     found = states.examine(path)
@@ -342,7 +336,8 @@ def _evaluate(
       unfinished.append(found)
       continue
     request = (options.split, options.eval_capacity_factor)
-    if evaluations.result_file(path, point.config, *request).exists():
+    results[point.name] = evaluations.result_file(path, point.config, *request)
+    if results[point.name].exists():
       kept += 1
       continue
     jobs.append(evaluations.job(path, point, *request, cache=options.compilation_cache))
@@ -355,6 +350,8 @@ def _evaluate(
     view.message(f"{view_lib.one_line(s)}: left out, since it is not finished.")
   if kept:
     view.message(f"{kept} of {len(points)} runs have this evaluation already.")
+  if options.executor == "slurm":
+    return slurm_run.evaluate(workdir, jobs, results, options, view)
   queue = evaluations.Evaluating(jobs, view)
   signal = children.work_off(queue, local.Pool(slots))
   for job, code in queue.failed:

@@ -1,6 +1,7 @@
-"""The state of a run, read from its directory alone.
+"""The state of a run, read from its directory alone (queued excepted).
 
     waiting       nothing has been started
+    queued        a batch system has a job for it, which waits (slurm.py)
     running       a live process has locked the directory, or was started for it
     done          its last step is checkpointed and evaluated
     failed        its last attempt ended by itself, with an exit code other than 0
@@ -47,6 +48,7 @@ _HEADER = "=== attempt "
 
 class State(enum.StrEnum):
   WAITING = "waiting"
+  QUEUED = "queued"
   RUNNING = "running"
   DONE = "done"
   FAILED = "failed"
@@ -82,6 +84,10 @@ class Status:
   """Last lines of a failed run's log."""
   damage: str = ""
   """One line naming a file that cannot be read, and the remedy."""
+  job: str = ""
+  """Id of its job in a batch system; "" if it has none there."""
+  reason: str = ""
+  """Why that job waits, in the batch system's word."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -244,9 +250,15 @@ def write_plan(path: Path, plan: Plan) -> None:
     files.write_json(path / RECORD_FILE, {"attempts": [], **record, "plan": values})
 
 
-def begin(path: Path, pid: int) -> None:
-  """Records that a process was started for the run."""
-  attempt = {
+def begin(path: Path, pid: int, job: str = "") -> None:
+  """Records that a process was started for the run.
+
+  Args:
+    path: the run's directory.
+    pid: of the process.
+    job: id of the batch system's job that it is part of; "" if none.
+  """
+  attempt: dict[str, Any] = {
     "start": time.time(),
     "host": socket.gethostname(),
     "pid": pid,
@@ -254,6 +266,8 @@ def begin(path: Path, pid: int) -> None:
     "end": None,
     "exit_code": None,
   }
+  if job:
+    attempt["job"] = job
   record = read_record(path)
   attempts = [*record.get("attempts", []), attempt]
   files.write_json(path / RECORD_FILE, {**record, "attempts": attempts})

@@ -2,6 +2,7 @@
 
 import collections
 import sys
+import textwrap
 import time
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol, runtime_checkable
@@ -18,6 +19,7 @@ WIDTH = 160
 
 _STYLES = {
   State.WAITING: "dim",
+  State.QUEUED: "blue",
   State.RUNNING: "cyan",
   State.DONE: "green",
   State.FAILED: "bold red",
@@ -25,6 +27,9 @@ _STYLES = {
 }
 _FRAME = 6
 """Lines of a terminal that the table's frame and the summary take."""
+
+_REASON = 32
+"""Most characters shown of why a job waits."""
 
 _WATCHED = (State.RUNNING, State.FAILED, State.INTERRUPTED)
 
@@ -66,6 +71,10 @@ def table(statuses: Sequence[Status]) -> Table:
 def _state(status: Status) -> str:
   if status.state is State.FAILED and status.exit_code is not None:
     return f"{status.state} (exit code {status.exit_code})"
+  if status.state is State.QUEUED:
+    # Some of Slurm's reasons are whole sentences.
+    reason = textwrap.shorten(status.reason, _REASON, placeholder=" ...")
+    return f"{status.state} ({', '.join(filter(None, (status.job, reason)))})"
   return str(status.state)
 
 
@@ -125,7 +134,7 @@ def duration(seconds: float | None) -> str:
 def one_line(status: Status) -> str:
   """Returns a run's name, state and numbers."""
   parts = [f"{status.name}: {_state(status)}"]
-  if status.state is not State.WAITING and status.num_steps:
+  if status.state not in (State.WAITING, State.QUEUED) and status.num_steps:
     parts.append(f"step {status.step}/{status.num_steps}")
   if status.loss is not None:
     parts.append(f"loss {status.loss:.4f}")
