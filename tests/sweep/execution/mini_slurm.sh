@@ -33,7 +33,7 @@ if [ "$what" = stop ]; then
 fi
 if [ "$what" = reboot ]; then
   kill -9 "$(cat "$dir/slurmd.pid")"
-  SLURM_CONF=$dir/slurm.conf slurmd -f "$dir/slurm.conf"
+  SLURM_CONF=$dir/slurm.conf slurmd -f "$dir/slurm.conf" > /dev/null 2>&1
   exit 0
 fi
 

@@ -176,7 +176,7 @@ def test_printed_commands_are_those_that_the_local_executor_starts(tmp_path):
   [
     ({"jobs": 0}, "--jobs=0: at least 1"),
     ({"jobs": 10_000}, "each run needs one of its own. Give at most"),
-    ({"executor": "cloud"}, "--executor=cloud: choose from local, print"),
+    ({"executor": "cloud"}, "--executor=cloud: choose from local, slurm, print"),
     ({"devices_per_run": 0}, "--devices_per_run=0: at least 1"),
     ({"time_steps": -1}, "--time_steps=-1"),
     ({"evaluate": True, "eval_capacity_factor": "x"}, "--eval_capacity_factor=x"),
