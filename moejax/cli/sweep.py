@@ -22,6 +22,7 @@ import dataclasses
 import math
 import pathlib
 import shutil
+import sys
 
 from absl import flags
 
@@ -30,6 +31,7 @@ from moejax.cli import dotted, python_file
 from moejax.cli import flags as cli
 from moejax.errors import ConfigError, UserError
 from moejax.run import compilation_cache
+from moejax.sweep.execution import slurm_options
 
 _EXECUTORS = ("local", "slurm", "print")
 _SPLITS = ("train", "validation", "test")
@@ -71,7 +73,11 @@ def _define_how() -> None:
     "executor", "local", _EXECUTORS, "Where runs start; print only prints commands."
   )
   flags.DEFINE_integer(
-    "devices_per_run", None, "Devices of each run; default what --jobs leaves.", 1, 65_536
+    "devices_per_run",
+    None,
+    "GPUs of each run, default 1; without one, simulated CPU devices.",
+    1,
+    65_536,
   )
   flags.DEFINE_bool("status", False, "Print the state of every run, and stop.")
   flags.DEFINE_bool("retry_failed", False, "Start failed runs again.")
@@ -86,12 +92,18 @@ def _define_how() -> None:
   flags.DEFINE_integer(
     "time_steps", 0, "Afterwards time so many steps of each shape, alone.", 0, 100_000
   )
+  slurm_options.define_flags()
 
 
 def main() -> int:
   given = flags.FLAGS
   if given.status:
     return _status(_workdir())
+  stray = slurm_options.given() if given.executor != "slurm" else []
+  if stray:
+    raise UserError(
+      f"--{stray[0]} is only read with --executor=slurm. Add that, or leave it out."
+    )
   if given.executor == "slurm" and shutil.which("sbatch") is None:
     raise UserError(
       "--executor=slurm: there is no sbatch on the PATH. Start the sweep where Slurm is "
@@ -259,6 +271,7 @@ def _run(points: list, values: dict) -> int:
   options = schedule.Options(
     jobs=given.jobs,
     executor=given.executor,
+    slurm=slurm_options.from_flags(),
     retry_failed=given.retry_failed,
     devices_per_run=given.devices_per_run,
     allow_changes=given.allow_changes,
@@ -279,21 +292,30 @@ def _run(points: list, values: dict) -> int:
 
 def _report(points: list, values: dict) -> None:
   """Writes the results and the page, and prints what they say."""
+  from moejax.run.files import CONFIG_FILE
   from moejax.sweep.execution import timing
   from moejax.sweep.report import page as report
   from moejax.sweep.report import records
   from moejax.sweep.spec import RUNS
 
   workdir = _workdir()
-  said = report.write(
-    workdir,
-    [workdir / RUNS / point.directory for point in points],
-    values.get("title") or workdir.name,
-    values.get("notes", ""),
-    timing=timing.read(workdir),
-    axes=list(dict.fromkeys(name for point in points for name in point.settings)),
-    base=cli.load_config(cli.DEFAULT_CONFIG),
-  )
+  runs = [workdir / RUNS / point.directory for point in points]
+  begun = [path for path in runs if (path / CONFIG_FILE).exists()]
+  if not begun:
+    return
+  try:
+    said = report.write(
+      workdir,
+      begun,
+      values.get("title") or workdir.name,
+      values.get("notes", ""),
+      timing=timing.read(workdir),
+      axes=list(dict.fromkeys(name for point in points for name in point.settings)),
+      base=cli.load_config(cli.DEFAULT_CONFIG),
+    )
+  except report.MissingExtraError as error:  # The runs are no less done.
+    print(f"Note: {error}", file=sys.stderr)
+    return
   said.show()
   for name in (records.CSV_FILE, report.PAGE_FILE):
     print(workdir / name)

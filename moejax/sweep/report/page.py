@@ -83,10 +83,14 @@ def checked_axes(records: Records, given: Sequence[str]) -> tuple[str, ...]:
   return tuple(name for name in given if name in records.fields)
 
 
+class MissingExtraError(UserError):
+  """The results are written; the page needs packages that are not installed."""
+
+
 def _check_extra(workdir: pathlib.Path) -> None:
   missing = [name for name in _NEEDS if importlib.util.find_spec(name) is None]
   if missing:
-    raise UserError(
+    raise MissingExtraError(
       f"{workdir / records_lib.CSV_FILE} is written, but not the page and the figures: "
       f"they need {', '.join(missing)}. Install them with: pip install 'moejax[report]'."
     )
