@@ -115,7 +115,7 @@ What pays?
 """
 
 from configs import default
-from moejax.sweep import axes
+from moejax.sweep.points import axes
 from moejax.sweep.spec import Spec
 
 

@@ -1,10 +1,10 @@
 """Published scaling laws of sparse and dense Transformers.
 
-    from moejax.sweep import laws
+    from moejax.sweep.laws import published
 
-    laws.Ludziejewski().predict(N=990e6, D=17e9, E=8)   # 2.529
-    laws.Ludziejewski().optimum(1e20, E=8)              # N 989M, D 16.9B
-    laws.Ling().predict(C=1e22, A=0.031, G=12)          # 7.24, not a loss
+    published.Ludziejewski().predict(N=990e6, D=17e9, E=8)   # 2.529
+    published.Ludziejewski().optimum(1e20, E=8)              # N 989M, D 16.9B
+    published.Ling().predict(C=1e22, A=0.031, G=12)          # 7.24, not a loss
 
 No two of them mean the same by N, C, D, E and G; read `definitions` before comparing.
 Where a docstring says "not checked", the statement was not confirmed against the paper

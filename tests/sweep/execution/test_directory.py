@@ -77,7 +77,7 @@ def test_a_second_scheduler_is_refused_at_once_and_a_killed_one_does_not_lock(tm
   """The lock ends with the process, kill -9 included."""
   code = (
     "import pathlib, sys, time\n"
-    "from moejax.sweep import directory\n"
+    "from moejax.sweep.execution import directory\n"
     f"with directory.opened(pathlib.Path(sys.argv[1]), {SPEC!r}):\n"
     "  print('held', flush=True)\n"
     "  time.sleep(60)\n"
