@@ -27,6 +27,8 @@ REQUIRED = [
   "numpy>=2.0",
   "optax>=0.2.8",
   "orbax-checkpoint>=0.12",
+  # Which packages are required: the text of python_packages.
+  "packaging>=23",
   "rich>=13",
   "scipy>=1.15",
   "tensorboardX>=2.6",

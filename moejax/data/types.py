@@ -49,6 +49,6 @@ class Source(Protocol):
 
 LOCAL = {
   "python_stdlib": "the running interpreter's standard library; embedded, no download",
-  "python_packages": "the packages installed beside moejax; embedded, no download",
+  "python_packages": "the packages that moejax requires; embedded, no download",
   "text": "your own text: --config.data.path=DIR or FILE (.jsonl too; .gz .xz .zst)",
 }

@@ -1,10 +1,11 @@
-"""python_packages: the source text of the packages installed beside moejax.
+"""python_packages: the source text of the packages that moejax requires.
 
-The standard library is too small for many experts; its users have more Python on disk
-anyway, under free licenses and without a download. Read are the distributions in the
-site-packages of the running interpreter, as their RECORD files list them, so that
-neither stray files nor the order of a file system matter. The text varies with what is
-installed: the fingerprint covers every name, version and byte.
+The standard library is too small for many experts; moejax's users have more Python on
+disk anyway, under free licenses and without a download. Read are the distributions that
+moejax needs without any extra, and those that they need, in the site-packages of the
+running interpreter: other packages come and go. Their RECORD files list the sources, so
+that neither stray files nor the order of a file system matter. The text varies with the
+versions: the fingerprint covers every name, version and byte.
 
 Source of RECORD and direct_url.json: packaging.python.org/specifications,
 "Recording installed projects" and "Recording the Direct URL Origin".
@@ -15,8 +16,10 @@ import importlib.metadata
 import json
 import re
 import sysconfig
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path, PurePath
+
+from packaging.requirements import Requirement
 
 from moejax.data import cache
 from moejax.data.sources.corpus import Corpus
@@ -51,8 +54,10 @@ class PackagesCorpus(Corpus):
     return cache.digest(super().fingerprint(), self.versions)
 
 
-def packages_corpus(folders: Iterable[str] | None = None) -> PackagesCorpus:
-  """Returns the sources of the installed distributions, moejax and editable ones aside.
+def packages_corpus(
+  folders: Iterable[str] | None = None, required_by: str = _OWN
+) -> PackagesCorpus:
+  """Returns the sources of a distribution's requirements, editable ones aside.
 
   A document's domain is its distribution. Left out are tests, vendored copies,
   generated code, empty files and files of more than 1 MB.
@@ -60,6 +65,8 @@ def packages_corpus(folders: Iterable[str] | None = None) -> PackagesCorpus:
   Args:
     folders: where distributions are installed; None is the site-packages of the running
       interpreter.
+    required_by: the distribution; not itself read. If it is not installed, as in a bare
+      checkout, every distribution is read.
 
   Raises:
     UserError: less than a hundred sources are installed.
@@ -71,11 +78,12 @@ def packages_corpus(folders: Iterable[str] | None = None) -> PackagesCorpus:
   versions: list[str] = []
   left_out: list[Skipped] = []
   # The path decides between two versions of a name, which a broken update leaves.
-  found = importlib.metadata.distributions(path=where)
+  found = list(importlib.metadata.distributions(path=where))
+  wanted = requirements(required_by, {_canonical(d.name): d for d in reversed(found)})
   for name, version, distribution in sorted(
     ((_canonical(d.name), d.version, d) for d in found), key=lambda item: item[:2]
   ):
-    if name == _OWN or _is_editable(distribution):
+    if name not in wanted or name == _OWN or _is_editable(distribution):
       continue
     if distribution.read_text("RECORD") is None:
       left_out.append(Skipped(name, "has no RECORD of its files"))
@@ -102,6 +110,33 @@ def packages_corpus(folders: Iterable[str] | None = None) -> PackagesCorpus:
     places=places,
     versions=tuple(versions),
   )
+
+
+def requirements(
+  name: str, installed: Mapping[str, importlib.metadata.Distribution]
+) -> Collection[str]:
+  """Returns what a distribution needs, directly or not: canonical names.
+
+  Args:
+    name: of the distribution, without an extra.
+    installed: distributions by canonical name. If `name` is not among them, all are
+      returned.
+  """
+  if name not in installed:
+    return installed.keys()
+  found: set[tuple[str, str]] = set()
+  """(distribution, extra or "")."""
+  todo = [(name, "")]
+  while todo:
+    item = todo.pop()
+    if item in found or item[0] not in installed:
+      continue
+    found.add(item)
+    for line in installed[item[0]].requires or ():
+      needed = Requirement(line)
+      if needed.marker is None or needed.marker.evaluate({"extra": item[1]}):
+        todo += [(_canonical(needed.name), extra) for extra in ("", *needed.extras)]
+  return {needed for needed, _ in found} - {name}
 
 
 def _canonical(name: str) -> str:

@@ -23,6 +23,7 @@ def install(
   unlisted: tuple[str, ...] = (),
   origin: dict | None = None,
   record: bool = True,
+  requires: tuple[str, ...] = (),
 ) -> None:
   """Writes a distribution into `site` as pip does; `unlisted` files miss in RECORD."""
   for file, text in files.items():
@@ -33,6 +34,7 @@ def install(
   info.mkdir(parents=True)
   (info / "METADATA").write_text(
     f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n"
+    + "".join(f"Requires-Dist: {line}\n" for line in requires)
   )
   if record:
     lines = [f"{file},,\n" for file in files if file not in unlisted]
@@ -92,7 +94,8 @@ def test_stray_and_unusual_files_are_left_out(site):
 def test_moejax_and_editable_distributions_are_left_out(site):
   """A change of the code under study must not change the text that it learns."""
   before = names(site)
-  install(site, "moejax", sources("moejax"))
+  needs = ("alpha", "two-words", "mine", "theirs")
+  install(site, "moejax", sources("moejax"), requires=needs)
   editable = {"url": "file:///x", "dir_info": {"editable": True}}
   install(site, "mine", sources("mine"), origin=editable)
   assert names(site) == before
@@ -154,11 +157,35 @@ def test_copies_in_two_packages_are_one_document_in_one_split(
   assert load(config).num_duplicates == 60
 
 
+def test_only_what_is_required_is_read(tmp_path):
+  """Requirements of requirements and of named extras, in a circle too; not the rest."""
+  needs = {
+    "moejax": (
+      "Base.One>=1; python_version>'3'",
+      "dev-tool; extra == 'dev'",
+      "no; python_version<'3'",
+    ),
+    "base-one": ("with-extra[fast]",),
+    "with-extra": ("base_one", "speed; extra=='fast'", "slow; extra=='other'"),
+    "speed": (),
+    "slow": (),
+    "dev-tool": (),
+    "no": (),
+    "stray": (),
+  }
+  for name, lines in needs.items():
+    install(tmp_path, name, sources(name.replace("-", "_"), 50), requires=lines)
+  corpus = packages_corpus([str(tmp_path)])
+  found = {corpus.domain_of(file) for file in corpus.files}
+  assert found == {"base-one", "with-extra", "speed"}
+
+
 def test_the_running_environment_has_the_packages_that_moejax_needs():
   """Listed, not prepared: jax and numpy by name, more text than the standard library."""
   corpus = packages_corpus()
   domains = {corpus.domain_of(f) for f in corpus.files}
-  assert {"jax", "numpy", "optax"} <= domains and "moejax" not in domains
+  assert {"jax", "numpy", "optax"} <= domains
+  assert not {"moejax", "pytest", "pip"} & domains
   assert sum(corpus.locate(f).stat().st_size for f in corpus.files) > 20e6
 
 
