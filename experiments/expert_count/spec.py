@@ -12,7 +12,7 @@ little, which counts against large E.
 """
 
 from moejax.config import Config
-from moejax.sweep.spec import Axis, Spec
+from moejax.sweep.spec import Spec
 
 STEPS, SEQUENCES = 200, 8
 
@@ -35,11 +35,8 @@ def get_sweep() -> Spec:
   return Spec(
     base=base(),
     axes=(
-      Axis(fields=("moe.num_experts",), values=((4,), (8,), (16,), (32,), (64,))),
-      Axis(
-        fields=("moe.capacity_factor",),
-        values=((0.75,), (1.0,), (1.25,), (2.0,), (None,)),
-      ),
+      axes.product("moe.num_experts", 4, 8, 16, 32, 64),
+      axes.product("moe.capacity_factor", 0.75, 1.0, 1.25, 2.0, None),
     ),
     seeds=(0, 1, 2),
     match="active_flops",

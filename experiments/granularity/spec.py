@@ -9,7 +9,8 @@ the same. Three seeds of 200 steps of 8 sequences.
 """
 
 from experiments.expert_count.spec import base
-from moejax.sweep.spec import Axis, Spec
+from moejax.sweep.points import axes
+from moejax.sweep.spec import Spec
 
 
 def get_sweep() -> Spec:
@@ -19,6 +20,6 @@ def get_sweep() -> Spec:
   config.moe.use_router("top_k")
   return Spec(
     base=config,
-    axes=(Axis(fields=("moe.segments",), values=((1,), (2,), (4,), (8,))),),
+    axes=(axes.product("moe.segments", 1, 2, 4, 8),),
     seeds=(0, 1, 2),
   )
