@@ -12,6 +12,7 @@ little, which counts against large E.
 """
 
 from moejax.config import Config
+from moejax.sweep.points import axes
 from moejax.sweep.spec import Spec
 
 STEPS, SEQUENCES = 200, 8
