@@ -41,6 +41,7 @@ def write(
   *,
   axes: Sequence[str] = (),
   states: Mapping[str, str] | None = None,
+  variants: Mapping[str, str] | None = None,
   base: Config | None = None,
 ) -> sentences.Sentences:
   """Writes the results and the report of runs.
@@ -53,6 +54,7 @@ def write(
     timing: content of timing.json; see `records.read`.
     axes: the fields that were varied, most important first; empty finds them.
     states: the scheduler's word for runs that are not done, by directory name.
+    variants: names of settings, by directory name.
     base: the config that `train` has without flags, for the command to copy.
 
   Returns:
@@ -63,7 +65,7 @@ def write(
       installed (only the results are written).
   """
   workdir = pathlib.Path(workdir)
-  records = records_lib.read(run_dirs, timing=timing, states=states)
+  records = records_lib.read(run_dirs, timing=timing, states=states, variants=variants)
   records_lib.write(workdir, records)
   found = summary.settings(records)
   axes = checked_axes(records, axes) or summary.axes(found, records.fields)

@@ -31,6 +31,9 @@ from moejax.sweep.report.columns import COLUMNS, Column
 from moejax.sweep.report.run_values import DONE, Curve
 
 CSV_FILE, JSON_FILE, PARQUET_FILE = "results.csv", "results.json", "results.parquet"
+VARIANT = "variant"
+"""Pseudo-field: the name of a setting."""
+
 COPY = "copy"
 """Pseudo-field that tells runs of one config and seed apart: 1, 2 and so on."""
 
@@ -94,6 +97,7 @@ def read(
   *,
   timing: Mapping[str, Any] | None = None,
   states: Mapping[str, str] | None = None,
+  variants: Mapping[str, str] | None = None,
 ) -> Records:
   """Reads runs and finds the fields in which they differ.
 
@@ -102,17 +106,28 @@ def read(
     timing: content of timing.json: entries with `runs` (directory names) and the times
       of their step, which replace those logged while training.
     states: the scheduler's word for a run that is not done, by directory name.
+    variants: names of settings, by directory name; a name stands for the fields that it
+      decides.
 
   Raises:
     UserError: a directory has no run, or one of its files is damaged.
   """
   runs = [_read(pathlib.Path(path), timing or {}, states or {}) for path in run_dirs]
-  return with_settings(runs)
+  return with_settings(runs, variants or {})
 
 
-def with_settings(runs: Sequence[Record]) -> Records:
-  """Finds the fields in which runs differ, and gives each run its values of them."""
+def with_settings(
+  runs: Sequence[Record], variants: Mapping[str, str] | None = None
+) -> Records:
+  """Finds the fields in which runs differ, and gives each run its values of them.
+
+  Args:
+    runs: without settings.
+    variants: see `read`.
+  """
   leaves = [config_text.leaves(run.config) for run in runs]
+  if variants:
+    leaves = _by_variant(leaves, [variants.get(run.path.name, "") for run in runs])
   names = dict.fromkeys(name for found in leaves for name in found)
   fields = [name for name in names if name not in _NO_SETTINGS and _differs(leaves, name)]
   fields.sort(key=_importance)
@@ -130,12 +145,28 @@ def with_settings(runs: Sequence[Record]) -> Records:
   return Records(runs=tuple(runs), fields=tuple(fields))
 
 
+def _by_variant(
+  leaves: Sequence[Mapping[str, Any]], variants: Sequence[str]
+) -> list[dict[str, Any]]:
+  """Replaces the fields that have one value in each variant by the variant's name."""
+  groups: dict[str, list[Mapping[str, Any]]] = {}
+  for variant, found in zip(variants, leaves, strict=True):
+    groups.setdefault(variant, []).append(found)
+  names = {name for found in leaves for name in found}
+  free = {n for n in names if any(_differs(group, n) for group in groups.values())}
+  return [
+    {VARIANT: variant} | {name: value for name, value in found.items() if name in free}
+    for variant, found in zip(variants, leaves, strict=True)
+  ]
+
+
 def _differs(leaves: Sequence[Mapping[str, Any]], name: str) -> bool:
   values = [found[name] for found in leaves if name in found]
   return any(value != values[0] for value in values)
 
 
 _FIRST = (
+  VARIANT,
   "moe.dense_twin",
   "moe.router",
   "moe.num_experts",

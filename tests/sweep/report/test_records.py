@@ -8,7 +8,7 @@ import pytest
 
 from moejax.cost import flops, parameters
 from moejax.errors import UserError
-from moejax.sweep.report import columns, records
+from moejax.sweep.report import columns, records, summary
 from tests.sweep.report import report_cases as cases
 
 DOCS = pathlib.Path(__file__).parents[3] / "docs"
@@ -190,3 +190,20 @@ def test_the_docs_list_every_column():
   """The table in the docs is the one that the files are written from."""
   pages = [page.read_text("utf-8") for page in DOCS.glob("sweeps*.md")]
   assert any(columns.markdown() in page for page in pages)
+
+
+def test_a_variants_name_stands_for_the_fields_that_it_decides():
+  """Two variants of three fields, over an axis: two fields remain, and four settings."""
+  dense = {"moe__dense_twin": True}
+  top = {"moe__router": "top_k", "moe__num_selected": 2}
+  runs = [
+    cases.record(seed=seed, moe__num_experts=e, **fields)
+    for fields in (dense, top)
+    for e in (4, 8)
+    for seed in (0, 1)
+  ]
+  names = {run.path.name: "dense" if run.config.moe.dense_twin else "two" for run in runs}
+  found = records.with_settings(runs, names)
+  assert found.fields == ("variant", "moe.num_experts")
+  labels = [setting.label for setting in summary.settings(found)]
+  assert labels[0] == "variant=dense, num_experts=4" and len(labels) == 4
