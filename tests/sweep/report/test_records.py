@@ -3,6 +3,7 @@
 import csv
 import json
 import pathlib
+from typing import Any
 
 import pytest
 
@@ -194,8 +195,8 @@ def test_the_docs_list_every_column():
 
 def test_a_variants_name_stands_for_the_fields_that_it_decides():
   """Two variants of three fields, over an axis: two fields remain, and four settings."""
-  dense = {"moe__dense_twin": True}
-  top = {"moe__router": "top_k", "moe__num_selected": 2}
+  dense: dict[str, Any] = {"moe__dense_twin": True}
+  top: dict[str, Any] = {"moe__router": "top_k", "moe__num_selected": 2}
   runs = [
     cases.record(seed=seed, moe__num_experts=e, **fields)
     for fields in (dense, top)
