@@ -8,6 +8,7 @@ import contextlib
 import json
 import os
 import pathlib
+import pickle
 import signal
 import subprocess
 import sys
@@ -401,6 +402,66 @@ def test_without_sbatch_nothing_is_made(tmp_path, monkeypatch):
   with pytest.raises(UserError, match="there is no sbatch on the PATH"):
     schedule.run(tmp_path / "s", runs.points(), options=options)
   assert not (tmp_path / "s").exists()
+
+
+SBATCH = """#!/bin/sh
+env | grep -E "^(SLURM|SBATCH)_" >> {place}/environment
+n=$(($(cat {place}/count 2> /dev/null) + 1))
+echo $n > {place}/count
+if [ $n -gt {most} ]; then
+  echo "sbatch: error: QOSMaxSubmitJobPerUserLimit" >&2
+  exit 1
+fi
+echo "Submitted batch job 7$n"
+"""
+
+
+@pytest.fixture
+def made_jobs(programs, tmp_path, monkeypatch):
+  """Three commands, for a cluster whose arrays have at most two elements."""
+  (programs / "scontrol.out").write_text("MaxArraySize            = 2\nKillWait = 30\n")
+  monkeypatch.delenv("SLURM_CONF", raising=False)
+  names, place = ("a", "b", "c"), tmp_path / "sweep" / "runs"
+  return [
+    Job(name=n, run=place / n, command=("train", n), log=place / n / "log") for n in names
+  ]
+
+
+def test_runs_are_submitted_in_as_few_arrays_as_the_cluster_takes(
+  programs, made_jobs, tmp_path
+):
+  """Each element finds its own command, by the number that Slurm gives it."""
+  (programs / "sbatch").write_text(SBATCH.format(place=programs, most=9))
+  found = slurm.submit(tmp_path / "sweep", made_jobs, SlurmOptions())
+  assert [(s.job, s.runs) for s in found] == [("71", ("a", "b")), ("72", ("c",))]
+  assert slurm.submissions(tmp_path / "sweep") == found
+  assert [found[0].id_of(1), found[1].id_of(0)] == ["71_1", "72"]
+  stored = found[0].folder / "71_1_submitted.pkl"
+  task = pickle.loads(stored.read_bytes()).function
+  assert task._job == made_jobs[1] and task._trains
+
+
+def test_a_limit_that_is_met_midway_says_what_was_submitted(
+  programs, made_jobs, tmp_path
+):
+  (programs / "sbatch").write_text(SBATCH.format(place=programs, most=1))
+  with pytest.raises(UserError, match="Limit.*2 of 3 runs are submitted .71."):
+    slurm.submit(tmp_path / "sweep", made_jobs, SlurmOptions())
+  assert [s.job for s in slurm.submissions(tmp_path / "sweep")] == ["71"]
+
+
+def test_a_sweep_inside_of_a_job_does_not_pass_its_place_on(
+  programs, made_jobs, tmp_path, monkeypatch
+):
+  """A new job would take this one's number of tasks. What names the cluster stays."""
+  kept = {"SLURM_CONF": "/etc/c", "SBATCH_ACCOUNT": "us"}
+  for name, value in {**kept, "SLURM_NTASKS": "4", "SLURM_JOB_ID": "3"}.items():
+    monkeypatch.setenv(name, value)
+  (programs / "sbatch").write_text(SBATCH.format(place=programs, most=9))
+  slurm.submit(tmp_path / "sweep", made_jobs[:1], SlurmOptions())
+  passed = (programs / "environment").read_text().splitlines()
+  assert sorted(passed) == sorted(f"{name}={value}" for name, value in kept.items())
+  assert os.environ["SLURM_NTASKS"] == "4" and os.environ["SLURM_CONF"] == "/etc/c"
 
 
 def test_slurms_own_words_are_told_and_a_refused_submission_leaves_nothing(
