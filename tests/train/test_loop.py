@@ -131,9 +131,12 @@ def test_a_signal_during_the_agreement_counts_from_the_next_one_on(monkeypatch):
 
 def test_a_process_learns_of_a_signal_that_another_one_got(monkeypatch):
   stop = StopRequest()
+
+  def gather(asked):
+    return np.array([asked, signal.SIGTERM])
+
   monkeypatch.setattr(jax, "process_count", lambda: 2)
-  gathered = lambda asked: np.array([asked, signal.SIGTERM])
-  monkeypatch.setattr(multihost_utils, "process_allgather", gathered)
+  monkeypatch.setattr(multihost_utils, "process_allgather", gather)
   assert not loop._agreed(stop, 1, 2, is_last=False)
   assert loop._agreed(stop, 2, 2, is_last=False)
   assert stop.exit_code == 143
