@@ -83,6 +83,13 @@ def submitted(workdir, job="1", name=NAME, when=1.0) -> slurm.Submission:
   return slurm.submissions(workdir)[-1]
 
 
+def finish(run: pathlib.Path) -> None:
+  """Leaves what a run of six steps leaves."""
+  (run / "checkpoints" / "6").mkdir(parents=True)
+  (run / "eval.json").write_text(json.dumps({"step": 6, "loss": 2.25}))
+  (run / "config.json").write_text(json.dumps({"train": {"num_steps": 6}}))
+
+
 def examine(workdir) -> dict[str, states.Status]:
   return slurm.examine(workdir, {name: workdir / "runs" / name for name in ("a", "b")})
 
@@ -294,12 +301,18 @@ def test_a_requeued_run_is_queued_whatever_its_last_attempt_was(programs, workdi
 
 
 def test_a_finished_run_is_done_though_its_job_is_still_ending(programs, workdir):
-  run = workdir / "runs" / "a"
-  (run / "checkpoints" / "6").mkdir(parents=True)
-  (run / "eval.json").write_text(json.dumps({"step": 6, "loss": 2.25}))
-  (run / "config.json").write_text(json.dumps({"train": {"num_steps": 6}}))
+  finish(workdir / "runs" / "a")
   (programs / "squeue.out").write_text(QUEUE.replace("RUNNING", "COMPLETING"))
   assert examine(workdir)["a"].state is State.DONE
+
+
+def test_a_finished_sweep_is_read_without_slurm(programs, workdir):
+  """On another machine, or years later."""
+  for name in ("a", "b"):
+    finish(workdir / "runs" / name)
+  found = examine(workdir)
+  assert {s.state for s in found.values()} == {State.DONE}
+  assert not (programs / "calls").exists()
 
 
 def test_only_the_newest_submission_of_a_run_counts(programs, workdir):
