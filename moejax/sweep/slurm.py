@@ -11,6 +11,7 @@ have a job. Jobs depend on nothing that lives here: see moejax/sweep/slurm_task.
 
 import contextlib
 import dataclasses
+import io
 import os
 import secrets
 import shlex
@@ -118,8 +119,10 @@ def _submit_array(
   try:
     executor = submitit.SlurmExecutor(folder, max_num_timeout=_ENDLESS)
     executor.update_parameters(**parameters(made.name, options))
-    with _outside_of_any_job(), executor.batch():
-      submitted = [executor.submit(task) for task in tasks]
+    # submitit prints sbatch's error, which is told below.
+    with _outside_of_any_job(), contextlib.redirect_stderr(io.StringIO()):
+      with executor.batch():
+        submitted = [executor.submit(task) for task in tasks]
   except (FailedJobError, OSError) as error:
     shutil.rmtree(folder)
     words = slurm_queue.in_words(str(error))

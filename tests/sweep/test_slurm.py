@@ -477,8 +477,8 @@ def test_a_sweep_inside_of_a_job_does_not_pass_its_place_on(
   assert os.environ["SLURM_NTASKS"] == "4" and os.environ["SLURM_CONF"] == "/etc/c"
 
 
-def test_slurms_own_words_are_told_and_a_refused_submission_leaves_nothing(
-  programs, tmp_path
+def test_slurms_own_words_are_told_once_and_a_refused_submission_leaves_nothing(
+  programs, tmp_path, capfd
 ):
   said = "sbatch: error: Batch job submission failed: Invalid account specified"
   (programs / "sbatch").write_text(f"#!/bin/sh\necho '{said}' >&2; exit 1")
@@ -489,6 +489,7 @@ def test_slurms_own_words_are_told_and_a_refused_submission_leaves_nothing(
   ):
     slurm.submit(workdir, [job], SlurmOptions())
   assert slurm.submissions(workdir) == []
+  assert capfd.readouterr().err == ""
 
 
 # ------------------------------------------------------------------- inside of the job
