@@ -27,6 +27,8 @@ SCRIPT = pathlib.Path(__file__).with_name("mini_slurm.sh")
 SBIN = f"{os.environ['PATH']}:/usr/sbin:/sbin"
 DAEMONS = ("slurmctld", "slurmd", "munged")
 SECONDS = 600.0
+REBOOT_SECONDS = 15.0
+"""A job that is younger is not missed by Slurm when its node comes back without it."""
 
 LONG = {"num_steps": 400, "checkpoint_every": 50}
 
@@ -256,6 +258,7 @@ def test_a_node_that_dies_leaves_a_run_that_the_next_call_resumes(sweeps, calm):
     sweeps.ask("scontrol", "update", f"JobId={sweeps.job(workdir)}", "Requeue=0")
     conf = sweeps.environment["SLURM_CONF"]
     kill_job(conf, sweeps.job(workdir))
+    time.sleep(REBOOT_SECONDS)
     sweeps.ask("bash", str(SCRIPT), "reboot", str(pathlib.Path(conf).parent))
     _, err = process.communicate(timeout=SECONDS)
   run = only_run(workdir)
