@@ -44,8 +44,8 @@ head -c 1024 /dev/urandom > "$dir/munge.key"
 chmod 400 "$dir/munge.key"
 
 # cred_expire: a requeued job waits that long, 120 seconds by default. BatchStartTimeout
-# and ten seconds: a younger job is not missed when its node comes back without it. CPUs=2 on whatever there
-# is: the tests count on two jobs at once, and on the third waiting.
+# and ten seconds: a younger job is not missed when its node comes back without it.
+# CPUs=2 on whatever there is: the tests count on two jobs at once, and a third waiting.
 cat > "$dir/slurm.conf" <<CONF
 ClusterName=mini
 SlurmctldHost=$host(127.0.0.1)
