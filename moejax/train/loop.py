@@ -90,7 +90,8 @@ def _train(run: Run, reporter: Reporter, config_flags: str) -> dict[str, Any]:
     with stop, jax.set_mesh(run.mesh):
       step = fit(run, reporter, stop, config_flags)
     run.checkpointer.wait()
-    if stop.signal is None:
+    # Again, for a signal since the last step's check. From here on it ends the process.
+    if not _any_asked(stop):
       return finish.finish(run, reporter)
     saved = run.checkpointer.latest()
     reporter.message(
@@ -210,17 +211,25 @@ def _agreed(stop: StopRequest, step: int, interval: int, *, is_last: bool) -> bo
   The check synchronises the processes, so with several of them it is done only every
   `interval` steps and after the last step.
   """
+  if jax.process_count() > 1 and not (is_last or _every(step, interval)):
+    return False
+  return _any_asked(stop)
+
+
+def _any_asked(stop: StopRequest) -> bool:
+  """Returns whether any process was asked to stop, the same on all of them."""
   if jax.process_count() == 1:
     return stop.signal is not None
-  if not (is_last or _every(step, interval)):
-    return False
   from jax.experimental import multihost_utils
 
   asked = np.asarray(0 if stop.signal is None else stop.signal, np.int32)
   signals = np.asarray(multihost_utils.process_allgather(asked))
-  if signals.max() > 0 and stop.signal is None:
-    stop.signal = int(signals.max())
-  return stop.signal is not None
+  # Not by stop.signal: a signal that came meanwhile is known to this process alone, and
+  # the others would wait for it in the next step.
+  agreed = int(signals.max())
+  if agreed and stop.signal is None:
+    stop.signal = agreed
+  return agreed > 0
 
 
 def _close(iterator: Any) -> None:

@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.experimental import multihost_utils
 
 from moejax import data
 from moejax.cli import flags as cli
@@ -112,6 +113,33 @@ def test_a_run_stopped_at_its_last_step_saves_and_does_not_evaluate(
   monkeypatch.setattr(loop, "_agreed", agreed)
   assert _train(config, tmp_path)["exit_code"] == 0
   assert len(states) == 1
+
+
+def test_a_signal_during_the_agreement_counts_from_the_next_one_on(monkeypatch):
+  """Otherwise this process alone would leave, and the others wait for it for ever."""
+  stop = StopRequest()
+
+  def gather(asked):
+    stop.signal = signal.SIGTERM  # As a handler does, at any moment.
+    return np.array([asked, 0])
+
+  monkeypatch.setattr(jax, "process_count", lambda: 2)
+  monkeypatch.setattr(multihost_utils, "process_allgather", gather)
+  assert not loop._agreed(stop, 1, 1, is_last=False)
+  assert loop._agreed(stop, 2, 1, is_last=False)
+
+
+def test_a_process_learns_of_a_signal_that_another_one_got(monkeypatch):
+  stop = StopRequest()
+
+  def gather(asked):
+    return np.array([asked, signal.SIGTERM])
+
+  monkeypatch.setattr(jax, "process_count", lambda: 2)
+  monkeypatch.setattr(multihost_utils, "process_allgather", gather)
+  assert not loop._agreed(stop, 1, 2, is_last=False)
+  assert loop._agreed(stop, 2, 2, is_last=False)
+  assert stop.exit_code == 143
 
 
 def _ask(stop, now: bool) -> bool:

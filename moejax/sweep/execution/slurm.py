@@ -11,6 +11,7 @@ have a job. Jobs depend on nothing that lives here: see slurm_task.py.
 
 import contextlib
 import dataclasses
+import io
 import os
 import secrets
 import shlex
@@ -118,8 +119,10 @@ def _submit_array(
   try:
     executor = submitit.SlurmExecutor(folder, max_num_timeout=_ENDLESS)
     executor.update_parameters(**parameters(made.name, options))
-    with _outside_of_any_job(), executor.batch():
-      submitted = [executor.submit(task) for task in tasks]
+    # submitit prints sbatch's error, which is told below.
+    with _outside_of_any_job(), contextlib.redirect_stderr(io.StringIO()):
+      with executor.batch():
+        submitted = [executor.submit(task) for task in tasks]
   except (FailedJobError, OSError) as error:
     shutil.rmtree(folder)
     words = slurm_queue.in_words(str(error))
@@ -240,14 +243,19 @@ def examine(workdir: Path, runs: Mapping[str, Path]) -> dict[str, Status]:
     QueueError: Slurm has been used here and does not answer.
     DamagedError: see `submissions`.
   """
-  # The queue first: whatever it no longer has, has left its traces in the directory.
-  jobs = queued(workdir, TRAIN)
   newest = _newest(workdir, TRAIN)
-  found = {}
-  for name, path in runs.items():
-    found[name] = status = states.examine(path)
-    if path.name in newest:
-      found[name] = combined(status, *newest[path.name], jobs.get(path.name))
+  found = {name: states.examine(path) for name, path in runs.items()}
+  # What is done stays so: a finished sweep is read without Slurm.
+  open_runs = {
+    name: path
+    for name, path in runs.items()
+    if path.name in newest and found[name].state is not State.DONE
+  }
+  jobs = _queued({path.name: newest[path.name] for path in open_runs.values()}, workdir)
+  for name, path in open_runs.items():
+    # Read after the queue: what that no longer has, has left its traces here.
+    status = states.examine(path)
+    found[name] = combined(status, *newest[path.name], jobs.get(path.name))
   return found
 
 
@@ -312,8 +320,19 @@ def queued(workdir: Path, kind: str) -> dict[str, slurm_queue.Job]:
     QueueError: Slurm has been used here and does not answer.
     DamagedError: see `submissions`.
   """
-  newest = _newest(workdir, kind)
-  jobs = slurm_queue.jobs({s.name for s, _ in newest.values()})
+  return _queued(_newest(workdir, kind), workdir)
+
+
+def _queued(
+  newest: Mapping[str, tuple[Submission, int]], workdir: Path
+) -> dict[str, slurm_queue.Job]:
+  try:
+    jobs = slurm_queue.jobs({s.name for s, _ in newest.values()})
+  except slurm_queue.QueueError as error:
+    raise slurm_queue.QueueError(
+      f"{error} If Slurm surely has no job of this sweep any more, delete "
+      f"{workdir / FOLDER}."
+    ) from error
   found = {(job.name, job.index): job for job in jobs}
   places = {run: (s.name, index) for run, (s, index) in newest.items()}
   return {run: found[place] for run, place in places.items() if place in found}

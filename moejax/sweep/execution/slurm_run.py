@@ -7,9 +7,11 @@ import contextlib
 import dataclasses
 import signal
 import sys
+import threading
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 from moejax.errors import UserError
@@ -81,7 +83,9 @@ def train(
   options: Options,
   stream: Any,
 ) -> tuple[dict[str, Status], int | None]:
-  """Submits runs, and shows all until none has a job. Ctrl-C leaves; the jobs go on.
+  """Submits runs, and shows all until none has a job.
+
+  Ctrl-C and SIGTERM end this; the jobs go on.
 
   Args:
     workdir: of the sweep.
@@ -97,7 +101,7 @@ def train(
   Raises:
     UserError: Slurm refuses the jobs.
   """
-  statuses = dict(found)
+  statuses, stop = dict(found), _Stop()
   wanted = [job for job in wanted if statuses[job.name].state not in _ACTIVE]
   made = slurm.submit(workdir, wanted, options.slurm) if wanted else []
   view = view_lib.make_view(stream)
@@ -107,12 +111,13 @@ def train(
       statuses = slurm.examine(workdir, runs)
     view.update(statuses, _num_running(statuses))
     if options.slurm.wait:
-      for newest in _watched(workdir, runs, statuses, view):
-        statuses = newest
-        view.update(statuses, _num_running(statuses))
+      with stop:
+        for newest in _watched(workdir, runs, statuses, view):
+          statuses = newest
+          view.update(statuses, _num_running(statuses))
   except KeyboardInterrupt:
     _tell_how_to_cancel(s.job for s in statuses.values())
-    return statuses, signal.SIGINT
+    return statuses, stop.signal
   finally:
     view.close()
   return statuses, None
@@ -184,7 +189,7 @@ def evaluate(
     view: where progress is printed.
 
   Returns:
-    The exit code: 0, 1 if any failed, 130 after Ctrl-C.
+    The exit code: 0, 1 if any failed, 128 + signal when stopped.
 
   Raises:
     UserError: Slurm refuses the jobs.
@@ -197,11 +202,13 @@ def evaluate(
   if not options.slurm.wait:
     return 0
   ids = [*(job.id for job in queued.values()), *(submission.job for submission in made)]
+  stop = _Stop()
   try:
-    return int(_await_results(workdir, jobs, results, kind, view))
+    with stop:
+      return int(_await_results(workdir, jobs, results, kind, view))
   except KeyboardInterrupt:
     _tell_how_to_cancel(ids)
-    return 128 + signal.SIGINT
+    return 128 + stop.signal
 
 
 def _await_results(
@@ -231,7 +238,28 @@ def _await_results(
   return any_failed
 
 
-# ---------------------------------------------------------------------------- messages
+# ------------------------------------------------------------------- stops and messages
+
+
+class _Stop:
+  """While entered, SIGTERM raises KeyboardInterrupt, as Ctrl-C does."""
+
+  def __init__(self) -> None:
+    self.signal: int = signal.SIGINT
+    self._before: Any = None
+
+  def __enter__(self) -> None:
+    if threading.current_thread() is threading.main_thread():
+      self._before = signal.signal(signal.SIGTERM, self._raise)
+
+  def __exit__(self, *_: object) -> None:
+    if self._before is not None:
+      signal.signal(signal.SIGTERM, self._before)
+
+  def _raise(self, number: int, frame: FrameType | None) -> None:
+    del frame
+    self.signal = number
+    raise KeyboardInterrupt
 
 
 def _tell(made: Sequence[slurm.Submission], view: view_lib.View) -> None:

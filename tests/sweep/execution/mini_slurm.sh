@@ -43,8 +43,9 @@ chmod 711 "$dir"
 head -c 1024 /dev/urandom > "$dir/munge.key"
 chmod 400 "$dir/munge.key"
 
-# cred_expire: a requeued job waits that long, 120 seconds by default. CPUs=2 on whatever
-# there is: the tests count on two jobs at once, and on the third waiting.
+# cred_expire: a requeued job waits that long, 120 seconds by default. BatchStartTimeout
+# and ten seconds: a younger job is not missed when its node comes back without it.
+# CPUs=2 on whatever there is: the tests count on two jobs at once, and a third waiting.
 cat > "$dir/slurm.conf" <<CONF
 ClusterName=mini
 SlurmctldHost=$host(127.0.0.1)
@@ -70,6 +71,7 @@ PreemptType=preempt/partition_prio
 PreemptMode=REQUEUE
 EnforcePartLimits=ALL
 ReturnToService=2
+BatchStartTimeout=1
 SchedulerParameters=sched_interval=2
 SlurmdParameters=config_overrides
 NodeName=$host NodeAddr=127.0.0.1 CPUs=2 RealMemory=4000 State=UNKNOWN

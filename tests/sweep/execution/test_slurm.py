@@ -8,6 +8,7 @@ import contextlib
 import json
 import os
 import pathlib
+import pickle
 import signal
 import subprocess
 import sys
@@ -87,6 +88,13 @@ def submitted(workdir, job="1", name=NAME, when=1.0) -> slurm.Submission:
   values = {"name": name, "kind": "train", "runs": ["a", "b"], "job": job, "time": when}
   (folder / slurm.FILE).write_text(json.dumps(values))
   return slurm.submissions(workdir)[-1]
+
+
+def finish(run: pathlib.Path) -> None:
+  """Leaves what a run of six steps leaves."""
+  (run / "checkpoints" / "6").mkdir(parents=True)
+  (run / "eval.json").write_text(json.dumps({"step": 6, "loss": 2.25}))
+  (run / "config.json").write_text(json.dumps({"train": {"num_steps": 6}}))
 
 
 def examine(workdir) -> dict[str, states.Status]:
@@ -300,12 +308,18 @@ def test_a_requeued_run_is_queued_whatever_its_last_attempt_was(programs, workdi
 
 
 def test_a_finished_run_is_done_though_its_job_is_still_ending(programs, workdir):
-  run = workdir / "runs" / "a"
-  (run / "checkpoints" / "6").mkdir(parents=True)
-  (run / "eval.json").write_text(json.dumps({"step": 6, "loss": 2.25}))
-  (run / "config.json").write_text(json.dumps({"train": {"num_steps": 6}}))
+  finish(workdir / "runs" / "a")
   (programs / "squeue.out").write_text(QUEUE.replace("RUNNING", "COMPLETING"))
   assert examine(workdir)["a"].state is State.DONE
+
+
+def test_a_finished_sweep_is_read_without_slurm(programs, workdir):
+  """On another machine, or years later."""
+  for name in ("a", "b"):
+    finish(workdir / "runs" / name)
+  found = examine(workdir)
+  assert {s.state for s in found.values()} == {State.DONE}
+  assert not (programs / "calls").exists()
 
 
 def test_only_the_newest_submission_of_a_run_counts(programs, workdir):
@@ -410,8 +424,68 @@ def test_without_sbatch_nothing_is_made(tmp_path, monkeypatch):
   assert not (tmp_path / "s").exists()
 
 
-def test_slurms_own_words_are_told_and_a_refused_submission_leaves_nothing(
-  programs, tmp_path
+SBATCH = """#!/bin/sh
+env | grep -E "^(SLURM|SBATCH)_" >> {place}/environment
+n=$(($(cat {place}/count 2> /dev/null) + 1))
+echo $n > {place}/count
+if [ $n -gt {most} ]; then
+  echo "sbatch: error: QOSMaxSubmitJobPerUserLimit" >&2
+  exit 1
+fi
+echo "Submitted batch job 7$n"
+"""
+
+
+@pytest.fixture
+def made_jobs(programs, tmp_path, monkeypatch):
+  """Three commands, for a cluster whose arrays have at most two elements."""
+  (programs / "scontrol.out").write_text("MaxArraySize            = 2\nKillWait = 30\n")
+  monkeypatch.delenv("SLURM_CONF", raising=False)
+  names, place = ("a", "b", "c"), tmp_path / "sweep" / "runs"
+  return [
+    Job(name=n, run=place / n, command=("train", n), log=place / n / "log") for n in names
+  ]
+
+
+def test_runs_are_submitted_in_as_few_arrays_as_the_cluster_takes(
+  programs, made_jobs, tmp_path
+):
+  """Each element finds its own command, by the number that Slurm gives it."""
+  (programs / "sbatch").write_text(SBATCH.format(place=programs, most=9))
+  found = slurm.submit(tmp_path / "sweep", made_jobs, SlurmOptions())
+  assert [(s.job, s.runs) for s in found] == [("71", ("a", "b")), ("72", ("c",))]
+  assert slurm.submissions(tmp_path / "sweep") == found
+  assert [found[0].id_of(1), found[1].id_of(0)] == ["71_1", "72"]
+  stored = found[0].folder / "71_1_submitted.pkl"
+  task = pickle.loads(stored.read_bytes()).function
+  assert task._job == made_jobs[1] and task._trains
+
+
+def test_a_limit_that_is_met_midway_says_what_was_submitted(
+  programs, made_jobs, tmp_path
+):
+  (programs / "sbatch").write_text(SBATCH.format(place=programs, most=1))
+  with pytest.raises(UserError, match="Limit.*2 of 3 runs are submitted .71."):
+    slurm.submit(tmp_path / "sweep", made_jobs, SlurmOptions())
+  assert [s.job for s in slurm.submissions(tmp_path / "sweep")] == ["71"]
+
+
+def test_a_sweep_inside_of_a_job_does_not_pass_its_place_on(
+  programs, made_jobs, tmp_path, monkeypatch
+):
+  """A new job would take this one's number of tasks. What names the cluster stays."""
+  kept = {"SLURM_CONF": "/etc/c", "SBATCH_ACCOUNT": "us"}
+  for name, value in {**kept, "SLURM_NTASKS": "4", "SLURM_JOB_ID": "3"}.items():
+    monkeypatch.setenv(name, value)
+  (programs / "sbatch").write_text(SBATCH.format(place=programs, most=9))
+  slurm.submit(tmp_path / "sweep", made_jobs[:1], SlurmOptions())
+  passed = (programs / "environment").read_text().splitlines()
+  assert sorted(passed) == sorted(f"{name}={value}" for name, value in kept.items())
+  assert os.environ["SLURM_NTASKS"] == "4" and os.environ["SLURM_CONF"] == "/etc/c"
+
+
+def test_slurms_own_words_are_told_once_and_a_refused_submission_leaves_nothing(
+  programs, tmp_path, capfd
 ):
   said = "sbatch: error: Batch job submission failed: Invalid account specified"
   (programs / "sbatch").write_text(f"#!/bin/sh\necho '{said}' >&2; exit 1")
@@ -422,6 +496,7 @@ def test_slurms_own_words_are_told_and_a_refused_submission_leaves_nothing(
   ):
     slurm.submit(workdir, [job], SlurmOptions())
   assert slurm.submissions(workdir) == []
+  assert capfd.readouterr().err == ""
 
 
 # ------------------------------------------------------------------- inside of the job
