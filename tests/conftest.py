@@ -16,11 +16,12 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 # The key by which evaluation knows the tests' runs is none of the user's.
 os.environ["XDG_CONFIG_HOME"] = tempfile.mkdtemp(prefix="moejax_tests_")
 # Tests compile far more than they compute: two to three times faster so.
-_FLAGS = ["--xla_backend_optimization_level=0"]
+os.environ["XLA_FLAGS"] = " ".join(
+  (os.environ.get("XLA_FLAGS", ""), "--xla_backend_optimization_level=0")
+).strip()
+# The older emitters compile twice as fast. Later versions have none and refuse the flag.
 if importlib.metadata.version("jaxlib").startswith("0.10."):
-  # The older emitters compile twice as fast; later versions have none and refuse the flag.
-  _FLAGS.append("--xla_cpu_use_fusion_emitters=false")
-os.environ["XLA_FLAGS"] = " ".join((os.environ.get("XLA_FLAGS", ""), *_FLAGS)).strip()
+  os.environ["XLA_FLAGS"] += " --xla_cpu_use_fusion_emitters=false"
 
 # What tests start leaves no compiled programs in the user's home.
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", "")
