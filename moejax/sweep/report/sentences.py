@@ -114,7 +114,7 @@ def where(values: Mapping[str, Any], names: Mapping[str, str]) -> str:
 
 def _pareto(found: Sequence[Setting]) -> list[Finding]:
   out = []
-  units = {"step_ms_p50": "{:.3g} ms", "training_flops": "{:.3g} FLOP"}
+  units = {"step_ms_p50": "{:,.4g} ms", "training_flops": "{:.3g} FLOP"}
   for cost, title in summary.COSTS.items():
     if not summary.varies(found, cost):
       continue
@@ -140,7 +140,7 @@ def _doubling_words(
   """Returns what is compared, and what is added about its step time."""
   what = f"from {doubling.experts} to {2 * doubling.experts} experts"
   if doubling.step_ms is not None:
-    what += f" at equal step time ({doubling.step_ms:.3g} ms, interpolated)"
+    what += f" at equal step time ({doubling.step_ms:,.4g} ms, interpolated)"
   slower = ""
   if doubling.slower is not None:
     slower = f", and the step time by {doubling.slower:+.0%}"
