@@ -15,7 +15,7 @@ other work, so its times are not comparable (those of tools.benchmark_layer --ro
 are):
   --config=configs/default.py --config.train.num_steps=200 --config.train.batch_size=8
 
-To study a router of your own, register it and add a line to `VARIANTS`.
+To study a router of your own, register it and add a line to `VARIANTS` in spec.py.
 Writes result.json, table.md and routers.png to --output (default: this folder).
 """
 
@@ -30,67 +30,20 @@ from typing import Any
 from absl import flags
 
 from experiments.child import train_command
+from experiments.routers import spec
 from moejax.cli import flags as cli
 from moejax.errors import UserError
+from moejax.options import show
 
 _HERE = pathlib.Path(__file__).parent
 _LAST = 10
 """Log lines at the end of a run that are averaged."""
 
-TWO = ("moe.segments=2",)
-"""Sixteen experts of half the width, two chosen: the parameters and FLOPs of top-1."""
-
 VARIANTS: dict[str, tuple[str, ...]] = {
-  "dense twin": ("moe.dense_twin=true",),
-  "switch": ("moe.router=switch",),
-  "switch, next best": ("moe.router=switch", "moe.overflow=next_best"),
-  "switch, dropless": ("moe.router=switch", "moe.capacity_factor=none"),
-  "hash": ("moe.router=hash",),
-  "hash, balanced": ("moe.router=hash", "moe.hash.spread=balanced"),
-  "random": ("moe.router=random",),
-  "forced balance": ("moe.router=forced_balance",),
-  "top2": (
-    *TWO,
-    "moe.router=top2",
-    "moe.top2.second_policy=random",
-    "moe.renormalize=before_drop",
-  ),
-  "top_k": (*TWO, "moe.router=top_k"),
-  "top_k, renormalised": (*TWO, "moe.router=top_k", "moe.renormalize=before_drop"),
-  "noisy_top_k": (*TWO, "moe.router=noisy_top_k", "moe.renormalize=before_drop"),
-  "group_limited": (
-    *TWO,
-    "moe.router=group_limited",
-    "moe.group_limited.num_expert_groups=4",
-    "moe.group_limited.num_selected_groups=2",
-  ),
-  "sigmoid_bias": (
-    *TWO,
-    "moe.router=sigmoid_bias",
-    "moe.renormalize=before_drop",
-    "moe.balance_weight=0",
-    "moe.sigmoid_bias.bias_update_rate=0.01",
-  ),
-  "sigmoid_bias, slow": (
-    *TWO,
-    "moe.router=sigmoid_bias",
-    "moe.renormalize=before_drop",
-    "moe.balance_weight=0",
-    "moe.sigmoid_bias.bias_update_rate=0.001",
-  ),
-  "quantile_bias": (
-    *TWO,
-    "moe.router=quantile_bias",
-    "moe.renormalize=before_drop",
-    "moe.balance_weight=0",
-  ),
-  "quantile_balancing": (
-    *TWO,
-    "moe.router=quantile_balancing",
-    "moe.renormalize=before_drop",
-    "moe.balance_weight=0",
-  ),
+  name: tuple(f"{field}={show(value)}" for field, value in fields.items())
+  for name, fields in spec.VARIANTS.items()
 }
+"""What spec.py says, as flags."""
 
 
 def define_flags() -> None:

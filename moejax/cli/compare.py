@@ -20,10 +20,9 @@ from typing import Any
 from moejax.cli import flags as cli
 from moejax.config import text as config_text
 from moejax.errors import UserError
-
-_RUNS = "runs"
-_CONFIG = "config.json"
-_TIMING = "timing.json"
+from moejax.run.files import CONFIG_FILE
+from moejax.sweep.execution.directory import TIMING_FILE
+from moejax.sweep.spec import RUNS
 
 
 def main() -> int:
@@ -73,8 +72,8 @@ def find(given: Sequence[str]) -> list[pathlib.Path]:
     if not path.is_dir():
       what = "is a file" if path.exists() else "does not exist"
       raise UserError(f"{word} {what}. Give the directory of a training run.")
-    below = [] if (path / _CONFIG).exists() else sorted((path / _RUNS).glob("*"))
-    runs = [run for run in below if (run / _CONFIG).exists()]
+    below = [] if (path / CONFIG_FILE).exists() else sorted((path / RUNS).glob("*"))
+    runs = [run for run in below if (run / CONFIG_FILE).exists()]
     if below and not runs:
       raise UserError(f"{word}: none of its {len(below)} runs has started. Start them.")
     found += runs or [path]
@@ -104,7 +103,7 @@ def _timing(given: Sequence[str]) -> dict[str, Any]:
 
   shapes: dict[str, Any] = {}
   for word in given:
-    path = pathlib.Path(word) / _TIMING
+    path = pathlib.Path(word) / TIMING_FILE
     try:
       found = files.read_json(path)
     except FileNotFoundError:
@@ -112,7 +111,7 @@ def _timing(given: Sequence[str]) -> dict[str, Any]:
     except (OSError, ValueError) as e:
       raise UserError(f"{path} cannot be read ({e}). Delete it to do without.") from e
     if isinstance(found, dict):
-      shapes |= {f"{word}/{k}": v for k, v in found.get("shapes", found).items()}
+      shapes |= {f"{word}/{k}": v for k, v in found.items()}
   return shapes
 
 

@@ -32,8 +32,8 @@ from moejax.cli import flags as cli
 from moejax.errors import ConfigError, UserError
 from moejax.run import compilation_cache
 from moejax.sweep.execution import slurm_options
+from moejax.sweep.execution.options import EXECUTORS
 
-_EXECUTORS = ("local", "slurm", "print")
 _SPLITS = ("train", "validation", "test")
 
 
@@ -70,7 +70,7 @@ def _define_what() -> None:
 def _define_how() -> None:
   flags.DEFINE_integer("jobs", 1, "Runs at once.", 1, 4096)
   flags.DEFINE_enum(
-    "executor", "local", _EXECUTORS, "Where runs start; print only prints commands."
+    "executor", "local", EXECUTORS, "Where runs start; print only prints commands."
   )
   flags.DEFINE_integer(
     "devices_per_run",

@@ -110,16 +110,7 @@ def assemble(
   sequence_length: int,
 ) -> Batch:
   """Returns the sequences with these numbers; padding for those outside [0, N)."""
-  place, valid, nth = _places(layout, served, sequence_length)
-  start = layout.starts[nth]
-  source = split.offsets[layout.documents[nth]] + place - start
-  batch: Batch = {
-    "inputs": split.tokens[source],
-    "targets": split.tokens[source + 1],
-    "segment_ids": nth - nth[:, :1] + 1,
-    "positions": place - np.maximum(start, place[:, :1]),
-  }
-  return each(lambda values: np.where(valid, values, 0).astype(np.int32), batch)
+  return _assemble(split, layout, *_places(layout, served, sequence_length))
 
 
 def assemble_eval(
@@ -129,10 +120,29 @@ def assemble_eval(
   sequence_length: int,
 ) -> EvalBatch:
   """Returns the same as `assemble`, with domains."""
-  _, valid, nth = _places(layout, served, sequence_length)
+  place, valid, nth = _places(layout, served, sequence_length)
   domain = np.where(valid, split.domains[layout.documents[nth]], 0)
-  batch = assemble(split, layout, served, sequence_length)
+  batch = _assemble(split, layout, place, valid, nth)
   return {**batch, "domain": domain.astype(np.int32)}
+
+
+def _assemble(
+  split: TokenSplit,
+  layout: Layout,
+  place: Int[np.ndarray, "B S"],
+  valid: Bool[np.ndarray, "B S"],
+  nth: Int[np.ndarray, "B S"],
+) -> Batch:
+  """Returns what lies at the places; see `_places`."""
+  start = layout.starts[nth]
+  source = split.offsets[layout.documents[nth]] + place - start
+  batch: Batch = {
+    "inputs": split.tokens[source],
+    "targets": split.tokens[source + 1],
+    "segment_ids": nth - nth[:, :1] + 1,
+    "positions": place - np.maximum(start, place[:, :1]),
+  }
+  return each(lambda values: np.where(valid, values, 0).astype(np.int32), batch)
 
 
 def _places(

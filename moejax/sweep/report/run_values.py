@@ -264,8 +264,7 @@ def _devices(begun: Mapping[str, Any]) -> dict[str, Any]:
 
 def _timed(timing: Mapping[str, Any], name: str) -> Mapping[str, Any] | None:
   """Returns the entry of timing.json that covers a run."""
-  entries = timing.get("shapes", timing)
-  for entry in entries.values() if isinstance(entries, Mapping) else entries:
+  for entry in timing.values():
     if isinstance(entry, Mapping) and name in entry.get("runs", ()):
       return entry
   return None

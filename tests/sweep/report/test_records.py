@@ -74,7 +74,7 @@ def test_timed_steps_replace_logged_ones(tmp_path):
   """With compile time and memory, for the runs that the entry names and no others."""
   paths = [cases.write_run(tmp_path / name) for name in "ab"]
   entry = {"runs": ["a"], "step_ms": [4.0, 5.0, 9.0], "compile_seconds": 7.0}
-  a, b = records.read(paths, timing={"shapes": {"d1": entry}}).runs
+  a, b = records.read(paths, timing={"d1": entry}).runs
   assert a.values["step_ms_p50"] == 5.0 and a.values["compile_seconds"] == 7.0
   assert a.values["tokens_per_second"] == pytest.approx(40 / 0.005)
   assert a.values["step_time_source"] == "timed"
