@@ -31,6 +31,8 @@ def build(out: pathlib.Path) -> int:
   pdoc.render.configure(docformat="google", footer_text=f"moejax {moejax.__version__}")
   with warnings.catch_warnings():
     warnings.simplefilter("error")
+    # A TypedDict does not name the TypedDict that it extends among its bases.
+    warnings.filterwarnings("ignore", "Cannot determine where .* is taken from")
     pdoc.pdoc("moejax", *_modules(moejax.__path__), output_directory=out)
   return len(list(out.rglob("*.html")))
 

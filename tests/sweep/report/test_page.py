@@ -34,7 +34,7 @@ def file(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def browser():
-  from playwright import sync_api
+  from playwright import sync_api  # pyright: ignore[reportMissingImports]
 
   path = os.environ.get("CHROMIUM") or shutil.which("chromium")
   assert path, "no Chromium: install it (apt-get install chromium), or set CHROMIUM"
