@@ -310,9 +310,7 @@ def _report(points: list, values: dict) -> None:
       values.get("title") or workdir.name,
       values.get("notes", ""),
       timing=timing.read(workdir),
-      variants={
-        p.directory: p.settings["variant"] for p in points if "variant" in p.settings
-      },
+      variants=stored.variant_names(points),
       axes=list(dict.fromkeys(name for point in points for name in point.settings)),
       base=cli.load_config(cli.DEFAULT_CONFIG),
     )
