@@ -144,7 +144,8 @@ def attend(
         query, key, value, mask=context.mask, scale=scale, implementation=implementation
       )
     return mixed[..., :width] if missing else mixed
-  scale = query.shape[-1] ** -0.5 if scale is None else scale
+  if scale is None:
+    scale = float(query.shape[-1] ** -0.5)
   return plain_attention(query, key, value, context.mask, scale=scale, sinks=sinks)
 
 
@@ -171,13 +172,14 @@ def plain_attention(
   hidden = jnp.finfo(jnp.float32).min
   logits = jnp.where(mask[:, :, None], logits * scale, hidden)
   largest = jnp.max(logits, axis=-1, keepdims=True)
+  sink = None
   if sinks is not None:
     sink = sinks.astype(jnp.float32).reshape(1, kv_heads, -1, 1, 1)
     largest = jnp.maximum(largest, sink)
   largest = jax.lax.stop_gradient(largest)
   weights = jnp.exp(logits - largest)
   total = jnp.sum(weights, axis=-1, keepdims=True)
-  if sinks is not None:
+  if sink is not None:
     total = total + jnp.exp(sink - largest)
   weights = (weights / total).astype(value.dtype)
   mixed = jnp.einsum("bjgsm,bmjz->bsjgz", weights, value)
