@@ -151,19 +151,17 @@ class LatentAttention(nnx.Module):
     still = jnp.einsum("bsha,rha->bshr", still, up_key)
     query = jnp.concatenate([still, turned], axis=-1)
     key = latent[:, :, None]
-    mixed = self._attend(query, key, key[..., : self.rank], context, fused=False)
+    mixed = self._attend(query, key, key[..., : self.rank], context)
     return jnp.einsum("bshr,rhz->bshz", mixed, up_value)
 
   def _attend(
-    self, query: Array, key: Array, value: Array, context: Context, *, fused: bool = True
+    self, query: Array, key: Array, value: Array, context: Context
   ) -> Float[Array, "B S H Z"]:
-    sinks = None if self.sinks is None else self.sinks[...]
     return attend(
       *(query, key, value, context),
       window=self.window,
       scale=self.scale,
-      sinks=sinks,
-      fused=fused,
+      sinks=None if self.sinks is None else self.sinks[...],
     )
 
   def _query(self, x: Float[Array, "B S D"], context: Context) -> Float[Array, "B S H A"]:

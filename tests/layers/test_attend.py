@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from moejax.layers import attend as attend_module
 from moejax.layers.attend import Context, attend, attention_mask
 from moejax.layers.tpu_attention import tpu_attention
 
@@ -114,3 +115,13 @@ def test_the_kernel_for_tpus_has_sinks_scales_and_narrower_values(window):
   ]
   for got, want in zip(*(jax.tree.leaves(b) for b in both), strict=True):
     np.testing.assert_allclose(got, want, atol=3e-4)
+
+
+def test_cudnn_is_asked_for_what_it_can(monkeypatch):
+  """Half precision, widths of multiples of 8 up to 128 where no Hopper is seen."""
+  monkeypatch.setattr(attend_module, "target_is_nvidia", lambda: True)
+  choose = attend_module._implementation
+  half, single = jnp.dtype("bfloat16"), jnp.dtype("float32")
+  assert [choose(half, width) for width in (64, 128)] == ["cudnn"] * 2
+  assert [choose(half, width) for width in (36, 192, 576)] == [None] * 3
+  assert choose(single, 64) is None
