@@ -19,7 +19,8 @@ from tests.models import test_decoder
 from tests.models.test_decoder import S, input_gradients
 
 V = 24
-MOE: dict[str, Any] = dict(test_decoder.MOE)
+PREFIXED: dict[str, Any] = {**test_decoder.MOE, "dense_prefix": 1}
+EVERY: dict[str, Any] = {**test_decoder.MOE, "every": 1, "offset": 0}
 
 LATENT: dict[str, Any] = {
   "attention": "latent",
@@ -64,7 +65,7 @@ def make(name: str, **changes: Any):
     "hidden": 32,
   }
   config = ModelConfig(**fields | OPTIONS[name] | changes)
-  moe = MoEConfig(**MOE | {"dense_prefix": 1})
+  moe = MoEConfig(**PREFIXED)
   decoder = Decoder(config, moe, vocab_size=V)
   params = jax.jit(decoder.init)(jax.random.key(0))
   rng = np.random.default_rng(0)
@@ -159,7 +160,7 @@ def test_a_layer_sees_its_window_or_all_before(first, seen):
     window_pattern=f"{first},full,sliding",
     tie_embeddings=False,
   )
-  decoder = Decoder(config, MoEConfig(**MOE | {"every": 1, "offset": 0}), vocab_size=V)
+  decoder = Decoder(config, MoEConfig(**EVERY), vocab_size=V)
   params = decoder.init(jax.random.key(0))
   gradients = input_gradients(decoder, params, TOKENS, None, 0, S - 3)
   assert int((gradients[0] > 0).sum()) == seen
