@@ -88,15 +88,17 @@ def test_kernels():
   assert flops_of(Instruction("other", "bf16[8]", "custom-call", rest), {}, 0.8) == 1000
   rest = (
     '%a, %q), custom_call_target="tpu_custom_call", operand_layout_constraints='
-    "{s8[1,8,8]{2,1,0}, bf16[2,4,4096,128]{3,2,1,0}, bf16[2,1,4096,128]{3,2,1,0}}, "
+    "{s8[1,8,8]{2,1,0}, bf16[2,4,4096,128]{3,2,1,0}, bf16[2,1,4096,128]{3,2,1,0}, "
+    "bf16[2,1,4096,64]{3,2,1,0}, s32[2,4096,128]{2,1,0}}, "
     'frontend_attributes={kernel_metadata={ "xprof_metadata":'
     '"{\\"block_q\\": 512, \\"block_q_dq\\": 1024}" }}'
   )
+  # Keys of 128 numbers, values of 64: a product over values is half of one over keys.
   square = 2 * 2 * 4 * 4096 * 4096 * 128
   forward = Instruction("splash_mha_fwd.3", "(f32[1], bf16[2])", "custom-call", rest)
-  assert flops_of(forward, {}) == 2 * square * 9 / 16
+  assert flops_of(forward, {}) == 1.5 * square * 9 / 16
   back = Instruction("splash_mha_dq.3", "(f32[1], bf16[2])", "custom-call", rest)
-  assert flops_of(back, {}) == 3 * square * 5 / 8
+  assert flops_of(back, {}) == 2.5 * square * 5 / 8
 
 
 def test_attention_of_a_gpu_library():
