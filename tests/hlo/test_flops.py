@@ -140,6 +140,24 @@ ENTRY %main (x: f32[8,16]) -> f32[8,16] {
     assert program.flops() == (32 - start) * one
 
 
+def test_one_branch_of_a_conditional_counts():
+  """The longer of two, as a device runs one of them: 2*8*16*16 and nothing besides."""
+  branch = """%NAME (p: f32[8,16]) -> f32[8,16] {
+  %x = f32[8,16] parameter(0)
+  %w = f32[16,16] parameter(1)
+  ROOT %d = f32[8,16] dot(%x, %w), lhs_contracting_dims={1}, rhs_contracting_dims={0}
+}
+"""
+  text = "HloModule step\n" + "".join(branch.replace("NAME", n) for n in ("a", "b"))
+  text += """ENTRY %main (x: f32[8,16]) -> f32[8,16] {
+  %x = f32[8,16] parameter(0)
+  %i = s32[] constant(0)
+  ROOT %c = f32[8,16] conditional(%i, %x, %x), branch_computations={%a, %b}
+}
+"""
+  assert hlo.Program(text).flops() == 2 * 8 * 16 * 16
+
+
 def test_what_goes_between_slices():
   """A transfer that the runtime takes to the other slice is a collective over the axis
   that crosses them, and is told apart."""
