@@ -16,6 +16,11 @@ import math
 
 from moejax.config import Config
 from moejax.config.router import make_router, num_selected, sizes
+from moejax.cost.attention import (
+  attention_matrices,
+  attention_norms,
+  attention_vectors,
+)
 from moejax.routing.router import Sizes
 
 BYTES_VOCABULARY = 264
@@ -131,11 +136,8 @@ def count_parameters(
     `total`.
   """
   d = dimensions(config, vocab_size)
-  query, key_value = d.num_heads * d.head_dim, d.num_kv_heads * d.head_dim
-  attention = d.width * (2 * query + 2 * key_value)
-  if config.model.attention_bias:
-    attention += query + 2 * key_value
-  norms = 2 * d.width + (2 * d.head_dim if config.model.qk_norm else 0)
+  attention = attention_matrices(config.model) + attention_vectors(config.model)
+  norms = 2 * d.width + attention_norms(config.model)
   expert = d.matrices * d.width * d.expert_hidden
   gate = d.width if config.moe.shared_gate else 0
   sparse_layers = 0 if d.is_twin else len(d.moe_layers)
