@@ -173,6 +173,8 @@ def _kv_heads_divide_heads(c: Config) -> str | None:
 
 
 def _vocabulary_holds_the_tokenizer(c: Config) -> str | None:
+  if c.data.tokenizer == "hf":  # Its size is checked where the model is imported.
+    return None
   need = c.data.vocab_size if c.data.tokenizer == "bpe" else 257
   if c.model.vocab_size and c.model.vocab_size < need:
     return (

@@ -7,7 +7,7 @@ in their registry, and a router's options are declared by its class.
 from moejax.options import Range, count, weight
 
 CHOICES: dict[str, tuple[str, ...]] = {
-  "data.tokenizer": ("bytes", "bpe"),
+  "data.tokenizer": ("bytes", "bpe", "hf"),
   "model.activation": ("relu", "gelu", "swiglu"),
   "model.dtype": ("float32", "bfloat16"),
   "model.param_dtype": ("float32", "bfloat16"),

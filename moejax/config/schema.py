@@ -33,7 +33,8 @@ class DataConfig:
   """Prepared datasets and token caches; empty is ~/.cache/moejax."""
   text_field: str = "text"
   tokenizer: str = "bytes"
-  """bytes, or bpe (trained on the train split, stored with the run)."""
+  """bytes, bpe (trained on the train split, stored with the run), or hf (imported with a
+  published model)."""
   vocab_size: int = 2048
   """For bpe; the bytes tokenizer has a fixed size."""
   sequence_length: int = 256

@@ -366,7 +366,7 @@ def _encode(tokenizer: Any, prompt: str, max_length: int) -> list[int]:
     raise UserError(
       f"--prompt={prompt!a} is no UTF-8. Give it as UTF-8, or in a file by --prompt_file."
     ) from None
-  ids = [tokenizer.separator, *tokenizer.encode(prompt)]
+  ids = [tokenizer.start, *tokenizer.encode(prompt)]
   if len(ids) >= max_length:
     raise UserError(
       f"The --prompt has {len(ids) - 1} tokens, and the context holds {max_length}: the "
