@@ -8,6 +8,9 @@ from moejax.options import Range, count, weight
 
 CHOICES: dict[str, tuple[str, ...]] = {
   "data.tokenizer": ("bytes", "bpe", "hf"),
+  "model.attention": ("multi_head", "latent"),
+  "model.qk_norm_scope": ("head", "width"),
+  "model.rope_scaling": ("none", "linear", "llama3", "yarn"),
   "model.activation": ("relu", "gelu", "swiglu"),
   "model.dtype": ("float32", "bfloat16"),
   "model.param_dtype": ("float32", "bfloat16"),
@@ -52,6 +55,8 @@ _AXIS = Range(
 _WIDE = "no device holds one row of matrices as wide"
 _MANY_EXPERTS = "every token is scored against all of them"
 _SLOTS = "num_experts / num_selected already gives every token a slot everywhere"
+_TURNS = "no frequency turns as often in a context"
+_SHARP = "every softmax would pick one token"
 _PARTS = "a part must hold at least one row"
 
 RANGES: dict[str, Range] = {
@@ -78,8 +83,29 @@ RANGES: dict[str, Range] = {
   "model.vocab_size": count(
     0, 2**24, "the output head has a row for each", "0 is the tokenizer's"
   ),
+  "model.q_rank": count(0, 2**20, _WIDE, "0 is full rank"),
+  "model.kv_rank": count(0, 2**20, _WIDE),
+  "model.nope_head_dim": count(0, 2**16, _WIDE),
+  "model.rope_head_dim": count(0, 2**16, _WIDE),
+  "model.value_head_dim": count(0, 2**16, _WIDE),
+  "model.clip_qkv": _positive(1e6, "nothing is as large", "none is off"),
+  "model.attention_scale": Range(
+    0, 1e3, "0 is 1/sqrt(head width)", why_high="every softmax would pick one token"
+  ),
   "model.sliding_window": _count(0, "0 is no window"),
   "model.rope_theta": _positive(1e12, "positions would not turn within a sequence"),
+  "model.rope_fraction": Range(0, 1, low_open=True),
+  "model.rope_factor": Range(
+    1, 1e6, "1 leaves the context", why_high="positions would not turn"
+  ),
+  "model.rope_original": _count(0, "in tokens"),
+  "model.rope_low_factor": _positive(1e6, _TURNS),
+  "model.rope_high_factor": _positive(1e6, _TURNS),
+  "model.rope_beta_fast": _positive(1e6, _TURNS),
+  "model.rope_beta_slow": _positive(1e6, _TURNS),
+  "model.rope_mscale": Range(0, 100, "0 is off", why_high=_SHARP),
+  "model.rope_mscale_all_dim": Range(0, 100, "0 is off", why_high=_SHARP),
+  "model.rope_attention_factor": _positive(100, _SHARP, "none follows the mscales"),
   "model.norm_eps": _positive(1, "it only keeps a division finite"),
   "model.init_scale": _positive(1e3, "the first activations would overflow"),
   "model.max_position": count(

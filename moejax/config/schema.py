@@ -68,12 +68,72 @@ class ModelConfig:
   vocab_size: int = 0
   """V; 0 is the tokenizer's."""
   tie_embeddings: bool = True
+  attention: str = "multi_head"
+  """multi_head (grouped-query with num_kv_heads), or latent: keys and values are
+  expanded from one low-rank vector per token (DeepSeek-V2, arXiv:2405.04434)."""
+  q_rank: int = 0
+  """latent: rank of the queries; 0 is full rank (DeepSeek-V2-Lite)."""
+  kv_rank: int = 0
+  """latent: rank of the keys and values together, which is what the cache holds."""
+  nope_head_dim: int = 0
+  """latent: width of the part of a query or key head that carries no position."""
+  rope_head_dim: int = 0
+  """latent: width of the part that rotates; all heads share that of the key."""
+  value_head_dim: int = 0
+  """latent: width of a value head."""
   qk_norm: bool = False
+  """RMSNorm on queries and keys (arXiv:2302.05442), before rotation."""
+  qk_norm_scope: str = "head"
+  """head: each head on its own (Qwen3); width: all heads together (OLMoE)."""
+  clip_qkv: float | None = None
+  """Clip queries, keys and values to +- this value, after qk_norm (DBRX, OLMoE)."""
   attention_bias: bool = False
-  """Biases on the query, key and value projections (Qwen style)."""
+  """Biases on the query, key and value projections (Qwen style); with latent attention
+  on the projections down to the latent vectors (DeepSeek)."""
+  attention_out_bias: bool = False
+  """A bias on the output projection of attention (GPT-OSS)."""
+  attention_sinks: bool = False
+  """One learned logit per head takes part in every softmax and has no value (GPT-OSS;
+  arXiv:2309.17453)."""
+  attention_scale: float = 0.0
+  """Multiplies attention logits (Granite's attention_multiplier); 0 is 1/sqrt(head
+  width)."""
   sliding_window: int = 0
   """Number of tokens a token attends to, itself included; 0 is all."""
+  window_pattern: str = ""
+  """Which layers have the window: sliding or full for each layer, separated by commas,
+  repeated over all layers (GPT-OSS: sliding,full); empty is sliding for all."""
   rope_theta: float = 10_000.0
+  rope_fraction: float = 1.0
+  """Fraction of a head that rotates, from its beginning (GLM-4.5: 0.5)."""
+  rope_interleaved: bool = False
+  """Rotate neighbours (2i, 2i+1) as in RoFormer and DeepSeek, not the two halves of a
+  head (i, i + A/2) as in Llama."""
+  rope_scaling: str = "none"
+  """Context extension: none, linear (arXiv:2306.15595), llama3 (Llama 3.1) or yarn
+  (arXiv:2309.00071)."""
+  rope_factor: float = 1.0
+  """Ratio of the extended context to the original one."""
+  rope_original: int = 0
+  """llama3, yarn: context length before the extension, in tokens."""
+  rope_low_factor: float = 1.0
+  """llama3: frequencies of fewer turns than this in the original context are divided by
+  rope_factor."""
+  rope_high_factor: float = 4.0
+  """llama3: frequencies of more turns than this are kept."""
+  rope_beta_fast: float = 32.0
+  """yarn: frequencies of more turns than this in the original context are kept."""
+  rope_beta_slow: float = 1.0
+  """yarn: frequencies of fewer turns than this are divided by rope_factor."""
+  rope_truncate: bool = True
+  """yarn: round the ends of the ramp outwards to whole indices (GPT-OSS does not)."""
+  rope_mscale: float = 1.0
+  """yarn: m in 0.1 * m * ln(rope_factor) + 1, which multiplies rotated queries and keys."""
+  rope_mscale_all_dim: float = 0.0
+  """yarn: m of the same formula for the whole head: its square multiplies attention
+  logits, and rotated queries and keys are divided by it (DeepSeek); 0 is off."""
+  rope_attention_factor: float | None = None
+  """yarn: multiplies rotated queries and keys instead of what the two mscales give."""
   norm_eps: float = 1e-6
   init_scale: float = 1.0
   """Multiplies the fan-in truncated-normal standard deviation of every matrix."""

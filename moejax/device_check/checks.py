@@ -30,7 +30,7 @@ from moejax.dispatch.rows import LOOP
 from moejax.experts import grouped_matmul as kernels
 from moejax.experts.stack_gradient import stack_gradient
 from moejax.experts.weights import ExpertWeights, activate
-from moejax.layers.attention import attention_mask
+from moejax.layers.attend import attention_mask
 from moejax.layers.tpu_attention import tpu_attention
 from moejax.platform import target_is_nvidia
 from moejax.routing.base import RouterInputs, Routing, SlotPolicy

@@ -2,101 +2,32 @@
 
 Letters: B batch, S new tokens, M tokens that can be attended to (S, or the
 cache's length), D width, H query heads, J key/value heads, A head width.
-Sources: RoPE, arXiv:2104.09864 (halves rotated, as in Llama); grouped queries,
-arXiv:2305.13245; QK-norm, arXiv:2302.05442; windows, Mistral, arXiv:2310.06825.
+Sources: grouped queries, arXiv:2305.13245; QK-norm, arXiv:2302.05442, over the full
+width in OLMoE, arXiv:2409.02060, section 4.2.5; clipping, DBRX (released code); windows,
+Mistral, arXiv:2310.06825. Rotation and softmax are in `layers/rotary`, `layers/attend`.
 """
-
-from typing import Literal
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Float
 
 from moejax.config import ModelConfig
+from moejax.config.attention import head_widths
 from moejax.layers import parameter
+from moejax.layers.attend import Context, attend
+from moejax.layers.cache import KeyValueCache, LayerCache
 from moejax.layers.norm import RMSNorm
-from moejax.layers.tpu_attention import block_size, tpu_attention
-from moejax.platform import target_is_nvidia, target_platform
-from moejax.types import pytree
-
-
-@pytree
-class LayerCache:
-  """Keys and values of one layer (or, stacked, of L layers)."""
-
-  key: Float[Array, "*l B M J A"]
-  value: Float[Array, "*l B M J A"]
-
-
-@pytree
-class Context:
-  """What every attention layer of one call shares."""
-
-  positions: Int[Array, "B S"]
-  """Positions of the new tokens within their document."""
-  mask: Bool[Array, "B 1 S M"]
-  """Whether a query may attend to a key."""
-  segment_ids: Int[Array, "B S"]
-  """Segments of the new tokens, for kernels that build their own mask."""
-  index: Int[Array, ""] | None = None
-  """Index of the first new token in the cache; None without a cache."""
-
-
-def attention_mask(
-  query_segment: Int[Array, "B S"],
-  key_segment: Int[Array, "B M"],
-  *,
-  offset: Int[Array, ""] | int = 0,
-  window: int = 0,
-) -> Bool[Array, "B 1 S M"]:
-  """Returns a causal mask within segments, limited to `window` tokens (0 means all).
-
-  Padding (segment 0) attends to padding: a row with nothing to attend to would
-  attend uniformly to everything, with a gradient.
-
-  Args:
-    query_segment: segment of each new token.
-    key_segment: segment of each key; -1 where the cache is empty.
-    offset: index of the first query among the keys.
-    window: 0, or the number of visible tokens, including the query's own.
-  """
-  num_queries, num_keys = query_segment.shape[1], key_segment.shape[1]
-  query = jnp.arange(num_queries, dtype=jnp.int32)[:, None] + offset
-  key = jnp.arange(num_keys, dtype=jnp.int32)[None, :]
-  seen = key <= query
-  if window:
-    seen &= key > query - window
-  same = query_segment[:, None, :, None] == key_segment[:, None, None, :]
-  return same & seen[None, None]
-
-
-def rotary(
-  x: Float[Array, "B S H A"], positions: Int[Array, "B S"], theta: float
-) -> Float[Array, "B S H A"]:
-  """Applies rotary position embedding; angles and rotation in float32."""
-  half = x.shape[-1] // 2
-  frequency = theta ** (-jnp.arange(half, dtype=jnp.float32) / half)
-  angle = positions.astype(jnp.float32)[:, :, None, None] * frequency[None, None, None]
-  sin, cos = jnp.sin(angle), jnp.cos(angle)
-  first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
-  rotated = [first * cos - second * sin, second * cos + first * sin]
-  return jnp.concatenate(rotated, axis=-1).astype(x.dtype)
-
-
-def _implementation(dtype: jnp.dtype) -> Literal["cudnn"] | None:
-  """Returns "cudnn" (fused attention) for half precision on an NVIDIA GPU, else None."""
-  half = dtype in (jnp.bfloat16, jnp.float16)
-  return "cudnn" if half and target_is_nvidia() else None
+from moejax.layers.rotary import logit_scale, make_rotary
 
 
 class Attention(nnx.Module):
-  """Projections around `jax.nn.dot_product_attention`."""
+  """Projections around `layers/attend`."""
 
   def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
     width, heads = config.width, config.num_heads
     kv_heads = config.num_kv_heads or heads
-    size = config.head_dim or width // heads
+    size = head_widths(config).query
     out_scale = config.init_scale / (2 * config.num_layers) ** 0.5
     dtype = config.param_dtype
 
@@ -130,11 +61,21 @@ class Attention(nnx.Module):
     self.query_bias = bias(heads, "heads")
     self.key_bias = bias(kv_heads, "kv_heads")
     self.value_bias = bias(kv_heads, "kv_heads")
+    self.out_bias = out_bias(config)
+    self.sinks = sinks(config)
     if config.qk_norm:
-      self.query_norm = RMSNorm(size, epsilon=config.norm_eps, axis="head_dim")
-      self.key_norm = RMSNorm(size, epsilon=config.norm_eps, axis="head_dim")
-    self.theta, self.window = config.rope_theta, config.sliding_window
+      by_head = config.qk_norm_scope == "head"
+
+      def norm(count: int, axis: str) -> RMSNorm:
+        if by_head:
+          return RMSNorm(size, epsilon=config.norm_eps, axis="head_dim")
+        return RMSNorm(count * size, epsilon=config.norm_eps, axis=axis)
+
+      self.query_norm, self.key_norm = norm(heads, "heads"), norm(kv_heads, "kv_heads")
+    self.rotary, self.scale = make_rotary(config), logit_scale(config)
+    self.window, self.clip = config.sliding_window, config.clip_qkv
     self.qk_norm = config.qk_norm
+    self.norm_width = config.qk_norm and not by_head
 
   def __call__(
     self, x: Float[Array, "B S D"], context: Context, cache: LayerCache | None
@@ -143,28 +84,57 @@ class Attention(nnx.Module):
     key = _project(x, self.key, self.key_bias)
     value = _project(x, self.value, self.value_bias)
     if self.qk_norm:
-      query, key = self.query_norm(query), self.key_norm(key)
-    query = rotary(query, context.positions, self.theta)
-    key = rotary(key, context.positions, self.theta)
-    if cache is not None and context.index is not None:
+      query = self._norm(self.query_norm, query)
+      key = self._norm(self.key_norm, key)
+    if self.clip is not None:
+      query, key, value = (
+        jnp.clip(a, -self.clip, self.clip) for a in (query, key, value)
+      )
+    query = self.rotary(query, context.positions)
+    key = self.rotary(key, context.positions)
+    if isinstance(cache, KeyValueCache) and context.index is not None:
       start = (0, context.index, 0, 0)
-      cache = LayerCache(
+      cache = KeyValueCache(
         key=jax.lax.dynamic_update_slice(cache.key, key, start),
         value=jax.lax.dynamic_update_slice(cache.value, value, start),
       )
       key, value = cache.key, cache.value
-    if cache is None and target_platform() == "tpu" and block_size(x.shape[1]):
-      mixed = tpu_attention(query, key, value, context.segment_ids, window=self.window)
-    else:
-      # jax's attention mixes dtypes internally in bfloat16. (Its backward pass does so
-      # during lowering, which this context does not cover: strict promotion and bfloat16
-      # gradients are incompatible.)
-      with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
-        mixed = jax.nn.dot_product_attention(
-          query, key, value, mask=context.mask, implementation=_implementation(x.dtype)
-        )
-    out = jnp.einsum("bsha,had->bsd", mixed, self.out[...].astype(x.dtype))
-    return out, cache
+    mixed = attend(
+      *(query, key, value, context),
+      window=self.window,
+      scale=self.scale,
+      sinks=None if self.sinks is None else self.sinks[...],
+    )
+    return project_out(mixed, self.out, self.out_bias), cache
+
+  def _norm(
+    self, norm: RMSNorm, x: Float[Array, "B S H A"]
+  ) -> Float[Array, "B S H A"]:
+    if not self.norm_width:
+      return norm(x)
+    return norm(x.reshape(*x.shape[:2], -1)).reshape(x.shape)
+
+
+def out_bias(config: ModelConfig) -> nnx.Param | None:
+  """Returns the bias of the output projection, if there is one."""
+  if not config.attention_out_bias:
+    return None
+  return parameter.constant(0.0, (config.width,), ("norm",), dtype=config.param_dtype)
+
+
+def sinks(config: ModelConfig) -> nnx.Param | None:
+  """Returns one logit per head in float32, if there are sinks; 0 is a token's logit."""
+  if not config.attention_sinks:
+    return None
+  return parameter.constant(0.0, (config.num_heads,), ("heads",))
+
+
+def project_out(
+  mixed: Float[Array, "B S H Z"], weight: nnx.Param, bias: nnx.Param | None
+) -> Float[Array, "B S D"]:
+  """Returns the output projection of all heads."""
+  y = jnp.einsum("bsha,had->bsd", mixed, weight[...].astype(mixed.dtype))
+  return y if bias is None else y + bias[...].astype(y.dtype)[None, None]
 
 
 def _project(

@@ -1,12 +1,17 @@
 """A Transformer block: pre-norm attention, then a dense or MoE feed-forward."""
 
+import dataclasses
+
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int, Key
 
 from moejax.config import ModelConfig, MoEConfig
 from moejax.config.router import num_selected
-from moejax.layers.attention import Attention, Context, LayerCache
+from moejax.layers.attend import Context
+from moejax.layers.attention import Attention
+from moejax.layers.cache import LayerCache
 from moejax.layers.feed_forward import FeedForward
+from moejax.layers.latent_attention import LatentAttention
 from moejax.layers.moe import LayerInputs, MoE, MoEAux
 from moejax.layers.norm import RMSNorm
 from moejax.sharding.mesh import on_tokens
@@ -35,13 +40,19 @@ class BlockInputs:
   """Optimizer steps taken, in training."""
   options: CallOptions = static_field()
 
+  def of_layer(self, windowed: Bool[Array, ""] | None) -> "BlockInputs":
+    """Returns the inputs of a layer that has the window or not; None asks nothing."""
+    if windowed is None:
+      return self
+    return dataclasses.replace(self, context=self.context.of_layer(windowed))
+
 
 class Block(nnx.Module):
   """x + attention(norm(x)), then x + feed_forward(norm(x))."""
 
   def __init__(self, model: ModelConfig, moe: MoEConfig, is_moe: bool, rngs: nnx.Rngs):
     self.attention_norm = RMSNorm(model.width, epsilon=model.norm_eps)
-    self.attention = Attention(model, rngs)
+    self.attention = make_attention(model, rngs)
     self.feed_forward_norm = RMSNorm(model.width, epsilon=model.norm_eps)
     if is_moe and not moe.dense_twin:
       self.moe = MoE(model, moe, rngs)
@@ -79,6 +90,12 @@ class Block(nnx.Module):
       return_served=options.return_served,
     )
     return on_tokens(x + y), aux, cache
+
+
+def make_attention(model: ModelConfig, rngs: nnx.Rngs) -> Attention | LatentAttention:
+  """Returns the attention layer that `model.attention` names."""
+  kind = LatentAttention if model.attention == "latent" else Attention
+  return kind(model, rngs)
 
 
 def twin_hidden(moe: MoEConfig) -> int:

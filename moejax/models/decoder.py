@@ -28,13 +28,14 @@ from jaxtyping import Array, Bool, Float, Int, Key
 from moejax.config import ModelConfig, MoEConfig
 from moejax.config.pattern import layer_pattern
 from moejax.config.router import make_router
-from moejax.layers.attention import Context, LayerCache, attention_mask
+from moejax.layers.attend import Context, attention_masks
 from moejax.layers.block import Block, BlockInputs, CallOptions
+from moejax.layers.cache import LayerCache, empty_cache
 from moejax.layers.embedding import Embedding
 from moejax.layers.moe import LayerInputs, MoEAux, loss_weights
 from moejax.layers.router import present_experts
 from moejax.models.output import Cache, DecoderOutput
-from moejax.models.per_layer import PARTS, by_part
+from moejax.models.per_layer import PARTS, by_part, windowed_by_part
 from moejax.models.stack import Shell, remat, split_key, unrolled
 from moejax.routing.base import RouterStats
 from moejax.sharding.mesh import on_tokens
@@ -197,17 +198,12 @@ class Decoder:
 
   def init_cache(self, batch: int, length: int) -> Cache:
     """Returns an empty cache for `batch` rows of at most `length` tokens."""
-    model = self.config
-    heads = model.num_kv_heads or model.num_heads
-    size = model.head_dim or model.width // model.num_heads
     layers: dict[str, dict[str, LayerCache]] = {}
     for part in PARTS:
       stack = (self.pattern.repeats,) if part == "unit" else ()
-      zeros = jnp.zeros((*stack, batch, length, heads, size), model.dtype)
+      layer = empty_cache(self.config, batch, length, *stack)
       kinds = getattr(self.pattern, part)
-      layers[part] = {
-        str(i): LayerCache(key=zeros, value=zeros) for i in range(len(kinds))
-      }
+      layers[part] = {str(i): layer for i in range(len(kinds))}
     empty = jnp.full((batch, length), -1, jnp.int32)
     return Cache(layers=layers, segment_ids=empty, index=jnp.zeros((), jnp.int32))
 
@@ -292,14 +288,13 @@ class Decoder:
     if positions is None:
       row = jnp.arange(segment_ids.shape[1], dtype=jnp.int32) + start
       positions = jnp.broadcast_to(row[None], segment_ids.shape)
-    window = self.config.sliding_window
     if cache is None:
-      mask = attention_mask(segment_ids, segment_ids, window=window)
-      return Context(positions=positions, mask=mask, segment_ids=segment_ids), None
+      masks = attention_masks(self.config, segment_ids, segment_ids)
+      return Context(positions=positions, segment_ids=segment_ids, **masks), None
     seen = jax.lax.dynamic_update_slice(cache.segment_ids, segment_ids, (0, cache.index))
-    mask = attention_mask(segment_ids, seen, offset=cache.index, window=window)
+    masks = attention_masks(self.config, segment_ids, seen, offset=cache.index)
     context = Context(
-      positions=positions, mask=mask, segment_ids=segment_ids, index=cache.index
+      positions=positions, segment_ids=segment_ids, index=cache.index, **masks
     )
     index = cache.index + segment_ids.shape[1]
     return context, dataclasses.replace(cache, segment_ids=seen, index=index)
@@ -316,12 +311,13 @@ class Decoder:
     """Runs prefix, repeated units and suffix; each aux has a leading layer axis."""
     auxes: list[MoEAux] = []
     layers: dict[str, dict[str, LayerCache]] = {}
+    windowed = windowed_by_part(self.config, self.pattern)
     for number, part in enumerate(PARTS):
       kinds = getattr(self.pattern, part)
       part_key = None if key is None else jax.random.fold_in(key, number)
       part_cache = {} if cache is None else cache.layers[part]
       repeats = self.pattern.repeats if part == "unit" else 1
-      stacked = (params[part], part_cache, told[part])
+      stacked = (params[part], part_cache, told[part], windowed[part])
       if part != "unit":
         stacked = jax.tree.map(lambda leaf: leaf[None], stacked)
       stacked = (*stacked, split_key(part_key, repeats))
@@ -355,6 +351,7 @@ class Decoder:
     params: Params,
     cache: dict[str, LayerCache],
     told: dict[str, LayerInputs],
+    windowed: dict[str, Bool[Array, ""]],
     key: Key[Array, ""] | None,
   ) -> tuple[Float[Array, "B S D"], tuple[MoEAux | None, dict[str, LayerCache]]]:
     """Runs the blocks of one repeat in order and stacks their aux."""
@@ -363,8 +360,9 @@ class Decoder:
       name = str(index)
       block = self._blocks[is_moe].merge(params[name])
       block_key = None if key is None else jax.random.fold_in(key, index)
+      own = inputs.of_layer(windowed.get(name))
       x, aux, layer = block(
-        x, inputs, key=block_key, cache=cache.get(name), layer=told.get(name)
+        x, own, key=block_key, cache=cache.get(name), layer=told.get(name)
       )
       if aux is not None:
         auxes.append(aux)

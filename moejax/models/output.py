@@ -5,14 +5,14 @@ Letters: B batch, S sequence, M tokens that a cache holds, V vocabulary, L layer
 
 from jaxtyping import Array, Bool, Float, Int
 
-from moejax.layers.attention import LayerCache
+from moejax.layers.cache import LayerCache
 from moejax.routing.base import RouterStats
 from moejax.types import pytree
 
 
 @pytree
 class Cache:
-  """Keys and values of the tokens seen so far, at most M of them."""
+  """What attention keeps of the tokens seen so far, at most M of them."""
 
   layers: dict[str, dict[str, LayerCache]]
   segment_ids: Int[Array, "B M"]

@@ -3,7 +3,12 @@
 from typing import Any
 
 import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool
 
+from moejax.config import ModelConfig
+from moejax.config.attention import layer_windows
 from moejax.config.pattern import Pattern
 
 PARTS = ("prefix", "unit", "suffix")
@@ -40,4 +45,27 @@ def by_part(values: Any, pattern: Pattern) -> dict[str, dict[str, Any]]:
         return own if part == "unit" else own[0]
 
       result[part][name] = jax.tree.map(pick, values)
+  return result
+
+
+def windowed_by_part(
+  config: ModelConfig, pattern: Pattern
+) -> dict[str, dict[str, Bool[Array, "..."]]]:
+  """Returns whether each layer has the sliding window, like the decoder's parameters.
+
+  Empty without a window pattern, under which all layers are alike.
+  """
+  if not config.window_pattern:
+    return {part: {} for part in PARTS}
+  windowed = np.asarray(layer_windows(config)) > 0
+  result, used = {}, 0
+  for part in PARTS:
+    count = len(getattr(pattern, part))
+    repeats = pattern.repeats if part == "unit" else 1
+    here = windowed[used : used + repeats * count].reshape(repeats, count)
+    used += repeats * count
+    result[part] = {
+      str(i): jnp.asarray(here[:, i] if part == "unit" else here[0, i])
+      for i in range(count)
+    }
   return result

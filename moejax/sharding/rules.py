@@ -32,6 +32,8 @@ class ShardingRules:
   heads: str | None = "tensor"
   kv_heads: str | None = "tensor"
   head_dim: str | None = None
+  latent: str | None = None
+  """Ranks of latent attention: all heads read the whole of a latent vector."""
   vocab: str | None = "tensor"
   expert: str | None = "expert"
   """E, of expert weights."""

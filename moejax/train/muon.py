@@ -29,7 +29,7 @@ from moejax.sharding.rules import RULES, LogicalAxes
 from moejax.types import Params
 
 _STACKED = ("layer", "expert")
-_INNER = ("hidden", "heads", "kv_heads", "head_dim")
+_INNER = ("hidden", "heads", "kv_heads", "head_dim", "latent")
 
 
 def muon(config: OptimizerConfig, axes: Params) -> optax.GradientTransformation:

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from moejax.experts.stack_gradient import plan_steps, stack_gradient
-from moejax.layers.attention import attention_mask
+from moejax.layers.attend import attention_mask
 from moejax.layers.tpu_attention import block_size, tpu_attention
 
 SIZES = ([3, 0, 130, 200, 0], [0, 0], [512], [100, 156], [256, 0, 256], [5, 5, 5], [1])

@@ -1,0 +1,52 @@
+"""What follows from the attention fields: widths of heads, which layers have a window.
+
+Letters: A width of a query or key head, Z width of a value head.
+"""
+
+import dataclasses
+
+from moejax.config.schema import ModelConfig
+
+WINDOW_WORDS = ("sliding", "full")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class HeadWidths:
+  """Widths of one attention head."""
+
+  query: int
+  """A, of a query or a key."""
+  value: int
+  """Z."""
+  rotated: int
+  """Entries of a query or key that rotate with its position."""
+
+
+def head_widths(model: ModelConfig) -> HeadWidths:
+  """Returns the widths of a head, deriving those that are 0 in the configuration."""
+  if model.attention == "latent":
+    return HeadWidths(
+      query=model.nope_head_dim + model.rope_head_dim,
+      value=model.value_head_dim,
+      rotated=model.rope_head_dim,
+    )
+  size = model.head_dim or model.width // model.num_heads
+  return HeadWidths(query=size, value=size, rotated=int(size * model.rope_fraction))
+
+
+def layer_windows(model: ModelConfig) -> tuple[int, ...]:
+  """Returns the sliding window of each layer in order; 0 is none."""
+  if not model.window_pattern:
+    return (model.sliding_window,) * model.num_layers
+  words = [word.strip() for word in model.window_pattern.split(",")]
+  return tuple(
+    model.sliding_window if words[index % len(words)] == "sliding" else 0
+    for index in range(model.num_layers)
+  )
+
+
+def cache_width(model: ModelConfig) -> int:
+  """Returns the numbers that a cache holds per token and layer."""
+  if model.attention == "latent":
+    return model.kv_rank + model.rope_head_dim
+  return 2 * (model.num_kv_heads or model.num_heads) * head_widths(model).query

@@ -1,0 +1,190 @@
+"""Softmax attention on given queries, keys and values, by the best kernel there is.
+
+Which one runs, and why the others do not:
+
+  TPU, no cache, a sequence of whole blocks    splash attention, `layers/tpu_attention`
+  NVIDIA GPU, half precision, no sinks         cuDNN, through jax; it has no sinks, and
+                                               limits the width of a head
+  sinks, or values of another width than keys  `plain_attention` below
+  everything else                              `jax.nn.dot_product_attention`
+
+Letters: B batch, S new tokens, M tokens that can be attended to, H query heads, J
+key/value heads, A query and key head width, Z value head width.
+Sources: grouped queries, arXiv:2305.13245; sinks, arXiv:2309.17453, as logits without a
+key in GPT-OSS (released code).
+"""
+
+import dataclasses
+import functools
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+from moejax.config import ModelConfig
+from moejax.layers.tpu_attention import block_size, tpu_attention
+from moejax.platform import target_is_nvidia, target_platform
+from moejax.types import pytree
+
+
+@pytree
+class Context:
+  """What every attention layer of one call shares."""
+
+  positions: Int[Array, "B S"]
+  """Positions of the new tokens within their document."""
+  mask: Bool[Array, "B 1 S M"]
+  """Whether a query may attend to a key, in the layer that is called."""
+  segment_ids: Int[Array, "B S"]
+  """Segments of the new tokens, for kernels that build their own mask."""
+  index: Int[Array, ""] | None = None
+  """Index of the first new token in the cache; None without a cache."""
+  window_mask: Bool[Array, "B 1 S M"] | None = None
+  """The mask of layers with a window, if only some have one."""
+  windowed: Bool[Array, ""] | None = None
+  """Whether the layer that is called has the window, if only some have one."""
+
+  def of_layer(self, windowed: Bool[Array, ""]) -> "Context":
+    """Returns the context of a layer with or without the window."""
+    assert self.window_mask is not None
+    mask = jnp.where(windowed, self.window_mask, self.mask)
+    return dataclasses.replace(self, mask=mask, window_mask=None, windowed=windowed)
+
+
+def attention_mask(
+  query_segment: Int[Array, "B S"],
+  key_segment: Int[Array, "B M"],
+  *,
+  offset: Int[Array, ""] | int = 0,
+  window: int = 0,
+) -> Bool[Array, "B 1 S M"]:
+  """Returns a causal mask within segments, limited to `window` tokens (0 means all).
+
+  Padding (segment 0) attends to padding: a row with nothing to attend to would
+  attend uniformly to everything, with a gradient.
+
+  Args:
+    query_segment: segment of each new token.
+    key_segment: segment of each key; -1 where the cache is empty.
+    offset: index of the first query among the keys.
+    window: 0, or the number of visible tokens, including the query's own.
+  """
+  num_queries, num_keys = query_segment.shape[1], key_segment.shape[1]
+  query = jnp.arange(num_queries, dtype=jnp.int32)[:, None] + offset
+  key = jnp.arange(num_keys, dtype=jnp.int32)[None, :]
+  seen = key <= query
+  if window:
+    seen &= key > query - window
+  same = query_segment[:, None, :, None] == key_segment[:, None, None, :]
+  return same & seen[None, None]
+
+
+def attention_masks(
+  config: ModelConfig,
+  query_segment: Int[Array, "B S"],
+  key_segment: Int[Array, "B M"],
+  *,
+  offset: Int[Array, ""] | int = 0,
+) -> dict[str, Any]:
+  """Returns the masks of a `Context`; arguments as in `attention_mask`.
+
+  Under a window pattern, a scanned layer chooses one of two masks.
+  """
+  make = functools.partial(attention_mask, query_segment, key_segment, offset=offset)
+  if not config.window_pattern:
+    return {"mask": make(window=config.sliding_window)}
+  return {"mask": make(), "window_mask": make(window=config.sliding_window)}
+
+
+def attend(
+  query: Float[Array, "B S H A"],
+  key: Float[Array, "B M J A"],
+  value: Float[Array, "B M J Z"],
+  context: Context,
+  *,
+  window: int = 0,
+  scale: float | None = None,
+  sinks: Float[Array, "H"] | None = None,
+  fused: bool = True,
+) -> Float[Array, "B S H Z"]:
+  """Mixes the values of the tokens that each query may attend to.
+
+  Args:
+    query: after rotation.
+    key: after rotation; each head serves H/J query heads.
+    value: like key.
+    context: its mask has the window already.
+    window: of this layer, or of the layers that have one, for kernels that build their
+      own mask.
+    scale: multiplies the logits; None is 1/sqrt(A).
+    sinks: a logit per head that takes part in the softmax and has no value.
+    fused: False keeps to kernels without a limit on A.
+  """
+  uncached = context.index is None
+  if uncached and target_platform() == "tpu" and block_size(query.shape[1]):
+    kernel = functools.partial(tpu_attention, scale=scale)
+    args = (query, key, value, context.segment_ids, sinks)
+    if context.windowed is None:
+      return kernel(*args, window=window)
+    inside = functools.partial(kernel, window=window)
+    return jax.lax.cond(context.windowed, inside, kernel, *args)
+  implementation = _implementation(query.dtype) if fused else None
+  width = value.shape[-1]
+  if sinks is None and (width == query.shape[-1] or implementation == "cudnn"):
+    # jax wants values as wide as keys; zeros mix to zeros.
+    missing = query.shape[-1] - width
+    if missing:
+      value = jnp.pad(value, ((0, 0), (0, 0), (0, 0), (0, missing)))
+    # jax's attention mixes dtypes internally in bfloat16. (Its backward pass does so
+    # during lowering, which this context does not cover: strict promotion and bfloat16
+    # gradients are incompatible.)
+    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+      mixed = jax.nn.dot_product_attention(
+        query, key, value, mask=context.mask, scale=scale, implementation=implementation
+      )
+    return mixed[..., :width] if missing else mixed
+  scale = query.shape[-1] ** -0.5 if scale is None else scale
+  return plain_attention(query, key, value, context.mask, scale=scale, sinks=sinks)
+
+
+def plain_attention(
+  query: Float[Array, "B S H A"],
+  key: Float[Array, "B M J A"],
+  value: Float[Array, "B M J Z"],
+  mask: Bool[Array, "B 1 S M"],
+  *,
+  scale: float,
+  sinks: Float[Array, "H"] | None,
+) -> Float[Array, "B S H Z"]:
+  """Computes attention with all logits in memory; softmax in float32.
+
+  With sinks, a query's weights over the tokens sum to less than 1: the sink takes the
+  rest. Arguments as in `attend`.
+  """
+  batch, length, heads, width = query.shape
+  kv_heads = key.shape[2]
+  grouped = query.reshape(batch, length, kv_heads, heads // kv_heads, width)
+  logits = jnp.einsum(
+    "bsjga,bmja->bjgsm", grouped, key, preferred_element_type=jnp.float32
+  )
+  hidden = jnp.finfo(jnp.float32).min
+  logits = jnp.where(mask[:, :, None], logits * scale, hidden)
+  largest = jnp.max(logits, axis=-1, keepdims=True)
+  if sinks is not None:
+    sink = sinks.astype(jnp.float32).reshape(1, kv_heads, -1, 1, 1)
+    largest = jnp.maximum(largest, sink)
+  largest = jax.lax.stop_gradient(largest)
+  weights = jnp.exp(logits - largest)
+  total = jnp.sum(weights, axis=-1, keepdims=True)
+  if sinks is not None:
+    total = total + jnp.exp(sink - largest)
+  weights = (weights / total).astype(value.dtype)
+  mixed = jnp.einsum("bjgsm,bmjz->bsjgz", weights, value)
+  return mixed.reshape(batch, length, heads, value.shape[-1])
+
+
+def _implementation(dtype: jnp.dtype) -> Literal["cudnn"] | None:
+  """Returns "cudnn" (fused attention) for half precision on an NVIDIA GPU, else None."""
+  half = dtype in (jnp.bfloat16, jnp.float16)
+  return "cudnn" if half and target_is_nvidia() else None
