@@ -170,7 +170,7 @@ class Loader:
         if tensor.shape != shape:
           raise UserError(
             f"{tensor.parts[0].file}: {name} has shape {list(tensor.shape)}, and "
-            f"config.json makes it {list(shape)}. Give the config.json that belongs to the weights."
+            f"config.json makes it {list(shape)}. Give the config.json of these weights."
           )
         if tensor.dtype not in allowed:
           raise UserError(

@@ -159,7 +159,7 @@ def _tokenizer(
     words = " ".join(str(e).split())[:200]
     raise UserError(
       f"{path} does not fit the model's vocabulary of {config.model.vocab_size}, or "
-      f"cannot be read: {words}. Give the tokenizer that belongs to the model, or move it away."
+      f"cannot be read: {words}. Give the model's own, or move it away."
     ) from e
 
 
