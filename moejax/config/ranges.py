@@ -6,7 +6,10 @@ in their registry, and a router's options are declared by its class.
 
 from moejax.options import Range, count, weight
 
-ACTIVATIONS = ("relu", "gelu", "swiglu", "geglu", "clamped_swiglu")
+GATED = ("swiglu", "geglu", "clamped_swiglu")
+"""Activations of two products of x, one of which gates the other."""
+
+ACTIVATIONS = ("relu", "gelu", *GATED)
 
 CHOICES: dict[str, tuple[str, ...]] = {
   "data.tokenizer": ("bytes", "bpe", "hf"),

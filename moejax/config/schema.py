@@ -163,6 +163,10 @@ class ModelConfig:
   max_position: int = 0
   """Longest context for generation; 0 is data.sequence_length."""
 
+  def padded(self, vocab_size: int) -> int:
+    """Returns the rows of embedding and head: V, rounded up to `vocab_multiple`."""
+    return -(-vocab_size // self.vocab_multiple) * self.vocab_multiple
+
 
 @dataclass(kw_only=True, slots=True)
 class MoEConfig:

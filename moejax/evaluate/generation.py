@@ -112,7 +112,7 @@ def _prefill(
   """Runs P tokens; returns next-token logits and a cache for M tokens."""
   cache = model.init_cache(tokens.shape[0], length)
   out = model(params, tokens, cache=cache, capacity_factor=groups.least_factor(model))
-  return out.logits[:, -1], out.cache
+  return out.logits[:, -1, : model.vocab_size], out.cache
 
 
 @pytree
@@ -168,7 +168,7 @@ def _decode(
       cache=cache,
       capacity_factor=groups.least_factor(model),
     )
-    return step + 1, tokens, out.logits[:, 0], length, out.cache
+    return step + 1, tokens, out.logits[:, 0, : model.vocab_size], length, out.cache
 
   logits, cache = first
   state = (start, tokens, logits, rows.limit, cache)

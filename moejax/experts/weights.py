@@ -23,9 +23,6 @@ class ExpertWeights:
   b_out: Float[Array, "E D"] | None = None
 
 
-GATED = ("swiglu", "geglu", "clamped_swiglu")
-"""Activations of two products of x, one of which gates the other."""
-
 _CLAMP, _SLOPE = 7.0, 1.702
 """Of clamped_swiglu, in the released code of GPT-OSS."""
 

@@ -8,7 +8,6 @@ from typing import Any
 from moejax.config import Config
 from moejax.errors import UserError, did_you_mean
 from moejax.interop.keys import Keys
-from moejax.interop.quantised import Packing
 from moejax.interop.table import MODEL, Entry
 
 
@@ -35,10 +34,21 @@ class Architecture:
   model: tuple[Entry, ...] = MODEL
   layer_prefix: str = "model.layers.{layer}."
   left_out: Callable[[Mapping[str, Any]], dict[str, str]] = lambda config: {}
-  packing: Callable[[Mapping[str, Any]], Packing | None] = lambda config: None
 
 
-_KNOWN = ("mixtral",)
+_KNOWN = (
+  "mixtral",
+  "olmoe",
+  "flex_olmo",
+  "qwen2_moe",
+  "qwen3_moe",
+  "deepseek_v2",
+  "deepseek_v3",
+  "glm4_moe",
+  "gpt_oss",
+  "granitemoe",
+  "granitemoeshared",
+)
 """Modules below moejax.interop.architectures, each with ARCHITECTURE."""
 
 

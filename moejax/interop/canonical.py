@@ -7,11 +7,14 @@ reads is at its default. Export uses it to tell what an architecture cannot repr
 
 import copy
 import fnmatch
+import math
 from typing import Any
 
-from moejax.config import Config
+from moejax.config import Config, ModelConfig
 from moejax.config import text as config_text
+from moejax.config.attention import layer_windows
 from moejax.config.pattern import layer_pattern
+from moejax.interop import rope
 
 _UNREAD = (
   "schema_version",
@@ -54,8 +57,6 @@ def canonical(config: Config) -> Config:
   """Returns the canonical form of a config."""
   config = copy.deepcopy(config)
   model, moe = config.model, config.moe
-  model.num_kv_heads = model.num_kv_heads or model.num_heads
-  model.head_dim = model.head_dim or model.width // model.num_heads
   moe.shared_hidden, moe.num_shared = moe.shared_width, 0
   moe.num_experts, moe.num_selected = moe.fine_experts, moe.fine_selected
   moe.hidden, moe.segments = moe.fine_hidden, 1
@@ -64,11 +65,45 @@ def canonical(config: Config) -> Config:
     moe.options = {}
   if moe.renormalize == "none":
     moe.renormalize_norm = 1.0
-  if all(layer_pattern(model.num_layers, moe).is_moe):
-    moe.every, moe.offset, moe.dense_prefix = 1, 0, 0
+  kinds = layer_pattern(model.num_layers, moe).is_moe
+  if all(kinds):
     model.hidden = Config().model.hidden  # There is no dense layer.
-  moe.offset %= moe.every
+  moe.every, moe.offset, moe.dense_prefix = 1, 0, 0
+  moe.dense_layers = ",".join(str(i) for i, is_moe in enumerate(kinds) if not is_moe)
+  moe.activation = moe.activation or model.activation
+  if all(kinds):
+    model.activation = moe.activation
+  model.vocab_multiple = 1
+  _canonical_attention(model)
   return config
+
+
+def _canonical_attention(model: ModelConfig) -> None:
+  """Writes out derived fields of attention, and resets those that are not read."""
+  plain = ModelConfig()
+  if model.attention == "latent":
+    model.head_dim, model.num_kv_heads = 0, model.num_heads
+    model.rope_fraction = plain.rope_fraction
+  else:
+    size = model.head_dim or model.width // model.num_heads
+    model.head_dim, model.num_kv_heads = size, model.num_kv_heads or model.num_heads
+    if math.isclose(model.attention_scale * size**0.5, 1.0, rel_tol=1e-9):
+      model.attention_scale = 0.0
+  if not model.qk_norm:
+    model.qk_norm_scope = plain.qk_norm_scope
+  windows = layer_windows(model)
+  model.sliding_window = max(windows)
+  model.window_pattern = ""
+  if len(set(windows)) > 1:
+    words = ("sliding" if window else "full" for window in windows)
+    model.window_pattern = ",".join(words)
+  if model.rope_scaling == "none":
+    model.rope_factor, model.rope_original = plain.rope_factor, plain.rope_original
+  if model.rope_scaling == "yarn":
+    factor = model.rope_attention_factor
+    factor = rope.rotated_factor(model) if factor is None else factor
+    model.rope_attention_factor = round(factor, 12)
+    model.rope_mscale = plain.rope_mscale
 
 
 def differences(one: Config, other: Config) -> list[tuple[str, Any, Any]]:

@@ -109,6 +109,12 @@ class Keys:
   def has(self, name: str) -> bool:
     return name in self.values
 
+  def with_values(self, **values: Any) -> "Keys":
+    """Returns the same keys with further values, and shared marks of what is taken."""
+    more = Keys({**self.values, **values}, self.path)
+    more._taken = self._taken
+    return more
+
   def take(self, name: str, kind: Any, default: Any = _MISSING) -> Any:
     """Takes a key's value.
 

@@ -12,6 +12,7 @@ from moejax.config.check import validate
 from moejax.data.tokenizer import ImportedTokenizer
 from moejax.errors import ConfigError, UserError
 from moejax.interop import architecture as architectures
+from moejax.interop import quantised
 from moejax.interop.architecture import Architecture
 from moejax.interop.keys import Keys
 from moejax.interop.load import Loader, known_dtype
@@ -65,7 +66,7 @@ def open_folder(folder: Path | str) -> Published:
   loader = Loader(
     architecture,
     model,
-    Source(folder, architecture.packing(values)),
+    Source(folder, quantised.packing(values, path)),
     dtype=known_dtype(str(name), path),
     left_out=architecture.left_out(values),
   )
@@ -88,6 +89,7 @@ def read_config(architecture: Architecture, values: dict[str, Any], path: str) -
   """
   keys = Keys(values, path)
   config = architecture.read(keys)
+  keys.skip("quantization_config")  # Read where the weights are.
   keys.done()
   return config
 

@@ -123,3 +123,30 @@ class Mxfp4(Packing):
     values = np.ldexp(values, scales.astype(np.int32)[..., None] - 127)
     joined = values.reshape(*values.shape[:-2], -1)
     return np.swapaxes(joined, -1, -2).astype(_BF16)
+
+
+def packing(config: Mapping[str, Any], path: str) -> Packing | None:
+  """Returns how a model's weights are quantised, by its config.json; None is not at all.
+
+  Raises:
+    UserError: in a way that is not understood.
+  """
+  given = config.get("quantization_config")
+  if given is None:
+    return None
+  method = given.get("quant_method") if isinstance(given, dict) else given
+  if method == "mxfp4":
+    return Mxfp4()
+  if method == "fp8":
+    block = given.get("weight_block_size")
+    if given.get("fmt", "e4m3") == "e4m3" and _is_block(block):
+      return Fp8((block[0], block[1]))
+  raise UserError(
+    f"{path}: quantization_config={given} is not supported; fp8 (e4m3, with "
+    "weight_block_size) and mxfp4 are. Dequantise the model first."
+  )
+
+
+def _is_block(value: Any) -> bool:
+  is_pair = isinstance(value, list) and len(value) == 2
+  return is_pair and all(type(size) is int and size > 0 for size in value)

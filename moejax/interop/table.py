@@ -177,6 +177,8 @@ ATTENTION_BIASES = (
   entry("attention.value_bias", "self_attn.v_proj.bias", FLAT),
 )
 
+OUT_BIAS = (entry("attention.out_bias", "self_attn.o_proj.bias", FLAT),)
+
 QK_NORMS = (
   entry("attention.query_norm.scale", "self_attn.q_norm.weight", FLAT),
   entry("attention.key_norm.scale", "self_attn.k_norm.weight", FLAT),

@@ -15,7 +15,7 @@ class Embedding(nnx.Module):
 
   def __init__(self, config: ModelConfig, vocab_size: int, rngs: nnx.Rngs):
     self.vocab_size = vocab_size
-    vocab_size = padded_vocab_size(config, vocab_size)
+    vocab_size = config.padded(vocab_size)
     self.is_padded = vocab_size > self.vocab_size
     self.table = parameter.matrix(
       rngs,
@@ -55,8 +55,3 @@ class Embedding(nnx.Module):
       real = jnp.arange(logits.shape[-1], dtype=jnp.int32) < self.vocab_size
       logits = jnp.where(real[None, None], logits, -jnp.inf)
     return logits
-
-
-def padded_vocab_size(config: ModelConfig, vocab_size: int) -> int:
-  """Returns the rows of the table: V, rounded up to `vocab_multiple`."""
-  return -(-vocab_size // config.vocab_multiple) * config.vocab_multiple

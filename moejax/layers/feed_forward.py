@@ -5,7 +5,8 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from moejax.config import ModelConfig
-from moejax.experts.weights import GATED, activate
+from moejax.config.ranges import GATED
+from moejax.experts.weights import activate
 from moejax.layers import parameter
 
 

@@ -21,10 +21,11 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int, Key
 
 from moejax.config import ModelConfig, MoEConfig
+from moejax.config.ranges import GATED
 from moejax.config.router import make_router, num_present, num_selected
 from moejax.exchange import run as exchange
 from moejax.exchange.base import Lost, Options
-from moejax.experts.weights import GATED, ExpertWeights
+from moejax.experts.weights import ExpertWeights
 from moejax.layers import parameter
 from moejax.layers.feed_forward import FeedForward
 from moejax.layers.router import RouterLayer, project
@@ -112,9 +113,9 @@ class Experts(nnx.Module):
         return None
       return parameter.constant(0.0, (num_experts, size), ("expert", axis), dtype=dtype)
 
-    self.b_in = zeros(hidden, "hidden")
-    self.b_gate = zeros(hidden, "hidden", is_gated)
-    self.b_out = zeros(width, "width")
+    self.in_bias = zeros(hidden, "hidden")
+    self.gate_bias = zeros(hidden, "hidden", is_gated)
+    self.out_bias = zeros(width, "width")
 
   def weights(self, dtype: jnp.dtype) -> ExpertWeights:
     """Returns the matrices in the compute dtype."""
@@ -126,9 +127,9 @@ class Experts(nnx.Module):
       w_in=self.w_in[...].astype(dtype),
       w_out=self.w_out[...].astype(dtype),
       w_gate=cast(self.w_gate),
-      b_in=cast(self.b_in),
-      b_gate=cast(self.b_gate),
-      b_out=cast(self.b_out),
+      b_in=cast(self.in_bias),
+      b_gate=cast(self.gate_bias),
+      b_out=cast(self.out_bias),
     )
 
 

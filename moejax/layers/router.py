@@ -42,11 +42,10 @@ class RouterLayer(nnx.Module):
       scale=moe.router_init_scale,
       trained=self.router.learned,
     )
-    self.logit_bias = None
-    if moe.router_bias:
-      self.logit_bias = parameter.constant(
-        0.0, (moe.fine_experts,), ("router_expert",), trained=self.router.learned
-      )
+    bias_shape, bias_axes = (moe.fine_experts,), ("router_expert",)
+    self.logit_bias = (
+      parameter.constant(0.0, bias_shape, bias_axes) if moe.router_bias else None
+    )
     declared = self.router.parameters(sizes(moe, width, moe.group_size))
     self._declared = Constant(declared)
     for name, about in declared.items():
