@@ -75,6 +75,10 @@ def write_decoder(config: Config, *, class_name: str) -> dict[str, Any]:
   model = config.model
   return {
     "architectures": [class_name],
+    # Absent, they would be those of the published model, and may not fit the vocabulary.
+    "bos_token_id": None,
+    "eos_token_id": None,
+    "pad_token_id": None,
     "attention_dropout": 0.0,
     "dtype": model.param_dtype,
     "torch_dtype": model.param_dtype,

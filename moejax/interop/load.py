@@ -55,6 +55,9 @@ class Loader:
       if name.startswith(prefix) or name.endswith(f".{prefix}")
     }
     """Names of the tensors that are left out, with the reason."""
+    for name, tensor in source.tensors.items():
+      if 0 in tensor.shape:  # Shared experts of width 0.
+        self.left_out[name] = "without any numbers"
     self._shapes = flatten(model.shapes())
     self._by_leaf: dict[str, list[tuple[Row, int]]] = defaultdict(list)
     for row in self.rows:
