@@ -95,7 +95,10 @@ def export(workdir: pathlib.Path, folder: pathlib.Path) -> None:
   shapes, stored, _ = peek(workdir, _STEP.value)
   config = cli.get_config(base=stored)
   _refuse_other_models(stored, config, allowed=("moe.eval_capacity_factor",))
-  vocab_size = int(shapes["embedding"]["table"].shape[0])
+  tokenizer = load_tokenizer(workdir) if (workdir / FILE).exists() else None
+  vocab_size = config.model.vocab_size or int(shapes["embedding"]["table"].shape[0])
+  if config.model.vocab_multiple > 1 and tokenizer and not config.model.vocab_size:
+    vocab_size = tokenizer.vocab_size  # Further rows are padding.
   model = groups.make_model(config, vocab_size)
   config.model.vocab_size = vocab_size
   architecture, _ = exporting.choose(config, _ARCHITECTURE.value)
@@ -103,7 +106,6 @@ def export(workdir: pathlib.Path, folder: pathlib.Path) -> None:
     _print_rows(rows(architecture, model))
     _print_summary(architecture.name, config)
     return
-  tokenizer = load_tokenizer(workdir) if (workdir / FILE).exists() else None
   params, _, meta = restore_params(workdir, _STEP.value)
   exporting.export(
     config,
@@ -128,6 +130,8 @@ def _refuse_other_models(
   from moejax.interop.canonical import differences
 
   changed = [name for name, _, _ in differences(own, given) if name not in allowed]
+  if own.model.vocab_multiple != given.model.vocab_multiple:
+    changed.append("model.vocab_multiple")
   if changed:
     raise UserError(
       f"--config.{changed[0]}: the model is as it is stored. Leave it out; a conversion "

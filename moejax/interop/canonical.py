@@ -23,6 +23,7 @@ _UNREAD = (
   "train.*",
   "mesh.*",
   "model.dtype",
+  "model.max_position",
   "model.remat",
   "model.scan_layers",
   "model.init_scale",

@@ -8,6 +8,7 @@ Files are written into a folder beside the target, which takes its name when it 
 """
 
 import contextlib
+import copy
 import json
 import shutil
 from collections.abc import Iterator, Mapping
@@ -122,8 +123,13 @@ def export(
   Raises:
     UserError: Transformers has no such model, or the folder is not empty.
   """
+  config = copy.deepcopy(config)
   config.model.vocab_size = model.vocab_size
   architecture, values = choose(config, name)
+  if config.model.vocab_multiple > 1:
+    config.model.vocab_multiple = 1
+    model = Decoder(config.model, config.moe, vocab_size=model.vocab_size)
+    params = _without_padding(params, model.vocab_size)
   mapped = rows(architecture, model)
   if tokenizer is not None:
     values |= _special_ids(tokenizer)
@@ -138,6 +144,14 @@ def export(
       if stored and stored.is_file():
         shutil.copyfile(stored, temporary / file)
   return architecture, shapes
+
+
+def _without_padding(params: Params, vocab_size: int) -> Params:
+  embedding = dict(params["embedding"])
+  embedding["table"] = embedding["table"][:vocab_size]
+  if "head" in embedding:
+    embedding["head"] = embedding["head"][:, :vocab_size]
+  return params | {"embedding": embedding}
 
 
 def _special_ids(tokenizer: Tokenizer) -> dict[str, int]:

@@ -1,4 +1,4 @@
-"""GLM-4.5 (arXiv:2508.06471): the router of DeepSeek-V3, grouped queries, half rotation."""
+"""GLM-4.5 (arXiv:2508.06471): the router of DeepSeek-V3, grouped queries."""
 
 from typing import Any
 

@@ -1,4 +1,4 @@
-"""GPT-OSS (arXiv:2508.10925): biases, sinks, clamped SwiGLU, windows in every other layer."""
+"""GPT-OSS (arXiv:2508.10925): biases, sinks, clamped SwiGLU, alternating windows."""
 
 from typing import Any
 
