@@ -21,6 +21,7 @@ from moejax.cli import flags as cli
 from moejax.config import Config
 from moejax.cost import flops as plan_flops
 from moejax.cost import parameters as plan_parameters
+from moejax.cost.attention import cache_numbers_per_token
 
 _JSON = flags.DEFINE_bool("json", False, "Print one JSON object instead of a table.")
 _CAUSAL = flags.DEFINE_bool(
@@ -62,6 +63,7 @@ def count(config: Config, *, causal: bool = False) -> dict[str, Any]:
     "vocab_size": vocab_size,
     "sequence_length": config.data.sequence_length,
     "attention_pairs": "causal" if causal else "full",
+    "cache_numbers_per_token": cache_numbers_per_token(config.model),
   }
 
 
@@ -117,7 +119,8 @@ def main() -> None:
   console.print(
     f"Training (3x forward), sequence {counted['sequence_length']}, vocabulary "
     f"{counted['vocab_size']}; attention: {pairs}; the embedding's lookup is not "
-    "counted, the output head is."
+    "counted, the output head is. Decoding keeps "
+    f"{counted['cache_numbers_per_token']:,} numbers per token in its cache."
   )
 
 

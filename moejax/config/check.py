@@ -10,6 +10,7 @@ E experts, K choices per token, F expert hidden width.
 
 from collections.abc import Callable, Iterable
 
+from moejax.config.attention_check import ATTENTION_RULES
 from moejax.config.pattern import dense_layers, layer_pattern
 from moejax.config.ranges import CHOICES, RANGES
 from moejax.config.schema import SCHEMA_VERSION, Config
@@ -145,22 +146,11 @@ def _text_has_a_path(c: Config) -> str | None:
 
 
 def _heads_divide_width(c: Config) -> str | None:
-  if not c.model.head_dim and c.model.width % c.model.num_heads:
+  derived = c.model.attention == "multi_head" and not c.model.head_dim
+  if derived and c.model.width % c.model.num_heads:
     return (
       f"{named(c, 'model.width', 'model.num_heads')}: the width must be divisible by "
       "the number of heads. Change either, or set --config.model.head_dim."
-    )
-
-
-def _head_dim_is_even(c: Config) -> str | None:
-  head_dim = c.model.head_dim or c.model.width // c.model.num_heads
-  if head_dim % 2:
-    names = (
-      ("model.head_dim",) if c.model.head_dim else ("model.width", "model.num_heads")
-    )
-    return (
-      f"{named(c, *names)} makes heads of width {head_dim}: rotary positions "
-      "turn pairs, so it must be even."
     )
 
 
@@ -309,8 +299,8 @@ RULES: tuple[Callable[[Config], str | None], ...] = (
   _splits_leave_training_text,
   _text_has_a_path,
   _heads_divide_width,
-  _head_dim_is_even,
   _kv_heads_divide_heads,
+  *ATTENTION_RULES,
   _vocabulary_holds_the_tokenizer,
   _context_holds_a_sequence,
   _no_more_choices_than_experts,

@@ -132,7 +132,8 @@ class ModelConfig:
   rope_truncate: bool = True
   """yarn: round the ends of the ramp outwards to whole indices (GPT-OSS does not)."""
   rope_mscale: float = 1.0
-  """yarn: m in 0.1 * m * ln(rope_factor) + 1, which multiplies rotated queries and keys."""
+  """yarn: m in 0.1 * m * ln(rope_factor) + 1, which multiplies rotated queries and
+  keys."""
   rope_mscale_all_dim: float = 0.0
   """yarn: m of the same formula for the whole head: its square multiplies attention
   logits, and rotated queries and keys are divided by it (DeepSeek); 0 is off."""

@@ -7,10 +7,11 @@ Conventions, which differ between codebases:
 - Only matmuls count, including the output head, tied or not. Norms, softmaxes,
   activations, rotary embeddings and the embedding lookup do not.
 - Attention scores and their weighted sum take 4*S*H*head_dim per token and layer in
-  the forward pass: the full square, as in PaLM (arXiv:2204.02311, appendix B), so
-  that utilisation is comparable with published figures. `causal=True` counts only
-  pairs that a causal mask keeps, about half. A sliding window shorter than S
-  replaces S in both.
+  the forward pass (latent attention: 2*S*H times the widths of a key and a value
+  together): the full square, as in PaLM (arXiv:2204.02311, appendix B), so that
+  utilisation is comparable with published figures. `causal=True` counts only pairs
+  that a causal mask keeps, about half. A sliding window shorter than S replaces S in
+  both.
 - A token counts its K experts (under router soft, its share of the slots) and all
   shared experts; empty slots, dropped tokens and recomputation change nothing.
 
@@ -20,6 +21,7 @@ S sequence, V vocabulary.
 
 from moejax.config import Config
 from moejax.config.router import make_router
+from moejax.cost.attention import attention_matrices, score_macs
 from moejax.cost.parameters import dimensions, router_sizes
 
 TRAINING_OVER_FORWARD = 3
@@ -33,23 +35,7 @@ PARTS = (
   "router",
   "head",
 )
-"""`attention` is the four projections; `attention_scores` the part that grows with S."""
-
-
-def mean_context(sequence_length: int, window: int, *, causal: bool) -> float:
-  """Returns the positions that attention counts per token, averaged over a sequence.
-
-  Args:
-    sequence_length: S.
-    window: the sliding window, 0 for none.
-    causal: counts only pairs that the causal mask keeps, not the full square.
-  """
-  span = min(window, sequence_length) if window else sequence_length
-  if not causal:
-    return float(span)
-  # Token i sees min(i + 1, span) positions: a ramp of `span`, then a plateau.
-  pairs = span * (span + 1) // 2 + (sequence_length - span) * span
-  return pairs / sequence_length
+"""`attention` is the projections; `attention_scores` the part that grows with S."""
 
 
 def forward_flops_per_token(
@@ -69,9 +55,6 @@ def forward_flops_per_token(
   """
   d = dimensions(config, vocab_size)
   length = sequence_length or config.data.sequence_length
-  context = mean_context(length, config.model.sliding_window, causal=causal)
-  projections = d.width * d.head_dim * (2 * d.num_heads + 2 * d.num_kv_heads)
-  scores = 2 * d.num_heads * d.head_dim * context
 
   router, sizes = make_router(config.moe), router_sizes(config)
   num_sparse = 0 if d.is_twin else len(d.moe_layers)
@@ -81,8 +64,8 @@ def forward_flops_per_token(
   dense = d.matrices * d.num_dense_layers * d.hidden
   dense += d.expert_matrices * num_twin * d.twin_hidden
   macs = {
-    "attention": d.num_layers * projections,
-    "attention_scores": d.num_layers * scores,
+    "attention": d.num_layers * attention_matrices(config.model),
+    "attention_scores": score_macs(config.model, length, causal=causal),
     "dense": d.width * dense,
     "experts": num_sparse * router.experts_per_token(sizes) * expert,
     "shared_experts": num_sparse * (d.expert_matrices * d.width * d.shared_hidden + gate),

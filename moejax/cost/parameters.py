@@ -18,6 +18,11 @@ from moejax.config import Config
 from moejax.config.pattern import dense_layers
 from moejax.config.ranges import GATED
 from moejax.config.router import make_router, num_selected, sizes
+from moejax.cost.attention import (
+  attention_matrices,
+  attention_norms,
+  attention_vectors,
+)
 from moejax.routing.router import Sizes
 
 BYTES_VOCABULARY = 264
@@ -149,11 +154,8 @@ def count_parameters(
     `total`.
   """
   d = dimensions(config, vocab_size)
-  query, key_value = d.num_heads * d.head_dim, d.num_kv_heads * d.head_dim
-  attention = d.width * (2 * query + 2 * key_value)
-  if config.model.attention_bias:
-    attention += query + 2 * key_value
-  norms = 2 * d.width + (2 * d.head_dim if config.model.qk_norm else 0)
+  attention = attention_matrices(config.model) + attention_vectors(config.model)
+  norms = 2 * d.width + attention_norms(config.model)
   if config.model.norm_placement == "both":
     norms += 2 * d.width
   expert = d.expert_matrices * d.width * d.expert_hidden + expert_biases(config, d)

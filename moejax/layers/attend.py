@@ -106,7 +106,6 @@ def attend(
   window: int = 0,
   scale: float | None = None,
   sinks: Float[Array, "H"] | None = None,
-  fused: bool = True,
 ) -> Float[Array, "B S H Z"]:
   """Mixes the values of the tokens that each query may attend to.
 
@@ -119,7 +118,6 @@ def attend(
       own mask.
     scale: multiplies the logits; None is 1/sqrt(A).
     sinks: a logit per head that takes part in the softmax and has no value.
-    fused: False keeps to kernels without a limit on A.
   """
   uncached = context.index is None
   if uncached and target_platform() == "tpu" and block_size(query.shape[1]):
@@ -129,7 +127,7 @@ def attend(
       return kernel(*args, window=window)
     inside = functools.partial(kernel, window=window)
     return jax.lax.cond(context.windowed, inside, kernel, *args)
-  implementation = _implementation(query.dtype) if fused else None
+  implementation = _implementation(query.dtype, query.shape[-1])
   width = value.shape[-1]
   if sinks is None and (width == query.shape[-1] or implementation == "cudnn"):
     # jax wants values as wide as keys; zeros mix to zeros.
@@ -144,7 +142,8 @@ def attend(
         query, key, value, mask=context.mask, scale=scale, implementation=implementation
       )
     return mixed[..., :width] if missing else mixed
-  scale = query.shape[-1] ** -0.5 if scale is None else scale
+  if scale is None:
+    scale = float(query.shape[-1] ** -0.5)
   return plain_attention(query, key, value, context.mask, scale=scale, sinks=sinks)
 
 
@@ -171,20 +170,28 @@ def plain_attention(
   hidden = jnp.finfo(jnp.float32).min
   logits = jnp.where(mask[:, :, None], logits * scale, hidden)
   largest = jnp.max(logits, axis=-1, keepdims=True)
+  sink = None
   if sinks is not None:
     sink = sinks.astype(jnp.float32).reshape(1, kv_heads, -1, 1, 1)
     largest = jnp.maximum(largest, sink)
   largest = jax.lax.stop_gradient(largest)
   weights = jnp.exp(logits - largest)
   total = jnp.sum(weights, axis=-1, keepdims=True)
-  if sinks is not None:
+  if sink is not None:
     total = total + jnp.exp(sink - largest)
   weights = (weights / total).astype(value.dtype)
   mixed = jnp.einsum("bjgsm,bmjz->bsjgz", weights, value)
   return mixed.reshape(batch, length, heads, value.shape[-1])
 
 
-def _implementation(dtype: jnp.dtype) -> Literal["cudnn"] | None:
-  """Returns "cudnn" (fused attention) for half precision on an NVIDIA GPU, else None."""
-  half = dtype in (jnp.bfloat16, jnp.float16)
-  return "cudnn" if half and target_is_nvidia() else None
+def _implementation(dtype: jnp.dtype, width: int) -> Literal["cudnn"] | None:
+  """Returns "cudnn" (fused attention) where an NVIDIA GPU has it, else None.
+
+  cuDNN takes half precision, and heads of multiples of 8 up to 256 numbers on Hopper and
+  later, up to 128 before.
+  """
+  if dtype not in (jnp.bfloat16, jnp.float16) or not target_is_nvidia():
+    return None
+  capability = getattr(jax.devices()[0], "compute_capability", None) or "0"
+  limit = 256 if float(capability) >= 9 else 128
+  return "cudnn" if width % 8 == 0 and width <= limit else None

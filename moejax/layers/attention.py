@@ -63,8 +63,8 @@ class Attention(nnx.Module):
     self.value_bias = bias(kv_heads, "kv_heads")
     self.out_bias = out_bias(config)
     self.sinks = sinks(config)
+    by_head = config.qk_norm_scope == "head"
     if config.qk_norm:
-      by_head = config.qk_norm_scope == "head"
 
       def norm(count: int, axis: str) -> RMSNorm:
         if by_head:
@@ -107,9 +107,7 @@ class Attention(nnx.Module):
     )
     return project_out(mixed, self.out, self.out_bias), cache
 
-  def _norm(
-    self, norm: RMSNorm, x: Float[Array, "B S H A"]
-  ) -> Float[Array, "B S H A"]:
+  def _norm(self, norm: RMSNorm, x: Float[Array, "B S H A"]) -> Float[Array, "B S H A"]:
     if not self.norm_width:
       return norm(x)
     return norm(x.reshape(*x.shape[:2], -1)).reshape(x.shape)

@@ -31,9 +31,7 @@ class LatentCache:
 LayerCache = KeyValueCache | LatentCache
 
 
-def empty_cache(
-  config: ModelConfig, batch: int, length: int, *stack: int
-) -> LayerCache:
+def empty_cache(config: ModelConfig, batch: int, length: int, *stack: int) -> LayerCache:
   """Returns zeros for `length` tokens, with leading axes `stack`."""
   if config.attention == "latent":
     width = config.kv_rank + config.rope_head_dim

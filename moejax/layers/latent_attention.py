@@ -12,8 +12,8 @@ rotated key that all heads share. Two ways to the same result:
 The cache holds R + P numbers per token and layer, under both.
 
 Letters: B batch, S new tokens, M tokens that can be attended to, D width, H heads, R rank
-of keys and values, N width of a head without position, P width with, A = N + P, X = R + P, Z value
-head width.
+of keys and values, N width of a head without position, P width with, Z value head width;
+A = N + P, X = R + P.
 Source: DeepSeek-V2, arXiv:2405.04434, section 2.1 and appendix C (equations 37 to 47).
 As in its released code, both latent vectors are normalised, with an epsilon of 1e-6.
 """
@@ -134,9 +134,7 @@ class LatentAttention(nnx.Module):
     expanded = jnp.einsum("bmr,rha->bmha", vector, up)
     key, value = jnp.split(expanded, [self.nope], axis=-1)
     heads = (*key.shape[:-1], shared.shape[-1])
-    key = jnp.concatenate(
-      [key, jnp.broadcast_to(shared[:, :, None], heads)], axis=-1
-    )
+    key = jnp.concatenate([key, jnp.broadcast_to(shared[:, :, None], heads)], axis=-1)
     return self._attend(query, key, value, context)
 
   def absorbed(
@@ -153,24 +151,20 @@ class LatentAttention(nnx.Module):
     still = jnp.einsum("bsha,rha->bshr", still, up_key)
     query = jnp.concatenate([still, turned], axis=-1)
     key = latent[:, :, None]
-    mixed = self._attend(query, key, key[..., : self.rank], context, fused=False)
+    mixed = self._attend(query, key, key[..., : self.rank], context)
     return jnp.einsum("bshr,rhz->bshz", mixed, up_value)
 
   def _attend(
-    self, query: Array, key: Array, value: Array, context: Context, *, fused: bool = True
+    self, query: Array, key: Array, value: Array, context: Context
   ) -> Float[Array, "B S H Z"]:
-    sinks = None if self.sinks is None else self.sinks[...]
     return attend(
       *(query, key, value, context),
       window=self.window,
       scale=self.scale,
-      sinks=sinks,
-      fused=fused,
+      sinks=None if self.sinks is None else self.sinks[...],
     )
 
-  def _query(
-    self, x: Float[Array, "B S D"], context: Context
-  ) -> Float[Array, "B S H A"]:
+  def _query(self, x: Float[Array, "B S D"], context: Context) -> Float[Array, "B S H A"]:
     if self.q_rank:
       x = self.query_norm(_project(x, self.query_down, self.query_down_bias))
     up = self.query_up if self.q_rank else self.query
@@ -179,9 +173,7 @@ class LatentAttention(nnx.Module):
     turned = self.rotary(turned, context.positions)
     return jnp.concatenate([still, turned], axis=-1)
 
-  def _latent(
-    self, x: Float[Array, "B S D"], context: Context
-  ) -> Float[Array, "B S X"]:
+  def _latent(self, x: Float[Array, "B S D"], context: Context) -> Float[Array, "B S X"]:
     """Returns what the cache keeps of each token."""
     down = _project(x, self.kv_down, self.kv_down_bias)
     vector, shared = jnp.split(down, [self.rank], axis=-1)

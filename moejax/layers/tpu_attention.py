@@ -70,9 +70,9 @@ def tpu_attention(
   specs = (heads, heads, heads, PartitionSpec(TOKEN_AXES), PartitionSpec("tensor"))
   # The kernel does not declare over which axes its results vary; everything here is
   # sharded the same way over all of them, so the check would find nothing.
-  return shard_map(
-    local, in_specs=specs[: len(args)], out_specs=heads, check_vma=False
-  )(*args)
+  return shard_map(local, in_specs=specs[: len(args)], out_specs=heads, check_vma=False)(
+    *args
+  )
 
 
 def _segments(ids: Int[Array, "S"]) -> Any:

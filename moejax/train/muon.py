@@ -29,7 +29,8 @@ from moejax.sharding.rules import RULES, LogicalAxes
 from moejax.types import Params
 
 _STACKED = ("layer", "expert")
-_INNER = ("hidden", "heads", "kv_heads", "head_dim", "latent")
+_OUTER = ("width", "latent")
+_INNER = ("hidden", "heads", "kv_heads", "head_dim")
 
 
 def muon(config: OptimizerConfig, axes: Params) -> optax.GradientTransformation:
@@ -64,15 +65,19 @@ def muon(config: OptimizerConfig, axes: Params) -> optax.GradientTransformation:
 def is_matrix(names: LogicalAxes) -> bool:
   """Returns whether a parameter holds hidden matrices.
 
-  They map the width to an inner dimension of a layer or back. Embeddings, the output
-  head, routers, gates, norms and biases do not.
+  They map the width, or a latent vector, to an inner dimension of a layer or back, or
+  the width to a latent vector. Embeddings, the output head, routers, gates, norms and
+  biases do not.
 
   Args:
     names: logical axes of the parameter.
   """
   own = [n for n in names if n not in _STACKED]
   inner = [n for n in own if n in _INNER]
-  return bool(inner) and own in (["width", *inner], [*inner, "width"])
+  if own == ["width", "latent"]:
+    return True
+  sides = ([[outer, *inner], [*inner, outer]] for outer in _OUTER)
+  return bool(inner) and any(own in pair for pair in sides)
 
 
 def orthogonalize(
@@ -111,7 +116,7 @@ def _orthogonal(
   """Returns orthogonal matrices with entries of root mean square 1."""
   num_stacked = sum(n in _STACKED for n in names)
   own = momentum.shape[num_stacked:]
-  rows, columns = (own[0], -1) if names[num_stacked] == "width" else (-1, own[-1])
+  rows, columns = (own[0], -1) if names[num_stacked] in _OUTER else (-1, own[-1])
   matrices = momentum.reshape(*momentum.shape[:num_stacked], rows, columns)
   # Without a momentum of its own, optax's Muon is the iteration alone. Its own batching
   # merges all stacked axes into one, for which the compiler would gather the experts.

@@ -24,11 +24,7 @@ def mixtral_8x7b() -> Config:
 
 
 def olmoe_1b_7b() -> Config:
-  """arXiv:2409.02060, table 10; 6,919,161,856 parameters in the released weights.
-
-  OLMoE's QK-norm scales span all heads (D numbers each); ours span one head, so
-  it is left off here and the test adds its 16 * 2 * 2048 numbers by hand.
-  """
+  """arXiv:2409.02060, table 10; 6,919,161,856 parameters in the released weights."""
   return Config(
     data=DataConfig(sequence_length=4096),
     model=ModelConfig(
@@ -38,6 +34,8 @@ def olmoe_1b_7b() -> Config:
       activation="swiglu",
       vocab_size=50_304,
       tie_embeddings=False,
+      qk_norm=True,
+      qk_norm_scope="width",
     ),
     moe=MoEConfig(num_experts=64, num_selected=8, hidden=1024, every=1, offset=0),
   )
@@ -163,3 +161,46 @@ def palm_540b() -> Config:
     ),
     2048,
   )
+
+
+def deepseek_v2_lite() -> Config:
+  """arXiv:2405.04434, appendix B; 15,706,484,224 parameters in the released weights."""
+  return Config(
+    data=DataConfig(sequence_length=4096),
+    model=ModelConfig(
+      num_layers=27,
+      width=2048,
+      num_heads=16,
+      hidden=10_944,
+      activation="swiglu",
+      vocab_size=102_400,
+      tie_embeddings=False,
+      attention="latent",
+      kv_rank=512,
+      nope_head_dim=128,
+      rope_head_dim=64,
+      value_head_dim=128,
+    ),
+    moe=MoEConfig(
+      num_experts=64,
+      num_selected=6,
+      hidden=1408,
+      num_shared=2,
+      router="top_k",
+      every=1,
+      offset=0,
+      dense_prefix=1,
+    ),
+  )
+
+
+def deepseek_v3() -> Config:
+  """arXiv:2412.19437, section 4.2; 671,026,404,352 parameters in the released weights,
+  without the 58 * 256 correction biases and the layer of multi-token prediction."""
+  config = deepseek_v2_lite()
+  model, moe = config.model, config.moe
+  model.num_layers, model.width, model.num_heads = 61, 7168, 128
+  model.hidden, model.vocab_size, model.q_rank = 18_432, 129_280, 1536
+  moe.num_experts, moe.num_selected, moe.hidden = 256, 8, 2048
+  moe.num_shared, moe.dense_prefix = 1, 3
+  return config

@@ -1,11 +1,14 @@
 """FLOPs per token: hand calculations, and figures that others published."""
 
 import dataclasses
+import math
 
+import jax
 import pytest
 
 from moejax.config import Config, DataConfig, ModelConfig, MoEConfig
-from moejax.cost import flops, parameters
+from moejax.cost import attention, flops, parameters
+from moejax.models.decoder import Decoder
 from tests.cost import published
 
 
@@ -126,10 +129,10 @@ def test_causal_counts_exactly_the_pairs_of_the_mask():
     pairs = sum(
       1 for i in range(length) for j in range(i + 1) if not window or i - j < window
     )
-    counted = flops.mean_context(length, window, causal=True)
+    counted = attention.mean_context(length, window, causal=True)
     assert counted * length == pytest.approx(pairs)
-  assert flops.mean_context(7, 0, causal=False) == 7
-  assert flops.mean_context(7, 3, causal=False) == 3
+  assert attention.mean_context(7, 0, causal=False) == 7
+  assert attention.mean_context(7, 3, causal=False) == 3
 
 
 def test_capacity_is_not_model_flops():
@@ -138,3 +141,50 @@ def test_capacity_is_not_model_flops():
   roomy = dataclasses.replace(config, moe=dataclasses.replace(config.moe))
   roomy.moe.capacity_factor = 4.0
   assert _training(config) == _training(roomy)
+
+
+def test_latent_attention_and_a_window_pattern_by_hand():
+  """Three layers, D=8, two heads, S=4; windows 2, all, 2.
+
+  Projections, forward, per layer: queries 8x3 and 3x2*(4+2), 60; down 8*(5+2), 56; up
+  5x2*(4+3), 70; out 2*3x8, 48: 2*234 = 468. Scores: 2 heads of key width 6 and value
+  width 3 over 2, 4 and 2 positions: 2*2*9*8 = 288. Causal, a window of 2 over 4 tokens
+  leaves (1+2+2+2)/4 positions and no window (1+2+3+4)/4: 2*2*9*(7+10+7)/4 = 216.
+  """
+  config = Config(
+    data=DataConfig(sequence_length=4),
+    model=ModelConfig(
+      num_layers=3,
+      width=8,
+      num_heads=2,
+      vocab_size=10,
+      attention="latent",
+      q_rank=3,
+      kv_rank=5,
+      nope_head_dim=4,
+      rope_head_dim=2,
+      value_head_dim=3,
+      sliding_window=2,
+      window_pattern="sliding,full",
+    ),
+  )
+  counted = flops.forward_flops_per_token(config, 10)
+  assert counted["attention"] == 3 * 468
+  assert counted["attention_scores"] == 288
+  causal = flops.forward_flops_per_token(config, 10, causal=True)
+  assert causal["attention_scores"] == 216
+
+
+def test_the_cache_holds_what_is_counted():
+  """By the arrays: DeepSeek-V3 keeps 512 + 64 numbers per token and layer, Mixtral two
+  times 8 heads of 128."""
+  for make, expected in (
+    (published.deepseek_v3, 61 * 576),
+    (published.mixtral_8x7b, 32 * 2048),
+  ):
+    config = make()
+    assert attention.cache_numbers_per_token(config.model) == expected
+    decoder = Decoder(config.model, config.moe, vocab_size=8)
+    cache = jax.eval_shape(lambda d=decoder: d.init_cache(1, 1))
+    sizes = [math.prod(leaf.shape) for leaf in jax.tree.leaves(cache.layers)]
+    assert sum(sizes) == expected

@@ -10,7 +10,7 @@ import optax
 import pytest
 
 from moejax.checkpoint.manager import DIRECTORY, Checkpointer
-from moejax.config import Config, MeshConfig
+from moejax.config import Config, MeshConfig, ModelConfig, MoEConfig
 from moejax.models.decoder import Decoder
 from moejax.models.placement import param_shardings
 from moejax.sharding.mesh import make_mesh
@@ -73,6 +73,30 @@ def test_the_hidden_matrices_are_muons_and_nothing_else_is():
   assert found[True] == {"query", "key", "value", "out", "w_in", "w_out"}
   assert not found[True] & found[False]
   assert len(found[False]) >= 8
+
+
+def test_the_matrices_of_latent_attention_are_muons():
+  """Down to a latent vector, up from it to heads, and out; biases, norms and sinks are
+  not. An update of a stack is one orthogonal [rank, heads * head_dim] per layer."""
+  model = ModelConfig(
+    attention="latent",
+    q_rank=8,
+    kv_rank=12,
+    nope_head_dim=6,
+    rope_head_dim=4,
+    value_head_dim=5,
+    attention_bias=True,
+    attention_out_bias=True,
+    attention_sinks=True,
+  )
+  axes = Decoder(model, MoEConfig(), vocab_size=VOCAB).logical_axes()
+  own = axes["unit"]["0"]["attention"]
+  vectors = {"query_norm", "kv_norm"}
+  matrices = {n for n in own if n not in vectors and muon.is_matrix(own[n])}
+  assert matrices == {"query_down", "query_up", "kv_down", "kv_up", "out"}
+  update = orthogonalize(random((2, 12, 4, 11)), own["kv_up"])
+  values = np.linalg.svd(np.asarray(update).reshape(2, 12, 44), compute_uv=False)
+  assert (values / 44**0.5 > 0.65).all() and (values / 44**0.5 < 1.2).all()
 
 
 def test_every_expert_of_every_layer_has_orthogonal_updates_of_its_own():
