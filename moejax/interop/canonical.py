@@ -83,7 +83,7 @@ def _canonical_attention(model: ModelConfig) -> None:
   """Writes out derived fields of attention, and resets those that are not read."""
   plain = ModelConfig()
   if model.attention == "latent":
-    model.head_dim, model.num_kv_heads = 0, model.num_heads
+    model.head_dim = model.num_kv_heads = 0
     model.rope_fraction = plain.rope_fraction
   else:
     size = model.head_dim or model.width // model.num_heads

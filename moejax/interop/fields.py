@@ -5,6 +5,7 @@
 Transformers, which an absent or null key means there.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -126,11 +127,10 @@ def read_sparse_step(keys: Keys, config: Config) -> None:
 
 
 def write_sparse_step(config: Config) -> dict[str, Any]:
-  """Inverts `read_sparse_step`, for any pattern."""
-  moe = config.moe
-  kinds = layer_pattern(config.model.num_layers, moe).is_moe
-  step = moe.every if moe.offset == moe.every - 1 and not moe.dense_prefix else 1
-  dense = [i for i, sparse in enumerate(kinds) if not sparse and (i + 1) % step == 0]
+  """Inverts `read_sparse_step`, with as few mlp_only_layers as can be."""
+  kinds = layer_pattern(config.model.num_layers, config.moe).is_moe
+  step = math.gcd(*(i + 1 for i, is_moe in enumerate(kinds) if is_moe))
+  dense = [i for i, is_moe in enumerate(kinds) if not is_moe and (i + 1) % step == 0]
   return {"decoder_sparse_step": step, "mlp_only_layers": dense}
 
 

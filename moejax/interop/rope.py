@@ -96,6 +96,10 @@ def read(
     model.rope_factor = model.max_position / model.rope_original
   else:
     model.rope_factor = rope.take("factor", float)
+  if model.rope_factor == 1 and not rope.values.get("attention_factor"):
+    # The context is not extended, and the config does not say so twice.
+    model.rope_scaling, model.rope_original = "none", 0
+    return
   if kind == "llama3":
     model.rope_low_factor = rope.take("low_freq_factor", float)
     model.rope_high_factor = rope.take("high_freq_factor", float)

@@ -68,7 +68,7 @@ def read_latent(keys: Keys, config: Config) -> None:
   """Takes the keys of latent attention."""
   model = config.model
   model.attention = "latent"
-  model.num_kv_heads = model.num_heads
+  model.num_kv_heads = 0
   model.q_rank = keys.take("q_lora_rank", int, 0)
   model.kv_rank = keys.take("kv_lora_rank", int)
   model.nope_head_dim = keys.take("qk_nope_head_dim", int)
