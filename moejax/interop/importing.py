@@ -13,6 +13,7 @@ from typing import Any
 import jax
 
 from moejax import files
+from moejax.checkpoint import lazy
 from moejax.checkpoint.manager import Checkpointer
 from moejax.checkpoint.read import DamagedCheckpointError, read_meta
 from moejax.config import Config
@@ -53,7 +54,8 @@ def make_run(
     published: the model.
     workdir: new, empty, or left by a conversion of the same model that was killed.
     config: the model's, with other fields as wanted.
-    shardings: tree like the parameters; None is the first local device.
+    shardings: tree like the parameters, of the mesh to read them into first; None reads
+      and writes one parameter after the other.
 
   Returns:
     The fingerprint of each parameter, by dotted name.
@@ -152,6 +154,16 @@ def _write_checkpoint(
   origin: dict[str, Any],
   shardings: Params | None,
 ) -> dict[str, str]:
+  if shardings is None:
+    leaves = lazy.save(
+      path / DIRECTORY,
+      STEP,
+      published.loader.lazy_params(),
+      config=config,
+      metadata={"dataset_fingerprint": None, SOURCE: origin},
+      logical_axes=published.model.logical_axes(),
+    )
+    return sums(leaves)
   checkpointer = Checkpointer(
     path / DIRECTORY,
     keep_last=1,

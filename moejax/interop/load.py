@@ -12,6 +12,7 @@ import jax
 import numpy as np
 from jaxtyping import Array, Shaped
 
+from moejax.checkpoint.lazy import LazyArray
 from moejax.errors import UserError
 from moejax.interop.architecture import Architecture
 from moejax.interop.mapping import Row, flatten, nest, rows
@@ -84,6 +85,20 @@ class Loader:
     where = {} if shardings is None else flatten(shardings)
     flat = {name: self.leaf(name, where.get(name, device)) for name in self._shapes}
     return nest(flat, self.model.shapes())
+
+  def lazy_params(self) -> Params:
+    """Returns all parameters, each to be read when it is written."""
+
+    def lazy(name: str) -> LazyArray:
+      leaf = self._shapes[name]
+      everything = tuple(slice(None) for _ in leaf.shape)
+      return LazyArray(
+        shape=tuple(leaf.shape),
+        dtype=np.dtype(leaf.dtype),
+        read=lambda: self.part(name, everything),
+      )
+
+    return nest({name: lazy(name) for name in self._shapes}, self.model.shapes())
 
   def leaf(self, name: str, sharding: jax.sharding.Sharding) -> Array:
     """Reads one parameter into its sharding.
