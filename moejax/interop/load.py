@@ -91,11 +91,13 @@ class Loader:
 
     def lazy(name: str) -> LazyArray:
       leaf = self._shapes[name]
-      everything = tuple(slice(None) for _ in leaf.shape)
+      row, number = self._by_leaf[name][0]
+      stacked = int(row.places[number].repeat is not None) + int(row.entry.per_expert)
       return LazyArray(
         shape=tuple(leaf.shape),
         dtype=np.dtype(leaf.dtype),
-        read=lambda: self.part(name, everything),
+        read=lambda index: self.part(name, index),
+        stacked=stacked,
       )
 
     return nest({name: lazy(name) for name in self._shapes}, self.model.shapes())
