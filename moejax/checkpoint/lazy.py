@@ -183,6 +183,7 @@ def save(
 
 def _write_state(directory: Path, tree: Any, registry: Any) -> None:
   directory.mkdir()
+  target: Any = directory  # Orbax names its own kind of path; it takes any.
 
   def how(array: LazyArray) -> ocp.SaveArgs:
     if array.nbytes <= _CHUNK_BYTES:
@@ -199,5 +200,5 @@ def _write_state(directory: Path, tree: Any, registry: Any) -> None:
   )
   made = ocp.PyTreeCheckpointHandler(type_handler_registry=registry)
   with contextlib.closing(made) as handler:
-    handler.save(directory, args=args)
-    handler.finalize(directory)
+    handler.save(target, args=args)
+    handler.finalize(target)

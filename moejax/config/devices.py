@@ -175,6 +175,8 @@ def _cuts(config: Config) -> list[tuple[str, str, int]]:
     ("tensor", "model.hidden", model.hidden),
     ("tensor", "moe.hidden", moe.fine_hidden),
   ]
+  if model.attention == "latent":
+    cuts += [("fsdp", f"model.{n}", getattr(model, n)) for n in ("q_rank", "kv_rank")]
   if not moe.dense_twin:
     cuts.append(("expert", "moe.num_experts", moe.fine_experts))
     cuts.append(("tensor", "moe.shared_hidden", moe.shared_width))

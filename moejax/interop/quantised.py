@@ -139,7 +139,7 @@ def packing(config: Mapping[str, Any], path: str) -> Packing | None:
     return Mxfp4()
   if method == "fp8":
     block = given.get("weight_block_size")
-    if given.get("fmt", "e4m3") == "e4m3" and _is_block(block):
+    if given.get("fmt", "e4m3") == "e4m3" and block is not None and _is_block(block):
       return Fp8((block[0], block[1]))
   raise UserError(
     f"{path}: quantization_config={given} is not supported; fp8 (e4m3, with "

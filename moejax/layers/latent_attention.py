@@ -31,6 +31,7 @@ from moejax.layers.attention import out_bias, project_out, sinks
 from moejax.layers.cache import LatentCache, LayerCache
 from moejax.layers.norm import RMSNorm
 from moejax.layers.rotary import logit_scale, make_rotary
+from moejax.sharding.vocabulary import score
 
 _EPSILON = 1e-6
 
@@ -53,7 +54,7 @@ class LatentAttention(nnx.Module):
         dtype=dtype,
       )
 
-    def up(rank: int, size: int, axis: str = "latent") -> nnx.Param:
+    def up(rank: int, size: int, axis: str = "rank") -> nnx.Param:
       return parameter.matrix(
         rngs,
         (rank, heads, size),
@@ -184,5 +185,7 @@ class LatentAttention(nnx.Module):
 def _project(
   x: Float[Array, "B S D"], weight: nnx.Param, bias: nnx.Param | None
 ) -> Float[Array, "B S R"]:
-  y = jnp.einsum("bsd,dr->bsr", x, weight[...].astype(x.dtype))
+  # Each device of `tensor` computes the whole vector. Left to itself, the compiler cuts
+  # this product over `tensor` and sends pieces of the weight around.
+  y = score(x, weight[...].astype(x.dtype), cut_over=None).astype(x.dtype)
   return y if bias is None else y + bias[...].astype(x.dtype)[None, None]

@@ -33,7 +33,9 @@ class ShardingRules:
   kv_heads: str | None = "tensor"
   head_dim: str | None = None
   latent: str | None = None
-  """Ranks of latent attention: all heads read the whole of a latent vector."""
+  """A latent vector where it is computed: all heads read the whole of it."""
+  rank: str | None = "fsdp"
+  """The same dimension where a matrix expands it to heads."""
   vocab: str | None = "tensor"
   expert: str | None = "expert"
   """E, of expert weights."""

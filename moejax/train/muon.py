@@ -29,7 +29,7 @@ from moejax.sharding.rules import RULES, LogicalAxes
 from moejax.types import Params
 
 _STACKED = ("layer", "expert")
-_OUTER = ("width", "latent")
+_OUTER = ("width", "rank")
 _INNER = ("hidden", "heads", "kv_heads", "head_dim")
 
 
