@@ -51,6 +51,9 @@ _KNOWN = (
 )
 """Modules below moejax.interop.architectures, each with ARCHITECTURE."""
 
+_ALIASES = {"kimi_k2": "deepseek_v3"}
+"""Further names of the same model_type."""
+
 
 def known() -> tuple[str, ...]:
   """Returns the names of all architectures."""
@@ -67,6 +70,7 @@ def get(name: str, path: str) -> Architecture:
   Raises:
     UserError: there is none of that name.
   """
+  name = _ALIASES.get(name, name)
   if name not in _KNOWN:
     raise UserError(
       f"{path}: model_type={name!r} is unknown. {did_you_mean(str(name), _KNOWN)} "

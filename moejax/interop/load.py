@@ -21,6 +21,7 @@ from moejax.models.decoder import Decoder
 from moejax.types import Params
 
 _MOST_NAMED = 5
+_HEAD, _TABLE = "lm_head.weight", "model.embed_tokens.weight"
 
 
 class Loader:
@@ -59,6 +60,8 @@ class Loader:
     for name, tensor in source.tensors.items():
       if 0 in tensor.shape:  # Shared experts of width 0.
         self.left_out[name] = "without any numbers"
+    if model.config.tie_embeddings and self._repeats_embedding():
+      self.left_out[_HEAD] = "the embedding once more, which is the head too"
     self._shapes = flatten(model.shapes())
     self._by_leaf: dict[str, list[tuple[Row, int]]] = defaultdict(list)
     for row in self.rows:
@@ -159,6 +162,12 @@ class Loader:
       else:
         theirs = self.source.read(row.theirs.format(expert=expert))
       result[slot] = form.load(theirs, shapes)[number][index[1:]]
+
+  def _repeats_embedding(self) -> bool:
+    """Returns whether a tied head is on disk too, with the same numbers."""
+    if not {_HEAD, _TABLE} <= set(self.source.tensors):
+      return False
+    return np.array_equal(self.source.read(_HEAD), self.source.read(_TABLE))
 
   def _check_names(self) -> None:
     wanted = {name for row in self.rows for name, _ in row.tensors()}

@@ -16,7 +16,7 @@ from moejax.interop import quantised
 from moejax.interop.architecture import Architecture
 from moejax.interop.keys import Keys
 from moejax.interop.load import Loader, known_dtype
-from moejax.interop.source import Source, has_weights
+from moejax.interop.source import DTYPES, Source, has_weights
 from moejax.models.decoder import Decoder
 
 CONFIG = "config.json"
@@ -58,16 +58,17 @@ def open_folder(folder: Path | str) -> Published:
   path = str(folder / CONFIG)
   kind = values.get("model_type")
   architecture = architectures.get(str(kind), path)
+  source = Source(folder, quantised.packing(values, path))
+  values = _with_dtype(values, source)
   config = read_config(architecture, values, path)
   with _about(path):
     validate(config)
     model = Decoder(config.model, config.moe, vocab_size=config.model.vocab_size)
-  name = values.get("dtype") or values.get("torch_dtype") or "float32"
   loader = Loader(
     architecture,
     model,
-    Source(folder, quantised.packing(values, path)),
-    dtype=known_dtype(str(name), path),
+    source,
+    dtype=known_dtype(str(values["dtype"]), path),
     left_out=architecture.left_out(values),
   )
   return Published(
@@ -92,6 +93,17 @@ def read_config(architecture: Architecture, values: dict[str, Any], path: str) -
   keys.skip("quantization_config")  # Read where the weights are.
   keys.done()
   return config
+
+
+def _with_dtype(values: dict[str, Any], source: Source) -> dict[str, Any]:
+  """Adds the dtype of the embedding where config.json has none."""
+  name = values.get("dtype") or values.get("torch_dtype")
+  if name is None:
+    embedding = source.tensors.get("model.embed_tokens.weight")
+    name = (
+      str(DTYPES[embedding.dtype]) if embedding and embedding.dtype in DTYPES else None
+    )
+  return values | {"dtype": name or "float32"}
 
 
 @contextlib.contextmanager

@@ -267,3 +267,47 @@ def test_four_bit_blocks_are_values_times_powers_of_two():
   assert [float(v) for v in tensor[0, 30:, 1]] == [3.0, -3.0]
   assert np.count_nonzero(tensor) == 4
   np.testing.assert_array_equal(packing.unpack(blocks[0], scales[0]), tensor[0])
+
+
+def test_a_model_in_four_bits_is_imported_whole(tmp_path):
+  """Blocks and scales of all experts and layers become matrices in bfloat16, in place."""
+  from safetensors.numpy import load_file, save_file
+
+  from moejax.interop import exporting
+  from moejax.models.decoder import Decoder
+
+  config = opened("gpt_oss").config
+  config.model.width, config.model.num_heads, config.model.num_kv_heads = 64, 4, 2
+  config.moe.hidden, config.moe.num_experts = 96, 5
+  config.model.param_dtype = config.model.dtype = "bfloat16"
+  model = Decoder(config.model, config.moe, vocab_size=101)
+  folder = tmp_path / "model"
+  exporting.export(config, model, model.init(jax.random.key(0)), folder)
+  arrays = load_file(folder / "model.safetensors")
+  rng, packed = np.random.default_rng(0), {}
+  for name in list(arrays):
+    if name.endswith(("gate_up_proj", "down_proj")):
+      experts, inputs, outputs = arrays.pop(name).shape
+      shape = (experts, outputs, inputs // 32)
+      blocks = rng.integers(0, 256, (*shape, 16), np.uint8)
+      scales = rng.integers(120, 130, shape, np.uint8)
+      packed[name] = (blocks, scales)
+      arrays[f"{name}_blocks"], arrays[f"{name}_scales"] = blocks, scales
+  save_file(arrays, folder / "model.safetensors")
+  values = json.loads((folder / "config.json").read_text())
+  values["quantization_config"] = {"quant_method": "mxfp4", "modules_to_not_convert": []}
+  (folder / "config.json").write_text(json.dumps(values))
+  params = flatten(open_folder(folder).loader.params())
+  numbers = [0, 0.5, 1, 1.5, 2, 3, 4, 6]
+  blocks, scales = packed["model.layers.3.mlp.experts.gate_up_proj"]
+  # Input 38 of the 70th output (the gate of hidden unit 35) of expert 4: block 1, byte 3.
+  for output, ours in ((70, "w_gate"), (71, "w_in")):
+    code = int(blocks[4, output, 1, 3]) & 15
+    wanted = numbers[code & 7] * (-1 if code & 8 else 1)
+    wanted *= 2.0 ** (int(scales[4, output, 1]) - 127)
+    assert float(params[f"unit.0.moe.experts.{ours}"][3, 4, 38, 35]) == wanted
+  blocks, scales = packed["model.layers.0.mlp.experts.down_proj"]
+  code = int(blocks[2, 9, 1, 15]) >> 4
+  wanted = numbers[code & 7] * (-1 if code & 8 else 1)
+  wanted *= 2.0 ** (int(scales[2, 9, 1]) - 127)
+  assert float(params["unit.0.moe.experts.w_out"][0, 2, 63, 9]) == wanted

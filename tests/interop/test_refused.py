@@ -2,6 +2,7 @@
 
 import shutil
 
+import ml_dtypes
 import numpy as np
 import pytest
 
@@ -154,6 +155,39 @@ def test_layers_for_further_tokens_are_left_out_by_name(tmp_path):
   assert "multi-token" in open_folder(folder).loader.left_out[extra]
   folder = copy("mixtral", tmp_path / "none", tensors=more)
   refused(folder, extra)
+
+
+def test_what_config_json_leaves_open_is_taken_from_the_weights(tmp_path):
+  """No dtype: that of the embedding; Kimi K2 is a DeepSeek-V3 by another name."""
+
+  def config(values):
+    del values["dtype"]
+    values["model_type"] = "kimi_k2"
+
+  def narrow(arrays):
+    for name in arrays:
+      arrays[name] = arrays[name].astype(ml_dtypes.bfloat16)
+
+  folder = copy("deepseek_v3", tmp_path / "model", config=config, tensors=narrow)
+  published = open_folder(folder)
+  assert published.architecture.name == "deepseek_v3"
+  assert published.config.model.param_dtype == "bfloat16"
+
+
+def test_a_tied_head_on_disk_must_be_the_embedding(tmp_path):
+  """Older models store it twice: the same numbers are left out, others are an error."""
+  head = "lm_head.weight"
+
+  def twice(arrays):
+    arrays[head] = arrays["model.embed_tokens.weight"].copy()
+
+  def other(arrays):
+    twice(arrays)
+    arrays[head][100, 23] += 1
+
+  folder = copy("granitemoe", tmp_path / "same", tensors=twice)
+  assert "head" in open_folder(folder).loader.left_out[head]
+  refused(copy("granitemoe", tmp_path / "other", tensors=other), head, "not used")
 
 
 def test_every_tensor_of_a_golden_has_a_row():
