@@ -46,6 +46,7 @@ TEST = [
   "hypothesis>=6.100",
   "pytest>=8",
   "pytest-xdist>=3.5",
+  "safetensors>=0.5",
   # For the test that builds the wheel; Python 3.12 has them no longer by itself.
   "setuptools>=65",
   "wheel>=0.40",
@@ -77,7 +78,11 @@ DEV = [
 TPU = ["jax[tpu]"]
 CUDA = ["jax[cuda12]", "tokamax>=0.0.12"]
 
+# Published models; from a folder, safetensors is enough.
 HF = ["huggingface_hub>=0.30", "safetensors>=0.5"]
+
+# For tests that ask Transformers itself; in an environment of their own, if need be.
+HF_TEST = [*HF, "torch>=2.6", "transformers>=5"]
 
 # Preparing a TFDS set from its catalogue; reading a prepared one needs none of this.
 TFDS = ["apache-beam>=2.60"]
@@ -104,6 +109,7 @@ setup(
     "tpu": TPU,
     "cuda": CUDA,
     "hf": HF,
+    "hf_test": HF_TEST,
     "report": REPORT,
     "browser": BROWSER,
     "tfds": TFDS,

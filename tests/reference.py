@@ -38,7 +38,17 @@ def activation(name: str, hidden: Array, gate: Array | None):
     slope = c * (1 + 3 * 0.044715 * hidden**2)
     derivative = 0.5 * (1 + tanh) + 0.5 * hidden * (1 - tanh**2) * slope
     return 0.5 * hidden * (1 + tanh), derivative, None
-  assert name == "swiglu" and gate is not None
+  assert gate is not None
+  if name == "geglu":
+    value, d_gate, _ = activation("gelu", gate, None)
+    return value * hidden, value, d_gate * hidden
+  if name == "clamped_swiglu":
+    g, h = np.minimum(gate, 7.0), np.clip(hidden, -7.0, 7.0)
+    sigmoid = 1 / (1 + np.exp(-1.702 * g))
+    slope = sigmoid * (1 + 1.702 * g * (1 - sigmoid))
+    d_hidden = g * sigmoid * (np.abs(hidden) < 7.0)
+    return g * sigmoid * (h + 1), d_hidden, (h + 1) * slope * (gate < 7.0)
+  assert name == "swiglu"
   sigmoid = 1 / (1 + np.exp(-gate))
   d_gate = hidden * sigmoid * (1 + gate * (1 - sigmoid))
   return hidden * gate * sigmoid, gate * sigmoid, d_gate
@@ -61,14 +71,28 @@ def assigned(routing: Reference) -> Assigned:
   return Assigned(token, *flat)
 
 
+def pre_activations(x, weights: dict[str, Array], e: int):
+  """What the activation of expert e is given: hidden, and gate if it is gated."""
+  hidden = x @ weights["w_in"][e]
+  gate = x @ weights["w_gate"][e] if "w_gate" in weights else None
+  if "in_bias" in weights:
+    hidden = hidden + weights["in_bias"][e]
+    gate = None if gate is None else gate + weights["gate_bias"][e]
+  return hidden, gate
+
+
+def output(hidden, weights: dict[str, Array], e: int):
+  y = hidden @ weights["w_out"][e]
+  return y + weights["out_bias"][e] if "out_bias" in weights else y
+
+
 def experts_forward(x, to: Assigned, weights: dict[str, Array], act: str) -> Array:
   """Sum over each token's kept assignments of gate * expert(token); zero if none."""
   y = np.zeros(x.shape)
   for t, e, g, kept in zip(*to, strict=True):
     if kept:
-      gate = x[t] @ weights["w_gate"][e] if "w_gate" in weights else None
-      hidden, _, _ = activation(act, x[t] @ weights["w_in"][e], gate)
-      y[t] += g * (hidden @ weights["w_out"][e])
+      hidden, _, _ = activation(act, *pre_activations(x[t], weights, e))
+      y[t] += g * output(hidden, weights, e)
   return y
 
 
@@ -79,13 +103,18 @@ def experts_backward(x, to: Assigned, weights: dict[str, Array], act: str, d_y):
   for n, (t, e, g, kept) in enumerate(zip(*to, strict=True)):
     if not kept:
       continue
-    gate = x[t] @ weights["w_gate"][e] if "w_gate" in weights else None
-    hidden, by_hidden, by_gate = activation(act, x[t] @ weights["w_in"][e], gate)
-    d_gates[n] = d_y[t] @ (hidden @ weights["w_out"][e])
+    pre, gate = pre_activations(x[t], weights, e)
+    hidden, by_hidden, by_gate = activation(act, pre, gate)
+    d_gates[n] = d_y[t] @ output(hidden, weights, e)
     d_w["w_out"][e] += g * np.outer(hidden, d_y[t])
     d_act = g * (weights["w_out"][e] @ d_y[t])
     d_w["w_in"][e] += np.outer(x[t], d_act * by_hidden)
     d_x[t] += weights["w_in"][e] @ (d_act * by_hidden)
+    if "out_bias" in weights:
+      d_w["out_bias"][e] += g * d_y[t]
+      d_w["in_bias"][e] += d_act * by_hidden
+      if gate is not None:
+        d_w["gate_bias"][e] += d_act * by_gate
     if gate is not None:
       d_w["w_gate"][e] += np.outer(x[t], d_act * by_gate)
       d_x[t] += weights["w_gate"][e] @ (d_act * by_gate)
@@ -97,7 +126,8 @@ def moe_layer(name, x, valid, router, weights, options, act="gelu", **draws):
 
   Args:
     router: [D,E] router weight, logits = x @ router.
-    weights: w_in [E,D,F], w_out [E,F,D] and for swiglu w_gate [E,D,F].
+    weights: w_in [E,D,F], w_out [E,F,D] and, if gated, w_gate [E,D,F]; with biases
+      in_bias and gate_bias [E,F], out_bias [E,D].
 
   Returns:
     y [T,D], the Reference, and a function from d loss / d y to a dict of

@@ -169,6 +169,38 @@ def checksums(leaves: Mapping[str, HostLeaf]) -> dict[str, Checksum]:
   return {name: _leaf_checksum(leaf) for name, leaf in leaves.items()}
 
 
+def part_checksum(
+  shape: tuple[int, ...],
+  index: tuple[slice, ...],
+  part: np.ndarray,
+  axis: int | None,
+) -> Checksum:
+  """Returns the checksum of an array of which only one part is not zero; see `added`.
+
+  Args:
+    shape: of the whole array.
+    index: where the part is.
+    part: its numbers.
+    axis: the expert axis, if it has one.
+  """
+  bits = _Part(index=index, bits=part, answers=True, balance=0)
+  return _leaf_checksum(
+    HostLeaf(
+      shape=shape,
+      dtype=str(part.dtype),
+      parts=[bits],
+      bits_shape=shape,
+      every_copy=False,
+      expert_axis=axis,
+    )
+  )
+
+
+def added(one: Checksum, other: Checksum) -> Checksum:
+  """Returns the checksum of an array whose parts, which do not overlap, have these."""
+  return _with_numbers(one, (a + b for a, b in zip(_numbers(one), _numbers(other))))
+
+
 def all_processes(part: dict[str, Checksum]) -> dict[str, Checksum]:
   """Adds up all processes' sums; a collective, so every process must call it."""
   if jax.process_count() == 1:

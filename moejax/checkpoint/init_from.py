@@ -96,10 +96,11 @@ def _vocab_size(source: str, config: Config) -> int:
     ) from error
   asked = (config.data.tokenizer, config.data.vocab_size)
   if asked[0] != stored.kind or (stored.kind == "bpe" and asked[1] != stored.vocab_size):
+    size = f" --config.data.vocab_size={stored.vocab_size}"
     raise ConfigError(
       f"--init_from={source} has a tokenizer {stored.kind} of {stored.vocab_size} ids, "
       "which its parameters need: give --config.data.tokenizer="
-      f"{stored.kind} --config.data.vocab_size={stored.vocab_size}."
+      f"{stored.kind}{'' if stored.kind == 'hf' else size}."
     )
   return stored.vocab_size
 

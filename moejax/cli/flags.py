@@ -28,6 +28,7 @@ from typing import Any, NoReturn, TypeVar
 from absl import app, flags
 from absl import logging as absl_logging
 
+from moejax import files
 from moejax.cli import dotted as dotted_flags
 from moejax.cli import listing, python_file
 from moejax.config import Config
@@ -176,12 +177,21 @@ def load_config(path: str) -> Config:
   """Runs a config file and returns what its `get_config()` returns, unchecked.
 
   Args:
-    path: a file, or the name of a shipped config (`default`, `configs/default.py`).
+    path: a file, or the name of a shipped config (`default`, `configs/default.py`); a
+      .json file is the stored config of a run.
 
   Raises:
     ConfigError: no such file, or it fails, or it does not return a `Config`.
   """
   flag, file = f"--config={path}", _find_config(path)
+  if file.suffix == ".json":
+    try:
+      return config_text.from_dict(files.read_json(file))
+    except (OSError, ValueError, TypeError, AttributeError) as e:
+      raise ConfigError(
+        f"{flag} cannot be read as a stored config ({e}). Give the config.json of a run, "
+        "or a config file."
+      ) from e
   return python_file.load(flag, file, "get_config", Config, "configs/default.py")[0]
 
 

@@ -21,6 +21,7 @@ PROGRAMS = {
   "evaluate": "moejax.cli.evaluate",
   "sweep": "moejax.cli.sweep",
   "generate": "moejax.cli.generate",
+  "convert": "moejax.cli.convert",
   "count": "moejax.cli.count",
   "compare": "moejax.cli.compare",
   "collectives": "moejax.cli.collectives",

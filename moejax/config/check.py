@@ -11,7 +11,7 @@ E experts, K choices per token, F expert hidden width.
 from collections.abc import Callable, Iterable
 
 from moejax.config.attention_check import ATTENTION_RULES
-from moejax.config.pattern import layer_pattern
+from moejax.config.pattern import dense_layers, layer_pattern
 from moejax.config.ranges import CHOICES, RANGES
 from moejax.config.schema import SCHEMA_VERSION, Config
 from moejax.config.text import (
@@ -163,6 +163,8 @@ def _kv_heads_divide_heads(c: Config) -> str | None:
 
 
 def _vocabulary_holds_the_tokenizer(c: Config) -> str | None:
+  if c.data.tokenizer == "hf":  # Its size is checked where the model is imported.
+    return None
   need = c.data.vocab_size if c.data.tokenizer == "bpe" else 257
   if c.model.vocab_size and c.model.vocab_size < need:
     return (
@@ -213,10 +215,28 @@ def _a_norm_is_of_something(c: Config) -> str | None:
 def _some_layer_is_moe(c: Config) -> str | None:
   # A dense twin replaces the MoE layers of this pattern, so it needs one too.
   if not any(layer_pattern(c.model.num_layers, c.moe).is_moe):
-    names = ("moe.every", "moe.offset", "moe.dense_prefix", "model.num_layers")
+    names = ["moe.every", "moe.offset", "moe.dense_prefix", "model.num_layers"]
+    if c.moe.dense_layers:
+      names.append("moe.dense_layers")
     return (
       f"{named(c, *names)} makes no layer an MoE layer. Lower the first three, or add "
       "layers."
+    )
+
+
+def _dense_layers_are_layers(c: Config) -> str | None:
+  try:
+    indices = dense_layers(c.moe)
+  except ValueError:
+    return (
+      f"--config.moe.dense_layers={c.moe.dense_layers} is no list of layers. Give their "
+      "numbers from 0, separated by commas, such as 0,3."
+    )
+  outside = [i for i in indices if not 0 <= i < c.model.num_layers]
+  if outside:
+    names = ("moe.dense_layers", "model.num_layers")
+    return (
+      f"{named(c, *names)}: there is no layer {min(outside)}. Layers are counted from 0."
     )
 
 
@@ -286,6 +306,7 @@ RULES: tuple[Callable[[Config], str | None], ...] = (
   _no_more_choices_than_experts,
   _segments_divide_hidden,
   _a_norm_is_of_something,
+  _dense_layers_are_layers,
   _some_layer_is_moe,
   _accumulation_divides_batch,
   _slots_travel_with_a_capacity,

@@ -6,12 +6,19 @@ in their registry, and a router's options are declared by its class.
 
 from moejax.options import Range, count, weight
 
+GATED = ("swiglu", "geglu", "clamped_swiglu")
+"""Activations of two products of x, one of which gates the other."""
+
+ACTIVATIONS = ("relu", "gelu", *GATED)
+
 CHOICES: dict[str, tuple[str, ...]] = {
-  "data.tokenizer": ("bytes", "bpe"),
+  "data.tokenizer": ("bytes", "bpe", "hf"),
   "model.attention": ("multi_head", "latent"),
   "model.qk_norm_scope": ("head", "width"),
   "model.rope_scaling": ("none", "linear", "llama3", "yarn"),
-  "model.activation": ("relu", "gelu", "swiglu"),
+  "model.activation": ACTIVATIONS,
+  "model.norm_placement": ("pre", "post", "both"),
+  "moe.activation": ("", *ACTIVATIONS),
   "model.dtype": ("float32", "bfloat16"),
   "model.param_dtype": ("float32", "bfloat16"),
   "model.remat": ("none", "full", "all", "dots"),
@@ -106,6 +113,11 @@ RANGES: dict[str, Range] = {
   "model.rope_mscale": Range(0, 100, "0 is off", why_high=_SHARP),
   "model.rope_mscale_all_dim": Range(0, 100, "0 is off", why_high=_SHARP),
   "model.rope_attention_factor": _positive(100, _SHARP, "none follows the mscales"),
+  "model.vocab_multiple": count(1, 2**20, "most rows would be padding"),
+  "model.embedding_scale": _positive(1e6, "the first activations would overflow"),
+  "model.residual_scale": _positive(1e3, "activations would grow in every layer"),
+  "model.logits_divisor": _positive(1e6, "every token would be as likely"),
+  "model.logits_soft_cap": _positive(1e6, "no logit is as large", "none is off"),
   "model.norm_eps": _positive(1, "it only keeps a division finite"),
   "model.init_scale": _positive(1e3, "the first activations would overflow"),
   "model.max_position": count(

@@ -48,6 +48,14 @@ def _dropped_experts_are_in_the_logits(c: Config, router: Router) -> str | None:
     )
 
 
+def _biases_are_in_the_logits(c: Config, router: Router) -> str | None:
+  if c.moe.router_bias and not router.by_logits:
+    return (
+      f"{named(c, 'moe.router_bias', 'moe.router')}: this router does not go by the "
+      "logits, which the bias is added to. Leave it out, or use another router."
+    )
+
+
 def _first_choices_are_made(c: Config, router: Router) -> str | None:
   if c.moe.balance_counts == "first" and not router.token_choice:
     return (
@@ -80,6 +88,7 @@ def _mixtures_are_weighted(c: Config, router: Router) -> str | None:
 ROUTER_RULES: tuple[Callable[[Config, Router], str | None], ...] = (
   _fixed_choices,
   _dropped_experts_are_in_the_logits,
+  _biases_are_in_the_logits,
   _first_choices_are_made,
   _slots_stay,
   _mixtures_are_weighted,

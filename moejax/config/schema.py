@@ -33,7 +33,8 @@ class DataConfig:
   """Prepared datasets and token caches; empty is ~/.cache/moejax."""
   text_field: str = "text"
   tokenizer: str = "bytes"
-  """bytes, or bpe (trained on the train split, stored with the run)."""
+  """bytes, bpe (trained on the train split, stored with the run), or hf (imported with a
+  published model)."""
   vocab_size: int = 2048
   """For bpe; the bytes tokenizer has a fixed size."""
   sequence_length: int = 256
@@ -63,9 +64,13 @@ class ModelConfig:
   hidden: int = 512
   """Hidden width of the dense feed-forward layers."""
   activation: str = "gelu"
-  """relu, gelu or swiglu, in dense layers and experts."""
+  """relu, gelu, swiglu, geglu (arXiv:2002.05202) or clamped_swiglu (GPT-OSS), in dense
+  layers, and in experts unless moe.activation differs."""
   vocab_size: int = 0
   """V; 0 is the tokenizer's."""
+  vocab_multiple: int = 1
+  """Pad the embedding and the head to a multiple of this many rows, so that they can be
+  sharded; padded ids are never predicted."""
   tie_embeddings: bool = True
   attention: str = "multi_head"
   """multi_head (grouped-query with num_kv_heads), or latent: keys and values are
@@ -134,7 +139,18 @@ class ModelConfig:
   logits, and rotated queries and keys are divided by it (DeepSeek); 0 is off."""
   rope_attention_factor: float | None = None
   """yarn: multiplies rotated queries and keys instead of what the two mscales give."""
+  norm_placement: str = "pre"
+  """RMSNorm on the input of attention and feed-forward (pre), on their output before it
+  is added (post: FlexOlmo, OLMo 2, arXiv:2501.00656), or on both."""
   norm_eps: float = 1e-6
+  embedding_scale: float = 1.0
+  """Multiplies the embeddings (Granite's embedding_multiplier)."""
+  residual_scale: float = 1.0
+  """Multiplies what attention and feed-forward add (Granite's residual_multiplier)."""
+  logits_divisor: float = 1.0
+  """Divides the logits (Granite's logits_scaling)."""
+  logits_soft_cap: float | None = None
+  """Squash logits to +- this value: c * tanh(logits / c) (Gemma 2, arXiv:2408.00118)."""
   init_scale: float = 1.0
   """Multiplies the fan-in truncated-normal standard deviation of every matrix."""
   dtype: str = "float32"
@@ -148,6 +164,10 @@ class ModelConfig:
   max_position: int = 0
   """Longest context for generation; 0 is data.sequence_length."""
 
+  def padded(self, vocab_size: int) -> int:
+    """Returns the rows of embedding and head: V, rounded up to `vocab_multiple`."""
+    return -(-vocab_size // self.vocab_multiple) * self.vocab_multiple
+
 
 @dataclass(kw_only=True, slots=True)
 class MoEConfig:
@@ -159,6 +179,12 @@ class MoEConfig:
   """K, before segmentation."""
   hidden: int = 512
   """F of one expert, before segmentation."""
+  activation: str = ""
+  """Of the experts, shared ones included; empty is model.activation."""
+  expert_bias: bool = False
+  """Biases on all matrices of the routed experts (GPT-OSS)."""
+  router_bias: bool = False
+  """A learned bias on the router's logits (GPT-OSS)."""
   segments: int = 1
   """m: each expert is split into m of width F/m, and m*K are chosen (DeepSeekMoE)."""
   num_shared: int = 0
@@ -178,6 +204,9 @@ class MoEConfig:
   the dense prefix."""
   dense_prefix: int = 0
   """Number of leading layers that are dense regardless of `every`."""
+  dense_layers: str = ""
+  """Indices of further layers that are dense, separated by commas (mlp_only_layers of
+  Qwen)."""
   dense_twin: bool = False
   """Replace each MoE layer by a dense one of equal active FLOPs: hidden K*F + shared."""
   capacity_factor: float | None = 1.25

@@ -59,15 +59,16 @@ def forward_flops_per_token(
   router, sizes = make_router(config.moe), router_sizes(config)
   num_sparse = 0 if d.is_twin else len(d.moe_layers)
   num_twin = len(d.moe_layers) if d.is_twin else 0
-  expert = d.matrices * d.width * d.expert_hidden
+  expert = d.expert_matrices * d.width * d.expert_hidden
   gate = d.width if config.moe.shared_gate else 0
-  dense_hidden = d.num_dense_layers * d.hidden + num_twin * d.twin_hidden
+  dense = d.matrices * d.num_dense_layers * d.hidden
+  dense += d.expert_matrices * num_twin * d.twin_hidden
   macs = {
     "attention": d.num_layers * attention_matrices(config.model),
     "attention_scores": score_macs(config.model, length, causal=causal),
-    "dense": d.matrices * d.width * dense_hidden,
+    "dense": d.width * dense,
     "experts": num_sparse * router.experts_per_token(sizes) * expert,
-    "shared_experts": num_sparse * (d.matrices * d.width * d.shared_hidden + gate),
+    "shared_experts": num_sparse * (d.expert_matrices * d.width * d.shared_hidden + gate),
     "router": num_sparse * router.macs(sizes),
     "head": d.width * d.vocab_size,
   }

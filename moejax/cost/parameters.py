@@ -15,6 +15,8 @@ import dataclasses
 import math
 
 from moejax.config import Config
+from moejax.config.pattern import dense_layers
+from moejax.config.ranges import GATED
 from moejax.config.router import make_router, num_selected, sizes
 from moejax.cost.attention import (
   attention_matrices,
@@ -52,7 +54,9 @@ class Dimensions:
   hidden: int
   """Hidden width of the dense feed-forward layers."""
   matrices: int
-  """Matrices per feed-forward block: 3 for SwiGLU, else 2."""
+  """Matrices per dense feed-forward block: 3 if the activation is gated, else 2."""
+  expert_matrices: int
+  """Likewise of an expert, a shared expert, and a dense twin of an MoE layer."""
   moe_layers: tuple[int, ...]
   """Indices of the MoE layers, or of their dense twins."""
   twin_hidden: int
@@ -89,7 +93,9 @@ def moe_layer_indices(config: Config) -> tuple[int, ...]:
   """Returns the layers whose feed-forward is MoE (or, in a dense twin, replaces one)."""
   moe = config.moe
   first = moe.dense_prefix + moe.offset % moe.every
-  return tuple(range(first, config.model.num_layers, moe.every))
+  dense = dense_layers(moe)
+  sparse = range(first, config.model.num_layers, moe.every)
+  return tuple(layer for layer in sparse if layer not in dense)
 
 
 def dimensions(config: Config, vocab_size: int) -> Dimensions:
@@ -102,9 +108,10 @@ def dimensions(config: Config, vocab_size: int) -> Dimensions:
     num_heads=model.num_heads,
     num_kv_heads=model.num_kv_heads or model.num_heads,
     head_dim=model.head_dim or model.width // model.num_heads,
-    vocab_size=vocab_size,
+    vocab_size=model.padded(vocab_size),
     hidden=model.hidden,
-    matrices=3 if model.activation == "swiglu" else 2,
+    matrices=_matrices(model.activation),
+    expert_matrices=_matrices(moe.activation or model.activation),
     moe_layers=moe_layer_indices(config),
     twin_hidden=selected * moe.fine_hidden + moe.shared_width,
     is_twin=moe.dense_twin,
@@ -113,6 +120,17 @@ def dimensions(config: Config, vocab_size: int) -> Dimensions:
     expert_hidden=moe.fine_hidden,
     shared_hidden=moe.shared_width,
   )
+
+
+def _matrices(activation: str) -> int:
+  return 3 if activation in GATED else 2
+
+
+def expert_biases(config: Config, d: Dimensions) -> int:
+  """Returns the biases of one routed expert: one per output of each matrix."""
+  if not config.moe.expert_bias:
+    return 0
+  return (d.expert_matrices - 1) * d.expert_hidden + d.width
 
 
 def dense_twin(config: Config) -> Config:
@@ -138,18 +156,22 @@ def count_parameters(
   d = dimensions(config, vocab_size)
   attention = attention_matrices(config.model) + attention_vectors(config.model)
   norms = 2 * d.width + attention_norms(config.model)
-  expert = d.matrices * d.width * d.expert_hidden
+  if config.model.norm_placement == "both":
+    norms += 2 * d.width
+  expert = d.expert_matrices * d.width * d.expert_hidden + expert_biases(config, d)
   gate = d.width if config.moe.shared_gate else 0
   sparse_layers = 0 if d.is_twin else len(d.moe_layers)
   twin_layers = len(d.moe_layers) if d.is_twin else 0
-  hidden_sum = d.num_dense_layers * d.hidden + twin_layers * d.twin_hidden
+  dense = d.matrices * d.num_dense_layers * d.hidden
+  dense += d.expert_matrices * twin_layers * d.twin_hidden
+  shared = d.expert_matrices * d.width * d.shared_hidden
 
   total = {
     "embedding": d.vocab_size * d.width,
     "attention": d.num_layers * attention,
-    "dense": d.matrices * d.width * hidden_sum,
+    "dense": d.width * dense,
     "experts": sparse_layers * d.num_experts * expert,
-    "shared_experts": sparse_layers * (d.matrices * d.width * d.shared_hidden + gate),
+    "shared_experts": sparse_layers * (shared + gate),
     "router": sparse_layers * router_parameters(config, d),
     "norms": d.num_layers * norms + d.width,
     "head": 0 if config.model.tie_embeddings else d.vocab_size * d.width,
@@ -163,7 +185,9 @@ def count_parameters(
 def router_parameters(config: Config, d: Dimensions) -> int:
   """Returns the count per MoE layer, without hash routing's table, which is data."""
   own = make_router(config.moe).parameters(router_sizes(config))
-  return d.width * d.num_experts + sum(math.prod(p.shape) for p in own.values())
+  bias = d.num_experts if config.moe.router_bias else 0
+  own_sizes = sum(math.prod(p.shape) for p in own.values())
+  return d.width * d.num_experts + bias + own_sizes
 
 
 def router_sizes(config: Config) -> Sizes:

@@ -298,6 +298,11 @@ def _stored_tokenizer(
 def _make_tokenizer(config: DataConfig, source: Source, root: Path) -> Tokenizer:
   if config.tokenizer == "bytes":
     return ByteTokenizer()
+  if config.tokenizer == "hf":
+    raise ConfigError(
+      "--config.data.tokenizer=hf is the tokenizer of an imported model, and this run "
+      "has none. Start from such a run with --init_from, or use bytes or bpe."
+    )
 
   def build(directory: Path) -> None:
     trained = BPETokenizer.train(_sample(source), config.vocab_size)

@@ -3,6 +3,7 @@
 bytes  one id per byte, and the separator; no training, no unknown tokens.
 bpe    byte-level byte pair encoding (Sennrich et al., arXiv:1508.07909; on bytes as
        in GPT-2), trained with the `tokenizers` library on the train split.
+hf     of a published model, imported with it; any kind the `tokenizers` library knows.
 
 Every token stands for a known number of bytes, so bits per byte is exact for any
 set of tokens: see `bytes_per_token`.
@@ -14,6 +15,7 @@ would find it inside documents.
 import abc
 import functools
 import json
+import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
@@ -26,7 +28,7 @@ from moejax import files
 from moejax.data import cache
 from moejax.errors import ConfigError, UserError, did_you_mean
 
-TOKENIZERS = ("bytes", "bpe")
+TOKENIZERS = ("bytes", "bpe", "hf")
 
 FILE = "tokenizer/tokenizer.json"
 """Inside a run's directory."""
@@ -41,6 +43,9 @@ _MIN_BPE_VOCAB = 257
 _MAX_VOCAB = 2**24
 _MAX_BYTES = 1 << 30
 _MAX_DEPTH = 4
+_BYTE_TOKEN = re.compile("<0x[0-9A-Fa-f]{2}>")
+"""How SentencePiece writes a token that is one byte; it writes U+2581 for a space."""
+
 _FIELDS = ("kind", "vocab_size", "model", "fingerprint")
 
 
@@ -51,7 +56,12 @@ class Tokenizer(abc.ABC):
   vocab_size: int
   """V of the model. Some ids may be unused."""
   separator: int
-  """The id between documents; a prompt starts with it too."""
+  """The id between documents."""
+
+  @property
+  def start(self) -> int:
+    """The id that a prompt starts with."""
+    return self.separator
 
   @abc.abstractmethod
   def encode_batch(self, texts: Sequence[bytes]) -> list[Int[np.ndarray, "n"]]:
@@ -236,6 +246,86 @@ class BPETokenizer(Tokenizer):
     return self._tokenizer.to_str()
 
 
+class ImportedTokenizer(Tokenizer):
+  """The tokenizer.json of a published model.
+
+  Text is normalised as the model was trained, so decoding may not give back every byte;
+  bits per byte count the bytes that the ids stand for.
+  """
+
+  kind = "hf"
+
+  def __init__(self, model: str, vocab_size: int):
+    """Wraps a tokenizer.
+
+    Args:
+      model: JSON with `tokenizer` (the library's JSON), `separator` and `start` (ids).
+      vocab_size: V of the model, at least the tokenizer's.
+
+    Raises:
+      ValueError: not as described, or an id outside the vocabulary.
+    """
+    fields = files.parse_json(model, _MAX_DEPTH)
+    self._json = model
+    self._library_json = str(fields["tokenizer"])
+    self._tokenizer = tokenizers.Tokenizer.from_str(self._library_json)
+    self.vocab_size = vocab_size
+    self.separator, self._start = fields["separator"], fields["start"]
+    highest = max(self._tokenizer.get_vocab().values(), default=0)
+    for name, index in (
+      ("ids", highest),
+      ("separator", self.separator),
+      ("start", self.start),
+    ):
+      if type(index) is not int or not 0 <= index < vocab_size:
+        raise ValueError(
+          f"its {name} up to {index} do not fit a vocabulary of {vocab_size}"
+        )
+
+  @classmethod
+  def make(
+    cls, library_json: str, vocab_size: int, *, separator: int, start: int
+  ) -> "ImportedTokenizer":
+    """Returns the tokenizer of a tokenizer.json; raises as the constructor."""
+    fields = {"tokenizer": library_json, "separator": separator, "start": start}
+    return cls(json.dumps(fields), vocab_size)
+
+  @property
+  def library_json(self) -> str:
+    """The tokenizer.json it was made of."""
+    return self._library_json
+
+  @property
+  def start(self) -> int:
+    return self._start
+
+  def encode_batch(self, texts: Sequence[bytes]) -> list[Int[np.ndarray, "n"]]:
+    """See the base class. Invalid UTF-8 becomes the replacement character."""
+    strings = [text.decode("utf-8", "replace") for text in texts]
+    encoded = self._tokenizer.encode_batch_fast(strings, add_special_tokens=False)
+    return [np.array(e.ids, np.int32) for e in encoded]
+
+  def _make_pieces(self) -> list[bytes]:
+    byte_of = _byte_of_char()
+    is_byte_level = '"ByteLevel"' in self._library_json
+    added = self._tokenizer.get_added_tokens_decoder()
+    pieces = [b""] * self.vocab_size
+    for token, index in self._tokenizer.get_vocab().items():
+      if index in added:
+        special = added[index].special
+        pieces[index] = b"" if special else added[index].content.encode()
+      elif is_byte_level and all(c in byte_of for c in token):
+        pieces[index] = bytes(byte_of[c] for c in token)
+      elif _BYTE_TOKEN.fullmatch(token):
+        pieces[index] = bytes([int(token[3:5], 16)])
+      else:
+        pieces[index] = token.replace("\u2581", " ").encode()
+    return pieces
+
+  def _model(self) -> str:
+    return self._json
+
+
 def from_json(text: str | bytes) -> Tokenizer:
   """Returns the tokenizer that `to_json` wrote.
 
@@ -250,6 +340,11 @@ def from_json(text: str | bytes) -> Tokenizer:
     raise ValueError("its fingerprint does not fit its content")
   if kind == "bytes":
     return ByteTokenizer()
+  if kind == "hf":
+    try:
+      return ImportedTokenizer(model, size)
+    except Exception as e:  # the library raises nothing narrower
+      raise ValueError(str(e) or type(e).__name__) from e
   # A fingerprint is not a signature: anyone can make one.
   if kind != "bpe" or type(size) is not int or not _MIN_BPE_VOCAB <= size <= _MAX_VOCAB:
     raise ValueError(f"it is of kind {kind!r} with {size!r} ids")

@@ -48,8 +48,8 @@ class Layout(abc.ABC):
 class SlotLayout(Layout):
   """A layout whose rows have a size that does not depend on the load.
 
-  So one all-to-all of known shape carries them. Experts map zero rows to zero rows, so
-  empty slots need no mask, and cost as much as full ones.
+  So one all-to-all of known shape carries them. No token collects an empty slot, so these
+  need no mask, and cost as much as full ones.
   """
 
   @classmethod

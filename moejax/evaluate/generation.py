@@ -112,7 +112,7 @@ def _prefill(
   """Runs P tokens; returns next-token logits and a cache for M tokens."""
   cache = model.init_cache(tokens.shape[0], length)
   out = model(params, tokens, cache=cache, capacity_factor=groups.least_factor(model))
-  return out.logits[:, -1], out.cache
+  return out.logits[:, -1, : model.vocab_size], out.cache
 
 
 @pytree
@@ -168,7 +168,7 @@ def _decode(
       cache=cache,
       capacity_factor=groups.least_factor(model),
     )
-    return step + 1, tokens, out.logits[:, 0], length, out.cache
+    return step + 1, tokens, out.logits[:, 0, : model.vocab_size], length, out.cache
 
   logits, cache = first
   state = (start, tokens, logits, rows.limit, cache)
@@ -366,7 +366,7 @@ def _encode(tokenizer: Any, prompt: str, max_length: int) -> list[int]:
     raise UserError(
       f"--prompt={prompt!a} is no UTF-8. Give it as UTF-8, or in a file by --prompt_file."
     ) from None
-  ids = [tokenizer.separator, *tokenizer.encode(prompt)]
+  ids = [tokenizer.start, *tokenizer.encode(prompt)]
   if len(ids) >= max_length:
     raise UserError(
       f"The --prompt has {len(ids) - 1} tokens, and the context holds {max_length}: the "

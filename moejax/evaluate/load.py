@@ -67,7 +67,8 @@ class LoadedRun:
 
   @functools.cached_property
   def _apply(self) -> Any:
-    return jax.jit(lambda params, tokens: self.model(params, tokens).logits)
+    size = self.model.vocab_size
+    return jax.jit(lambda params, tokens: self.model(params, tokens).logits[..., :size])
 
 
 def load_run(workdir: Path | str, step: int | None = None) -> LoadedRun:
@@ -86,6 +87,8 @@ def load_run(workdir: Path | str, step: int | None = None) -> LoadedRun:
     tokenizer = load_tokenizer(workdir)
   # The stored embedding has a row for every id, regardless of the tokenizer.
   vocab_size = int(params["embedding"]["table"].shape[0])
+  if config.model.vocab_multiple > 1 and tokenizer is not None:
+    vocab_size = tokenizer.vocab_size  # Further rows are padding.
   model = groups.make_model(config, vocab_size)
   return LoadedRun(
     config=config, model=model, params=params, tokenizer=tokenizer, step=int(meta["step"])

@@ -23,6 +23,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from moejax.config.exchange_rule import choose
@@ -54,6 +55,9 @@ _WEIGHT_AXES = {
   "w_in": ("expert", "width", "hidden"),
   "w_gate": ("expert", "width", "hidden"),
   "w_out": ("expert", "hidden", "width"),
+  "b_in": ("expert", "hidden"),
+  "b_gate": ("expert", "hidden"),
+  "b_out": ("expert", "width"),
 }
 
 
@@ -131,6 +135,20 @@ def _gather_width(weights: ExpertWeights) -> ExpertWeights:
       return jax.lax.all_gather(w[0], "fsdp", axis=axis - 1, tiled=True)[None]
     return jax.lax.all_gather(w, "fsdp", axis=axis, tiled=True)
 
+  def varying(bias: Array | None, axis: str) -> Array | None:
+    return None if bias is None else _vary(bias, axis)
+
   w_in, w_out = gather(weights.w_in, 1), gather(weights.w_out, 2)
   assert w_in is not None and w_out is not None
-  return ExpertWeights(w_in=w_in, w_out=w_out, w_gate=gather(weights.w_gate, 1))
+  b_out = varying(gather(weights.b_out, 1), "tensor")
+  if b_out is not None:
+    # The sum over `tensor` must count it once.
+    b_out = jnp.where(jax.lax.axis_index("tensor") == 0, b_out, jnp.zeros_like(b_out))
+  return ExpertWeights(
+    w_in=w_in,
+    w_out=w_out,
+    w_gate=gather(weights.w_gate, 1),
+    b_in=varying(weights.b_in, "fsdp"),
+    b_gate=varying(weights.b_gate, "fsdp"),
+    b_out=b_out,
+  )

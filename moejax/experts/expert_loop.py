@@ -7,7 +7,8 @@ docs/speed.md has the measurements.
 
 Tokens are gathered inside the loop, so no permuted copy of x exists. The backward
 pass is written by hand: it saves only the hidden pre-activations, needs no expert
-output for the gate (d gate = <act(h), g W_out^T>), and moves rows by gathers.
+output for the gate (d gate = <act(h), g W_out^T> + <b_out, g>), and moves rows by
+gathers.
 
 Letters: T tokens (all groups), D width, E experts, F expert hidden width, N
 assignments, Z rows of a block.
@@ -114,6 +115,14 @@ def _stacks_in(weights: ExpertWeights) -> list[Array]:
   return [w for w in (weights.w_in, weights.w_gate) if w is not None]
 
 
+def _biases_in(weights: ExpertWeights) -> list[Array]:
+  return [b for b in (weights.b_in, weights.b_gate) if b is not None]
+
+
+def _plus(rows: Array, bias: Array | None, block: _Block) -> Array:
+  return rows if bias is None else rows + _pick(bias, block.expert)[None]
+
+
 @jax.custom_vjp
 def expert_loop(
   x: Float[Array, "T D"],
@@ -130,7 +139,7 @@ def _forward(
 ) -> tuple[Array, Any]:
   plan, moves = arrays.plan, arrays.moves
   token = permute.token_of_row(moves)
-  stacks = _stacks_in(weights)
+  stacks, biases = _stacks_in(weights), _biases_in(weights) or [None, None]
   buffer = functools.partial(_rows_buffer, arrays, dtype=x.dtype, like=x)
   hidden = [buffer(w.shape[2]) for w in stacks if keep_hidden]
 
@@ -138,8 +147,9 @@ def _forward(
     hidden, out = carry
     rows = permute.take(x, permute.take(token, block.row))
     pre = [_dot(rows, _pick(w, block.expert), (1, 0)) for w in stacks]
+    pre = [_plus(p, b, block) for p, b in zip(pre, biases)]
     act = activate(pre[0], pre[-1], arrays.activation)
-    y = _dot(act, _pick(weights.w_out, block.expert), (1, 0))
+    y = _plus(_dot(act, _pick(weights.w_out, block.expert), (1, 0)), weights.b_out, block)
     # If hidden is not kept, the list is empty and zip stops at once.
     hidden = [_write(h, p, block) for h, p in zip(hidden, pre)]
     return hidden, _write(out, y, block)
@@ -167,9 +177,14 @@ def _backward(residuals: Any, dy: Array) -> tuple[Array, Array, ExpertWeights, A
     d_act = _dot(g, _pick(weights.w_out, block.expert), (1, 1))
     # In float32 for any compute dtype: gates are float32.
     dg = jnp.sum(act.astype(jnp.float32) * d_act.astype(jnp.float32), axis=1)
+    if weights.b_out is not None:
+      own = _pick(weights.b_out, block.expert).astype(jnp.float32)
+      dg = dg + jnp.sum(g.astype(jnp.float32) * own[None], axis=1)
     d_pre = pull(d_act * scale[:, None])
     grads = [_dot(act, g * scale[:, None], (0, 0))]
     grads += [_dot(rows, d, (0, 0)) for d in d_pre]
+    if weights.b_out is not None:
+      grads += [jnp.sum(d, axis=0) for d in (g * scale[:, None], *d_pre)]
     back = [_dot(d, _pick(w, block.expert), (1, 1)) for d, w in zip(d_pre, stacks)]
     d_row = functools.reduce(jnp.add, back)
     d_weights = [_add_at(w, g, block) for w, g in zip(d_weights, grads)]
@@ -177,18 +192,26 @@ def _backward(residuals: Any, dy: Array) -> tuple[Array, Array, ExpertWeights, A
 
   d_rows = _rows_buffer(arrays, x.shape[1], dtype=x.dtype, like=dy)
   d_gate = _rows_buffer(arrays, dtype=jnp.float32, like=dy)
-  d_weights = [_zeros(w.shape, w.dtype, dy) for w in (weights.w_out, *stacks)]
+  parts = [weights.w_out, *stacks]
+  if weights.b_out is not None:
+    parts += [weights.b_out, *_biases_in(weights)]
+  d_weights = [_zeros(w.shape, w.dtype, dy) for w in parts]
   d_rows, d_gate, d_weights = _over_blocks(plan, body, (d_rows, d_gate, d_weights))
   return (
     permute.sum_rows(d_rows, None, moves),
     permute.take_masked(d_gate, moves.place, moves.kept),
-    ExpertWeights(
-      w_out=d_weights[0],
-      w_in=d_weights[1],
-      w_gate=d_weights[2] if weights.w_gate is not None else None,
-    ),
+    _as_weights(d_weights, weights),
     None,
   )
+
+
+def _as_weights(parts: list[Array], like: ExpertWeights) -> ExpertWeights:
+  """Returns gradients in the order w_out, w_in, w_gate, b_out, b_in, b_gate."""
+  gated = like.w_gate is not None
+  names = ["w_out", "w_in", *(["w_gate"] if gated else [])]
+  if like.b_out is not None:
+    names += ["b_out", "b_in", *(["b_gate"] if gated else [])]
+  return ExpertWeights(**dict(zip(names, parts, strict=True)))
 
 
 expert_loop.defvjp(_forward, _backward)

@@ -142,12 +142,32 @@ def apply_ragged_experts(
   if chunks > 1:
     return _in_chunks(rows, sizes, weights, activation, gate, chunks, implementation)
   product = functools.partial(grouped_matmul, sizes=sizes, implementation=implementation)
-  hidden = product(rows, weights.w_in)
-  hidden_gate = None if weights.w_gate is None else product(rows, weights.w_gate)
+  hidden = _add(product(rows, weights.w_in), weights.b_in, sizes)
+  hidden_gate = None
+  if weights.w_gate is not None:
+    hidden_gate = _add(product(rows, weights.w_gate), weights.b_gate, sizes)
   hidden = activate(hidden, hidden_gate, activation)
   if gate is not None:
     hidden = (hidden.astype(jnp.float32) * gate[:, None]).astype(rows.dtype)
-  return product(hidden, weights.w_out)
+  return _add(product(hidden, weights.w_out), weights.b_out, sizes, gate)
+
+
+def _add(
+  out: Float[Array, "N F"],
+  bias: Float[Array, "E F"] | None,
+  sizes: Int[Array, "E"],
+  gate: Float[Array, "N"] | None = None,
+) -> Float[Array, "N F"]:
+  """Adds its expert's bias, times its gate, to each row; none after the last run."""
+  if bias is None:
+    return out
+  ends = jnp.cumsum(sizes)
+  row = jnp.arange(out.shape[0], dtype=sizes.dtype)
+  expert = jnp.searchsorted(ends, row, side="right").astype(jnp.int32)
+  own = bias[jnp.minimum(expert, sizes.shape[0] - 1)]
+  if gate is not None:
+    own = (own.astype(jnp.float32) * gate[:, None]).astype(out.dtype)
+  return out + jnp.where((row < ends[-1])[:, None], own, jnp.zeros((), own.dtype))
 
 
 def _in_chunks(

@@ -12,18 +12,29 @@ from moejax.types import pytree
 
 @pytree
 class ExpertWeights:
-  """Expert weights, one stacked array per matrix. No biases, as in Switch and Mixtral."""
+  """Expert weights, one stacked array per matrix, and biases, if there are any."""
 
   w_in: Float[Array, "E D F"]
   w_out: Float[Array, "E F D"]
   w_gate: Float[Array, "E D F"] | None = None
-  """Present for SwiGLU: hidden = silu(x w_gate) * (x w_in)."""
+  """Present for gated activations, such as SwiGLU: silu(x w_gate) * (x w_in)."""
+  b_in: Float[Array, "E F"] | None = None
+  b_gate: Float[Array, "E F"] | None = None
+  b_out: Float[Array, "E D"] | None = None
+
+
+_CLAMP, _SLOPE = 7.0, 1.702
+"""Of clamped_swiglu, in the released code of GPT-OSS."""
 
 
 def activate(
   hidden: Float[Array, "... F"], gate: Float[Array, "... F"] | None, activation: str
 ) -> Float[Array, "... F"]:
-  """Applies the hidden non-linearity: relu, gelu (tanh form) or swiglu."""
+  """Applies the hidden non-linearity; gelu and geglu in the tanh form.
+
+  clamped_swiglu (GPT-OSS, released code): with g = min(gate, 7) and h = hidden clipped to
+  +-7, it is g * sigmoid(1.702 g) * (h + 1).
+  """
   match activation:
     case "relu":
       return jax.nn.relu(hidden)
@@ -32,6 +43,13 @@ def activate(
     case "swiglu":
       assert gate is not None, "swiglu needs w_gate"
       return jax.nn.silu(gate) * hidden
+    case "geglu":
+      assert gate is not None, "geglu needs w_gate"
+      return jax.nn.gelu(gate, approximate=True) * hidden
+    case "clamped_swiglu":
+      assert gate is not None, "clamped_swiglu needs w_gate"
+      gate, hidden = jnp.minimum(gate, _CLAMP), jnp.clip(hidden, -_CLAMP, _CLAMP)
+      return gate * jax.nn.sigmoid(_SLOPE * gate) * (hidden + 1)
     case _:
       raise ValueError(f"unknown activation {activation!r}")
 
@@ -41,11 +59,23 @@ def apply_experts(
 ) -> Float[Array, "E *n D"]:
   """Applies every expert to its own rows, in plain batched form.
 
-  Maps zero rows to zero rows, so empty slots need no mask.
-
+  Empty slots need no mask: no token collects what they hold.
   """
   hidden = jnp.einsum("e...d,edf->e...f", rows, weights.w_in)
+  hidden = _add(hidden, weights.b_in)
   gate = None
   if weights.w_gate is not None:
     gate = jnp.einsum("e...d,edf->e...f", rows, weights.w_gate)
-  return jnp.einsum("e...f,efd->e...d", activate(hidden, gate, activation), weights.w_out)
+    gate = _add(gate, weights.b_gate)
+  hidden = activate(hidden, gate, activation)
+  out = jnp.einsum("e...f,efd->e...d", hidden, weights.w_out)
+  return _add(out, weights.b_out)
+
+
+def _add(
+  rows: Float[Array, "E *n F"], bias: Float[Array, "E F"] | None
+) -> Float[Array, "E *n F"]:
+  if bias is None:
+    return rows
+  between = (1,) * (rows.ndim - 2)
+  return rows + bias.reshape(bias.shape[0], *between, bias.shape[1])

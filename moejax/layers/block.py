@@ -1,7 +1,8 @@
-"""A Transformer block: pre-norm attention, then a dense or MoE feed-forward."""
+"""A Transformer block: attention, then a dense or MoE feed-forward, with their norms."""
 
 import dataclasses
 
+import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int, Key
 
@@ -48,17 +49,31 @@ class BlockInputs:
 
 
 class Block(nnx.Module):
-  """x + attention(norm(x)), then x + feed_forward(norm(x))."""
+  """x + attention(norm(x)), then x + feed_forward(norm(x)).
+
+  Under `norm_placement` post the norm is on what is added, x + norm(attention(x)), and
+  under both it is on both sides.
+  """
 
   def __init__(self, model: ModelConfig, moe: MoEConfig, is_moe: bool, rngs: nnx.Rngs):
-    self.attention_norm = RMSNorm(model.width, epsilon=model.norm_eps)
+    def norm(*placements: str) -> RMSNorm | None:
+      if model.norm_placement not in placements:
+        return None
+      return RMSNorm(model.width, epsilon=model.norm_eps)
+
+    self.attention_norm = norm("pre", "both")
     self.attention = make_attention(model, rngs)
-    self.feed_forward_norm = RMSNorm(model.width, epsilon=model.norm_eps)
+    self.attention_post_norm = norm("post", "both")
+    self.feed_forward_norm = norm("pre", "both")
+    self.feed_forward_post_norm = norm("post", "both")
+    self.residual_scale = model.residual_scale
     if is_moe and not moe.dense_twin:
       self.moe = MoE(model, moe, rngs)
     else:
-      hidden = twin_hidden(moe) if is_moe else model.hidden
-      self.feed_forward = FeedForward(model, hidden, rngs)
+      hidden, activation = model.hidden, model.activation
+      if is_moe:
+        hidden, activation = twin_hidden(moe), moe.activation or activation
+      self.feed_forward = FeedForward(model, hidden, rngs, activation)
     self.is_moe = is_moe and not moe.dense_twin
 
   def __call__(
@@ -70,11 +85,13 @@ class Block(nnx.Module):
     cache: LayerCache | None,
     layer: LayerInputs | None = None,
   ) -> tuple[Float[Array, "B S D"], MoEAux | None, LayerCache | None]:
-    mixed, cache = self.attention(self.attention_norm(x), inputs.context, cache)
-    x = on_tokens(x + mixed)
-    normed = self.feed_forward_norm(x)
+    normed = _apply(self.attention_norm, x)
+    mixed, cache = self.attention(normed, inputs.context, cache)
+    x = self._add(x, _apply(self.attention_post_norm, mixed))
+    normed = _apply(self.feed_forward_norm, x)
     if not self.is_moe:
-      return on_tokens(x + self.feed_forward(normed)), None, cache
+      y = _apply(self.feed_forward_post_norm, self.feed_forward(normed))
+      return self._add(x, y), None, cache
     options = inputs.options
     y, aux = self.moe(
       normed,
@@ -89,7 +106,18 @@ class Block(nnx.Module):
       step=inputs.step,
       return_served=options.return_served,
     )
-    return on_tokens(x + y), aux, cache
+    return self._add(x, _apply(self.feed_forward_post_norm, y)), aux, cache
+
+  def _add(
+    self, x: Float[Array, "B S D"], y: Float[Array, "B S D"]
+  ) -> Float[Array, "B S D"]:
+    if self.residual_scale != 1:
+      y = y * jnp.asarray(self.residual_scale, y.dtype)
+    return on_tokens(x + y)
+
+
+def _apply(norm: RMSNorm | None, x: Float[Array, "B S D"]) -> Float[Array, "B S D"]:
+  return x if norm is None else norm(x)
 
 
 def make_attention(model: ModelConfig, rngs: nnx.Rngs) -> Attention | LatentAttention:

@@ -14,6 +14,9 @@ class Embedding(nnx.Module):
   """Token table; also the output head when tied."""
 
   def __init__(self, config: ModelConfig, vocab_size: int, rngs: nnx.Rngs):
+    self.vocab_size = vocab_size
+    vocab_size = config.padded(vocab_size)
+    self.is_padded = vocab_size > self.vocab_size
     self.table = parameter.matrix(
       rngs,
       (vocab_size, config.width),
@@ -32,11 +35,23 @@ class Embedding(nnx.Module):
         dtype=config.param_dtype,
       )
     self.tied = config.tie_embeddings
+    self.scale, self.divisor = config.embedding_scale, config.logits_divisor
+    self.soft_cap = config.logits_soft_cap
 
   def embed(self, tokens: Int[Array, "B S"], dtype: jnp.dtype) -> Float[Array, "B S D"]:
-    return lookup(self.table[...], tokens, dtype)
+    x = lookup(self.table[...], tokens, dtype)
+    return x if self.scale == 1 else x * jnp.asarray(self.scale, x.dtype)
 
   def logits(self, x: Float[Array, "B S D"]) -> Float[Array, "B S V"]:
+    """Returns float32 logits, of padded ids -inf."""
     x = self.norm(x)
     head = self.table[...].T if self.tied else self.head[...]
-    return score(x, head.astype(x.dtype))
+    logits = score(x, head.astype(x.dtype))
+    if self.divisor != 1:
+      logits = logits / self.divisor
+    if self.soft_cap is not None:
+      logits = self.soft_cap * jnp.tanh(logits / self.soft_cap)
+    if self.is_padded:
+      real = jnp.arange(logits.shape[-1], dtype=jnp.int32) < self.vocab_size
+      logits = jnp.where(real[None, None], logits, -jnp.inf)
+    return logits

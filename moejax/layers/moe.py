@@ -21,6 +21,7 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int, Key
 
 from moejax.config import ModelConfig, MoEConfig
+from moejax.config.ranges import GATED
 from moejax.config.router import make_router, num_present, num_selected
 from moejax.exchange import run as exchange
 from moejax.exchange.base import Lost, Options
@@ -70,7 +71,26 @@ def loss_weights(moe: MoEConfig) -> dict[str, float]:
 class Experts(nnx.Module):
   """E feed-forward networks, with one stacked parameter per matrix."""
 
-  def __init__(self, config: ModelConfig, num_experts: int, hidden: int, rngs: nnx.Rngs):
+  def __init__(
+    self,
+    config: ModelConfig,
+    num_experts: int,
+    hidden: int,
+    rngs: nnx.Rngs,
+    *,
+    activation: str = "",
+    bias: bool = False,
+  ):
+    """Creates E experts.
+
+    Args:
+      config: of the model.
+      num_experts: E.
+      hidden: F.
+      rngs: for the initial parameters.
+      activation: empty is the model's.
+      bias: whether every matrix has a bias.
+    """
     width, scale, dtype = config.width, config.init_scale, config.param_dtype
     shape_in, axes_in = (num_experts, width, hidden), ("expert", "width", "hidden")
     shape_out, axes_out = (num_experts, hidden, width), ("expert", "hidden", "width")
@@ -82,16 +102,35 @@ class Experts(nnx.Module):
       )
 
     self.w_in = w_in()
-    self.w_gate = w_in() if config.activation == "swiglu" else None
+    is_gated = (activation or config.activation) in GATED
+    self.w_gate = w_in() if is_gated else None
     self.w_out = parameter.matrix(
       rngs, shape_out, axes_out, fan_in=hidden, scale=out_scale, dtype=dtype
     )
 
+    def zeros(size: int, axis: str, wanted: bool = True) -> nnx.Param | None:
+      if not (bias and wanted):
+        return None
+      return parameter.constant(0.0, (num_experts, size), ("expert", axis), dtype=dtype)
+
+    self.in_bias = zeros(hidden, "hidden")
+    self.gate_bias = zeros(hidden, "hidden", is_gated)
+    self.out_bias = zeros(width, "width")
+
   def weights(self, dtype: jnp.dtype) -> ExpertWeights:
     """Returns the matrices in the compute dtype."""
-    gate = None if self.w_gate is None else self.w_gate[...].astype(dtype)
-    w_in, w_out = self.w_in[...].astype(dtype), self.w_out[...].astype(dtype)
-    return ExpertWeights(w_in=w_in, w_out=w_out, w_gate=gate)
+
+    def cast(param: nnx.Param | None) -> Array | None:
+      return None if param is None else param[...].astype(dtype)
+
+    return ExpertWeights(
+      w_in=self.w_in[...].astype(dtype),
+      w_out=self.w_out[...].astype(dtype),
+      w_gate=cast(self.w_gate),
+      b_in=cast(self.in_bias),
+      b_gate=cast(self.gate_bias),
+      b_out=cast(self.out_bias),
+    )
 
 
 class MoE(nnx.Module):
@@ -101,16 +140,21 @@ class MoE(nnx.Module):
     self.num_experts = moe.fine_experts
     hidden = moe.fine_hidden
     self.router = RouterLayer(model.width, moe, rngs)
-    self.experts = Experts(model, self.num_experts, hidden, rngs)
+    activation = moe.activation or model.activation
+    self.experts = Experts(
+      *(model, self.num_experts, hidden, rngs),
+      activation=activation,
+      bias=moe.expert_bias,
+    )
     if moe.shared_width:
-      self.shared = FeedForward(model, moe.shared_width, rngs)
+      self.shared = FeedForward(model, moe.shared_width, rngs, activation)
     shape, axes = (model.width, 1), ("width", None)
     self.shared_gate = (
       parameter.matrix(rngs, shape, axes, fan_in=model.width) if moe.shared_gate else None
     )
     self._config = Constant(moe)
     self.options = Options(
-      activation=model.activation,
+      activation=activation,
       num_selected=num_selected(moe),
       dispatcher=moe.dispatcher,
       exchange=moe.exchange,

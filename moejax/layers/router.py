@@ -42,6 +42,10 @@ class RouterLayer(nnx.Module):
       scale=moe.router_init_scale,
       trained=self.router.learned,
     )
+    bias_shape, bias_axes = (moe.fine_experts,), ("router_expert",)
+    self.logit_bias = (
+      parameter.constant(0.0, bias_shape, bias_axes) if moe.router_bias else None
+    )
     declared = self.router.parameters(sizes(moe, width, moe.group_size))
     self._declared = Constant(declared)
     for name, about in declared.items():
@@ -91,6 +95,8 @@ class RouterLayer(nnx.Module):
       if moe.expert_dropout and present is None:
         present = present_experts(dropout_key, moe)
     logits = on_tokens(project(seen, self.weight[...]))
+    if self.logit_bias is not None:
+      logits = logits + self.logit_bias[...].astype(jnp.float32)[None, None]
     if not self.router.learned:
       logits = jax.lax.stop_gradient(logits)
     if present is not None:

@@ -62,7 +62,7 @@ class MoE(nnx.Module):
       num_selected: K.
       router: a name from `--list=routers`.
       router_options: the router's own options.
-      activation: relu, gelu or swiglu.
+      activation: relu, gelu, swiglu, geglu or clamped_swiglu.
       capacity_factor: slots per expert relative to an even load; None means dropless.
       rngs: for the initial parameters.
       **moe: other fields of `moejax.config.MoEConfig`, such as num_shared=1,

@@ -35,7 +35,13 @@ TOKEN_CHOICE_READS = (
 )
 """Fields of `MoEConfig` that token-choice routers read, through `assign`."""
 
-LEARNED_READS = ("balance_weight", "z_weight", "entropy_weight", "jitter")
+LEARNED_READS = (
+  "balance_weight",
+  "z_weight",
+  "entropy_weight",
+  "jitter",
+  "router_bias",
+)
 """Fields of `MoEConfig` that affect only routers that learn."""
 
 

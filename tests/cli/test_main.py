@@ -15,6 +15,7 @@ IN_A_CLONE = {
   "evaluate": "experiments.evaluate",
   "sweep": "experiments.sweep",
   "generate": "experiments.generate",
+  "convert": "experiments.convert",
   "count": "tools.count",
   "compare": "tools.compare",
   "collectives": "tools.collectives",

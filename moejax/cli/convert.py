@@ -1,0 +1,180 @@
+"""Convert a published model into a run, or a run into a folder for Transformers.
+
+  python -m experiments.convert --from_hf=DIR --workdir=RUN [--dry_run]
+  python -m experiments.convert --from_hf=hf://org/name --workdir=RUN
+  python -m experiments.convert --workdir=RUN --to_hf=DIR [--step=N] [--dry_run]
+
+Import reads config.json, safetensors (sharded or not, bfloat16, FP8 or MXFP4) and
+tokenizer.json, if there is one, and writes a run that the other programs take like any
+other. Parameters are read one tensor at a time; with --config.mesh.expert=4 or another
+mesh, straight into its shards. A conversion that was killed is started again by the same
+command. Export writes what `AutoModelForCausalLM.from_pretrained` loads, or says what
+Transformers cannot represent.
+
+Both print the architecture, the number of parameters (total and active) and a
+fingerprint of each parameter. --dry_run writes nothing and prints the mapping, tensor by
+tensor. docs/models.md lists the architectures.
+"""
+
+import pathlib
+from typing import Any
+
+from absl import flags
+
+from moejax.cli import flags as cli
+from moejax.config import Config
+from moejax.errors import UserError
+
+_FROM = flags.DEFINE_string(
+  "from_hf", None, "Folder of a published model, or hf://org/name."
+)
+_TO = flags.DEFINE_string("to_hf", None, "New folder to write a run's model to.")
+_DRY = flags.DEFINE_bool("dry_run", False, "Only print what would be done, by tensor.")
+_ARCHITECTURE = flags.DEFINE_string(
+  "architecture", None, "--to_hf: the model_type to write; default the one that fits."
+)
+_STEP = flags.DEFINE_integer(
+  "step", None, "--to_hf: which checkpoint; default the newest.", lower_bound=0
+)
+
+
+def main() -> None:
+  if (_FROM.value is None) == (_TO.value is None):
+    raise UserError("Give either --from_hf=DIR to import or --to_hf=DIR to export.")
+  if _TO.value is not None:
+    export(cli.run_directory(), pathlib.Path(_TO.value))
+    return
+  if not flags.FLAGS.workdir and not _DRY.value:
+    raise UserError("--workdir=DIR is missing: give the directory of the new run.")
+  if _ARCHITECTURE.value is not None or _STEP.value is not None:
+    raise UserError("--architecture and --step belong to --to_hf. Leave them out.")
+  import_(_FROM.value)
+
+
+def import_(folder: str | None) -> None:
+  """Imports a published model as a run."""
+  from moejax.interop import importing, published
+
+  found = published.open_folder(folder or "")
+  config = cli.get_config(base=found.config)
+  _refuse_other_models(found.config, config)
+  if _DRY.value:
+    _print_rows(found.loader.rows)
+    for name, reason in found.loader.left_out.items():
+      print(f"{name}  left out: {reason}")
+    _print_summary(found.architecture.name, config)
+    return
+  shardings = _shardings(config, found.model)
+  workdir = pathlib.Path(flags.FLAGS.workdir)
+  sums = importing.make_run(found, workdir, config, shardings)
+  for name, value in sums.items():
+    print(f"{name}  {value}")
+  left_out = sorted(set(found.loader.left_out.values()))
+  for reason in left_out:
+    names = [n for n, r in found.loader.left_out.items() if r == reason]
+    shown = ", ".join(names[:3]) + (" ..." if len(names) > 3 else "")
+    print(f"Left out ({reason}): {len(names)} tensors, {shown}")
+  if found.tokenizer is None:
+    print("The folder has no tokenizer.json: programs that read or write text refuse it.")
+  _print_summary(found.architecture.name, config)
+  print(f"{workdir}")
+  print(
+    f"Fine-tune it with --config={workdir}/config.json --init_from={workdir} "
+    "--workdir=NEW."
+  )
+
+
+def export(workdir: pathlib.Path, folder: pathlib.Path) -> None:
+  """Exports a run's model."""
+  from moejax.checkpoint.manager import peek, restore_params
+  from moejax.data.tokenizer import FILE, load_tokenizer
+  from moejax.evaluate import groups
+  from moejax.interop import exporting
+  from moejax.interop.mapping import rows
+
+  shapes, stored, _ = peek(workdir, _STEP.value)
+  config = cli.get_config(base=stored)
+  _refuse_other_models(stored, config, allowed=("moe.eval_capacity_factor",))
+  tokenizer = load_tokenizer(workdir) if (workdir / FILE).exists() else None
+  vocab_size = config.model.vocab_size or int(shapes["embedding"]["table"].shape[0])
+  if config.model.vocab_multiple > 1 and tokenizer and not config.model.vocab_size:
+    vocab_size = tokenizer.vocab_size  # Further rows are padding.
+  model = groups.make_model(config, vocab_size)
+  config.model.vocab_size = vocab_size
+  architecture, _ = exporting.choose(config, _ARCHITECTURE.value)
+  if _DRY.value:
+    _print_rows(rows(architecture, model))
+    _print_summary(architecture.name, config)
+    return
+  params, _, meta = restore_params(workdir, _STEP.value)
+  exporting.export(
+    config,
+    model,
+    params,
+    folder,
+    tokenizer=tokenizer,
+    taken_along=workdir,
+    name=architecture.name,
+    kept=meta.get("converted_from", {}).get("kept"),
+  )
+  for name, leaf in meta["leaves"].items():
+    if name.startswith("params."):
+      print(f"{name.removeprefix('params.')}  {leaf['sum']}")
+  _print_summary(architecture.name, config)
+  print(folder)
+
+
+def _refuse_other_models(
+  own: Config, given: Config, allowed: tuple[str, ...] = ()
+) -> None:
+  from moejax.interop.canonical import differences
+
+  changed = [name for name, _, _ in differences(own, given) if name not in allowed]
+  if own.model.vocab_multiple != given.model.vocab_multiple:
+    changed.append("model.vocab_multiple")
+  if changed:
+    raise UserError(
+      f"--config.{changed[0]}: the model is as it is stored. Leave it out; a conversion "
+      "changes where and how it runs, not what it computes."
+    )
+
+
+def _shardings(config: Config, model: Any) -> Any:
+  """Returns the shardings of the mesh that was asked for; None if none was."""
+  if not any(name.startswith("mesh.") for name in cli.overrides()):
+    return None
+  from moejax.models.placement import param_shardings
+  from moejax.sharding.mesh import make_mesh
+
+  return param_shardings(model, make_mesh(config.mesh))
+
+
+def _print_rows(rows: Any) -> None:
+  for row in rows:
+    places = ", ".join(
+      p.leaf if p.repeat is None else f"{p.leaf}[{p.repeat}]" for p in row.places
+    )
+    for number, (name, shape) in enumerate(row.tensors()):
+      expert = f" expert {number}" if "{expert}" in row.theirs else ""
+      ours = " + ".join(str(list(shape)) for shape in row.own_shapes)
+      print(f"{name} {list(shape)} -> {places}{expert} {ours}")
+
+
+def _print_summary(architecture: str, config: Config) -> None:
+  from moejax.cost.parameters import count_parameters, resolve_vocab_size
+
+  total, active = count_parameters(config, resolve_vocab_size(config))
+  print(
+    f"{architecture}: {total['total']:,} parameters, {active['total']:,} active, in "
+    f"{config.model.param_dtype}"
+  )
+
+
+def run() -> None:
+  """Runs the program."""
+  cli.define_config(default=None)
+  cli.run(main)
+
+
+if __name__ == "__main__":
+  run()

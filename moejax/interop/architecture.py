@@ -1,0 +1,80 @@
+"""An architecture as the converter sees it: a table, and its config both ways."""
+
+import dataclasses
+import importlib
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from moejax.config import Config
+from moejax.errors import UserError, did_you_mean
+from moejax.interop.keys import Keys
+from moejax.interop.table import MODEL, Entry
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Architecture:
+  """One `model_type` of Hugging Face Transformers.
+
+  Attributes:
+    name: the model_type.
+    class_name: its class for language modelling, in config.json's `architectures`.
+    layer: the table of a layer; names below `layer_prefix`.
+    read: from the keys of config.json to fields of a Config; see `fields.read`.
+    write: from a Config to the keys of config.json, with `model_type` left out.
+    model: the table outside the layers.
+    layer_prefix: before the names of a layer; `{layer}` is its number.
+    left_out: for a config.json, prefixes of tensors that are left out, and why.
+  """
+
+  name: str
+  class_name: str
+  layer: tuple[Entry, ...]
+  read: Callable[[Keys], Config]
+  write: Callable[[Config], dict[str, Any]]
+  model: tuple[Entry, ...] = MODEL
+  layer_prefix: str = "model.layers.{layer}."
+  left_out: Callable[[Mapping[str, Any]], dict[str, str]] = lambda config: {}
+
+
+_KNOWN = (
+  "mixtral",
+  "olmoe",
+  "flex_olmo",
+  "qwen2_moe",
+  "qwen3_moe",
+  "deepseek_v2",
+  "deepseek_v3",
+  "glm4_moe",
+  "gpt_oss",
+  "granitemoe",
+  "granitemoeshared",
+)
+"""Modules below moejax.interop.architectures, each with ARCHITECTURE."""
+
+_ALIASES = {"kimi_k2": "deepseek_v3"}
+"""Further names of the same model_type."""
+
+
+def known() -> tuple[str, ...]:
+  """Returns the names of all architectures."""
+  return _KNOWN
+
+
+def get(name: str, path: str) -> Architecture:
+  """Returns an architecture by its model_type.
+
+  Args:
+    name: the model_type.
+    path: of the config.json that has it, for errors.
+
+  Raises:
+    UserError: there is none of that name.
+  """
+  name = _ALIASES.get(name, name)
+  if name not in _KNOWN:
+    raise UserError(
+      f"{path}: model_type={name!r} is unknown. {did_you_mean(str(name), _KNOWN)} "
+      f"Known are {', '.join(_KNOWN)}."
+    )
+  module = importlib.import_module(f"moejax.interop.architectures.{name}")
+  return module.ARCHITECTURE

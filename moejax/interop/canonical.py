@@ -1,0 +1,117 @@
+"""One config for all that describe the same model in evaluation.
+
+Two configs make the same dropless model if their canonical forms are equal: derived
+sizes are written out, segments are experts, and what only training or the machine
+reads is at its default. Export uses it to tell what an architecture cannot represent.
+"""
+
+import copy
+import fnmatch
+import math
+from typing import Any
+
+from moejax.config import Config, ModelConfig
+from moejax.config import text as config_text
+from moejax.config.attention import layer_windows
+from moejax.config.pattern import layer_pattern
+from moejax.interop import rope
+
+_UNREAD = (
+  "schema_version",
+  "data.*",
+  "optimizer.*",
+  "train.*",
+  "mesh.*",
+  "model.dtype",
+  "model.max_position",
+  "model.remat",
+  "model.scan_layers",
+  "model.init_scale",
+  "moe.dispatcher",
+  "moe.exchange",
+  "moe.exchange_buffer",
+  "moe.exchange_chunks",
+  "moe.expert_chunks",
+  "moe.group_size",
+  "moe.capacity_factor",
+  "moe.capacity_convention",
+  "moe.min_capacity",
+  "moe.priority",
+  "moe.slot_order",
+  "moe.slot_numbering",
+  "moe.overflow",
+  "moe.jitter",
+  "moe.expert_dropout",
+  "moe.allow_future_leak",
+  "moe.balance_*",
+  "moe.z_weight",
+  "moe.entropy_weight",
+  "moe.router_init_scale",
+  "moe.*.bias_update_rate",
+  "moe.*.device_weight",
+  "moe.*.communication_weight",
+)
+"""What a dropless model's logits do not depend on."""
+
+
+def canonical(config: Config) -> Config:
+  """Returns the canonical form of a config."""
+  config = copy.deepcopy(config)
+  model, moe = config.model, config.moe
+  moe.shared_hidden, moe.num_shared = moe.shared_width, 0
+  moe.num_experts, moe.num_selected = moe.fine_experts, moe.fine_selected
+  moe.hidden, moe.segments = moe.fine_hidden, 1
+  if moe.router == "switch":  # Top-k with K = 1, whose gate stays a probability.
+    moe.router, moe.num_selected, moe.renormalize = "top_k", 1, "none"
+    moe.options = {}
+  if moe.renormalize == "none":
+    moe.renormalize_norm = 1.0
+  kinds = layer_pattern(model.num_layers, moe).is_moe
+  if all(kinds):
+    model.hidden = Config().model.hidden  # There is no dense layer.
+  moe.every, moe.offset, moe.dense_prefix = 1, 0, 0
+  moe.dense_layers = ",".join(str(i) for i, is_moe in enumerate(kinds) if not is_moe)
+  moe.activation = moe.activation or model.activation
+  if all(kinds):
+    model.activation = moe.activation
+  model.vocab_multiple = 1
+  _canonical_attention(model)
+  return config
+
+
+def _canonical_attention(model: ModelConfig) -> None:
+  """Writes out derived fields of attention, and resets those that are not read."""
+  plain = ModelConfig()
+  if model.attention == "latent":
+    model.head_dim = model.num_kv_heads = 0
+    model.rope_fraction = plain.rope_fraction
+  else:
+    size = model.head_dim or model.width // model.num_heads
+    model.head_dim, model.num_kv_heads = size, model.num_kv_heads or model.num_heads
+    if math.isclose(model.attention_scale * size**0.5, 1.0, rel_tol=1e-9):
+      model.attention_scale = 0.0
+  if not model.qk_norm:
+    model.qk_norm_scope = plain.qk_norm_scope
+  windows = layer_windows(model)
+  model.sliding_window = max(windows)
+  model.window_pattern = ""
+  if len(set(windows)) > 1:
+    words = ("sliding" if window else "full" for window in windows)
+    model.window_pattern = ",".join(words)
+  if model.rope_scaling == "none":
+    model.rope_factor, model.rope_original = plain.rope_factor, plain.rope_original
+  if model.rope_scaling == "yarn":
+    factor = model.rope_attention_factor
+    factor = rope.rotated_factor(model) if factor is None else factor
+    model.rope_attention_factor = round(factor, 12)
+    model.rope_mscale = plain.rope_mscale
+
+
+def differences(one: Config, other: Config) -> list[tuple[str, Any, Any]]:
+  """Returns the fields in which two models differ: dotted name, one's value, other's."""
+  one, other = canonical(one), canonical(other)
+  return [
+    difference
+    for difference in config_text.difference(one, other)
+    if not any(fnmatch.fnmatch(difference[0], pattern) for pattern in _UNREAD)
+  ]

@@ -1,0 +1,217 @@
+"""What the config.json of most decoders has in common, in both directions.
+
+`read_decoder` and `write_decoder` are the shared part of an architecture's `read` and
+`write`; the architecture adds its own keys. Defaults are those of its class in
+Transformers, which an absent or null key means there.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from moejax.config import Config
+from moejax.config.attention import layer_windows
+from moejax.config.pattern import layer_pattern
+from moejax.errors import UserError
+from moejax.interop import rope
+from moejax.interop.keys import Keys
+
+SEQUENCE = 1024
+"""Most tokens of a sequence that an imported model is evaluated on, unless asked."""
+
+_ACTIVATIONS = {"silu": "swiglu", "swish": "swiglu", "gelu_pytorch_tanh": "geglu"}
+_WRITTEN = {"swiglu": "silu", "geglu": "gelu_pytorch_tanh"}
+"""hidden_act of a gated layer, and our activation."""
+
+
+def read_decoder(
+  keys: Keys,
+  *,
+  theta: float = 10_000.0,
+  eps: float = 1e-6,
+  fraction: float | None = None,
+  latent: bool = False,
+) -> Config:
+  """Returns a dropless MoE decoder with the sizes of a config.json.
+
+  Args:
+    keys: of the config.json.
+    theta: the class's default of rope_theta.
+    eps: the class's default of rms_norm_eps.
+    fraction: the class's default of partial_rotary_factor; None is no such key.
+    latent: whether attention is multi-head latent attention.
+
+  Raises:
+    UserError: a key is missing or not understood.
+  """
+  config = Config()
+  model, moe = config.model, config.moe
+  model.num_layers = keys.take("num_hidden_layers", int)
+  model.width = keys.take("hidden_size", int)
+  model.num_heads = keys.take("num_attention_heads", int)
+  model.num_kv_heads = keys.take("num_key_value_heads", int, model.num_heads)
+  if model.num_heads < 1:
+    raise UserError(
+      f"{keys.path}: num_attention_heads={model.num_heads} is not positive."
+    )
+  if not latent:
+    model.head_dim = keys.take("head_dim", int, model.width // model.num_heads)
+  model.vocab_size = keys.take("vocab_size", int)
+  model.norm_eps = keys.take("rms_norm_eps", float, eps)
+  model.tie_embeddings = keys.take("tie_word_embeddings", bool, False)
+  model.max_position = keys.take("max_position_embeddings", int)
+  model.activation = _ACTIVATIONS[keys.only("hidden_act", *_ACTIVATIONS)]
+  model.dtype = model.param_dtype = _dtype(keys)
+  rope.read(keys, config, theta=theta, fraction=fraction, scales_logits=latent)
+  moe.router, moe.every, moe.offset = "top_k", 1, 0
+  moe.capacity_factor = moe.eval_capacity_factor = None
+  config.data.sequence_length = min(model.max_position, SEQUENCE)
+  config.data.tokenizer = "hf"
+  config.train.batch_size = 8
+  return config
+
+
+def write_decoder(config: Config, *, class_name: str) -> dict[str, Any]:
+  """Returns the keys that `read_decoder` reads, for a canonical config."""
+  model = config.model
+  return {
+    "architectures": [class_name],
+    # Absent, they would be those of the published model, and may not fit the vocabulary.
+    "bos_token_id": None,
+    "eos_token_id": None,
+    "pad_token_id": None,
+    "attention_dropout": 0.0,
+    "dtype": model.param_dtype,
+    "torch_dtype": model.param_dtype,
+    "head_dim": model.head_dim,
+    "hidden_act": _WRITTEN.get(model.activation, "silu"),
+    "hidden_size": model.width,
+    "initializer_range": 0.02,
+    "max_position_embeddings": model.max_position or config.data.sequence_length,
+    "num_attention_heads": model.num_heads,
+    "num_hidden_layers": model.num_layers,
+    "num_key_value_heads": model.num_kv_heads,
+    "output_router_logits": False,
+    "rms_norm_eps": model.norm_eps,
+    "tie_word_embeddings": model.tie_embeddings,
+    "use_cache": True,
+    "vocab_size": model.vocab_size,
+    **rope.write(config),
+  }
+
+
+def take_experts(keys: Keys, *names: str) -> int:
+  """Takes the number of experts, which has several names; all given ones must agree."""
+  found = {name: keys.take(name, int) for name in names if keys.has(name)}
+  if not found:
+    return keys.take(names[0], int)
+  if len(set(found.values())) > 1:
+    shown = " and ".join(f"{name}={value}" for name, value in found.items())
+    raise UserError(f"{keys.path}: {shown} contradict each other. Remove one of them.")
+  return next(iter(found.values()))
+
+
+def read_attention_bias(keys: Keys, config: Config, *, default: bool = False) -> None:
+  """Takes attention_bias: biases on queries, keys, values and the output."""
+  biased = keys.take("attention_bias", bool, default)
+  config.model.attention_bias = config.model.attention_out_bias = biased
+
+
+def read_sparse_step(keys: Keys, config: Config) -> None:
+  """Takes decoder_sparse_step and mlp_only_layers of Qwen: which layers are MoE."""
+  moe = config.moe
+  moe.every = keys.take("decoder_sparse_step", int, 1)
+  moe.offset = moe.every - 1
+  dense = keys.take("mlp_only_layers", list, [])
+  moe.dense_layers = ",".join(str(layer) for layer in dense)
+
+
+def write_sparse_step(config: Config) -> dict[str, Any]:
+  """Inverts `read_sparse_step`, with as few mlp_only_layers as can be."""
+  kinds = layer_pattern(config.model.num_layers, config.moe).is_moe
+  step = math.gcd(*(i + 1 for i, is_moe in enumerate(kinds) if is_moe))
+  dense = [i for i, is_moe in enumerate(kinds) if not is_moe and (i + 1) % step == 0]
+  return {"decoder_sparse_step": step, "mlp_only_layers": dense}
+
+
+def read_windows(keys: Keys, config: Config, default: Sequence[str]) -> None:
+  """Takes layer_types: which layers see only sliding_window tokens.
+
+  Args:
+    keys: of the config.json.
+    config: with sliding_window.
+    default: layer_types if the key is absent.
+  """
+  kinds = keys.take("layer_types", list, list(default))
+  words = {"sliding_attention": "sliding", "full_attention": "full"}
+  unknown = [kind for kind in kinds if kind not in words]
+  if unknown or len(kinds) != config.model.num_layers:
+    raise UserError(
+      f"{keys.path}: layer_types={kinds} is no list of {', '.join(words)} for each of "
+      f"{config.model.num_layers} layers."
+    )
+  if "sliding_attention" not in kinds:
+    config.model.sliding_window = 0
+  elif "full_attention" in kinds:
+    config.model.window_pattern = ",".join(words[kind] for kind in kinds)
+
+
+def write_windows(config: Config) -> list[str]:
+  """Returns layer_types."""
+  windows = layer_windows(config.model)
+  return ["sliding_attention" if window else "full_attention" for window in windows]
+
+
+def leading_dense(config: Config) -> int:
+  """Returns how many layers are dense before the first MoE layer."""
+  return layer_pattern(config.model.num_layers, config.moe).is_moe.index(True)
+
+
+def read_groups(keys: Keys, config: Config, *, best: int) -> None:
+  """Takes n_group and topk_group: a token's experts are in its best groups.
+
+  Args:
+    keys: of the config.json.
+    config: whose router is one of groups; without a limit its options stay unset.
+    best: experts of a group whose scores are summed to that of the group.
+  """
+  groups = keys.take("n_group", int, 1)
+  selected = keys.take("topk_group", int, 1)
+  if groups > 1:
+    options = {
+      "num_expert_groups": groups,
+      "num_selected_groups": selected,
+      "group_best": best,
+    }
+    config.moe.use_router(config.moe.router, **options)
+
+
+def write_groups(config: Config) -> dict[str, Any]:
+  """Inverts `read_groups`."""
+  options = config.moe.router_options
+  return {
+    "n_group": options.get("num_expert_groups", 1),
+    "topk_group": options.get("num_selected_groups", 1),
+  }
+
+
+def further_layers(config: Mapping[str, Any]) -> dict[str, str]:
+  """Returns the prefixes of layers after the last, which predict further tokens."""
+  last = config.get("num_hidden_layers")
+  more = config.get("num_nextn_predict_layers", config.get("num_mtp_layers")) or 0
+  if type(last) is not int or type(more) is not int:
+    return {}
+  reason = "layers for multi-token prediction, which decoding does not need"
+  return {f"model.layers.{last + i}.": reason for i in range(more)}
+
+
+def renormalize(keys: Keys, config: Config, default: bool) -> None:
+  """Takes norm_topk_prob: whether a token's K gates sum to 1."""
+  scaled = keys.take("norm_topk_prob", bool, default)
+  # With K = 1 a renormalised gate would always be 1.
+  config.moe.renormalize = "before_drop" if scaled else "none"
+
+
+def _dtype(keys: Keys) -> str:
+  name = keys.values.get("dtype") or keys.values.get("torch_dtype") or "float32"
+  return "bfloat16" if name == "bfloat16" else "float32"

@@ -1,0 +1,184 @@
+"""Makes a run's directory of a published model.
+
+The small files come first and the checkpoint last, under its final name only when it is
+whole: a conversion that was killed leaves a directory that holds no run yet, and the
+same command starts it again.
+"""
+
+import hashlib
+import shutil
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from moejax import files
+from moejax.checkpoint import lazy
+from moejax.checkpoint.manager import Checkpointer
+from moejax.checkpoint.read import DamagedCheckpointError, read_meta
+from moejax.config import Config
+from moejax.config import text as config_text
+from moejax.data.tokenizer import FILE as TOKENIZER_FILE
+from moejax.errors import UserError
+from moejax.interop.published import TAKEN_ALONG, Published
+from moejax.run import provenance
+from moejax.run import workdir as workdir_lib
+from moejax.run.files import CONFIG_FILE, DIRECTORY, list_steps
+from moejax.types import Params
+
+STEP = 0
+"""The checkpoint of a converted run."""
+
+SOURCE = "converted_from"
+"""In run.json and a checkpoint's meta: the folder, a digest of its headers, and keys of
+config.json that only the other side reads."""
+
+_KEPT = (
+  "bos_token_id",
+  "eos_token_id",
+  "pad_token_id",
+  "initializer_range",
+  "router_aux_loss_coef",
+)
+
+
+def make_run(
+  published: Published,
+  workdir: Path | str,
+  config: Config,
+  shardings: Params | None = None,
+) -> dict[str, str]:
+  """Writes a run's directory, with one checkpoint.
+
+  Args:
+    published: the model.
+    workdir: new, empty, or left by a conversion of the same model that was killed.
+    config: the model's, with other fields as wanted.
+    shardings: tree like the parameters, of the mesh to read them into first; None reads
+      and writes one parameter after the other.
+
+  Returns:
+    The fingerprint of each parameter, by dotted name.
+
+  Raises:
+    UserError: the directory is in use or holds something else, a tensor is unreadable,
+      or the disk is full.
+  """
+  path, origin = Path(workdir), source_digest(published)
+  if (found := converted(path)) is not None:
+    if found[SOURCE].get("digest") == origin["digest"]:
+      return sums(found["leaves"])
+    raise UserError(
+      f"--workdir={path} holds a conversion of {found[SOURCE].get('folder')}. Choose "
+      "another directory."
+    )
+  if list_steps(path / DIRECTORY):
+    raise UserError(f"--workdir={path} holds a run already. Choose another directory.")
+  workdir_lib.prepare(path, config)
+  try:
+    _write_small_files(published, path, config, origin)
+    return _write_checkpoint(published, path, config, origin, shardings)
+  finally:
+    workdir_lib.release(path)
+
+
+def converted(path: Path) -> dict[str, Any] | None:
+  """Returns the meta of a finished conversion in a directory; None if there is none."""
+  if list_steps(path / DIRECTORY) != [STEP]:
+    return None
+  try:
+    meta = read_meta(path / DIRECTORY / str(STEP))
+  except (DamagedCheckpointError, UserError):
+    return None
+  return meta if isinstance(meta.get(SOURCE), dict) else None
+
+
+def source_digest(published: Published) -> dict[str, Any]:
+  """Returns what `SOURCE` holds."""
+  digest = hashlib.sha256()
+  digest.update(config_text.dump(published.config).encode())
+  for name, tensor in published.loader.source.tensors.items():
+    stamps = [
+      (p.file.name, p.file.stat().st_size, p.file.stat().st_mtime_ns, p.offset)
+      for p in tensor.parts
+    ]
+    digest.update(repr((name, tensor.dtype, tensor.shape, stamps)).encode())
+  return {
+    "folder": str(published.folder.resolve()),
+    "model_type": published.architecture.name,
+    "digest": digest.hexdigest()[:16],
+    "kept": {k: published.values[k] for k in _KEPT if k in published.values},
+  }
+
+
+def sums(leaves: dict[str, Any]) -> dict[str, str]:
+  """Returns the fingerprint of each parameter, from a checkpoint's meta."""
+  return {
+    name.removeprefix("params."): leaf["sum"]
+    for name, leaf in leaves.items()
+    if name.startswith("params.")
+  }
+
+
+def _write_small_files(
+  published: Published, path: Path, config: Config, origin: dict[str, Any]
+) -> None:
+  if jax.process_index() != 0:
+    return
+  if published.tokenizer is not None:
+    published.tokenizer.save(path)
+  folder = (path / TOKENIZER_FILE).parent
+  for name in TAKEN_ALONG:
+    if (published.folder / name).is_file():
+      folder.mkdir(exist_ok=True)
+      with files.replacing(folder / name) as temporary:
+        shutil.copyfile(published.folder / name, temporary)
+  files.write_json(
+    path / workdir_lib.RUN_FILE,
+    {
+      SOURCE: origin,
+      "dataset_fingerprint": None,
+      "corpus_fingerprint": None,
+      "mesh": None,
+      "versions": provenance.versions(),
+      "revision": provenance.revision(),
+    },
+  )
+  files.write_json(path / CONFIG_FILE, config_text.to_dict(config))
+
+
+def _write_checkpoint(
+  published: Published,
+  path: Path,
+  config: Config,
+  origin: dict[str, Any],
+  shardings: Params | None,
+) -> dict[str, str]:
+  if shardings is None:
+    leaves = lazy.save(
+      path / DIRECTORY,
+      STEP,
+      published.loader.lazy_params(),
+      config=config,
+      metadata={"dataset_fingerprint": None, SOURCE: origin},
+      logical_axes=published.model.logical_axes(),
+    )
+    return sums(leaves)
+  checkpointer = Checkpointer(
+    path / DIRECTORY,
+    keep_last=1,
+    keep_best=0,
+    config=config,
+    metadata={"dataset_fingerprint": None, SOURCE: origin},
+    logical_axes=published.model.logical_axes(),
+    warn=lambda text: None,
+  )
+  params = published.loader.params(shardings)
+  checkpointer.save(STEP, {"params": params}, position={})
+  checkpointer.close()
+  if checkpointer.failures:
+    raise UserError(
+      f"--workdir={path}: the checkpoint could not be written "
+      f"({checkpointer.failures[-1][1]}). Make room, and give the same command again."
+    )
+  return sums(read_meta(path / DIRECTORY / str(STEP))["leaves"])

@@ -1,0 +1,142 @@
+"""Which tensors on disk make up which parameter of a model, layer by layer.
+
+The table of an architecture names parameters of one layer; here they meet the model's
+own tree, in which repeated layers are stacked.
+
+Letters: R repeats of the unit, E experts.
+"""
+
+import dataclasses
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from moejax.errors import UserError
+from moejax.interop.architecture import Architecture
+from moejax.interop.table import Entry, Shape
+from moejax.models.decoder import Decoder
+from moejax.models.per_layer import PARTS
+from moejax.types import Params
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Place:
+  """Where a parameter of one layer stands in the model's tree."""
+
+  leaf: str
+  """Dotted name of the leaf."""
+  repeat: int | None
+  """Index along its first axis, where layers are stacked."""
+  shape: Shape
+  """Of one layer, with the axis of experts."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Row:
+  """One tensor on disk (or one for each expert), and where its parts belong."""
+
+  theirs: str
+  """Its name; `{expert}` where each expert has its own."""
+  places: tuple[Place, ...]
+  entry: Entry
+
+  @property
+  def num_experts(self) -> int | None:
+    """E where the row is per expert."""
+    return self.places[0].shape[0] if self.entry.per_expert else None
+
+  @property
+  def own_shapes(self) -> list[Shape]:
+    """Shapes of ours as its form sees them: of one expert."""
+    return [p.shape[1:] if self.entry.per_expert else p.shape for p in self.places]
+
+  def tensors(self) -> Iterator[tuple[str, Shape]]:
+    """Yields name and shape of each tensor on disk."""
+    shape = self.entry.form.shape(self.own_shapes)
+    if self.entry.stacked:
+      yield self.theirs, (self.places[0].shape[0], *shape)
+    elif self.num_experts is not None:
+      for expert in range(self.num_experts):
+        yield self.theirs.format(expert=expert), shape
+    else:
+      yield self.theirs, shape
+
+
+def rows(architecture: Architecture, model: Decoder) -> list[Row]:
+  """Returns the rows of all layers, in their order, and of what is outside them.
+
+  Raises:
+    UserError: the model has a parameter that the architecture has no name for.
+  """
+  shapes = flatten(model.shapes())
+  found = list(_rows_of(architecture.model, "", None, "", shapes))
+  layer = 0
+  for part in PARTS:
+    kinds = getattr(model.pattern, part)
+    repeats: Sequence[int | None] = [None]
+    if part == "unit":
+      repeats = range(model.pattern.repeats)
+    for repeat in repeats:
+      for index in range(len(kinds)):
+        prefix = architecture.layer_prefix.format(layer=layer)
+        below = f"{part}.{index}."
+        found += _rows_of(architecture.layer, prefix, repeat, below, shapes)
+        layer += 1
+  _refuse_unnamed(architecture, found, shapes)
+  return found
+
+
+def _rows_of(
+  table: Sequence[Entry],
+  prefix: str,
+  repeat: int | None,
+  below: str,
+  shapes: dict[str, Any],
+) -> Iterator[Row]:
+  for entry in table:
+    names = [below + name for name in entry.ours]
+    if not all(name in shapes for name in names):
+      continue
+    whole = [tuple(shapes[name].shape) for name in names]
+    places = [
+      Place(leaf=name, repeat=repeat, shape=shape if repeat is None else shape[1:])
+      for name, shape in zip(names, whole)
+    ]
+    yield Row(theirs=prefix + entry.theirs, places=tuple(places), entry=entry)
+
+
+def _refuse_unnamed(
+  architecture: Architecture, found: list[Row], shapes: dict[str, Any]
+) -> None:
+  named = {place.leaf for row in found for place in row.places}
+  unnamed = sorted(set(shapes) - named)
+  if unnamed:
+    more = f" and {len(unnamed) - 3} more" if len(unnamed) > 3 else ""
+    raise UserError(
+      f"{architecture.name} has no tensor for {', '.join(unnamed[:3])}{more}. Choose a "
+      "model without these parameters."
+    )
+
+
+def flatten(tree: Params, prefix: str = "") -> dict[str, Any]:
+  """Returns the leaves of a nested dict by dotted name."""
+  flat: dict[str, Any] = {}
+  for key, value in tree.items():
+    if isinstance(value, dict):
+      flat |= flatten(value, f"{prefix}{key}.")
+    else:
+      flat[prefix + key] = value
+  return flat
+
+
+def nest(flat: dict[str, Any], like: Params) -> Params:
+  """Inverts `flatten`, with the empty dicts of `like`."""
+
+  def fill(node: Params, prefix: str) -> Params:
+    return {
+      key: fill(value, f"{prefix}{key}.")
+      if isinstance(value, dict)
+      else flat[prefix + key]
+      for key, value in node.items()
+    }
+
+  return fill(like, "")

@@ -1,0 +1,174 @@
+"""Rotary position embedding in config.json, in both spellings and both directions.
+
+Transformers 5 writes one dict, rope_parameters; earlier versions rope_theta, rope_scaling
+and partial_rotary_factor beside each other. Where both are there, rope_scaling wins, as
+in Transformers.
+"""
+
+import math
+from typing import Any
+
+from moejax.config import Config, ModelConfig
+from moejax.errors import UserError
+from moejax.interop.keys import Keys
+
+_READ = {
+  "default": (),
+  "linear": ("factor",),
+  "llama3": (
+    "factor",
+    "original_max_position_embeddings",
+    "low_freq_factor",
+    "high_freq_factor",
+  ),
+  "yarn": (
+    "factor",
+    "original_max_position_embeddings",
+    "attention_factor",
+    "beta_fast",
+    "beta_slow",
+    "mscale",
+    "mscale_all_dim",
+    "truncate",
+  ),
+}
+"""Keys of each type, beside those of any type."""
+
+_ANY = ("rope_theta", "rope_type", "type", "partial_rotary_factor")
+
+
+def read(
+  keys: Keys,
+  config: Config,
+  *,
+  theta: float,
+  fraction: float | None = None,
+  scales_logits: bool = False,
+) -> None:
+  """Sets the rope fields.
+
+  Args:
+    keys: of the config.json.
+    config: with max_position.
+    theta: the class's default of rope_theta.
+    fraction: the class's default of partial_rotary_factor; None is a class that rotates
+      whole heads only.
+    scales_logits: whether the class multiplies attention logits by the square of the
+      temperature that mscale_all_dim gives (DeepSeek).
+
+  Raises:
+    UserError: a type or key that is not understood.
+  """
+  model = config.model
+  scaling, given = (
+    keys.take("rope_scaling", dict, {}),
+    keys.take("rope_parameters", dict, {}),
+  )
+  rope = Keys(scaling or given, f"{keys.path}: rope_parameters")
+  own_theta = keys.take("rope_theta", float, theta)
+  own_fraction = keys.take("partial_rotary_factor", float, fraction or 1.0)
+  model.rope_theta = rope.take("rope_theta", float, own_theta)
+  model.rope_fraction = rope.take("partial_rotary_factor", float, own_fraction)
+  if fraction is None and model.rope_fraction != 1:
+    raise UserError(
+      f"{keys.path}: partial_rotary_factor={model.rope_fraction} has no effect in this "
+      "architecture, whose heads rotate as a whole. Remove it."
+    )
+  kind = rope.take("rope_type", str, rope.take("type", str, "default"))
+  if kind not in _READ:
+    raise UserError(
+      f"{keys.path}: rope_scaling of type {kind!r} changes the computation and is not "
+      f"supported; {', '.join(_READ)} are."
+    )
+  unknown = sorted(set(rope.values) - set(_READ[kind]) - set(_ANY))
+  if unknown:
+    raise UserError(
+      f"{rope.path}: {', '.join(unknown)} is not understood for type {kind!r} and may "
+      "change the computation. Remove it if it does not."
+    )
+  if kind == "default":
+    return
+  model.rope_scaling = kind
+  original = keys.take("original_max_position_embeddings", int, model.max_position)
+  if kind != "linear":
+    model.rope_original = rope.take("original_max_position_embeddings", int, original)
+  if kind == "yarn" and rope.values.get("factor") is None:
+    model.rope_factor = model.max_position / model.rope_original
+  else:
+    model.rope_factor = rope.take("factor", float)
+  if model.rope_factor == 1 and not rope.values.get("attention_factor"):
+    # The context is not extended, and the config does not say so twice.
+    model.rope_scaling, model.rope_original = "none", 0
+    return
+  if kind == "llama3":
+    model.rope_low_factor = rope.take("low_freq_factor", float)
+    model.rope_high_factor = rope.take("high_freq_factor", float)
+  if kind == "yarn":
+    _read_yarn(rope, model, scales_logits)
+
+
+def _read_yarn(rope: Keys, model: ModelConfig, scales_logits: bool) -> None:
+  """Sets what only YaRN has, so that both temperatures are those of Transformers."""
+  # 0 is absent there too.
+  model.rope_beta_fast = rope.take("beta_fast", float, 32.0) or 32.0
+  model.rope_beta_slow = rope.take("beta_slow", float, 1.0) or 1.0
+  model.rope_truncate = rope.take("truncate", bool, True)
+  mscale, all_dim = (
+    rope.take("mscale", float, 0.0),
+    rope.take("mscale_all_dim", float, 0.0),
+  )
+  given = rope.take("attention_factor", float, 0.0)
+  model.rope_mscale, model.rope_mscale_all_dim = 1.0, 0.0
+  rotated = temperature(model.rope_factor, 1.0)
+  if mscale and all_dim:
+    rotated = temperature(model.rope_factor, mscale)
+    rotated /= temperature(model.rope_factor, all_dim)
+  if scales_logits:
+    model.rope_mscale_all_dim = all_dim
+    if mscale and all_dim:
+      model.rope_mscale = mscale
+  model.rope_attention_factor = given or None
+  if not given and not math.isclose(rotated, rotated_factor(model), rel_tol=1e-9):
+    model.rope_attention_factor = rotated
+
+
+def temperature(factor: float, mscale: float) -> float:
+  """Returns 0.1 * mscale * ln(factor) + 1 (YaRN, arXiv:2309.00071, section 3.4)."""
+  return 1.0 if factor <= 1 else 0.1 * mscale * math.log(factor) + 1.0
+
+
+def rotated_factor(model: ModelConfig) -> float:
+  """Returns what multiplies rotated entries, by the two mscales."""
+  return temperature(model.rope_factor, model.rope_mscale) / temperature(
+    model.rope_factor, model.rope_mscale_all_dim
+  )
+
+
+def write(config: Config) -> dict[str, Any]:
+  """Returns the keys that `read` reads."""
+  model = config.model
+  rope: dict[str, Any] = {"rope_theta": model.rope_theta, "rope_type": "default"}
+  if model.rope_fraction != 1:
+    rope["partial_rotary_factor"] = model.rope_fraction
+  if model.rope_scaling != "none":
+    rope |= {"rope_type": model.rope_scaling, "factor": model.rope_factor}
+  if model.rope_scaling in ("llama3", "yarn"):
+    rope["original_max_position_embeddings"] = model.rope_original
+  if model.rope_scaling == "llama3":
+    rope["low_freq_factor"] = model.rope_low_factor
+    rope["high_freq_factor"] = model.rope_high_factor
+  if model.rope_scaling == "yarn":
+    rope |= {
+      "beta_fast": model.rope_beta_fast,
+      "beta_slow": model.rope_beta_slow,
+      "truncate": model.rope_truncate,
+    }
+    if model.rope_mscale_all_dim:
+      rope |= {
+        "mscale": model.rope_mscale,
+        "mscale_all_dim": model.rope_mscale_all_dim,
+      }
+    if model.rope_attention_factor is not None:
+      rope["attention_factor"] = model.rope_attention_factor
+  # Earlier versions read rope_theta beside it.
+  return {"rope_parameters": rope, "rope_theta": model.rope_theta}
