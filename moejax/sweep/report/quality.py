@@ -82,6 +82,34 @@ def curves(setting: Setting) -> list[Curve]:
   return found if all(len(curve.cost) > 1 for curve in found) else []
 
 
+def in_words(answers: Sequence[Answer]) -> str:
+  """Returns a sentence on the setting that is there in the fewest steps.
+
+  Args:
+    answers: at least one.
+  """
+  best = max(answers, key=lambda answer: answer.steps.ratio)
+  target = f"({best.steps.target:.4f}, {best.baseline.label})"
+  if not best.steps.ratio:
+    return f"No setting reaches the held-out loss at which the dense twin ends {target}."
+  costs = [f"{_ratio(best.steps)} fewer steps", f"{_ratio(best.flops)} fewer FLOPs"]
+  if best.time is not None:
+    costs.append(f"{_ratio(best.time)} less time")
+  return (
+    f"{best.setting.label} reaches the held-out loss at which the best dense twin ends "
+    f"{target} with {', '.join(costs)} (below 1x is more)."
+  )
+
+
+def _ratio(speedup: Speedup) -> str:
+  if math.isnan(speedup.low):
+    return f"{speedup.ratio:.2f}x (one seed)"
+  return (
+    f"{speedup.ratio:.2f}x ({speedup.level:.0%} interval {speedup.low:.2f} to "
+    f"{speedup.high:.2f})"
+  )
+
+
 def finite(value: float) -> float | None:
   """Returns a number for a table; None where there is none."""
   return value if math.isfinite(value) else None

@@ -5,7 +5,6 @@ that excludes 0. What fails one of these is listed as unknown, with its numbers.
 """
 
 import dataclasses
-import math
 import shlex
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -14,7 +13,6 @@ from moejax.config import Config
 from moejax.config import text as config_text
 from moejax.errors import program
 from moejax.options import show
-from moejax.sweep.laws.speedup import Speedup
 from moejax.sweep.report import analyses, quality, summary
 from moejax.sweep.report.records import Records
 from moejax.sweep.report.summary import Interval, Setting
@@ -202,32 +200,7 @@ def _quality(found: Sequence[Setting]) -> list[Finding]:
   answers = quality.speedups(found)
   if not answers:
     return []
-  best = max(answers, key=lambda a: a.steps.ratio)
-  if not best.steps.ratio:
-    text = (
-      f"No setting reaches the held-out loss at which the dense twin ends "
-      f"({best.steps.target:.4f}, {best.baseline.label})."
-    )
-    return [Finding(topic="Speed to quality", text=text)]
-  costs = [f"{_ratio(best.steps)} fewer steps"]
-  costs += [f"{_ratio(best.flops)} fewer FLOPs"]
-  if best.time is not None:
-    costs += [f"{_ratio(best.time)} less time"]
-  text = (
-    f"{best.setting.label} reaches the held-out loss at which the best dense twin ends "
-    f"({best.steps.target:.4f}, {best.baseline.label}) with {', '.join(costs)} "
-    f"(below 1x is more)."
-  )
-  return [Finding(topic="Speed to quality", text=text)]
-
-
-def _ratio(speedup: Speedup) -> str:
-  if math.isnan(speedup.low):
-    return f"{speedup.ratio:.2f}x (one seed)"
-  return (
-    f"{speedup.ratio:.2f}x ({speedup.level:.0%} interval {speedup.low:.2f} to "
-    f"{speedup.high:.2f})"
-  )
+  return [Finding(topic="Speed to quality", text=quality.in_words(answers))]
 
 
 def _isoflop(
