@@ -15,9 +15,11 @@ from moejax.models.per_layer import windowed_by_part
 from moejax.models.placement import param_shardings
 from moejax.sharding import rules
 from moejax.sharding.mesh import make_mesh
-from tests.models.test_decoder import MOE, S, input_gradients
+from tests.models import test_decoder
+from tests.models.test_decoder import S, input_gradients
 
 V = 24
+MOE: dict[str, Any] = dict(test_decoder.MOE)
 
 LATENT: dict[str, Any] = {
   "attention": "latent",
@@ -55,7 +57,12 @@ OPTIONS: dict[str, dict[str, Any]] = {
 
 def make(name: str, **changes: Any):
   """A model of five layers, a dense one and two units of two, with no vector at rest."""
-  fields = {"num_layers": 5, "width": 16, "num_heads": 4, "hidden": 32}
+  fields: dict[str, Any] = {
+    "num_layers": 5,
+    "width": 16,
+    "num_heads": 4,
+    "hidden": 32,
+  }
   config = ModelConfig(**fields | OPTIONS[name] | changes)
   moe = MoEConfig(**MOE | {"dense_prefix": 1})
   decoder = Decoder(config, moe, vocab_size=V)
