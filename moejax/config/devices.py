@@ -94,8 +94,8 @@ def _check_dispatcher(config: Config, num_devices: int) -> None:
   own, parts = groups // _shards(size), config.moe.exchange_chunks
   if kind == "ragged" and own % parts:
     raise ConfigError(
-      f"{named(config, 'moe.exchange_chunks')} does not divide the {own} routing group(s) "
-      "of a device, which are sent in equal parts. Use "
+      f"{named(config, 'moe.exchange_chunks')} does not divide the {own} routing "
+      "group(s) of a device, which are sent in equal parts. Use "
       f"--config.moe.exchange_chunks={math.gcd(own, parts)}."
     )
 
@@ -183,6 +183,9 @@ def _cuts(config: Config) -> list[tuple[str, str, int]]:
     ("tensor", "model.hidden", model.hidden),
     ("tensor", "moe.hidden", moe.fine_hidden),
   ]
+  if model.attention == "latent":
+    ranks = (("model.q_rank", model.q_rank), ("model.kv_rank", model.kv_rank))
+    cuts.extend(("fsdp", name, rank) for name, rank in ranks if rank)
   if not moe.dense_twin:
     cuts.append(("expert", "moe.num_experts", moe.fine_experts))
     cuts.append(("tensor", "moe.shared_hidden", moe.shared_width))

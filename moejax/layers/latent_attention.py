@@ -53,7 +53,7 @@ class LatentAttention(nnx.Module):
         dtype=dtype,
       )
 
-    def up(rank: int, size: int, axis: str = "latent") -> nnx.Param:
+    def up(rank: int, size: int, axis: str = "rank") -> nnx.Param:
       return parameter.matrix(
         rngs,
         (rank, heads, size),

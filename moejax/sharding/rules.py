@@ -34,6 +34,9 @@ class ShardingRules:
   head_dim: str | None = None
   latent: str | None = None
   """Ranks of latent attention: all heads read the whole of a latent vector."""
+  rank: str | None = "fsdp"
+  """The same ranks in the matrices that expand the vectors, which are as large as those
+  of width D."""
   vocab: str | None = "tensor"
   expert: str | None = "expert"
   """E, of expert weights."""

@@ -27,6 +27,12 @@ DEVICES_REFUSED = [
     "--config.mesh.fsdp=4 does not divide --config.model.width",
   ),
   (dict(mesh__tensor=2, model__num_kv_heads=1), "--config.model.num_kv_heads (1)"),
+  (
+    dict(mesh__fsdp=8, mesh__data=1)
+    | dict(model__attention="latent", model__kv_rank=12, model__nope_head_dim=8)
+    | dict(model__rope_head_dim=4, model__value_head_dim=8),
+    "--config.mesh.fsdp=8 does not divide --config.model.kv_rank (12)",
+  ),
   (dict(moe__group_size=-1), "--config.moe.group_size=-1 makes 1 routing group(s)"),
   (dict(moe__group_size=1024), "makes 4 routing group(s) of a microbatch, which 8"),
   (
