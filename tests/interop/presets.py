@@ -43,8 +43,8 @@ class Published:
   active: int | None = None
   """As published where exact; the embedding in full, as in ours."""
   billions: tuple[float, str] | None = None
-  """The active count that the maker gives, and its convention: "all" counts the
-  embedding, "no embedding" leaves it out."""
+  """The active count that the maker gives, and its convention: "all" counts everything
+  in full but experts, "no embedding" leaves that out, "no vocabulary" the head too."""
 
 
 def _mixtral(layers: int, width: int, hidden: int) -> Callable[[int], int]:
@@ -214,7 +214,6 @@ PRESETS = {
     selected=6,
     count=_deepseek_v2_lite,
     total=15_706_484_224,
-    billions=(2.5, "no embedding"),
   ),
   "deepseek_v3": Published(
     source="tensors of deepseek-ai/DeepSeek-V3 without layer 61; arXiv:2412.19437: 37B",
@@ -230,7 +229,6 @@ PRESETS = {
     selected=8,
     count=_kimi_k2,
     total=1_026_408_232_448,
-    billions=(33, "all"),
   ),
   "glm_4_5_air": Published(
     source="sizes of zai-org/GLM-4.5-Air without layer 46; arXiv:2508.06471: 106B, 12B",
@@ -238,7 +236,7 @@ PRESETS = {
     selected=8,
     count=_glm_4_5_air,
     total=106_852_251_264,
-    billions=(13, "no embedding"),
+    billions=(12, "no vocabulary"),
   ),
   "gpt_oss_20b": Published(
     source="arXiv:2508.10925, table 1: 20.91B total, 3.61B active",

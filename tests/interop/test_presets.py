@@ -47,7 +47,9 @@ def test_counts_are_those_of_the_source(name):
     assert active["total"] == source.active
   if source.billions is not None:
     figure, convention = source.billions
-    left_out = active["embedding"] if convention == "no embedding" else 0
+    parts = {"all": (), "no embedding": ("embedding",)}
+    parts["no vocabulary"] = ("embedding", "head")
+    left_out = sum(active[part] for part in parts[convention])
     digits = len(str(figure).partition(".")[2])
     assert round((active["total"] - left_out) / 1e9, digits) == figure
 
