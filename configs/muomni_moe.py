@@ -1,8 +1,8 @@
 """The optional MoE layer of μOmni, an educational model of 120M parameters, as a decoder.
 
 D 256, eight GELU experts of F = 4D/E = 128, two for each token, with renormalised gates,
-no biases, dropless. Depth, heads and vocabulary are those of configs/default.py: 3,418,368
-parameters, 1,845,504 active.
+no biases, dropless. Depth, heads and vocabulary are those of configs/default.py:
+3,418,368 parameters, 1,845,504 active.
 
 Hardware: never run; counted, and a copy with small sizes trained for a step in the tests
 """
