@@ -55,7 +55,7 @@ def get_config() -> Config:
       dense_prefix=3,
       capacity_factor=None,
       group_size=1024,
-      exchange_chunks=32,
+      exchange_chunks=16,
       balance_weight=1e-4,
       z_weight=0.0,
     ),
@@ -66,5 +66,5 @@ def get_config() -> Config:
     "sigmoid_bias", num_expert_groups=8, num_selected_groups=4, group_best=2
   )
   config.train.num_steps = 250_000
-  config.train.batch_size = 4096
+  config.train.batch_size = 2048
   return config

@@ -45,6 +45,7 @@ def get_config() -> Config:
       every=1,
       offset=0,
       capacity_factor=None,
+      expert_chunks=8,
     ),
     optimizer=OptimizerConfig(
       learning_rate=1e-4,
@@ -58,5 +59,5 @@ def get_config() -> Config:
     ),
   )
   config.train.num_steps = 200_000
-  config.train.batch_size = 4096
+  config.train.batch_size = 2048
   return config

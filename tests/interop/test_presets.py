@@ -17,6 +17,7 @@ from moejax.interop import architecture as architectures
 from moejax.interop.canonical import differences
 from moejax.interop.published import read_config
 from moejax.models.decoder import Decoder
+from moejax.sharding.rules import RULES
 from tests.interop.presets import CONFIG_JSON, PRESETS
 from tests.train.conftest import make_batch, make_setup
 
@@ -68,6 +69,21 @@ def test_the_parameter_tree_has_the_counted_total(name):
   )
   leaves = jax.tree.leaves(model.shapes())
   assert sum(math.prod(leaf.shape) for leaf in leaves) == PRESETS[name].total
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_every_large_matrix_is_cut_over_fsdp(name):
+  """A layer's matrix of more than 2^20 numbers that each device held in full would decide
+  what fits: DeepSeek-V3's up-projections alone would take 40 GB with their moments."""
+  config = load(name)
+  model = Decoder(
+    config.model, config.moe, vocab_size=parameters.resolve_vocab_size(config)
+  )
+  axes = jax.tree.leaves(model.logical_axes(), is_leaf=lambda a: isinstance(a, tuple))
+  for names, leaf in zip(axes, jax.tree.leaves(model.shapes()), strict=True):
+    sizes = [n for n, axis in zip(leaf.shape, names, strict=True) if axis != "layer"]
+    if math.prod(sizes) > 2**20:
+      assert "fsdp" in RULES.spec(names), (names, leaf.shape)
 
 
 @pytest.mark.parametrize("name", sorted(CONFIG_JSON))
