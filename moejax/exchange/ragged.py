@@ -43,17 +43,18 @@ def ragged(
   if parts == 1:
     return _at_once(x, placement, weights, options)
 
-  def part(wide: ExpertWeights, inputs: tuple[Array, Assignments]) -> Any:
+  # Closed over, so that a part's residuals have no copy of them; and in float32, so that
+  # the gradients of all parts add up in it.
+  wide = jax.tree.map(lambda w: w.astype(jnp.float32), weights)
+
+  def part(_: None, inputs: tuple[Array, Assignments]) -> tuple[None, Any]:
     narrow = jax.tree.map(lambda w, like: w.astype(like.dtype), wide, weights)
-    return wide, _at_once(*inputs, narrow, options)
+    return None, _at_once(*inputs, narrow, options)
 
   inputs = jax.tree.map(
     lambda leaf: leaf.reshape(parts, -1, *leaf.shape[1:]), (x, placement)
   )
-  # The weights are carried, and in float32, so that their gradients add up there.
-  wide = jax.tree.map(lambda w: w.astype(jnp.float32), weights)
-  part = jax.checkpoint(part, prevent_cse=False)
-  _, (y, lost) = jax.lax.scan(part, wide, inputs)
+  _, (y, lost) = jax.lax.scan(jax.checkpoint(part, prevent_cse=False), None, inputs)
   return y.reshape(x.shape), jax.tree.map(lambda leaf: jnp.sum(leaf, axis=0), lost)
 
 
