@@ -5,6 +5,15 @@ and one shared, each token uses eight, chosen by biased sigmoid scores within fo
 eight groups. 671,026,419,200 numbers, 14,848 of which are the biases of choice;
 the layer that predicts a second token is left out. Sizes are those of the released
 config.json, YaRN's extension to 163,840 tokens included.
+
+Dropless: tokens go to the experts in 16 parts, each with room for any load, and a part
+must hold whole routing groups, so these are a quarter of a sequence, where the paper
+balances whole ones. On few devices set `--config.moe.exchange_chunks=1`.
+
+Command:  python -m tools.compile_for --config=configs/deepseek_v3.py \\
+              --topology=v5p:8x8x8 --config.mesh.fsdp=8
+Hardware: 512 chips of a v5p pod; never run, only compiled
+Result:   docs/scale.md
 """
 
 from moejax.config import (

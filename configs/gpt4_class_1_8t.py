@@ -1,11 +1,14 @@
-"""A model of GPT-4's rumoured size: 1.83T parameters, 280B active. No published source.
+r"""A model of GPT-4's rumoured size: 1.83T parameters, 280B active. No published source.
 
 The rumour (SemiAnalysis, July 2023): 120 layers, 16 experts of 111B parameters each, of
 which a token uses two, and 55B shared in attention. D 10,752 with four matrices of
 attention and ungated experts of four times the width gives all three; the vocabulary is
 that of cl100k, padded. Everything else is chosen here.
 
-Hardware: never run; counted, and a copy with small sizes trained for a step in the tests
+Command:  python -m tools.compile_for --config=configs/gpt4_class_1_8t.py \\
+              --topology=v5p:8x8x16
+Hardware: 1,024 chips of a v5p pod; never run, only compiled
+Result:   docs/scale.md
 """
 
 from moejax.config import (
@@ -59,5 +62,5 @@ def get_config() -> Config:
     ),
   )
   config.train.num_steps = 200_000
-  config.train.batch_size = 2048
+  config.train.batch_size = 1024
   return config
