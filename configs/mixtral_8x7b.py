@@ -36,6 +36,7 @@ def get_config() -> Config:
       tie_embeddings=False,
       rope_theta=1e6,
       norm_eps=1e-5,
+      max_position=32_768,
       dtype="bfloat16",
       remat="all",
     ),

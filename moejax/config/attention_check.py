@@ -138,7 +138,10 @@ def _scaling_scales(c: Config) -> str | None:
   ends["yarn"] = ("rope_beta_slow", "rope_beta_fast")
   if kind in ends:
     low, high = (f"model.{field}" for field in ends[kind])
-    if get_field(c, low) >= get_field(c, high):
+    # YaRN's ramp is over whole indices, so that it has a width even if both are equal
+    # (Kimi K2).
+    gap = get_field(c, high) - get_field(c, low)
+    if gap < 0 or (gap == 0 and kind == "llama3"):
       return (
         f"{named(c, low, high)}: frequencies between them are blended, so the first must "
         "be below the second."

@@ -107,6 +107,27 @@ def unmixable(dispatcher: str, mixes: bool) -> str | None:
   )
 
 
+def buffer_factor(
+  bound: float | None, *, devices: int, num_experts: int, num_selected: int | None
+) -> float:
+  """Returns the room for received rows under ragged, as a multiple of an even load.
+
+  A device receives at most all rows of every device; where tokens choose, min(K, L) of
+  the K rows of each token, L = E/P being its experts, since a token visits an expert
+  once.
+
+  Args:
+    bound: --config.moe.exchange_buffer.
+    devices: P.
+    num_experts: E.
+    num_selected: K; None if experts choose tokens.
+  """
+  most = float(devices)
+  if num_selected is not None:
+    most *= min(num_selected, num_experts // devices) / num_selected
+  return most if bound is None else min(most, bound)
+
+
 def _auto_exchange(
   dispatcher: str, divided: bool, devices: int, num_selected: int, capacity: bool
 ) -> str:

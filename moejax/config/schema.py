@@ -222,7 +222,9 @@ class MoEConfig:
   """ragged: rows a device can receive, as a multiple of an even load; none fits any
   load. Rows that do not fit are dropped and counted."""
   exchange_chunks: int = 1
-  """all_to_all: chunks sent one by one, to overlap with compute."""
+  """all_to_all: chunks sent one by one, to overlap with compute. ragged: parts of a
+  device's routing groups, sent and computed one after the other, so that the buffer needs
+  room for one part; the backward pass sends each part again."""
   expert_chunks: int = 1
   """Sorted rows on GPU and TPU: chunks of rows computed in sequence, so that only one
   chunk's hidden activations are in memory at a time."""

@@ -35,7 +35,8 @@ class Options:
   """ragged: rows a device can receive, as a multiple of an even load; None fits any
   load. Excess rows are dropped and counted."""
   exchange_chunks: int = 1
-  """all_to_all: pieces sent one by one, so that communication overlaps computation."""
+  """all_to_all: pieces sent one by one, so that communication overlaps computation.
+  ragged: parts of the groups sent and computed one after the other."""
   expert_chunks: int = 1
   """Sorted rows: parts that are computed one after the other."""
 

@@ -1,17 +1,23 @@
 """Exactly each expert's rows out to their device and back, for any load.
 
 Carries sorted rows; `runs` sends them. A bounded buffer (`exchange_buffer`) loses what
-does not fit, and counts it. Runs inside a `jax.shard_map`.
+does not fit, and counts it. An unbounded one is mostly empty; tokens sent in several
+parts (`exchange_chunks`) need room for one part at a time. Runs inside a `jax.shard_map`.
 
-Letters: G groups of this device, T tokens of a group, D width, E experts, P devices of
-the expert axis, L = E/P local experts, A rows of this device, R rows of its buffer.
+Letters: G groups of this device, T tokens of a group, D width, E experts, K choices per
+token, P devices of the expert axis, L = E/P local experts, A rows of this device, R rows
+of its buffer.
 """
+
+import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Bool, Float, Int
 
+from moejax.config.exchange_rule import buffer_factor
 from moejax.dispatch.base import Layout
 from moejax.dispatch.rows import Rows
 from moejax.exchange import runs
@@ -32,11 +38,36 @@ def ragged(
 ) -> tuple[Float[Array, "G T D"], Lost]:
   """Sends rows in expert order to their devices, run by run, and back."""
   assert layout is Rows and isinstance(placement, Assignments), layout
+  # Evaluation may have other groups than training, which the config is checked for.
+  parts = math.gcd(options.exchange_chunks, placement.num_groups)
+  if parts == 1:
+    return _at_once(x, placement, weights, options)
+
+  # Closed over, so that a part's residuals have no copy of them; and in float32, so that
+  # the gradients of all parts add up in it.
+  wide = jax.tree.map(lambda w: w.astype(jnp.float32), weights)
+
+  def part(_: None, inputs: tuple[Array, Assignments]) -> tuple[None, Any]:
+    narrow = jax.tree.map(lambda w, like: w.astype(like.dtype), wide, weights)
+    return None, _at_once(*inputs, narrow, options)
+
+  inputs = jax.tree.map(
+    lambda leaf: leaf.reshape(parts, -1, *leaf.shape[1:]), (x, placement)
+  )
+  _, (y, lost) = jax.lax.scan(jax.checkpoint(part, prevent_cse=False), None, inputs)
+  return y.reshape(x.shape), jax.tree.map(lambda leaf: jnp.sum(leaf, axis=0), lost)
+
+
+def _at_once(
+  x: Float[Array, "G T D"],
+  placement: Assignments,
+  weights: ExpertWeights,
+  options: Options,
+) -> tuple[Float[Array, "G T D"], Lost]:
   mine = Rows.of(placement)
   rows = mine.to_experts(x)
-  plan = runs.make_plan(
-    mine.load, AXIS, rows.shape[0], buffer_rows(rows.shape[0], options.exchange_buffer)
-  )
+  room = buffer_rows(rows.shape[0], options.exchange_buffer, mine)
+  plan = runs.make_plan(mine.load, AXIS, rows.shape[0], room)
   received = checkpoint_name(runs.send(rows, plan), SAVED_NAME)
   # Gates travel with their rows, so that outputs come back weighted and the backward
   # pass needs no output: recomputing and resending it would serve only the gate.
@@ -62,12 +93,21 @@ def ragged(
   return y, _count_lost(placement, mine, plan)
 
 
-def buffer_rows(num_rows: int, factor: float | None) -> int:
-  """Returns R, the rows that a device can receive when it sends `num_rows`."""
-  devices = jax.lax.axis_size(AXIS)
-  if factor is None:
-    return devices * num_rows
-  return min(devices * num_rows, max(1, round(factor * num_rows)))
+def buffer_rows(num_rows: int, bound: float | None, mine: Rows) -> int:
+  """Returns R, the rows that a device can receive.
+
+  Args:
+    num_rows: A.
+    bound: `exchange_buffer`.
+    mine: the rows of this device.
+  """
+  factor = buffer_factor(
+    bound,
+    devices=jax.lax.axis_size(AXIS),
+    num_experts=mine.load.shape[0],
+    num_selected=mine.moves.num_selected,
+  )
+  return max(1, round(factor * num_rows))
 
 
 def _in_experts_order(plan: runs.Plan, total: Int[Array, "L"]) -> permute.Moves:

@@ -16,7 +16,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from moejax.config import Config
-from moejax.config.exchange_rule import choose
+from moejax.config.exchange_rule import buffer_factor, choose
 from moejax.config.mesh import AXES
 from moejax.config.router import make_router, num_selected
 from moejax.cost import flops as plan_flops
@@ -108,7 +108,12 @@ def ragged_fraction(config: Config, mesh: Mesh) -> float:
     # The rows of all devices are gathered; each device computes its share.
     return 1.0 / devices
   if kind == "ragged":
-    return 1.0 / min(devices, moe.exchange_buffer or devices)
+    return 1.0 / buffer_factor(
+      moe.exchange_buffer,
+      devices=devices,
+      num_experts=moe.fine_experts,
+      num_selected=num_selected(moe) if make_router(moe).token_choice else None,
+    )
   return 1.0
 
 

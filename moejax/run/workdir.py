@@ -68,10 +68,10 @@ MAY_CHANGE = (
 """Fields that may differ when a run resumes: where it runs, what it logs, how often
 it evaluates and saves, when it gives up. None of them affects the arithmetic of a
 step, except that another mesh, exchange or dispatcher may sum in another order. With
-moe.exchange_buffer, all three also decide which assignments are lost, and may not change.
+moe.exchange_buffer, these also decide which assignments are lost, and may not change.
 train.num_steps may grow."""
 
-_BUFFERED = ("moe.exchange", "moe.dispatcher", "mesh.*")
+_BUFFERED = ("moe.exchange", "moe.exchange_chunks", "moe.dispatcher", "mesh.*")
 """The fields of MAY_CHANGE that may not change with moe.exchange_buffer."""
 
 

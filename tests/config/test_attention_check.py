@@ -54,7 +54,7 @@ REFUSED = [
     "or use --config.model.rope_scaling=yarn",
   ),
   (
-    YARN | dict(model__rope_original=64, model__rope_beta_fast=1.0),
+    YARN | dict(model__rope_original=64, model__rope_beta_fast=0.5),
     "the first must be below the second",
   ),
   (
@@ -81,6 +81,7 @@ ACCEPTED = [
   LATENT,
   LATENT | dict(model__width=130, model__q_rank=12, model__sliding_window=8),
   LATENT | YARN | dict(model__rope_original=64, model__rope_mscale_all_dim=1.0),
+  YARN | dict(model__rope_original=64, model__rope_beta_fast=1.0),
   dict(model__head_dim=25, model__rope_fraction=0.5),
   dict(model__window_pattern="sliding, full,full", model__sliding_window=4),
   dict(model__rope_scaling="linear", model__rope_factor=2),

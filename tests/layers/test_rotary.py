@@ -84,14 +84,14 @@ def test_llama3_keeps_fast_pairs_divides_slow_ones_and_blends_between():
   np.testing.assert_allclose(got, rotate(X, frequencies), atol=2e-5)
 
 
-@pytest.mark.parametrize("truncate", [True, False])
-def test_yarn_ramps_over_the_index_of_a_pair(truncate):
+@pytest.mark.parametrize(("truncate", "fast"), [(True, 32.0), (False, 32.0), (True, 2.0)])
+def test_yarn_ramps_over_the_index_of_a_pair(truncate, fast):
   """The ramp begins at the pair that turns beta_fast times and ends at beta_slow's.
 
   Solved for the index by bisection on the number of turns, not by the logarithm of the
-  formula.
+  formula. Equal betas leave a ramp from one whole index to the next (Kimi K2).
   """
-  original, fast, slow, factor = 2048, 32.0, 2.0, 4.0
+  original, slow, factor = 2048, 2.0, 4.0
 
   def index_of(count):
     low, high = 0.0, float(A)
@@ -114,6 +114,7 @@ def test_yarn_ramps_over_the_index_of_a_pair(truncate):
     rope_scaling="yarn",
     rope_factor=factor,
     rope_original=original,
+    rope_beta_fast=fast,
     rope_beta_slow=slow,
     rope_truncate=truncate,
   )

@@ -66,6 +66,16 @@ def test_model_flops_are_shared_by_the_devices(compiled):
     ({"capacity_factor": None, "exchange": "ring"}, 0.25),
     ({"capacity_factor": None, "exchange": "ragged"}, 0.25),
     ({"capacity_factor": None, "exchange_buffer": 1.25}, 0.8),
+    # One expert a device: of each token's two rows, one at most.
+    (
+      {
+        "capacity_factor": None,
+        "num_selected": 2,
+        "router": "top_k",
+        "exchange": "ragged",
+      },
+      0.5,
+    ),
     ({"capacity_factor": None, "num_selected": 4, "router": "top_k"}, 0.25),
   ],
 )

@@ -10,7 +10,8 @@ vocabulary has room for 32,256 entries (docs/scale.md).
 One routing group per chip, so that 8,192 tokens have 5 slots at each expert; the experts
 are spread over a plane of 128 chips (8x16), and each is sharded over the eight planes.
 
-Command:  python -m tools.compile_for --config=configs/switch_c.py --topology=v5p:8x8x16
+Command:  python -m tools.compile_for --config=configs/switch_c_decoder.py \\
+              --topology=v5p:8x8x16
 Hardware: 1,024 chips of a v5p pod; never run, only compiled
 Result:   docs/scale.md
 """

@@ -1,0 +1,68 @@
+"""Qwen3-235B-A22B (arXiv:2505.09388): 235,093,634,560 parameters, 22,190,763,520 active.
+
+94 layers of D 4096 with 64 query and 4 key/value heads of 128, RMSNorm on each head's
+queries and keys; 128 experts of F 1536, eight for each token, with renormalised gates
+(config.json of Qwen/Qwen3-235B-A22B).
+
+Hardware: never run; counted, and a copy with small sizes trained for a step in the tests
+"""
+
+from moejax.config import (
+  Config,
+  DataConfig,
+  MeshConfig,
+  ModelConfig,
+  MoEConfig,
+  OptimizerConfig,
+)
+
+
+def get_config() -> Config:
+  config = Config(
+    data=DataConfig(
+      name="c4",
+      tokenizer="bpe",
+      vocab_size=151_936,
+      sequence_length=4096,
+    ),
+    model=ModelConfig(
+      num_layers=94,
+      width=4096,
+      num_heads=64,
+      num_kv_heads=4,
+      head_dim=128,
+      activation="swiglu",
+      vocab_size=151_936,
+      tie_embeddings=False,
+      qk_norm=True,
+      rope_theta=1e6,
+      max_position=40_960,
+      dtype="bfloat16",
+      remat="all",
+    ),
+    moe=MoEConfig(
+      num_experts=128,
+      num_selected=8,
+      hidden=1536,
+      router="top_k",
+      renormalize="before_drop",
+      every=1,
+      offset=0,
+      capacity_factor=None,
+      balance_weight=0.001,
+      balance_scope="batch",
+    ),
+    optimizer=OptimizerConfig(
+      learning_rate=2e-4,
+      warmup_steps=2000,
+    ),
+    mesh=MeshConfig(
+      data=1,
+      fsdp=-1,
+      expert=16,
+      tensor=1,
+    ),
+  )
+  config.train.num_steps = 500_000
+  config.train.batch_size = 2048
+  return config
