@@ -80,16 +80,24 @@ def _check_dispatcher(config: Config, num_devices: int) -> None:
     return
   shape = mesh_shape(config.mesh, num_devices)
   size: dict[str, int] = dict(zip(AXES, shape, strict=True))
-  choose(
+  groups = _num_groups(config)
+  kind, _ = choose(
     config.moe.exchange,
     config.moe.dispatcher,
     devices=size["expert"],
     token_shards=_shards(size),
-    num_groups=_num_groups(config),
+    num_groups=groups,
     num_selected=num_selected(config.moe),
     capacity=config.moe.capacity_factor is not None,
     mixes=make_router(config.moe).mixes,
   )
+  own, parts = groups // _shards(size), config.moe.exchange_chunks
+  if kind == "ragged" and own % parts:
+    raise ConfigError(
+      f"{named(config, 'moe.exchange_chunks')} does not divide the {own} routing "
+      "group(s) of a device, which are sent in equal parts. Use "
+      f"--config.moe.exchange_chunks={math.gcd(own, parts)}."
+    )
 
 
 def _share(config: Config, counts: Sequence[int]) -> int | None:

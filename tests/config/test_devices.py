@@ -40,6 +40,10 @@ DEVICES_REFUSED = [
   ),
   (dict(moe__group_size=-1), "--config.moe.group_size=-1 makes 1 routing group(s)"),
   (dict(moe__group_size=1024), "makes 4 routing group(s) of a microbatch, which 8"),
+  (
+    dict(moe__capacity_factor=None, mesh__expert=8, mesh__data=1, moe__exchange_chunks=4),
+    "--config.moe.exchange_chunks=4 does not divide the 2 routing group(s) of a device",
+  ),
 ]
 
 
