@@ -5,7 +5,9 @@ with queries of full rank; 64 experts of F 1408 and two shared, six for each tok
 as they are. Sizes are those of the released config.json, YaRN's extension to 163,840
 tokens included.
 
+Command:  python -m tools.count --config=configs/deepseek_v2_lite.py
 Hardware: never run; counted, and a copy with small sizes trained for a step in the tests
+Result:   docs/presets.md
 """
 
 from moejax.config import (

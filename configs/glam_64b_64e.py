@@ -5,7 +5,9 @@ GELU experts of F 32,768, two for each token, the others are GEGLU of the same w
 Where the paper adds relative position biases, this model rotates. The capacity factor is
 not in the paper.
 
+Command:  python -m tools.count --config=configs/glam_64b_64e.py
 Hardware: never run; counted, and a copy with small sizes trained for a step in the tests
+Result:   docs/presets.md
 """
 
 from moejax.config import (

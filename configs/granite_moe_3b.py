@@ -4,7 +4,9 @@
 each token, with renormalised gates; four multipliers on embeddings, attention, residuals
 and logits; tied embeddings (config.json of ibm-granite/granite-3.0-3b-a800m-base).
 
+Command:  python -m tools.count --config=configs/granite_moe_3b.py
 Hardware: never run; counted, and a copy with small sizes trained for a step in the tests
+Result:   docs/presets.md
 """
 
 from moejax.config import (

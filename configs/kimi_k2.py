@@ -4,7 +4,9 @@ DeepSeek-V3's design with 64 heads, one dense layer, and 384 experts in one grou
 which each token uses eight; 23,040 of the numbers are the biases of choice. Sizes are
 those of config.json of moonshotai/Kimi-K2-Base. Muon stands for the paper's MuonClip.
 
+Command:  python -m tools.count --config=configs/kimi_k2.py
 Hardware: never run; counted, and a copy with small sizes trained for a step in the tests
+Result:   docs/presets.md
 """
 
 from moejax.config import (

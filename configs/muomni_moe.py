@@ -4,7 +4,9 @@ D 256, eight GELU experts of F = 4D/E = 128, two for each token, with renormalis
 no biases, dropless. Depth, heads and vocabulary are those of configs/default.py:
 3,418,368 parameters, 1,845,504 active.
 
+Command:  python -m tools.count --config=configs/muomni_moe.py
 Hardware: never run; counted, and a copy with small sizes trained for a step in the tests
+Result:   docs/presets.md
 """
 
 from moejax.config import (

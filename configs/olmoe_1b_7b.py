@@ -4,7 +4,9 @@
 RMSNorm over the full width of queries and keys. Sizes are those of config.json of
 allenai/OLMoE-1B-7B-0924; losses, schedule and batch are the paper's (table 10).
 
+Command:  python -m tools.count --config=configs/olmoe_1b_7b.py
 Hardware: never run; counted, and a copy with small sizes trained for a step in the tests
+Result:   docs/presets.md
 """
 
 from moejax.config import (

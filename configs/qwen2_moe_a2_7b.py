@@ -4,7 +4,9 @@
 shared expert of 5632 with a gate of its own; biases on queries, keys and values
 (config.json of Qwen/Qwen1.5-MoE-A2.7B). The name counts active parameters.
 
+Command:  python -m tools.count --config=configs/qwen2_moe_a2_7b.py
 Hardware: never run; counted, and a copy with small sizes trained for a step in the tests
+Result:   docs/presets.md
 """
 
 from moejax.config import (

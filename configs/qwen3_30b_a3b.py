@@ -5,7 +5,9 @@ queries and keys; 128 experts of F 768, eight for each token, with renormalised 
 (config.json of Qwen/Qwen3-30B-A3B). The balance loss sees the whole batch, as the report
 says.
 
+Command:  python -m tools.count --config=configs/qwen3_30b_a3b.py
 Hardware: never run; counted, and a copy with small sizes trained for a step in the tests
+Result:   docs/presets.md
 """
 
 from moejax.config import (
