@@ -30,7 +30,7 @@ from moejax.dispatch.rows import LOOP
 from moejax.experts import grouped_matmul as kernels
 from moejax.experts.stack_gradient import stack_gradient
 from moejax.experts.weights import ExpertWeights, activate
-from moejax.layers.attend import attention_mask
+from moejax.layers.attend import Context, attend, attention_mask, plain_attention
 from moejax.layers.tpu_attention import tpu_attention
 from moejax.platform import target_is_nvidia
 from moejax.routing.base import RouterInputs, Routing, SlotPolicy
@@ -235,8 +235,44 @@ def check_attention(implementation: str, window: int, dtype: str) -> Outcome:
   )
 
 
+def check_attend(with_sinks: bool, dtype: str) -> Outcome:
+  """What `layers/attend` chooses here for keys of 192 and values of 128 numbers.
+
+  The reference has all logits in memory.
+  """
+  ids = np.ones((2, 256), np.int32)
+  ids[0, 100:], ids[1, 200:] = 2, 0
+  segments = jnp.asarray(ids)
+  positions = jnp.zeros_like(segments)
+  mask = attention_mask(segments, segments)
+  context = Context(positions=positions, mask=mask, segment_ids=segments)
+
+  def chosen(query: Any, key: Any, value: Any, sinks: Any) -> Any:
+    used = sinks if with_sinks else None
+    return attend(query, key, value, context, scale=0.1, sinks=used)
+
+  def reference(query: Any, key: Any, value: Any, sinks: Any) -> Any:
+    used = sinks if with_sinks else None
+    return plain_attention(query, key, value, mask, scale=0.1, sinks=used)
+
+  def both(function: Callable[..., Any], *args: Any) -> Any:
+    return value_and_gradients(function, args[-1], *args[:-1])
+
+  shapes = ((2, 256, 4, 192), (2, 256, 2, 192), (2, 256, 2, 128), (4,), (2, 256, 4, 128))
+  args = [normal(i, *shape) for i, shape in enumerate(shapes)]
+  return against(
+    functools.partial(both, reference), functools.partial(both, chosen), dtype, *args
+  )
+
+
 def attention_checks() -> Iterator[Check]:
-  """What `layers/attention` may choose: XLA's, cuDNN's, and the kernel for TPUs."""
+  """What `layers/attend` may choose: XLA's, cuDNN's, and the kernel for TPUs."""
+  for dtype in DTYPES:
+    for with_sinks in (False, True):
+      label = f"latent widths{', sinks' if with_sinks else ''} {dtype}"
+      run = functools.partial(check_attend, with_sinks, dtype)
+      basic = with_sinks and dtype == "float32"
+      yield Check("attention", label, run, basic=basic)
   for name in ("xla", "cudnn", "splash"):
     for dtype in DTYPES:
       for window in (0, 40):

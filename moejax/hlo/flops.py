@@ -19,9 +19,10 @@ _ARRAY = re.compile(r"[a-z]+\d*(?:e\d+m\d+\w*)?\[([\d,]*)\]")
 RAGGED = re.compile(r"ragged[-_]dot|gmm")
 """Names of kernels that process only the rows in use, however long the buffer."""
 
-_ATTENTION_PRODUCTS = {"fwd": 2, "dq": 3, "dkv": 4}
-"""Products of [S, S, A] in each kernel of splash attention: scores and values; scores,
-d scores and d query; scores, d value, d scores and d key."""
+_ATTENTION_PRODUCTS = {"fwd": (1, 1), "dq": (2, 1), "dkv": (2, 2)}
+"""Products in each kernel of splash attention over the width of a key, and over that of a
+value: scores, and values; scores and d query, and d scores; scores and d key, and d value
+and d scores."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -154,19 +155,22 @@ def _kernel(instruction: Instruction, shapes: Mapping[str, str]) -> float:
 
 def _splash(rest: str, part: str) -> float:
   """Returns FLOPs of the blocks on and below the diagonal, as if without a window."""
-  *batch, length, size = next(a for a in _layouts(rest) if len(a) > 2 and a[-1] >= 64)
+  query, _, value = _layouts(rest, r"\b(?:bf16|f16|f32)")[:3]
+  *batch, length, size = query
   suffix = "" if part == "fwd" else f"_{part}"
   block = _numbers(rest, rf'block_q{suffix}\\?": (\d+)') or [length]
   blocks = length // block[0]
   visited = (blocks + 1) / (2 * blocks)
-  products = _ATTENTION_PRODUCTS[part]
-  return 2.0 * products * math.prod(batch) * length * length * size * visited
+  over_key, over_value = _ATTENTION_PRODUCTS[part]
+  widths = over_key * size + over_value * value[-1]
+  return 2.0 * widths * math.prod(batch) * length * length * visited
 
 
-def _layouts(rest: str) -> list[list[int]]:
-  """Returns the dimensions of a kernel's operands."""
+def _layouts(rest: str, dtype: str = r"[a-z]+\d*(?:e\d+m\d+\w*)?") -> list[list[int]]:
+  """Returns the dimensions of a kernel's operands whose type matches."""
   text = rest.partition("operand_layout_constraints={")[2]
-  return [[int(n) for n in dims.split(",") if n] for dims in _ARRAY.findall(text)]
+  found = re.findall(rf"{dtype}\[([\d,]*)\]", text)
+  return [[int(n) for n in dims.split(",") if n] for dims in found]
 
 
 def _gemm(instruction: Instruction, shapes: Mapping[str, str]) -> float:

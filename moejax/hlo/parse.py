@@ -1,6 +1,7 @@
 """Reads the collectives, and the FLOPs, out of an optimised program.
 
-Counts executions: an instruction in a loop counts once per iteration. Bytes are per
+Counts executions: an instruction in a loop counts once per iteration, and of a
+conditional's branches, the one with most instructions counts. Bytes are per
 device: `bytes` is the buffer (operand of an all-to-all, result of an all-gather, operand
 of a reduce-scatter or all-reduce), `wire_bytes` what a device in a group of n must send:
 (n-1)/n of the buffer, twice that for an all-reduce, all of it for a permute.
@@ -162,7 +163,12 @@ class Program:
     for instruction in self._computations.get(name, ()):
       yield instruction, count, inside
       times = self._trips(instruction, name) if instruction.opcode == "while" else 1
-      for role, called in _called(instruction.rest):
+      calls = _called(instruction.rest)
+      if (
+        instruction.opcode == "conditional" and calls
+      ):  # One branch runs: take the longest.
+        calls = [max(calls, key=lambda call: len(self._computations.get(call[1], ())))]
+      for role, called in calls:
         if role == "to_apply" and instruction.opcode != "call":
           continue  # The scalar function of a reduction.
         yield from self._executed(called, count * times, called)

@@ -88,15 +88,17 @@ def test_kernels():
   assert flops_of(Instruction("other", "bf16[8]", "custom-call", rest), {}, 0.8) == 1000
   rest = (
     '%a, %q), custom_call_target="tpu_custom_call", operand_layout_constraints='
-    "{s8[1,8,8]{2,1,0}, bf16[2,4,4096,128]{3,2,1,0}, bf16[2,1,4096,128]{3,2,1,0}}, "
+    "{s8[1,8,8]{2,1,0}, bf16[2,4,4096,128]{3,2,1,0}, bf16[2,1,4096,128]{3,2,1,0}, "
+    "bf16[2,1,4096,64]{3,2,1,0}, s32[2,4096,128]{2,1,0}}, "
     'frontend_attributes={kernel_metadata={ "xprof_metadata":'
     '"{\\"block_q\\": 512, \\"block_q_dq\\": 1024}" }}'
   )
+  # Keys of 128 numbers, values of 64: a product over values is half of one over keys.
   square = 2 * 2 * 4 * 4096 * 4096 * 128
   forward = Instruction("splash_mha_fwd.3", "(f32[1], bf16[2])", "custom-call", rest)
-  assert flops_of(forward, {}) == 2 * square * 9 / 16
+  assert flops_of(forward, {}) == 1.5 * square * 9 / 16
   back = Instruction("splash_mha_dq.3", "(f32[1], bf16[2])", "custom-call", rest)
-  assert flops_of(back, {}) == 3 * square * 5 / 8
+  assert flops_of(back, {}) == 2.5 * square * 5 / 8
 
 
 def test_attention_of_a_gpu_library():
@@ -136,6 +138,24 @@ ENTRY %main (x: f32[8,16]) -> f32[8,16] {
   for start in (0, 1):
     program = hlo.Program(text.replace("START", str(start)))
     assert program.flops() == (32 - start) * one
+
+
+def test_one_branch_of_a_conditional_counts():
+  """The longer of two, as a device runs one of them: 2*8*16*16 and nothing besides."""
+  branch = """%NAME (p: f32[8,16]) -> f32[8,16] {
+  %x = f32[8,16] parameter(0)
+  %w = f32[16,16] parameter(1)
+  ROOT %d = f32[8,16] dot(%x, %w), lhs_contracting_dims={1}, rhs_contracting_dims={0}
+}
+"""
+  text = "HloModule step\n" + "".join(branch.replace("NAME", n) for n in ("a", "b"))
+  text += """ENTRY %main (x: f32[8,16]) -> f32[8,16] {
+  %x = f32[8,16] parameter(0)
+  %i = s32[] constant(0)
+  ROOT %c = f32[8,16] conditional(%i, %x, %x), branch_computations={%a, %b}
+}
+"""
+  assert hlo.Program(text).flops() == 2 * 8 * 16 * 16
 
 
 def test_what_goes_between_slices():

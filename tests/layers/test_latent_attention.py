@@ -1,5 +1,7 @@
 """Latent attention: two forms, one result, and the smaller of two caches."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -14,7 +16,12 @@ from moejax.models.stack import Shell
 from tests.layers.test_attend import reference
 
 B, S, H = 2, 5, 3
-SIZES = {"kv_rank": 12, "nope_head_dim": 6, "rope_head_dim": 4, "value_head_dim": 5}
+SIZES: dict[str, Any] = {
+  "kv_rank": 12,
+  "nope_head_dim": 6,
+  "rope_head_dim": 4,
+  "value_head_dim": 5,
+}
 
 
 def make(**fields):
@@ -93,7 +100,11 @@ def test_one_token_is_absorbed_and_a_prompt_is_expanded():
   in the absorbed form. One query over 4,096 keys: 4096*768 < 4095*512*256. 4,096 queries
   have nothing to gain.
   """
-  sizes = {"nope_head_dim": 128, "rope_head_dim": 64, "value_head_dim": 128}
+  sizes: dict[str, Any] = {
+    "nope_head_dim": 128,
+    "rope_head_dim": 64,
+    "value_head_dim": 128,
+  }
   config = ModelConfig(num_heads=1, width=8, attention="latent", kv_rank=512, **sizes)
   layer = nnx.eval_shape(lambda: LatentAttention(config, nnx.Rngs(0)))
   assert layer.is_absorbed(1, 4096)

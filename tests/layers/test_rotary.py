@@ -123,8 +123,9 @@ def test_yarn_ramps_over_the_index_of_a_pair(truncate):
 
 def test_yarns_temperature_is_split_between_rotation_and_logits():
   """DeepSeek-V2: mscale .707 of 40, all of it on the logits; 1/sqrt(A) without."""
-  common = dict(rope_scaling="yarn", rope_factor=40.0, rope_original=4096)
-  config = ModelConfig(num_heads=1, width=A, **common)
+  config = ModelConfig(
+    num_heads=1, width=A, rope_scaling="yarn", rope_factor=40.0, rope_original=4096
+  )
   temperature = 0.1 * math.log(40) + 1
   assert make_rotary(config).factor == pytest.approx(temperature)
   assert logit_scale(config) is None

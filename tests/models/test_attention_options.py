@@ -15,9 +15,12 @@ from moejax.models.per_layer import windowed_by_part
 from moejax.models.placement import param_shardings
 from moejax.sharding import rules
 from moejax.sharding.mesh import make_mesh
-from tests.models.test_decoder import MOE, S, input_gradients
+from tests.models import test_decoder
+from tests.models.test_decoder import S, input_gradients
 
 V = 24
+PREFIXED: dict[str, Any] = {**test_decoder.MOE, "dense_prefix": 1}
+EVERY: dict[str, Any] = {**test_decoder.MOE, "every": 1, "offset": 0}
 
 LATENT: dict[str, Any] = {
   "attention": "latent",
@@ -55,9 +58,14 @@ OPTIONS: dict[str, dict[str, Any]] = {
 
 def make(name: str, **changes: Any):
   """A model of five layers, a dense one and two units of two, with no vector at rest."""
-  fields = {"num_layers": 5, "width": 16, "num_heads": 4, "hidden": 32}
+  fields: dict[str, Any] = {
+    "num_layers": 5,
+    "width": 16,
+    "num_heads": 4,
+    "hidden": 32,
+  }
   config = ModelConfig(**fields | OPTIONS[name] | changes)
-  moe = MoEConfig(**MOE | {"dense_prefix": 1})
+  moe = MoEConfig(**PREFIXED)
   decoder = Decoder(config, moe, vocab_size=V)
   params = jax.jit(decoder.init)(jax.random.key(0))
   rng = np.random.default_rng(0)
@@ -152,7 +160,7 @@ def test_a_layer_sees_its_window_or_all_before(first, seen):
     window_pattern=f"{first},full,sliding",
     tie_embeddings=False,
   )
-  decoder = Decoder(config, MoEConfig(**MOE | {"every": 1, "offset": 0}), vocab_size=V)
+  decoder = Decoder(config, MoEConfig(**EVERY), vocab_size=V)
   params = decoder.init(jax.random.key(0))
   gradients = input_gradients(decoder, params, TOKENS, None, 0, S - 3)
   assert int((gradients[0] > 0).sum()) == seen
