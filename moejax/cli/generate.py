@@ -50,7 +50,7 @@ def main() -> None:
   from moejax.data.tokenizer import load_tokenizer
   from moejax.evaluate import generation
   from moejax.launch import distributed, host_memory
-  from moejax.models.decoder import Decoder
+  from moejax.models.make import make_model
 
   place = distributed.find_place()
   if place is not None and place.count > 1:
@@ -63,7 +63,7 @@ def main() -> None:
   config = cli.get_config(base=config)
   compilation_cache.enable(config.data.cache_dir)
   tokenizer = load_tokenizer(workdir)
-  model = Decoder(config.model, config.moe, vocab_size=tokenizer.vocab_size)
+  model = make_model(config.model, config.moe, vocab_size=tokenizer.vocab_size)
   how: dict[str, Any] = {
     "max_length": generation.context_length(config),
     "max_tokens": _MAX_TOKENS.value,

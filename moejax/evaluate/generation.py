@@ -28,7 +28,7 @@ from jaxtyping import Array, Bool, Float, Int, Key
 from moejax.config import Config
 from moejax.errors import UserError
 from moejax.evaluate import groups
-from moejax.models.decoder import Decoder
+from moejax.models.make import make_model
 from moejax.types import Params, pytree
 
 DEFAULT_TEMPERATURE = 0.8
@@ -223,7 +223,7 @@ def generate(
   if groups.least_factor(model) is not None:
     # Groups of the training size do not exist yet: each row of a call is one group.
     moe = dataclasses.replace(model.moe, group_size=0)
-    model = Decoder(model.config, moe, vocab_size=model.vocab_size)
+    model = make_model(model.config, moe, vocab_size=model.vocab_size)
   lengths = np.repeat([len(ids) for ids in encoded], num_samples).astype(np.int32)
   limits = np.minimum(lengths + max_tokens, max_length)
   tokens = np.full((len(lengths), int(limits.max())), tokenizer.separator, np.int32)

@@ -24,6 +24,7 @@ from jax.sharding import Mesh
 
 from moejax.config import Config
 from moejax.layers.moe import WHOLE_BATCH
+from moejax.models import make
 from moejax.models.decoder import Decoder
 from moejax.sharding.mesh import num_token_shards
 
@@ -41,7 +42,7 @@ def make_model(config: Config, vocab_size: int) -> Decoder:
   moe = copy.deepcopy(config.moe)
   if moe.group_size == WHOLE_BATCH:
     moe.group_size = group_tokens(config)
-  return Decoder(config.model, moe, vocab_size=vocab_size)
+  return make.make_model(config.model, moe, vocab_size=vocab_size)
 
 
 def batch_size(

@@ -18,6 +18,7 @@ from moejax.interop.keys import Keys
 from moejax.interop.load import Loader, known_dtype
 from moejax.interop.source import Source, has_weights
 from moejax.models.decoder import Decoder
+from moejax.models.make import make_model
 
 CONFIG = "config.json"
 TOKENIZER = "tokenizer.json"
@@ -61,7 +62,7 @@ def open_folder(folder: Path | str) -> Published:
   config = read_config(architecture, values, path)
   with _about(path):
     validate(config)
-    model = Decoder(config.model, config.moe, vocab_size=config.model.vocab_size)
+    model = make_model(config.model, config.moe, vocab_size=config.model.vocab_size)
   name = values.get("dtype") or values.get("torch_dtype") or "float32"
   loader = Loader(
     architecture,

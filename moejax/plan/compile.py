@@ -16,8 +16,8 @@ from jax.sharding import Mesh
 from moejax.config import Config
 from moejax.config import devices as config_devices
 from moejax.cost.parameters import resolve_vocab_size
-from moejax.models.decoder import Decoder
 from moejax.models.loss import Batch
+from moejax.models.make import make_model
 from moejax.sharding import rules
 from moejax.sharding.mesh import make_mesh
 from moejax.train import state as state_lib
@@ -47,7 +47,7 @@ def compile_step(config: Config, devices: Sequence[Any]) -> CompiledStep:
   """
   config_devices.validate_devices(config, len(devices))
   mesh = make_mesh(config.mesh, devices)
-  model = Decoder(config.model, config.moe, vocab_size=resolve_vocab_size(config))
+  model = make_model(config.model, config.moe, vocab_size=resolve_vocab_size(config))
   optimizer = make_optimizer(
     config.optimizer,
     num_steps=config.train.num_steps,

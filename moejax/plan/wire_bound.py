@@ -17,7 +17,7 @@ from moejax.config.pattern import layer_pattern
 from moejax.config.router import make_router, num_selected
 from moejax.cost.parameters import resolve_vocab_size
 from moejax.models import trained
-from moejax.models.decoder import Decoder
+from moejax.models.make import make_model
 from moejax.routing.capacity import capacity_of
 from moejax.sharding.rules import RULES
 
@@ -30,7 +30,7 @@ def wire_bound(config: Config, mesh: dict[str, int]) -> float:
     mesh: number of devices per axis.
   """
   width = _bytes(config)
-  model = Decoder(config.model, config.moe, vocab_size=resolve_vocab_size(config))
+  model = make_model(config.model, config.moe, vocab_size=resolve_vocab_size(config))
 
   # Untrained parameters have no gradients to reduce.
   axes, _ = trained.split(model.logical_axes(), model.trained())

@@ -26,6 +26,7 @@ from moejax.data.dataset import Dataset
 from moejax.errors import UserError
 from moejax.models import trained as trained_lib
 from moejax.models.decoder import Decoder
+from moejax.models.make import make_model
 from moejax.run import workdir as workdir_lib
 from moejax.run.files import DIRECTORY, list_steps
 from moejax.run.progress import Reporter, Silent
@@ -142,7 +143,7 @@ def _load_data(config: Config, workdir: pathlib.Path, init_from: str) -> Dataset
 
 def _build(config: Config, dataset: Dataset) -> tuple[Decoder, Optimizer]:
   """Builds the model and its optimizer, without parameters."""
-  model = Decoder(
+  model = make_model(
     config.model,
     config.moe,
     vocab_size=dataset.tokenizer.vocab_size,
