@@ -11,6 +11,7 @@ from moejax.config import Config
 from moejax.config import text as config_text
 from moejax.cost.parameters import resolve_vocab_size
 from moejax.data import tokenizer
+from moejax.data.sentinels import with_sentinels
 from moejax.errors import ConfigError, UserError
 from moejax.models.make import make_model
 from moejax.run.files import CONFIG_FILE, DIRECTORY, list_steps
@@ -101,7 +102,7 @@ def _vocab_size(source: str, config: Config) -> int:
       "which its parameters need: give --config.data.tokenizer="
       f"{stored.kind} --config.data.vocab_size={stored.vocab_size}."
     )
-  return stored.vocab_size
+  return with_sentinels(stored, config.data).vocab_size
 
 
 def _explain(old: Config, new: Config, problems: list[str]) -> str:

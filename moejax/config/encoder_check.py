@@ -106,8 +106,13 @@ def _rows_hold_a_span(c: Config) -> str | None:
 
 
 def _groups_divide_decoder_rows(c: Config) -> str | None:
-  if c.data.objective != "span_corruption" or c.moe.group_size <= 0:
+  if c.data.objective != "span_corruption" or not c.moe.group_size:
     return None
+  if c.moe.group_size < 0:
+    return (
+      f"{named(c, 'moe.group_size', 'model.kind')}: the batches of encoder and decoder "
+      "have different sizes. Give a number of tokens, or 0 for one group per sequence."
+    )
   micro = c.train.batch_size // c.train.accumulation
   length = spans_of(c.data).decoder_length
   if micro * length % c.moe.group_size:

@@ -108,7 +108,7 @@ def _sizes(density: float, mean: float, most: int) -> tuple[np.ndarray, np.ndarr
   encoder, decoder = tokens - replaced + spans + 1, replaced + spans + 1
   # No text, no row; and a text of one token is all replaced.
   encoder[0] = decoder[0] = 0
-  return np.maximum.accumulate(encoder), np.maximum.accumulate(decoder)
+  return encoder, decoder
 
 
 def _most_tokens(length: int, density: float) -> int:

@@ -26,6 +26,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int, Key
 
 from moejax.config import Config
+from moejax.data.sentinels import SentinelTokenizer
 from moejax.errors import UserError
 from moejax.evaluate import groups
 from moejax.models.make import make_model
@@ -59,6 +60,8 @@ class Completion:
   """The generated ids, without the final separator."""
   finish: str
   """Why generation ended: separator, max_tokens or context."""
+  filled: str | None = None
+  """Of an encoder-decoder: the prompt with its sentinels replaced by the text."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -112,6 +115,25 @@ def _prefill(
   """Runs P tokens; returns next-token logits and a cache for M tokens."""
   cache = model.init_cache(tokens.shape[0], length)
   out = model(params, tokens, cache=cache, capacity_factor=groups.least_factor(model))
+  return out.logits[:, -1, : model.vocab_size], out.cache
+
+
+@functools.partial(jax.jit, static_argnames=("model", "length"))
+def _read(
+  model: Any,
+  params: Params,
+  tokens: Int[Array, "B 1"],
+  read: Int[Array, "B N"],
+  segment_ids: Int[Array, "B N"],
+  *,
+  length: int,
+) -> tuple[Float[Array, "B V"], Any]:
+  """Runs the encoder once, and the decoder's start; returns as `_prefill`."""
+  factor = groups.least_factor(model)
+  cache = model.start(
+    params, read, length=length, segment_ids=segment_ids, capacity_factor=factor
+  )
+  out = model(params, tokens, cache=cache, capacity_factor=factor)
   return out.logits[:, -1, : model.vocab_size], out.cache
 
 
@@ -224,6 +246,10 @@ def generate(
     # Groups of the training size do not exist yet: each row of a call is one group.
     moe = dataclasses.replace(model.moe, group_size=0)
     model = make_model(model.config, moe, vocab_size=model.vocab_size)
+  read = None
+  if model.config.kind == "encoder_decoder":
+    read = np.repeat(_padded(encoded, max_length), num_samples, axis=0)
+    encoded, asked = [[tokenizer.start]] * len(encoded), encoded
   lengths = np.repeat([len(ids) for ids in encoded], num_samples).astype(np.int32)
   limits = np.minimum(lengths + max_tokens, max_length)
   tokens = np.full((len(lengths), int(limits.max())), tokenizer.separator, np.int32)
@@ -243,13 +269,14 @@ def generate(
     top_k=jnp.asarray(top_k or model.vocab_size, jnp.int32),
     top_p=jnp.asarray(top_p, jnp.float32),
   )
-  out, ends, seconds = _run(model, params, tokens, lengths, rows, how)
+  out, ends, seconds = _run(model, params, tokens, lengths, rows, how, read)
   completions = tuple(
     _completion(
       tokenizer,
       prompts[row // num_samples],
       out[row, lengths[row] : ends[row]].tolist(),
       is_cut_by_context=bool(ends[row] == max_length),
+      asked=None if read is None else asked[row // num_samples],
     )
     for row in range(len(lengths))
   )
@@ -268,11 +295,20 @@ def _run(
   lengths: Int[np.ndarray, "B"],
   rows: _Rows,
   how: Sampling,
+  read: Int[np.ndarray, "B N"] | None = None,
 ) -> tuple[Int[np.ndarray, "B M"], Int[np.ndarray, "B"], tuple[float, float]]:
-  """Returns tokens, row lengths, and seconds before and inside the loop."""
+  """Returns tokens, row lengths, and seconds before and inside the loop.
+
+  `read` is what an encoder reads, -1 for padding.
+  """
   began = time.perf_counter()
   start = int(lengths.min())
-  first = _prefill(model, params, jnp.asarray(tokens[:, :start]), length=tokens.shape[1])
+  begin, length = jnp.asarray(tokens[:, :start]), tokens.shape[1]
+  if read is None:
+    first = _prefill(model, params, begin, length=length)
+  else:
+    seen = jnp.asarray(np.maximum(read, 0)), jnp.asarray((read >= 0).astype(np.int32))
+    first = _read(model, params, begin, *seen, length=length)
 
   def decode(end: int) -> tuple[Array, Array]:
     bounds = jnp.asarray(start, jnp.int32), jnp.asarray(end, jnp.int32)
@@ -293,18 +329,40 @@ def _allowed(tokenizer: Any, vocab_size: int) -> Bool[np.ndarray, "V"]:
   stands_for_text = np.asarray(tokenizer.bytes_per_token) > 0
   allowed[: len(stands_for_text)] = stands_for_text
   allowed[tokenizer.separator] = True
+  if isinstance(tokenizer, SentinelTokenizer):
+    allowed[tokenizer.sentinels] = True
   return allowed
 
 
 def _completion(
-  tokenizer: Any, prompt: str, ids: list[int], *, is_cut_by_context: bool
+  tokenizer: Any,
+  prompt: str,
+  ids: list[int],
+  *,
+  is_cut_by_context: bool,
+  asked: list[int] | None = None,
 ) -> Completion:
   finish = "context" if is_cut_by_context else "max_tokens"
   if ids and ids[-1] == tokenizer.separator:
     ids, finish = ids[:-1], "separator"
+  filled = None
+  if asked is not None and isinstance(tokenizer, SentinelTokenizer):
+    filled = tokenizer.fill(asked[:-1], ids)
   return Completion(
-    prompt=prompt, text=tokenizer.decode(ids), tokens=tuple(ids), finish=finish
+    prompt=prompt,
+    text=tokenizer.decode(ids),
+    tokens=tuple(ids),
+    finish=finish,
+    filled=filled,
   )
+
+
+def _padded(rows: list[list[int]], length: int) -> Int[np.ndarray, "n N"]:
+  """Returns what the encoder reads, padded with -1 to one length for all prompts."""
+  padded = np.full((len(rows), length), -1, np.int32)
+  for row, ids in enumerate(rows):
+    padded[row, : len(ids)] = ids
+  return padded
 
 
 def check(
@@ -342,6 +400,8 @@ def check(
     if not is_good:
       raise UserError(f"--{flag}={value} makes no sense: give {wanted}.")
   _check_router(model)
+  if model.config.kind == "encoder_decoder":
+    return [_encode_input(tokenizer, prompt, max_length) for prompt in prompts]
   return [_encode(tokenizer, prompt, max_length) for prompt in prompts]
 
 
@@ -359,13 +419,37 @@ def _check_router(model: Any) -> None:
     )
 
 
-def _encode(tokenizer: Any, prompt: str, max_length: int) -> list[int]:
+def _encode_input(tokenizer: Any, prompt: str, max_length: int) -> list[int]:
+  """Returns what the encoder reads; without a sentinel there is one at the end."""
+  if not isinstance(tokenizer, SentinelTokenizer):
+    raise UserError(
+      "This run's tokenizer has no sentinels, which an encoder-decoder is prompted with. "
+      "Give a run trained under --config.data.objective=span_corruption."
+    )
+  _check_text(prompt)
+  ids = tokenizer.encode(prompt)
+  if not any(token in tokenizer.index_of for token in ids):
+    ids.append(int(tokenizer.sentinels[0]))
+  if len(ids) + 1 > max_length:
+    raise UserError(
+      f"The --prompt has {len(ids)} tokens with its sentinels, and the encoder reads "
+      f"{max_length - 1}. Shorten it, or train with a larger "
+      "--config.data.sequence_length or --config.model.max_position."
+    )
+  return [*ids, tokenizer.separator]
+
+
+def _check_text(prompt: str) -> None:
   try:
     prompt.encode()
   except UnicodeEncodeError:  # The shell passed bytes of another encoding.
     raise UserError(
       f"--prompt={prompt!a} is no UTF-8. Give it as UTF-8, or in a file by --prompt_file."
     ) from None
+
+
+def _encode(tokenizer: Any, prompt: str, max_length: int) -> list[int]:
+  _check_text(prompt)
   ids = [tokenizer.start, *tokenizer.encode(prompt)]
   if len(ids) >= max_length:
     raise UserError(

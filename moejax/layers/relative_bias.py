@@ -26,7 +26,7 @@ class RelativeBias(nnx.Module):
 
   def __init__(self, config: ModelConfig, rngs: nnx.Rngs, *, bidirectional: bool):
     shape = (config.relative_buckets, config.num_heads)
-    self.table = parameter.matrix(rngs, shape, (None, "heads"), fan_in=config.width)
+    self.bias = parameter.matrix(rngs, shape, (None, "heads"), fan_in=config.width)
     self.furthest = config.relative_distance
     self.bidirectional = bidirectional
 
@@ -45,11 +45,11 @@ class RelativeBias(nnx.Module):
     key = jnp.arange(num_keys, dtype=jnp.int32)[None, :]
     bucket = bucket_of(
       key - query,
-      num_buckets=self.table.shape[0],
+      num_buckets=self.bias.shape[0],
       furthest=self.furthest,
       bidirectional=self.bidirectional,
     )
-    table = self.table[...].astype(jnp.float32)
+    table = self.bias[...].astype(jnp.float32)
     return jnp.moveaxis(table[bucket], -1, 0)[None]
 
 

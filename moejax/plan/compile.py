@@ -16,7 +16,7 @@ from jax.sharding import Mesh
 from moejax.config import Config
 from moejax.config import devices as config_devices
 from moejax.cost.parameters import resolve_vocab_size
-from moejax.models.loss import Batch
+from moejax.models.loss import batch_shapes
 from moejax.models.make import make_model
 from moejax.sharding import rules
 from moejax.sharding.mesh import make_mesh
@@ -54,12 +54,14 @@ def compile_step(config: Config, devices: Sequence[Any]) -> CompiledStep:
     axes=model.logical_axes(),
     trained=model.trained(),
   )
-  shape = (config.train.batch_size, config.data.sequence_length)
-  tokens = jax.ShapeDtypeStruct(shape, "int32", sharding=rules.batch_sharding(mesh))
+  batch = {
+    name: jax.ShapeDtypeStruct(shape, "int32", sharding=rules.batch_sharding(mesh))
+    for name, shape in batch_shapes(config).items()
+  }
   with jax.set_mesh(mesh):
     step: Any = step_lib.make_train_step(model, optimizer, config, mesh)
     state = state_lib.state_shapes(model, optimizer, mesh)
-    traced = step.trace(state, dict.fromkeys(Batch.__annotations__, tokens))
+    traced = step.trace(state, batch)
     start = time.monotonic()
     lowered = traced.lower()
     compiled = lowered.compile()

@@ -7,14 +7,17 @@ pass, once per assignment; with a capacity, once per slot (sorted rows: the fewe
 both); by ring, once to every device.
 """
 
+import copy
 import math
 
 import jax
 
 from moejax.config import Config
+from moejax.config.encoder import encoder_config
 from moejax.config.exchange_rule import choose
 from moejax.config.pattern import layer_pattern
 from moejax.config.router import make_router, num_selected
+from moejax.config.spans import target_length
 from moejax.cost.parameters import resolve_vocab_size
 from moejax.models import trained
 from moejax.models.make import make_model
@@ -52,6 +55,11 @@ def wire_bound(config: Config, mesh: dict[str, int]) -> float:
 
 def exchange_bound(config: Config, mesh: dict[str, int]) -> float:
   """Returns the bytes that one device exchanges with experts, forward and backward."""
+  if config.model.kind == "encoder_decoder":
+    encoder, decoder = encoder_config(config), copy.deepcopy(config)
+    decoder.data.sequence_length = target_length(config.data)
+    decoder.model.kind, decoder.data.objective = "decoder", "causal"
+    return exchange_bound(encoder, mesh) + exchange_bound(decoder, mesh)
   moe, devices = config.moe, mesh["expert"]
   if moe.dense_twin or devices == 1:
     return 0.0

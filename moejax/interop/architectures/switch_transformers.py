@@ -61,8 +61,8 @@ MODEL = (
   entry("embedding.norm.scale", "decoder.final_layer_norm.weight", FLAT),
   entry("embedding.head", "lm_head.weight", LINEAR),
   entry("encoder.norm.scale", "encoder.final_layer_norm.weight", FLAT),
-  entry("encoder.relative_bias.table", f"encoder.{_BIAS}", SAME),
-  entry("decoder.relative_bias.table", f"decoder.{_BIAS}", SAME),
+  entry("encoder.relative_bias.bias", f"encoder.{_BIAS}", SAME),
+  entry("decoder.relative_bias.bias", f"decoder.{_BIAS}", SAME),
 )
 
 
