@@ -7,7 +7,8 @@
 Needs only the run's directory, and runs in one process. --prompt may be given several
 times; without a prompt the model starts a new document. An encoder-decoder restores the
 spans at <extra_id_0>, <extra_id_1> ... in the prompt, or goes on at its end. Keys and
-values are cached; tokens/s counts the one-token steps of all samples, without compilation and prefill.
+values are cached; tokens/s counts the one-token steps of all samples, without
+compilation and prefill.
 """
 
 import pathlib

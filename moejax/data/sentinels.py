@@ -75,12 +75,10 @@ class SentinelTokenizer(Tokenizer):
     """See the base class; sentinels are shown as they are written in a prompt."""
     flat = np.asarray(ids if isinstance(ids, np.ndarray) else list(ids), np.int64)
     text, after = "", 0
-    marks = [
-      i for i, token in enumerate(flat.reshape(-1).tolist()) if token in self.index_of
-    ]
-    for place in marks:
-      text += self.base.decode(flat[after:place]) + mark(self.index_of[int(flat[place])])
-      after = place + 1
+    for place, token in enumerate(flat.reshape(-1).tolist()):
+      if token in self.index_of:
+        text += self.base.decode(flat[after:place]) + mark(self.index_of[token])
+        after = place + 1
     return text + self.base.decode(flat[after:])
 
   def fill(self, prompt: Ids, restored: Ids) -> str:

@@ -17,9 +17,10 @@ No text is lost: each token is in one of the two.
 
 Letters: B rows, S decoder's sequence, M encoder's sequence, P segments of a split,
 N rows of a split.
-Source: T5, arXiv:1910.10683, section 3.1.4, and its released code (random_spans_noise_mask),
-which draws the lengths of spans and of what is between them uniformly from all that have
-the right sum. T5 ends a text with a masked span; so does this.
+Source: T5, arXiv:1910.10683, section 3.1.4, and its released code
+(random_spans_noise_mask), which draws the lengths of spans and of what is between them
+uniformly from all that have the right sum. T5 ends a text with a masked span; so does
+this. There the text is cut without regard to documents; here a segment is one document's.
 """
 
 import dataclasses

@@ -28,7 +28,7 @@ from jaxtyping import Array, Bool, Float, Int, Key
 from moejax.config import Config
 from moejax.data.sentinels import SentinelTokenizer
 from moejax.errors import UserError
-from moejax.evaluate import groups
+from moejax.evaluate import groups, restoring
 from moejax.models.make import make_model
 from moejax.types import Params, pytree
 
@@ -115,25 +115,6 @@ def _prefill(
   """Runs P tokens; returns next-token logits and a cache for M tokens."""
   cache = model.init_cache(tokens.shape[0], length)
   out = model(params, tokens, cache=cache, capacity_factor=groups.least_factor(model))
-  return out.logits[:, -1, : model.vocab_size], out.cache
-
-
-@functools.partial(jax.jit, static_argnames=("model", "length"))
-def _read(
-  model: Any,
-  params: Params,
-  tokens: Int[Array, "B 1"],
-  read: Int[Array, "B N"],
-  segment_ids: Int[Array, "B N"],
-  *,
-  length: int,
-) -> tuple[Float[Array, "B V"], Any]:
-  """Runs the encoder once, and the decoder's start; returns as `_prefill`."""
-  factor = groups.least_factor(model)
-  cache = model.start(
-    params, read, length=length, segment_ids=segment_ids, capacity_factor=factor
-  )
-  out = model(params, tokens, cache=cache, capacity_factor=factor)
   return out.logits[:, -1, : model.vocab_size], out.cache
 
 
@@ -248,7 +229,7 @@ def generate(
     model = make_model(model.config, moe, vocab_size=model.vocab_size)
   read = None
   if model.config.kind == "encoder_decoder":
-    read = np.repeat(_padded(encoded, max_length), num_samples, axis=0)
+    read = np.repeat(restoring.padded(encoded, max_length), num_samples, axis=0)
     encoded, asked = [[tokenizer.start]] * len(encoded), encoded
   lengths = np.repeat([len(ids) for ids in encoded], num_samples).astype(np.int32)
   limits = np.minimum(lengths + max_tokens, max_length)
@@ -308,7 +289,7 @@ def _run(
     first = _prefill(model, params, begin, length=length)
   else:
     seen = jnp.asarray(np.maximum(read, 0)), jnp.asarray((read >= 0).astype(np.int32))
-    first = _read(model, params, begin, *seen, length=length)
+    first = restoring.read(model, params, begin, *seen, length=length)
 
   def decode(end: int) -> tuple[Array, Array]:
     bounds = jnp.asarray(start, jnp.int32), jnp.asarray(end, jnp.int32)
@@ -357,14 +338,6 @@ def _completion(
   )
 
 
-def _padded(rows: list[list[int]], length: int) -> Int[np.ndarray, "n N"]:
-  """Returns what the encoder reads, padded with -1 to one length for all prompts."""
-  padded = np.full((len(rows), length), -1, np.int32)
-  for row, ids in enumerate(rows):
-    padded[row, : len(ids)] = ids
-  return padded
-
-
 def check(
   model: Any,
   tokenizer: Any,
@@ -401,7 +374,7 @@ def check(
       raise UserError(f"--{flag}={value} makes no sense: give {wanted}.")
   _check_router(model)
   if model.config.kind == "encoder_decoder":
-    return [_encode_input(tokenizer, prompt, max_length) for prompt in prompts]
+    return [restoring.encode(tokenizer, prompt, max_length) for prompt in prompts]
   return [_encode(tokenizer, prompt, max_length) for prompt in prompts]
 
 
@@ -419,37 +392,8 @@ def _check_router(model: Any) -> None:
     )
 
 
-def _encode_input(tokenizer: Any, prompt: str, max_length: int) -> list[int]:
-  """Returns what the encoder reads; without a sentinel there is one at the end."""
-  if not isinstance(tokenizer, SentinelTokenizer):
-    raise UserError(
-      "This run's tokenizer has no sentinels, which an encoder-decoder is prompted with. "
-      "Give a run trained under --config.data.objective=span_corruption."
-    )
-  _check_text(prompt)
-  ids = tokenizer.encode(prompt)
-  if not any(token in tokenizer.index_of for token in ids):
-    ids.append(int(tokenizer.sentinels[0]))
-  if len(ids) + 1 > max_length:
-    raise UserError(
-      f"The --prompt has {len(ids)} tokens with its sentinels, and the encoder reads "
-      f"{max_length - 1}. Shorten it, or train with a larger "
-      "--config.data.sequence_length or --config.model.max_position."
-    )
-  return [*ids, tokenizer.separator]
-
-
-def _check_text(prompt: str) -> None:
-  try:
-    prompt.encode()
-  except UnicodeEncodeError:  # The shell passed bytes of another encoding.
-    raise UserError(
-      f"--prompt={prompt!a} is no UTF-8. Give it as UTF-8, or in a file by --prompt_file."
-    ) from None
-
-
 def _encode(tokenizer: Any, prompt: str, max_length: int) -> list[int]:
-  _check_text(prompt)
+  restoring.check_text(prompt)
   ids = [tokenizer.start, *tokenizer.encode(prompt)]
   if len(ids) >= max_length:
     raise UserError(

@@ -21,6 +21,9 @@ from moejax.evaluate import groups
 from moejax.models.decoder import Decoder
 from moejax.types import Params
 
+Tokens = Int[np.ndarray | Array, "..."] | Sequence[Sequence[int]]
+"""Vocabulary ids, a row each."""
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LoadedRun:
@@ -37,11 +40,9 @@ class LoadedRun:
 
   def logits(
     self,
-    tokens: Int[np.ndarray | Array, "B M"] | Sequence[Sequence[int]],
+    tokens: Tokens,
     *,
-    decoder_tokens: Int[np.ndarray | Array, "B S"]
-    | Sequence[Sequence[int]]
-    | None = None,
+    decoder_tokens: Tokens | None = None,
   ) -> Float[Array, "B S V"]:
     """Returns next-token logits at every position, at the run's eval_capacity_factor.
 
