@@ -23,15 +23,14 @@ def get_config() -> Config:
       hidden=256,
       activation="relu",
       positions="relative",
-      attention_scale=1.0,
       vocab_multiple=8,
       scan_layers=False,
     ),
-    moe=MoEConfig(num_experts=8, num_selected=1, hidden=256),
+    moe=MoEConfig(num_experts=8, num_selected=1, hidden=256, group_size=512),
     optimizer=OptimizerConfig(name="muon", learning_rate=2e-2, warmup_steps=50),
   )
-  config.train.num_steps = 900
+  config.train.num_steps = 600
   config.train.batch_size = 16
   config.train.eval_batches = 20
-  config.train.eval_every = config.train.checkpoint_every = 450
+  config.train.eval_every = config.train.checkpoint_every = 300
   return config

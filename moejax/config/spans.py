@@ -85,8 +85,9 @@ def target_length(data: DataConfig) -> int:
 
 def num_replaced(tokens: Int[np.ndarray, "*n"] | int, density: float) -> np.ndarray:
   """Returns how many of so many tokens are replaced."""
-  wanted = np.floor(np.asarray(tokens) * density + 0.5).astype(np.int64)
-  return np.clip(wanted, 1, np.maximum(np.asarray(tokens) - 1, 1))
+  tokens = np.asarray(tokens)
+  wanted = np.floor(tokens * density + 0.5).astype(np.int64)
+  return np.asarray(np.clip(wanted, 1, np.maximum(tokens - 1, 1)))
 
 
 def num_spans(
@@ -99,7 +100,7 @@ def num_spans(
   replaced = num_replaced(tokens, density)
   wanted = np.floor(replaced / mean_length + 0.5).astype(np.int64)
   kept = np.asarray(tokens) - replaced
-  return np.clip(wanted, 1, np.maximum(np.minimum(replaced, kept), 1))
+  return np.asarray(np.clip(wanted, 1, np.maximum(np.minimum(replaced, kept), 1)))
 
 
 def _sizes(density: float, mean: float, most: int) -> tuple[np.ndarray, np.ndarray]:

@@ -314,8 +314,8 @@ class Decoder:
     return context if bias is None else dataclasses.replace(context, bias=bias)
 
 
-def factor_of(moe: MoEConfig, asked: float | None, *, train: bool) -> float | None:
-  """Returns the capacity factor of a call: the one asked for, or that configured."""
+def factor_of(moe: MoEConfig, asked: Any, *, train: bool) -> float | None:
+  """Returns the capacity factor of a call: the one asked for, or if `CONFIGURED` that."""
   if asked is not CONFIGURED:
     return asked
   return moe.capacity_factor if train else moe.eval_capacity_factor

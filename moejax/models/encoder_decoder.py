@@ -203,7 +203,7 @@ class EncoderDecoder(Decoder):
     told: LayerInputs,
     step: Int[Array, ""] | None,
     options: CallOptions,
-    capacity_factor: float | None,
+    capacity_factor: Any,
   ) -> tuple[Float[Array, "B M D"], list[MoEAux]]:
     """Runs the encoder, whose router may need slots where the decoder's does not."""
     factor = factor_of(self.encoder.moe, capacity_factor, train=options.train)
