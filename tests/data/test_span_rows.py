@@ -9,23 +9,24 @@ from hypothesis import strategies as st
 
 from moejax.config import DataConfig
 from moejax.config.spans import num_replaced, num_spans, spans_of
+from moejax.data import load
 from moejax.data.sentinels import SentinelTokenizer, with_sentinels
 from moejax.data.span_rows import SpanPacker, corrupt, cut, mask_of, restore
 from moejax.data.tokenizer import ByteTokenizer
 from moejax.data.tokens import TokenSplit
+from tests.data.conftest import small_config
+from tests.data.test_batches import assert_same, take
 
 SEPARATOR = 256
 SENTINELS = 363 - np.arange(100)
 
 
 def split_of(lengths):
-  """Documents of these lengths, whose tokens count 0, 1, 2, ... modulo 256."""
+  """Documents of these lengths, whose tokens count up modulo 256."""
   tokens = [SEPARATOR]
   for length in lengths:
-    tokens += [len(tokens) % 256 for _ in range(length)] + [SEPARATOR]
-    tokens[len(tokens) - length - 1 : -1] = [
-      (len(tokens) + i) % 256 for i in range(length)
-    ]
+    start = len(tokens)
+    tokens += [(start + i) % 256 for i in range(length)] + [SEPARATOR]
   offsets = np.concatenate(([0], np.cumsum(np.array(lengths) + 1)))
   domains = np.arange(len(lengths)) % 3
   return TokenSplit(np.array(tokens, np.uint16), offsets, domains)
@@ -175,3 +176,24 @@ def test_sentinels_follow_the_tokenizers_ids_and_can_be_written():
   restored = [268, *b"xy", 264, *b"z"]
   assert tokenizer.fill(ids[:4], restored) == "axybz"
   assert tokenizer.fill(ids[:4], restored[:3]) == "axyb<extra_id_4>"
+
+
+def test_a_resumed_run_and_its_processes_see_the_same_batches(session_cache):
+  """From any step on; the rows of processes add up; an epoch ends on the way."""
+  config = small_config(session_cache, objective="span_corruption")
+  dataset = load(config)
+  steps = dataset.num_sequences("train") // 8 + 2
+  alone = take(dataset.train_batches(8, seed=3), steps)
+  assert_same(alone[-3:], take(dataset.train_batches(8, 3, start_step=steps - 3), 3))
+  parts = [
+    take(dataset.train_batches(8, 3, process_index=i, process_count=2), 2)
+    for i in range(2)
+  ]
+  assert_same(
+    alone[:2],
+    [{k: np.concatenate([p[s][k] for p in parts]) for k in alone[s]} for s in range(2)],
+  )
+  evaluated = take(dataset.eval_batches("validation", 8), 1000)
+  targets = sum((batch["segment_ids"] > 0).sum() for batch in evaluated)
+  assert targets == dataset.num_tokens("validation")
+  assert not dataset.token_bytes.any()
