@@ -86,7 +86,7 @@ def _check_dispatcher(config: Config, num_devices: int) -> None:
     config.moe.dispatcher,
     devices=size["expert"],
     token_shards=_shards(size),
-    num_groups=_num_groups(config),
+    num_groups=_num_groups(config, config.data.sequence_length),
     num_selected=num_selected(config.moe),
     capacity=config.moe.capacity_factor is not None,
     mixes=make_router(config.moe).mixes,

@@ -6,10 +6,10 @@ many that is follows from their number alone (`config/spans`), so rows are the s
 every epoch; the order in which they are served and the masks change, and depend on
 nothing but seed, epoch and text. So any process can make any batch, in any order.
 
-A segment of text t1..t9 with two spans [t3 t4] and [t8] is
+A segment of text t1..t9 with two spans [t3 t4] and [t8 t9] is
 
-  encoder   t1 t2 <0> t5 t6 t7 <1> t9 SEP
-  targets   <0> t3 t4 <1> t8 SEP
+  encoder   t1 t2 <0> t5 t6 t7 <1> SEP
+  targets   <0> t3 t4 <1> t8 t9 SEP
 
 and the decoder's inputs are a start, then the targets but the last. Segment ids of both
 sides count 1, 2, ... within the row, so that a segment reads its own text; 0 is padding.
@@ -102,7 +102,11 @@ def cut(split: TokenSplit, spans: Spans) -> Cut:
       place, left = place + size, left - size
   first.append(len(starts))
   return Cut(
-    *(np.array(a, np.int64) for a in (starts, sizes, documents, first)), num_targets
+    starts=np.array(starts, np.int64),
+    sizes=np.array(sizes, np.int64),
+    documents=np.array(documents, np.int64),
+    first=np.array(first, np.int64),
+    num_targets=num_targets,
   )
 
 

@@ -227,10 +227,10 @@ def generate(
     # Groups of the training size do not exist yet: each row of a call is one group.
     moe = dataclasses.replace(model.moe, group_size=0)
     model = make_model(model.config, moe, vocab_size=model.vocab_size)
-  read = None
+  read, asked = None, encoded
   if model.config.kind == "encoder_decoder":
     read = np.repeat(restoring.padded(encoded, max_length), num_samples, axis=0)
-    encoded, asked = [[tokenizer.start]] * len(encoded), encoded
+    encoded = [[tokenizer.start]] * len(encoded)
   lengths = np.repeat([len(ids) for ids in encoded], num_samples).astype(np.int32)
   limits = np.minimum(lengths + max_tokens, max_length)
   tokens = np.full((len(lengths), int(limits.max())), tokenizer.separator, np.int32)
