@@ -237,6 +237,9 @@ class MoEConfig:
   encoder_router: str = ""
   """encoder_decoder: router of the encoder, with its default options; empty is the
   decoder's router. It may look at later tokens (expert_choice, soft)."""
+  dense_after: bool = False
+  """Follow each MoE layer by a dense feed-forward of model.hidden, with a norm and a
+  residual of its own (ST-MoE, arXiv:2202.08906, appendix C)."""
   dense_twin: bool = False
   """Replace each MoE layer by a dense one of equal active FLOPs: hidden K*F + shared."""
   capacity_factor: float | None = 1.25

@@ -62,6 +62,8 @@ class Dimensions:
   """Indices of the MoE layers, or of their dense twins."""
   twin_hidden: int
   """Hidden width of an MoE layer's dense twin: K*F plus that of the shared experts."""
+  has_second: bool
+  """Whether a dense feed-forward follows each MoE layer."""
   is_twin: bool
   num_experts: int
   """E, after segmentation."""
@@ -74,7 +76,9 @@ class Dimensions:
 
   @property
   def num_dense_layers(self) -> int:
-    return self.num_layers - len(self.moe_layers)
+    """Dense feed-forwards of `hidden`, with those after MoE layers."""
+    after = len(self.moe_layers) if self.has_second else 0
+    return self.num_layers - len(self.moe_layers) + after
 
 
 def resolve_vocab_size(config: Config) -> int:
@@ -117,6 +121,7 @@ def dimensions(config: Config, vocab_size: int) -> Dimensions:
     expert_matrices=_matrices(moe.activation or model.activation),
     moe_layers=moe_layer_indices(config),
     twin_hidden=selected * moe.fine_hidden + moe.shared_width,
+    has_second=moe.dense_after,
     is_twin=moe.dense_twin,
     num_experts=moe.fine_experts,
     num_selected=selected,
@@ -190,6 +195,8 @@ def _count_stack(
   norms = 2 * d.width + attention_norms(config.model)
   if config.model.norm_placement == "both":
     norms += 2 * d.width
+  per_second = 2 if config.model.norm_placement == "both" else 1
+  second_norms = len(d.moe_layers) * per_second * d.width if d.has_second else 0
   expert = d.expert_matrices * d.width * d.expert_hidden + expert_biases(config, d)
   gate = d.width if config.moe.shared_gate else 0
   sparse_layers = 0 if d.is_twin else len(d.moe_layers)
@@ -205,7 +212,7 @@ def _count_stack(
     "experts": sparse_layers * d.num_experts * expert,
     "shared_experts": sparse_layers * (shared + gate),
     "router": sparse_layers * router_parameters(config, d),
-    "norms": d.num_layers * norms + d.width,
+    "norms": d.num_layers * norms + second_norms + d.width,
     "head": 0 if config.model.tie_embeddings else d.vocab_size * d.width,
   }
   return total, dict(total, experts=sparse_layers * d.num_selected * expert)

@@ -98,6 +98,11 @@ class Block(nnx.Module):
         hidden, activation = twin_hidden(moe), moe.activation or activation
       self.feed_forward = FeedForward(model, hidden, rngs, activation)
     self.is_moe = is_moe and not moe.dense_twin
+    self.has_second = is_moe and moe.dense_after
+    if self.has_second:
+      self.second_norm = norm("pre", "both")
+      self.second = FeedForward(model, model.hidden, rngs, model.activation)
+      self.second_post_norm = norm("post", "both")
 
   def __call__(
     self,
@@ -127,7 +132,7 @@ class Block(nnx.Module):
     normed = _apply(self.feed_forward_norm, x)
     if not self.is_moe:
       y = _apply(self.feed_forward_post_norm, self.feed_forward(normed))
-      return self._add(x, y), None, cache
+      return self._second(self._add(x, y)), None, cache
     options = inputs.options
     y, aux = self.moe(
       normed,
@@ -142,7 +147,15 @@ class Block(nnx.Module):
       step=inputs.step,
       return_served=options.return_served,
     )
-    return self._add(x, _apply(self.feed_forward_post_norm, y)), aux, cache
+    x = self._add(x, _apply(self.feed_forward_post_norm, y))
+    return self._second(x), aux, cache
+
+  def _second(self, x: Float[Array, "B S D"]) -> Float[Array, "B S D"]:
+    """Adds the dense feed-forward after an MoE layer, if there is one."""
+    if not self.has_second:
+      return x
+    y = self.second(_apply(self.second_norm, x))
+    return self._add(x, _apply(self.second_post_norm, y))
 
   def _cross(
     self, x: Float[Array, "B S D"], inputs: BlockInputs, cache: KeyValueCache | None

@@ -45,6 +45,19 @@ def test_presets_have_the_published_counts(name, sizes, published):
   assert float(f"{found:.{digits - 1}e}") == pytest.approx(published, rel=1e-12)
 
 
+def test_st_moe_has_its_published_count():
+  """Of 24 layers in each stack 6 are sparse, with a dense feed-forward after each."""
+  config = load_config("st_moe_32b")
+  validate(config)
+  found = count_parameters(config, resolve_vocab_size(config))[0]["total"]
+  width, inner, one = 5120, 64 * 128, 3 * 5120 * 20_480
+  attention = 3 * 24 * 4 * width * inner + 2 * 32 * 64
+  feed_forward = 12 * 64 * one + 12 * 64 * width + 48 * one
+  norms = (5 * 24 + 12 + 2) * width
+  assert found == attention + feed_forward + norms + 2 * 32_128 * width
+  assert float(f"{found:.3e}") == 269.1e9
+
+
 def test_active_parameters_are_one_expert_of_each_layer():
   """All but 127 experts of each of 12 MoE layers in both stacks."""
   config = load_config("switch_base_128")

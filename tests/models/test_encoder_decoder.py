@@ -143,6 +143,7 @@ def test_parameters_are_those_that_cost_counts(config, model):
   for placement in ("pre", "both"):
     other = copy.deepcopy(config)
     other.model.norm_placement = placement
+    other.moe.dense_after = placement == "both"
     shapes = jax.tree.leaves(made(other).shapes())
     total = sum(math.prod(leaf.shape) for leaf in shapes)
     assert count_parameters(other, VOCABULARY)[0]["total"] == total
