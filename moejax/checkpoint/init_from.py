@@ -16,7 +16,10 @@ from moejax.errors import ConfigError, UserError
 from moejax.models.make import make_model
 from moejax.run.files import CONFIG_FILE, DIRECTORY, list_steps
 
-_SHAPES = ("model.*", "moe.*", "data.tokenizer", "data.vocab_size")
+_SHAPES = (
+  *("model.*", "moe.*", "data.tokenizer", "data.vocab_size"),
+  *("data.objective", "data.num_sentinels"),
+)
 
 _HOW_MANY = (
   "moe.num_experts",

@@ -145,6 +145,8 @@ def _tokenizer(
   if not path.exists():
     return None
   end, begin = (_first(values.get(f"{name}_token_id")) for name in ("eos", "bos"))
+  if values.get("is_encoder_decoder") and "decoder_start_token_id" in values:
+    begin = _first(values["decoder_start_token_id"])
   separator = begin if end is None else end
   if separator is None:
     raise UserError(

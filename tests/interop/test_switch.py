@@ -6,9 +6,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tokenizers
 from safetensors.numpy import load_file
 
 from moejax.config import MeshConfig
+from moejax.data.sentinels import SentinelTokenizer, with_sentinels
 from moejax.errors import UserError
 from moejax.interop import exporting
 from moejax.interop.canonical import differences
@@ -123,3 +125,21 @@ def test_copies_of_the_embedding_are_left_out_by_name(tmp_path):
     "encoder.embed_tokens.weight",
     "decoder.embed_tokens.weight",
   }
+
+
+def test_the_tokenizer_has_its_own_sentinels_and_the_decoders_start(tmp_path):
+  """`<extra_id_k>` are found by name; the decoder starts with decoder_start_token_id."""
+  folder = copy(NAME, tmp_path / "x")
+  words = {"<pad>": 0, "<unk>": 1, "</s>": 2, "<extra_id_1>": 7, "<extra_id_0>": 8}
+  library = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token="<unk>"))
+  (folder / "tokenizer.json").write_text(library.to_str())
+  published = open_folder(folder)
+  published.config.data.num_sentinels = 2
+  assert published.tokenizer is not None
+  own = with_sentinels(published.tokenizer, published.config.data)
+  assert isinstance(own, SentinelTokenizer)
+  assert (own.start, own.separator, own.vocab_size) == (0, 2, 101)
+  assert own.sentinels.tolist() == [8, 7]
+  published.config.data.num_sentinels = 3  # More than have names: the last ids.
+  own = with_sentinels(published.tokenizer, published.config.data)
+  assert own.sentinels.tolist() == [100, 99, 98]
