@@ -67,7 +67,7 @@ def test_a_completion_has_the_prompt_with_its_spans_filled(model, params, tokeni
     *(model, params, tokenizer, PROMPTS[:1]), max_length=16, max_tokens=3, seed=1
   ).completions[0]
   assert done.filled == tokenizer.fill(tokenizer.encode(PROMPTS[0]), done.tokens)
-  assert done.filled.startswith("ab") and done.filled.endswith("c")
+  assert done.filled and done.filled.startswith("ab") and done.filled.endswith("c")
 
 
 @pytest.mark.parametrize(

@@ -15,8 +15,8 @@ from moejax.errors import UserError
 from moejax.interop import exporting
 from moejax.interop.canonical import differences
 from moejax.interop.published import open_folder
+from moejax.models.encoder_decoder import EncoderDecoder
 from moejax.models.loss import cross_entropy
-from moejax.models.make import make_model
 from moejax.models.placement import param_shardings
 from moejax.sharding.mesh import make_mesh
 from tests.interop.folders import copy, golden, opened, recorded
@@ -54,7 +54,7 @@ def test_logits_and_loss_are_the_recorded_ones(published, wanted):
 def test_with_a_cache_and_unrolled_the_logits_are_the_same(published, wanted):
   """The encoder once, four tokens of the decoder in one call, then one in each."""
   config = dataclasses.replace(published.config.model, scan_layers=False)
-  model = make_model(config, published.config.moe, vocab_size=config.vocab_size)
+  model = EncoderDecoder(config, published.config.moe, vocab_size=config.vocab_size)
   params, ids = published.loader.params(), wanted["decoder_input_ids"]
   read = jnp.asarray(wanted["input_ids"])
   cache = jax.jit(lambda p: model.start(p, read, length=ids.shape[1]))(params)
@@ -142,4 +142,5 @@ def test_the_tokenizer_has_its_own_sentinels_and_the_decoders_start(tmp_path):
   assert own.sentinels.tolist() == [8, 7]
   published.config.data.num_sentinels = 3  # More than have names: the last ids.
   own = with_sentinels(published.tokenizer, published.config.data)
+  assert isinstance(own, SentinelTokenizer)
   assert own.sentinels.tolist() == [100, 99, 98]

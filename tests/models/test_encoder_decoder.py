@@ -3,6 +3,7 @@
 import copy
 import dataclasses
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -36,7 +37,7 @@ def small() -> Config:
   return config
 
 
-def made(config: Config):
+def made(config: Config) -> Any:
   validate(config)
   return make_model(config.model, config.moe, vocab_size=VOCABULARY)
 
@@ -194,7 +195,7 @@ def test_unrolled_and_recomputed_it_is_the_same_model(config, params, batch, exp
 
 def test_microbatches_add_up_to_the_batch(model, params, batch, expected):
   """Also where they have unequal shares of encoder tokens: aux terms stay means."""
-  uneven = dict(batch)
+  uneven: Any = dict(batch)
   ids = batch["encoder_segment_ids"].at[:4, 9:].set(0)
   uneven["encoder_segment_ids"] = ids
   uneven["segment_ids"] = jnp.where(
