@@ -1,6 +1,15 @@
 """A small Switch encoder-decoder that restores spans of the standard library's text.
 
+Four layers in the encoder, two in the decoder; rows of 128 and 32 tokens, of which 95%
+and 86% are text, the rest padding.
+
 Command:  python -m experiments.train --config=configs/encoder_decoder_small.py
+Hardware: 2 cores, Python 3.11
+Run time: about 5 minutes of one core's time; 22 minutes on cores that other programs kept
+          busy
+Result:   validation loss 3.874 nats/target over all 33,445 targets, one seed (the unigram
+          entropy of targets is 5.471); 20% of tokens dropped at the end, all of them in
+          the encoder, whose router still has even probabilities after so few targets
 """
 
 from moejax.config import Config, DataConfig, ModelConfig, MoEConfig, OptimizerConfig
