@@ -50,7 +50,7 @@ class Stepper:
     import jax
     import numpy as np
 
-    from moejax.models.decoder import Decoder
+    from moejax.models.make import make_model
     from moejax.sharding.mesh import make_mesh
     from moejax.train.optimizer import make_optimizer
     from moejax.train.state import make_init
@@ -58,7 +58,7 @@ class Stepper:
 
     vocab_size = config.model.vocab_size or config.data.vocab_size
     mesh = make_mesh(config.mesh, jax.devices()[:1])
-    model = Decoder(config.model, config.moe, vocab_size=vocab_size)
+    model = make_model(config.model, config.moe, vocab_size=vocab_size)
     optimizer = make_optimizer(
       config.optimizer,
       num_steps=config.train.num_steps,

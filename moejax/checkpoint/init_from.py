@@ -11,11 +11,15 @@ from moejax.config import Config
 from moejax.config import text as config_text
 from moejax.cost.parameters import resolve_vocab_size
 from moejax.data import tokenizer
+from moejax.data.sentinels import with_sentinels
 from moejax.errors import ConfigError, UserError
-from moejax.models.decoder import Decoder
+from moejax.models.make import make_model
 from moejax.run.files import CONFIG_FILE, DIRECTORY, list_steps
 
-_SHAPES = ("model.*", "moe.*", "data.tokenizer", "data.vocab_size")
+_SHAPES = (
+  *("model.*", "moe.*", "data.tokenizer", "data.vocab_size"),
+  *("data.objective", "data.num_sentinels"),
+)
 
 _HOW_MANY = (
   "moe.num_experts",
@@ -46,7 +50,7 @@ def check(source: str, config: Config) -> None:
   old = config_text.from_dict(meta["config"])
   vocab_size = _vocab_size(source, config)
   try:
-    model = Decoder(config.model, config.moe, vocab_size=vocab_size)
+    model = make_model(config.model, config.moe, vocab_size=vocab_size)
     problems = mismatches(meta["leaves"], {"params": model.shapes()})
     problems = [p for p in problems if p.startswith("params.")]
   except ConfigError as error:
@@ -102,7 +106,7 @@ def _vocab_size(source: str, config: Config) -> int:
       "which its parameters need: give --config.data.tokenizer="
       f"{stored.kind}{'' if stored.kind == 'hf' else size}."
     )
-  return stored.vocab_size
+  return with_sentinels(stored, config.data).vocab_size
 
 
 def _explain(old: Config, new: Config, problems: list[str]) -> str:
@@ -139,7 +143,7 @@ def _matters(new: Config, name: str, before: Any, now: Any) -> bool:
 
 def _shapes(config: Config) -> Any:
   try:
-    model = Decoder(config.model, config.moe, vocab_size=resolve_vocab_size(config))
+    model = make_model(config.model, config.moe, vocab_size=resolve_vocab_size(config))
     shapes = model.shapes()
   except (ValueError, ConfigError, ZeroDivisionError):
     return None  # Not a model: other fields would have to change with it.

@@ -176,6 +176,11 @@ def _check(model: Any, dataset: Any, factors: tuple[float | None, ...]) -> None:
     )
   if _ROUTING.value and not model.moe_layers:
     raise UserError("--routing: this model has no MoE layer, so nothing is routed.")
+  if _ROUTING.value and model.config.kind == "encoder_decoder":
+    raise UserError(
+      "--routing: an encoder-decoder routes two texts, and only that of a decoder can be "
+      "shown yet. Leave it out; the loads of all layers are in the evaluation."
+    )
   if model.moe_layers and model.router.needs_capacity and None in factors:
     raise UserError(
       f"--eval_capacity_factor={_FACTORS.value}: experts of router {router} have a "
@@ -217,10 +222,11 @@ def _batch_size(config: Any, mesh: Any, factors: Any, tells: bool) -> int:
 @contextlib.contextmanager
 def _watched(what: dict[str, Any], tells: bool) -> Iterator[Callable[[int], None]]:
   """Shows a progress bar of the tokens evaluated, on stderr, away from the tables."""
+  from moejax.config.spans import target_length
   from moejax.run.progress import make_reporter, watched
 
   dataset, split = what["dataset"], what["split"]
-  length = dataset.config.sequence_length
+  length = target_length(dataset.config)
   total = dataset.num_tokens(split)
   covered = what["limit"] * what["batch_size"] * length or total
   reporter = make_reporter(0, process_index=0 if tells else 1, stream=sys.stderr)

@@ -5,8 +5,10 @@
     [--num_samples=1]
 
 Needs only the run's directory, and runs in one process. --prompt may be given several
-times; without a prompt the model starts a new document. Keys and values are cached;
-tokens/s counts the one-token steps of all samples, without compilation and prefill.
+times; without a prompt the model starts a new document. An encoder-decoder restores the
+spans at <extra_id_0>, <extra_id_1> ... in the prompt, or goes on at its end. Keys and
+values are cached; tokens/s counts the one-token steps of all samples, without
+compilation and prefill.
 """
 
 import pathlib
@@ -47,10 +49,11 @@ def main() -> None:
   workdir, prompts = cli.run_directory(), _prompts()
   # jax is imported after the flags are checked.
   from moejax.checkpoint.manager import peek, restore_params
+  from moejax.data.sentinels import with_sentinels
   from moejax.data.tokenizer import load_tokenizer
   from moejax.evaluate import generation
   from moejax.launch import distributed, host_memory
-  from moejax.models.decoder import Decoder
+  from moejax.models.make import make_model
 
   place = distributed.find_place()
   if place is not None and place.count > 1:
@@ -62,8 +65,8 @@ def main() -> None:
   _, config, meta = peek(workdir, _STEP.value)
   config = cli.get_config(base=config)
   compilation_cache.enable(config.data.cache_dir)
-  tokenizer = load_tokenizer(workdir)
-  model = Decoder(config.model, config.moe, vocab_size=tokenizer.vocab_size)
+  tokenizer = with_sentinels(load_tokenizer(workdir), config.data)
+  model = make_model(config.model, config.moe, vocab_size=tokenizer.vocab_size)
   how: dict[str, Any] = {
     "max_length": generation.context_length(config),
     "max_tokens": _MAX_TOKENS.value,
@@ -80,7 +83,10 @@ def main() -> None:
   for number, sample in enumerate(generated.completions):
     if len(generated.completions) > 1:
       print(f"--- sample {number + 1} of {len(generated.completions)}")
-    print(f"{sample.prompt}{sample.text}")
+    filled = sample.filled is not None
+    print(sample.filled if filled else f"{sample.prompt}{sample.text}")
+    if filled:
+      print(f"--- restored: {sample.text}")
   reasons = sorted({sample.finish for sample in generated.completions})
   print(
     f"--- step {meta['step']}: {generated.num_tokens} tokens at "

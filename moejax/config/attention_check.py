@@ -62,6 +62,8 @@ def _each_kind_has_its_own_fields(c: Config) -> str | None:
 
 def _rotated_entries_are_pairs(c: Config) -> str | None:
   model, sizes = c.model, head_widths(c.model)
+  if model.positions != "rotary":
+    return None
   if sizes.rotated and sizes.rotated % 2 == 0:
     return None
   if model.attention == "latent":

@@ -11,6 +11,7 @@ E experts, K choices per token, F expert hidden width.
 from collections.abc import Callable, Iterable
 
 from moejax.config.attention_check import ATTENTION_RULES
+from moejax.config.encoder_check import ENCODER_RULES
 from moejax.config.pattern import dense_layers, layer_pattern
 from moejax.config.ranges import CHOICES, RANGES
 from moejax.config.schema import SCHEMA_VERSION, Config
@@ -166,6 +167,9 @@ def _vocabulary_holds_the_tokenizer(c: Config) -> str | None:
   if c.data.tokenizer == "hf":  # Its size is checked where the model is imported.
     return None
   need = c.data.vocab_size if c.data.tokenizer == "bpe" else 257
+  if c.data.objective == "span_corruption":
+    # The sentinels come after all ids of the tokenizer, used or not.
+    need = c.data.num_sentinels + (need if c.data.tokenizer == "bpe" else 264)
   if c.model.vocab_size and c.model.vocab_size < need:
     return (
       f"--config.model.vocab_size={c.model.vocab_size} has no room for the {need} ids of "
@@ -301,6 +305,7 @@ RULES: tuple[Callable[[Config], str | None], ...] = (
   _heads_divide_width,
   _kv_heads_divide_heads,
   *ATTENTION_RULES,
+  *ENCODER_RULES,
   _vocabulary_holds_the_tokenizer,
   _context_holds_a_sequence,
   _no_more_choices_than_experts,

@@ -19,6 +19,7 @@ from moejax.config.check import validate
 from moejax.config.exchange_rule import choose
 from moejax.config.mesh import AXES, mesh_shape
 from moejax.config.schema import Config
+from moejax.config.spans import target_length
 from moejax.config.text import named
 from moejax.errors import ConfigError
 
@@ -80,7 +81,7 @@ def _check_dispatcher(config: Config, num_devices: int) -> None:
     return
   shape = mesh_shape(config.mesh, num_devices)
   size: dict[str, int] = dict(zip(AXES, shape, strict=True))
-  groups = _num_groups(config)
+  groups = _num_groups(config, config.data.sequence_length)
   kind, _ = choose(
     config.moe.exchange,
     config.moe.dispatcher,
@@ -146,9 +147,8 @@ def _undivided_batch(config: Config, size: dict[str, int]) -> str | None:
     )
 
 
-def _num_groups(config: Config) -> int:
-  """Returns the number of routing groups of a microbatch."""
-  length = config.data.sequence_length
+def _num_groups(config: Config, length: int) -> int:
+  """Returns the number of routing groups of a microbatch of rows of this length."""
   tokens = config.train.batch_size // config.train.accumulation * length
   return 1 if config.moe.group_size == -1 else tokens // (config.moe.group_size or length)
 
@@ -157,12 +157,14 @@ def _undivided_groups(config: Config, size: dict[str, int]) -> str | None:
   """Checks that groups divide over devices; exempt: dense twins and exchange gspmd."""
   if config.moe.dense_twin or config.moe.exchange == "gspmd":
     return None
-  shards, groups = _shards(size), _num_groups(config)
-  if groups % shards:
-    return (
-      f"{named(config, 'moe.group_size')} makes {groups} routing group(s) of a "
-      f"microbatch, which {shards} devices cannot share equally."
-    )
+  shards = _shards(size)
+  for length in sorted({config.data.sequence_length, target_length(config.data)}):
+    groups = _num_groups(config, length)
+    if groups % shards:
+      return (
+        f"{named(config, 'moe.group_size')} makes {groups} routing group(s) of a "
+        f"microbatch, which {shards} devices cannot share equally."
+      )
 
 
 def _undivided_model(config: Config, size: dict[str, int]) -> str | None:

@@ -13,6 +13,9 @@ ACTIVATIONS = ("relu", "gelu", *GATED)
 
 CHOICES: dict[str, tuple[str, ...]] = {
   "data.tokenizer": ("bytes", "bpe", "hf"),
+  "data.objective": ("causal", "span_corruption"),
+  "model.kind": ("decoder", "encoder_decoder"),
+  "model.positions": ("rotary", "relative"),
   "model.attention": ("multi_head", "latent"),
   "model.qk_norm_scope": ("head", "width"),
   "model.rope_scaling": ("none", "linear", "llama3", "yarn"),
@@ -74,6 +77,12 @@ RANGES: dict[str, Range] = {
     "all bytes and the separator need an id",
   ),
   "data.sequence_length": count(1, 2**24, "attention looks at all pairs of a sequence"),
+  "data.noise_density": Range(0, 0.95, low_open=True, why_high="nothing is left to see"),
+  "data.mean_span_length": Range(
+    1, 1e4, "a span has a token", why_high="no text is as long"
+  ),
+  "data.decoder_length": _count(0, "0 is what the spans of a full sequence need"),
+  "data.num_sentinels": count(1, 2**16, "each has a row in the embedding"),
   "data.validation_fraction": _BELOW_ONE,
   "data.test_fraction": _BELOW_ONE,
   "data.max_documents": _count(0, "0 is all"),
@@ -82,6 +91,9 @@ RANGES: dict[str, Range] = {
   ),
   "data.prefetch": count(0, 4096, "so many batches would wait in memory"),
   "model.num_layers": count(1, 10_000, "each layer is compiled and kept"),
+  "model.encoder_layers": count(
+    0, 10_000, "each layer is compiled and kept", "0 is num_layers"
+  ),
   "model.width": count(1, 2**20, _WIDE),
   "model.num_heads": count(1, 2**16, "each has a width of at least 2"),
   "model.num_kv_heads": count(0, 2**16, "at most one for each head", "0 is num_heads"),
@@ -100,6 +112,8 @@ RANGES: dict[str, Range] = {
     0, 1e3, "0 is 1/sqrt(head width)", why_high="every softmax would pick one token"
   ),
   "model.sliding_window": _count(0, "0 is no window"),
+  "model.relative_buckets": count(4, 2**16, "distances are below a sequence"),
+  "model.relative_distance": _count(2, "in tokens"),
   "model.rope_theta": _positive(1e12, "positions would not turn within a sequence"),
   "model.rope_fraction": Range(0, 1, low_open=True),
   "model.rope_factor": Range(
@@ -136,6 +150,7 @@ RANGES: dict[str, Range] = {
   "moe.every": count(
     1, 10_000, "as many layers at most", "1 makes every layer an MoE layer"
   ),
+  "moe.encoder_every": count(0, 10_000, "as many layers at most", "0 is moe.every"),
   "moe.offset": count(0, 10_000, "as many layers at most"),
   "moe.dense_prefix": count(0, 10_000, "as many layers at most"),
   "moe.capacity_factor": _positive(2**16, _SLOTS, "none is dropless"),

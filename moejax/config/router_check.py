@@ -6,6 +6,7 @@ A module separate from `config.check`, because a router's class imports jax.
 import dataclasses
 from collections.abc import Callable
 
+from moejax.config.encoder import encoder_config, encoder_moe
 from moejax.config.exchange_rule import unmixable
 from moejax.config.router import make_router, slot_policy
 from moejax.config.schema import Config
@@ -20,6 +21,30 @@ def check_router(config: Config) -> None:
   Raises:
     ConfigError: names the flag, its value and the remedy.
   """
+  if config.model.kind == "encoder_decoder":
+    _check_encoder(config)
+  _check_stack(config)
+
+
+def _check_encoder(config: Config) -> None:
+  """Checks the encoder's router, and that the decoder's can decode."""
+  moe, router = config.moe, make_router(config.moe)
+  if not router.causal and not moe.dense_twin:
+    raise ConfigError(
+      f"--config.moe.router={moe.router} looks at later tokens, which a decoder must not "
+      "see. Choose another, and give it to the encoder by "
+      f"--config.moe.encoder_router={moe.router}."
+    )
+  encoder = make_router(encoder_moe(moe))
+  if encoder.has_table != router.has_table:
+    raise ConfigError(
+      f"{named(config, 'moe.encoder_router', 'moe.router')}: a table by token id is one "
+      "for the whole model. Use the same router in both."
+    )
+  _check_stack(encoder_config(config))
+
+
+def _check_stack(config: Config) -> None:
   router = make_router(config.moe)
   if not config.moe.dense_twin:
     for rule in ROUTER_RULES:

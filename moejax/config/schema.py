@@ -38,6 +38,19 @@ class DataConfig:
   vocab_size: int = 2048
   """For bpe; the bytes tokenizer has a fixed size."""
   sequence_length: int = 256
+  """Tokens of a training sequence; with span_corruption of the encoder's."""
+  objective: str = "causal"
+  """causal, or span_corruption: the encoder sees text with spans replaced by sentinels,
+  the decoder predicts the spans (T5, arXiv:1910.10683, section 3.1.4)."""
+  noise_density: float = 0.15
+  """span_corruption: fraction of the tokens that is replaced."""
+  mean_span_length: float = 3.0
+  """span_corruption: tokens of a replaced span, on average."""
+  decoder_length: int = 0
+  """span_corruption: tokens of the decoder's sequence; 0 is what the spans of a full
+  encoder sequence need."""
+  num_sentinels: int = 100
+  """span_corruption: ids for the places of spans, after those of the tokenizer."""
   validation_fraction: float = 0.05
   test_fraction: float = 0.05
   """Fraction of documents, split by a content hash. TFDS datasets keep their splits."""
@@ -51,9 +64,14 @@ class DataConfig:
 
 @dataclass(kw_only=True, slots=True)
 class ModelConfig:
-  """The decoder-only Transformer around the MoE layers."""
+  """The Transformer around the MoE layers."""
 
+  kind: str = "decoder"
+  """decoder, or encoder_decoder (T5, arXiv:1910.10683)."""
   num_layers: int = 4
+  """Of the decoder."""
+  encoder_layers: int = 0
+  """encoder_decoder: layers of the encoder; 0 is num_layers."""
   width: int = 128
   """D."""
   num_heads: int = 4
@@ -107,6 +125,13 @@ class ModelConfig:
   window_pattern: str = ""
   """Which layers have the window: sliding or full for each layer, separated by commas,
   repeated over all layers (GPT-OSS: sliding,full); empty is sliding for all."""
+  positions: str = "rotary"
+  """rotary, or relative: a learned bias of attention logits for each bucket of
+  distances, shared by all layers of a stack (T5)."""
+  relative_buckets: int = 32
+  """relative: number of buckets."""
+  relative_distance: int = 128
+  """relative: distances from this on share the last bucket."""
   rope_theta: float = 10_000.0
   rope_fraction: float = 1.0
   """Fraction of a head that rotates, from its beginning (GLM-4.5: 0.5)."""
@@ -207,6 +232,14 @@ class MoEConfig:
   dense_layers: str = ""
   """Indices of further layers that are dense, separated by commas (mlp_only_layers of
   Qwen)."""
+  encoder_every: int = 0
+  """encoder_decoder: `every` of the encoder; 0 is that of the decoder."""
+  encoder_router: str = ""
+  """encoder_decoder: router of the encoder, with its default options; empty is the
+  decoder's router. It may look at later tokens (expert_choice, soft)."""
+  dense_after: bool = False
+  """Follow each MoE layer by a dense feed-forward of model.hidden, with a norm and a
+  residual of its own (ST-MoE, arXiv:2202.08906, appendix C)."""
   dense_twin: bool = False
   """Replace each MoE layer by a dense one of equal active FLOPs: hidden K*F + shared."""
   capacity_factor: float | None = 1.25

@@ -12,6 +12,8 @@ Conventions, which differ between codebases:
   utilisation is comparable with published figures. `causal=True` counts only pairs
   that a causal mask keeps, about half. A sliding window shorter than S replaces S in
   both.
+- Of an encoder-decoder a token is one of the decoder: all that a row of both stacks
+  costs, divided by the decoder's tokens in it. The encoder's attention is never causal.
 - A token counts its K experts (under router soft, its share of the slots) and all
   shared experts; empty slots, dropped tokens and recomputation change nothing.
 
@@ -19,8 +21,13 @@ Letters: D width, F expert hidden width, E experts, K choices per token, H heads
 S sequence, V vocabulary.
 """
 
+import copy
+
 from moejax.config import Config
+from moejax.config.attention import head_widths
+from moejax.config.encoder import encoder_config
 from moejax.config.router import make_router
+from moejax.config.spans import target_length
 from moejax.cost.attention import attention_matrices, score_macs
 from moejax.cost.parameters import dimensions, router_sizes
 
@@ -53,9 +60,41 @@ def forward_flops_per_token(
     sequence_length: S; None is `data.sequence_length`.
     causal: see the module's conventions.
   """
+  if config.model.kind == "encoder_decoder":
+    return _of_encoder_decoder(config, vocab_size, sequence_length, causal)
+  return _of_stack(config, vocab_size, sequence_length, causal)
+
+
+def _of_encoder_decoder(
+  config: Config, vocab_size: int, sequence_length: int | None, causal: bool
+) -> dict[str, float]:
+  """Returns the FLOPs of a row of both stacks by the decoder's tokens in it."""
+  config = copy.deepcopy(config)
+  if sequence_length is not None:
+    config.data.sequence_length, config.data.decoder_length = sequence_length, 0
+  model, seen = config.model, config.data.sequence_length
+  length = target_length(config.data)
+  flops = _of_stack(config, vocab_size, length, causal)
+  encoder = _of_stack(encoder_config(config), vocab_size, seen, False)
+  for part in PARTS:
+    flops[part] += 0 if part == "head" else encoder[part] * seen / length
+  widths = head_widths(model)
+  kv_heads = model.num_kv_heads or model.num_heads
+  # Queries and the output are of the decoder's tokens, keys and values of the encoder's.
+  own = 2 * model.num_heads * widths.query * model.width
+  read = 2 * kv_heads * widths.query * model.width * seen / length
+  flops["attention"] += 2.0 * model.num_layers * (own + read)
+  scores = model.num_heads * (widths.query + widths.value) * seen
+  flops["attention_scores"] += 2.0 * model.num_layers * scores
+  flops["total"] = sum(flops[part] for part in PARTS)
+  return flops
+
+
+def _of_stack(
+  config: Config, vocab_size: int, sequence_length: int | None, causal: bool
+) -> dict[str, float]:
   d = dimensions(config, vocab_size)
   length = sequence_length or config.data.sequence_length
-
   router, sizes = make_router(config.moe), router_sizes(config)
   num_sparse = 0 if d.is_twin else len(d.moe_layers)
   num_twin = len(d.moe_layers) if d.is_twin else 0

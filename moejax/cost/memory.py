@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from moejax.config import Config
+from moejax.config.spans import target_length
 from moejax.cost import parameters
 from moejax.errors import UserError
 
@@ -48,14 +49,20 @@ def least_bytes(config: Config, mesh: dict[str, int], vocab_size: int) -> dict[s
   stored, computed = _BYTES[config.model.param_dtype], _BYTES[config.model.dtype]
   micro = config.train.batch_size // config.train.accumulation
   shards = mesh["data"] * mesh["fsdp"] * mesh["expert"]
-  tokens = micro * config.data.sequence_length // shards
+  tokens = micro * target_length(config.data) // shards
   # With recomputation, only the input of a repeated unit (`every` layers) is kept.
   width, layers = config.model.width, config.model.num_layers // config.moe.every
+  read = 0
+  if config.model.kind == "encoder_decoder":
+    every = config.moe.encoder_every or config.moe.every
+    depth = (config.model.encoder_layers or config.model.num_layers) // every
+    read = micro * config.data.sequence_length // shards * width * depth
+  kept = tokens * (width * layers + vocab_size // mesh["tensor"]) + read
   return {
     "parameters": here * stored,
     "gradients": here * stored,
     "moments": 4 * moments,
-    "activations": tokens * (width * layers + vocab_size // mesh["tensor"]) * computed,
+    "activations": kept * computed,
   }
 
 

@@ -1,4 +1,4 @@
-"""Parameter counts of a decoder, by part: total and active.
+"""Parameter counts of a model, by part: total and active.
 
 Closed formulas over the configuration, independent of the model's own parameter tree,
 so that the two can check each other. Active parameters are those that a token uses: K
@@ -14,7 +14,8 @@ import copy
 import dataclasses
 import math
 
-from moejax.config import Config
+from moejax.config import Config, ModelConfig
+from moejax.config.encoder import encoder_config
 from moejax.config.pattern import dense_layers
 from moejax.config.ranges import GATED
 from moejax.config.router import make_router, num_selected, sizes
@@ -61,6 +62,8 @@ class Dimensions:
   """Indices of the MoE layers, or of their dense twins."""
   twin_hidden: int
   """Hidden width of an MoE layer's dense twin: K*F plus that of the shared experts."""
+  has_second: bool
+  """Whether a dense feed-forward follows each MoE layer."""
   is_twin: bool
   num_experts: int
   """E, after segmentation."""
@@ -73,7 +76,9 @@ class Dimensions:
 
   @property
   def num_dense_layers(self) -> int:
-    return self.num_layers - len(self.moe_layers)
+    """Dense feed-forwards of `hidden`, with those after MoE layers."""
+    after = len(self.moe_layers) if self.has_second else 0
+    return self.num_layers - len(self.moe_layers) + after
 
 
 def resolve_vocab_size(config: Config) -> int:
@@ -84,9 +89,11 @@ def resolve_vocab_size(config: Config) -> int:
   """
   if config.model.vocab_size:
     return config.model.vocab_size
+  spans = config.data.objective == "span_corruption"
+  sentinels = config.data.num_sentinels if spans else 0
   if config.data.tokenizer == "bytes":
-    return BYTES_VOCABULARY
-  return config.data.vocab_size
+    return BYTES_VOCABULARY + sentinels
+  return config.data.vocab_size + sentinels
 
 
 def moe_layer_indices(config: Config) -> tuple[int, ...]:
@@ -114,6 +121,7 @@ def dimensions(config: Config, vocab_size: int) -> Dimensions:
     expert_matrices=_matrices(moe.activation or model.activation),
     moe_layers=moe_layer_indices(config),
     twin_hidden=selected * moe.fine_hidden + moe.shared_width,
+    has_second=moe.dense_after,
     is_twin=moe.dense_twin,
     num_experts=moe.fine_experts,
     num_selected=selected,
@@ -153,11 +161,42 @@ def count_parameters(
     Two dicts, total and active, with a key for each of `PARTS` and their sum as
     `total`.
   """
+  total, active = _count_stack(config, vocab_size)
+  if config.model.kind == "encoder_decoder":
+    encoder, used = _count_stack(encoder_config(config), vocab_size)
+    cross = cross_parameters(config.model)
+    for counts, of in ((total, encoder), (active, used)):
+      for part in PARTS:
+        # One embedding and one head serve both stacks.
+        counts[part] += 0 if part in ("embedding", "head") else of[part]
+      counts["attention"] += cross["attention"]
+      counts["norms"] += cross["norms"]
+  for counts in (total, active):
+    counts["total"] = sum(counts.values())
+  return total, active
+
+
+def cross_parameters(model: ModelConfig) -> dict[str, int]:
+  """Returns the parameters of all cross-attentions: `attention` and `norms`."""
+  norms = model.width * (2 if model.norm_placement == "both" else 1)
+  attention = attention_matrices(model) + attention_vectors(model)
+  return {
+    "attention": model.num_layers * attention,
+    "norms": model.num_layers * (norms + attention_norms(model)),
+  }
+
+
+def _count_stack(
+  config: Config, vocab_size: int
+) -> tuple[dict[str, int], dict[str, int]]:
+  """Returns the counts of a decoder without an encoder, by part."""
   d = dimensions(config, vocab_size)
   attention = attention_matrices(config.model) + attention_vectors(config.model)
   norms = 2 * d.width + attention_norms(config.model)
   if config.model.norm_placement == "both":
     norms += 2 * d.width
+  per_second = 2 if config.model.norm_placement == "both" else 1
+  second_norms = len(d.moe_layers) * per_second * d.width if d.has_second else 0
   expert = d.expert_matrices * d.width * d.expert_hidden + expert_biases(config, d)
   gate = d.width if config.moe.shared_gate else 0
   sparse_layers = 0 if d.is_twin else len(d.moe_layers)
@@ -168,18 +207,21 @@ def count_parameters(
 
   total = {
     "embedding": d.vocab_size * d.width,
-    "attention": d.num_layers * attention,
+    "attention": d.num_layers * attention + position_biases(config.model),
     "dense": d.width * dense,
     "experts": sparse_layers * d.num_experts * expert,
     "shared_experts": sparse_layers * (shared + gate),
     "router": sparse_layers * router_parameters(config, d),
-    "norms": d.num_layers * norms + d.width,
+    "norms": d.num_layers * norms + second_norms + d.width,
     "head": 0 if config.model.tie_embeddings else d.vocab_size * d.width,
   }
-  active = dict(total, experts=sparse_layers * d.num_selected * expert)
-  total["total"] = sum(total.values())
-  active["total"] = sum(active.values())
-  return total, active
+  return total, dict(total, experts=sparse_layers * d.num_selected * expert)
+
+
+def position_biases(model: ModelConfig) -> int:
+  """Returns the numbers in a stack's table of relative positions."""
+  relative = model.positions == "relative"
+  return model.relative_buckets * model.num_heads if relative else 0
 
 
 def router_parameters(config: Config, d: Dimensions) -> int:

@@ -10,9 +10,12 @@ from absl import logging
 from jaxtyping import Int
 
 from moejax.config import DataConfig
+from moejax.config.spans import spans_of
 from moejax.data import cache, pipeline, tokenizer, tokens
-from moejax.data.packing import AnyBatch, Batch, EvalBatch
+from moejax.data.packing import AnyBatch, Batch, CausalPacker, EvalBatch
+from moejax.data.sentinels import SentinelTokenizer, with_sentinels
 from moejax.data.sources.registry import make_source
+from moejax.data.span_rows import Cut, SpanPacker, cut
 from moejax.data.tokenizer import BPETokenizer, ByteTokenizer, Tokenizer
 from moejax.data.types import SPLITS, Document, Skipped, Source
 from moejax.errors import ConfigError, UserError, did_you_mean
@@ -72,7 +75,9 @@ class Dataset:
     return self._entry(split)["num_documents"]
 
   def num_tokens(self, split: str) -> int:
-    """Returns a split's number of targets, including one separator per document."""
+    """Returns a split's number of targets, separators (and sentinels) included."""
+    if self.config.objective == "span_corruption":
+      return self._cut(split).num_targets
     return self._entry(split)["num_places"]
 
   def num_bytes(self, split: str) -> int:
@@ -96,7 +101,42 @@ class Dataset:
 
   def num_sequences(self, split: str) -> int:
     """Returns the sequences per epoch, including the padded last one."""
+    if self.config.objective == "span_corruption":
+      return self._cut(split).num_rows
     return -(-self.num_tokens(split) // self.config.sequence_length)
+
+  @functools.cached_property
+  def token_bytes(self) -> Int[np.ndarray, "V"]:
+    """Bytes of text that the target of each id stands for; 0 if they have no meaning.
+
+    Targets of span corruption are a part of the text: bits per byte of it would be no
+    measure of the text.
+    """
+    known = self.tokenizer.bytes_per_token
+    causal = self.config.objective == "causal"
+    return known if causal else np.zeros_like(known)
+
+  @functools.cached_property
+  def _packer(self) -> CausalPacker | SpanPacker:
+    if self.config.objective == "causal":
+      return CausalPacker(self.config.sequence_length)
+    assert isinstance(self.tokenizer, SentinelTokenizer)
+    return SpanPacker(
+      spans=spans_of(self.config),
+      sentinels=self.tokenizer.sentinels.astype(np.int64),
+      separator=self.tokenizer.separator,
+      start=self.tokenizer.start,
+    )
+
+  def _cut(self, split: str) -> Cut:
+    if split not in self._cuts:
+      self._entry(split)
+      self._cuts[split] = cut(self.tokens.open(split), spans_of(self.config))
+    return self._cuts[split]
+
+  @functools.cached_property
+  def _cuts(self) -> dict[str, Cut]:
+    return {}
 
   def _entry(self, split: str) -> dict:
     if split not in SPLITS:
@@ -153,7 +193,7 @@ class Dataset:
     source = pipeline.TrainSource(
       self.tokens,
       "train",
-      sequence_length=self.config.sequence_length,
+      packer=self._packer,
       batch_size=batch_size,
       rows=rows,
       seed=seed,
@@ -193,7 +233,7 @@ class Dataset:
     source = pipeline.EvalSource(
       self.tokens,
       split,
-      sequence_length=self.config.sequence_length,
+      packer=self._packer,
       batch_size=batch_size,
       rows=rows,
     )
@@ -239,7 +279,8 @@ def load(
     chosen = _stored_tokenizer(config, like, "--init_from")
   if chosen is None:
     chosen = _make_tokenizer(config, source, root)
-  dataset = Dataset(config, chosen, tokens.token_cache(source, chosen, root))
+  cached = tokens.token_cache(source, chosen, root)
+  dataset = Dataset(config, with_sentinels(chosen, config), cached)
   if dataset.num_duplicates:
     logging.info("%s: %d duplicates left out.", config.name, dataset.num_duplicates)
   if dataset.num_skipped:

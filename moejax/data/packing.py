@@ -126,6 +126,42 @@ def assemble_eval(
   return {**batch, "domain": domain.astype(np.int32)}
 
 
+@dataclasses.dataclass(frozen=True)
+class CausalPacker:
+  """Makes batches of consecutive text, each token predicted from those before it."""
+
+  sequence_length: int
+
+  def prepare(self, split: TokenSplit) -> None:
+    """Returns what all epochs of a split share."""
+    del split
+
+  def count(self, split: TokenSplit, prepared: None) -> int:
+    """Returns the rows per epoch."""
+    del prepared
+    return num_sequences(split, self.sequence_length)
+
+  def train_layout(
+    self, split: TokenSplit, prepared: None, *, seed: int, epoch: int
+  ) -> Layout:
+    del prepared
+    return train_layout(split, self.sequence_length, seed=seed, epoch=epoch)
+
+  def eval_layout(self, split: TokenSplit, prepared: None) -> Layout:
+    del prepared
+    return eval_layout(split, self.sequence_length)
+
+  def assemble(
+    self, split: TokenSplit, layout: Layout, served: Int[np.ndarray, "B"]
+  ) -> Batch:
+    return assemble(split, layout, served, self.sequence_length)
+
+  def assemble_eval(
+    self, split: TokenSplit, layout: Layout, served: Int[np.ndarray, "B"]
+  ) -> EvalBatch:
+    return assemble_eval(split, layout, served, self.sequence_length)
+
+
 def _assemble(
   split: TokenSplit,
   layout: Layout,

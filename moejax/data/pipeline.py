@@ -14,18 +14,8 @@ import numpy as np
 from absl import flags
 from jaxtyping import Int
 
-from moejax.data.packing import (
-  AnyBatch,
-  Batch,
-  EvalBatch,
-  Layout,
-  assemble,
-  assemble_eval,
-  each,
-  eval_layout,
-  num_sequences,
-  train_layout,
-)
+from moejax.data.packing import AnyBatch, Batch, CausalPacker, EvalBatch, each
+from moejax.data.span_rows import SpanPacker
 from moejax.data.tokens import TokenCache, TokenSplit
 from moejax.errors import ConfigError
 
@@ -56,32 +46,34 @@ class BatchSource(Generic[AnyBatch]):
     tokens: TokenCache,
     split: str,
     *,
-    sequence_length: int,
+    packer: CausalPacker | SpanPacker,
     batch_size: int,
     rows: Int[np.ndarray, "b"],
   ):
     """`batch_size` is global; `rows` are the rows that this process makes."""
     self._tokens, self._split_name = tokens, split
-    self._sequence_length, self._batch_size = sequence_length, batch_size
+    self._packer: Any = packer
+    self._batch_size = batch_size
     self._rows = rows
     self._open()
 
   def _open(self) -> None:
     self._split: TokenSplit = self._tokens.open(self._split_name)
-    self._num_sequences = num_sequences(self._split, self._sequence_length)
-    self._layouts: dict[int, Layout] = {}
+    self._prepared = self._packer.prepare(self._split)
+    self._num_sequences = self._packer.count(self._split, self._prepared)
+    self._layouts: dict[int, Any] = {}
     self._lock = threading.Lock()
 
   def __getstate__(self) -> dict[str, Any]:
     """Drops what a worker process reopens: mapped files, layouts and lock."""
-    mapped = ("_split", "_layouts", "_lock")
+    mapped = ("_split", "_prepared", "_layouts", "_lock")
     return {k: v for k, v in self.__dict__.items() if k not in mapped}
 
   def __setstate__(self, state: dict[str, Any]) -> None:
     self.__dict__.update(state)
     self._open()
 
-  def _layout(self, epoch: int) -> Layout:
+  def _layout(self, epoch: int) -> Any:
     with self._lock:
       if epoch not in self._layouts:
         # A batch spans two epochs at most (`check_batch_size`): keep two layouts.
@@ -90,7 +82,7 @@ class BatchSource(Generic[AnyBatch]):
         self._layouts[epoch] = self._make_layout(epoch)
       return self._layouts[epoch]
 
-  def _make_layout(self, epoch: int) -> Layout:
+  def _make_layout(self, epoch: int) -> Any:
     raise NotImplementedError
 
   def __len__(self) -> int:
@@ -108,9 +100,9 @@ class TrainSource(BatchSource[Batch]):
     self._seed, self._start_step = seed, start_step
     super().__init__(*args, **kwargs)
 
-  def _make_layout(self, epoch: int) -> Layout:
-    length = self._sequence_length
-    return train_layout(self._split, length, seed=self._seed, epoch=epoch)
+  def _make_layout(self, epoch: int) -> Any:
+    make = self._packer.train_layout
+    return make(self._split, self._prepared, seed=self._seed, epoch=epoch)
 
   def __len__(self) -> int:
     return _ENDLESS
@@ -121,9 +113,7 @@ class TrainSource(BatchSource[Batch]):
     numbers = step * self._batch_size + self._rows
     epochs, served = np.divmod(numbers, self._num_sequences)
     parts = [
-      assemble(
-        self._split, self._layout(epoch), served[epochs == epoch], self._sequence_length
-      )
+      self._packer.assemble(self._split, self._layout(epoch), served[epochs == epoch])
       for epoch in np.unique(epochs).tolist()
     ]
     # Rows ascend and so do their epochs: the parts are in row order.
@@ -133,8 +123,8 @@ class TrainSource(BatchSource[Batch]):
 class EvalSource(BatchSource[EvalBatch]):
   """Each place of a split once, in stored order; the last batch is padded."""
 
-  def _make_layout(self, epoch: int) -> Layout:
-    return eval_layout(self._split, self._sequence_length)
+  def _make_layout(self, epoch: int) -> Any:
+    return self._packer.eval_layout(self._split, self._prepared)
 
   def __len__(self) -> int:
     return math.ceil(self._num_sequences / self._batch_size)
@@ -143,7 +133,7 @@ class EvalSource(BatchSource[EvalBatch]):
     """Returns the rows of batch `index`."""
     served = int(index) * self._batch_size + self._rows
     layout = self._layout(0)
-    return assemble_eval(self._split, layout, served, self._sequence_length)
+    return self._packer.assemble_eval(self._split, layout, served)
 
 
 def iterate(

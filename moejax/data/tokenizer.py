@@ -290,6 +290,10 @@ class ImportedTokenizer(Tokenizer):
     fields = {"tokenizer": library_json, "separator": separator, "start": start}
     return cls(json.dumps(fields), vocab_size)
 
+  def id_of(self, token: str) -> int | None:
+    """Returns the id of a token by its name; None if there is none."""
+    return self._tokenizer.token_to_id(token)
+
   @property
   def library_json(self) -> str:
     """The tokenizer.json it was made of."""

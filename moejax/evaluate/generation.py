@@ -26,9 +26,10 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int, Key
 
 from moejax.config import Config
+from moejax.data.sentinels import SentinelTokenizer
 from moejax.errors import UserError
-from moejax.evaluate import groups
-from moejax.models.decoder import Decoder
+from moejax.evaluate import groups, restoring
+from moejax.models.make import make_model
 from moejax.types import Params, pytree
 
 DEFAULT_TEMPERATURE = 0.8
@@ -59,6 +60,8 @@ class Completion:
   """The generated ids, without the final separator."""
   finish: str
   """Why generation ended: separator, max_tokens or context."""
+  filled: str | None = None
+  """Of an encoder-decoder: the prompt with its sentinels replaced by the text."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -223,7 +226,11 @@ def generate(
   if groups.least_factor(model) is not None:
     # Groups of the training size do not exist yet: each row of a call is one group.
     moe = dataclasses.replace(model.moe, group_size=0)
-    model = Decoder(model.config, moe, vocab_size=model.vocab_size)
+    model = make_model(model.config, moe, vocab_size=model.vocab_size)
+  read, asked = None, encoded
+  if model.config.kind == "encoder_decoder":
+    read = np.repeat(restoring.padded(encoded, max_length), num_samples, axis=0)
+    encoded = [[tokenizer.start]] * len(encoded)
   lengths = np.repeat([len(ids) for ids in encoded], num_samples).astype(np.int32)
   limits = np.minimum(lengths + max_tokens, max_length)
   tokens = np.full((len(lengths), int(limits.max())), tokenizer.separator, np.int32)
@@ -243,13 +250,14 @@ def generate(
     top_k=jnp.asarray(top_k or model.vocab_size, jnp.int32),
     top_p=jnp.asarray(top_p, jnp.float32),
   )
-  out, ends, seconds = _run(model, params, tokens, lengths, rows, how)
+  out, ends, seconds = _run(model, params, tokens, lengths, rows, how, read)
   completions = tuple(
     _completion(
       tokenizer,
       prompts[row // num_samples],
       out[row, lengths[row] : ends[row]].tolist(),
       is_cut_by_context=bool(ends[row] == max_length),
+      asked=None if read is None else asked[row // num_samples],
     )
     for row in range(len(lengths))
   )
@@ -268,11 +276,20 @@ def _run(
   lengths: Int[np.ndarray, "B"],
   rows: _Rows,
   how: Sampling,
+  read: Int[np.ndarray, "B N"] | None = None,
 ) -> tuple[Int[np.ndarray, "B M"], Int[np.ndarray, "B"], tuple[float, float]]:
-  """Returns tokens, row lengths, and seconds before and inside the loop."""
+  """Returns tokens, row lengths, and seconds before and inside the loop.
+
+  `read` is what an encoder reads, -1 for padding.
+  """
   began = time.perf_counter()
   start = int(lengths.min())
-  first = _prefill(model, params, jnp.asarray(tokens[:, :start]), length=tokens.shape[1])
+  begin, length = jnp.asarray(tokens[:, :start]), tokens.shape[1]
+  if read is None:
+    first = _prefill(model, params, begin, length=length)
+  else:
+    seen = jnp.asarray(np.maximum(read, 0)), jnp.asarray((read >= 0).astype(np.int32))
+    first = restoring.read(model, params, begin, *seen, length=length)
 
   def decode(end: int) -> tuple[Array, Array]:
     bounds = jnp.asarray(start, jnp.int32), jnp.asarray(end, jnp.int32)
@@ -293,17 +310,31 @@ def _allowed(tokenizer: Any, vocab_size: int) -> Bool[np.ndarray, "V"]:
   stands_for_text = np.asarray(tokenizer.bytes_per_token) > 0
   allowed[: len(stands_for_text)] = stands_for_text
   allowed[tokenizer.separator] = True
+  if isinstance(tokenizer, SentinelTokenizer):
+    allowed[tokenizer.sentinels] = True
   return allowed
 
 
 def _completion(
-  tokenizer: Any, prompt: str, ids: list[int], *, is_cut_by_context: bool
+  tokenizer: Any,
+  prompt: str,
+  ids: list[int],
+  *,
+  is_cut_by_context: bool,
+  asked: list[int] | None = None,
 ) -> Completion:
   finish = "context" if is_cut_by_context else "max_tokens"
   if ids and ids[-1] == tokenizer.separator:
     ids, finish = ids[:-1], "separator"
+  filled = None
+  if asked is not None and isinstance(tokenizer, SentinelTokenizer):
+    filled = tokenizer.fill(asked[:-1], ids)
   return Completion(
-    prompt=prompt, text=tokenizer.decode(ids), tokens=tuple(ids), finish=finish
+    prompt=prompt,
+    text=tokenizer.decode(ids),
+    tokens=tuple(ids),
+    finish=finish,
+    filled=filled,
   )
 
 
@@ -342,6 +373,8 @@ def check(
     if not is_good:
       raise UserError(f"--{flag}={value} makes no sense: give {wanted}.")
   _check_router(model)
+  if model.config.kind == "encoder_decoder":
+    return [restoring.encode(tokenizer, prompt, max_length) for prompt in prompts]
   return [_encode(tokenizer, prompt, max_length) for prompt in prompts]
 
 
@@ -360,12 +393,7 @@ def _check_router(model: Any) -> None:
 
 
 def _encode(tokenizer: Any, prompt: str, max_length: int) -> list[int]:
-  try:
-    prompt.encode()
-  except UnicodeEncodeError:  # The shell passed bytes of another encoding.
-    raise UserError(
-      f"--prompt={prompt!a} is no UTF-8. Give it as UTF-8, or in a file by --prompt_file."
-    ) from None
+  restoring.check_text(prompt)
   ids = [tokenizer.start, *tokenizer.encode(prompt)]
   if len(ids) >= max_length:
     raise UserError(

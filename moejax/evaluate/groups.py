@@ -23,7 +23,9 @@ from typing import Any
 from jax.sharding import Mesh
 
 from moejax.config import Config
+from moejax.config.spans import target_length
 from moejax.layers.moe import WHOLE_BATCH
+from moejax.models import make
 from moejax.models.decoder import Decoder
 from moejax.sharding.mesh import num_token_shards
 
@@ -41,7 +43,7 @@ def make_model(config: Config, vocab_size: int) -> Decoder:
   moe = copy.deepcopy(config.moe)
   if moe.group_size == WHOLE_BATCH:
     moe.group_size = group_tokens(config)
-  return Decoder(config.model, moe, vocab_size=vocab_size)
+  return make.make_model(config.model, moe, vocab_size=vocab_size)
 
 
 def batch_size(
@@ -60,8 +62,11 @@ def batch_size(
   if not config.moe.dense_twin and any(factor is not None for factor in factors):
     # Under gspmd, devices share groups, as in training.
     devices = 1 if config.moe.exchange == "gspmd" else shards
-    tokens, length = group_tokens(config) * devices, config.data.sequence_length
-    multiple = math.lcm(shards, tokens // math.gcd(tokens, length))
+    for length in {config.data.sequence_length, target_length(config.data)}:
+      tokens = (config.moe.group_size or length) * devices
+      if config.moe.group_size == WHOLE_BATCH:
+        tokens = group_tokens(config) * devices
+      multiple = math.lcm(multiple, tokens // math.gcd(tokens, length))
   return -(-(wanted or _microbatch(config)) // multiple) * multiple
 
 

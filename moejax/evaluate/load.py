@@ -13,12 +13,16 @@ from jaxtyping import Array, Float, Int
 
 from moejax.checkpoint.params import restore_params
 from moejax.config import Config
+from moejax.data.sentinels import with_sentinels
 from moejax.data.tokenizer import FILE as TOKENIZER_FILE
 from moejax.data.tokenizer import Tokenizer, load_tokenizer
 from moejax.errors import UserError
 from moejax.evaluate import groups
 from moejax.models.decoder import Decoder
 from moejax.types import Params
+
+Tokens = Int[np.ndarray | Array, "..."] | Sequence[Sequence[int]]
+"""Vocabulary ids, a row each."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -35,7 +39,10 @@ class LoadedRun:
   """Number of optimizer steps taken."""
 
   def logits(
-    self, tokens: Int[np.ndarray | Array, "B S"] | Sequence[Sequence[int]]
+    self,
+    tokens: Tokens,
+    *,
+    decoder_tokens: Tokens | None = None,
   ) -> Float[Array, "B S V"]:
     """Returns next-token logits at every position, at the run's eval_capacity_factor.
 
@@ -43,11 +50,25 @@ class LoadedRun:
     multiple of the routing groups' size, which is that of training.
 
     Args:
-      tokens: vocabulary ids.
+      tokens: vocabulary ids; of an encoder-decoder, those of the encoder.
+      decoder_tokens: of an encoder-decoder, a start and the targets so far, at which
+        logits are wanted.
 
     Raises:
-      UserError: an id outside the vocabulary, or groups that do not fit.
+      UserError: an id outside the vocabulary, groups that do not fit, or decoder_tokens
+        of a decoder or none of an encoder-decoder.
     """
+    has_encoder = self.model.config.kind == "encoder_decoder"
+    if has_encoder != (decoder_tokens is not None):
+      what = "needs decoder_tokens too" if has_encoder else "takes no decoder_tokens"
+      raise UserError(f"--config.model.kind={self.model.config.kind} {what}.")
+    if decoder_tokens is None:
+      return self._apply(self.params, self._checked(tokens))
+    read = self._checked(tokens)
+    return self._apply(self.params, self._checked(decoder_tokens), encoder_tokens=read)
+
+  def _checked(self, tokens: Any) -> Int[Array, "B S"]:
+    """Returns ids as an array; raises as `logits`."""
     tokens = jnp.asarray(np.asarray(tokens, np.int32))
     least, most = int(tokens.min()), int(tokens.max())
     if least < 0 or most >= self.model.vocab_size:
@@ -63,12 +84,14 @@ class LoadedRun:
         f"{moe.group_size}, under --config.moe.eval_capacity_factor="
         f"{moe.eval_capacity_factor}. Give a multiple of {moe.group_size} tokens."
       )
-    return self._apply(self.params, tokens)
+    return tokens
 
   @functools.cached_property
   def _apply(self) -> Any:
     size = self.model.vocab_size
-    return jax.jit(lambda params, tokens: self.model(params, tokens).logits[..., :size])
+    return jax.jit(
+      lambda params, tokens, **read: self.model(params, tokens, **read).logits[..., :size]
+    )
 
 
 def load_run(workdir: Path | str, step: int | None = None) -> LoadedRun:
@@ -84,7 +107,7 @@ def load_run(workdir: Path | str, step: int | None = None) -> LoadedRun:
   params, config, meta = restore_params(workdir, step)
   tokenizer = None
   if (Path(workdir) / TOKENIZER_FILE).exists():
-    tokenizer = load_tokenizer(workdir)
+    tokenizer = with_sentinels(load_tokenizer(workdir), config.data)
   # The stored embedding has a row for every id, regardless of the tokenizer.
   vocab_size = int(params["embedding"]["table"].shape[0])
   if config.model.vocab_multiple > 1 and tokenizer is not None:

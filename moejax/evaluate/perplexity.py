@@ -165,7 +165,7 @@ def evaluate(
   steps = [make_step(model, mesh, factor) for factor in factors]
   params = jax.device_put(params, param_shardings(model, mesh))
   gather = jax.jit(lambda x: x, out_shardings=rules.replicated(mesh))
-  token_bytes = np.asarray(dataset.tokenizer.bytes_per_token, np.int64)
+  token_bytes = np.asarray(dataset.token_bytes, np.int64)
   totals = _Totals(len(factors), max(len(dataset.domains), 1))
   pending = None
   batches = device_batches(dataset, split, mesh=mesh, batch_size=batch_size, limit=limit)

@@ -19,6 +19,8 @@ class Architecture:
     name: the model_type.
     class_name: its class for language modelling, in config.json's `architectures`.
     layer: the table of a layer; names below `layer_prefix`.
+    encoder: of a model with an encoder, the table of the encoder's layers, whose names
+      are below `encoder_prefix`; None is a decoder alone.
     read: from the keys of config.json to fields of a Config; see `fields.read`.
     write: from a Config to the keys of config.json, with `model_type` left out.
     model: the table outside the layers.
@@ -33,7 +35,15 @@ class Architecture:
   write: Callable[[Config], dict[str, Any]]
   model: tuple[Entry, ...] = MODEL
   layer_prefix: str = "model.layers.{layer}."
+  encoder: tuple[Entry, ...] | None = None
+  encoder_prefix: str = ""
   left_out: Callable[[Mapping[str, Any]], dict[str, str]] = lambda config: {}
+
+  def table(self, stack: str) -> tuple[str, tuple[Entry, ...]]:
+    """Returns prefix and table of a stack's layers; see `Decoder.stacks`."""
+    if stack == "encoder":
+      return self.encoder_prefix, self.encoder or ()
+    return self.layer_prefix, self.layer
 
 
 _KNOWN = (
@@ -48,6 +58,7 @@ _KNOWN = (
   "gpt_oss",
   "granitemoe",
   "granitemoeshared",
+  "switch_transformers",
 )
 """Modules below moejax.interop.architectures, each with ARCHITECTURE."""
 

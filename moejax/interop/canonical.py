@@ -10,7 +10,7 @@ import fnmatch
 import math
 from typing import Any
 
-from moejax.config import Config, ModelConfig
+from moejax.config import Config, ModelConfig, MoEConfig
 from moejax.config import text as config_text
 from moejax.config.attention import layer_windows
 from moejax.config.pattern import layer_pattern
@@ -66,17 +66,27 @@ def canonical(config: Config) -> Config:
     moe.options = {}
   if moe.renormalize == "none":
     moe.renormalize_norm = 1.0
+  moe.activation = moe.activation or model.activation
+  if model.kind == "encoder_decoder":
+    model.encoder_layers = model.encoder_layers or model.num_layers
+    moe.encoder_every, moe.offset = moe.encoder_every or moe.every, moe.offset % moe.every
+    moe.encoder_router = ""
+  else:
+    _canonical_pattern(model, moe)
+  model.vocab_multiple = 1
+  _canonical_attention(model)
+  return config
+
+
+def _canonical_pattern(model: ModelConfig, moe: MoEConfig) -> None:
+  """Writes the MoE layers as all layers but a list of dense ones."""
   kinds = layer_pattern(model.num_layers, moe).is_moe
   if all(kinds):
     model.hidden = Config().model.hidden  # There is no dense layer.
   moe.every, moe.offset, moe.dense_prefix = 1, 0, 0
   moe.dense_layers = ",".join(str(i) for i, is_moe in enumerate(kinds) if not is_moe)
-  moe.activation = moe.activation or model.activation
   if all(kinds):
     model.activation = moe.activation
-  model.vocab_multiple = 1
-  _canonical_attention(model)
-  return config
 
 
 def _canonical_attention(model: ModelConfig) -> None:
@@ -98,6 +108,12 @@ def _canonical_attention(model: ModelConfig) -> None:
   if len(set(windows)) > 1:
     words = ("sliding" if window else "full" for window in windows)
     model.window_pattern = ",".join(words)
+  if model.positions == "relative":
+    model.rope_theta, model.rope_fraction = plain.rope_theta, plain.rope_fraction
+    model.rope_interleaved = plain.rope_interleaved
+  else:
+    model.relative_buckets = plain.relative_buckets
+    model.relative_distance = plain.relative_distance
   if model.rope_scaling == "none":
     model.rope_factor, model.rope_original = plain.rope_factor, plain.rope_original
   if model.rope_scaling == "yarn":

@@ -30,6 +30,7 @@ from moejax.interop.mapping import Row, flatten, rows
 from moejax.interop.published import CONFIG, TAKEN_ALONG, TOKENIZER
 from moejax.interop.source import DTYPES, INDEX, SINGLE
 from moejax.models.decoder import Decoder
+from moejax.models.make import make_model
 from moejax.options import show
 from moejax.types import Params
 from moejax.version import __version__
@@ -128,7 +129,7 @@ def export(
   architecture, values = choose(config, name)
   if config.model.vocab_multiple > 1:
     config.model.vocab_multiple = 1
-    model = Decoder(config.model, config.moe, vocab_size=model.vocab_size)
+    model = make_model(config.model, config.moe, vocab_size=model.vocab_size)
     params = _without_padding(params, model.vocab_size)
   mapped = rows(architecture, model)
   if tokenizer is not None:

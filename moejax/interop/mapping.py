@@ -10,6 +10,7 @@ import dataclasses
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+from moejax.config.pattern import Pattern
 from moejax.errors import UserError
 from moejax.interop.architecture import Architecture
 from moejax.interop.table import Entry, Shape
@@ -69,20 +70,24 @@ def rows(architecture: Architecture, model: Decoder) -> list[Row]:
   """
   shapes = flatten(model.shapes())
   found = list(_rows_of(architecture.model, "", None, "", shapes))
-  layer = 0
-  for part in PARTS:
-    kinds = getattr(model.pattern, part)
-    repeats: Sequence[int | None] = [None]
-    if part == "unit":
-      repeats = range(model.pattern.repeats)
-    for repeat in repeats:
-      for index in range(len(kinds)):
-        prefix = architecture.layer_prefix.format(layer=layer)
-        below = f"{part}.{index}."
-        found += _rows_of(architecture.layer, prefix, repeat, below, shapes)
-        layer += 1
+  for name, stack in model.stacks.items():
+    prefix, table = architecture.table(name)
+    for layer, (repeat, below) in enumerate(_layers(stack.pattern)):
+      below = f"{name}.{below}" if name else below
+      found += _rows_of(table, prefix.format(layer=layer), repeat, below, shapes)
   _refuse_unnamed(architecture, found, shapes)
   return found
+
+
+def _layers(pattern: Pattern) -> Iterator[tuple[int | None, str]]:
+  """Yields each layer's index where it is stacked, and the prefix of its parameters."""
+  for part in PARTS:
+    repeats: Sequence[int | None] = [None]
+    if part == "unit":
+      repeats = range(pattern.repeats)
+    for repeat in repeats:
+      for index in range(len(getattr(pattern, part))):
+        yield repeat, f"{part}.{index}."
 
 
 def _rows_of(

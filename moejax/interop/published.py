@@ -18,6 +18,7 @@ from moejax.interop.keys import Keys
 from moejax.interop.load import Loader, known_dtype
 from moejax.interop.source import DTYPES, Source, has_weights
 from moejax.models.decoder import Decoder
+from moejax.models.make import make_model
 
 CONFIG = "config.json"
 TOKENIZER = "tokenizer.json"
@@ -63,7 +64,7 @@ def open_folder(folder: Path | str) -> Published:
   config = read_config(architecture, values, path)
   with _about(path):
     validate(config)
-    model = Decoder(config.model, config.moe, vocab_size=config.model.vocab_size)
+    model = make_model(config.model, config.moe, vocab_size=config.model.vocab_size)
   loader = Loader(
     architecture,
     model,
@@ -156,6 +157,8 @@ def _tokenizer(
   if not path.exists():
     return None
   end, begin = (_first(values.get(f"{name}_token_id")) for name in ("eos", "bos"))
+  if values.get("is_encoder_decoder") and "decoder_start_token_id" in values:
+    begin = _first(values["decoder_start_token_id"])
   separator = begin if end is None else end
   if separator is None:
     raise UserError(

@@ -2,8 +2,9 @@
 
 Which one runs, and why the others do not:
 
-  TPU, no cache, a sequence of whole blocks    splash attention, `layers/tpu_attention`
-  NVIDIA GPU, half precision, no sinks         cuDNN, through jax; it has no sinks, and
+  TPU, no cache, a causal sequence of whole
+  blocks, no bias                              splash attention, `layers/tpu_attention`
+  NVIDIA GPU, half precision, no sinks or bias cuDNN, through jax; it has no sinks, and
                                                limits the width of a head
   sinks, or values of another width than keys  `plain_attention` below
   everything else                              `jax.nn.dot_product_attention`
@@ -25,7 +26,7 @@ from jaxtyping import Array, Bool, Float, Int
 from moejax.config import ModelConfig
 from moejax.layers.tpu_attention import block_size, tpu_attention
 from moejax.platform import target_is_nvidia, target_platform
-from moejax.types import pytree
+from moejax.types import pytree, static_field
 
 
 @pytree
@@ -44,6 +45,10 @@ class Context:
   """The mask of layers with a window, if only some have one."""
   windowed: Bool[Array, ""] | None = None
   """Whether the layer that is called has the window, if only some have one."""
+  bias: Float[Array, "1 H S M"] | None = None
+  """Added to the logits (relative positions)."""
+  is_causal: bool = static_field(default=True)
+  """Whether the mask is that of a causal sequence, for kernels that build their own."""
 
   def of_layer(self, windowed: Bool[Array, ""]) -> "Context":
     """Returns the context of a layer with or without the window."""
@@ -97,6 +102,18 @@ def attention_masks(
   return {"mask": make(), "window_mask": make(window=config.sliding_window)}
 
 
+def attend_to_all(
+  query_segment: Int[Array, "B S"], key_segment: Int[Array, "B M"]
+) -> Bool[Array, "B 1 S M"]:
+  """Returns a mask within segments in both directions: encoders and cross-attention.
+
+  Padding attends to everything: a row with nothing to attend to could become NaN in some
+  kernels.
+  """
+  query, key = query_segment[:, None, :, None], key_segment[:, None, None, :]
+  return (query == key) | (query <= 0)
+
+
 def attend(
   query: Float[Array, "B S H A"],
   key: Float[Array, "B M J A"],
@@ -119,15 +136,17 @@ def attend(
     scale: multiplies the logits; None is 1/sqrt(A).
     sinks: a logit per head that takes part in the softmax and has no value.
   """
-  uncached = context.index is None
-  if uncached and target_platform() == "tpu" and block_size(query.shape[1]):
+  fused = context.index is None and context.is_causal and context.bias is None
+  if fused and target_platform() == "tpu" and block_size(query.shape[1]):
     kernel = functools.partial(tpu_attention, scale=scale)
     args = (query, key, value, context.segment_ids, sinks)
     if context.windowed is None:
       return kernel(*args, window=window)
     inside = functools.partial(kernel, window=window)
     return jax.lax.cond(context.windowed, inside, kernel, *args)
-  implementation = _implementation(query.dtype, query.shape[-1])
+  implementation = None
+  if context.bias is None:
+    implementation = _implementation(query.dtype, query.shape[-1])
   width = value.shape[-1]
   if sinks is None and (width == query.shape[-1] or implementation == "cudnn"):
     # jax wants values as wide as keys; zeros mix to zeros.
@@ -139,7 +158,10 @@ def attend(
     # gradients are incompatible.)
     with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
       mixed = jax.nn.dot_product_attention(
-        query, key, value, mask=context.mask, scale=scale, implementation=implementation
+        *(query, key, value, context.bias),
+        mask=context.mask,
+        scale=scale,
+        implementation=implementation,
       )
     return mixed[..., :width] if missing else mixed
   if scale is None:

@@ -31,17 +31,21 @@ class Attention(nnx.Module):
     out_scale = config.init_scale / (2 * config.num_layers) ** 0.5
     dtype = config.param_dtype
 
-    def projection(count: int, axis: str) -> nnx.Param:
+    def projection(count: int, axis: str, scale: float = 1.0) -> nnx.Param:
       return parameter.matrix(
         rngs,
         (width, count, size),
         ("width", axis, "head_dim"),
         fan_in=width,
-        scale=config.init_scale,
+        scale=config.init_scale * scale,
         dtype=dtype,
       )
 
-    self.query = projection(heads, "heads")
+    # T5 moves the scale of the logits into the queries' initial values.
+    moved = config.positions == "relative" and config.attention_scale
+    self.query = projection(
+      heads, "heads", size**-0.5 / config.attention_scale if moved else 1.0
+    )
     self.key = projection(kv_heads, "kv_heads")
     self.value = projection(kv_heads, "kv_heads")
     self.out = parameter.matrix(
@@ -72,7 +76,8 @@ class Attention(nnx.Module):
         return RMSNorm(count * size, epsilon=config.norm_eps, axis=axis)
 
       self.query_norm, self.key_norm = norm(heads, "heads"), norm(kv_heads, "kv_heads")
-    self.rotary, self.scale = make_rotary(config), logit_scale(config)
+    self.rotary = make_rotary(config) if config.positions == "rotary" else None
+    self.scale = logit_scale(config)
     self.window, self.clip = config.sliding_window, config.clip_qkv
     self.qk_norm = config.qk_norm
     self.norm_width = config.qk_norm and not by_head
@@ -80,18 +85,11 @@ class Attention(nnx.Module):
   def __call__(
     self, x: Float[Array, "B S D"], context: Context, cache: LayerCache | None
   ) -> tuple[Float[Array, "B S D"], LayerCache | None]:
-    query = _project(x, self.query, self.query_bias)
-    key = _project(x, self.key, self.key_bias)
-    value = _project(x, self.value, self.value_bias)
-    if self.qk_norm:
-      query = self._norm(self.query_norm, query)
-      key = self._norm(self.key_norm, key)
-    if self.clip is not None:
-      query, key, value = (
-        jnp.clip(a, -self.clip, self.clip) for a in (query, key, value)
-      )
-    query = self.rotary(query, context.positions)
-    key = self.rotary(key, context.positions)
+    query = self._queries(x)
+    key, value = self._keys_and_values(x)
+    if self.rotary is not None:
+      query = self.rotary(query, context.positions)
+      key = self.rotary(key, context.positions)
     if isinstance(cache, KeyValueCache) and context.index is not None:
       start = (0, context.index, 0, 0)
       cache = KeyValueCache(
@@ -99,18 +97,66 @@ class Attention(nnx.Module):
         value=jax.lax.dynamic_update_slice(cache.value, value, start),
       )
       key, value = cache.key, cache.value
+    return self._mix(query, key, value, context), cache
+
+  def _queries(self, x: Float[Array, "B S D"]) -> Float[Array, "B S H A"]:
+    query = _project(x, self.query, self.query_bias)
+    if self.qk_norm:
+      query = self._norm(self.query_norm, query)
+    return query if self.clip is None else jnp.clip(query, -self.clip, self.clip)
+
+  def _keys_and_values(
+    self, x: Float[Array, "B M D"]
+  ) -> tuple[Float[Array, "B M J A"], Float[Array, "B M J A"]]:
+    key = _project(x, self.key, self.key_bias)
+    value = _project(x, self.value, self.value_bias)
+    if self.qk_norm:
+      key = self._norm(self.key_norm, key)
+    if self.clip is not None:
+      key, value = (jnp.clip(a, -self.clip, self.clip) for a in (key, value))
+    return key, value
+
+  def _mix(
+    self,
+    query: Float[Array, "B S H A"],
+    key: Float[Array, "B M J A"],
+    value: Float[Array, "B M J A"],
+    context: Context,
+  ) -> Float[Array, "B S D"]:
     mixed = attend(
       *(query, key, value, context),
       window=self.window,
       scale=self.scale,
       sinks=None if self.sinks is None else self.sinks[...],
     )
-    return project_out(mixed, self.out, self.out_bias), cache
+    return project_out(mixed, self.out, self.out_bias)
 
   def _norm(self, norm: RMSNorm, x: Float[Array, "B S H A"]) -> Float[Array, "B S H A"]:
     if not self.norm_width:
       return norm(x)
     return norm(x.reshape(*x.shape[:2], -1)).reshape(x.shape)
+
+
+class CrossAttention(Attention):
+  """Attention to the encoder's output, without positions (arXiv:1706.03762, 3.2.3)."""
+
+  def __call__(
+    self, x: Float[Array, "B S D"], context: Context, cache: LayerCache | None
+  ) -> tuple[Float[Array, "B S D"], LayerCache | None]:
+    """Mixes what `remember` returned of the encoder's output.
+
+    Args:
+      x: of the decoder.
+      context: its mask is between the decoder's tokens and the encoder's.
+      cache: from `remember`; the same for every token that is decoded.
+    """
+    assert isinstance(cache, KeyValueCache)
+    return self._mix(self._queries(x), cache.key, cache.value, context), cache
+
+  def remember(self, memory: Float[Array, "B M D"]) -> KeyValueCache:
+    """Returns keys and values of the encoder's output."""
+    key, value = self._keys_and_values(memory)
+    return KeyValueCache(key=key, value=value)
 
 
 def out_bias(config: ModelConfig) -> nnx.Param | None:

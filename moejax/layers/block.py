@@ -1,4 +1,7 @@
-"""A Transformer block: attention, then a dense or MoE feed-forward, with their norms."""
+"""A Transformer block: attention, then a dense or MoE feed-forward, with their norms.
+
+The block of a decoder with an encoder attends to the encoder's output in between.
+"""
 
 import dataclasses
 
@@ -9,8 +12,8 @@ from jaxtyping import Array, Bool, Float, Int, Key
 from moejax.config import ModelConfig, MoEConfig
 from moejax.config.router import num_selected
 from moejax.layers.attend import Context
-from moejax.layers.attention import Attention
-from moejax.layers.cache import LayerCache
+from moejax.layers.attention import Attention, CrossAttention
+from moejax.layers.cache import KeyValueCache, LayerCache
 from moejax.layers.feed_forward import FeedForward
 from moejax.layers.latent_attention import LatentAttention
 from moejax.layers.moe import LayerInputs, MoE, MoEAux
@@ -39,6 +42,11 @@ class BlockInputs:
   """The experts of each token, if given by a table (hash routing)."""
   step: Int[Array, ""] | None
   """Optimizer steps taken, in training."""
+  memory: Float[Array, "B M D"] | None = None
+  """The encoder's output; None without an encoder, or if keys and values of it are
+  cached."""
+  cross: Context | None = None
+  """Masks between the decoder's tokens and the encoder's."""
   options: CallOptions = static_field()
 
   def of_layer(self, windowed: Bool[Array, ""] | None) -> "BlockInputs":
@@ -55,7 +63,17 @@ class Block(nnx.Module):
   under both it is on both sides.
   """
 
-  def __init__(self, model: ModelConfig, moe: MoEConfig, is_moe: bool, rngs: nnx.Rngs):
+  def __init__(
+    self,
+    model: ModelConfig,
+    moe: MoEConfig,
+    is_moe: bool,
+    rngs: nnx.Rngs,
+    *,
+    cross: bool = False,
+  ):
+    """Creates a block; `cross` adds attention to an encoder's output."""
+
     def norm(*placements: str) -> RMSNorm | None:
       if model.norm_placement not in placements:
         return None
@@ -64,6 +82,11 @@ class Block(nnx.Module):
     self.attention_norm = norm("pre", "both")
     self.attention = make_attention(model, rngs)
     self.attention_post_norm = norm("post", "both")
+    if cross:
+      self.cross_attention_norm = norm("pre", "both")
+      self.cross_attention = CrossAttention(model, rngs)
+      self.cross_attention_post_norm = norm("post", "both")
+    self.has_cross = cross
     self.feed_forward_norm = norm("pre", "both")
     self.feed_forward_post_norm = norm("post", "both")
     self.residual_scale = model.residual_scale
@@ -75,6 +98,11 @@ class Block(nnx.Module):
         hidden, activation = twin_hidden(moe), moe.activation or activation
       self.feed_forward = FeedForward(model, hidden, rngs, activation)
     self.is_moe = is_moe and not moe.dense_twin
+    self.has_second = is_moe and moe.dense_after
+    if self.has_second:
+      self.second_norm = norm("pre", "both")
+      self.second = FeedForward(model, model.hidden, rngs, model.activation)
+      self.second_post_norm = norm("post", "both")
 
   def __call__(
     self,
@@ -84,14 +112,27 @@ class Block(nnx.Module):
     key: Key[Array, ""] | None,
     cache: LayerCache | None,
     layer: LayerInputs | None = None,
+    remembered: KeyValueCache | None = None,
   ) -> tuple[Float[Array, "B S D"], MoEAux | None, LayerCache | None]:
+    """Returns the block's output, what its MoE layer reports, and the extended cache.
+
+    Args:
+      x: the block's input.
+      inputs: shared by all blocks.
+      key: randomness of this block.
+      cache: of self-attention.
+      layer: inputs of its MoE layer.
+      remembered: keys and values of the encoder's output; None computes them.
+    """
     normed = _apply(self.attention_norm, x)
     mixed, cache = self.attention(normed, inputs.context, cache)
     x = self._add(x, _apply(self.attention_post_norm, mixed))
+    if self.has_cross:
+      x = self._add(x, self._cross(x, inputs, remembered))
     normed = _apply(self.feed_forward_norm, x)
     if not self.is_moe:
       y = _apply(self.feed_forward_post_norm, self.feed_forward(normed))
-      return self._add(x, y), None, cache
+      return self._second(self._add(x, y)), None, cache
     options = inputs.options
     y, aux = self.moe(
       normed,
@@ -106,7 +147,26 @@ class Block(nnx.Module):
       step=inputs.step,
       return_served=options.return_served,
     )
-    return self._add(x, _apply(self.feed_forward_post_norm, y)), aux, cache
+    x = self._add(x, _apply(self.feed_forward_post_norm, y))
+    return self._second(x), aux, cache
+
+  def _second(self, x: Float[Array, "B S D"]) -> Float[Array, "B S D"]:
+    """Adds the dense feed-forward after an MoE layer, if there is one."""
+    if not self.has_second:
+      return x
+    y = self.second(_apply(self.second_norm, x))
+    return self._add(x, _apply(self.second_post_norm, y))
+
+  def _cross(
+    self, x: Float[Array, "B S D"], inputs: BlockInputs, cache: KeyValueCache | None
+  ) -> Float[Array, "B S D"]:
+    assert inputs.cross is not None
+    if cache is None:
+      assert inputs.memory is not None
+      cache = self.cross_attention.remember(inputs.memory)
+    normed = _apply(self.cross_attention_norm, x)
+    mixed, _ = self.cross_attention(normed, inputs.cross, cache)
+    return _apply(self.cross_attention_post_norm, mixed)
 
   def _add(
     self, x: Float[Array, "B S D"], y: Float[Array, "B S D"]

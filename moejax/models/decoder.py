@@ -1,18 +1,13 @@
 """The decoder-only Transformer language model.
 
-Layers follow a pattern: `dense_prefix` dense layers, then repeats of a unit of
-`every` layers, one of them MoE, then the remaining layers. The repeats are one
-`jax.lax.scan` over stacked parameters, so compile time does not grow with depth.
 Parameters are a plain dict:
 
-  embedding                     [V, D]
-  prefix / "0", "1", ...        one block each
-  unit   / "0", "1", ...        one block of the unit each, stacked over repeats
-  suffix / "0", ...             one block each
+  embedding                     table [V, D], final norm [D], head [D, V] unless tied
+  prefix, unit, suffix          the blocks, see `models/stack`
+  relative_bias                 under relative positions
   hash_table                    [V, K], if the router has a table; not trained
-  norm, head                    final norm; [D, V] unless tied
 
-Letters: B batch, S sequence, D width, V vocabulary, R repeats, L layers.
+Letters: B batch, S sequence, D width, V vocabulary, L layers.
 """
 
 import dataclasses
@@ -26,22 +21,21 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int, Key
 
 from moejax.config import ModelConfig, MoEConfig
-from moejax.config.pattern import layer_pattern
-from moejax.config.router import make_router
+from moejax.config.pattern import Pattern
 from moejax.layers.attend import Context, attention_masks
-from moejax.layers.block import Block, BlockInputs, CallOptions
-from moejax.layers.cache import LayerCache, empty_cache
+from moejax.layers.block import BlockInputs, CallOptions
 from moejax.layers.embedding import Embedding
 from moejax.layers.moe import LayerInputs, MoEAux, loss_weights
-from moejax.layers.router import present_experts
 from moejax.models.output import Cache, DecoderOutput
-from moejax.models.per_layer import PARTS, by_part, windowed_by_part
-from moejax.models.stack import Shell, remat, split_key, unrolled
+from moejax.models.per_layer import PARTS
+from moejax.models.stack import Shell, Stack
 from moejax.routing.base import RouterStats
+from moejax.routing.router import Router
 from moejax.sharding.mesh import on_tokens
 from moejax.types import Params
 
-_UNSET: Any = object()
+CONFIGURED: Any = object()
+"""The capacity factor of the configuration."""
 
 TABLE = "hash_table"
 """Parameter name of a router's table, after the first router that had one."""
@@ -68,28 +62,50 @@ class Decoder:
         it to routers with a table.
     """
     self.config, self.moe = model, moe
-    self.router = make_router(moe)
     self._token_counts = token_counts
     self.vocab_size = model.vocab_size or vocab_size
-    self.pattern = layer_pattern(model.num_layers, moe)
-    self._blocks = {is_moe: Shell(self._make_block(is_moe)) for is_moe in (False, True)}
+    self.stacks = self._make_stacks()
     self._embedding = Shell(
       lambda key: Embedding(model, self.vocab_size, nnx.Rngs(params=key))
     )
 
+  def _make_stacks(self) -> dict[str, Stack]:
+    """Returns the stacks by the name of their parameters; "" is beside the embedding."""
+    return {"": Stack(self.config, self.moe)}
+
+  @property
+  def stack(self) -> Stack:
+    """The decoder's stack."""
+    return self.stacks[""]
+
+  @property
+  def router(self) -> Router:
+    """The decoder's router."""
+    return self.stack.router
+
+  @property
+  def pattern(self) -> Pattern:
+    """Which layers of the decoder are MoE."""
+    return self.stack.pattern
+
   @property
   def moe_layers(self) -> tuple[int, ...]:
     """Indices of the MoE layers, ordered as in `DecoderOutput.stats`."""
-    if self.moe.dense_twin:
-      return ()
-    return tuple(i for i, is_moe in enumerate(self.pattern.is_moe) if is_moe)
+    found: list[int] = []
+    before = 0
+    for stack in self.stacks.values():
+      found += [before + layer for layer in stack.moe_layers]
+      before += stack.config.num_layers
+    return tuple(found)
 
   @property
   def aux_weights(self) -> dict[str, float]:
     """Coefficient of each aux term in the training loss."""
-    if not self.moe_layers:
-      return {}
-    return loss_weights(self.moe)
+    weights: dict[str, float] = {}
+    for stack in self.stacks.values():
+      if stack.moe_layers:
+        weights |= loss_weights(stack.moe)
+    return weights
 
   @property
   def balances_batch(self) -> bool:
@@ -98,22 +114,18 @@ class Decoder:
 
   @property
   def _has_table(self) -> bool:
-    return bool(self.moe_layers) and self.router.has_table
+    return any(s.moe_layers and s.router.has_table for s in self.stacks.values())
 
   def init(self, key: Key[Array, ""]) -> Params:
     """Returns newly initialised parameters."""
     embedding_key, *part_keys = jax.random.split(key, 1 + len(PARTS))
     params: Params = {"embedding": self._embedding.init(embedding_key)}
-    for part, part_key in zip(PARTS, part_keys, strict=True):
-      kinds = getattr(self.pattern, part)
-      params[part] = {}
-      for index, is_moe in enumerate(kinds):
-        block, block_key = self._blocks[is_moe], jax.random.fold_in(part_key, index)
-        if part == "unit":
-          keys = jax.random.split(block_key, self.pattern.repeats)
-          params[part][str(index)] = jax.vmap(block.init)(keys)
-        else:
-          params[part][str(index)] = block.init(block_key)
+    for number, (name, stack) in enumerate(reversed(self.stacks.items())):
+      own = part_keys
+      if number:
+        # Disjoint from the keys of the decoder's blocks, which fold in their index.
+        own = [jax.random.fold_in(key, 2**31 - 1 - number) for key in part_keys]
+      params |= _under(name, stack.init(own))
     if self._has_table:
       params[TABLE] = self._table()
     return params
@@ -141,14 +153,13 @@ class Decoder:
     Returns:
       The parameters; unchanged for routers without an update rule.
     """
-    params = dict(params)
-    for part, blocks in by_part(stats, self.pattern).items():
-      params[part] = dict(params[part])
-      for name, seen in blocks.items():
-        block = params[part][name]
-        router = block["moe"]["router"]
-        router = router | self.router.update(router, seen)
-        params[part][name] = block | {"moe": block["moe"] | {"router": router}}
+    params, used = dict(params), 0
+    for name, stack in self.stacks.items():
+      here = slice(used, used + len(stack.moe_layers))
+      used = here.stop
+      own = jax.tree.map(lambda leaf, here=here: leaf[here], stats)
+      below = params[name] if name else params
+      params |= _under(name, stack.update_routers(below, own))
     return params
 
   def present_experts(self, key: Key[Array, ""]) -> Bool[Array, "L E"] | None:
@@ -157,11 +168,13 @@ class Decoder:
     Args:
       key: of the step, so that all its microbatches drop the same experts.
     """
-    if not self.moe.expert_dropout or not self.moe_layers:
-      return None
-    # Disjoint from the microbatch keys, which fold in the microbatch index.
-    keys = jax.random.split(jax.random.fold_in(key, 2**31 - 1), len(self.moe_layers))
-    return jax.vmap(lambda key: present_experts(key, self.moe))(keys)
+    found = []
+    for number, stack in enumerate(reversed(self.stacks.values())):
+      own = jax.random.fold_in(key, 2**31 - 1 - number) if number else key
+      present = stack.present_experts(own)
+      if present is not None:
+        found.insert(0, present)
+    return jnp.concatenate(found) if found else None
 
   def shapes(self) -> Params:
     """Returns the shape and dtype of every parameter, without allocating it."""
@@ -170,18 +183,9 @@ class Decoder:
   def logical_axes(self) -> Params:
     """Returns the dimension names of every parameter, for `moejax.sharding.rules`."""
 
-    def stacked(block: Params) -> Params:
-      return jax.tree.map(
-        lambda names: ("layer", *names), block, is_leaf=lambda a: isinstance(a, tuple)
-      )
-
     axes: Params = {"embedding": self._embedding.axes}
-    for part in PARTS:
-      blocks = [self._blocks[is_moe].axes for is_moe in getattr(self.pattern, part)]
-      axes[part] = {
-        str(i): stacked(block) if part == "unit" else block
-        for i, block in enumerate(blocks)
-      }
+    for name, stack in self.stacks.items():
+      axes |= _under(name, stack.logical_axes())
     if self._has_table:
       axes[TABLE] = (None, None)
     return axes
@@ -189,21 +193,15 @@ class Decoder:
   def trained(self) -> Params:
     """Returns which parameters have gradients and are optimized, as a tree of bools."""
     mask: Params = {"embedding": self._embedding.trained}
-    for part in PARTS:
-      kinds = getattr(self.pattern, part)
-      mask[part] = {str(i): self._blocks[kind].trained for i, kind in enumerate(kinds)}
+    for name, stack in self.stacks.items():
+      mask |= _under(name, stack.trained())
     if self._has_table:
       mask[TABLE] = False
     return mask
 
   def init_cache(self, batch: int, length: int) -> Cache:
     """Returns an empty cache for `batch` rows of at most `length` tokens."""
-    layers: dict[str, dict[str, LayerCache]] = {}
-    for part in PARTS:
-      stack = (self.pattern.repeats,) if part == "unit" else ()
-      layer = empty_cache(self.config, batch, length, *stack)
-      kinds = getattr(self.pattern, part)
-      layers[part] = {str(i): layer for i in range(len(kinds))}
+    layers = self.stack.init_cache(batch, length)
     empty = jnp.full((batch, length), -1, jnp.int32)
     return Cache(layers=layers, segment_ids=empty, index=jnp.zeros((), jnp.int32))
 
@@ -216,7 +214,7 @@ class Decoder:
     positions: Int[Array, "B S"] | None = None,
     key: Key[Array, ""] | None = None,
     train: bool = False,
-    capacity_factor: float | None = _UNSET,
+    capacity_factor: float | None = CONFIGURED,
     cache: Cache | None = None,
     return_served: bool = False,
     batch_chosen: Float[Array, "L E"] | None = None,
@@ -241,41 +239,46 @@ class Decoder:
         from `key` in training.
       step: optimizer steps taken, in training.
     """
-    if capacity_factor is _UNSET:
-      moe = self.moe
-      capacity_factor = moe.capacity_factor if train else moe.eval_capacity_factor
     options = CallOptions(
-      train=train, capacity_factor=capacity_factor, return_served=return_served
+      train=train,
+      capacity_factor=factor_of(self.moe, capacity_factor, train=train),
+      return_served=return_served,
     )
     if segment_ids is None:
       segment_ids = jnp.ones_like(tokens)
     context, cache = self._context(segment_ids, positions, cache)
-    assigned = None
-    if self._has_table:
-      assigned = jax.lax.stop_gradient(params[TABLE])[tokens].astype(jnp.int32)
-    inputs = BlockInputs(
-      context=context,
-      valid=segment_ids > 0,
-      token_ids=tokens,
-      assigned=assigned,
-      step=step,
-      options=options,
+    inputs = self._inputs(
+      params, tokens, self._biased(params, context, cache), step=step, options=options
     )
     if present is None and train and key is not None:
       present = self.present_experts(key)
     embedding = self._embedding.merge(params["embedding"])
     x = on_tokens(embedding.embed(tokens, jnp.dtype(self.config.dtype)))
-    told = by_part(LayerInputs(batch_chosen=batch_chosen, present=present), self.pattern)
-    x, auxes, layers = self._run_blocks(params, x, inputs, key, cache, told)
+    told = LayerInputs(batch_chosen=batch_chosen, present=present)
+    x, auxes, layers = self.stack.run(
+      *(params, x, inputs, key, told), cache=None if cache is None else cache.layers
+    )
     if cache is not None:
       cache = dataclasses.replace(cache, layers=layers)
-    aux, stats, served = _collect(auxes)
+    aux, stats, served = collect(auxes)
     return DecoderOutput(
       logits=embedding.logits(x), aux=aux, stats=stats, cache=cache, served=served
     )
 
-  def _make_block(self, is_moe: bool) -> Callable[[Key[Array, ""]], Block]:
-    return lambda key: Block(self.config, self.moe, is_moe, nnx.Rngs(params=key))
+  def _inputs(
+    self, params: Params, tokens: Int[Array, "B S"], context: Context, **others: Any
+  ) -> BlockInputs:
+    """Returns the inputs of all blocks; a table gives each token its experts."""
+    assigned = None
+    if self._has_table:
+      assigned = jax.lax.stop_gradient(params[TABLE])[tokens].astype(jnp.int32)
+    return BlockInputs(
+      context=context,
+      valid=context.segment_ids > 0,
+      token_ids=tokens,
+      assigned=assigned,
+      **others,
+    )
 
   def _context(
     self,
@@ -299,80 +302,31 @@ class Decoder:
     index = cache.index + segment_ids.shape[1]
     return context, dataclasses.replace(cache, segment_ids=seen, index=index)
 
-  def _run_blocks(
-    self,
-    params: Params,
-    x: Float[Array, "B S D"],
-    inputs: BlockInputs,
-    key: Key[Array, ""] | None,
-    cache: Cache | None,
-    told: dict[str, dict[str, LayerInputs]],
-  ) -> tuple[Float[Array, "B S D"], list[MoEAux], dict[str, dict[str, LayerCache]]]:
-    """Runs prefix, repeated units and suffix; each aux has a leading layer axis."""
-    auxes: list[MoEAux] = []
-    layers: dict[str, dict[str, LayerCache]] = {}
-    windowed = windowed_by_part(self.config, self.pattern)
-    for number, part in enumerate(PARTS):
-      kinds = getattr(self.pattern, part)
-      part_key = None if key is None else jax.random.fold_in(key, number)
-      part_cache = {} if cache is None else cache.layers[part]
-      repeats = self.pattern.repeats if part == "unit" else 1
-      stacked = (params[part], part_cache, told[part], windowed[part])
-      if part != "unit":
-        stacked = jax.tree.map(lambda leaf: leaf[None], stacked)
-      stacked = (*stacked, split_key(part_key, repeats))
-      if not kinds:
-        layers[part] = {}
-        continue
-
-      def unit(x: Any, layer: Any, kinds: tuple[bool, ...] = kinds) -> Any:
-        return self._unit(kinds, x, inputs, *layer)
-
-      in_scan = self.config.scan_layers and repeats > 1
-      policy = self.config.remat if inputs.options.train else "none"
-      unit = remat(unit, policy, in_scan=in_scan)
-      if in_scan:
-        x, (aux, new_cache) = jax.lax.scan(unit, x, stacked)
-      else:
-        x, (aux, new_cache) = unrolled(unit, x, stacked, repeats)
-      # [repeats, MoE layers of the unit, ...] -> [MoE layers, ...]
-      if aux is not None:
-        auxes.append(jax.tree.map(lambda a: a.reshape(-1, *a.shape[2:]), aux))
-      if part != "unit":
-        new_cache = jax.tree.map(lambda leaf: leaf[0], new_cache)
-      layers[part] = new_cache
-    return x, auxes, layers
-
-  def _unit(
-    self,
-    kinds: tuple[bool, ...],
-    x: Float[Array, "B S D"],
-    inputs: BlockInputs,
-    params: Params,
-    cache: dict[str, LayerCache],
-    told: dict[str, LayerInputs],
-    windowed: dict[str, Bool[Array, ""]],
-    key: Key[Array, ""] | None,
-  ) -> tuple[Float[Array, "B S D"], tuple[MoEAux | None, dict[str, LayerCache]]]:
-    """Runs the blocks of one repeat in order and stacks their aux."""
-    auxes, new_cache = [], {}
-    for index, is_moe in enumerate(kinds):
-      name = str(index)
-      block = self._blocks[is_moe].merge(params[name])
-      block_key = None if key is None else jax.random.fold_in(key, index)
-      own = inputs.of_layer(windowed.get(name))
-      x, aux, layer = block(
-        x, own, key=block_key, cache=cache.get(name), layer=told.get(name)
-      )
-      if aux is not None:
-        auxes.append(aux)
-      if layer is not None:
-        new_cache[name] = layer
-    stacked = jax.tree.map(lambda *a: jnp.stack(a), *auxes) if auxes else None
-    return x, (stacked, new_cache)
+  def _biased(self, below: Params, context: Context, cache: Cache | None) -> Context:
+    """Adds the bias of relative positions to the decoder's context, if there is one."""
+    num_queries = context.positions.shape[1]
+    if cache is None:
+      bias = self.stack.bias(below, num_queries, num_queries)
+    else:
+      assert context.index is not None
+      num_keys = cache.segment_ids.shape[1]
+      bias = self.stack.bias(below, num_queries, num_keys, context.index)
+    return context if bias is None else dataclasses.replace(context, bias=bias)
 
 
-def _collect(
+def factor_of(moe: MoEConfig, asked: Any, *, train: bool) -> float | None:
+  """Returns the capacity factor of a call: the one asked for, or if `CONFIGURED` that."""
+  if asked is not CONFIGURED:
+    return asked
+  return moe.capacity_factor if train else moe.eval_capacity_factor
+
+
+def _under(name: str, params: Params) -> Params:
+  """Returns parameters below a name, or as they are where it is empty."""
+  return {name: params} if name else params
+
+
+def collect(
   auxes: list[MoEAux],
 ) -> tuple[
   dict[str, Float[Array, ""]], RouterStats | None, Bool[Array, "L B S E"] | None

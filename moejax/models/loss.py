@@ -4,13 +4,15 @@ Shared by training, validation and evaluation.
 """
 
 from collections.abc import Mapping
-from typing import Any, TypedDict
+from typing import Any, TypedDict, cast
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int
 
+from moejax.config import Config
+from moejax.config.spans import target_length
 from moejax.models.output import DecoderOutput
 from moejax.routing.base import RouterStats
 from moejax.sharding import rules
@@ -28,17 +30,34 @@ class Batch(TypedDict):
   """Position of a token in its segment."""
 
 
+class EncoderBatch(Batch):
+  """Rows of a batch with inputs of an encoder; the keys of `Batch` are the decoder's."""
+
+  encoder_inputs: Int[Array, "B M"]
+  encoder_segment_ids: Int[Array, "B M"]
+  """Which segment of the decoder reads each; 0 is padding."""
+  encoder_positions: Int[Array, "B M"]
+
+
+def batch_shapes(config: Config) -> dict[str, tuple[int, int]]:
+  """Returns the shape of each array of a training batch."""
+  decoder = (config.train.batch_size, target_length(config.data))
+  shapes = dict.fromkeys(Batch.__annotations__, decoder)
+  if config.model.kind == "encoder_decoder":
+    encoder = (config.train.batch_size, config.data.sequence_length)
+    shapes |= dict.fromkeys(EncoderBatch.__annotations__, encoder) | shapes
+  return shapes
+
+
 def to_devices(batch: Mapping[str, Any], mesh: Mesh) -> Batch:
   """Puts this process's rows of a batch on the devices, sharded for the compiled steps.
 
   The domain, which no model reads, stays on the host.
   """
-  return {
-    "inputs": rules.place_rows(mesh, batch["inputs"]),
-    "targets": rules.place_rows(mesh, batch["targets"]),
-    "segment_ids": rules.place_rows(mesh, batch["segment_ids"]),
-    "positions": rules.place_rows(mesh, batch["positions"]),
+  placed = {
+    name: rules.place_rows(mesh, rows) for name, rows in batch.items() if name != "domain"
   }
+  return cast(Batch, placed)
 
 
 def cross_entropy(
@@ -70,6 +89,10 @@ def token_losses(
   model: Any, params: Params, batch: Batch, **kwargs: Any
 ) -> tuple[Float[Array, "B S"], DecoderOutput]:
   """Runs the model; returns each token's cross-entropy, 0 on padding, and its output."""
+  if "encoder_inputs" in batch:
+    kwargs["encoder_tokens"] = batch["encoder_inputs"]
+    kwargs["encoder_segment_ids"] = batch["encoder_segment_ids"]
+    kwargs["encoder_positions"] = batch["encoder_positions"]
   out = model(
     params,
     batch["inputs"],

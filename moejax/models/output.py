@@ -5,9 +5,19 @@ Letters: B batch, S sequence, M tokens that a cache holds, V vocabulary, L layer
 
 from jaxtyping import Array, Bool, Float, Int
 
-from moejax.layers.cache import LayerCache
+from moejax.layers.cache import KeyValueCache, LayerCache
 from moejax.routing.base import RouterStats
 from moejax.types import pytree
+
+
+@pytree
+class Memory:
+  """What cross-attention keeps of an encoder's output, for decoding."""
+
+  layers: dict[str, dict[str, KeyValueCache]]
+  """Of each decoder block; computed once."""
+  segment_ids: Int[Array, "B M"]
+  """Of the encoder's tokens; 0 is padding."""
 
 
 @pytree
@@ -19,6 +29,8 @@ class Cache:
   """-1 where the cache is empty."""
   index: Int[Array, ""]
   """Tokens written."""
+  memory: Memory | None = None
+  """Of the encoder, if there is one."""
 
 
 @pytree

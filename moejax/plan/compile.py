@@ -16,8 +16,8 @@ from jax.sharding import Mesh
 from moejax.config import Config
 from moejax.config import devices as config_devices
 from moejax.cost.parameters import resolve_vocab_size
-from moejax.models.decoder import Decoder
-from moejax.models.loss import Batch
+from moejax.models.loss import batch_shapes
+from moejax.models.make import make_model
 from moejax.sharding import rules
 from moejax.sharding.mesh import make_mesh
 from moejax.train import state as state_lib
@@ -47,19 +47,21 @@ def compile_step(config: Config, devices: Sequence[Any]) -> CompiledStep:
   """
   config_devices.validate_devices(config, len(devices))
   mesh = make_mesh(config.mesh, devices)
-  model = Decoder(config.model, config.moe, vocab_size=resolve_vocab_size(config))
+  model = make_model(config.model, config.moe, vocab_size=resolve_vocab_size(config))
   optimizer = make_optimizer(
     config.optimizer,
     num_steps=config.train.num_steps,
     axes=model.logical_axes(),
     trained=model.trained(),
   )
-  shape = (config.train.batch_size, config.data.sequence_length)
-  tokens = jax.ShapeDtypeStruct(shape, "int32", sharding=rules.batch_sharding(mesh))
+  batch = {
+    name: jax.ShapeDtypeStruct(shape, "int32", sharding=rules.batch_sharding(mesh))
+    for name, shape in batch_shapes(config).items()
+  }
   with jax.set_mesh(mesh):
     step: Any = step_lib.make_train_step(model, optimizer, config, mesh)
     state = state_lib.state_shapes(model, optimizer, mesh)
-    traced = step.trace(state, dict.fromkeys(Batch.__annotations__, tokens))
+    traced = step.trace(state, batch)
     start = time.monotonic()
     lowered = traced.lower()
     compiled = lowered.compile()

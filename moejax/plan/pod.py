@@ -19,6 +19,7 @@ from moejax.config import Config
 from moejax.config.exchange_rule import buffer_factor, choose
 from moejax.config.mesh import AXES
 from moejax.config.router import make_router, num_selected
+from moejax.config.spans import target_length
 from moejax.cost import flops as plan_flops
 from moejax.cost.chips import Chip
 from moejax.cost.parameters import resolve_vocab_size
@@ -84,7 +85,7 @@ def refused(topology: Topology, chips: int, chip: Chip, message: str) -> dict[st
 
 def model_flops(config: Config, devices: int) -> float:
   """Returns model FLOPs per step and device, counting only causal attention pairs."""
-  tokens = config.train.batch_size * config.data.sequence_length
+  tokens = config.train.batch_size * target_length(config.data)
   vocab = resolve_vocab_size(config)
   return (
     plan_flops.flops_per_token(config, vocab, causal=True)["total"] * tokens / devices

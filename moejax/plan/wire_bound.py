@@ -7,17 +7,20 @@ pass, once per assignment; with a capacity, once per slot (sorted rows: the fewe
 both); by ring, once to every device.
 """
 
+import copy
 import math
 
 import jax
 
 from moejax.config import Config
+from moejax.config.encoder import encoder_config
 from moejax.config.exchange_rule import choose
 from moejax.config.pattern import layer_pattern
 from moejax.config.router import make_router, num_selected
+from moejax.config.spans import target_length
 from moejax.cost.parameters import resolve_vocab_size
 from moejax.models import trained
-from moejax.models.decoder import Decoder
+from moejax.models.make import make_model
 from moejax.routing.capacity import capacity_of
 from moejax.sharding.rules import RULES
 
@@ -30,7 +33,7 @@ def wire_bound(config: Config, mesh: dict[str, int]) -> float:
     mesh: number of devices per axis.
   """
   width = _bytes(config)
-  model = Decoder(config.model, config.moe, vocab_size=resolve_vocab_size(config))
+  model = make_model(config.model, config.moe, vocab_size=resolve_vocab_size(config))
 
   # Untrained parameters have no gradients to reduce.
   axes, _ = trained.split(model.logical_axes(), model.trained())
@@ -52,6 +55,11 @@ def wire_bound(config: Config, mesh: dict[str, int]) -> float:
 
 def exchange_bound(config: Config, mesh: dict[str, int]) -> float:
   """Returns the bytes that one device exchanges with experts, forward and backward."""
+  if config.model.kind == "encoder_decoder":
+    encoder, decoder = encoder_config(config), copy.deepcopy(config)
+    decoder.data.sequence_length = target_length(config.data)
+    decoder.model.kind, decoder.data.objective = "decoder", "causal"
+    return exchange_bound(encoder, mesh) + exchange_bound(decoder, mesh)
   moe, devices = config.moe, mesh["expert"]
   if moe.dense_twin or devices == 1:
     return 0.0

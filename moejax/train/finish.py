@@ -8,6 +8,7 @@ import jax
 
 from moejax.checkpoint import manager as checkpoint
 from moejax.config import Config
+from moejax.config.spans import target_length
 from moejax.data import baselines
 from moejax.errors import UserError
 from moejax.evaluate import generation, groups, perplexity, report
@@ -78,10 +79,12 @@ def final_evaluation(run: Run, reporter: Reporter) -> dict[str, Any]:
   """Returns validation loss, total and by domain, and baselines on the same bytes."""
   config, factors = run.config, (run.config.moe.eval_capacity_factor,)
   batch_size = groups.batch_size(config, run.mesh, factors)
-  per_batch = batch_size * config.data.sequence_length
+  per_batch = batch_size * target_length(config.data)
   num_tokens = run.dataset.num_tokens("validation")
-  limit = -(-final_tokens(config, per_batch, num_tokens) // per_batch)
-  covered = min(limit * per_batch, num_tokens)
+  wanted = final_tokens(config, per_batch, num_tokens)
+  # Rows of spans have padding, so all of them are more than their tokens fill.
+  limit = 0 if wanted == num_tokens else -(-wanted // per_batch)
+  covered = min(limit * per_batch or num_tokens, num_tokens)
   with watched(reporter, "final evaluation, tokens", covered) as progress:
     values = perplexity.evaluate(
       groups.make_model(config, run.dataset.tokenizer.vocab_size),
@@ -96,7 +99,7 @@ def final_evaluation(run: Run, reporter: Reporter) -> dict[str, Any]:
     )
   out = values | perplexity.headline(values, factors[0])
   # Over the bytes of all processes' rows, which process 0 reads again on its own.
-  if jax.process_index() == 0:
+  if jax.process_index() == 0 and values["bytes"]:
     limit = 0 if covered == num_tokens else limit
     out["baselines"] = measure_baselines(run, reporter, values, batch_size, limit)
   return out
@@ -113,7 +116,7 @@ def final_tokens(config: Config, per_batch: int, num_tokens: int) -> int:
   train = config.train
   wanted = train.final_eval_tokens
   if wanted < 0:
-    trained = train.num_steps * train.batch_size * config.data.sequence_length
+    trained = train.num_steps * train.batch_size * target_length(config.data)
     # Never fewer than in evaluations during training.
     on_the_way = train.eval_batches * per_batch or num_tokens
     wanted = min(max(trained // _TRAINED_SHARE, on_the_way), MAX_TOKENS)

@@ -20,6 +20,7 @@ import jax
 import numpy as np
 
 from moejax.config import Config
+from moejax.config.spans import target_length
 from moejax.data.packing import Batch
 from moejax.evaluate import groups
 from moejax.models.loss import to_devices
@@ -174,7 +175,7 @@ def make_evaluate(run: Run, reporter: Reporter):
   rows = rules.local_rows(run.mesh, batch_size)
 
   def evaluate(limit: int = config.train.eval_batches) -> dict[str, Any] | None:
-    covered = limit * batch_size * config.data.sequence_length or num_tokens
+    covered = limit * batch_size * target_length(config.data) or num_tokens
     covered = min(covered, num_tokens)
     batches = run.dataset.eval_batches("validation", batch_size, limit=limit, rows=rows)
     with watched(reporter, "validation, tokens", covered) as progress:

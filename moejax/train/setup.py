@@ -21,11 +21,13 @@ from moejax.checkpoint import init_from as init_from_lib
 from moejax.checkpoint import manager as checkpoint
 from moejax.config import Config
 from moejax.config import devices as config_devices
+from moejax.config.spans import target_length
 from moejax.cost import flops, memory, parameters
 from moejax.data.dataset import Dataset
 from moejax.errors import UserError
 from moejax.models import trained as trained_lib
 from moejax.models.decoder import Decoder
+from moejax.models.make import make_model
 from moejax.run import workdir as workdir_lib
 from moejax.run.files import DIRECTORY, list_steps
 from moejax.run.progress import Reporter, Silent
@@ -116,7 +118,7 @@ def set_up(
     workdir=workdir,
     mesh=mesh,
     dataset=dataset,
-    token_bytes=dataset.tokenizer.bytes_per_token.astype(np.float32),
+    token_bytes=dataset.token_bytes.astype(np.float32),
     model=model,
     optimizer=optimizer,
     checkpointer=checkpointer,
@@ -142,7 +144,7 @@ def _load_data(config: Config, workdir: pathlib.Path, init_from: str) -> Dataset
 
 def _build(config: Config, dataset: Dataset) -> tuple[Decoder, Optimizer]:
   """Builds the model and its optimizer, without parameters."""
-  model = Decoder(
+  model = make_model(
     config.model,
     config.moe,
     vocab_size=dataset.tokenizer.vocab_size,
@@ -187,7 +189,7 @@ def describe(config: Config, mesh: Mesh) -> str:
   return (
     f"{mesh.size} x {kind}{f', mesh {axes}' if axes else ''}; "
     f"{total['total']:,} parameters, {active['total']:,} of them active for a token; "
-    f"{train.batch_size * config.data.sequence_length:,} tokens a step, "
+    f"{train.batch_size * target_length(config.data):,} tokens a step, "
     f"{train.num_steps:,} steps."
   )
 

@@ -67,6 +67,9 @@ def loss_gradients(
   total = jnp.maximum(valid, 1.0)
   weights, chosen = model.aux_weights, None
   same = {"train": True, "present": model.present_experts(key), "step": step}
+  if "encoder_inputs" in batch:
+    read = jnp.sum(batch["encoder_segment_ids"] > 0, dtype=jnp.float32)
+    same["encoder_weight"] = valid / jnp.maximum(read, 1.0)
   indices = jnp.arange(accumulation, dtype=jnp.int32)
   microbatches = batch
   if accumulation > 1:

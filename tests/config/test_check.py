@@ -223,7 +223,7 @@ def test_an_absurd_number_is_one_line(value):
 def test_every_word_has_choices_or_is_free():
   """A new enum-like field cannot be forgotten here."""
   free = {"data.name", "data.path", "data.cache_dir", "data.text_field"}
-  free |= {"model.window_pattern", "moe.dense_layers"}
+  free |= {"model.window_pattern", "moe.dense_layers", "moe.encoder_router"}
   registered = {"moe.router"}
   words = {name for name, (kind, _) in config_text.field_types().items() if kind is str}
   assert set(CHOICES) == words - free - registered

@@ -27,8 +27,8 @@ from moejax.config import text as config_text
 from moejax.cost.parameters import resolve_vocab_size
 from moejax.hlo import traffic
 from moejax.launch import host_memory
-from moejax.models.decoder import Decoder
 from moejax.models.loss import to_devices
+from moejax.models.make import make_model
 from moejax.plan.compile import CompiledStep, compile_step
 from moejax.platform import target_platform
 from moejax.run import compilation_cache, provenance
@@ -54,7 +54,7 @@ class Stepper:
     """Makes the state, and takes the steps that are not timed."""
     config, mesh = self.config, self.step.mesh
     vocab_size = resolve_vocab_size(config)
-    model = Decoder(config.model, config.moe, vocab_size=vocab_size)
+    model = make_model(config.model, config.moe, vocab_size=vocab_size)
     optimizer = make_optimizer(
       config.optimizer,
       num_steps=config.train.num_steps,

@@ -17,6 +17,7 @@ from moejax.config import Config
 from moejax.config import text as config_text
 from moejax.config.check import validate_fields
 from moejax.config.ranges import RANGES
+from moejax.config.spans import target_length
 from moejax.cost.flops import flops_per_token
 from moejax.cost.parameters import resolve_vocab_size
 from moejax.errors import ConfigError, did_you_mean
@@ -78,7 +79,7 @@ def token_flops(config: Config) -> float:
 def num_tokens(config: Config) -> int:
   """Returns the number of tokens that a run trains on."""
   train = config.train
-  return train.num_steps * train.batch_size * config.data.sequence_length
+  return train.num_steps * train.batch_size * target_length(config.data)
 
 
 def training_flops(config: Config) -> float:

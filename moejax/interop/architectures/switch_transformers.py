@@ -1,0 +1,178 @@
+"""Switch Transformer (arXiv:2101.03961): a T5 encoder-decoder with top-1 experts.
+
+T5 has no attention scale, a bias for buckets of distances in each stack, and a head of
+scale D^-0.5 where it is tied to the embedding. Capacity (`expert_capacity`, an absolute
+number of slots) is left out: the imported model is dropless.
+"""
+
+import math
+from typing import Any
+
+from moejax.config import Config
+from moejax.errors import UserError
+from moejax.interop.architecture import Architecture
+from moejax.interop.keys import Keys
+from moejax.interop.table import FLAT, LINEAR, SAME, Entry, Linear, entry
+
+_CLASS = "SwitchTransformersForConditionalGeneration"
+
+_SEQUENCE = 512
+"""Tokens of a sequence that T5 and Switch were trained with."""
+
+_REPEATED = "the same as shared.weight"
+
+
+def _attention(ours: str, theirs: str) -> tuple[Entry, ...]:
+  return (
+    entry(f"{ours}.query", f"{theirs}.q.weight", LINEAR),
+    entry(f"{ours}.key", f"{theirs}.k.weight", LINEAR),
+    entry(f"{ours}.value", f"{theirs}.v.weight", LINEAR),
+    entry(f"{ours}.out", f"{theirs}.o.weight", Linear(inputs=2)),
+  )
+
+
+def _feed_forward(theirs: str) -> tuple[Entry, ...]:
+  expert = f"{theirs}.mlp.experts.expert_{{expert}}"
+  router = f"{theirs}.mlp.router.classifier"
+  return (
+    entry("feed_forward_norm.scale", f"{theirs}.layer_norm.weight", FLAT),
+    entry("feed_forward.w_in", f"{theirs}.mlp.wi.weight", LINEAR),
+    entry("feed_forward.w_out", f"{theirs}.mlp.wo.weight", LINEAR),
+    entry("moe.router.weight", f"{router}.weight", LINEAR),
+    entry("moe.router.logit_bias", f"{router}.bias", FLAT),
+    entry("moe.experts.w_in", f"{expert}.wi.weight", LINEAR),
+    entry("moe.experts.w_out", f"{expert}.wo.weight", LINEAR),
+  )
+
+
+_SELF = (
+  entry("attention_norm.scale", "layer.0.layer_norm.weight", FLAT),
+  *_attention("attention", "layer.0.SelfAttention"),
+)
+_CROSS = (
+  entry("cross_attention_norm.scale", "layer.1.layer_norm.weight", FLAT),
+  *_attention("cross_attention", "layer.1.EncDecAttention"),
+)
+_BIAS = "block.0.layer.0.SelfAttention.relative_attention_bias.weight"
+"""Stored in the first layer of a stack, and used by all."""
+
+MODEL = (
+  entry("embedding.table", "shared.weight", SAME),
+  entry("embedding.norm.scale", "decoder.final_layer_norm.weight", FLAT),
+  entry("embedding.head", "lm_head.weight", LINEAR),
+  entry("encoder.norm.scale", "encoder.final_layer_norm.weight", FLAT),
+  entry("encoder.relative_bias.bias", f"encoder.{_BIAS}", SAME),
+  entry("decoder.relative_bias.bias", f"decoder.{_BIAS}", SAME),
+)
+
+
+def read(keys: Keys) -> Config:
+  config = Config()
+  model, moe, data = config.model, config.moe, config.data
+  keys.only("is_encoder_decoder", True)
+  keys.only("is_gated_act", False)
+  keys.skip(
+    *("dropout_rate", "n_positions", "max_position_embeddings", "feed_forward_proj"),
+    *("expert_capacity", "add_router_probs", "router_dtype", "router_type"),
+    *("router_ignore_padding_tokens", "batch_prioritized_routing"),
+  )
+  model.kind, data.objective, data.tokenizer = "encoder_decoder", "span_corruption", "hf"
+  model.encoder_layers = keys.take("num_layers", int)
+  model.num_layers = keys.take("num_decoder_layers", int, model.encoder_layers)
+  model.width = keys.take("d_model", int)
+  model.num_heads = model.num_kv_heads = keys.take("num_heads", int)
+  model.head_dim = keys.take("d_kv", int)
+  model.hidden = moe.hidden = keys.take("d_ff", int)
+  model.activation = keys.only("dense_act_fn", "relu")
+  model.vocab_size = keys.take("vocab_size", int)
+  model.norm_eps = keys.take("layer_norm_epsilon", float, 1e-6)
+  model.positions, model.attention_scale = "relative", 1.0
+  model.relative_buckets = keys.take("relative_attention_num_buckets", int, 32)
+  model.relative_distance = keys.take("relative_attention_max_distance", int, 128)
+  model.tie_embeddings = keys.take("tie_word_embeddings", bool, True)
+  if model.tie_embeddings:
+    model.logits_divisor = math.sqrt(model.width)
+  dtype = keys.values.get("dtype") or keys.values.get("torch_dtype")
+  model.dtype = model.param_dtype = "bfloat16" if dtype == "bfloat16" else "float32"
+  moe.num_experts = keys.take("num_experts", int)
+  moe.router_bias = keys.take("router_bias", bool, False)
+  moe.capacity_factor = moe.eval_capacity_factor = None
+  moe.encoder_every = _step(keys, "encoder", model.encoder_layers)
+  moe.every = _step(keys, "decoder", model.num_layers)
+  # Theirs is layer 1 of each, and in a step of 1 every layer.
+  moe.offset = 1
+  data.sequence_length = model.max_position = _SEQUENCE
+  config.train.batch_size = 8
+  return config
+
+
+def _step(keys: Keys, stack: str, layers: int) -> int:
+  """Takes how often a layer is sparse, from either of two keys that must agree."""
+  sparse = keys.take(f"num_sparse_{stack}_layers", int, 3)
+  derived = layers // sparse if sparse > 0 else 0
+  step = keys.take(f"{stack}_sparse_step", int, derived)
+  if step < 1 or (keys.has(f"num_sparse_{stack}_layers") and step != derived):
+    raise UserError(
+      f"{keys.path}: num_sparse_{stack}_layers={sparse} of {layers} layers with "
+      f"{stack}_sparse_step={step} is not supported: the step must be the layers by the "
+      "sparse ones, and at least 1."
+    )
+  return step
+
+
+def write(config: Config) -> dict[str, Any]:
+  model, moe = config.model, config.moe
+  every, layers = moe.encoder_every or moe.every, model.encoder_layers
+  return {
+    "architectures": [_CLASS],
+    "is_encoder_decoder": True,
+    "bos_token_id": None,
+    "eos_token_id": None,
+    "pad_token_id": 0,
+    "decoder_start_token_id": 0,
+    "d_ff": moe.hidden,
+    "d_kv": model.head_dim,
+    "d_model": model.width,
+    "dense_act_fn": "relu",
+    "dropout_rate": 0.0,
+    "dtype": model.param_dtype,
+    "torch_dtype": model.param_dtype,
+    "encoder_sparse_step": every,
+    "decoder_sparse_step": moe.every,
+    "num_sparse_encoder_layers": layers // every,
+    "num_sparse_decoder_layers": model.num_layers // moe.every,
+    # No expert of any sequence of this length overflows.
+    "expert_capacity": model.max_position or config.data.sequence_length,
+    "layer_norm_epsilon": model.norm_eps,
+    "num_decoder_layers": model.num_layers,
+    "num_experts": moe.num_experts,
+    "num_heads": model.num_heads,
+    "num_layers": layers,
+    "relative_attention_max_distance": model.relative_distance,
+    "relative_attention_num_buckets": model.relative_buckets,
+    "router_bias": moe.router_bias,
+    "router_jitter_noise": 0.0,
+    "tie_word_embeddings": model.tie_embeddings,
+    "use_cache": True,
+    "vocab_size": model.vocab_size,
+  }
+
+
+def left_out(config: Any) -> dict[str, str]:
+  """Returns copies of the embedding, which older folders hold."""
+  del config
+  return {f"{stack}.embed_tokens.weight": _REPEATED for stack in ("encoder", "decoder")}
+
+
+ARCHITECTURE = Architecture(
+  name="switch_transformers",
+  class_name=_CLASS,
+  layer=(*_SELF, *_CROSS, *_feed_forward("layer.2")),
+  layer_prefix="decoder.block.{layer}.",
+  encoder=(*_SELF, *_feed_forward("layer.1")),
+  encoder_prefix="encoder.block.{layer}.",
+  model=MODEL,
+  read=read,
+  write=write,
+  left_out=left_out,
+)

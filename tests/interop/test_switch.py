@@ -1,0 +1,146 @@
+"""Switch Transformer: an encoder-decoder in and out, and what Transformers computed."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tokenizers
+from safetensors.numpy import load_file
+
+from moejax.config import MeshConfig
+from moejax.data.sentinels import SentinelTokenizer, with_sentinels
+from moejax.errors import UserError
+from moejax.interop import exporting
+from moejax.interop.canonical import differences
+from moejax.interop.published import open_folder
+from moejax.models.encoder_decoder import EncoderDecoder
+from moejax.models.loss import cross_entropy
+from moejax.models.placement import param_shardings
+from moejax.sharding.mesh import make_mesh
+from tests.interop.folders import copy, golden, opened, recorded
+
+NAME = "switch_transformers"
+
+
+@pytest.fixture(scope="module")
+def published():
+  return opened(NAME)
+
+
+@pytest.fixture(scope="module")
+def wanted():
+  return recorded(NAME)
+
+
+def close(logits, wanted):
+  np.testing.assert_allclose(np.asarray(logits), wanted, atol=1e-4, rtol=0)
+
+
+def test_logits_and_loss_are_the_recorded_ones(published, wanted):
+  """The loss is of predicting each next token of the decoder, by the logits of both."""
+  read, ids = (jnp.asarray(wanted[k]) for k in ("input_ids", "decoder_input_ids"))
+  params = published.loader.params()
+  logits = jax.jit(lambda p: published.model(p, ids, encoder_tokens=read).logits)(params)
+  close(logits, wanted["logits"])
+  ours, theirs = (
+    jnp.mean(cross_entropy(jnp.asarray(of)[:, :-1], ids[:, 1:]))
+    for of in (logits, wanted["logits"])
+  )
+  assert float(ours) == pytest.approx(float(theirs), rel=1e-5)
+
+
+def test_with_a_cache_and_unrolled_the_logits_are_the_same(published, wanted):
+  """The encoder once, four tokens of the decoder in one call, then one in each."""
+  config = dataclasses.replace(published.config.model, scan_layers=False)
+  model = EncoderDecoder(config, published.config.moe, vocab_size=config.vocab_size)
+  params, ids = published.loader.params(), wanted["decoder_input_ids"]
+  read = jnp.asarray(wanted["input_ids"])
+  cache = jax.jit(lambda p: model.start(p, read, length=ids.shape[1]))(params)
+  step = jax.jit(lambda p, ids, cache: model(p, ids, cache=cache))
+  out = step(params, ids[:, :4], cache)
+  logits = [out.logits]
+  for index in range(4, 7):
+    out = step(params, ids[:, index : index + 1], out.cache)
+    logits.append(out.logits)
+  close(np.concatenate(logits, axis=1), wanted["logits"][:, :7])
+
+
+def test_on_a_mesh_the_logits_are_the_same(published, wanted):
+  """Parameters are read into their shards: five experts do not divide, the width does."""
+  mesh = make_mesh(MeshConfig(data=1, fsdp=8))
+  params = published.loader.params(param_shardings(published.model, mesh))
+  read, ids = (
+    jnp.asarray(np.concatenate([wanted[k]] * 4))
+    for k in ("input_ids", "decoder_input_ids")
+  )
+  with jax.set_mesh(mesh):
+    logits = jax.jit(lambda p: published.model(p, ids, encoder_tokens=read).logits)(
+      params
+    )
+  close(logits[:2], wanted["logits"])
+
+
+def test_import_then_export_is_bit_identical_on_disk(published, tmp_path):
+  """The same tensors of the same names, and a config.json of the same model."""
+  params = published.loader.params()
+  found, _ = exporting.export(published.config, published.model, params, tmp_path)
+  assert found.name == NAME
+  was = load_file(golden(NAME) / "model.safetensors")
+  now = load_file(tmp_path / "model.safetensors")
+  assert set(was) == set(now)
+  for tensor, array in was.items():
+    np.testing.assert_array_equal(array, now[tensor], strict=True)
+  assert differences(published.config, open_folder(tmp_path).config) == []
+
+
+@pytest.mark.parametrize(
+  ("changes", "what"),
+  [
+    ({"dense_act_fn": "gelu_new"}, "dense_act_fn='gelu_new'"),
+    ({"is_gated_act": True}, "is_gated_act=True"),
+    ({"decoder_sparse_step": 4}, "num_sparse_decoder_layers=2"),
+    ({"num_sparse_encoder_layers": 0}, "num_sparse_encoder_layers=0"),
+    ({"is_encoder_decoder": False}, "is_encoder_decoder=False"),
+    ({"mystery": 1}, "mystery=1"),
+  ],
+)
+def test_what_changes_the_computation_is_refused_by_name(tmp_path, changes, what):
+  """Each altered key of config.json is named."""
+  folder = copy(NAME, tmp_path / "x", config=lambda values: values.update(changes))
+  with pytest.raises(UserError, match=what):
+    open_folder(folder)
+
+
+def test_copies_of_the_embedding_are_left_out_by_name(tmp_path):
+  """Older folders repeat it under the names of both stacks."""
+
+  def repeat(arrays):
+    for stack in ("encoder", "decoder"):
+      arrays[f"{stack}.embed_tokens.weight"] = arrays["shared.weight"]
+
+  loader = open_folder(copy(NAME, tmp_path / "x", tensors=repeat)).loader
+  assert set(loader.left_out) == {
+    "encoder.embed_tokens.weight",
+    "decoder.embed_tokens.weight",
+  }
+
+
+def test_the_tokenizer_has_its_own_sentinels_and_the_decoders_start(tmp_path):
+  """`<extra_id_k>` are found by name; the decoder starts with decoder_start_token_id."""
+  folder = copy(NAME, tmp_path / "x")
+  words = {"<pad>": 0, "<unk>": 1, "</s>": 2, "<extra_id_1>": 7, "<extra_id_0>": 8}
+  library = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token="<unk>"))
+  (folder / "tokenizer.json").write_text(library.to_str())
+  published = open_folder(folder)
+  published.config.data.num_sentinels = 2
+  assert published.tokenizer is not None
+  own = with_sentinels(published.tokenizer, published.config.data)
+  assert isinstance(own, SentinelTokenizer)
+  assert (own.start, own.separator, own.vocab_size) == (0, 2, 101)
+  assert own.sentinels.tolist() == [8, 7]
+  published.config.data.num_sentinels = 3  # More than have names: the last ids.
+  own = with_sentinels(published.tokenizer, published.config.data)
+  assert isinstance(own, SentinelTokenizer)
+  assert own.sentinels.tolist() == [100, 99, 98]
