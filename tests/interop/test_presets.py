@@ -30,8 +30,12 @@ def load(name: str) -> Config:
 
 
 def test_every_shipped_config_is_in_the_table():
-  """A new preset needs a source; only the default, which is ours, has none."""
-  assert set(shipped_configs()) == set(PRESETS) | {"default"}
+  """A new preset needs a source; only the default, which is ours, has none.
+
+  Encoder-decoders have theirs in tests/cost/test_encoder_decoder.py.
+  """
+  decoders = {n for n in shipped_configs() if load(n).model.kind == "decoder"}
+  assert decoders == set(PRESETS) | {"default"}
 
 
 @pytest.mark.parametrize("name", ALL)
