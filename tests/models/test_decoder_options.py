@@ -81,7 +81,7 @@ def test_the_residual_stream_is_as_written(name):
     blocks = [(jax.tree.map(lambda a: a[0], p), is_moe) for p, is_moe in blocks]
     blocks += [(params["suffix"]["0"], False)]
     for block, is_moe in blocks:
-      layer = model._blocks[is_moe].merge(block)
+      layer = model.stacks[""]._blocks[is_moe].merge(block)
       mixed, _ = layer.attention(norm(x, block, "attention_norm"), context, None)
       x = x + config.residual_scale * norm(mixed, block, "attention_post_norm")
       inner = norm(x, block, "feed_forward_norm")
