@@ -29,6 +29,7 @@ from moejax.config import Config
 from moejax.data.sentinels import SentinelTokenizer
 from moejax.errors import UserError
 from moejax.evaluate import groups, restoring
+from moejax.models.encoder_decoder import EncoderDecoder
 from moejax.models.make import make_model
 from moejax.types import Params, pytree
 
@@ -228,7 +229,7 @@ def generate(
     moe = dataclasses.replace(model.moe, group_size=0)
     model = make_model(model.config, moe, vocab_size=model.vocab_size)
   read, asked = None, encoded
-  if model.config.kind == "encoder_decoder":
+  if isinstance(model, EncoderDecoder):
     read = np.repeat(restoring.padded(encoded, max_length), num_samples, axis=0)
     encoded = [[tokenizer.start]] * len(encoded)
   lengths = np.repeat([len(ids) for ids in encoded], num_samples).astype(np.int32)
@@ -373,7 +374,7 @@ def check(
     if not is_good:
       raise UserError(f"--{flag}={value} makes no sense: give {wanted}.")
   _check_router(model)
-  if model.config.kind == "encoder_decoder":
+  if isinstance(model, EncoderDecoder):
     return [restoring.encode(tokenizer, prompt, max_length) for prompt in prompts]
   return [_encode(tokenizer, prompt, max_length) for prompt in prompts]
 
