@@ -34,7 +34,7 @@ from moejax.cli import listing, python_file
 from moejax.config import Config
 from moejax.config import text as config_text
 from moejax.config.check import refuse_unread, validate, validate_fields
-from moejax.errors import ConfigError, UserError, did_you_mean, nearest
+from moejax.errors import ConfigError, UserError, did_you_mean, nearest, program
 from moejax.routing.registry import ROUTERS
 
 # Flags defined by `define_config` belong to the program that called it.
@@ -186,11 +186,14 @@ def load_config(path: str) -> Config:
   flag, file = f"--config={path}", _find_config(path)
   if file.suffix == ".json":
     try:
-      return config_text.from_dict(files.read_json(file))
+      values = files.read_json(file)
+      if "schema_version" not in values:
+        raise ValueError("it has no schema_version")
+      return config_text.from_dict(values)
     except (OSError, ValueError, TypeError, AttributeError) as e:
       raise ConfigError(
-        f"{flag} cannot be read as a stored config ({e}). Give the config.json of a run, "
-        "or a config file."
+        f"{flag} cannot be read as a stored config ({e}). Give the config.json of a run; "
+        f"{program('convert', 'experiments.convert')} makes a run of a published model."
       ) from e
   return python_file.load(flag, file, "get_config", Config, "configs/default.py")[0]
 

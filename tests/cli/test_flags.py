@@ -240,8 +240,16 @@ def test_the_directory_of_a_run_must_be_one(tmp_path, monkeypatch, given):
 
 
 def test_a_config_file_that_is_no_python_is_refused(tmp_path):
-  (tmp_path / "mine.json").write_text("{}")
-  assert "must end in .py" in refused(f"--config={tmp_path / 'mine.json'}")
+  (tmp_path / "mine.yaml").write_text("{}")
+  assert "must end in .py" in refused(f"--config={tmp_path / 'mine.yaml'}")
+
+
+@pytest.mark.parametrize("text", ["{}", "[]", "{", '{"model_type": "mixtral"}'])
+def test_a_json_file_that_is_no_stored_config_is_refused(tmp_path, text):
+  """Not taken for a run with every default, nor the config.json of another library."""
+  (tmp_path / "config.json").write_text(text)
+  said = refused(f"--config={tmp_path / 'config.json'}")
+  assert "cannot be read as a stored config" in said and "convert" in said
 
 
 def test_a_config_file_of_ones_own_is_read(tmp_path):
