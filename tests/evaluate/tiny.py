@@ -55,6 +55,7 @@ class TinyDataset:
 
   domains = ("left", "right")
   tokenizer = ByteTokenizer()
+  token_bytes = tokenizer.bytes_per_token
 
   def __init__(self, texts: list[tuple[bytes, int]], length: int = LENGTH):
     inputs, targets, segments, positions, domain = [], [], [], [], []
