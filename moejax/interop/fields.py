@@ -167,16 +167,20 @@ def leading_dense(config: Config) -> int:
   return layer_pattern(config.model.num_layers, config.moe).is_moe.index(True)
 
 
-def read_groups(keys: Keys, config: Config, *, best: int) -> None:
+def read_groups(
+  keys: Keys, config: Config, *, best: int, groups: int = 1, selected: int = 1
+) -> None:
   """Takes n_group and topk_group: a token's experts are in its best groups.
 
   Args:
     keys: of the config.json.
     config: whose router is one of groups; without a limit its options stay unset.
     best: experts of a group whose scores are summed to that of the group.
+    groups: what an absent n_group means.
+    selected: what an absent topk_group means.
   """
-  groups = keys.take("n_group", int, 1)
-  selected = keys.take("topk_group", int, 1)
+  groups = keys.take("n_group", int, groups)
+  selected = keys.take("topk_group", int, selected)
   if groups > 1:
     options = {
       "num_expert_groups": groups,

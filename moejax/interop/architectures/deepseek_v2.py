@@ -54,7 +54,7 @@ def read(keys: Keys) -> Config:
   keys.only("scoring_func", "softmax")
   # Transformers renormalises no gates of this model, whatever the key says.
   keys.skip("norm_topk_prob")
-  read_sizes(keys, config)
+  read_sizes(keys, config, shared=2)
   method = keys.only("topk_method", "greedy", "group_limited_greedy")
   if method == "greedy":
     keys.skip("n_group", "topk_group")
@@ -93,8 +93,18 @@ def write_latent(config: Config) -> dict[str, Any]:
   }
 
 
-def read_sizes(keys: Keys, config: Config) -> None:
-  """Takes how many experts there are, of which width, in which layers."""
+def read_sizes(
+  keys: Keys, config: Config, *, shared: int, dense: int = 0, scale: float = 1.0
+) -> None:
+  """Takes how many experts there are, of which width, in which layers.
+
+  Args:
+    keys: of the config.json.
+    config: to be completed.
+    shared: what an absent n_shared_experts means.
+    dense: what an absent first_k_dense_replace means.
+    scale: what an absent routed_scaling_factor means.
+  """
   moe = config.moe
   config.model.hidden = keys.take("intermediate_size", int)
   moe.num_experts = fields.take_experts(
@@ -102,9 +112,11 @@ def read_sizes(keys: Keys, config: Config) -> None:
   )
   moe.num_selected = keys.take("num_experts_per_tok", int)
   moe.hidden = keys.take("moe_intermediate_size", int)
-  moe.num_shared = keys.take("n_shared_experts", int, 0)
-  moe.gate_scale = keys.take("routed_scaling_factor", float, 1.0)
-  moe.dense_prefix = keys.take("first_k_dense_replace", int, 0)
+  moe.num_shared = keys.take(
+    "n_shared_experts", int, 0 if "n_shared_experts" in keys.values else shared
+  )
+  moe.gate_scale = keys.take("routed_scaling_factor", float, scale)
+  moe.dense_prefix = keys.take("first_k_dense_replace", int, dense)
   keys.only("moe_layer_freq", 1)
 
 

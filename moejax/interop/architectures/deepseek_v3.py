@@ -26,19 +26,22 @@ def read(keys: Keys) -> Config:
   config = fields.read_decoder(keys, latent=True)
   deepseek_v2.read_latent(keys, config)
   config.model.rope_interleaved = keys.take("rope_interleave", bool, True)
-  read_experts(keys, config)
+  keys.only("mlp_bias", False)
+  read_experts(keys, config, dense=3, scale=2.5, groups=8, selected=4)
   return config
 
 
-def read_experts(keys: Keys, config: Config) -> None:
-  """Takes the keys of the experts and their router."""
-  deepseek_v2.read_sizes(keys, config)
+def read_experts(
+  keys: Keys, config: Config, *, dense: int, scale: float, groups: int, selected: int
+) -> None:
+  """Takes the keys of the experts and their router; the rest is what absent ones mean."""
+  deepseek_v2.read_sizes(keys, config, shared=1, dense=dense, scale=scale)
   keys.only("topk_method", "noaux_tc")
   keys.only("scoring_func", "sigmoid")
   # The layers they name are left out.
   keys.skip("num_nextn_predict_layers", "num_mtp_layers")
   config.moe.router = "sigmoid_bias"
-  fields.read_groups(keys, config, best=2)
+  fields.read_groups(keys, config, best=2, groups=groups, selected=selected)
   fields.renormalize(keys, config, True)
 
 

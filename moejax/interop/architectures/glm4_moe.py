@@ -29,7 +29,8 @@ def read(keys: Keys) -> Config:
   config = fields.read_decoder(keys, eps=1e-5, fraction=0.5)
   config.model.attention_bias = keys.take("attention_bias", bool, False)
   config.model.qk_norm = keys.take("use_qk_norm", bool, False)
-  deepseek_v3.read_experts(keys, config)
+  keys.only("mlp_bias", False)
+  deepseek_v3.read_experts(keys, config, dense=1, scale=1.0, groups=1, selected=1)
   return config
 
 

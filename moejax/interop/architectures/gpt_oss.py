@@ -89,7 +89,8 @@ def write(config: Config) -> dict[str, Any]:
     "layer_types": fields.write_windows(config),
     "num_experts_per_tok": moe.num_selected,
     "num_local_experts": moe.num_experts,
-    "sliding_window": model.sliding_window or None,
+    # A number also where layer_types says that no layer slides: Transformers reads it.
+    "sliding_window": model.sliding_window or 128,
     "swiglu_alpha": 1.702,
     "swiglu_limit": 7.0,
   }

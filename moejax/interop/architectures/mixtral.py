@@ -29,6 +29,7 @@ def read(keys: Keys) -> Config:
   config.moe.num_selected = keys.take("num_experts_per_tok", int, 2)
   config.moe.hidden = keys.take("intermediate_size", int)
   config.moe.renormalize = "before_drop"
+  keys.only("attention_bias", False)
   return config
 
 

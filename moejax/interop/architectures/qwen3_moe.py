@@ -35,6 +35,10 @@ def read(keys: Keys) -> Config:
   config = fields.read_decoder(keys)
   model, moe = config.model, config.moe
   model.qk_norm = True
+  # In published files, where they change nothing.
+  keys.only("use_qk_norm", True)
+  keys.only("qkv_bias", False)
+  keys.only("shared_expert_intermediate_size", 0, None)
   fields.read_attention_bias(keys, config)
   slides = keys.take("use_sliding_window", bool, False)
   size = keys.take("sliding_window", int, 4096)
