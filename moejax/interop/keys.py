@@ -149,11 +149,9 @@ class Keys:
     """
     self._taken.add(name)
     value = self.values.get(name, allowed[0])
-    if type(value) is int:  # As JSON writes a whole float.
-      allowed = tuple(
-        int(a) if type(a) is float and a.is_integer() else a for a in allowed
-      )
-    if not any(value == a and type(value) is type(a) for a in allowed):
+    # JSON may write a whole float as an int; no bool is a number.
+    kinds = (float, int) if type(value) is int else (type(value),)
+    if not any(value == a and type(a) in kinds for a in allowed):
       shown = " or ".join(repr(a) for a in allowed)
       raise UserError(
         f"{self.path}: {name}={value!r} changes the computation and is not "

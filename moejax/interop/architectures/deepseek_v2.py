@@ -113,7 +113,7 @@ def read_sizes(
   moe.num_selected = keys.take("num_experts_per_tok", int)
   moe.hidden = keys.take("moe_intermediate_size", int)
   moe.num_shared = keys.take(
-    "n_shared_experts", int, 0 if "n_shared_experts" in keys.values else shared
+    "n_shared_experts", int, 0 if keys.has("n_shared_experts") else shared
   )
   moe.gate_scale = keys.take("routed_scaling_factor", float, scale)
   moe.dense_prefix = keys.take("first_k_dense_replace", int, dense)

@@ -42,13 +42,9 @@ def speedups(found: Sequence[Setting]) -> list[Answer]:
   baseline = best_twin(found)
   if baseline is None:
     return []
-  slow = curves(baseline)
-  out = []
-  for setting in found:
-    fast = curves(setting)
-    if is_twin(setting) or not fast or not _comparable(slow, fast):
-      continue
-    steps = laws.to_quality(slow, fast, level=summary.LEVEL)
+  slow, out = curves(baseline), []
+  for setting in comparable(found, baseline):
+    steps = laws.to_quality(slow, curves(setting), level=summary.LEVEL)
     # A cost per step is a constant of a setting, so that it scales ratio and interval.
     flops = _scaled(steps, _per_step(baseline, setting, "training_flops", "steps"))
     ratio = _per_step(baseline, setting, "step_ms_p50", None)
@@ -64,6 +60,13 @@ def best_twin(found: Sequence[Setting]) -> Setting | None:
   """Returns the dense twin of the lowest final loss that was evaluated while training."""
   twins = [s for s in found if is_twin(s) and curves(s)]
   return min(twins, key=lambda s: s.mean, default=None)
+
+
+def comparable(found: Sequence[Setting], baseline: Setting) -> list[Setting]:
+  """Returns the sparse settings whose curves can be held against the baseline's."""
+  slow = curves(baseline)
+  sparse = [(s, curves(s)) for s in found if not is_twin(s)]
+  return [s for s, fast in sparse if fast and _comparable(slow, fast)]
 
 
 def is_twin(setting: Setting) -> bool:

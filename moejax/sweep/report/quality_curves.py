@@ -18,11 +18,12 @@ _MOST = 8
 
 def draw(found: Sequence[Setting]) -> list[Figure]:
   """Draws both figures; empty if the sweep lacks a dense twin or sparse settings."""
-  answers = sorted(quality.speedups(found), key=lambda a: a.setting.mean)[: _MOST - 1]
-  if not answers:
+  twin = quality.best_twin(found)
+  sparse = [] if twin is None else quality.comparable(found, twin)
+  if twin is None or not sparse:
     return []
-  twin = answers[0].baseline
-  means = {s.label: mean_curve(s) for s in (twin, *(a.setting for a in answers))}
+  sparse = sorted(sparse, key=lambda setting: setting.mean)[: _MOST - 1]
+  means = {s.label: mean_curve(s) for s in (twin, *sparse)}
   saved = [
     {"setting": label, "step": step, "ratio": ratio}
     for label, curve in means.items()
@@ -34,7 +35,7 @@ def draw(found: Sequence[Setting]) -> list[Figure]:
     for label, curve in means.items()
     for step, loss in zip(curve.cost, curve.loss, strict=True)
   ]
-  most = "" if len(answers) < _MOST - 1 else f" The {_MOST - 1} best sparse settings."
+  most = "" if len(sparse) < _MOST - 1 else f" The {_MOST - 1} best sparse settings."
   colour = _colour(list(means))
   line = alt.Chart(charts.data(losses)).mark_line(strokeWidth=1.5)
   loss = line.encode(
