@@ -18,7 +18,8 @@ from moejax.interop.canonical import differences
 from moejax.interop.published import read_config
 from moejax.models.decoder import Decoder
 from moejax.sharding.rules import RULES
-from tests.interop.presets import CONFIG_JSON, PRESETS
+from tests.interop.config_json import CONFIG_JSON
+from tests.interop.presets import PRESETS
 from tests.train.conftest import make_batch, make_setup
 
 LENGTH = 16
