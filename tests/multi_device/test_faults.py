@@ -197,13 +197,15 @@ def test_a_hang_shows_the_stacks_of_each_process_and_goes_on(tmp_path):
   body = """
     with hang.reported(1.5, f"process {index}"):
       def wait_in_vain():
+        pathlib.Path(f"waits{index}").touch()
         while not pathlib.Path("go").exists():
           time.sleep(0.1)
       wait_in_vain()
       hang.progress()
   """
   with watched(tmp_path, body, count=2) as job:
-    job.wait_for(job.ready)
+    # Not `ready`: a process stopped before it waits would be reported elsewhere.
+    job.wait_for(lambda: all((tmp_path / f"waits{i}").exists() for i in range(2)))
     job.processes[1].send_signal(signal.SIGSTOP)
     job.wait_for(lambda: "in wait_in_vain" in job.log(0))
     assert "has not finished a step" not in job.log(1)
