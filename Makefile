@@ -16,6 +16,8 @@ WORKDIR ?= runs/default
 ARGS ?=
 # Two test processes: each wants about one core, and memory is dear.
 JOBS ?= 2
+# Whoever is done takes over from the other's end: a file's fixtures are made once.
+SPREAD = -n $(JOBS) --dist=worksteal
 # What a change of Python or jax breaks first: numerics, layers, the step, checkpoints,
 # command lines. CI runs it under the Pythons that do not get the whole suite.
 CORE := tests/routing tests/experts tests/dispatch tests/layers tests/models \
@@ -58,10 +60,10 @@ train: $(STAMP)
 	$(BIN)/python -m experiments.train --workdir=$(WORKDIR) $(ARGS)
 
 test: $(STAMP)
-	$(BIN)/python -m pytest -q -n $(JOBS) -m "$(FAST)" $(ARGS)
+	$(BIN)/python -m pytest -q $(SPREAD) -m "$(FAST)" $(ARGS)
 
 test-core: $(STAMP)
-	$(BIN)/python -m pytest -q -n $(JOBS) -m "$(FAST)" $(CORE) $(ARGS)
+	$(BIN)/python -m pytest -q $(SPREAD) -m "$(FAST)" $(CORE) $(ARGS)
 
 # The fast tests under every supported Python that is here, each in its own environment.
 test-matrix:
@@ -69,7 +71,7 @@ test-matrix:
 
 # Then the targets that need more than Python; what is missing is named.
 test-all: $(STAMP)
-	$(BIN)/python -m pytest -q -n $(JOBS) -m "$(ANYWHERE)" $(ARGS)
+	$(BIN)/python -m pytest -q $(SPREAD) -m "$(ANYWHERE)" $(ARGS)
 	@if command -v "$${CHROMIUM:-chromium}" > /dev/null; then $(MAKE) test-browser; \
 	else echo "Not run: make test-browser (chromium is not on the PATH)."; fi
 	@if command -v sbatch > /dev/null && [ "$$(id -u)" = 0 ]; then $(MAKE) test-slurm; \

@@ -36,7 +36,7 @@ def test_every_name_is_there_and_no_other():
     _ = moejax.Trainer  # pyright: ignore[reportAttributeAccessIssue]
 
 
-@pytest.mark.parametrize("factor", [None, 1.0])
+@pytest.mark.parametrize("factor", [pytest.param(None, marks=pytest.mark.slow), 1.0])
 def test_a_run_gives_the_logits_of_its_own_model(
   factor, cache_dir, compilation_cache, tmp_path
 ):

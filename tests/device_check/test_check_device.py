@@ -30,6 +30,7 @@ from moejax.routing.registry import ROUTERS
 ROOT = pathlib.Path(__file__).parents[2]
 
 
+@pytest.mark.slow
 def test_the_whole_table_on_two_fake_devices(tmp_path):
   """Every group has rows, none failed, what is not for CPUs is named, and the file holds
   what the table shows."""

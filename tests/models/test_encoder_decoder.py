@@ -195,6 +195,7 @@ def test_unrolled_and_recomputed_it_is_the_same_model(config, params, batch, exp
   close(again, expected)
 
 
+@pytest.mark.slow
 def test_microbatches_add_up_to_the_batch(model, params, batch, expected):
   """Also where they have unequal shares of encoder tokens: aux terms stay means."""
   uneven: Any = dict(batch)
@@ -214,7 +215,13 @@ def test_microbatches_add_up_to_the_batch(model, params, batch, expected):
   close(dict(one.aux), dict(both.aux), 1e-3)
 
 
-@pytest.mark.parametrize("axes", [{"expert": 4, "fsdp": 2}, {"tensor": 2, "data": 4}])
+@pytest.mark.parametrize(
+  "axes",
+  [
+    {"expert": 4, "fsdp": 2},
+    pytest.param({"tensor": 2, "data": 4}, marks=pytest.mark.slow),
+  ],
+)
 def test_on_eight_devices_it_is_the_same_model(model, params, batch, expected, axes):
   """Loss, router statistics and gradients do not depend on the mesh."""
   mesh = make_mesh(MeshConfig(**({"data": 1} | axes)))
@@ -296,7 +303,10 @@ def test_the_decoder_sees_all_of_the_input_and_none_of_the_targets_to_come(
     assert (rows[7 + place : 12] == 0).all()
 
 
-@pytest.mark.parametrize(("router", "group"), [("expert_choice", 0), ("soft", 8)])
+@pytest.mark.parametrize(
+  ("router", "group"),
+  [pytest.param("expert_choice", 0, marks=pytest.mark.slow), ("soft", 8)],
+)
 def test_the_encoder_may_have_a_router_that_looks_ahead(config, batch, router, group):
   """It trains, and decodes dropless: the encoder has slots where the decoder has none."""
   other = copy.deepcopy(config)

@@ -53,7 +53,8 @@ def test_the_page_has_every_cell():
 @pytest.mark.parametrize(
   ("dispatcher", "exchange", "factor"),
   [
-    (d, x, f)
+    # `grouped` is for dropless layers, the others for a capacity: the rest is slow.
+    pytest.param(d, x, f, marks=[pytest.mark.slow] * ((f is None) != (d == "grouped")))
     for (d, x), cell in table().items()
     for f in (1.0, None)
     if cell.startswith("yes") and x != "none" and (f or "capacity" not in cell)

@@ -115,10 +115,10 @@ def test_its_parameters_are_counted_and_its_boosts_are_not_trained(config):
   ("dispatcher", "mesh", "factor"),
   [
     ("einsum", (1, 1), 1.0),
-    ("gather", (1, 1), 1.0),
-    ("grouped", (1, 1), None),
+    pytest.param("gather", (1, 1), 1.0, marks=pytest.mark.slow),
+    pytest.param("grouped", (1, 1), None, marks=pytest.mark.slow),
     ("auto", (2, 2), 1.0),
-    ("auto", (2, 2), None),
+    pytest.param("auto", (2, 2), None, marks=pytest.mark.slow),
   ],
 )
 def test_it_trains_and_resumes_under_every_dispatcher_and_on_a_mesh(

@@ -47,7 +47,7 @@ def stats_of(logits, valid, bias, options=OPTIONS, **extra) -> RouterStats:
   return sum_groups(jax.vmap(group)(jnp.asarray(logits), jnp.asarray(valid)))
 
 
-@pytest.mark.parametrize("groups", [1, 5])
+@pytest.mark.parametrize("groups", [pytest.param(1, marks=pytest.mark.slow), 5])
 def test_the_bias_is_the_quantile_of_the_batch(groups):
   """Whatever the routing groups: histograms add up, quantiles of groups would not.
 

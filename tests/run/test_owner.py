@@ -75,6 +75,7 @@ def test_without_a_place_for_the_key_there_is_no_mark(home):
   assert owner.mark(config()) is None and not owner.is_own(config(), None)
 
 
+@pytest.mark.slow
 def test_evaluation_of_a_foreign_run_touches_no_path_of_its_config(tmp_path):
   """The programs themselves: one's own run, then the same as if another had made it."""
   run, cache = tmp_path / "run", tmp_path / "theirs"

@@ -64,7 +64,7 @@ def sweep(tmp_path_factory):
     f"--config={ROUTER}",
     f"--workdir={tmp / 'out'}",
     "--sweep.moe.router=top_k,tempered",
-    "--sweep.moe.tempered.rate=0.001,0.01",
+    "--sweep.moe.tempered.rate=0.001,0.003,0.01",
     "--jobs=2",
     *(f"--config.{name}={value}" for name, value in fields.items()),
   ]
@@ -81,7 +81,7 @@ def test_it_ends_in_results_and_a_page(sweep):
   """A row for each run, with the router's own option as a column, and all figures."""
   directory, _ = sweep
   found = rows(directory)
-  assert [row["moe.tempered.rate"] for row in found] == ["", "0.001", "0.01"]
+  assert [row["moe.tempered.rate"] for row in found] == ["", "0.001", "0.003", "0.01"]
   assert {row["state"] for row in found} == {"done"}
   assert all(0 < float(row["loss"]) < 10 for row in found)
   assert "tempered" in (directory / "report.html").read_text()

@@ -57,8 +57,8 @@ def numbers(values) -> list[float]:
   [
     pytest.param(SEQUENCE // 2, ["--batch_size=3"], marks=pytest.mark.slow),
     (0, ["--batch_size=3"]),
-    (2 * SEQUENCE, []),
-    (-1, []),
+    pytest.param(2 * SEQUENCE, [], marks=pytest.mark.slow),
+    pytest.param(-1, [], marks=pytest.mark.slow),
   ],
   ids=["part", "one", "two", "batch"],
 )
@@ -100,6 +100,7 @@ def test_the_same_text_has_the_same_loss_and_drops_everywhere(
   assert numbers(elsewhere) == expected
 
 
+@pytest.mark.slow
 def test_a_batch_size_that_would_cut_a_group_is_raised_and_that_is_said(
   cache_dir, compilation_cache, tmp_path
 ):

@@ -51,6 +51,7 @@ def _run(cache_dir, workdir, **train) -> tuple[dict, str]:
   return json.loads((workdir / "eval.json").read_text()), out.getvalue()
 
 
+@pytest.mark.slow
 def test_a_bounded_evaluation_says_so_wherever_its_loss_stands(
   cache_dir, compilation_cache, tmp_path, monkeypatch
 ):

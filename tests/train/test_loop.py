@@ -69,7 +69,13 @@ def _lines(workdir) -> list[dict]:
   return writers.read(workdir / writers.METRICS_FILE)
 
 
-@pytest.mark.parametrize("drawn", [False, True], ids=["nothing drawn", "all drawn"])
+@pytest.mark.parametrize(
+  "drawn",
+  [
+    pytest.param(False, marks=pytest.mark.slow, id="nothing drawn"),
+    pytest.param(True, id="all drawn"),
+  ],
+)
 def test_a_run_that_was_stopped_ends_like_one_that_was_not(
   config, states, tmp_path, monkeypatch, drawn
 ):
@@ -346,6 +352,7 @@ def test_sigterm_saves_the_same_command_goes_on_and_a_third_call_says_done(
   assert "Already done" in run().stdout
 
 
+@pytest.mark.slow
 def test_a_mesh_with_a_free_axis_goes_on_over_other_numbers_of_devices(
   config, states, tmp_path
 ):

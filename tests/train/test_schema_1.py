@@ -69,6 +69,14 @@ def test_the_checkpoint_restores_to_the_bit(run):
   assert report["sha256_all"] == EXPECTED[router]["sha256_all_2"]
 
 
+@pytest.mark.parametrize(
+  "run",
+  [
+    pytest.param(name, marks=[] if name == "hash" else pytest.mark.slow)
+    for name in sorted(EXPECTED)
+  ],
+  indirect=True,
+)
 def test_the_run_goes_on_as_the_code_of_its_day_did(run, tmp_path, compilation_cache):
   """Two more steps: losses and final parameters as recorded."""
   router, path = run

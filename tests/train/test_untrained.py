@@ -50,7 +50,29 @@ def one_step(config):
   return parts.model, named(before["params"]), named(after["params"]), after
 
 
-@pytest.mark.parametrize("router", ROUTERS)
+LIKE_TOP_K = {
+  "base",
+  "dense",
+  "forced_balance",
+  "group_limited",
+  "random",
+  "switch",
+  "top2",
+}
+"""Routers without a parameter that `top_k` lacks: slow tests, as is one bias of three."""
+
+
+def slow_if(condition: bool):
+  return [pytest.mark.slow] if condition else []
+
+
+@pytest.mark.parametrize(
+  "router",
+  [
+    pytest.param(r, marks=slow_if(r in LIKE_TOP_K | {"quantile_bias", "expert_choice"}))
+    for r in ROUTERS
+  ],
+)
 def test_one_step_moves_what_is_trained_and_nothing_else(router, compilation_cache):
   """Over a whole AdamW step: a leaf that is not trained is the same to the bit (or
   moved by its router's rule, in multiples of it), has no moments, and every other leaf
@@ -69,7 +91,13 @@ def test_one_step_moves_what_is_trained_and_nothing_else(router, compilation_cac
   assert bool(untrained) == (router in BY_RULE or router == "hash"), untrained
 
 
-@pytest.mark.parametrize("name", ["adamw", "adafactor", "lion", "muon"])
+@pytest.mark.parametrize(
+  "name",
+  [
+    pytest.param(n, marks=slow_if(n != "adamw"))
+    for n in ("adamw", "adafactor", "lion", "muon")
+  ],
+)
 def test_hash_routing_keeps_its_table_under_every_optimizer(name, compilation_cache):
   """The table after a step is the table: every id keeps its experts."""
   config = config_of("hash")

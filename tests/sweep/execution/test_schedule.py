@@ -354,6 +354,7 @@ def real(tmp_path_factory):
     yield workdir, points
 
 
+@pytest.mark.slow
 def test_a_real_sweep_of_four_runs_ends_in_four_finished_runs(real):
   """Each an ordinary run directory with losses of its own."""
   workdir, points = real
@@ -367,6 +368,7 @@ def test_a_real_sweep_of_four_runs_ends_in_four_finished_runs(real):
   assert len(losses) == 4
 
 
+@pytest.mark.slow
 def test_finished_runs_are_evaluated_once_for_each_setting(real):
   """Without training; an evaluation that exists is not made again."""
   workdir, points = real
