@@ -22,7 +22,7 @@ from moejax.config import text as config_text
 from moejax.errors import UserError
 from moejax.run.files import CONFIG_FILE
 from moejax.sweep.execution.directory import TIMING_FILE
-from moejax.sweep.spec import RUNS
+from moejax.sweep.spec import RUNS, SPEC_FILE
 
 
 def main() -> int:
@@ -40,6 +40,7 @@ def main() -> int:
     run_dirs,
     options.title or f"Comparison of {len(run_dirs)} runs",
     timing=_timing(options.runs),
+    variants=_variants(options.runs),
     axes=fields,
     base=cli.load_config(cli.DEFAULT_CONFIG),
   )
@@ -95,6 +96,17 @@ def _writable(out: pathlib.Path) -> pathlib.Path:
       f"--out={out} is not a writable directory ({e.strerror}). Give another."
     ) from e
   return out
+
+
+def _variants(given: Sequence[str]) -> dict[str, str]:
+  """Returns the names that sweeps among the arguments gave to their settings."""
+  from moejax.sweep.points import stored
+
+  found: dict[str, str] = {}
+  for word in given:
+    if (pathlib.Path(word) / SPEC_FILE).exists():
+      found |= stored.variant_names(stored.read(pathlib.Path(word))[1])
+  return found
 
 
 def _timing(given: Sequence[str]) -> dict[str, Any]:

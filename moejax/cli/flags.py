@@ -16,6 +16,7 @@ import functools
 import logging
 import os
 import pathlib
+import re
 import shlex
 import signal
 import sys
@@ -34,6 +35,7 @@ from moejax.config import Config
 from moejax.config import text as config_text
 from moejax.config.check import refuse_unread, validate, validate_fields
 from moejax.errors import ConfigError, UserError, did_you_mean, nearest
+from moejax.routing.registry import ROUTERS
 
 # Flags defined by `define_config` belong to the program that called it.
 flags.disclaim_key_flags()
@@ -311,6 +313,7 @@ def parse(argv: list[str], program: str = "__main__") -> list[str]:
     sys.exit(0)
   try:
     argv = flags.FLAGS.read_flags_from_files(argv, force_gnu=True)
+    _add_routers(argv)
     rest, found = dotted_flags.split(argv) if "config" in flags.FLAGS else (argv, [])
     # Stored at once, after the whole line is read: a later --config must not undo them.
     _overrides.clear()
@@ -327,6 +330,21 @@ def parse(argv: list[str], program: str = "__main__") -> list[str]:
       f"{positional[1]!r} is no flag: every argument has the form --name=value."
     )
   return positional
+
+
+def _add_routers(argv: list[str]) -> None:
+  """Runs the config file if a flag sets an option of a router that is not known yet.
+
+  A config file may add a router of its own; a misspelt router costs a run of the file.
+  """
+  options = [re.match(r"--\w+\.moe\.(\w+)\.", word) for word in argv]
+  if all(not found or found[1] in ROUTERS for found in options):
+    return
+  for flag, following in zip(argv, [*argv[1:], ""], strict=True):
+    name, has_value, value = flag.partition("=")
+    file = pathlib.Path(value if has_value else following)
+    if name in ("--config", "-config") and file.is_file():
+      load_config(str(file))
 
 
 def _parsed(dotted: str, text: str) -> Any:

@@ -6,6 +6,7 @@ file and the line in it.
 
 import importlib.util
 import pathlib
+import sys
 import traceback
 import types
 from typing import TypeVar
@@ -30,10 +31,12 @@ def load(
   Raises:
     ConfigError: the file fails, or the function does not return a `kind`.
   """
-  spec = importlib.util.spec_from_file_location("moejax_described", file)
+  name = f"moejax_described_{file.stem}"
+  spec = importlib.util.spec_from_file_location(name, file)
   if spec is None or spec.loader is None:
     raise ConfigError(f"{flag}: not a Python file (its name must end in .py).")
   module = importlib.util.module_from_spec(spec)
+  sys.modules[name] = module  # Where a class finds the file that it comes from.
   try:
     spec.loader.exec_module(module)
     make = getattr(module, function, None)

@@ -20,6 +20,7 @@ docs/sweeps.md has examples. Exit codes: 0 done, 1 a run failed, 2 invalid input
 
 import dataclasses
 import math
+import os
 import pathlib
 import shutil
 import sys
@@ -30,6 +31,7 @@ from moejax import files
 from moejax.cli import dotted, python_file
 from moejax.cli import flags as cli
 from moejax.errors import ConfigError, UserError
+from moejax.routing.registry import ENV, ROUTERS
 from moejax.run import compilation_cache
 from moejax.sweep.execution import slurm_options
 from moejax.sweep.execution.options import EXECUTORS
@@ -112,6 +114,8 @@ def main() -> int:
   if not given.dry_run:
     _workdir()  # Refused before the slow imports.
   points, skipped, values = _points()
+  if added := ROUTERS.files():  # Runs read a stored config, not the file that added one.
+    os.environ[ENV] = os.pathsep.join(added)
   if given.dry_run:
     _show(points, skipped)
     return 0
@@ -294,6 +298,7 @@ def _report(points: list, values: dict) -> None:
   """Writes the results and the page, and prints what they say."""
   from moejax.run.files import CONFIG_FILE
   from moejax.sweep.execution import timing
+  from moejax.sweep.points import stored
   from moejax.sweep.report import page as report
   from moejax.sweep.report import records
   from moejax.sweep.spec import RUNS
@@ -310,9 +315,7 @@ def _report(points: list, values: dict) -> None:
       values.get("title") or workdir.name,
       values.get("notes", ""),
       timing=timing.read(workdir),
-      variants={
-        p.directory: p.settings["variant"] for p in points if "variant" in p.settings
-      },
+      variants=stored.variant_names(points),
       axes=list(dict.fromkeys(name for point in points for name in point.settings)),
       base=cli.load_config(cli.DEFAULT_CONFIG),
     )

@@ -16,7 +16,7 @@ from typing import Any
 from moejax.config.schema import SCHEMA_VERSION, Config
 from moejax.errors import ConfigError, did_you_mean
 from moejax.options import WORDS, Option, parse_plain, show
-from moejax.routing.registry import ROUTERS, options_by_name
+from moejax.routing.registry import OF_YOUR_OWN, ROUTERS, options_by_name
 
 Migration = Callable[[dict[str, Any]], dict[str, Any]]
 
@@ -137,6 +137,8 @@ def check_name(dotted: str, prefix: str = FLAG) -> None:
     remedy = f"It is a group of fields; set one, for example {prefix}{under[0]}."
   else:
     remedy = did_you_mean(prefix + dotted, _flags_near(dotted, known, prefix))
+    if section.startswith("moe."):
+      remedy = f"{remedy} {OF_YOUR_OWN}"
   raise ConfigError(f"{prefix}{dotted}: there is no such field. {remedy}")
 
 

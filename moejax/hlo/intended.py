@@ -6,7 +6,7 @@ must. So what it moves is compared with this list.
 
 from moejax.config import Config
 from moejax.hlo.parse import Collective
-from moejax.sharding.mesh import BY_HAND, TOKEN_AXES
+from moejax.sharding.mesh import BY_HAND, NEWTON_SCHULZ, TOKEN_AXES
 
 _NO_SCATTER = "gradients of weights (a CPU has no reduce-scatter pass)"
 """XLA:CPU keeps an all-reduce even where each device uses only part of the result."""
@@ -32,10 +32,10 @@ def reason(collective: Collective, config: Config, platform: str = "") -> str:
     case "all-reduce":
       small = collective.bytes <= _small(config)
       return _all_reduce(axes, collective, small, platform)
+    case "all-gather" if axes <= {"fsdp", "tensor"} and _is_muon(collective, config):
+      return "matrices for Newton-Schulz"
     case "all-gather" if axes == {"fsdp"}:
       return "weights for use"
-    case "all-gather" if axes == {"tensor"} and _is_muon(collective, config):
-      return "matrices for Newton-Schulz"
     case "reduce-scatter" if axes == {"fsdp"}:
       return "gradients of weights"
     case "all-to-all" | "ragged-all-to-all" if axes == {"expert"}:
@@ -49,7 +49,7 @@ def reason(collective: Collective, config: Config, platform: str = "") -> str:
 
 
 def _is_muon(collective: Collective, config: Config) -> bool:
-  return config.optimizer.name == "muon" and BY_HAND in collective.operation
+  return config.optimizer.name == "muon" and NEWTON_SCHULZ in collective.operation
 
 
 def _small(config: Config) -> int:

@@ -1,9 +1,16 @@
 """The registry of routers, by their names on the command line.
 
-A router's file is imported on first use, so listing names does not import jax.
+A router's file is imported on first use, so listing names does not import jax. A router
+of one's own is in it once its file has been imported: by `--config`, or because the
+environment variable MOEJAX_ROUTERS names it, as is needed to evaluate its runs.
 """
 
 import importlib
+import importlib.util
+import inspect
+import os
+import pathlib
+import sys
 from collections.abc import Iterator, Mapping, MutableMapping
 from typing import TYPE_CHECKING, Any
 
@@ -33,14 +40,30 @@ _SHIPPED = {
 """File and class below moejax.routing, in the order of --list=routers."""
 
 
+ENV = "MOEJAX_ROUTERS"
+"""Environment variable: Python files that add routers, separated as in PATH."""
+
+OF_YOUR_OWN = f"A router of your own needs {ENV}=FILE, the Python file that adds it."
+"""Remedy where a router is unknown."""
+
+
 class _Routers(MutableMapping[str, "type[Router]"]):
   """Router classes by name; add your own by assignment."""
 
   def __init__(self, shipped: Mapping[str, str]):
     self._found: dict[str, str | type[Router]] = dict(shipped)
+    self._imported: set[str] = set()
+
+  def _known(self) -> "dict[str, str | type[Router]]":
+    """Returns all routers, after those of the files in MOEJAX_ROUTERS."""
+    for file in os.environ.get(ENV, "").split(os.pathsep):
+      if file and file not in self._imported:
+        self._imported.add(file)  # First: the file itself looks routers up.
+        _import(file)
+    return self._found
 
   def __getitem__(self, name: str) -> "type[Router]":
-    found = self._found[name]
+    found = self._known()[name]
     if isinstance(found, str):
       file, _, cls = found.partition(".")
       module = importlib.import_module(f"moejax.routing.{file}")
@@ -54,13 +77,39 @@ class _Routers(MutableMapping[str, "type[Router]"]):
     del self._found[name]
 
   def __iter__(self) -> Iterator[str]:
-    return iter(self._found)
+    return iter(self._known())
 
   def __len__(self) -> int:
-    return len(self._found)
+    return len(self._known())
 
   def __contains__(self, name: object) -> bool:
-    return name in self._found
+    return name in self._known()
+
+  def files(self) -> list[str]:
+    """Returns the files of the classes that were added, for MOEJAX_ROUTERS."""
+    added = [cls for cls in self._known().values() if not isinstance(cls, str)]
+    own = pathlib.Path(__file__).parent
+    paths = [pathlib.Path(inspect.getfile(cls)).resolve() for cls in added]
+    return sorted({str(path) for path in paths if path.parent != own})
+
+
+def _import(file: str) -> None:
+  """Runs a file that adds routers.
+
+  Raises:
+    ConfigError: it is missing or fails.
+  """
+  name = f"moejax_routers_{pathlib.Path(file).stem}"
+  spec = importlib.util.spec_from_file_location(name, file)
+  if spec is None or spec.loader is None or not pathlib.Path(file).is_file():
+    raise ConfigError(f"{ENV}={file}: no such Python file. Correct or unset it.")
+  module = importlib.util.module_from_spec(spec)
+  sys.modules[name] = module  # Where a class finds the file that it comes from.
+  try:
+    spec.loader.exec_module(module)
+  except Exception as error:
+    words = " ".join(str(error).split())
+    raise ConfigError(f"{ENV}={file} fails: {type(error).__name__}: {words}") from error
 
 
 ROUTERS = _Routers(_SHIPPED)
@@ -84,7 +133,8 @@ def make(name: str, options: Mapping[str, Any]) -> "Router":
   """
   if name not in ROUTERS:
     raise ConfigError(
-      f"--config.moe.router={name} is unknown. {did_you_mean(name, ROUTERS)}"
+      f"--config.moe.router={name} is unknown. {did_you_mean(name, ROUTERS)} "
+      f"{OF_YOUR_OWN}"
     )
   known = options_by_name(name)
   for option, value in options.items():

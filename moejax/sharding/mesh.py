@@ -74,6 +74,9 @@ BY_HAND = "moejax_by_hand"
 """Named scope of every explicit collective of moejax; all others come from the
 compiler (`moejax.hlo.intended`)."""
 
+NEWTON_SCHULZ = "moejax_newton_schulz"
+"""Named scope of Muon's iterations, for whoever reads the compiled program."""
+
 
 def mesh_in_scope() -> AbstractMesh | None:
   """Returns the mesh of `jax.set_mesh`, or None if it has only one device."""

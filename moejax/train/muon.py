@@ -24,7 +24,7 @@ from jaxtyping import Array, Float
 from optax.contrib import scale_by_muon
 
 from moejax.config import OptimizerConfig
-from moejax.sharding.mesh import mesh_in_scope, shard_map
+from moejax.sharding.mesh import NEWTON_SCHULZ, mesh_in_scope, shard_map
 from moejax.sharding.rules import RULES, LogicalAxes
 from moejax.types import Params
 
@@ -107,7 +107,8 @@ def orthogonalize(
   if mesh_in_scope() is None:
     shared = {}
     return function(momentum)
-  return shard_map(function, in_specs=spec, out_specs=spec)(momentum)
+  with jax.named_scope(NEWTON_SCHULZ):
+    return shard_map(function, in_specs=spec, out_specs=spec)(momentum)
 
 
 def _orthogonal(

@@ -201,9 +201,9 @@ def test_a_dry_run_prints_every_run_and_writes_nothing(tmp_path, capsys):
   for experts in (8, 16):
     for seed in (0, 1):
       assert f" num_experts={experts},seed={seed} " in out
-  # 4,730,880 FLOPs of 2,048 tokens in 500 steps, at 30 GFLOP/s: 161 s.
-  assert "4,730,880" in out and "2 min 41 s" in out and "4.844e+12" in out
-  assert "--jobs=2: 4 runs in 10 min 47 s" in out
+  # 4,730,880 FLOPs of 2,048 tokens in 900 steps, at 30 GFLOP/s: 291 s.
+  assert "4,730,880" in out and "4 min 51 s" in out and "8.72e+12" in out
+  assert "--jobs=2: 4 runs in 19 min 24 s" in out
   assert "30% of a float32 matrix product" in out
 
 

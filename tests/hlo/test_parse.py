@@ -12,7 +12,7 @@ from moejax.models.decoder import Decoder
 from moejax.models.loss import Batch
 from moejax.models.placement import param_shardings
 from moejax.sharding import rules
-from moejax.sharding.mesh import BY_HAND, make_mesh
+from moejax.sharding.mesh import BY_HAND, NEWTON_SCHULZ, make_mesh
 from moejax.train import step as step_lib
 
 # ruff: noqa: E501
@@ -257,6 +257,7 @@ def test_only_muon_gathers_matrices_over_tensor():
     )
     return intended.reason(found, config)
 
-  by_hand = f"jit(step)/{BY_HAND}/all_gather"
-  assert "Newton" in reason("muon", by_hand)
-  assert not reason("adamw", by_hand) and not reason("muon", "jit(step)/dot")
+  muon = f"jit(step)/{NEWTON_SCHULZ}/{BY_HAND}/all_gather"
+  assert "Newton" in reason("muon", muon)
+  assert not reason("adamw", muon)
+  assert not reason("muon", f"jit(step)/{BY_HAND}/all_gather")

@@ -4,6 +4,7 @@ What is to be done is read from the runs' directories (states.py), never
 remembered, so the same call goes on after any interruption.
 """
 
+import os
 import shlex
 import sys
 import time
@@ -14,6 +15,7 @@ from typing import Any
 from moejax.cost import flops, parameters
 from moejax.errors import UserError
 from moejax.evaluate.perplexity import parse_capacity_factors
+from moejax.routing import registry
 from moejax.sweep.execution import (
   children,
   directory,
@@ -191,8 +193,10 @@ def _train(
     return _conclude(found, None, options)
   slurm_run.refuse_submitted(list(found.values()), options.executor)
   if options.executor == "print":
+    routers = os.environ.get(registry.ENV)
+    words = ["env", f"{registry.ENV}={routers}"] if routers else []
     for job in wanted:
-      print(shlex.join(job.command), file=stream)
+      print(shlex.join([*words, *job.command]), file=stream)
     return 0
   view = view_lib.make_view(stream)
   try:

@@ -9,7 +9,7 @@ are not, since the points that they kept are there.
 import copy
 import inspect
 import textwrap
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,11 @@ FORMAT = 1
 
 _SHOWN = 5
 """Number of names in a message."""
+
+
+def variant_names(points: Iterable[Point]) -> dict[str, str]:
+  """Returns the variant of each point that has one, by the name of its directory."""
+  return {p.directory: p.settings["variant"] for p in points if "variant" in p.settings}
 
 
 def to_json(

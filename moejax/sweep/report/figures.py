@@ -11,7 +11,7 @@ from typing import Any
 import altair as alt
 import numpy as np
 
-from moejax.sweep.report import analyses, charts, summary, trends
+from moejax.sweep.report import analyses, charts, quality_curves, summary, trends
 from moejax.sweep.report.analyses import CAPACITY, EXPERTS
 from moejax.sweep.report.charts import Figure
 from moejax.sweep.report.columns import TAIL
@@ -37,6 +37,7 @@ def make(records: Records, found: Sequence[Setting], axes: Sequence[str]) -> lis
   out += heat_maps(found, axes, names)
   out += drops(found, axes, names)
   out += trends.curves(found, axes, names)
+  out += quality_curves.draw(found)
   out += trends.isoflops(found, records.fields, names)
   out += trends.main_effects(found, axes, names)
   return out

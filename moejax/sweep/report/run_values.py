@@ -37,11 +37,15 @@ _REMEDY_LOG = "Restore it from a backup, or delete that line."
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Curve:
-  """What a run logged while training; entries of equal length."""
+  """What a run logged while training; steps increase."""
 
   step: tuple[int, ...] = ()
   loss: tuple[float, ...] = ()
   """Of the training batch, nats per token; NaN where the loss was not finite."""
+  eval_step: tuple[int, ...] = ()
+  """Steps of the evaluations while training."""
+  eval_loss: tuple[float, ...] = ()
+  """Held-out, nats per token; of `train.eval_batches`."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -249,7 +253,17 @@ def _training(lines: Sequence[Mapping[str, Any]], total: int) -> dict[str, Any]:
 def _curve(lines: Sequence[Mapping[str, Any]]) -> Curve:
   kept = [line for line in lines if "loss" in line]
   losses = [math.nan if line["loss"] is None else float(line["loss"]) for line in kept]
-  return Curve(step=tuple(line["step"] for line in kept), loss=tuple(losses))
+  evals = [
+    (line["step"], float(line["validation_loss"]))
+    for line in lines
+    if isinstance(line.get("validation_loss"), int | float)
+  ]
+  return Curve(
+    step=tuple(line["step"] for line in kept),
+    loss=tuple(losses),
+    eval_step=tuple(step for step, _ in evals),
+    eval_loss=tuple(loss for _, loss in evals),
+  )
 
 
 def _devices(begun: Mapping[str, Any]) -> dict[str, Any]:

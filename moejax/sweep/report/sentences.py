@@ -5,6 +5,7 @@ that excludes 0. What fails one of these is listed as unknown, with its numbers.
 """
 
 import dataclasses
+import math
 import shlex
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -13,7 +14,8 @@ from moejax.config import Config
 from moejax.config import text as config_text
 from moejax.errors import program
 from moejax.options import show
-from moejax.sweep.report import analyses, summary
+from moejax.sweep.laws.speedup import Speedup
+from moejax.sweep.report import analyses, quality, summary
 from moejax.sweep.report.records import Records
 from moejax.sweep.report.summary import Interval, Setting
 
@@ -75,6 +77,7 @@ def write(
     *_doubling(found, axes, names),
     *_capacity(found, axes, names),
     *_isoflop(found, records.fields, names),
+    *_quality(found),
     *_best(found, base),
   ]
   unknown = [
@@ -193,6 +196,38 @@ def _capacity(
       )
     out.append(Finding(topic="Capacity that suffices", text=text))
   return out
+
+
+def _quality(found: Sequence[Setting]) -> list[Finding]:
+  answers = quality.speedups(found)
+  if not answers:
+    return []
+  best = max(answers, key=lambda a: a.steps.ratio)
+  if not best.steps.ratio:
+    text = (
+      f"No setting reaches the held-out loss at which the dense twin ends "
+      f"({best.steps.target:.4f}, {best.baseline.label})."
+    )
+    return [Finding(topic="Speed to quality", text=text)]
+  costs = [f"{_ratio(best.steps)} fewer steps"]
+  costs += [f"{_ratio(best.flops)} fewer FLOPs"]
+  if best.time is not None:
+    costs += [f"{_ratio(best.time)} less time"]
+  text = (
+    f"{best.setting.label} reaches the held-out loss at which the best dense twin ends "
+    f"({best.steps.target:.4f}, {best.baseline.label}) with {', '.join(costs)} "
+    f"(below 1x is more)."
+  )
+  return [Finding(topic="Speed to quality", text=text)]
+
+
+def _ratio(speedup: Speedup) -> str:
+  if math.isnan(speedup.low):
+    return f"{speedup.ratio:.2f}x (one seed)"
+  return (
+    f"{speedup.ratio:.2f}x ({speedup.level:.0%} interval {speedup.low:.2f} to "
+    f"{speedup.high:.2f})"
+  )
 
 
 def _isoflop(

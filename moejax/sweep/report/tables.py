@@ -11,7 +11,7 @@ from typing import Any
 
 from moejax import files
 from moejax.options import show
-from moejax.sweep.report import analyses, summary
+from moejax.sweep.report import analyses, quality, summary
 from moejax.sweep.report.charts import word
 from moejax.sweep.report.records import Records
 from moejax.sweep.report.summary import Interval, Setting
@@ -65,6 +65,7 @@ def make(records: Records, found: Sequence[Setting], axes: Sequence[str]) -> lis
     _effects(found, axes, names),
     _capacity(found, axes, names),
     _isoflops(found, records.fields, names),
+    _quality(found, records, names),
   ]
   return [table for table in tables if table.rows]
 
@@ -140,6 +141,32 @@ def _effects(
     for e in analyses.main_effects(found, axes)
   ]
   return Table(name="main_effects", title="Main effects on the loss", rows=tuple(rows))
+
+
+def _quality(
+  found: Sequence[Setting], records: Records, names: Mapping[str, str]
+) -> Table:
+  rows = []
+  for answer in quality.speedups(found):
+    row = _words(answer.setting.values, names, records.fields)
+    row |= {"seeds": answer.setting.n, "loss of the dense twin": answer.steps.target}
+    for name, speedup in (
+      ("steps", answer.steps),
+      ("FLOPs", answer.flops),
+      ("time", answer.time),
+    ):
+      level = f"{summary.LEVEL:.0%}"
+      row |= {
+        f"{name}, times fewer": speedup.ratio if speedup else None,
+        f"{name}, {level} low": quality.finite(speedup.low) if speedup else None,
+        f"{name}, {level} high": quality.finite(speedup.high) if speedup else None,
+      }
+    rows.append(row)
+  return Table(
+    name="speed_to_quality",
+    title="Cost to the dense twin's final loss",
+    rows=tuple(rows),
+  )
 
 
 def _capacity(

@@ -1,14 +1,18 @@
 """The page holds what was found, is safe to open, and depends on nothing else."""
 
 import importlib.util
+import json
 import re
 
 import pytest
 
 from moejax.cli import compare
 from moejax.errors import UserError
+from moejax.sweep.points import stored
+from moejax.sweep.points.expand import expand
 from moejax.sweep.report import page as report
 from moejax.sweep.report import sentences, summary
+from moejax.sweep.spec import Spec
 from tests.sweep.report import report_cases as cases
 
 figures = pytest.importorskip(
@@ -157,6 +161,21 @@ def test_runs_of_no_sweep_are_compared(tmp_path, monkeypatch, capsys):
   assert {"report.html", "results.csv", "results.json", "tables/settings.tex"} <= files
   png, pdf = out / "figures/loss_curves.png", out / "figures/loss_curves.pdf"
   assert png.read_bytes().startswith(b"\x89PNG") and pdf.read_bytes()[:5] == b"%PDF-"
+
+
+def test_variants_of_a_sweep_keep_their_names(tmp_path, monkeypatch, capsys):
+  """Compared later, a variant stands for its fields as in the sweep's own report."""
+  variants = {"small": {"moe.num_experts": 4}, "large": {"moe.num_experts": 16}}
+  base = cases.make_config()
+  base.train.eval_every = base.train.checkpoint_every = base.train.num_steps
+  spec = Spec(base=base, variants=variants)
+  points = expand(spec).points
+  for point, loss in zip(points, (3.2, 3.0), strict=True):
+    cases.write_run(tmp_path / "runs" / point.directory, point.config, loss=loss)
+  (tmp_path / "spec.json").write_text(json.dumps(stored.to_json(spec, points)))
+  monkeypatch.setattr("sys.argv", ["compare", str(tmp_path), f"--out={tmp_path / 'out'}"])
+  assert compare.main() == 0
+  assert "variant=large has the lowest mean loss" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,117 @@
+"""When does a sparse setting reach the loss at which its dense twin ends?
+
+The question of Switch Transformers (arXiv:2101.03961, section 3.1, figure 5), asked of
+every sweep that has both sides: settings with `moe.dense_twin`, and settings without.
+Each side may be tuned; every sparse setting is compared with the dense twin that ends
+lowest.
+
+Losses are those of the evaluations while training, so that `train.eval_every` is the
+resolution. A learning rate that decays makes every loss before the end higher than that
+of a run which ends there: steps saved by a run that was stopped early need a run of that
+length.
+"""
+
+import dataclasses
+import math
+from collections.abc import Sequence
+
+import numpy as np
+
+from moejax.sweep.laws import speedup as laws
+from moejax.sweep.laws.speedup import Curve, Speedup
+from moejax.sweep.report import summary
+from moejax.sweep.report.summary import Setting
+
+TWIN = "moe.dense_twin"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Answer:
+  """A sparse setting against the best dense twin; ratios are baseline over setting."""
+
+  setting: Setting
+  baseline: Setting
+  steps: Speedup
+  flops: Speedup
+  time: Speedup | None
+  """None without a step time on both sides."""
+
+
+def speedups(found: Sequence[Setting]) -> list[Answer]:
+  """Returns an answer per sparse setting; empty if one side is missing."""
+  baseline = best_twin(found)
+  if baseline is None:
+    return []
+  slow = curves(baseline)
+  out = []
+  for setting in found:
+    fast = curves(setting)
+    if is_twin(setting) or not fast or not _comparable(slow, fast):
+      continue
+    steps = laws.to_quality(slow, fast, level=summary.LEVEL)
+    # A cost per step is a constant of a setting, so that it scales ratio and interval.
+    flops = _scaled(steps, _per_step(baseline, setting, "training_flops", "steps"))
+    ratio = _per_step(baseline, setting, "step_ms_p50", None)
+    time = None if ratio is None else _scaled(steps, ratio)
+    if flops is not None:
+      out.append(
+        Answer(setting=setting, baseline=baseline, steps=steps, flops=flops, time=time)
+      )
+  return out
+
+
+def best_twin(found: Sequence[Setting]) -> Setting | None:
+  """Returns the dense twin of the lowest final loss that was evaluated while training."""
+  twins = [s for s in found if is_twin(s) and curves(s)]
+  return min(twins, key=lambda s: s.mean, default=None)
+
+
+def is_twin(setting: Setting) -> bool:
+  return setting.runs[0].config.moe.dense_twin
+
+
+def curves(setting: Setting) -> list[Curve]:
+  """Returns the held-out loss of each seed over steps; empty with one point or none."""
+  found = [
+    Curve(
+      cost=np.asarray(run.curve.eval_step, np.float64),
+      loss=np.asarray(run.curve.eval_loss, np.float64),
+    )
+    for run in setting.runs
+  ]
+  return found if all(len(curve.cost) > 1 for curve in found) else []
+
+
+def finite(value: float) -> float | None:
+  """Returns a number for a table; None where there is none."""
+  return value if math.isfinite(value) else None
+
+
+def _comparable(slow: Sequence[Curve], fast: Sequence[Curve]) -> bool:
+  """Returns whether each side was evaluated at the same steps for all its seeds."""
+  sides = (slow, fast)
+  return all(np.array_equal(side[0].cost, c.cost) for side in sides for c in side)
+
+
+def _per_step(
+  baseline: Setting, setting: Setting, cost: str, per: str | None
+) -> float | None:
+  """Returns the baseline's cost of a step over the setting's."""
+  values = []
+  for side in (baseline, setting):
+    total, steps = side.of(cost), 1.0 if per is None else side.of(per)
+    if not total or not steps:
+      return None
+    values.append(total / steps)
+  return values[0] / values[1]
+
+
+def _scaled(steps: Speedup, factor: float | None) -> Speedup | None:
+  if factor is None:
+    return None
+  return dataclasses.replace(
+    steps,
+    ratio=steps.ratio * factor,
+    low=steps.low * factor,
+    high=steps.high * factor,
+  )
