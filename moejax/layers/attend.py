@@ -129,7 +129,9 @@ def attend(
     return jax.lax.cond(context.windowed, inside, kernel, *args)
   implementation = _implementation(query.dtype, query.shape[-1])
   width = value.shape[-1]
-  if sinks is None and (width == query.shape[-1] or implementation == "cudnn"):
+  fused = implementation == "cudnn"
+  # jax's unfused form would transpose the whole cache.
+  if sinks is None and (fused or (uncached and width == query.shape[-1])):
     # jax wants values as wide as keys; zeros mix to zeros.
     missing = query.shape[-1] - width
     if missing:

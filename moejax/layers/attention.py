@@ -93,12 +93,13 @@ class Attention(nnx.Module):
     query = self.rotary(query, context.positions)
     key = self.rotary(key, context.positions)
     if isinstance(cache, KeyValueCache) and context.index is not None:
-      start = (0, context.index, 0, 0)
+      start = (0, 0, context.index, 0)
+      key, value = key.swapaxes(1, 2), value.swapaxes(1, 2)
       cache = KeyValueCache(
         key=jax.lax.dynamic_update_slice(cache.key, key, start),
         value=jax.lax.dynamic_update_slice(cache.value, value, start),
       )
-      key, value = cache.key, cache.value
+      key, value = cache.key.swapaxes(1, 2), cache.value.swapaxes(1, 2)
     mixed = attend(
       *(query, key, value, context),
       window=self.window,

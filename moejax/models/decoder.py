@@ -15,7 +15,9 @@ Parameters are a plain dict:
 Letters: B batch, S sequence, D width, V vocabulary, R repeats, L layers.
 """
 
+import copy
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -26,7 +28,7 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int, Key
 
 from moejax.config import ModelConfig, MoEConfig
-from moejax.config.pattern import layer_pattern
+from moejax.config.pattern import Pattern, layer_pattern
 from moejax.config.router import make_router
 from moejax.layers.attend import Context, attention_masks
 from moejax.layers.block import Block, BlockInputs, CallOptions
@@ -76,6 +78,31 @@ class Decoder:
     self._embedding = Shell(
       lambda key: Embedding(model, self.vocab_size, nnx.Rngs(params=key))
     )
+
+  @functools.cached_property
+  def unrolled(self) -> "Decoder":
+    """The same model with a block of its own for every layer; see `unroll`."""
+    model = copy.copy(self)
+    model.pattern = Pattern(self.pattern.is_moe, (), (), 0)
+    return model
+
+  def unroll(self, params: Params) -> Params:
+    """Returns the parameters for `unrolled`: of each layer by itself.
+
+    A stack costs a copy of each layer's weights whenever the layer is run, which decides
+    the time of a step of one token.
+    """
+    flat = {name: value for name, value in params.items() if name not in PARTS}
+    blocks: list[Params] = []
+    for part in PARTS:
+      for repeat in range(self.pattern.repeats if part == "unit" else 1):
+        for index in range(len(getattr(self.pattern, part))):
+          block = params[part][str(index)]
+          if part == "unit":
+            block = jax.tree.map(lambda leaf, i=repeat: leaf[i], block)
+          blocks.append(block)
+    prefix = {str(index): block for index, block in enumerate(blocks)}
+    return flat | {"prefix": prefix, "unit": {}, "suffix": {}}
 
   @property
   def moe_layers(self) -> tuple[int, ...]:
@@ -218,6 +245,7 @@ class Decoder:
     train: bool = False,
     capacity_factor: float | None = _UNSET,
     cache: Cache | None = None,
+    last_only: bool = False,
     return_served: bool = False,
     batch_chosen: Float[Array, "L E"] | None = None,
     present: Bool[Array, "L E"] | None = None,
@@ -234,6 +262,7 @@ class Decoder:
       train: enables routing noise, and routing groups even if dropless.
       capacity_factor: overrides the configured one; None is dropless.
       cache: keys and values so far; the output has the extended cache.
+      last_only: returns the logits of the last position alone, S = 1.
       return_served: whether to return `served`, for analysis.
       batch_chosen: assignments requested per MoE layer in the whole batch, if this is
         one of its microbatches and `balances_batch`.
@@ -270,6 +299,8 @@ class Decoder:
     if cache is not None:
       cache = dataclasses.replace(cache, layers=layers)
     aux, stats, served = _collect(auxes)
+    if last_only:
+      x = x[:, -1:]
     return DecoderOutput(
       logits=embedding.logits(x), aux=aux, stats=stats, cache=cache, served=served
     )

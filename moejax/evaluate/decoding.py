@@ -1,0 +1,402 @@
+"""Decoding: batches of prompts, continued token by token, with a cache.
+
+Prompts of different lengths end at the same place: padding goes before them, which no
+token attends to and no expert computes, and positions count from a prompt's own start. So
+a row's result is that of its prompt alone. Prompts are read in chunks (prefill), then a
+compiled loop processes one token per step for all rows.
+
+Every size is rounded up to a bucket, and each bucket is compiled once:
+
+  rows      a power of two
+  prompt    a power of two up to CHUNK, then a multiple of it
+  new       a power of two
+
+A router that needs a capacity sees its group's size, so there nothing is rounded, and
+prompts of different lengths run one after the other.
+
+Letters: B rows, P prompt tokens with padding, N most new tokens, C tokens of a chunk, V
+vocabulary.
+"""
+
+import dataclasses
+import functools
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float, Int, Key
+
+from moejax.evaluate import groups
+from moejax.models.decoder import Decoder
+from moejax.types import Params, pytree
+
+CHUNK = 256
+"""Most prompt tokens of a row that are read at once."""
+
+_LEAST = 16
+"""Smallest bucket of tokens."""
+
+
+@pytree
+class Sampling:
+  """How to sample a token from logits; arrays, so that new values do not recompile."""
+
+  temperature: Float[Array, ""]
+  """Divides the logits; 0 is greedy: the most probable token."""
+  top_k: Int[Array, ""]
+  """Keeps only the k most probable tokens; V or more keeps all."""
+  top_p: Float[Array, ""]
+  """Keeps the fewest tokens whose total probability reaches p (arXiv:1904.09751)."""
+
+  @classmethod
+  def of(cls, temperature: float, top_k: int = 0, top_p: float = 1.0) -> "Sampling":
+    """Returns it with 0 as top_k for all tokens."""
+    return cls(
+      temperature=jnp.asarray(temperature, jnp.float32),
+      top_k=jnp.asarray(top_k or 2**31 - 1, jnp.int32),
+      top_p=jnp.asarray(top_p, jnp.float32),
+    )
+
+
+def sample_token(
+  logits: Float[Array, "V"], allowed: Bool[Array, "V"], key: Key[Array, ""], how: Sampling
+) -> Int[Array, ""]:
+  """Samples one token: applies temperature, then top-k, then top-p to the rest.
+
+  Equal logits rank by lowest id, so greedy decoding is the same everywhere.
+  """
+  logits = jnp.where(allowed, logits, -jnp.inf)
+
+  def greedy() -> Int[Array, ""]:
+    return jnp.argmax(logits).astype(jnp.int32)
+
+  def all_ids() -> Int[Array, ""]:
+    return jax.random.categorical(key, logits / how.temperature).astype(jnp.int32)
+
+  def most_probable() -> Int[Array, ""]:
+    order = jnp.argsort(-logits, stable=True).astype(jnp.int32)
+    ranked = logits[order] / how.temperature
+    rank = jnp.arange(ranked.shape[0], dtype=jnp.int32)
+    ranked = jnp.where(rank < how.top_k, ranked, -jnp.inf)
+    probability = jax.nn.softmax(ranked)
+    before = jnp.cumsum(probability) - probability
+    # The most probable token is kept for any p.
+    ranked = jnp.where((before < how.top_p) | (rank == 0), ranked, -jnp.inf)
+    return order[jax.random.categorical(key, ranked).astype(jnp.int32)]
+
+  # Sorting the vocabulary would take longer than a small model's step.
+  is_cut = (how.top_k < logits.shape[0]) | (how.top_p < 1)
+  branch = jnp.where(how.temperature <= 0, 0, jnp.where(is_cut, 2, 1))
+  return jax.lax.switch(branch, (greedy, all_ids, most_probable))
+
+
+@pytree
+class Rows:
+  """Constant inputs of the loop, for each row."""
+
+  prompt_length: Int[Array, "B"]
+  key: Key[Array, "B"]
+  allowed: Bool[Array, "V"]
+  """The ids to sample."""
+  stop: Int[Array, "Z"]
+  """The ids that end a row."""
+
+
+@pytree
+class _State:
+  """What a step reads and replaces."""
+
+  tokens: Int[Array, "B N"]
+  """The new tokens; the first stop id behind a row's end."""
+  made: Int[Array, ""]
+  """New tokens of every row so far."""
+  length: Int[Array, "B"]
+  """New tokens of the row when it is done: its limit, until it stops earlier."""
+  cache: Any
+
+
+@functools.partial(jax.jit, static_argnames=("model", "batch", "length"))
+def _empty_cache(model: Any, batch: int, length: int) -> Any:
+  return model.init_cache(batch, length)
+
+
+@functools.partial(jax.jit, static_argnames=("model",), donate_argnames=("cache",))
+def _prefill(
+  model: Any,
+  params: Params,
+  tokens: Int[Array, "B C"],
+  positions: Int[Array, "B C"],
+  cache: Any,
+) -> tuple[Float[Array, "B V"], Any]:
+  """Reads a chunk; tokens at negative positions are padding.
+
+  Returns:
+    The logits after its last token, and the cache.
+  """
+  out = model(
+    params,
+    tokens,
+    segment_ids=(positions >= 0).astype(jnp.int32),
+    positions=jnp.maximum(positions, 0),
+    cache=cache,
+    capacity_factor=groups.least_factor(model),
+    last_only=True,
+  )
+  return out.logits[:, -1, : model.vocab_size], out.cache
+
+
+def _draw(
+  logits: Float[Array, "B V"],
+  number: Int[Array, ""],
+  length: Int[Array, "B"],
+  rows: Rows,
+  how: Sampling,
+) -> tuple[Int[Array, "B"], Int[Array, "B"]]:
+  """Returns every row's new token of this number, and the new lengths."""
+  keys = jax.vmap(jax.random.fold_in, (0, None))(rows.key, number)
+  draw = functools.partial(sample_token, allowed=rows.allowed, how=how)
+  token = jax.vmap(lambda logits, key: draw(logits, key=key))(logits, keys)
+  is_done = length <= number
+  stops = jnp.any(token[:, None] == rows.stop[None], axis=1)
+  length = jnp.where(stops & ~is_done, number + 1, length)
+  return jnp.where(is_done, rows.stop[0], token), length
+
+
+@functools.partial(jax.jit, static_argnames=("width",), donate_argnames=("cache",))
+def _first(
+  logits: Float[Array, "B V"],
+  length: Int[Array, "B"],
+  cache: Any,
+  rows: Rows,
+  how: Sampling,
+  *,
+  width: int,
+) -> _State:
+  """Returns the state after the first new token of at most `width`."""
+  token, length = _draw(logits, jnp.zeros((), jnp.int32), length, rows, how)
+  tokens = jnp.full((token.shape[0], width), rows.stop[0])
+  tokens = tokens.at[:, 0].set(token)
+  made = jnp.ones((), jnp.int32)
+  return _State(tokens=tokens, made=made, length=length, cache=cache)
+
+
+@functools.partial(jax.jit, static_argnames=("model",), donate_argnames=("state",))
+def _decode(
+  model: Any,
+  params: Params,
+  state: _State,
+  end: Int[Array, ""],
+  rows: Rows,
+  how: Sampling,
+) -> _State:
+  """Runs steps until every row has `end` new tokens or is done."""
+
+  def unfinished(state: _State) -> Bool[Array, ""]:
+    return (state.made < end) & jnp.any(state.length > state.made)
+
+  def one_token(state: _State) -> _State:
+    last = state.made - 1
+    token = jax.lax.dynamic_slice_in_dim(state.tokens, last, 1, axis=1)
+    is_done = state.length <= state.made
+    out = model(
+      params,
+      token,
+      segment_ids=(~is_done).astype(jnp.int32)[:, None],
+      positions=(rows.prompt_length + last)[:, None],
+      cache=state.cache,
+      capacity_factor=groups.least_factor(model),
+    )
+    logits = out.logits[:, 0, : model.vocab_size]
+    drawn, length = _draw(logits, state.made, state.length, rows, how)
+    tokens = jax.lax.dynamic_update_slice(state.tokens, drawn[:, None], (0, state.made))
+    return _State(tokens=tokens, made=state.made + 1, length=length, cache=out.cache)
+
+  return jax.lax.while_loop(unfinished, one_token, state)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Decoded:
+  """New tokens of every row, with timings."""
+
+  tokens: list[list[int]]
+  """Each with its stop id, if it ended by one."""
+  prefill_seconds: float
+  """Time before the steps, with compilation of both."""
+  step_seconds: float
+  """Time of the one-token steps."""
+
+  @property
+  def num_tokens(self) -> int:
+    return sum(len(row) for row in self.tokens)
+
+
+Stop = Callable[[int, list[int]], bool]
+"""(row, its new tokens so far) -> whether the row is done."""
+
+
+class Engine:
+  """A model that generates, with its parameters laid out for single tokens."""
+
+  def __init__(self, model: Any, params: Params):
+    """Copies stacked parameters to one array per layer.
+
+    Args:
+      model: a `Decoder`.
+      params: its parameters. A caller that keeps no reference to them needs no more
+        memory afterwards than before.
+    """
+    self.factor = groups.least_factor(model)
+    if self.factor is not None:
+      # Groups of the training size do not exist yet: each row of a call is one group.
+      moe = dataclasses.replace(model.moe, group_size=0)
+      model = Decoder(model.config, moe, vocab_size=model.vocab_size)
+    self.model = model.unrolled
+    self.params = model.unroll(params)
+
+  def run(
+    self,
+    prompts: Sequence[Sequence[int]],
+    max_tokens: Sequence[int],
+    *,
+    how: Sampling,
+    stop: Sequence[int],
+    allowed: Bool[np.ndarray, "V"],
+    seed: int = 0,
+    streams: Sequence[int] | None = None,
+    is_done: Stop | None = None,
+    every: int = 32,
+  ) -> Decoded:
+    """Continues prompts.
+
+    Args:
+      prompts: ids, at least one each.
+      max_tokens: most new tokens of each.
+      how: to sample.
+      stop: ids that end a row; may be empty.
+      allowed: the ids to sample.
+      seed: of the random numbers.
+      streams: number of each row's random stream; default all the same.
+      is_done: asked after every so many steps, to end a row by its text.
+      every: see is_done.
+    """
+    settings: dict[str, Any] = {
+      "how": how,
+      "stop": stop,
+      "allowed": allowed,
+      "seed": seed,
+      "is_done": is_done,
+      "every": every,
+    }
+    streams = [0] * len(prompts) if streams is None else streams
+    if self.factor is None:
+      return self._batch(prompts, max_tokens, streams, range(len(prompts)), **settings)
+    tokens: list[list[int]] = [[] for _ in prompts]
+    seconds = [0.0, 0.0]
+    for length in sorted({len(prompt) for prompt in prompts}):
+      rows = [row for row, prompt in enumerate(prompts) if len(prompt) == length]
+      part = self._batch(
+        [prompts[row] for row in rows],
+        [max_tokens[row] for row in rows],
+        [streams[row] for row in rows],
+        rows,
+        **settings,
+      )
+      for row, ids in zip(rows, part.tokens, strict=True):
+        tokens[row] = ids
+      seconds[0] += part.prefill_seconds
+      seconds[1] += part.step_seconds
+    return Decoded(tokens=tokens, prefill_seconds=seconds[0], step_seconds=seconds[1])
+
+  def _batch(
+    self,
+    prompts: Sequence[Sequence[int]],
+    max_tokens: Sequence[int],
+    streams: Sequence[int],
+    names: Sequence[int],
+    *,
+    how: Sampling,
+    stop: Sequence[int],
+    allowed: Bool[np.ndarray, "V"],
+    seed: int,
+    is_done: Stop | None,
+    every: int,
+  ) -> Decoded:
+    """Runs rows that share a batch; `names` are what `is_done` calls them."""
+    began = time.perf_counter()
+    count, batch = len(prompts), power_of_two(len(prompts), 1)
+    longest = max(len(prompt) for prompt in prompts)
+    size, chunk = (longest, longest) if self.factor is not None else prompt_size(longest)
+    width = power_of_two(max(max_tokens), _LEAST)
+    tokens = np.zeros((batch, size), np.int32)
+    positions = np.full((batch, size), -1, np.int32)
+    for row, prompt in enumerate(prompts):
+      tokens[row, size - len(prompt) :] = prompt
+      positions[row, size - len(prompt) :] = np.arange(len(prompt))
+    base = functools.partial(jax.random.fold_in, jax.random.key(seed))
+    rows = Rows(
+      prompt_length=jnp.asarray(positions[:, -1] + 1),
+      key=jax.vmap(base)(_padded(streams, batch)),
+      allowed=jnp.asarray(allowed),
+      # No id is below 0: then nothing stops a row.
+      stop=jnp.asarray(list(stop) or [-1], jnp.int32),
+    )
+    cache = _empty_cache(self.model, batch, size + width)
+    logits = None
+    for start in range(0, size, chunk):
+      part = slice(start, start + chunk)
+      logits, cache = _prefill(
+        *(self.model, self.params),
+        *(jnp.asarray(tokens[:, part]), jnp.asarray(positions[:, part]), cache),
+      )
+    state = _first(logits, _padded(max_tokens, batch), cache, rows, how, width=width)
+
+    def decode(state: _State, end: int) -> _State:
+      bound = jnp.asarray(end, jnp.int32)
+      return _decode(self.model, self.params, state, bound, rows, how)
+
+    # Compiles the loop by running no step, so that only steps are timed below.
+    state = jax.block_until_ready(decode(state, 1))
+    compiled = time.perf_counter()
+    end, most = 1, max(max_tokens)
+    while end < most:
+      end = most if is_done is None else min(most, end + every)
+      state = decode(state, end)
+      if is_done is not None:
+        state = _ended_by_text(state, names, is_done)
+    made, length = np.asarray(state.tokens), np.asarray(state.length)
+    return Decoded(
+      tokens=[made[row, : length[row]].tolist() for row in range(count)],
+      prefill_seconds=compiled - began,
+      step_seconds=time.perf_counter() - compiled,
+    )
+
+
+def _ended_by_text(state: _State, names: Sequence[int], is_done: Stop) -> _State:
+  """Returns the state with the rows that are done by their text shortened."""
+  made, length = np.asarray(state.tokens), np.asarray(state.length).copy()
+  count = int(state.made)
+  for row, name in enumerate(names):
+    if length[row] > count and is_done(name, made[row, :count].tolist()):
+      length[row] = count
+  return dataclasses.replace(state, length=jnp.asarray(length))
+
+
+def power_of_two(size: int, least: int) -> int:
+  """Returns the smallest power of two that is at least `size` and `least`."""
+  return max(least, 1 << max(size - 1, 0).bit_length())
+
+
+def prompt_size(longest: int) -> tuple[int, int]:
+  """Returns P and C for a longest prompt."""
+  if longest <= CHUNK:
+    size = power_of_two(longest, _LEAST)
+    return size, size
+  return -(-longest // CHUNK) * CHUNK, CHUNK
+
+
+def _padded(values: Sequence[int], batch: int) -> Int[Array, "B"]:
+  """Returns one value per row, 0 for rows without a prompt."""
+  return jnp.asarray([*values, *[0] * (batch - len(values))], jnp.int32)
