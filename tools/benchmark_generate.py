@@ -97,9 +97,7 @@ class Ours:
     shape = (rows, prompt)
     ids = self.rng.integers(1, len(self.allowed), shape).tolist()
     began = time.perf_counter()
-    out = self.engine.run(
-      ids, [new] * rows, how=self.how, stop=[], allowed=self.allowed
-    )
+    out = self.engine.run(ids, [new] * rows, how=self.how, stop=[], allowed=self.allowed)
     seconds = time.perf_counter() - began
     assert out.num_tokens == rows * new
     return seconds

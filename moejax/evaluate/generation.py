@@ -119,7 +119,9 @@ def generate(
     streams=[row % num_samples for row in range(len(encoded))],
   )
   completions = tuple(
-    _completion(tokenizer, prompt, new, is_cut_by_context=len(ids) + len(new) == max_length)
+    _completion(
+      tokenizer, prompt, new, is_cut_by_context=len(ids) + len(new) == max_length
+    )
     for prompt, ids, new in zip(prompts, encoded, decoded.tokens, strict=True)
   )
   return Generated(
@@ -184,11 +186,11 @@ def check(
   for flag, value, is_good, wanted in rules:
     if not is_good:
       raise UserError(f"--{flag}={value} makes no sense: give {wanted}.")
-  _check_router(model)
+  check_router(model)
   return [_encode(tokenizer, prompt, max_length) for prompt in prompts]
 
 
-def _check_router(model: Any) -> None:
+def check_router(model: Any) -> None:
   router, allowed = model.router, model.moe.allow_future_leak
   if model.moe_layers and router.fixed_slots:
     raise UserError(

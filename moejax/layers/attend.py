@@ -182,8 +182,11 @@ def plain_attention(
   if sink is not None:
     total = total + jnp.exp(sink - largest)
   weights = (weights / total).astype(value.dtype)
-  mixed = jnp.einsum("bjgsm,bmjz->bsjgz", weights, value)
-  return mixed.reshape(batch, length, heads, value.shape[-1])
+  # Not an einsum: it would swap the operands, and transpose all values of a cache.
+  rows = weights.reshape(batch, kv_heads, -1, key.shape[1])
+  mixed = rows @ value.swapaxes(1, 2)
+  mixed = mixed.reshape(batch, heads, length, value.shape[-1])
+  return mixed.swapaxes(1, 2)
 
 
 def _implementation(dtype: jnp.dtype, width: int) -> Literal["cudnn"] | None:

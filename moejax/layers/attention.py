@@ -106,7 +106,8 @@ class Attention(nnx.Module):
       scale=self.scale,
       sinks=None if self.sinks is None else self.sinks[...],
     )
-    return project_out(mixed, self.out, self.out_bias), cache
+    cached = cache is not None
+    return project_out(mixed, self.out, self.out_bias, cached=cached), cache
 
   def _norm(self, norm: RMSNorm, x: Float[Array, "B S H A"]) -> Float[Array, "B S H A"]:
     if not self.norm_width:
@@ -129,10 +130,21 @@ def sinks(config: ModelConfig) -> nnx.Param | None:
 
 
 def project_out(
-  mixed: Float[Array, "B S H Z"], weight: nnx.Param, bias: nnx.Param | None
+  mixed: Float[Array, "B S H Z"],
+  weight: nnx.Param,
+  bias: nnx.Param | None,
+  *,
+  cached: bool = False,
 ) -> Float[Array, "B S D"]:
   """Returns the output projection of all heads."""
-  y = jnp.einsum("bsha,had->bsd", mixed, weight[...].astype(mixed.dtype))
+  matrix = weight[...].astype(mixed.dtype)
+  if cached:
+    # The einsum contracts (a, h), for which XLA:CPU transposes the weight: more work than
+    # the product, if there are few tokens.
+    matrix = matrix.reshape(-1, matrix.shape[-1])
+    y = mixed.reshape(*mixed.shape[:2], -1) @ matrix
+  else:
+    y = jnp.einsum("bsha,had->bsd", mixed, matrix)
   return y if bias is None else y + bias[...].astype(y.dtype)[None, None]
 
 

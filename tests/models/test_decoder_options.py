@@ -133,7 +133,9 @@ def test_a_padded_vocabulary_changes_no_prediction():
   logits = padded(params, IDS).logits
   assert logits.shape[-1] == 24 and bool(jnp.all(logits[..., V:] == -jnp.inf))
   positions = jnp.broadcast_to(jnp.arange(S, dtype=jnp.int32), IDS.shape)
-  last, _ = decoding._prefill(padded, params, IDS, positions, padded.init_cache(2, S))
+  last, _ = decoding._prefill(
+    padded, params, IDS, positions, decoding._empty_cache(padded, 2, S)
+  )
   assert last.shape == (2, V)
 
 
