@@ -174,10 +174,12 @@ class Adapter:
       return ids
     if self.truncate and least <= room:
       return ids[-room:]
-    remedy = "Give --truncate to leave out the first tokens" if least <= room else ""
+    remedy = "Ask for fewer tokens"
+    if least <= room:
+      remedy = "Give --truncate to leave out the first tokens"
     raise UserError(
-      f"--tasks: a request has {len(ids)} tokens, and the context of {self.max_length} has "
-      f"room for {room}. {remedy or 'Ask for fewer tokens'}, or fewer examples."
+      f"--tasks: a request has {len(ids)} tokens, and the context of {self.max_length} "
+      f"has room for {room}. {remedy}, or fewer examples."
     )
 
   def _score(
