@@ -1,4 +1,4 @@
-"""The real lm-evaluation-harness on a tiny model, with local tasks; `make test-lm-eval`."""
+"""The real lm-evaluation-harness on a tiny model and local tasks; `make test-lm-eval`."""
 
 import os
 import pathlib
