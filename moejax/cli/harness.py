@@ -89,10 +89,10 @@ def _load(tasks: str) -> Any:
   try:
     return manager.load(names)
   except Exception as error:
+    words = (str(error).splitlines() or ["no message"])[0]
     raise UserError(
-      f"--tasks={tasks}: the task cannot be loaded ({type(error).__name__}: "
-      f"{str(error).splitlines()[0] if str(error) else 'no message'}). If its data are on "
-      "the network, set HF_HUB_OFFLINE=0 and HF_DATASETS_OFFLINE=0, or use a local file."
+      f"--tasks={tasks}: the task cannot be loaded ({type(error).__name__}: {words}). If "
+      "its data are on the network, set HF_HUB_OFFLINE=0 and HF_DATASETS_OFFLINE=0, or use a local file."
     ) from error
 
 

@@ -20,6 +20,7 @@ vocabulary.
 
 import dataclasses
 import functools
+import importlib.metadata
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -30,7 +31,9 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int, Key
 
 from moejax.evaluate import groups
+from moejax.evaluate.sampling import Sampling, sample_token
 from moejax.models.decoder import Decoder
+from moejax.platform import target_platform
 from moejax.types import Params, pytree
 
 CHUNK = 256
@@ -38,61 +41,6 @@ CHUNK = 256
 
 _LEAST = 16
 """Smallest bucket of tokens."""
-
-
-@pytree
-class Sampling:
-  """How to sample a token from logits; arrays, so that new values do not recompile."""
-
-  temperature: Float[Array, ""]
-  """Divides the logits; 0 is greedy: the most probable token."""
-  top_k: Int[Array, ""]
-  """Keeps only the k most probable tokens; V or more keeps all."""
-  top_p: Float[Array, ""]
-  """Keeps the fewest tokens whose total probability reaches p (arXiv:1904.09751)."""
-
-  @classmethod
-  def of(cls, temperature: float, top_k: int = 0, top_p: float = 1.0) -> "Sampling":
-    """Returns it with 0 as top_k for all tokens."""
-    return cls(
-      temperature=jnp.asarray(temperature, jnp.float32),
-      top_k=jnp.asarray(top_k or 2**31 - 1, jnp.int32),
-      top_p=jnp.asarray(top_p, jnp.float32),
-    )
-
-
-def sample_token(
-  logits: Float[Array, "V"], allowed: Bool[Array, "V"], key: Key[Array, ""], how: Sampling
-) -> Int[Array, ""]:
-  """Samples one token: applies temperature, then top-k, then top-p to the rest.
-
-  Equal logits rank by lowest id, so greedy decoding is the same everywhere.
-  """
-  logits = jnp.where(allowed, logits, -jnp.inf)
-
-  def greedy() -> Int[Array, ""]:
-    # Two plain reductions: argmax compares pairs, ten times slower on CPU.
-    ids = jnp.arange(logits.shape[0], dtype=jnp.int32)
-    return jnp.min(jnp.where(logits == jnp.max(logits), ids, logits.shape[0] - 1))
-
-  def all_ids() -> Int[Array, ""]:
-    return jax.random.categorical(key, logits / how.temperature).astype(jnp.int32)
-
-  def most_probable() -> Int[Array, ""]:
-    order = jnp.argsort(-logits, stable=True).astype(jnp.int32)
-    ranked = logits[order] / how.temperature
-    rank = jnp.arange(ranked.shape[0], dtype=jnp.int32)
-    ranked = jnp.where(rank < how.top_k, ranked, -jnp.inf)
-    probability = jax.nn.softmax(ranked)
-    before = jnp.cumsum(probability) - probability
-    # The most probable token is kept for any p.
-    ranked = jnp.where((before < how.top_p) | (rank == 0), ranked, -jnp.inf)
-    return order[jax.random.categorical(key, ranked).astype(jnp.int32)]
-
-  # Sorting the vocabulary would take longer than a small model's step.
-  is_cut = (how.top_k < logits.shape[0]) | (how.top_p < 1)
-  branch = jnp.where(how.temperature <= 0, 0, jnp.where(is_cut, 2, 1))
-  return jax.lax.switch(branch, (greedy, all_ids, most_probable))
 
 
 @pytree
@@ -125,7 +73,6 @@ def _empty_cache(model: Any, batch: int, length: int) -> Any:
   return model.init_cache(batch, length)
 
 
-@functools.partial(jax.jit, static_argnames=("model",), donate_argnames=("cache",))
 def _prefill(
   model: Any,
   params: Params,
@@ -167,7 +114,7 @@ def _draw(
   return jnp.where(is_done, rows.stop[0], token), length
 
 
-@functools.partial(jax.jit, static_argnames=("width",), donate_argnames=("cache",))
+@functools.partial(jax.jit, static_argnames=("width",))
 def _first(
   logits: Float[Array, "B V"],
   length: Int[Array, "B"],
@@ -177,15 +124,17 @@ def _first(
   *,
   width: int,
 ) -> _State:
-  """Returns the state after the first new token of at most `width`."""
+  """Returns the state after the first new token of at most `width`.
+
+  Its cache has room for them; before, no prompt token had to look at that room.
+  """
   token, length = _draw(logits, jnp.zeros((), jnp.int32), length, rows, how)
   tokens = jnp.full((token.shape[0], width), rows.stop[0])
   tokens = tokens.at[:, 0].set(token)
   made = jnp.ones((), jnp.int32)
-  return _State(tokens=tokens, made=made, length=length, cache=cache)
+  return _State(tokens=tokens, made=made, length=length, cache=cache.longer(width))
 
 
-@functools.partial(jax.jit, static_argnames=("model",), donate_argnames=("state",))
 def _decode(
   model: Any,
   params: Params,
@@ -217,6 +166,21 @@ def _decode(
     return _State(tokens=tokens, made=state.made + 1, length=length, cache=out.cache)
 
   return jax.lax.while_loop(unfinished, one_token, state)
+
+
+@functools.cache
+def programs(platform: str) -> tuple[Any, Any]:
+  """Returns the compiled prefill and loop for a platform."""
+  options = None
+  if platform == "cpu" and importlib.metadata.version("jaxlib").startswith("0.10."):
+    # This version's YNNPACK products pack the weights again in every call: a tenth of a
+    # prefill, a seventh of a step with eight rows. Others may not know the option.
+    options = {"xla_cpu_experimental_ynn_fusion_type": ""}
+  make = functools.partial(jax.jit, static_argnames=("model",), compiler_options=options)
+  return (
+    make(_prefill, donate_argnames=("cache",)),
+    make(_decode, donate_argnames=("state",)),
+  )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -345,11 +309,12 @@ class Engine:
       # No id is below 0: then nothing stops a row.
       stop=jnp.asarray(list(stop) or [-1], jnp.int32),
     )
-    cache = _empty_cache(self.model, batch, size + width)
+    cache = _empty_cache(self.model, batch, size)
+    prefill, loop = programs(target_platform())
     logits = None
     for start in range(0, size, chunk):
       part = slice(start, start + chunk)
-      logits, cache = _prefill(
+      logits, cache = prefill(
         *(self.model, self.params),
         *(jnp.asarray(tokens[:, part]), jnp.asarray(positions[:, part]), cache),
       )
@@ -357,7 +322,7 @@ class Engine:
 
     def decode(state: _State, end: int) -> _State:
       bound = jnp.asarray(end, jnp.int32)
-      return _decode(self.model, self.params, state, bound, rows, how)
+      return loop(self.model, self.params, state, bound, rows, how)
 
     # Compiles the loop by running no step, so that only steps are timed below.
     state = jax.block_until_ready(decode(state, 1))

@@ -3,6 +3,8 @@
 Letters: B batch, S sequence, M tokens that a cache holds, V vocabulary, L layers.
 """
 
+import jax
+import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from moejax.layers.cache import LayerCache
@@ -19,6 +21,18 @@ class Cache:
   """-1 where the cache is empty."""
   index: Int[Array, ""]
   """Tokens written."""
+
+  def longer(self, count: int) -> "Cache":
+    """Returns the cache with room for so many more tokens."""
+
+    def pad(leaf: Array) -> Array:
+      before = [(0, 0)] * (leaf.ndim - 2)
+      return jnp.pad(leaf, [*before, (0, count), (0, 0)])
+
+    empty = jnp.pad(self.segment_ids, ((0, 0), (0, count)), constant_values=-1)
+    return Cache(
+      layers=jax.tree.map(pad, self.layers), segment_ids=empty, index=self.index
+    )
 
 
 @pytree

@@ -49,7 +49,7 @@ def test_rows_of_other_lengths_change_nothing(name):
 
 @pytest.mark.parametrize("name", ["three_layers", "prefix_and_window"])
 def test_unrolled_is_the_same_model(name):
-  """A block per layer, prefix, repeats and suffix in order: the scanned model's logits."""
+  """A block per layer, prefix, repeats and suffix in order, gives the same logits."""
   model, params = tiny.model_and_params(**VARIANTS[name])
   ids = jnp.asarray(np.random.default_rng(0).integers(0, 264, (2, 9)), jnp.int32)
   wanted = jax.jit(lambda p: model(p, ids, capacity_factor=None).logits)(params)
@@ -72,7 +72,7 @@ def test_lengths_of_one_bucket_compile_once():
   """Prompts of 2 to 16 ids and 3 to 16 new tokens share both programs."""
   engine = make()
   run(engine, [[256, 1]], new=3)
-  programs: Any = (decoding._prefill, decoding._decode)
+  programs = decoding.programs("cpu")
   before = [program._cache_size() for program in programs]
   run(engine, [[256] * 16], new=16)
   run(engine, [[256] * 9], new=5)

@@ -95,7 +95,7 @@ def test_seed_decides():
 def test_other_settings_do_not_compile_again():
   """Temperature, top-k, top-p and seed are values of one compiled loop."""
   _generate(["abcd"], num_samples=3)
-  compiled: Any = decoding._decode
+  compiled = decoding.programs("cpu")[1]
   before = compiled._cache_size()
   _generate(["dcba"], num_samples=3, temperature=0.3, top_k=2, top_p=0.5, seed=9)
   assert compiled._cache_size() == before

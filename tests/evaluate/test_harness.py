@@ -117,7 +117,7 @@ def test_rolling_is_the_sum_over_windows(adapter, log_probs):
 
 
 def test_generation_stops_at_a_text(adapter):
-  """Without a stop text 12 greedy tokens; with one of their letters, what is before it."""
+  """With one of the letters that follow as stop text, what is before it."""
   free = adapter.generate_until([ask("ab", {"max_gen_toks": 12, "do_sample": False})])[0]
   middle = free[len(free) // 2]
   settings = {"max_gen_toks": 12, "until": [middle], "do_sample": False}
