@@ -92,7 +92,8 @@ def _load(tasks: str) -> Any:
     words = (str(error).splitlines() or ["no message"])[0]
     raise UserError(
       f"--tasks={tasks}: the task cannot be loaded ({type(error).__name__}: {words}). If "
-      "its data are on the network, set HF_HUB_OFFLINE=0 and HF_DATASETS_OFFLINE=0, or use a local file."
+      "its data are on the network, set HF_HUB_OFFLINE=0 and HF_DATASETS_OFFLINE=0, or "
+      "use a local file."
     ) from error
 
 
