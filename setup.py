@@ -84,6 +84,9 @@ HF = ["huggingface_hub>=0.30", "safetensors>=0.5"]
 # For tests that ask Transformers itself; in an environment of their own, if need be.
 HF_TEST = [*HF, "torch>=2.6", "transformers>=5"]
 
+# Tasks of lm-evaluation-harness on a run.
+LM_EVAL = ["lm_eval>=0.4.13"]
+
 # Preparing a TFDS set from its catalogue; reading a prepared one needs none of this.
 TFDS = ["apache-beam>=2.60"]
 
@@ -110,6 +113,7 @@ setup(
     "cuda": CUDA,
     "hf": HF,
     "hf_test": HF_TEST,
+    "lm_eval": LM_EVAL,
     "report": REPORT,
     "browser": BROWSER,
     "tfds": TFDS,

@@ -12,6 +12,10 @@ printed if this evaluation contradicts it (docs/evaluation.md).
 If another user trained the run, the paths in its config are not used:
 --config.data.path must be given if the run has one, and your own cache is used.
 
+--tasks=FILE_OR_NAME,... runs tasks of EleutherAI's lm-evaluation-harness (extra lm_eval)
+instead, and writes DIR/tasks_STEP.json; data that is not on this machine is fetched only
+with HF_HUB_OFFLINE=0 HF_DATASETS_OFFLINE=0.
+
 Several processes can evaluate together, started as for experiments.train: by
 tools.launch_local, by a cluster, or with JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and
 JAX_PROCESS_ID. Process 0 prints and writes.
@@ -69,6 +73,20 @@ _ROUTING = flags.DEFINE_bool(
 _OUTPUT = flags.DEFINE_string(
   "output", None, "Directory for the files, if not the run's."
 )
+_TASKS = flags.DEFINE_string(
+  "tasks",
+  None,
+  "Instead of a split: tasks of lm-evaluation-harness, names or YAML files, separated by "
+  "commas.",
+)
+_TRUNCATE = flags.DEFINE_bool(
+  "truncate",
+  False,
+  "With --tasks: leave out the first tokens of a text that is too long.",
+)
+_TASK_LIMIT = flags.DEFINE_integer(
+  "task_limit", None, "With --tasks: most documents of a task.", lower_bound=1
+)
 
 
 def main() -> None:
@@ -81,6 +99,23 @@ def main() -> None:
   output = _writable(pathlib.Path(_OUTPUT.value or workdir))
   factors = perplexity.parse_capacity_factors(_FACTORS.value) if _FACTORS.value else None
   facts = {f"--{name}": str(value) for name, value in _asked().items()}
+  if _TASKS.value:
+    from moejax.cli import harness
+
+    if cli.overrides():
+      raise UserError(
+        "--tasks asks the run as it was trained: leave out --config flags "
+        f"({', '.join(sorted(cli.overrides()))})."
+      )
+    with distributed.joined(facts=facts):
+      harness.evaluate(
+        *(workdir, output, _TASKS.value),
+        step=_STEP.value,
+        batch_size=_BATCH.value or 8,
+        truncate=_TRUNCATE.value,
+        limit=_TASK_LIMIT.value,
+      )
+    return
   with distributed.joined(facts=facts):
     evaluate(workdir, output, factors)
 
@@ -96,7 +131,9 @@ def _refuse_unread(overrides: Iterable[str]) -> None:
 
 def _asked() -> dict[str, Any]:
   """Returns the settings that must agree in all processes of an evaluation."""
-  flag_values = {f.name: f.value for f in (_STEP, _SPLIT, _FACTORS, _BATCH, _LIMIT)}
+  flag_values = {
+    f.name: f.value for f in (_STEP, _SPLIT, _FACTORS, _BATCH, _LIMIT, _TASKS)
+  }
   return {"workdir": flags.FLAGS.workdir} | flag_values | cli.overrides()
 
 
