@@ -96,7 +96,8 @@ test-slurm: $(STAMP)
 # A run on tasks of the real lm-evaluation-harness, from files; fails where the extra
 # cannot be installed.
 test-lm-eval: $(STAMP)
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[lm_eval]"
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[lm-eval]"
+	@$(BIN)/python -c "import lm_eval"  # Without it, all would be skipped.
 	$(BIN)/python -m pytest -q -m lm_eval tests/evaluate/test_lm_eval.py $(ARGS)
 
 lint: $(STAMP)

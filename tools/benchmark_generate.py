@@ -2,7 +2,7 @@
 
   python -m tools.benchmark_generate --python=PYTHON [--rows=1,8] [--rounds=5]
 
-PYTHON has torch and transformers (extra hf_test). A model with random weights (12 layers,
+PYTHON has torch and transformers (extra hf-test). A model with random weights (12 layers,
 D 512, 32 experts of width 256, 4 per token, float32) is exported as Qwen3-MoE and loaded
 by both. Each round asks one, then the other, for one new token (prefill), and for all of
 them; the difference is the time of the steps. Both sides are timed around the whole call,
@@ -149,7 +149,7 @@ def check_peer(python: str) -> None:
     last = (done.stderr.strip().splitlines() or ["it failed"])[-1]
     raise UserError(
       f"--python={python} cannot import torch and transformers ({last}). Install them "
-      "with `pip install 'moejax[hf_test]'` there, or name a Python that has them."
+      "with `pip install 'moejax[hf-test]'` there, or name a Python that has them."
     )
 
 

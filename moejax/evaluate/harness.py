@@ -1,7 +1,7 @@
 """EleutherAI's lm-evaluation-harness on a run: its three kinds of requests.
 
 `Adapter` answers them and needs nothing of the harness; `language_model` makes of it what
-the harness takes (extra `lm_eval`), and `register` its `--model moejax`.
+the harness takes (extra `lm-eval`), and `register` its `--model moejax`.
 
 Every text comes after the tokenizer's start, as in training and in generation. Rows are
 padded to a bucket of lengths and to `batch_size` rows, so a task compiles a handful of
@@ -309,7 +309,7 @@ def language_model() -> type[Any]:
   except ImportError as error:
     raise UserError(
       f"--tasks needs lm_eval, which does not import ({error}). Install it with "
-      "`pip install 'moejax[lm_eval]'`."
+      "`pip install 'moejax[lm-eval]'`."
     ) from error
 
   class LanguageModel(Adapter, LM):
