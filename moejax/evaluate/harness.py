@@ -13,6 +13,7 @@ Source: the interface of lm_eval 0.4.13, `lm_eval.api.model.LM`.
 """
 
 import functools
+import importlib.util
 import pickle
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -328,6 +329,7 @@ def language_model() -> type[Any]:
       # The harness gives both to every model.
       del max_batch_size, device
       LM.__init__(self)
+      check_torch(jax.process_count())
       size = 8 if batch_size == "auto" else int(batch_size)
       run = load_run(workdir, None if step is None else int(step))
       Adapter.__init__(self, run, batch_size=size, truncate=truncate)
@@ -344,6 +346,19 @@ def language_model() -> type[Any]:
       _gather(None)
 
   return LanguageModel
+
+
+def check_torch(count: int) -> None:
+  """Checks that the harness can count the requests of several processes.
+
+  Raises:
+    UserError: it cannot: it counts in torch, which its own installation leaves out.
+  """
+  if count > 1 and importlib.util.find_spec("torch") is None:
+    raise UserError(
+      f"--tasks in {count} processes: lm_eval itself needs torch for that. Install it with "
+      "`pip install torch`, or start one process."
+    )
 
 
 def register() -> None:

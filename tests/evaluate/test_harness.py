@@ -143,3 +143,11 @@ def test_truncation_keeps_the_end(log_probs):
   found = short.loglikelihood([ask(context.decode(), "b")])[0][0]
   out = log_probs([*context[-32:]])
   assert found == pytest.approx(out[-1, ord("b")], abs=1e-4)
+
+
+def test_several_processes_without_torch_are_refused(monkeypatch):
+  """The harness would fail only after the model is loaded; one process needs no torch."""
+  monkeypatch.setattr(harness.importlib.util, "find_spec", lambda name: None)
+  harness.check_torch(1)
+  with pytest.raises(UserError, match="--tasks in 2 processes.*pip install torch"):
+    harness.check_torch(2)

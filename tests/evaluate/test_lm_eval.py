@@ -1,7 +1,10 @@
 """The real lm-evaluation-harness on a tiny model and local tasks; `make test-lm-eval`."""
 
+import json
 import os
 import pathlib
+import subprocess
+import sys
 
 import pytest
 
@@ -9,6 +12,7 @@ from moejax.cli import harness as cli
 from moejax.errors import UserError
 from moejax.evaluate import harness
 from tests.evaluate.test_harness import ask, run
+from tests.experiments.test_command_lines import TINY
 
 pytestmark = [
   pytest.mark.lm_eval,
@@ -16,6 +20,7 @@ pytestmark = [
   pytest.mark.filterwarnings("ignore"),
 ]
 TASKS = pathlib.Path(__file__).parent / "tasks"
+ROOT = pathlib.Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="module")
@@ -78,3 +83,34 @@ def test_a_task_that_is_not_here_is_refused(results, tasks, part):
   del results  # Sets the offline switches.
   with pytest.raises(UserError, match=part):
     cli._load(tasks)
+
+
+def test_two_processes_have_the_results_of_one(tmp_path):
+  """Each real process answers every second document; process 0 writes the same file."""
+  pytest.importorskip("torch", reason="lm_eval needs it for several processes")
+  run, flags = tmp_path / "run", [f"--config.{setting}" for setting in TINY]
+  cache = f"--config.data.cache_dir={tmp_path / 'cache'}"
+
+  def call(module: str, *arguments: str) -> None:
+    command = [sys.executable, "-m", module, *arguments]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+
+  call("experiments.train", f"--workdir={run}", cache, *flags)
+  names = ("choice", "perplexity", "generation")
+  asked = [f"--workdir={run}", "--batch_size=2", "--truncate"]
+  asked += ["--tasks=" + ",".join(f"tests/evaluate/tasks/{name}.yaml" for name in names)]
+  found = []
+  for launcher in ([], ["tools.launch_local", "--processes=2", "--", sys.executable, "-m"]):
+    module, *rest = [*launcher, "experiments.evaluate"]
+    output = tmp_path / str(len(found))
+    output.mkdir()
+    call(module, *rest, *asked, f"--output={output}")
+    found.append(json.loads((output / "tasks_4.json").read_text()))
+  one, two = found
+  assert one["n-samples"] == two["n-samples"]
+  assert one["results"].keys() == two["results"].keys() and len(one["results"]) == 3
+  for name, values in one["results"].items():
+    for metric, value in values.items():
+      if isinstance(value, float):
+        assert two["results"][name][metric] == pytest.approx(value, rel=1e-6), metric
