@@ -88,8 +88,9 @@ class Attention(nnx.Module):
     query = self._queries(x)
     key, value = self._keys_and_values(x)
     if self.rotary is not None:
-      query = self.rotary(query, context.positions)
-      key = self.rotary(key, context.positions)
+      limit = None if context.index is None else context.mask.shape[-1]
+      query = self.rotary(query, context.positions, limit)
+      key = self.rotary(key, context.positions, limit)
     if isinstance(cache, KeyValueCache) and context.index is not None:
       start = (0, 0, context.index, 0)
       key, value = key.swapaxes(1, 2), value.swapaxes(1, 2)
