@@ -110,14 +110,13 @@ def generate(
     seed=seed,
     num_samples=num_samples,
   )
-  engine = decoding.Engine(model, params)
   prompts = [prompt for prompt in prompts for _ in range(num_samples)]
-  encoded = [ids for ids in encoded for _ in range(num_samples)]
-  read, asked = None, [None] * len(encoded)
+  asked = [ids for ids in encoded for _ in range(num_samples)]
+  encoded, read = asked, None
   if isinstance(model, EncoderDecoder):
-    read, asked = restoring.padded(model, encoded, max_length), encoded
-    encoded = [[tokenizer.start]] * len(encoded)
-  decoded = engine.run(
+    read = restoring.padded(model, asked, max_length)
+    encoded = [[tokenizer.start]] * len(asked)
+  decoded = decoding.Engine(model, params).run(
     encoded,
     [min(max_tokens, max_length - len(ids)) for ids in encoded],
     how=decoding.Sampling.of(temperature, top_k, top_p),
@@ -127,20 +126,13 @@ def generate(
     streams=[row % num_samples for row in range(len(encoded))],
     read=read,
   )
-  completions = tuple(
-    _completion(
-      tokenizer,
-      prompt,
-      new,
-      is_cut_by_context=len(ids) + len(new) == max_length,
-      asked=seen,
-    )
-    for prompt, ids, new, seen in zip(
-      prompts, encoded, decoded.tokens, asked, strict=True
-    )
-  )
+  completions = []
+  for row, new in enumerate(decoded.tokens):
+    room = max_length - len(encoded[row])
+    seen = None if read is None else asked[row]
+    completions.append(_completion(tokenizer, prompts[row], seen, new, room))
   return Generated(
-    completions=completions,
+    completions=tuple(completions),
     num_tokens=decoded.num_tokens,
     seconds=decoded.step_seconds,
     compile_seconds=decoded.prefill_seconds,
@@ -159,23 +151,27 @@ def allowed_ids(tokenizer: Any, vocab_size: int) -> Bool[np.ndarray, "V"]:
 
 
 def _completion(
-  tokenizer: Any,
-  prompt: str,
-  ids: list[int],
-  *,
-  is_cut_by_context: bool,
-  asked: list[int] | None = None,
+  tokenizer: Any, prompt: str, seen: list[int] | None, new: list[int], room: int
 ) -> Completion:
-  finish = "context" if is_cut_by_context else "max_tokens"
-  if ids and ids[-1] == tokenizer.separator:
-    ids, finish = ids[:-1], "separator"
+  """Returns a sample.
+
+  Args:
+    tokenizer: of the run.
+    prompt: as given.
+    seen: the ids that an encoder reads, if there is one.
+    new: the generated ids.
+    room: ids that would fill the context.
+  """
+  finish = "context" if len(new) == room else "max_tokens"
+  if new and new[-1] == tokenizer.separator:
+    new, finish = new[:-1], "separator"
   filled = None
-  if asked is not None and isinstance(tokenizer, SentinelTokenizer):
-    filled = tokenizer.fill(asked[:-1], ids)
+  if seen is not None and isinstance(tokenizer, SentinelTokenizer):
+    filled = tokenizer.fill(seen[:-1], new)
   return Completion(
     prompt=prompt,
-    text=tokenizer.decode(ids),
-    tokens=tuple(ids),
+    text=tokenizer.decode(new),
+    tokens=tuple(new),
     finish=finish,
     filled=filled,
   )

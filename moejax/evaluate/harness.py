@@ -87,6 +87,11 @@ class Adapter:
       )
     if batch_size < 1:
       raise UserError(f"--batch_size={batch_size} makes no sense: give 1 or more.")
+    if run.model.config.kind == "encoder_decoder":
+      raise UserError(
+        "--tasks: an encoder-decoder restores spans of a text, and tasks ask for what "
+        "follows one. Give a run of a decoder."
+      )
     generation.check_router(run.model)
     self.run, self.tokenizer = run, run.tokenizer
     self.max_length = generation.context_length(run.config)
@@ -356,8 +361,8 @@ def check_torch(count: int) -> None:
   """
   if count > 1 and importlib.util.find_spec("torch") is None:
     raise UserError(
-      f"--tasks in {count} processes: lm_eval itself needs torch for that. Install it with "
-      "`pip install torch`, or start one process."
+      f"--tasks in {count} processes: lm_eval itself needs torch for that. Install it "
+      "with `pip install torch`, or start one process."
     )
 
 

@@ -109,3 +109,23 @@ def test_a_few_rows_are_not_padded_to_sixteen():
   sizes = sizes_for(4, 32)
   assert sizes == (4, 1)
   assert list(cover(sizes)[1]) == [0, 1]
+
+
+def test_the_cache_of_latent_attention_is_its_vectors():
+  """(rank + rotated width) numbers per token and layer, whatever the heads: 3 rows, 24
+  tokens, 2 layers, 12 + 6 floats of 4 bytes. With room for 8 more, of 32 tokens."""
+  model, _ = tiny.model_and_params(
+    model__attention="latent",
+    model__kv_rank=12,
+    model__rope_head_dim=6,
+    model__nope_head_dim=10,
+    model__value_head_dim=14,
+    model__num_layers=2,
+  )
+  flat = model.unrolled
+  for length, make in (
+    (24, lambda: flat.init_cache(3, 24)),
+    (32, lambda: flat.init_cache(3, 24).longer(8)),
+  ):
+    leaves = jax.tree.leaves(jax.eval_shape(make).layers)
+    assert sum(leaf.size * leaf.dtype.itemsize for leaf in leaves) == 3 * length * 2 * 72

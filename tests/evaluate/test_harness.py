@@ -11,7 +11,9 @@ from moejax.data.tokenizer import ByteTokenizer
 from moejax.errors import UserError
 from moejax.evaluate import harness
 from moejax.evaluate.load import LoadedRun
+from moejax.models.make import make_model
 from tests.evaluate import tiny
+from tests.models.test_encoder_decoder import small
 
 TOKENIZER = ByteTokenizer()
 
@@ -134,6 +136,10 @@ def test_what_cannot_be_asked_is_refused(adapter):
     adapter.generate_until([ask("a", {"best_of": 3})])
   with pytest.raises(UserError, match=r"tokenizer\.json"):
     harness.Adapter(run(tokenizer=None))
+  config = small()
+  model = make_model(config.model, config.moe, vocab_size=264)
+  with pytest.raises(UserError, match="an encoder-decoder restores spans"):
+    harness.Adapter(run(model=model))
 
 
 def test_truncation_keeps_the_end(log_probs):

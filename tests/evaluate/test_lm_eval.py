@@ -101,7 +101,10 @@ def test_two_processes_have_the_results_of_one(tmp_path):
   asked = [f"--workdir={run}", "--batch_size=2", "--truncate"]
   asked += ["--tasks=" + ",".join(f"tests/evaluate/tasks/{name}.yaml" for name in names)]
   found = []
-  for launcher in ([], ["tools.launch_local", "--processes=2", "--", sys.executable, "-m"]):
+  for launcher in (
+    [],
+    ["tools.launch_local", "--processes=2", "--", sys.executable, "-m"],
+  ):
     module, *rest = [*launcher, "experiments.evaluate"]
     output = tmp_path / str(len(found))
     output.mkdir()
