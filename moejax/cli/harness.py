@@ -5,12 +5,17 @@ The harness's own command line, with moejax among its models:
   python -m moejax.cli.harness run --model moejax --model_args workdir=RUN --tasks NAME
 """
 
+import hashlib
 import json
 import os
 import pathlib
 from typing import Any
 
+from moejax import files
 from moejax.errors import UserError
+
+_LONGEST = 100
+"""Letters of the tasks in a file's name."""
 
 
 def evaluate(
@@ -55,13 +60,22 @@ def evaluate(
   if results is None:  # Only the first process has them.
     return
   print(utils.make_table(results))
-  file = output / f"tasks_{model.run.step}.json"
+  file = output / f"{_file_name(model.run.step, tasks, limit)}.json"
   kept = {name: results[name] for name in ("results", "versions", "n-samples")}
-  text = json.dumps(
-    {"step": model.run.step, "tasks": tasks} | kept, indent=1, default=str
-  )
-  file.write_text(text + "\n", encoding="utf-8")
+  asked = {"tasks": tasks, "limit": limit, "truncate": truncate}
+  text = json.dumps({"step": model.run.step} | asked | kept, indent=1, default=str)
+  files.write_text(file, text + "\n")
   print(file)
+
+
+def _file_name(step: int, tasks: str, limit: int | None) -> str:
+  """Returns a name without its suffix that says what was asked, so that the results of
+  other tasks stay."""
+  names = "_".join(pathlib.Path(name.strip()).stem for name in tasks.split(","))
+  if len(names) > _LONGEST:
+    names = hashlib.sha256(names.encode()).hexdigest()[:8]
+  first = "" if limit is None else f"_first_{limit}"
+  return f"tasks_{step}_{names.replace(os.sep, '_')}{first}"
 
 
 def _load(tasks: str) -> Any:
@@ -73,15 +87,15 @@ def _load(tasks: str) -> Any:
   from lm_eval.tasks import TaskManager  # pyright: ignore[reportMissingImports]
 
   names = [name.strip() for name in tasks.split(",") if name.strip()]
-  files = [name for name in names if name.endswith((".yaml", ".yml"))]
-  for name in files:
+  paths = [name for name in names if name.endswith((".yaml", ".yml"))]
+  for name in paths:
     if not pathlib.Path(name).is_file():
       raise UserError(f"--tasks={name}: no such file.")
   # Reading all its own tasks takes the harness seconds.
-  manager = TaskManager(include_defaults=len(files) < len(names))
+  manager = TaskManager(include_defaults=len(paths) < len(names))
   known = set(manager.all_tasks)
   for name in names:
-    if name not in files and name not in known:
+    if name not in paths and name not in known:
       raise UserError(
         f"--tasks={name}: lm_eval has no such task. Give a name from `lm_eval ls tasks`, "
         "or a YAML file that describes one."

@@ -7,6 +7,7 @@ import jax
 import numpy as np
 import pytest
 
+from moejax.cli import harness as cli
 from moejax.data.tokenizer import ByteTokenizer
 from moejax.errors import UserError
 from moejax.evaluate import harness
@@ -157,3 +158,12 @@ def test_several_processes_without_torch_are_refused(monkeypatch):
   harness.check_torch(1)
   with pytest.raises(UserError, match="--tasks in 2 processes.*pip install torch"):
     harness.check_torch(2)
+
+
+def test_results_of_other_tasks_have_another_file():
+  """A name of the harness or a file, several, some documents only, and a long list."""
+  names = ("arc_easy", "a/b/choice.yaml", "arc_easy,choice.yaml")
+  found = [cli._file_name(4, name, None) for name in names]
+  assert found == ["tasks_4_arc_easy", "tasks_4_choice", "tasks_4_arc_easy_choice"]
+  assert cli._file_name(4, "arc_easy", 5) == "tasks_4_arc_easy_first_5"
+  assert len(cli._file_name(4, ",".join(["mmlu"] * 60), None)) < 30

@@ -109,7 +109,8 @@ def test_two_processes_have_the_results_of_one(tmp_path):
     output = tmp_path / str(len(found))
     output.mkdir()
     call(module, *rest, *asked, f"--output={output}")
-    found.append(json.loads((output / "tasks_4.json").read_text()))
+    [file] = output.glob("tasks_4_choice_perplexity_generation.json")
+    found.append(json.loads(file.read_text()))
   one, two = found
   assert one["n-samples"] == two["n-samples"]
   assert one["results"].keys() == two["results"].keys() and len(one["results"]) == 3
