@@ -14,8 +14,8 @@ If another user trained the run, the paths in its config are not used:
 --config.data.path must be given if the run has one, and your own cache is used.
 
 --tasks=FILE_OR_NAME,... runs tasks of EleutherAI's lm-evaluation-harness (extra lm-eval)
-instead, and writes DIR/tasks_STEP_NAMES.json; data that is not on this machine is fetched only
-with HF_HUB_OFFLINE=0 HF_DATASETS_OFFLINE=0.
+instead, and writes DIR/tasks_STEP_NAMES.json; data that is not on this machine is fetched
+only with HF_HUB_OFFLINE=0 HF_DATASETS_OFFLINE=0.
 
 Several processes can evaluate together, started as for experiments.train: by
 tools.launch_local, by a cluster, or with JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and
