@@ -1,8 +1,8 @@
 # Two commands do everything: `make train` and `make test`. Each sets up .venv itself.
 #
 #   make train [ARGS="--config.moe.num_experts=16"] [WORKDIR=runs/mine]
-#   make test | test-core | test-all | test-browser | test-slurm | test-matrix | lint |
-#     docs | benchmark | clean
+#   make test | test-core | test-all | test-browser | test-slurm | test-lm-eval |
+#     test-matrix | lint | docs | benchmark | clean
 #
 # PYTHON=3.12, or the path of an interpreter, says what to make .venv with; without it,
 # the newest one that is supported and found on the PATH. VENV=.venv-3.12 puts it
@@ -28,11 +28,12 @@ CORE := tests/routing tests/experts tests/dispatch tests/layers tests/models \
   tests/train/test_optimizer.py tests/checkpoint/test_manager.py tests/evaluate \
   tests/cli tests/config/test_check.py tests/config/test_text.py \
   tests/test_packaging.py
-ANYWHERE := not browser and not slurm
+ANYWHERE := not browser and not slurm and not lm_eval
 FAST := not slow and $(ANYWHERE)
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help setup train test test-core test-all test-browser test-slurm test-matrix lint format \
+.PHONY: help setup train test test-core test-all test-browser test-slurm test-lm-eval \
+  test-matrix lint format \
   docs benchmark clean
 
 help:
@@ -93,6 +94,13 @@ test-slurm: $(STAMP)
 	  echo "error: make test-slurm must run as root: it starts Slurm's daemons." >&2; \
 	  exit 1; }
 	$(BIN)/python -m pytest -q -m slurm tests/sweep $(ARGS)
+
+# A run on tasks of the real lm-evaluation-harness, from files; fails where the extra
+# cannot be installed.
+test-lm-eval: $(STAMP)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[lm-eval]"
+	@$(BIN)/python -c "import lm_eval"  # Without it, all would be skipped.
+	$(BIN)/python -m pytest -q -m lm_eval tests/evaluate/test_lm_eval.py $(ARGS)
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

@@ -84,6 +84,9 @@ HF = ["huggingface_hub>=0.30", "safetensors>=0.5"]
 # For tests that ask Transformers itself; in an environment of their own, if need be.
 HF_TEST = [*HF, "torch>=2.6", "transformers>=5"]
 
+# Tasks of lm-evaluation-harness on a run.
+LM_EVAL = ["lm_eval>=0.4.13"]
+
 # Preparing a TFDS set from its catalogue; reading a prepared one needs none of this.
 TFDS = ["apache-beam>=2.60"]
 
@@ -109,7 +112,8 @@ setup(
     "tpu": TPU,
     "cuda": CUDA,
     "hf": HF,
-    "hf_test": HF_TEST,
+    "hf-test": HF_TEST,
+    "lm-eval": LM_EVAL,
     "report": REPORT,
     "browser": BROWSER,
     "tfds": TFDS,

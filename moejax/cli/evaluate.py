@@ -4,13 +4,18 @@
     [--eval_capacity_factor=1,1.25,2,dropless] [--routing] [--config.data...]
 
 Needs only the run's directory: the config is the checkpoint's, and --config.data...
-overrides it (another text, a longer sequence). Prints tables and writes
-DIR/eval_STEP_SPLIT.json; another capacity, a part of the split and an override each
+overrides it (another text, a longer sequence). A run trained with a capacity is evaluated
+under moe.eval_capacity_factor and under that of training. Prints tables and writes
+DIR/eval_STEP_SPLIT.json; other capacities, a part of the split and an override each
 extend that name. DIR/eval.json, the run's own evaluation, is left unchanged; a note is
 printed if this evaluation contradicts it (docs/evaluation.md).
 
 If another user trained the run, the paths in its config are not used:
 --config.data.path must be given if the run has one, and your own cache is used.
+
+--tasks=FILE_OR_NAME,... runs tasks of EleutherAI's lm-evaluation-harness (extra lm-eval)
+instead, and writes DIR/tasks_STEP_NAMES.json; data that is not on this machine is fetched
+only with HF_HUB_OFFLINE=0 HF_DATASETS_OFFLINE=0.
 
 Several processes can evaluate together, started as for experiments.train: by
 tools.launch_local, by a cluster, or with JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and
@@ -50,7 +55,8 @@ _SPLIT = flags.DEFINE_enum(
 _FACTORS = flags.DEFINE_string(
   "eval_capacity_factor",
   None,
-  "Capacity factors to compare, e.g. 1,1.25,2,dropless; default the config's.",
+  "Capacity factors to compare, e.g. 1,1.25,2,dropless; default the config's, then that "
+  "of training.",
 )
 _BATCH = flags.DEFINE_integer(
   "batch_size",
@@ -69,6 +75,20 @@ _ROUTING = flags.DEFINE_bool(
 _OUTPUT = flags.DEFINE_string(
   "output", None, "Directory for the files, if not the run's."
 )
+_TASKS = flags.DEFINE_string(
+  "tasks",
+  None,
+  "Instead of a split: tasks of lm-evaluation-harness, names or YAML files, separated by "
+  "commas.",
+)
+_TRUNCATE = flags.DEFINE_bool(
+  "truncate",
+  False,
+  "With --tasks: leave out the first tokens of a text that is too long.",
+)
+_TASK_LIMIT = flags.DEFINE_integer(
+  "task_limit", None, "With --tasks: most documents of a task.", lower_bound=1
+)
 
 
 def main() -> None:
@@ -81,6 +101,23 @@ def main() -> None:
   output = _writable(pathlib.Path(_OUTPUT.value or workdir))
   factors = perplexity.parse_capacity_factors(_FACTORS.value) if _FACTORS.value else None
   facts = {f"--{name}": str(value) for name, value in _asked().items()}
+  if _TASKS.value:
+    from moejax.cli import harness
+
+    if cli.overrides():
+      raise UserError(
+        "--tasks asks the run as it was trained: leave out --config flags "
+        f"({', '.join(sorted(cli.overrides()))})."
+      )
+    with distributed.joined(facts=facts):
+      harness.evaluate(
+        *(workdir, output, _TASKS.value),
+        step=_STEP.value,
+        batch_size=_BATCH.value or 8,
+        truncate=_TRUNCATE.value,
+        limit=_TASK_LIMIT.value,
+      )
+    return
   with distributed.joined(facts=facts):
     evaluate(workdir, output, factors)
 
@@ -96,7 +133,9 @@ def _refuse_unread(overrides: Iterable[str]) -> None:
 
 def _asked() -> dict[str, Any]:
   """Returns the settings that must agree in all processes of an evaluation."""
-  flag_values = {f.name: f.value for f in (_STEP, _SPLIT, _FACTORS, _BATCH, _LIMIT)}
+  flag_values = {
+    f.name: f.value for f in (_STEP, _SPLIT, _FACTORS, _BATCH, _LIMIT, _TASKS)
+  }
   return {"workdir": flags.FLAGS.workdir} | flag_values | cli.overrides()
 
 
@@ -121,9 +160,9 @@ def evaluate(
   trained = owner.own_paths(trained, meta.get("owner"), cli.overrides(), workdir)
   config = cli.get_config(base=trained)
   compilation_cache.enable(config.data.cache_dir)
-  factors = factors or (config.moe.eval_capacity_factor,)
   dataset = data.load(config.data, workdir=workdir, store=False)
   model = groups.make_model(config, dataset.tokenizer.vocab_size)
+  factors = factors or _own_factors(model)
   _check(model, dataset, factors)
   perplexity.check_params(model, shapes)
   mesh = make_mesh(perplexity.choose_mesh(config.mesh))
@@ -157,7 +196,7 @@ def evaluate(
   } | evaluation
   evaluation |= perplexity.headline(evaluation, config.moe.eval_capacity_factor)
   if tells:
-    _tell(evaluation, workdir, output, changes, _own_factor(model))
+    _tell(evaluation, workdir, output, changes, _own_factors(model))
   if _ROUTING.value:
     _analyse_routing(what, evaluation, output, changes, tells)
 
@@ -197,12 +236,11 @@ def _check(model: Any, dataset: Any, factors: tuple[float | None, ...]) -> None:
     )
 
 
-def _own_factor(model: Any) -> float | str:
-  """Returns the capacity factor of the run's own evaluation, as used in file names."""
+def _own_factors(model: Any) -> tuple[float | None, ...]:
+  """Returns the capacity factors of an evaluation that asks for none."""
   from moejax.evaluate import perplexity
 
-  factor = model.moe.eval_capacity_factor if model.moe_layers else None
-  return perplexity.DROPLESS if factor is None else factor
+  return perplexity.own_factors(model.moe, bool(model.moe_layers))
 
 
 def _batch_size(config: Any, mesh: Any, factors: Any, tells: bool) -> int:
@@ -242,10 +280,10 @@ def _tell(
   workdir: pathlib.Path,
   output: pathlib.Path,
   changes: list[tuple[str, Any, Any]],
-  own_factor: float | str,
+  own_factors: tuple[float | None, ...],
 ) -> None:
   """Prints the tables, writes the file and notes if the run's eval.json disagrees."""
-  from moejax.evaluate import tables
+  from moejax.evaluate import perplexity, tables
   from moejax.run import results
 
   console = tables.make_console()
@@ -256,7 +294,8 @@ def _tell(
     own = results.read(workdir / results.EVAL_FILE)
     if note := results.disagreement(own, evaluation):
       print(note)
-  file = output / f"{results.name('eval', evaluation, changes, own_factor)}.json"
+  names = [perplexity.spelled(factor) for factor in own_factors]
+  file = output / f"{results.name('eval', evaluation, changes, names)}.json"
   results.write(file, evaluation)
   print(file)
 

@@ -18,7 +18,7 @@ import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Float, Int
 
-from moejax.config import MeshConfig
+from moejax.config import MeshConfig, MoEConfig
 from moejax.config.mesh import mesh_shape
 from moejax.config.ranges import RANGES
 from moejax.errors import ConfigError, UserError
@@ -65,6 +65,23 @@ def parse_capacity_factors(text: str) -> tuple[float | None, ...]:
     if factor not in factors:
       factors.append(factor)
   return tuple(factors)
+
+
+def own_factors(moe: MoEConfig, has_experts: bool) -> tuple[float | None, ...]:
+  """Returns the capacity factors that a run is evaluated under by default.
+
+  The configured one, which represents the run; then that of training, whose drops the
+  first may not have.
+  """
+  if not has_experts:
+    return (None,)
+  factors = moe.eval_capacity_factor, moe.capacity_factor
+  return factors[:1] if factors[1] is None or factors[0] == factors[1] else factors
+
+
+def spelled(factor: float | None) -> float | str:
+  """Returns a capacity factor as files of evaluations have it."""
+  return DROPLESS if factor is None else factor
 
 
 def choose_mesh(mesh: MeshConfig, num_devices: int | None = None) -> MeshConfig:
@@ -162,31 +179,10 @@ def evaluate(
   """
   began = time.perf_counter()
   factors = tuple(capacity_factors) if model.moe_layers else (None,)
-  steps = [make_step(model, mesh, factor) for factor in factors]
-  params = jax.device_put(params, param_shardings(model, mesh))
-  gather = jax.jit(lambda x: x, out_shardings=rules.replicated(mesh))
   token_bytes = np.asarray(dataset.token_bytes, np.int64)
-  totals = _Totals(len(factors), max(len(dataset.domains), 1))
-  pending = None
+  totals = _Totals(len(factors), max(len(dataset.domains), 1), token_bytes)
   batches = device_batches(dataset, split, mesh=mesh, batch_size=batch_size, limit=limit)
-  # Without a mesh in scope, layers would leave the exchange between devices to the
-  # compiler.
-  with jax.set_mesh(mesh):
-    for batch in batches:
-      where = gather(
-        {
-          "targets": batch["targets"],
-          "segment_ids": batch["segment_ids"],
-          "domain": batch["domain"],
-        }
-      )
-      outputs = [step(params, batch) for step in steps]
-      # Fetches the previous batch's losses while this batch is computed.
-      totals.add(pending, token_bytes)
-      pending = (where, outputs)
-      if progress is not None:
-        progress(int(totals.tokens.sum()))
-  totals.add(pending, token_bytes)
+  _run(model, params, batches, mesh, factors, totals, progress or (lambda tokens: None))
   if not totals.tokens.sum():
     raise UserError(
       f"--split={split} has no text in this dataset. Choose another split, or raise "
@@ -201,11 +197,44 @@ def evaluate(
     "seconds": seconds,
     "tokens_per_second": float(totals.tokens.sum()) * len(factors) / seconds,
     "results": [
-      {"eval_capacity_factor": DROPLESS if factor is None else factor}
+      {"eval_capacity_factor": spelled(factor)}
       | totals.result(index, model.moe_layers, dataset.domains)
       for index, factor in enumerate(factors)
     ],
   }
+
+
+def _run(
+  model: Decoder,
+  params: Params,
+  batches: Iterator[EvalBatch],
+  mesh: Mesh,
+  factors: Sequence[float | None],
+  totals: "_Totals",
+  progress: Callable[[int], None],
+) -> None:
+  """Adds all batches, under each capacity factor, to the totals."""
+  steps = [make_step(model, mesh, factor) for factor in factors]
+  params = jax.device_put(params, param_shardings(model, mesh))
+  gather = jax.jit(lambda x: x, out_shardings=rules.replicated(mesh))
+  pending = None
+  # Without a mesh in scope, layers would leave the exchange between devices to the
+  # compiler.
+  with jax.set_mesh(mesh):
+    for batch in batches:
+      where = gather(
+        {
+          "targets": batch["targets"],
+          "segment_ids": batch["segment_ids"],
+          "domain": batch["domain"],
+        }
+      )
+      outputs = [step(params, batch) for step in steps]
+      # Fetches the previous batch's losses while this batch is computed.
+      totals.add(pending)
+      pending = (where, outputs)
+      progress(int(totals.tokens.sum()))
+  totals.add(pending)
 
 
 def headline(evaluation: dict[str, Any], factor: float | None) -> dict[str, Any]:
@@ -215,7 +244,7 @@ def headline(evaluation: dict[str, Any], factor: float | None) -> dict[str, Any]
     evaluation: from `evaluate`.
     factor: the configured one, which represents the run.
   """
-  name = DROPLESS if factor is None else factor
+  name = spelled(factor)
   results = evaluation["results"]
   chosen = [r for r in results if r["eval_capacity_factor"] == name] or results
   keys = ("loss", "bits_per_byte", "dropped_fraction")
@@ -225,13 +254,16 @@ def headline(evaluation: dict[str, Any], factor: float | None) -> dict[str, Any]
 class _Totals:
   """Sums over batches, on the host, in float64 and int64."""
 
-  def __init__(self, num_factors: int, num_domains: int):
+  def __init__(
+    self, num_factors: int, num_domains: int, token_bytes: Int[np.ndarray, "V"]
+  ):
+    self._token_bytes = token_bytes
     self.tokens = np.zeros(num_domains, np.int64)
     self.bytes = np.zeros(num_domains, np.int64)
     self.nll = np.zeros((num_factors, num_domains), np.float64)
     self.stats: list[RouterStats | None] = [None] * num_factors
 
-  def add(self, fetched: Any, token_bytes: Int[np.ndarray, "V"]) -> None:
+  def add(self, fetched: Any) -> None:
     """Adds one batch: its arrays and each factor's (losses, stats); ignores None."""
     if fetched is None:
       return
@@ -241,7 +273,7 @@ class _Totals:
     domain = where["domain"][valid]
     count = functools.partial(np.bincount, domain, minlength=len(self.tokens))
     self.tokens += count()
-    num_bytes = token_bytes[where["targets"][valid]].astype(np.float64)
+    num_bytes = self._token_bytes[where["targets"][valid]].astype(np.float64)
     self.bytes += count(weights=num_bytes).astype(np.int64)
     for index, (losses, stats) in enumerate(outputs):
       self.nll[index] += count(weights=losses[valid].astype(np.float64))

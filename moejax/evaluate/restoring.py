@@ -2,41 +2,38 @@
 
 The prompt has sentinels where spans are to be restored, and ends with the separator; the
 decoder starts with the tokenizer's start. Keys and values that cross-attention reads are
-computed once, from the prompts padded to the context's length.
+computed once, from the prompts padded to a bucket.
 
-Letters: B rows, N tokens that the encoder reads, V vocabulary.
+Letters: B rows, M tokens that the encoder reads.
 """
 
-import functools
 from typing import Any
 
-import jax
+import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Int
 
 from moejax.data.sentinels import SentinelTokenizer
 from moejax.errors import UserError
 from moejax.evaluate import groups
+from moejax.evaluate.buckets import LEAST, power_of_two
+from moejax.models.encoder_decoder import EncoderDecoder
+from moejax.models.output import Cache
 from moejax.types import Params
 
 
-@functools.partial(jax.jit, static_argnames=("model", "length"))
-def read(
-  model: Any,
-  params: Params,
-  tokens: Int[Array, "B 1"],
-  seen: Int[Array, "B N"],
-  segment_ids: Int[Array, "B N"],
-  *,
-  length: int,
-) -> tuple[Float[Array, "B V"], Any]:
-  """Runs encoder and start; returns next-token logits and a cache for `length` tokens."""
-  factor = groups.least_factor(model)
-  cache = model.start(
-    params, seen, length=length, segment_ids=segment_ids, capacity_factor=factor
+def read(model: Any, params: Params, seen: Int[Array, "B M"], *, length: int) -> Cache:
+  """Runs the encoder; returns a cache to decode `length` tokens with.
+
+  Tokens below 0 are padding.
+  """
+  return model.start(
+    params,
+    jnp.maximum(seen, 0),
+    length=length,
+    segment_ids=(seen >= 0).astype(jnp.int32),
+    capacity_factor=groups.least_factor(model),
   )
-  out = model(params, tokens, cache=cache, capacity_factor=factor)
-  return out.logits[:, -1, : model.vocab_size], out.cache
 
 
 def encode(tokenizer: Any, prompt: str, max_length: int) -> list[int]:
@@ -69,8 +66,17 @@ def check_text(prompt: str) -> None:
     ) from None
 
 
-def padded(rows: list[list[int]], length: int) -> Int[np.ndarray, "n N"]:
-  """Returns what the encoder reads, padded with -1 to one length for all prompts."""
+def padded(
+  model: EncoderDecoder, rows: list[list[int]], most: int
+) -> Int[np.ndarray, "n M"]:
+  """Returns what the encoder reads, padded with -1 to a bucket of at most `most`.
+
+  A router that needs a capacity counts a group's padding, so there it is `most`, as
+  in training.
+  """
+  longest, length = max(len(ids) for ids in rows), most
+  if not (model.encoder.moe_layers and model.encoder.router.needs_capacity):
+    length = min(power_of_two(longest, LEAST), most)
   padded = np.full((len(rows), length), -1, np.int32)
   for row, ids in enumerate(rows):
     padded[row, : len(ids)] = ids

@@ -26,6 +26,10 @@ NEAR, NEARER = (0.75, 1.0, 1.25), (0.75, 0.875, 1.0, 1.125, 1.25)
 SMALL_MEAN = 128
 """Up to this mean load, padding costs more than compiling two more loops."""
 
+FEW = (16, 4, 1)
+"""Block sizes where most experts have a row or none, as in a step of generation: one row
+reads its expert's weights, and up to eight cost little more than one."""
+
 LARGEST = 512
 """Larger blocks are no faster per row, and need more padding."""
 
@@ -75,6 +79,8 @@ def sizes_for(num_assignments: int, num_experts: int) -> tuple[int, ...]:
   Three or five are near the mean load, so that under a balanced router most experts
   are one block with little padding; the others keep a skewed load cheap.
   """
+  if num_assignments <= 2 * num_experts:
+    return tuple(size for size in FEW if size < 2 * num_assignments)
   mean = num_assignments / num_experts
   fractions = NEARER if mean <= SMALL_MEAN else NEAR
   near = (math.ceil(fraction * mean / 8) * 8 for fraction in fractions)

@@ -136,8 +136,9 @@ def attend(
     scale: multiplies the logits; None is 1/sqrt(A).
     sinks: a logit per head that takes part in the softmax and has no value.
   """
-  fused = context.index is None and context.is_causal and context.bias is None
-  if fused and target_platform() == "tpu" and block_size(query.shape[1]):
+  uncached = context.index is None
+  is_plain = uncached and context.is_causal and context.bias is None
+  if is_plain and target_platform() == "tpu" and block_size(query.shape[1]):
     kernel = functools.partial(tpu_attention, scale=scale)
     args = (query, key, value, context.segment_ids, sinks)
     if context.windowed is None:
@@ -148,7 +149,9 @@ def attend(
   if context.bias is None:
     implementation = _implementation(query.dtype, query.shape[-1])
   width = value.shape[-1]
-  if sinks is None and (width == query.shape[-1] or implementation == "cudnn"):
+  fused = implementation == "cudnn"
+  # jax's unfused form would transpose the whole cache.
+  if sinks is None and (fused or (uncached and width == query.shape[-1])):
     # jax wants values as wide as keys; zeros mix to zeros.
     missing = query.shape[-1] - width
     if missing:
@@ -166,7 +169,9 @@ def attend(
     return mixed[..., :width] if missing else mixed
   if scale is None:
     scale = float(query.shape[-1] ** -0.5)
-  return plain_attention(query, key, value, context.mask, scale=scale, sinks=sinks)
+  return plain_attention(
+    *(query, key, value, context.mask), scale=scale, sinks=sinks, bias=context.bias
+  )
 
 
 def plain_attention(
@@ -177,6 +182,7 @@ def plain_attention(
   *,
   scale: float,
   sinks: Float[Array, "H"] | None,
+  bias: Float[Array, "1 H S M"] | None = None,
 ) -> Float[Array, "B S H Z"]:
   """Computes attention with all logits in memory; softmax in float32.
 
@@ -189,8 +195,12 @@ def plain_attention(
   logits = jnp.einsum(
     "bsjga,bmja->bjgsm", grouped, key, preferred_element_type=jnp.float32
   )
+  logits = logits * scale
+  if bias is not None:
+    bias = bias.astype(jnp.float32).reshape(1, kv_heads, -1, *bias.shape[2:])
+    logits = logits + bias
   hidden = jnp.finfo(jnp.float32).min
-  logits = jnp.where(mask[:, :, None], logits * scale, hidden)
+  logits = jnp.where(mask[:, :, None], logits, hidden)
   largest = jnp.max(logits, axis=-1, keepdims=True)
   sink = None
   if sinks is not None:
@@ -202,8 +212,11 @@ def plain_attention(
   if sink is not None:
     total = total + jnp.exp(sink - largest)
   weights = (weights / total).astype(value.dtype)
-  mixed = jnp.einsum("bjgsm,bmjz->bsjgz", weights, value)
-  return mixed.reshape(batch, length, heads, value.shape[-1])
+  # Not an einsum: it would swap the operands, and transpose all values of a cache.
+  rows = weights.reshape(batch, kv_heads, -1, key.shape[1])
+  mixed = rows @ value.swapaxes(1, 2)
+  mixed = mixed.reshape(batch, heads, length, value.shape[-1])
+  return mixed.swapaxes(1, 2)
 
 
 def _implementation(dtype: jnp.dtype, width: int) -> Literal["cudnn"] | None:

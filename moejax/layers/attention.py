@@ -88,15 +88,17 @@ class Attention(nnx.Module):
     query = self._queries(x)
     key, value = self._keys_and_values(x)
     if self.rotary is not None:
-      query = self.rotary(query, context.positions)
-      key = self.rotary(key, context.positions)
+      limit = None if context.index is None else context.mask.shape[-1]
+      query = self.rotary(query, context.positions, limit)
+      key = self.rotary(key, context.positions, limit)
     if isinstance(cache, KeyValueCache) and context.index is not None:
-      start = (0, context.index, 0, 0)
+      start = (0, 0, context.index, 0)
+      key, value = key.swapaxes(1, 2), value.swapaxes(1, 2)
       cache = KeyValueCache(
         key=jax.lax.dynamic_update_slice(cache.key, key, start),
         value=jax.lax.dynamic_update_slice(cache.value, value, start),
       )
-      key, value = cache.key, cache.value
+      key, value = cache.key.swapaxes(1, 2), cache.value.swapaxes(1, 2)
     return self._mix(query, key, value, context), cache
 
   def _queries(self, x: Float[Array, "B S D"]) -> Float[Array, "B S H A"]:
@@ -129,7 +131,8 @@ class Attention(nnx.Module):
       scale=self.scale,
       sinks=None if self.sinks is None else self.sinks[...],
     )
-    return project_out(mixed, self.out, self.out_bias)
+    cached = context.index is not None
+    return project_out(mixed, self.out, self.out_bias, cached=cached)
 
   def _norm(self, norm: RMSNorm, x: Float[Array, "B S H A"]) -> Float[Array, "B S H A"]:
     if not self.norm_width:
@@ -151,12 +154,13 @@ class CrossAttention(Attention):
       cache: from `remember`; the same for every token that is decoded.
     """
     assert isinstance(cache, KeyValueCache)
-    return self._mix(self._queries(x), cache.key, cache.value, context), cache
+    key, value = cache.key.swapaxes(1, 2), cache.value.swapaxes(1, 2)
+    return self._mix(self._queries(x), key, value, context), cache
 
   def remember(self, memory: Float[Array, "B M D"]) -> KeyValueCache:
     """Returns keys and values of the encoder's output."""
     key, value = self._keys_and_values(memory)
-    return KeyValueCache(key=key, value=value)
+    return KeyValueCache(key=key.swapaxes(1, 2), value=value.swapaxes(1, 2))
 
 
 def out_bias(config: ModelConfig) -> nnx.Param | None:
@@ -174,10 +178,21 @@ def sinks(config: ModelConfig) -> nnx.Param | None:
 
 
 def project_out(
-  mixed: Float[Array, "B S H Z"], weight: nnx.Param, bias: nnx.Param | None
+  mixed: Float[Array, "B S H Z"],
+  weight: nnx.Param,
+  bias: nnx.Param | None,
+  *,
+  cached: bool = False,
 ) -> Float[Array, "B S D"]:
   """Returns the output projection of all heads."""
-  y = jnp.einsum("bsha,had->bsd", mixed, weight[...].astype(mixed.dtype))
+  matrix = weight[...].astype(mixed.dtype)
+  if cached:
+    # The einsum contracts (a, h), for which XLA:CPU transposes the weight: more work than
+    # the product, if there are few tokens.
+    matrix = matrix.reshape(-1, matrix.shape[-1])
+    y = mixed.reshape(*mixed.shape[:2], -1) @ matrix
+  else:
+    y = jnp.einsum("bsha,had->bsd", mixed, matrix)
   return y if bias is None else y + bias[...].astype(y.dtype)[None, None]
 
 

@@ -14,10 +14,14 @@ from moejax.types import pytree
 
 @pytree
 class KeyValueCache:
-  """Keys and values of one layer (or, stacked, of L layers)."""
+  """Keys and values of one layer (or, stacked, of L layers).
 
-  key: Float[Array, "*l B M J A"]
-  value: Float[Array, "*l B M J A"]
+  Heads come before tokens, as the products of attention read them: with tokens first,
+  XLA:CPU transposes the whole cache in every step.
+  """
+
+  key: Float[Array, "*l B J M A"]
+  value: Float[Array, "*l B J M A"]
 
 
 @pytree
@@ -37,6 +41,6 @@ def empty_cache(config: ModelConfig, batch: int, length: int, *stack: int) -> La
     width = config.kv_rank + config.rope_head_dim
     return LatentCache(latent=jnp.zeros((*stack, batch, length, width), config.dtype))
   heads = config.num_kv_heads or config.num_heads
-  shape = (*stack, batch, length, heads, head_widths(config).query)
+  shape = (*stack, batch, heads, length, head_widths(config).query)
   zeros = jnp.zeros(shape, config.dtype)
   return KeyValueCache(key=zeros, value=zeros)

@@ -111,7 +111,9 @@ class LatentAttention(nnx.Module):
     mix = self.naive
     if cache is not None and self.is_absorbed(query.shape[1], latent.shape[1]):
       mix = self.absorbed
-    return project_out(mix(query, latent, context), self.out, self.out_bias), cache
+    mixed = mix(query, latent, context)
+    cached = cache is not None
+    return project_out(mixed, self.out, self.out_bias, cached=cached), cache
 
   def is_absorbed(self, num_queries: int, num_keys: int) -> bool:
     """Returns whether the absorbed form takes fewer products than the naive one.

@@ -33,12 +33,26 @@ class Rotary:
   """Multiplies rotated entries (YaRN's attention temperature)."""
 
   def __call__(
-    self, x: Float[Array, "B S H A"], positions: Int[Array, "B S"]
+    self,
+    x: Float[Array, "B S H A"],
+    positions: Int[Array, "B S"],
+    limit: int | None = None,
   ) -> Float[Array, "B S H A"]:
-    """Rotates; angles and products are float32, the result has the dtype of x."""
+    """Rotates; angles and products are float32, the result has the dtype of x.
+
+    Args:
+      x: queries or keys.
+      positions: of the tokens.
+      limit: above all positions, if known: then sine and cosine are looked up in a table.
+        XLA:CPU computes them again for each entry of each head.
+    """
     table = self._table()
-    angle = positions.astype(jnp.float32)[:, :, None, None] * table[None, None, None]
-    sin, cos = jnp.sin(angle), jnp.cos(angle)
+    if limit is None:
+      angle = positions.astype(jnp.float32)[:, :, None, None] * table[None, None, None]
+      sin, cos = jnp.sin(angle), jnp.cos(angle)
+    else:
+      angle = jnp.arange(limit, dtype=jnp.float32)[:, None] * table[None]
+      sin, cos = (f(angle)[positions][:, :, None] for f in (jnp.sin, jnp.cos))
     if self.factor != 1.0:
       sin, cos = sin * self.factor, cos * self.factor
     x, passed = (x, None) if self.size == x.shape[-1] else jnp.split(x, [self.size], -1)

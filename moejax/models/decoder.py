@@ -10,7 +10,9 @@ Parameters are a plain dict:
 Letters: B batch, S sequence, D width, V vocabulary, L layers.
 """
 
+import copy
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -87,6 +89,24 @@ class Decoder:
   def pattern(self) -> Pattern:
     """Which layers of the decoder are MoE."""
     return self.stack.pattern
+
+  @functools.cached_property
+  def unrolled(self) -> "Decoder":
+    """The same model with a block of its own for every layer; see `unroll`."""
+    model = copy.copy(self)
+    model.stacks = {name: stack.unrolled() for name, stack in self.stacks.items()}
+    return model
+
+  def unroll(self, params: Params) -> Params:
+    """Returns the parameters for `unrolled`: of each layer by itself.
+
+    A stack costs a copy of each layer's weights whenever the layer is run, which decides
+    the time of a step of one token.
+    """
+    params = dict(params)
+    for name, stack in self.stacks.items():
+      params |= _under(name, stack.unroll(params[name] if name else params))
+    return params
 
   @property
   def moe_layers(self) -> tuple[int, ...]:
@@ -216,6 +236,7 @@ class Decoder:
     train: bool = False,
     capacity_factor: float | None = CONFIGURED,
     cache: Cache | None = None,
+    last_only: bool = False,
     return_served: bool = False,
     batch_chosen: Float[Array, "L E"] | None = None,
     present: Bool[Array, "L E"] | None = None,
@@ -232,6 +253,7 @@ class Decoder:
       train: enables routing noise, and routing groups even if dropless.
       capacity_factor: overrides the configured one; None is dropless.
       cache: keys and values so far; the output has the extended cache.
+      last_only: returns the logits of the last position alone, S = 1.
       return_served: whether to return `served`, for analysis.
       batch_chosen: assignments requested per MoE layer in the whole batch, if this is
         one of its microbatches and `balances_batch`.
@@ -261,6 +283,8 @@ class Decoder:
     if cache is not None:
       cache = dataclasses.replace(cache, layers=layers)
     aux, stats, served = collect(auxes)
+    if last_only:
+      x = x[:, -1:]
     return DecoderOutput(
       logits=embedding.logits(x), aux=aux, stats=stats, cache=cache, served=served
     )

@@ -75,6 +75,7 @@ class EncoderDecoder(Decoder):
     train: bool = False,
     capacity_factor: float | None = CONFIGURED,
     cache: Cache | None = None,
+    last_only: bool = False,
     return_served: bool = False,
     batch_chosen: Float[Array, "L E"] | None = None,
     present: Bool[Array, "L E"] | None = None,
@@ -98,6 +99,7 @@ class EncoderDecoder(Decoder):
       train: as in `Decoder`.
       capacity_factor: as in `Decoder`, of both stacks.
       cache: from `start`.
+      last_only: as in `Decoder`.
       return_served: as in `Decoder`, of the decoder's MoE layers only.
       batch_chosen: as in `Decoder`.
       present: as in `Decoder`.
@@ -153,6 +155,8 @@ class EncoderDecoder(Decoder):
       counts = [jnp.sum(s > 0, dtype=jnp.float32) for s in (segment_ids, seen)]
       encoder_weight = counts[0] / jnp.maximum(counts[1], 1.0)
     aux, stats, served = _joined(auxes, mine, encoder_weight)
+    if last_only:
+      x = x[:, -1:]
     return DecoderOutput(
       logits=embedding.logits(x), aux=aux, stats=stats, cache=cache, served=served
     )
@@ -241,6 +245,7 @@ def _across(context: Context, seen: Int[Array, "B M"]) -> Context:
     positions=context.positions,
     segment_ids=context.segment_ids,
     mask=attend_to_all(context.segment_ids, seen),
+    index=context.index,
     is_causal=False,
   )
 

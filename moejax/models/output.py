@@ -3,6 +3,10 @@
 Letters: B batch, S sequence, M tokens that a cache holds, V vocabulary, L layers.
 """
 
+import dataclasses
+
+import jax
+import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from moejax.layers.cache import KeyValueCache, LayerCache
@@ -31,6 +35,17 @@ class Cache:
   """Tokens written."""
   memory: Memory | None = None
   """Of the encoder, if there is one."""
+
+  def longer(self, count: int) -> "Cache":
+    """Returns the cache with room for so many more tokens."""
+
+    def pad(leaf: Array) -> Array:
+      before = [(0, 0)] * (leaf.ndim - 2)
+      return jnp.pad(leaf, [*before, (0, count), (0, 0)])
+
+    empty = jnp.pad(self.segment_ids, ((0, 0), (0, count)), constant_values=-1)
+    layers = jax.tree.map(pad, self.layers)
+    return dataclasses.replace(self, layers=layers, segment_ids=empty)
 
 
 @pytree

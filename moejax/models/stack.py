@@ -13,6 +13,7 @@ over stacked parameters, so compile time does not grow with depth. Parameters of
 Letters: B batch, S sequence, D width, H heads, R repeats, E experts, L layers.
 """
 
+import copy
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -22,7 +23,7 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int, Key
 
 from moejax.config import ModelConfig, MoEConfig
-from moejax.config.pattern import layer_pattern
+from moejax.config.pattern import Pattern, layer_pattern
 from moejax.config.router import make_router
 from moejax.exchange.base import SAVED_NAME
 from moejax.layers import parameter
@@ -194,6 +195,25 @@ class Stack:
     # Disjoint from the microbatch keys, which fold in the microbatch index.
     keys = jax.random.split(jax.random.fold_in(key, 2**31 - 1), len(self.moe_layers))
     return jax.vmap(lambda key: present_experts(key, self.moe))(keys)
+
+  def unrolled(self) -> "Stack":
+    """Returns the same stack with a block of its own for every layer; see `unroll`."""
+    stack = copy.copy(self)
+    stack.pattern = Pattern(self.pattern.is_moe, (), (), 0)
+    return stack
+
+  def unroll(self, params: Params) -> Params:
+    """Returns the parameters for `unrolled`: the same names, all blocks in the prefix."""
+    blocks: list[Params] = []
+    for part in PARTS:
+      for repeat in range(self.pattern.repeats if part == "unit" else 1):
+        for index in range(len(getattr(self.pattern, part))):
+          block = params[part][str(index)]
+          if part == "unit":
+            block = jax.tree.map(lambda leaf, i=repeat: leaf[i], block)
+          blocks.append(block)
+    prefix = {str(index): block for index, block in enumerate(blocks)}
+    return params | {"prefix": prefix, "unit": {}, "suffix": {}}
 
   def init_cache(self, batch: int, length: int) -> dict[str, dict[str, LayerCache]]:
     """Returns empty caches of self-attention."""

@@ -42,7 +42,7 @@ def name(
   prefix: str,
   evaluation: dict[str, Any],
   changes: Sequence[tuple[str, Any, Any]],
-  own_factor: float | str | None = None,
+  own_factors: Sequence[float | str] = (),
 ) -> str:
   """Returns a file's name without its suffix: equal exactly for equal settings.
 
@@ -50,11 +50,11 @@ def name(
     prefix: eval or routing.
     evaluation: has step, split, tokens, split_tokens and, if any, `results`.
     changes: fields that differ from the run's: (name, the run's value, this one).
-    own_factor: the capacity factor of the run's own evaluation.
+    own_factors: the capacity factors of the run, which an evaluation has by default.
   """
   parts = [prefix, str(evaluation["step"]), evaluation["split"]]
   factors = [result["eval_capacity_factor"] for result in evaluation.get("results", [])]
-  if factors != [own_factor] and factors:
+  if factors != list(own_factors) and factors:
     parts += ["capacity", *(_factor(factor) for factor in factors)]
   if evaluation["tokens"] < evaluation["split_tokens"]:
     parts += ["first", str(evaluation["tokens"])]

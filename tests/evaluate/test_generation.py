@@ -1,6 +1,7 @@
 """Generation: the cache changes nothing, sampling obeys, prompts are checked."""
 
 import dataclasses
+import functools
 from typing import Any
 
 import jax
@@ -10,7 +11,7 @@ import pytest
 
 from moejax.data.tokenizer import ByteTokenizer
 from moejax.errors import UserError
-from moejax.evaluate import generation
+from moejax.evaluate import decoding, generation
 from tests.evaluate import tiny
 
 TOKENIZER = ByteTokenizer()
@@ -94,14 +95,14 @@ def test_seed_decides():
 def test_other_settings_do_not_compile_again():
   """Temperature, top-k, top-p and seed are values of one compiled loop."""
   _generate(["abcd"], num_samples=3)
-  compiled: Any = generation._decode
+  compiled = decoding.programs("cpu")[1]
   before = compiled._cache_size()
   _generate(["dcba"], num_samples=3, temperature=0.3, top_k=2, top_p=0.5, seed=9)
   assert compiled._cache_size() == before
 
 
 def _how(temperature=1.0, top_k=264, top_p=1.0):
-  return generation.Sampling(
+  return decoding.Sampling(
     temperature=jnp.float32(temperature),
     top_k=jnp.int32(top_k),
     top_p=jnp.float32(top_p),
@@ -111,7 +112,7 @@ def _how(temperature=1.0, top_k=264, top_p=1.0):
 @jax.jit
 def _draws(logits, allowed, how):
   keys = jax.random.split(jax.random.key(0), 2000)
-  draw = jax.vmap(generation.sample_token, (None, None, 0, None))
+  draw = jax.vmap(decoding.sample_token, (None, None, 0, None))
   return draw(logits, allowed, keys, how)
 
 
@@ -157,7 +158,7 @@ def test_ties_and_forbidden_ids():
 
 def test_unused_ids_of_the_vocabulary_are_never_sampled():
   """Ids 257 to 263 of the bytes tokenizer stand for nothing."""
-  allowed = generation._allowed(TOKENIZER, 264)
+  allowed = generation.allowed_ids(TOKENIZER, 264)
   np.testing.assert_array_equal(allowed, np.arange(264) <= TOKENIZER.separator)
 
 
@@ -168,6 +169,13 @@ class _Stubborn:
     self.model, self.moe, self.moe_layers = model, model.moe, model.moe_layers
     self.vocab_size, self.init_cache = model.vocab_size, model.init_cache
     self.router = model.router
+
+  @functools.cached_property
+  def unrolled(self):
+    return _Stubborn(self.model.unrolled)
+
+  def unroll(self, params):
+    return params | {"model": self.model.unroll(params["model"])}
 
   def __call__(self, params, *args, **kwargs):
     out = self.model(params["model"], *args, **kwargs)

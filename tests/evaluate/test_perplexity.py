@@ -6,7 +6,7 @@ import jax
 import numpy as np
 import pytest
 
-from moejax.config import MeshConfig
+from moejax.config import MeshConfig, MoEConfig
 from moejax.errors import ConfigError, UserError
 from moejax.evaluate import groups, perplexity
 from moejax.exchange import run as exchange
@@ -183,3 +183,22 @@ def test_the_mesh_is_the_runs_own_where_it_fits():
   trained = MeshConfig(data=2, expert=4)
   assert perplexity.choose_mesh(trained, 8) == trained
   assert perplexity.choose_mesh(trained, 1) == MeshConfig()
+
+
+@pytest.mark.parametrize(
+  ("trained", "evaluated", "wanted"),
+  [
+    (1.25, None, (None, 1.25)),
+    (1.25, 2.0, (2.0, 1.25)),
+    (2.0, 2.0, (2.0,)),
+    (None, None, (None,)),
+    (None, 2.0, (2.0,)),
+  ],
+)
+def test_the_capacity_of_training_is_evaluated_beside_the_runs_own(
+  trained, evaluated, wanted
+):
+  """Each once, the one that represents the run first; none without MoE layers."""
+  moe = MoEConfig(capacity_factor=trained, eval_capacity_factor=evaluated)
+  assert perplexity.own_factors(moe, True) == wanted
+  assert perplexity.own_factors(moe, False) == (None,)

@@ -10,7 +10,8 @@ import pytest
 from moejax.data.sentinels import with_sentinels
 from moejax.data.tokenizer import ByteTokenizer
 from moejax.errors import UserError
-from moejax.evaluate import generation
+from moejax.evaluate import decoding, generation, restoring
+from moejax.layers.attention import CrossAttention
 from moejax.models.make import make_model
 from tests.models.test_encoder_decoder import small
 
@@ -98,3 +99,39 @@ def test_the_encoder_may_look_ahead_and_still_generate(config, tokenizer):
     *(model, params, tokenizer, ["ab"]), max_length=16, max_tokens=2, temperature=0
   )
   assert len(done.completions[0].tokens) <= 2
+
+
+def test_what_the_encoder_wrote_is_projected_once(model, params, tokenizer, monkeypatch):
+  """Keys and values for cross-attention: traced once per block of the decoder, before the
+  loop, though 7 tokens are decoded; and again only for another bucket."""
+  calls = []
+  project = CrossAttention.remember
+
+  def counted(self, memory):
+    calls.append(memory.shape[1])
+    return project(self, memory)
+
+  monkeypatch.setattr(CrossAttention, "remember", counted)
+  made = make_model(model.config, model.moe, vocab_size=model.vocab_size)
+  how = {"max_length": 64, "max_tokens": 7, "temperature": 0}
+  engine = decoding.Engine(made, params)
+  monkeypatch.setattr(decoding, "Engine", lambda model, params: engine)
+  for prompts in (PROMPTS[:1], ["abcd"], ["x" * 20]):
+    generation.generate(made, params, tokenizer, prompts, **how)
+  assert calls == [16] * 4 + [32] * 4
+
+
+def test_an_encoder_with_a_capacity_reads_a_text_of_the_length_of_training(config):
+  """Slots are a share of the group, so a shorter bucket would have fewer."""
+  made = {}
+  for router in ("", "expert_choice"):
+    other = copy.deepcopy(config)
+    other.moe.encoder_router = router
+    made[router] = make_model(other.model, other.moe, vocab_size=300)
+  rows = [[1, 2, 3], [4]]
+  wanted = np.asarray([[1, 2, 3], [4, -1, -1]])
+  for router, length in (("", 16), ("expert_choice", 50)):
+    padded = restoring.padded(made[router], rows, 50)
+    assert padded.shape == (2, length)
+    np.testing.assert_array_equal(padded[:, :3], wanted)
+    assert (padded[:, 3:] == -1).all()

@@ -112,6 +112,9 @@ def test_no_evaluation_replaces_the_runs_own_or_another(workdir):
   found = {p.stem: json.loads(p.read_text()) for p in folder.glob("eval_*.json")}
   newest, earlier = found.pop("eval_4_validation"), found.pop("eval_2_validation")
   assert newest["loss"] == pytest.approx(json.loads(own)["loss"], rel=1e-6)
+  dropless, trained = newest["results"]
+  assert dropless["loss"] == newest["loss"]
+  assert trained["eval_capacity_factor"] == 1.25 and trained["dropped_fraction"] > 0
   assert earlier["loss"] != newest["loss"] and earlier["tokens"] == newest["tokens"]
   part = found.pop("eval_4_validation_capacity_0.25_first_256")
   assert part["tokens"] == 8 * 32 < part["split_tokens"] == newest["tokens"]

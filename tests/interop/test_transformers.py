@@ -1,6 +1,6 @@
 """Against Transformers itself, in many variants of each architecture.
 
-Needs torch and transformers (extra hf_test), in this Python or in another one:
+Needs torch and transformers (extra hf-test), in this Python or in another one:
 
   MOEJAX_TRANSFORMERS_PYTHON=PYTHON pytest tests/interop/test_transformers.py
 """

@@ -15,7 +15,7 @@ from moejax.config.check import validate
 from moejax.config.pattern import fold, layer_pattern
 from moejax.cost.parameters import count_parameters
 from moejax.errors import ConfigError
-from moejax.evaluate import generation
+from moejax.evaluate import decoding
 from moejax.models.decoder import Decoder
 from moejax.models.loss import cross_entropy
 
@@ -132,7 +132,10 @@ def test_a_padded_vocabulary_changes_no_prediction():
   )
   logits = padded(params, IDS).logits
   assert logits.shape[-1] == 24 and bool(jnp.all(logits[..., V:] == -jnp.inf))
-  last, _ = generation._prefill(padded, params, IDS, length=S)
+  positions = jnp.broadcast_to(jnp.arange(S, dtype=jnp.int32), IDS.shape)
+  last, _ = decoding._prefill(
+    padded, params, IDS, positions, decoding._empty_cache(padded, 2, S)
+  )
   assert last.shape == (2, V)
 
 

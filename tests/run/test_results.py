@@ -19,7 +19,7 @@ _OWN = {"step": 4, "split": "test", "tokens": 100, "bytes": 90}
 
 
 def _name(changes=(), own=2.0, **other) -> str:
-  return results.name("eval", _EVALUATION | other, changes, own)
+  return results.name("eval", _EVALUATION | other, changes, [own])
 
 
 def test_the_runs_own_settings_have_the_plain_name():

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from moejax.config import Config
 from moejax.config.pattern import layer_pattern
-from moejax.evaluate.perplexity import DROPLESS, parse_capacity_factors
+from moejax.evaluate.perplexity import own_factors, parse_capacity_factors, spelled
 from moejax.run import results
 from moejax.sweep.execution import local, shapes, states
 from moejax.sweep.execution.view import View
@@ -23,22 +23,18 @@ def result_file(path: Path, config: Config, split: str, factors: str | None) -> 
     split: --split.
     factors: --eval_capacity_factor; None is the run's own.
   """
-  own = config.moe.eval_capacity_factor
-  wanted = (own,) if factors is None else parse_capacity_factors(factors)
+  own = own_factors(config.moe, _has_experts(config))
+  wanted = own if factors is None else parse_capacity_factors(factors)
   evaluation = {
     "step": config.train.num_steps,
     "split": split,
     # Equal, since the whole split is evaluated.
     "tokens": 1,
     "split_tokens": 1,
-    "results": [{"eval_capacity_factor": _spelled(factor)} for factor in wanted],
+    "results": [{"eval_capacity_factor": spelled(factor)} for factor in wanted],
   }
-  own_factor = _spelled(own if _has_experts(config) else None)
-  return path / f"{results.name('eval', evaluation, [], own_factor)}.json"
-
-
-def _spelled(factor: float | None) -> float | str:
-  return DROPLESS if factor is None else factor
+  names = [spelled(factor) for factor in own]
+  return path / f"{results.name('eval', evaluation, [], names)}.json"
 
 
 def _has_experts(config: Config) -> bool:
