@@ -76,6 +76,7 @@ class EncoderDecoder(Decoder):
     capacity_factor: float | None = CONFIGURED,
     cache: Cache | None = None,
     return_served: bool = False,
+    return_routes: bool = False,
     batch_chosen: Float[Array, "L E"] | None = None,
     present: Bool[Array, "L E"] | None = None,
     step: Int[Array, ""] | None = None,
@@ -99,6 +100,7 @@ class EncoderDecoder(Decoder):
       capacity_factor: as in `Decoder`, of both stacks.
       cache: from `start`.
       return_served: as in `Decoder`, of the decoder's MoE layers only.
+      return_routes: likewise.
       batch_chosen: as in `Decoder`.
       present: as in `Decoder`.
       step: as in `Decoder`.
@@ -113,6 +115,7 @@ class EncoderDecoder(Decoder):
       train=train,
       capacity_factor=factor_of(self.moe, capacity_factor, train=train),
       return_served=return_served,
+      return_routes=return_routes,
     )
     memory, read, auxes, seen = None, None, [], None
     if cache is None:
@@ -152,9 +155,9 @@ class EncoderDecoder(Decoder):
     if encoder_weight is None:
       counts = [jnp.sum(s > 0, dtype=jnp.float32) for s in (segment_ids, seen)]
       encoder_weight = counts[0] / jnp.maximum(counts[1], 1.0)
-    aux, stats, served = _joined(auxes, mine, encoder_weight)
+    aux, stats, asked = _joined(auxes, mine, encoder_weight)
     return DecoderOutput(
-      logits=embedding.logits(x), aux=aux, stats=stats, cache=cache, served=served
+      logits=embedding.logits(x), aux=aux, stats=stats, cache=cache, **asked
     )
 
   def start(
@@ -211,7 +214,9 @@ class EncoderDecoder(Decoder):
       own = self.encoder.moe.eval_capacity_factor
       fixed = self.encoder.router.fixed_slots
       factor = own if factor is None or fixed else factor
-    options = dataclasses.replace(options, capacity_factor=factor, return_served=False)
+    options = dataclasses.replace(
+      options, capacity_factor=factor, return_served=False, return_routes=False
+    )
     length = tokens.shape[1]
     if positions is None:
       row = jnp.arange(length, dtype=jnp.int32)
@@ -247,15 +252,15 @@ def _across(context: Context, seen: Int[Array, "B M"]) -> Context:
 
 def _joined(
   encoder: list[MoEAux], decoder: list[MoEAux], weight: Float[Array, ""] | float
-) -> tuple[dict[str, Float[Array, ""]], RouterStats | None, Any]:
+) -> tuple[dict[str, Float[Array, ""]], RouterStats | None, dict[str, Any]]:
   """Joins what both stacks report, the encoder's MoE layers first."""
   losses, stats, _ = collect(encoder)
   losses = {name: value * weight for name, value in losses.items()}
-  own, own_stats, served = collect(decoder)
+  own, own_stats, asked = collect(decoder)
   for name, value in own.items():
     losses[name] = losses[name] + value if name in losses else value
   if stats is None or own_stats is None:
-    return losses, own_stats if stats is None else stats, served
+    return losses, own_stats if stats is None else stats, asked
   # Sums that only the router of one stack has are 0 in the other.
   sums = {**stats.extra, **own_stats.extra}
 
@@ -268,4 +273,4 @@ def _joined(
     return dataclasses.replace(stats, extra=extra)
 
   both = jax.tree.map(lambda *a: jnp.concatenate(a), filled(stats), filled(own_stats))
-  return losses, both, served
+  return losses, both, asked

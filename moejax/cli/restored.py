@@ -1,0 +1,138 @@
+"""A trained run on the devices, with a text to read: what an analysis begins with.
+
+Nothing here imports jax before the flags are checked.
+"""
+
+import dataclasses
+import pathlib
+from typing import Any
+
+from moejax.cli import flags as cli
+from moejax.errors import UserError
+from moejax.run import compilation_cache
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Request:
+  """What the command line asks for."""
+
+  workdir: pathlib.Path
+  step: int | None
+  """None is the newest checkpoint."""
+  split: str
+  text: str | None
+  """A file or folder that is read whole in place of the run's dataset."""
+  batch_size: int
+  """At least; 0 is a microbatch of training."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Run:
+  """A model with its parameters, and a text."""
+
+  config: Any
+  model: Any
+  params: Any
+  """Sharded over the mesh."""
+  dataset: Any
+  split: str
+  mesh: Any
+  batch_size: int
+  """Whole routing groups on each device."""
+  facts: dict[str, Any]
+  """Which run, step and text."""
+  tells: bool
+  """Whether this process prints and writes."""
+
+  def arguments(self) -> dict[str, Any]:
+    """Returns the arguments that every pass over the text takes."""
+    names = ("model", "params", "dataset", "split", "mesh", "batch_size")
+    return {name: getattr(self, name) for name in names}
+
+
+def restore(request: Request) -> Run:
+  """Restores a run; called in every process of a job.
+
+  Raises:
+    UserError: no MoE layer, an encoder, no text, or no such checkpoint.
+  """
+  import jax
+
+  from moejax import data
+  from moejax.checkpoint.manager import peek, restore_params
+  from moejax.evaluate import groups, perplexity
+  from moejax.launch import host_memory
+  from moejax.models.placement import param_shardings
+  from moejax.run import owner
+  from moejax.run import workdir as workdir_lib
+  from moejax.sharding.mesh import make_mesh
+
+  host_memory.keep_freed_pages()
+  workdir = request.workdir
+  shapes, trained, meta = peek(workdir, request.step)
+  trained = owner.own_paths(trained, meta.get("owner"), cli.overrides(), workdir)
+  config, split = cli.get_config(base=_over(trained, request)), request.split
+  if request.text:
+    split = "train"
+  compilation_cache.enable(config.data.cache_dir)
+  dataset = data.load(config.data, workdir=workdir, store=False)
+  model = groups.make_model(config, dataset.tokenizer.vocab_size)
+  _check(model, dataset, split, request)
+  perplexity.check_params(model, shapes)
+  mesh = make_mesh(perplexity.choose_mesh(config.mesh))
+  factors = (groups.least_factor(model), config.moe.capacity_factor)
+  batch_size = groups.batch_size(config, mesh, factors, request.batch_size)
+  # Restored directly into shards, so that no device holds the whole model.
+  params, _, meta = restore_params(workdir, request.step, param_shardings(model, mesh))
+  changes = workdir_lib.refused_changes(trained, config)
+  return Run(
+    config=config,
+    model=model,
+    params=params,
+    dataset=dataset,
+    split=split,
+    mesh=mesh,
+    batch_size=batch_size,
+    facts={
+      "workdir": str(workdir),
+      "step": meta["step"],
+      "split": split,
+      "text": request.text,
+      "split_tokens": dataset.num_tokens(split),
+      "dataset_fingerprint": dataset.fingerprint,
+      "is_training_dataset": dataset.fingerprint == meta.get("dataset_fingerprint"),
+      "changed": {field: now for field, _, now in changes},
+    },
+    tells=jax.process_index() == 0,
+  )
+
+
+def _over(trained: Any, request: Request) -> Any:
+  """Returns the run's config, with the text in place of its dataset."""
+  if not request.text:
+    return trained
+  data = dataclasses.replace(
+    trained.data,
+    name="text",
+    path=str(pathlib.Path(request.text).resolve()),
+    validation_fraction=0.0,
+    test_fraction=0.0,
+  )
+  return dataclasses.replace(trained, data=data)
+
+
+def _check(model: Any, dataset: Any, split: str, request: Request) -> None:
+  """Rejects, before reading parameters, what cannot be analyzed."""
+  if not model.moe_layers:
+    raise UserError(
+      f"--workdir={request.workdir}: this model has no MoE layer, so nothing is routed."
+    )
+  if model.config.kind == "encoder_decoder":
+    raise UserError(
+      f"--workdir={request.workdir} is an encoder-decoder, which routes two texts, and "
+      "only a decoder can be analyzed yet. The loads of all its layers are in what "
+      "experiments.evaluate writes."
+    )
+  if not dataset.num_tokens(split):
+    what = f"--text={request.text}" if request.text else f"--split={split}"
+    raise UserError(f"{what} has no text. Give another one.")
