@@ -107,21 +107,18 @@ def decide(
   def grouped(x: Any) -> Any:
     return None if x is None else x.reshape(groups, -1, *x.shape[2:])
 
-  shared = RouterInputs(
-    logits=recorded.logits[0],
-    valid=grouped(recorded.valid),
-    token_ids=grouped(recorded.token_ids),
-    positions=grouped(recorded.positions),
-    assigned=grouped(recorded.assigned),
-  )
-
   def layer(logits: Float[Array, "B S E"], own: dict[str, Array]) -> Routes:
-    logits = grouped(logits)
+    inputs = RouterInputs(
+      logits=grouped(logits),
+      valid=grouped(recorded.valid),
+      token_ids=grouped(recorded.token_ids),
+      positions=grouped(recorded.positions),
+      assigned=grouped(recorded.assigned),
+    )
 
     def route(group: RouterInputs) -> Any:
       return router(dataclasses.replace(group, params=own), policy)
 
-    routing = jax.vmap(route)(dataclasses.replace(shared, logits=logits))
-    return routes_of(logits, routing, batch, length)
+    return routes_of(inputs.logits, jax.vmap(route)(inputs), batch, length)
 
   return jax.vmap(layer)(recorded.logits, params)
