@@ -134,7 +134,9 @@ def knock_out(
   )
 
 
-def _batch(run: Layerwise, batch: Any, sets: Sets, fallback: str) -> tuple[Any, dict[int, Any]]:
+def _batch(
+  run: Layerwise, batch: Any, sets: Sets, fallback: str
+) -> tuple[Any, dict[int, Any]]:
   """Returns each sequence's loss: as it is, and by layer for each set."""
   experts, found = run.model.moe.fine_experts, {}
   x, inputs = run.begin(batch)

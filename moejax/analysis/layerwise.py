@@ -27,7 +27,6 @@ from moejax.models.stack import Place
 from moejax.sharding import rules
 from moejax.types import Params, pytree
 
-
 Mask = Bool[Array | np.ndarray, "E"]
 
 

@@ -31,9 +31,7 @@ _GRAM_TOKENS = 256
 """Tokens of a batch whose outputs are compared with each other."""
 
 
-def hsic(
-  outputs: Float[Array, "E n D"], valid: Bool[Array, "n"]
-) -> Float[Array, "E E"]:
+def hsic(outputs: Float[Array, "E n D"], valid: Bool[Array, "n"]) -> Float[Array, "E E"]:
   """Returns the unbiased HSIC of every two experts' outputs, with linear kernels.
 
   Song et al. 2012, equation 5: for kernels K and L with zero diagonal and n tokens,
@@ -113,9 +111,7 @@ def probe(
       for layer, before, _ in run.to_moe_layers(x, inputs):
         _, routes = run.feed(layer, before, inputs)
         assert routes is not None
-        what = look(
-          *run.read(layer, before, inputs), routes.served, batch["segment_ids"]
-        )
+        what = look(*run.read(layer, before, inputs), routes.served, batch["segment_ids"])
         found = [np.asarray(a, np.float64) for a in jax.device_get(what)]
         old = totals.get(layer, [0.0, 0.0, 0.0])
         totals[layer] = [old[0] + found[0], np.maximum(old[1], found[1]), found[2]]

@@ -9,7 +9,6 @@ Letters: L MoE layers, E experts, K choices per token.
 """
 
 import copy
-import dataclasses
 import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence

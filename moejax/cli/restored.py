@@ -17,8 +17,8 @@ class Request:
   """What the command line asks for."""
 
   workdir: pathlib.Path
-  step: int | None
-  """None is the newest checkpoint."""
+  steps: str | None
+  """all, or numbers separated by commas; None is the newest."""
   split: str
   text: str | None
   """A file or folder that is read whole in place of the run's dataset."""
@@ -39,6 +39,8 @@ class Run:
   mesh: Any
   batch_size: int
   """Whole routing groups on each device."""
+  steps: tuple[int, ...]
+  """The checkpoints asked for; the parameters are those of the last one."""
   facts: dict[str, Any]
   """Which run, step and text."""
   tells: bool
@@ -48,6 +50,14 @@ class Run:
     """Returns the arguments that every pass over the text takes."""
     names = ("model", "params", "dataset", "split", "mesh", "batch_size")
     return {name: getattr(self, name) for name in names}
+
+  def token_counts(self) -> Any:
+    """Returns how often each id of the model occurs in the text: int64 [V]."""
+    import numpy as np
+
+    counts, size = self.dataset.token_counts(self.split), self.model.vocab_size
+    # The model may have more ids than the tokenizer.
+    return np.pad(counts, (0, max(size - len(counts), 0)))[:size]
 
 
 def restore(request: Request) -> Run:
@@ -68,8 +78,8 @@ def restore(request: Request) -> Run:
   from moejax.sharding.mesh import make_mesh
 
   host_memory.keep_freed_pages()
-  workdir = request.workdir
-  shapes, trained, meta = peek(workdir, request.step)
+  workdir, steps = request.workdir, _steps(request)
+  shapes, trained, meta = peek(workdir, steps[-1] if steps else None)
   trained = owner.own_paths(trained, meta.get("owner"), cli.overrides(), workdir)
   config, split = cli.get_config(base=_over(trained, request)), request.split
   if request.text:
@@ -83,7 +93,8 @@ def restore(request: Request) -> Run:
   factors = (groups.least_factor(model), config.moe.capacity_factor)
   batch_size = groups.batch_size(config, mesh, factors, request.batch_size)
   # Restored directly into shards, so that no device holds the whole model.
-  params, _, meta = restore_params(workdir, request.step, param_shardings(model, mesh))
+  shardings = param_shardings(model, mesh)
+  params, _, meta = restore_params(workdir, steps[-1] if steps else None, shardings)
   changes = workdir_lib.refused_changes(trained, config)
   return Run(
     config=config,
@@ -93,6 +104,7 @@ def restore(request: Request) -> Run:
     split=split,
     mesh=mesh,
     batch_size=batch_size,
+    steps=steps,
     facts={
       "workdir": str(workdir),
       "step": meta["step"],
@@ -105,6 +117,34 @@ def restore(request: Request) -> Run:
     },
     tells=jax.process_index() == 0,
   )
+
+
+def _steps(request: Request) -> tuple[int, ...]:
+  """Returns the checkpoints asked for, ascending; empty is the newest.
+
+  Raises:
+    UserError: no such checkpoint, or no number.
+  """
+  from moejax.checkpoint.params import checkpoint_directory
+  from moejax.run.files import list_steps
+
+  there = list_steps(checkpoint_directory(request.workdir))
+  if not request.steps:
+    return ()
+  if request.steps == "all":
+    return tuple(there)
+  try:
+    steps = sorted({int(word) for word in request.steps.split(",")})
+  except ValueError:
+    raise UserError(
+      f"--steps={request.steps}: give numbers separated by commas, or all."
+    ) from None
+  if missing := [step for step in steps if step not in there]:
+    known = ", ".join(map(str, there))
+    raise UserError(
+      f"--steps={request.steps}: there is no checkpoint {missing[0]}. There are {known}."
+    )
+  return tuple(steps)
 
 
 def _over(trained: Any, request: Request) -> Any:

@@ -64,7 +64,9 @@ def test_the_first_layer_is_decided_as_the_model_does(run, setting):
   config = replay.configured(tiny.config(**_RUN), setting)
   model = groups.make_model(config, 264)
   want = _routes(model, params, _batch(), config.moe.capacity_factor)
-  found = jax.jit(lambda r, o: decide.decide(config.moe, r, o, setting["capacity_factor"]))
+  found = jax.jit(
+    lambda r, o: decide.decide(config.moe, r, o, setting["capacity_factor"])
+  )
   got = found(recorded, own)
   assert got.kept.shape == want.kept.shape
   np.testing.assert_array_equal(got.kept[0], want.kept[0])

@@ -6,8 +6,8 @@ Source: OLMoE, arXiv:2409.02060, section 5.2: mean over tokens of |E_t(x) & E_T(
 
 from typing import Any
 
-from jaxtyping import Int
 import numpy as np
+from jaxtyping import Int
 
 
 def saturation(
