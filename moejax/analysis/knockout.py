@@ -3,8 +3,8 @@
 No measure that only looks at a router has been found to predict this (arXiv:2606.10703),
 so it is measured: each expert in turn, or sets of them, on the whole text.
 
-  next_best  the router cannot choose the expert; its tokens go to their next best. Exactly
-             a run in which the expert's logit is -inf
+  next_best  the router cannot choose the expert; its tokens go to their next best.
+             Exactly a run in which the expert's logit is -inf
   none       the expert computes zero; choices and gates stay
 
 Layers below the removed expert are computed once, and so is the attention of its own

@@ -42,7 +42,7 @@ def next_best():
 
 @pytest.fixture(scope="module")
 def biased():
-  """(set of a layer) -> each sequence's loss in a run whose router has bias -1e9 there."""
+  """A layer's set -> each sequence's loss in a run whose router has bias -1e9 there."""
   plain, params = tiny.model_and_params(**_CHANGES)
   config = tiny.config(**_CHANGES, moe__router_bias=True)
   model = Decoder(config.model, config.moe, vocab_size=plain.vocab_size)

@@ -35,7 +35,7 @@ def test_cka_is_one_for_a_rotation_and_near_zero_for_noise():
 
 
 def test_hsic_is_the_mean_over_distinct_tokens():
-  """The U-statistic by its definition: four different tokens at a time; one is padding."""
+  """The U-statistic by its definition: four different tokens; the last is padding."""
   rng = np.random.default_rng(1)
   outputs = rng.normal(size=(2, 6, 3))
   valid = np.array([True] * 5 + [False])

@@ -54,7 +54,7 @@ def test_rows_are_the_tokens_in_stored_order(recorded):
 
 
 def test_batches_come_back_in_any_size(recorded):
-  """Recorded four sequences at a time and read in eight: the same logits, then padding."""
+  """Recorded four sequences at a time, read eight at a time: the same logits."""
   model, _, path, kept = recorded
   (batch,) = trace.read(path, model, batch_size=8, length=tiny.LENGTH)
   logits = np.concatenate([routes.logits for routes, _ in kept], axis=1)

@@ -10,8 +10,8 @@ import numpy as np
 from jaxtyping import Float
 
 PERCENTILE, OF_MAXIMUM = 99.5, 0.1
-"""An expert is called super if its largest output is above this percentile of all experts'
-and above this part of the largest."""
+"""A super expert's largest output is above this percentile of those of all experts, and
+above this part of the largest."""
 
 
 def super_experts(
