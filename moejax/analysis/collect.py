@@ -134,6 +134,7 @@ def collect(
     for batch in batches:
       tables, sums, routes = step(params, tables, batch)
       if visit is not None:
+        assert routes is not None
         visit(routes, batch)
       _add(total, pending)  # While the devices compute this batch.
       pending = sums

@@ -142,8 +142,9 @@ class Layerwise:
   ) -> tuple[Float[Array, "B S D"], Routes | None]:
     block, own = self.model.stack.block(params, inputs, Place(**where, repeat=repeat))
     if removed.sounding is not None:
-      silence(block.moe, removed.sounding)
-    x, aux = block.feed(x, own, layer=LayerInputs(present=removed.present))
+      silence(block.moe, jnp.asarray(removed.sounding))
+    present = None if removed.present is None else jnp.asarray(removed.present)
+    x, aux = block.feed(x, own, layer=LayerInputs(present=present))
     return x, None if aux is None else aux.routes
 
   def _read_(self, params: Params, x: Any, inputs: Any, repeat: Any, **where: Any):

@@ -39,10 +39,15 @@ REPLAY_FILE = "replay.json"
 
 def analyze(request: restored.Request, asked: "Asked") -> None:
   """Runs what is asked for and writes the results."""
-  run = restored.restore(request)
   settings = replay.settings(asked.replay) if asked.replay else []
-  _check(run, asked, settings)
-  run = _with_whole_groups(run, settings)
+
+  def prepare(run: restored.Run) -> restored.Run:
+    _check(run, asked, settings)
+    return _with_whole_groups(run, settings)
+
+  run = restored.restore(request, prepare)
+  if run.tells:
+    asked.out.mkdir(parents=True, exist_ok=True)
   if asked.from_trace:
     _from_trace(run, asked, settings)
     return
@@ -71,6 +76,8 @@ def _check(run: restored.Run, asked: "Asked", settings: list[Any]) -> None:
       f"--confirm={asked.confirm}: there are {len(settings)} combinations. Give at most "
       "so many."
     )
+  if asked.from_trace:
+    trace.read_meta(asked.from_trace)
   if asked.knockout is not None:
     layers = asked.knockout or model.moe_layers
     if wrong := [layer for layer in layers if layer not in model.moe_layers]:

@@ -171,7 +171,7 @@ def _facts(asked: Asked) -> dict[str, Any]:
 
 
 def _asked(workdir: pathlib.Path) -> Asked:
-  """Returns what is asked for, and makes the output directory.
+  """Returns what is asked for.
 
   Raises:
     UserError: flags that contradict each other, or an invalid value.
@@ -227,18 +227,17 @@ def _values() -> dict[str, list[Any]]:
 
 
 def _writable(directory: pathlib.Path) -> pathlib.Path:
-  """Makes the output directory.
+  """Refuses, before anything runs, a directory that cannot be made or written.
 
   Raises:
-    UserError: it cannot be made or written.
+    UserError: it is a file, or below one, or not permitted.
   """
-  try:
-    directory.mkdir(parents=True, exist_ok=True)
-  except OSError as error:
-    raise UserError(
-      f"--out={directory} cannot be made ({error.strerror}). Give another directory."
-    ) from None
-  if not os.access(directory, os.W_OK):
+  there = directory
+  while not there.exists() and there != there.parent:
+    there = there.parent
+  if not there.is_dir():
+    raise UserError(f"--out={directory}: {there} is a file. Give another directory.")
+  if not os.access(there, os.W_OK):
     raise UserError(f"--out={directory} cannot be written. Give another directory.")
   return directory
 

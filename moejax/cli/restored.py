@@ -5,6 +5,7 @@ Nothing here imports jax before the flags are checked.
 
 import dataclasses
 import pathlib
+from collections.abc import Callable
 from typing import Any
 
 from moejax.cli import flags as cli
@@ -60,8 +61,13 @@ class Run:
     return np.pad(counts, (0, max(size - len(counts), 0)))[:size]
 
 
-def restore(request: Request) -> Run:
+def restore(request: Request, prepare: Callable[[Run], Run]) -> Run:
   """Restores a run; called in every process of a job.
+
+  Args:
+    request: what is asked for.
+    prepare: checks what is asked for, before parameters are read (`params` is None), and
+      may change the batch size.
 
   Raises:
     UserError: no MoE layer, an encoder, no text, or no such checkpoint.
@@ -92,14 +98,11 @@ def restore(request: Request) -> Run:
   mesh = make_mesh(perplexity.choose_mesh(config.mesh))
   factors = (groups.least_factor(model), config.moe.capacity_factor)
   batch_size = groups.batch_size(config, mesh, factors, request.batch_size)
-  # Restored directly into shards, so that no device holds the whole model.
-  shardings = param_shardings(model, mesh)
-  params, _, meta = restore_params(workdir, steps[-1] if steps else None, shardings)
   changes = workdir_lib.refused_changes(trained, config)
-  return Run(
+  run = Run(
     config=config,
     model=model,
-    params=params,
+    params=None,
     dataset=dataset,
     split=split,
     mesh=mesh,
@@ -117,6 +120,11 @@ def restore(request: Request) -> Run:
     },
     tells=jax.process_index() == 0,
   )
+  run = prepare(run)
+  # Restored directly into shards, so that no device holds the whole model.
+  shardings = param_shardings(model, mesh)
+  params, _, meta = restore_params(workdir, steps[-1] if steps else None, shardings)
+  return dataclasses.replace(run, params=params, facts=run.facts | {"step": meta["step"]})
 
 
 def _steps(request: Request) -> tuple[int, ...]:

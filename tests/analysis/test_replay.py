@@ -68,6 +68,9 @@ def test_the_first_layer_is_decided_as_the_model_does(run, setting):
     lambda r, o: decide.decide(config.moe, r, o, setting["capacity_factor"])
   )
   got = found(recorded, own)
+  assert got.kept is not None and want.kept is not None
+  assert got.expert is not None and want.expert is not None
+  assert got.gate is not None and want.gate is not None
   assert got.kept.shape == want.kept.shape
   np.testing.assert_array_equal(got.kept[0], want.kept[0])
   kept = np.asarray(want.kept[0])
