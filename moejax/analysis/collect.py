@@ -191,7 +191,7 @@ def make_step(
     )
     routes, valid = out.routes, batch["segment_ids"] > 0
     assert routes is not None
-    predicted = jnp.argmax(out.logits[..., : model.vocab_size], axis=-1)
+    predicted = _argmax(out.logits[..., : model.vocab_size])
     ids = {"input": batch["inputs"], "target": batch["targets"], "predicted": predicted}
     served = _by_token(routes.served)
     tables = {
@@ -230,6 +230,14 @@ def make_step(
   return jax.jit(
     step, in_shardings=shardings, out_shardings=(whole, whole, None), donate_argnums=1
   )
+
+
+def _argmax(logits: Float[Array, "B S V"]) -> Int[Array, "B S"]:
+  """Returns the first largest index: several times faster on CPU than XLA's argmax."""
+  index = jnp.arange(logits.shape[-1], dtype=jnp.int32)[None, None]
+  top = jnp.max(logits, axis=-1, keepdims=True)
+  best = jnp.min(jnp.where(logits == top, index, logits.shape[-1]), axis=-1)
+  return jnp.minimum(best, logits.shape[-1] - 1)  # If the logits are NaN.
 
 
 def _by_token(values: Bool[Array, "L B S E"]) -> Int[Array, "tokens L E"]:

@@ -112,7 +112,7 @@ def knock_out(
   )
   with jax.set_mesh(mesh):
     for batch in batches:
-      found = _batch(run, batch, sets, fallback), count(batch["segment_ids"])
+      found = batch_losses(run, batch, sets, fallback), count(batch["segment_ids"])
       (plain, found), number = jax.device_get(found)
       hang.progress()
       tokens.append(number)
@@ -134,7 +134,7 @@ def knock_out(
   )
 
 
-def _batch(
+def batch_losses(
   run: Layerwise, batch: Any, sets: Sets, fallback: str
 ) -> tuple[Any, dict[int, Any]]:
   """Returns each sequence's loss: as it is, and by layer for each set."""
