@@ -6,6 +6,7 @@ them, as many as fit.
 Letters: L MoE layers, E experts, n tokens, D width.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -14,6 +15,7 @@ import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float
 
+from moejax.analysis import streaks
 from moejax.analysis.layerwise import Layerwise
 from moejax.analysis.measures import outliers, similarity
 from moejax.evaluate import groups, perplexity
@@ -63,6 +65,31 @@ def cosine(weights: ExpertWeights) -> Float[Array, "E E"]:
   return dot / jnp.maximum(norm[:, None] * norm[None, :], 1e-30)
 
 
+def cache_sizes(model: Decoder) -> tuple[int, ...]:
+  """Returns the sizes of caches: K, 2K and 4K experts; none if tokens do not choose."""
+  moe, router = model.moe, model.router
+  if not router.token_choice:
+    return ()
+  selected = router.selected(moe.fine_experts, moe.fine_selected)
+  return tuple(s for s in (selected, 2 * selected, 4 * selected) if s <= moe.fine_experts)
+
+
+def cache_hits(model: Decoder, mesh: Mesh) -> Callable[[Array, Array], Array]:
+  """Returns (served [B, S, E], segment_ids) -> hits of the best cache of each size.
+
+  The last number is that of all requests.
+  """
+
+  def hits(served: Array, segment_ids: Array) -> Array:
+    valid = segment_ids > 0
+    found = [
+      streaks.best_hits(served[None], valid, size)[0] for size in cache_sizes(model)
+    ]
+    return jnp.stack([*found, jnp.sum(served, dtype=jnp.int32)])
+
+  return jax.jit(hits, out_shardings=rules.replicated(mesh))
+
+
 def probe(
   model: Decoder,
   params: Params,
@@ -84,6 +111,7 @@ def probe(
   """
   run = Layerwise(model, params, mesh, groups.least_factor(model))
   activation = model.moe.activation or model.config.activation
+  hits = cache_hits(model, mesh)
   most = max(_MOST_VALUES // (model.moe.fine_experts * model.config.width), _GRAM_TOKENS)
 
   def look(x: Array, weights: Any, served: Array, segment_ids: Array) -> Any:
@@ -112,9 +140,11 @@ def probe(
         _, routes = run.feed(layer, before, inputs)
         assert routes is not None
         what = look(*run.read(layer, before, inputs), routes.served, batch["segment_ids"])
+        what = (*what, hits(routes.served, batch["segment_ids"]))
         found = [np.asarray(a, np.float64) for a in jax.device_get(what)]
-        old = totals.get(layer, [0.0, 0.0, 0.0])
-        totals[layer] = [old[0] + found[0], np.maximum(old[1], found[1]), found[2]]
+        old = totals.get(layer, [0.0, 0.0, 0.0, 0.0])
+        most_yet = np.maximum(old[1], found[1])
+        totals[layer] = [old[0] + found[0], most_yet, found[2], old[3] + found[3]]
   largest = np.stack([totals[layer][1] for layer in model.moe_layers])
   return {
     "layers": [
@@ -123,6 +153,13 @@ def probe(
         "cka": similarity.cka(totals[layer][0]).tolist(),
         "weight_cosine": totals[layer][2].tolist(),
         "largest_output": totals[layer][1].tolist(),
+        "best_hit_rate": dict(
+          zip(
+            map(str, cache_sizes(model)),
+            (totals[layer][3][:-1] / max(totals[layer][3][-1], 1.0)).tolist(),
+            strict=True,
+          )
+        ),
       }
       for layer in model.moe_layers
     ],

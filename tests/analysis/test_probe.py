@@ -74,6 +74,9 @@ def test_copies_compute_the_same_and_a_loud_expert_is_super():
   assert first["cka"][0][1] == pytest.approx(1, abs=1e-4)
   assert first["weight_cosine"][0][1] == pytest.approx(1)
   assert abs(first["weight_cosine"][0][2]) < 0.3
+  rates = list(first["best_hit_rate"].values())
+  assert list(first["best_hit_rate"]) == ["2", "4"]
+  assert 0 < rates[0] < rates[1] < 1  # Of all four only first uses miss.
   top = found["super_experts"][0]
   assert (top["layer"], top["expert"]) == (1, 3) and top["ratio"] > 20
 
