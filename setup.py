@@ -62,12 +62,16 @@ REPORT = [
   "vl-convert-python>=1.9",
 ]
 
+# The trace of an analysis, in Parquet.
+TRACE = ["pyarrow>=15"]
+
 # Drives a Chromium that is installed by other means.
 BROWSER = ["playwright>=1.50"]
 
 DEV = [
   *TEST,
   *REPORT,
+  *TRACE,
   "pdoc>=15",
   "pre-commit>=4",
   "pyright>=1.1.400",
@@ -115,6 +119,7 @@ setup(
     "hf-test": HF_TEST,
     "lm-eval": LM_EVAL,
     "report": REPORT,
+    "trace": TRACE,
     "browser": BROWSER,
     "tfds": TFDS,
     "all": [*DEV, *HF, *TFDS],

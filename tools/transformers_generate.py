@@ -9,8 +9,8 @@ standard input, "ROWS PROMPT NEW", prints the seconds that `generate` took (gree
 import sys
 import time
 
-import torch
-import transformers
+import torch  # pyright: ignore[reportMissingImports]
+import transformers  # pyright: ignore[reportMissingImports]
 
 
 def main() -> None:

@@ -19,6 +19,7 @@ from moejax.version import __version__
 PROGRAMS = {
   "train": "moejax.cli.train",
   "evaluate": "moejax.cli.evaluate",
+  "analyze": "moejax.cli.analyze",
   "sweep": "moejax.cli.sweep",
   "generate": "moejax.cli.generate",
   "convert": "moejax.cli.convert",

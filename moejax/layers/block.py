@@ -29,6 +29,7 @@ class CallOptions:
   train: bool = static_field()
   capacity_factor: float | None = static_field()
   return_served: bool = static_field(default=False)
+  return_routes: bool = static_field(default=False)
 
 
 @pytree
@@ -124,15 +125,39 @@ class Block(nnx.Module):
       layer: inputs of its MoE layer.
       remembered: keys and values of the encoder's output; None computes them.
     """
+    x, cache = self.attend(x, inputs, cache=cache, remembered=remembered)
+    x, aux = self.feed(x, inputs, key=key, layer=layer)
+    return x, aux, cache
+
+  def attend(
+    self,
+    x: Float[Array, "B S D"],
+    inputs: BlockInputs,
+    *,
+    cache: LayerCache | None = None,
+    remembered: KeyValueCache | None = None,
+  ) -> tuple[Float[Array, "B S D"], LayerCache | None]:
+    """Runs the first half of the block, attention; arguments as in a call."""
     normed = _apply(self.attention_norm, x)
     mixed, cache = self.attention(normed, inputs.context, cache)
     x = self._add(x, _apply(self.attention_post_norm, mixed))
     if self.has_cross:
       x = self._add(x, self._cross(x, inputs, remembered))
-    normed = _apply(self.feed_forward_norm, x)
+    return x, cache
+
+  def feed(
+    self,
+    x: Float[Array, "B S D"],
+    inputs: BlockInputs,
+    *,
+    key: Key[Array, ""] | None = None,
+    layer: LayerInputs | None = None,
+  ) -> tuple[Float[Array, "B S D"], MoEAux | None]:
+    """Runs the second half of the block, the feed-forward; arguments as in a call."""
+    normed = self.normed(x)
     if not self.is_moe:
       y = _apply(self.feed_forward_post_norm, self.feed_forward(normed))
-      return self._second(self._add(x, y)), None, cache
+      return self._second(self._add(x, y)), None
     options = inputs.options
     y, aux = self.moe(
       normed,
@@ -146,9 +171,14 @@ class Block(nnx.Module):
       positions=inputs.context.positions,
       step=inputs.step,
       return_served=options.return_served,
+      return_routes=options.return_routes,
     )
     x = self._add(x, _apply(self.feed_forward_post_norm, y))
-    return self._second(x), aux, cache
+    return self._second(x), aux
+
+  def normed(self, x: Float[Array, "B S D"]) -> Float[Array, "B S D"]:
+    """Returns what the feed-forward reads of the first half's output."""
+    return _apply(self.feed_forward_norm, x)
 
   def _second(self, x: Float[Array, "B S D"]) -> Float[Array, "B S D"]:
     """Adds the dense feed-forward after an MoE layer, if there is one."""

@@ -29,6 +29,7 @@ from moejax.experts.weights import ExpertWeights
 from moejax.layers import parameter
 from moejax.layers.feed_forward import FeedForward
 from moejax.layers.router import RouterLayer, project
+from moejax.layers.routes import Routes, routes_of
 from moejax.routing import losses
 from moejax.routing.base import RouterStats, Routing, sum_groups
 from moejax.types import Constant, pytree
@@ -47,6 +48,8 @@ class MoEAux:
   """Summed over groups."""
   served: Bool[Array, "*l B S E"] | None = None
   """Which experts computed each token; only on request."""
+  routes: Routes | None = None
+  """What the router decided for each token; only on request."""
 
 
 @pytree
@@ -57,7 +60,8 @@ class LayerInputs:
   """Assignments requested in the whole batch, if the call sees only part of it and
   `balance_scope` is batch; None uses those of the call."""
   present: Bool[Array, "*l E"] | None = None
-  """The experts that take part in this step, under expert dropout."""
+  """The experts that take part: of a step under expert dropout, or of an evaluation
+  that leaves some out."""
 
 
 def loss_weights(moe: MoEConfig) -> dict[str, float]:
@@ -181,6 +185,7 @@ class MoE(nnx.Module):
     positions: Int[Array, "B S"] | None = None,
     step: Int[Array, ""] | None = None,
     return_served: bool = False,
+    return_routes: bool = False,
   ) -> tuple[Float[Array, "B S D"], MoEAux]:
     """Returns the layer's output, router losses and statistics.
 
@@ -196,6 +201,7 @@ class MoE(nnx.Module):
       positions: position of each token in its document.
       step: optimizer steps taken, in training.
       return_served: whether to return `MoEAux.served`.
+      return_routes: whether to return `MoEAux.routes`.
     """
     layer = layer or LayerInputs()
     num_groups = self._num_groups(x.shape[0], x.shape[1], train, capacity_factor)
@@ -214,7 +220,7 @@ class MoE(nnx.Module):
       capacity_factor=capacity_factor,
       positions=positions,
       step=step,
-      present=layer.present if train else None,
+      present=layer.present,
     )
     options = self.options
     if not train:
@@ -230,8 +236,9 @@ class MoE(nnx.Module):
     if return_served:
       served = jax.vmap(lambda group: group.served())(routing.placement)
       served = served.reshape(*x.shape[:2], self.num_experts)
+    routes = routes_of(logits, routing, *x.shape[:2]) if return_routes else None
     stats = _without(sum_groups(routing.stats), lost)
-    return y, MoEAux(losses=aux, stats=stats, served=served)
+    return y, MoEAux(losses=aux, stats=stats, served=served, routes=routes)
 
   def _shared(self, x: Float[Array, "B S D"]) -> Float[Array, "B S D"]:
     """Returns the shared experts' output, scaled by a learned gate if any (Qwen2-MoE)."""

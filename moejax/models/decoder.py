@@ -238,6 +238,7 @@ class Decoder:
     cache: Cache | None = None,
     last_only: bool = False,
     return_served: bool = False,
+    return_routes: bool = False,
     batch_chosen: Float[Array, "L E"] | None = None,
     present: Bool[Array, "L E"] | None = None,
     step: Int[Array, ""] | None = None,
@@ -255,39 +256,66 @@ class Decoder:
       cache: keys and values so far; the output has the extended cache.
       last_only: returns the logits of the last position alone, S = 1.
       return_served: whether to return `served`, for analysis.
+      return_routes: whether to return `routes`, for analysis.
       batch_chosen: assignments requested per MoE layer in the whole batch, if this is
         one of its microbatches and `balances_batch`.
       present: from `present_experts`, for all microbatches of a step; None samples it
-        from `key` in training.
+        from `key` in training. In evaluation, the experts that may be chosen.
       step: optimizer steps taken, in training.
     """
     options = CallOptions(
       train=train,
       capacity_factor=factor_of(self.moe, capacity_factor, train=train),
       return_served=return_served,
+      return_routes=return_routes,
     )
-    if segment_ids is None:
-      segment_ids = jnp.ones_like(tokens)
-    context, cache = self._context(segment_ids, positions, cache)
-    inputs = self._inputs(
-      params, tokens, self._biased(params, context, cache), step=step, options=options
+    x, inputs, cache = self.begin(
+      *(params, tokens, options),
+      segment_ids=segment_ids,
+      positions=positions,
+      cache=cache,
+      step=step,
     )
     if present is None and train and key is not None:
       present = self.present_experts(key)
-    embedding = self._embedding.merge(params["embedding"])
-    x = on_tokens(embedding.embed(tokens, jnp.dtype(self.config.dtype)))
     told = LayerInputs(batch_chosen=batch_chosen, present=present)
     x, auxes, layers = self.stack.run(
       *(params, x, inputs, key, told), cache=None if cache is None else cache.layers
     )
     if cache is not None:
       cache = dataclasses.replace(cache, layers=layers)
-    aux, stats, served = collect(auxes)
-    if last_only:
-      x = x[:, -1:]
-    return DecoderOutput(
-      logits=embedding.logits(x), aux=aux, stats=stats, cache=cache, served=served
+    aux, stats, asked = collect(auxes)
+    logits = self.finish(params, x[:, -1:] if last_only else x)
+    return DecoderOutput(logits=logits, aux=aux, stats=stats, cache=cache, **asked)
+
+  def begin(
+    self,
+    params: Params,
+    tokens: Int[Array, "B S"],
+    options: CallOptions,
+    *,
+    segment_ids: Int[Array, "B S"] | None = None,
+    positions: Int[Array, "B S"] | None = None,
+    cache: Cache | None = None,
+    step: Int[Array, ""] | None = None,
+  ) -> tuple[Float[Array, "B S D"], BlockInputs, Cache | None]:
+    """Returns the first block's input, what all blocks share, and the advanced cache.
+
+    For whoever runs the blocks one by one: `stack.block`, then `finish`.
+    """
+    if segment_ids is None:
+      segment_ids = jnp.ones_like(tokens)
+    context, cache = self._context(segment_ids, positions, cache)
+    inputs = self._inputs(
+      params, tokens, self._biased(params, context, cache), step=step, options=options
     )
+    embedding = self._embedding.merge(params["embedding"])
+    x = on_tokens(embedding.embed(tokens, jnp.dtype(self.config.dtype)))
+    return x, inputs, cache
+
+  def finish(self, params: Params, x: Float[Array, "B S D"]) -> Float[Array, "B S V"]:
+    """Returns logits, from the last block's output."""
+    return self._embedding.merge(params["embedding"]).logits(x)
 
   def _inputs(
     self, params: Params, tokens: Int[Array, "B S"], context: Context, **others: Any
@@ -352,12 +380,14 @@ def _under(name: str, params: Params) -> Params:
 
 def collect(
   auxes: list[MoEAux],
-) -> tuple[
-  dict[str, Float[Array, ""]], RouterStats | None, Bool[Array, "L B S E"] | None
-]:
-  """Concatenates the MoE layers of all parts in order and sums their losses."""
+) -> tuple[dict[str, Float[Array, ""]], RouterStats | None, dict[str, Any]]:
+  """Concatenates the MoE layers of all parts in order and sums their losses.
+
+  Returns:
+    Losses, statistics, and the fields of `DecoderOutput` that are returned on request.
+  """
   if not auxes:
-    return {}, None, None
+    return {}, None, {}
   joined = jax.tree.map(lambda *a: jnp.concatenate(a), *auxes)
   losses = {name: jnp.sum(value) for name, value in joined.losses.items()}
-  return losses, joined.stats, joined.served
+  return losses, joined.stats, {"served": joined.served, "routes": joined.routes}

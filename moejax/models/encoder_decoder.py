@@ -77,6 +77,7 @@ class EncoderDecoder(Decoder):
     cache: Cache | None = None,
     last_only: bool = False,
     return_served: bool = False,
+    return_routes: bool = False,
     batch_chosen: Float[Array, "L E"] | None = None,
     present: Bool[Array, "L E"] | None = None,
     step: Int[Array, ""] | None = None,
@@ -101,6 +102,7 @@ class EncoderDecoder(Decoder):
       cache: from `start`.
       last_only: as in `Decoder`.
       return_served: as in `Decoder`, of the decoder's MoE layers only.
+      return_routes: likewise.
       batch_chosen: as in `Decoder`.
       present: as in `Decoder`.
       step: as in `Decoder`.
@@ -115,6 +117,7 @@ class EncoderDecoder(Decoder):
       train=train,
       capacity_factor=factor_of(self.moe, capacity_factor, train=train),
       return_served=return_served,
+      return_routes=return_routes,
     )
     memory, read, auxes, seen = None, None, [], None
     if cache is None:
@@ -154,11 +157,11 @@ class EncoderDecoder(Decoder):
     if encoder_weight is None:
       counts = [jnp.sum(s > 0, dtype=jnp.float32) for s in (segment_ids, seen)]
       encoder_weight = counts[0] / jnp.maximum(counts[1], 1.0)
-    aux, stats, served = _joined(auxes, mine, encoder_weight)
+    aux, stats, asked = _joined(auxes, mine, encoder_weight)
     if last_only:
       x = x[:, -1:]
     return DecoderOutput(
-      logits=embedding.logits(x), aux=aux, stats=stats, cache=cache, served=served
+      logits=embedding.logits(x), aux=aux, stats=stats, cache=cache, **asked
     )
 
   def start(
@@ -215,7 +218,9 @@ class EncoderDecoder(Decoder):
       own = self.encoder.moe.eval_capacity_factor
       fixed = self.encoder.router.fixed_slots
       factor = own if factor is None or fixed else factor
-    options = dataclasses.replace(options, capacity_factor=factor, return_served=False)
+    options = dataclasses.replace(
+      options, capacity_factor=factor, return_served=False, return_routes=False
+    )
     length = tokens.shape[1]
     if positions is None:
       row = jnp.arange(length, dtype=jnp.int32)
@@ -252,15 +257,15 @@ def _across(context: Context, seen: Int[Array, "B M"]) -> Context:
 
 def _joined(
   encoder: list[MoEAux], decoder: list[MoEAux], weight: Float[Array, ""] | float
-) -> tuple[dict[str, Float[Array, ""]], RouterStats | None, Any]:
+) -> tuple[dict[str, Float[Array, ""]], RouterStats | None, dict[str, Any]]:
   """Joins what both stacks report, the encoder's MoE layers first."""
   losses, stats, _ = collect(encoder)
   losses = {name: value * weight for name, value in losses.items()}
-  own, own_stats, served = collect(decoder)
+  own, own_stats, asked = collect(decoder)
   for name, value in own.items():
     losses[name] = losses[name] + value if name in losses else value
   if stats is None or own_stats is None:
-    return losses, own_stats if stats is None else stats, served
+    return losses, own_stats if stats is None else stats, asked
   # Sums that only the router of one stack has are 0 in the other.
   sums = {**stats.extra, **own_stats.extra}
 
@@ -273,4 +278,4 @@ def _joined(
     return dataclasses.replace(stats, extra=extra)
 
   both = jax.tree.map(lambda *a: jnp.concatenate(a), filled(stats), filled(own_stats))
-  return losses, both, served
+  return losses, both, asked

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from moejax.layers.cache import KeyValueCache, LayerCache
+from moejax.layers.routes import Routes
 from moejax.routing.base import RouterStats
 from moejax.types import pytree
 
@@ -64,3 +65,6 @@ class DecoderOutput:
   cache: Cache | None
   served: Bool[Array, "L B S E"] | None = None
   """Which experts computed each token; L counts MoE layers; only on request."""
+  routes: Routes | None = None
+  """What the routers decided for each token, with a leading axis of MoE layers; only on
+  request."""

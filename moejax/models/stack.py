@@ -15,7 +15,7 @@ Letters: B batch, S sequence, D width, H heads, R repeats, E experts, L layers.
 
 import copy
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -39,6 +39,16 @@ from moejax.types import Params
 
 Unit = Callable[..., Any]
 """One repeat of the stack: (x, layer) -> (x, output), a body for `jax.lax.scan`."""
+
+
+class Place(NamedTuple):
+  """Where the parameters of a layer are."""
+
+  part: str
+  name: str
+  """Of the block in its part."""
+  repeat: int
+  """Of the unit; 0 in the other parts."""
 
 
 class Shell:
@@ -134,6 +144,33 @@ class Stack:
     if self.moe.dense_twin:
       return ()
     return tuple(i for i, is_moe in enumerate(self.pattern.is_moe) if is_moe)
+
+  @property
+  def places(self) -> tuple[Place, ...]:
+    """Where the parameters of each layer are, in order."""
+    found = []
+    for part in PARTS:
+      repeats = self.pattern.repeats if part == "unit" else 1
+      names = range(len(getattr(self.pattern, part)))
+      found += [Place(part, str(name), r) for r in range(repeats) for name in names]
+    return tuple(found)
+
+  def block(
+    self, params: Params, inputs: BlockInputs, place: Place
+  ) -> tuple[Block, BlockInputs]:
+    """Returns one block with its parameters, and the inputs as this layer reads them.
+
+    Args:
+      params: of the stack.
+      inputs: shared by all blocks.
+      place: of the layer; `repeat` may be traced, so that repeats share a program.
+    """
+    own = params[place.part][place.name]
+    windowed = windowed_by_part(self.config, self.pattern)[place.part].get(place.name)
+    if place.part == "unit":
+      own, windowed = jax.tree.map(lambda leaf: leaf[place.repeat], (own, windowed))
+    is_moe = getattr(self.pattern, place.part)[int(place.name)]
+    return self._blocks[is_moe].merge(own), inputs.of_layer(windowed)
 
   def init(self, part_keys: Sequence[Key[Array, ""]]) -> Params:
     """Returns newly initialised parameters, from a key for each of `PARTS`."""

@@ -45,7 +45,8 @@ def place(
     allowed &= ~((index == expert[:, k : k + 1]) & kept[:, k : k + 1])
   columns, placed = [], []
   for k in range(expert.shape[-1]):
-    found, ok = _match(scores, allowed, overflowed[:, k], position[:, k], room)
+    pending, places = overflowed[:, k], position.size
+    found, ok = _match(scores, allowed, pending, position[:, k], room, places)
     taken = (index == found[:, None]) & ok[:, None]
     allowed &= ~taken
     room = room - jnp.sum(taken.astype(jnp.int32), axis=0)
@@ -60,14 +61,25 @@ def _match(
   pending: Bool[Array, "T"],
   position: Int[Array, "T"],
   room: Int[Array, "E"],
+  num_places: int,
 ) -> tuple[Int[Array, "T"], Bool[Array, "T"]]:
   """Matches pending tokens to the experts' room by serial dictatorship.
 
-  An expert's cutoff is the queue position from which on it rejects tokens.
+  An expert's cutoff is the queue position from which on it rejects tokens. Positions are
+  below `num_places`.
   """
   never = jnp.iinfo(jnp.int32).max
   num_tokens, num_experts = scores.shape
-  token = jnp.arange(num_tokens, dtype=jnp.int32)
+  bits = max(1, (num_places - 1).bit_length())
+  fits = (num_experts + 1) << bits <= 2**31
+
+  def in_line(expert: Int[Array, "T"]) -> tuple[Int[Array, "T"], Int[Array, "T"]]:
+    """Returns experts and places of all tokens, sorted by both."""
+    if not fits:
+      experts, places = jax.lax.sort((expert, position), num_keys=2)
+      return experts, places
+    packed = jnp.sort((expert << bits) | position)
+    return packed >> bits, packed & ((1 << bits) - 1)
 
   def ask(cutoff: Int[Array, "E"]):
     open_to = allowed & (position[:, None] < cutoff[None, :]) & pending[:, None]
@@ -77,9 +89,7 @@ def _match(
   def round_of(state):
     cutoff, _ = state
     best, ok = ask(cutoff)
-    experts, places, _ = jax.lax.sort(
-      (jnp.where(ok, best, num_experts), position, token), num_keys=2
-    )
+    experts, places = in_line(jnp.where(ok, best, num_experts))
     bounds = jnp.arange(num_experts, dtype=jnp.int32)
     first_refused = jnp.searchsorted(experts, bounds).astype(jnp.int32) + room
     inside = jnp.minimum(first_refused, num_tokens - 1)

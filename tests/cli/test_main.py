@@ -13,6 +13,7 @@ ROOT = Path(__file__).parents[2]
 IN_A_CLONE = {
   "train": "experiments.train",
   "evaluate": "experiments.evaluate",
+  "analyze": "experiments.analyze",
   "sweep": "experiments.sweep",
   "generate": "experiments.generate",
   "convert": "experiments.convert",

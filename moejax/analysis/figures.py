@@ -1,0 +1,320 @@
+"""Figures of an analysis, each from analysis.json: PNG for screens, PDF for print.
+
+Letters: L MoE layers, E experts.
+"""
+
+import io
+import itertools
+import logging
+import pathlib
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+
+from moejax import files
+
+MAX_PANELS = 4
+"""Most matrices drawn of a kind: the first layers, at equal distances."""
+
+MAX_DOMAINS = 12
+
+_CHANCE = {"color": "0.35", "linestyle": "--", "linewidth": 1.2}
+
+
+def draw(found: dict[str, Any]) -> dict[str, Any]:
+  """Returns the figures that an analysis has the measures for, by name."""
+  # Hides matplotlib's message about its font cache.
+  logging.getLogger("matplotlib").setLevel(logging.WARNING)
+  figures = {}
+  for name, make in FIGURES.items():
+    figure = make(found)
+    if figure is not None:
+      figures[name] = figure
+  return figures
+
+
+def save(figures: dict[str, Any], directory: pathlib.Path) -> Iterator[pathlib.Path]:
+  """Writes each figure as PNG and PDF, each file whole or not at all."""
+  directory.mkdir(exist_ok=True)
+  for name, figure in figures.items():
+    for kind in ("png", "pdf"):
+      path = directory / f"{name}.{kind}"
+      with files.replacing(path) as temporary:
+        figure.savefig(temporary, format=kind, dpi=110)
+      yield path
+
+
+def png(figure: Any) -> bytes:
+  """Returns a figure as the bytes of a PNG."""
+  buffer = io.BytesIO()
+  figure.savefig(buffer, format="png", dpi=80)
+  return buffer.getvalue()
+
+
+def _panels(count: int, width: float, height: float) -> tuple[Any, list[Any]]:
+  # Not pyplot, which keeps figures alive and sets a backend for the whole process.
+  from matplotlib.figure import Figure
+
+  figure = Figure(figsize=(width * count, height), layout="constrained")
+  return figure, list(figure.subplots(1, count, squeeze=False)[0])
+
+
+def _some(rows: list[Any]) -> list[Any]:
+  """Returns at most `MAX_PANELS` rows, the first and the last among them."""
+  if len(rows) <= MAX_PANELS:
+    return rows
+  index = np.linspace(0, len(rows) - 1, MAX_PANELS).round().astype(int)
+  return [rows[i] for i in index]
+
+
+def _matrices(
+  rows: list[tuple[str, Any]], *, label: str, axes: tuple[str, str], **scale: Any
+) -> Any:
+  """Draws square matrices side by side, with one colour scale."""
+  figure, panels = _panels(len(rows), 3.4, 3.4)
+  image = None
+  for panel, (title, matrix) in zip(panels, rows, strict=True):
+    image = panel.imshow(np.asarray(matrix), interpolation="nearest", **scale)
+    panel.set(title=title, xlabel=axes[0], ylabel=axes[1])
+    for axis in (panel.xaxis, panel.yaxis):
+      axis.get_major_locator().set_params(integer=True)
+  figure.colorbar(image, ax=panels, label=label, shrink=0.8)
+  return figure
+
+
+def load(found: dict[str, Any]) -> Any:
+  """Load over even load, layer by layer."""
+  layers = found["layers"]
+  share = np.array([layer["load"]["share"] for layer in layers])
+  figure, (panel,) = _panels(1, 2 + 0.16 * share.shape[1] + 2.5, 1.6 + 0.3 * len(layers))
+  image = panel.imshow(
+    share * share.shape[1], aspect="auto", cmap="RdBu_r", vmin=0, vmax=2
+  )
+  panel.set(title="Load of each expert", xlabel="expert", ylabel="layer")
+  panel.set_yticks(range(len(layers)), [str(layer["layer"]) for layer in layers])
+  figure.colorbar(image, ax=panel, label="load / even load")
+  return figure
+
+
+def coactivation(found: dict[str, Any]) -> Any:
+  """Lift of every pair, over the lift of chance."""
+  rows = [
+    (
+      f"layer {layer['layer']}",
+      np.array(layer["coactivation"]["lift"]) / layer["coactivation"]["chance_lift"],
+    )
+    for layer in found["layers"]
+    if "coactivation" in layer and layer["coactivation"]["chance_lift"] > 0
+  ]
+  if not rows:
+    return None
+  for _, matrix in rows:
+    np.fill_diagonal(matrix, np.nan)
+  return _matrices(
+    _some(rows),
+    label="lift / chance",
+    axes=("expert", "expert"),
+    cmap="RdBu_r",
+    vmin=0,
+    vmax=2,
+  )
+
+
+def flow(found: dict[str, Any]) -> Any:
+  """Where the tokens of an expert go in the next MoE layer."""
+  rows = [
+    (f"layer {row['from']} to {row['to']}", row["conditional"])
+    for row in found.get("flow", [])
+  ]
+  if not rows:
+    return None
+  axes = ("expert in the next MoE layer", "expert")
+  label = "share of the expert's tokens"
+  return _matrices(_some(rows), label=label, axes=axes, cmap="viridis", vmin=0)
+
+
+def similarity(found: dict[str, Any]) -> Any:
+  """CKA of the experts' outputs."""
+  rows = [
+    (f"layer {layer['layer']}", layer["experts"]["cka"])
+    for layer in found["layers"]
+    if "experts" in layer
+  ]
+  if not rows:
+    return None
+  scale = {"cmap": "viridis", "vmin": 0, "vmax": 1}
+  return _matrices(
+    _some(rows), label="CKA of outputs", axes=("expert", "expert"), **scale
+  )
+
+
+def specialisation(found: dict[str, Any]) -> Any:
+  """Preferences for words and domains, each beside its value by chance."""
+  layers = [layer for layer in found["layers"] if "words" in layer]
+  if not layers:
+    return None
+  has_domains = any("domains" in layer for layer in layers)
+  figure, panels = _panels(1 + has_domains, 5, 3.4)
+  index = [layer["layer"] for layer in layers]
+  for name, marker in (("input", "o"), ("target", "s"), ("predicted", "^")):
+    values = [layer["words"][name]["favourite"] for layer in layers]
+    panels[0].plot(index, values, marker=marker, label=f"{name} id")
+  chance = [layer["words"]["input"]["chance"] for layer in layers]
+  panels[0].plot(index, chance, label="shuffled", **_CHANCE)
+  panels[0].set(
+    title="A word's favourite expert", xlabel="layer", ylabel="share of its tokens"
+  )
+  if has_domains:
+    here = [layer for layer in layers if "domains" in layer]
+    for name, style in (("information_fraction", {"marker": "o"}), ("chance", _CHANCE)):
+      label = "shuffled" if name == "chance" else "domain"
+      values = [layer["domains"][name] for layer in here]
+      panels[1].plot([layer["layer"] for layer in here], values, label=label, **style)
+    panels[1].set(
+      title="What an expert tells of the domain",
+      xlabel="layer",
+      ylabel="information / entropy of domains",
+    )
+  return _finished(figure, panels, index)
+
+
+def saturation(found: dict[str, Any]) -> Any:
+  """Agreement of earlier checkpoints with the last."""
+  rows = found.get("saturation", [])
+  if not rows:
+    return None
+  figure, (panel,) = _panels(1, 5.5, 3.6)
+  steps = [row["step"] for row in rows]
+  for number, layer in enumerate(rows[0]["layers"]):
+    values = [row["layers"][number]["saturation"] for row in rows]
+    panel.plot(steps, values, "o-", label=f"layer {layer['layer']}")
+  chance = [np.mean([layer["chance"] for layer in row["layers"]]) for row in rows]
+  panel.plot(steps, chance, label="chance", **_CHANCE)
+  panel.set(title="Saturation", xlabel="step", ylabel="choices made at the last step too")
+  panel.set_ylim(0, 1.02)
+  return _finished(figure, [panel])
+
+
+def consistency(found: dict[str, Any]) -> Any:
+  """What few experts would cover, and how often a cache of few would hit."""
+  layers = [layer for layer in found["layers"] if "consistency" in layer]
+  if not layers:
+    return None
+  figure, panels = _panels(2, 4.8, 3.6)
+  for layer in _some(layers):
+    name, own = f"layer {layer['layer']}", layer["consistency"]
+    if own["segments"]:
+      segment = own["segments"][-1]
+      size = np.arange(1, len(segment["covered"]) + 1)
+      panels[0].plot(size, segment["covered"], label=name)
+      panels[0].set_title(f"Best experts of {segment['tokens']} tokens")
+      if layer is layers[0]:
+        panels[0].plot(size, segment["chance"], label="chance", **_CHANCE)
+    rate = own["lru_hit_rate"]
+    panels[1].plot(np.arange(1, len(rate) + 1), rate, label=name)
+  panels[0].set(xlabel="experts kept", ylabel="share of choices covered")
+  panels[1].set(title="Cache of the latest experts", xlabel="experts kept")
+  panels[1].set_ylabel("hit rate")
+  return _finished(figure, panels)
+
+
+def drops(found: dict[str, Any]) -> Any:
+  """Dropped tokens by place, position, frequency and domain."""
+  layers = [layer for layer in found["layers"] if "drops" in layer]
+  if not layers or not any(sum(layer["drops"]["place"]["lost"]) for layer in layers):
+    return None
+  kinds = {
+    "place": "part of the routing group",
+    "position": "position in the document, powers of 2",
+    "class": "frequency of the word, from high to low",
+    "domain": "domain",
+  }
+  figure, panels = _panels(len(kinds), 3.6, 3.6)
+  for panel, (kind, label) in zip(panels, kinds.items(), strict=True):
+    for layer in _some(layers):
+      own = layer["drops"][kind]
+      tokens = np.array(own["tokens"])
+      some = np.flatnonzero(tokens)
+      if kind == "domain":
+        some = some[np.argsort(-tokens[some], kind="stable")][:MAX_DOMAINS]
+      rate, error = np.array(own["lost"])[some], np.array(own["error"])[some]
+      index = np.arange(len(some)) if kind == "domain" else some
+      name = f"layer {layer['layer']}"
+      line = "none" if kind == "domain" else "-"
+      style = {"marker": "o", "markersize": 3, "linestyle": line, "label": name}
+      panel.errorbar(index, rate, yerr=2 * error, **style)
+      if kind == "domain" and found["domains"]:
+        names = [found["domains"][i][:14] for i in some]
+        panel.set_xticks(index, names, rotation=90, fontsize=7)
+    panel.set(xlabel=label, ylim=(0, None))
+  panels[0].set_ylabel("tokens that no expert computes")
+  return _finished(figure, panels[:1])
+
+
+def knockout(found: dict[str, Any]) -> Any:
+  """Change of the loss without each expert."""
+  rows = _some(found.get("knockout", []))
+  if not rows:
+    return None
+  figure, panels = _panels(len(rows), 4, 3.4)
+  for panel, row in zip(panels, rows, strict=True):
+    index = np.arange(len(row["delta"]))
+    panel.bar(index, row["delta"], yerr=2 * np.array(row["error"]), capsize=2)
+    panel.axhline(0, color="black", linewidth=0.8)
+    panel.set(title=f"layer {row['layer']}", xlabel="expert removed")
+  panels[0].set_ylabel("change of the loss, nats/token")
+  return _finished(figure, [])
+
+
+def replayed(found: dict[str, Any]) -> Any:
+  """Drops against capacity, one line for each of the other options."""
+  rows = [
+    entry for entry in found.get("replay", []) if entry["setting"].get("capacity_factor")
+  ]
+  if len({row["setting"]["capacity_factor"] for row in rows}) < 2:
+    return None
+  layers = _some(list(range(len(rows[0]["layers"]))))
+  figure, panels = _panels(len(layers), 4, 3.6)
+  lines: dict[str, list[Any]] = {}
+  for row in rows:
+    others = {k: v for k, v in row["setting"].items() if k != "capacity_factor"}
+    name = ", ".join(str(value) for value in others.values()) or "drops"
+    lines.setdefault(name, []).append(row)
+  for panel, number in zip(panels, layers, strict=True):
+    layer = rows[0]["layers"][number]
+    # Policies often drop equally much: a dashed line shows the one below it.
+    for line, (name, entries) in zip(
+      itertools.cycle(("-", "--", "-.", ":")), lines.items(), strict=False
+    ):
+      factors = [entry["setting"]["capacity_factor"] for entry in entries]
+      rates = [entry["layers"][number]["drop_fraction"] for entry in entries]
+      panel.plot(factors, rates, marker="o", linestyle=line, label=name)
+    kind = "exact" if layer["exact"] else "approximate"
+    panel.set(title=f"layer {layer['layer']}, {kind}", xlabel="capacity factor")
+  panels[0].set_ylabel("dropped choices")
+  return _finished(figure, panels[:1])
+
+
+def _finished(figure: Any, panels: list[Any], layers: list[int] | None = None) -> Any:
+  for panel in figure.axes:
+    panel.grid(alpha=0.25)
+    if layers is not None and len(layers) <= 24:
+      panel.set_xticks(layers)
+  for panel in panels:
+    panel.legend(frameon=False, fontsize=8)
+  return figure
+
+
+FIGURES: dict[str, Callable[[dict[str, Any]], Any]] = {
+  "load": load,
+  "drops": drops,
+  "replay": replayed,
+  "specialisation": specialisation,
+  "coactivation": coactivation,
+  "flow": flow,
+  "saturation": saturation,
+  "consistency": consistency,
+  "similarity": similarity,
+  "knockout": knockout,
+}

@@ -1,0 +1,56 @@
+"""Routing consistency: whether few experts would do for a stretch of text.
+
+Letters: E experts, K choices per token, m tokens of a segment, s experts kept.
+Source: arXiv:2505.16056, section 3 (segment routing best performance, and segment cache
+hit rate).
+"""
+
+from typing import Any
+
+import numpy as np
+from jaxtyping import Float, Int
+
+
+def best_set(
+  covered: Int[np.ndarray, "E"],
+  counts: Int[np.ndarray, "E"],
+  *,
+  size: int,
+  segments: int,
+  choices: int,
+  seed: int = 0,
+  draws: int = 20,
+) -> dict[str, Any]:
+  """Returns the share of assignments that a segment's s best experts cover, s = 1, 2, ...
+
+  Bounds: s/E to 1. Chance: segments of m K independent draws from the layer's loads,
+  whose best experts also cover more than s/E.
+
+  Args:
+    covered: summed over segments, for each s.
+    counts: assignments of each expert.
+    size: m.
+    segments: their number.
+    choices: K.
+    seed: of the draws.
+    draws: segments drawn for chance, times 100.
+  """
+  load = counts / max(counts.sum(), 1)
+  rng = np.random.default_rng(seed)
+  drawn = -np.sort(-rng.multinomial(size * choices, load, size=100 * draws), axis=1)
+  return {
+    "tokens": size,
+    "segments": segments,
+    "covered": (covered / max(int(covered[-1]), 1)).tolist(),
+    "chance": (np.cumsum(drawn, axis=1).mean(axis=0) / (size * choices)).tolist(),
+  }
+
+
+def hit_rates(distance: Int[np.ndarray, "D"]) -> Float[np.ndarray, "E"]:
+  """Returns the hit rate of a cache of s = 1 .. E experts that gives up the stalest.
+
+  Args:
+    distance: requests by the number of experts used more recently; D = E+1, and the last
+      entry counts first uses, which miss at any size.
+  """
+  return np.cumsum(distance[:-1]) / max(int(distance.sum()), 1)

@@ -1,0 +1,117 @@
+"""Specialisation: whether experts prefer domains or words, beside what chance gives.
+
+Every measure comes with its value for shuffled assignments: the same loads and the same
+counts of words, dealt out at random. What is not clearly above it says nothing.
+
+Letters: E experts, K choices per token, R domains, M vocabulary ids.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+from jaxtyping import Float, Int
+
+from moejax.analysis.measures import tables
+
+DRAWS = 10
+"""Shuffled tables whose mean and standard deviation stand for chance."""
+
+MIN_COUNT = 10
+"""Least occurrences of an id for its share to say something (OLMoE, section 5.4)."""
+
+
+def by_domain(
+  served: Int[np.ndarray, "E R"], *, seed: int = 0, draws: int = DRAWS
+) -> dict[str, Any]:
+  """Returns each domain's shares over experts, and how much expert and domain tell.
+
+  `share[d][e]` is the share of domain d's assignments that e computes; over the load of
+  e it is the `lift`. `information_fraction` is I(expert; domain) / H(domain): 0 to 1.
+  (OLMoE, arXiv:2409.02060, section 5.4, compares shares with k/E; a busy expert is above
+  it in every domain, so here it is the expert's own load.)
+
+  Args:
+    served: assignments by expert and domain; domains without tokens are left out.
+    seed: of the shuffles.
+    draws: their number.
+  """
+  load, domain = served.sum(axis=1), served.sum(axis=0)
+  whole = max(int(load.sum()), 1)
+
+  def fraction(table: Int[np.ndarray, "E R"]) -> float:
+    return tables.mutual_information(table) / max(tables.entropy(domain), 1e-30)
+
+  return {
+    "share": (served / np.maximum(domain, 1)[None]).T.tolist(),
+    "lift": tables.lift(served, load, domain, whole).T.tolist(),
+    "information_fraction": fraction(served),
+  } | chance(served, fraction, seed, draws)
+
+
+def by_word(
+  served: Int[np.ndarray, "E M"],
+  seen: Int[np.ndarray, "M"],
+  *,
+  seed: int = 0,
+  draws: int = DRAWS,
+) -> dict[str, Any]:
+  """Returns how much of a word's tokens its favourite expert computes.
+
+  `favourite` is the mean, over ids seen at least `MIN_COUNT` times, of max_e N_te / N_t:
+  max(K/E, largest load) to 1 (OLMoE, section 5.4, for the first choice; here for all K).
+  A maximum is above the mean load by chance alone, more so for rare words: compare it
+  with `chance`.
+
+  Args:
+    served: assignments by expert and id.
+    seen: tokens of each id.
+    seed: of the shuffles.
+    draws: their number.
+  """
+  often = seen >= MIN_COUNT
+  served, seen = served[:, often], seen[often]
+
+  def favourite(table: Int[np.ndarray, "E M"]) -> float:
+    if not table.shape[1]:
+      return 0.0
+    return float((table / seen[None]).max(axis=0).mean())
+
+  found = {"words": len(seen), "favourite": favourite(served)}
+  return found | chance(served, favourite, seed, draws)
+
+
+def chance(
+  table: Int[np.ndarray, "E n"],
+  measure: Callable[[Int[np.ndarray, "E n"]], float],
+  seed: int,
+  draws: int,
+) -> dict[str, float]:
+  """Returns mean and standard deviation of a measure over shuffled tables."""
+  rng = np.random.default_rng(seed)
+  rows, columns = table.sum(axis=1), table.sum(axis=0)
+  found = [measure(tables.shuffled(rows, columns, rng)) for _ in range(draws)]
+  return {"chance": float(np.mean(found)), "chance_std": float(np.std(found))}
+
+
+def top_words(
+  served: Int[np.ndarray, "E M"],
+  seen: Int[np.ndarray, "M"],
+  tokens: int,
+  *,
+  top: int = 10,
+) -> list[list[tuple[int, float, int]]]:
+  """Returns, for each expert, the words of highest lift: (column, lift, count).
+
+  The lift is the expert's rate for the word over its rate for all tokens; words seen
+  less than `MIN_COUNT` times have none.
+  """
+  rate: Float[np.ndarray, "E M"] = served / np.maximum(seen, 1)[None]
+  share = served.sum(axis=1, keepdims=True) / max(tokens, 1)
+  lift = np.divide(rate, share, out=np.zeros_like(rate), where=share > 0)
+  lift[:, seen < MIN_COUNT] = 0
+  best = np.argsort(-lift, axis=1, kind="stable")[:, :top]
+  return [
+    [(int(j), float(lift[e, j]), int(served[e, j])) for j in row if lift[e, j] > 0]
+    for e, row in enumerate(best)
+  ]

@@ -1,0 +1,201 @@
+"""From sums to measures: what analysis.json says of each layer.
+
+Letters: L MoE layers, E experts, K choices per token, M vocabulary ids.
+"""
+
+from typing import Any
+
+import numpy as np
+
+from moejax.analysis import decide, streaks
+from moejax.analysis.collect import NUM_CLASSES, Arrays, Vocabulary
+from moejax.analysis.measures import (
+  choices,
+  coactivation,
+  consistency,
+  drops,
+  flow,
+  load,
+  specialisation,
+)
+from moejax.models.decoder import Decoder
+
+FORMAT = 1
+"""Incremented when a field of analysis.json is renamed or changes meaning."""
+
+KINDS = ("domain", "class", "place", "position")
+"""By which drops are counted: domain, frequency class of the token read, part of the
+routing group, and position in the document by powers of two."""
+
+
+def undefined(model: Decoder) -> dict[str, str]:
+  """Returns the measures that a model's router has not, with the reason of each."""
+  found, name = {}, model.moe.router
+  chosen = decide.undecidable(model)
+  if model.router.mixes:
+    every = f"router {name} lets every expert compute a part of every token"
+    parts = ("coactivation", "flow", "domains", "words", "consistency", "drops")
+    found |= dict.fromkeys(parts, every)
+  if not model.router.token_choice:
+    found |= dict.fromkeys(("margin", "ties", "ranks", "gate"), chosen or "")
+  if chosen:
+    found["replay"] = chosen
+  if model.router.token_choice and _selected(model) == 1:
+    found["coactivation"] = "with K=1 no token has two experts"
+  if len(model.moe_layers) < 2:
+    found["flow"] = "there is only one MoE layer"
+  return found
+
+
+def _selected(model: Decoder) -> int:
+  moe = model.moe
+  return model.router.selected(moe.fine_experts, moe.fine_selected)
+
+
+def summarise(
+  sums: Arrays, model: Decoder, words: Vocabulary, domains: list[str], pieces: list[bytes]
+) -> dict[str, Any]:
+  """Returns the measures, JSON-ready.
+
+  Args:
+    sums: from `collect.collect`.
+    model: with at least one MoE layer.
+    words: the rows of the tables by id.
+    domains: names, indexed as in the sums.
+    pieces: bytes of each vocabulary id.
+  """
+  missing, tokens = undefined(model), int(sums["tokens"])
+  present = np.flatnonzero(sums["tokens_domain"])
+  layers = [
+    {"layer": layer} | _layer(sums, index, model, missing, present)
+    for index, layer in enumerate(model.moe_layers)
+  ]
+  if "words" not in missing:
+    for index, layer in enumerate(layers):
+      layer["words"] = _words(sums, index, words, pieces)
+  found: dict[str, Any] = {
+    "format": FORMAT,
+    "tokens": tokens,
+    "loss": float(sums["loss"]) / tokens,
+    "router": model.moe.router,
+    "num_experts": model.moe.fine_experts,
+    "num_selected": _selected(model),
+    "capacity_factor": model.moe.capacity_factor,
+    "domains": [domains[i] for i in present] if domains else [],
+    "domain_tokens": sums["tokens_domain"][present].tolist(),
+    "frequency_classes": NUM_CLASSES,
+    "undefined": missing,
+    "layers": layers,
+  }
+  if "flow" not in missing:
+    found["flow"] = [
+      {"from": here, "to": there}
+      | flow.flow(sums["flow"][i], sums["load"][i], sums["load"][i + 1], tokens)
+      for i, (here, there) in enumerate(
+        zip(model.moe_layers, model.moe_layers[1:], strict=False)
+      )
+    ]
+  return found
+
+
+def _layer(
+  sums: Arrays,
+  index: int,
+  model: Decoder,
+  missing: dict[str, str],
+  present: np.ndarray,
+) -> dict[str, Any]:
+  """Returns the measures of one layer, except for words."""
+
+  def of(name: str) -> Any:
+    return sums[name][index]
+
+  tokens, counts = int(sums["tokens"]), of("load")
+  selected = _selected(model)
+  found = {
+    "load": load.load(counts, of("importance"), tokens),
+    "choices": choices.certainty(
+      float(of("entropy")), of("entropy_bins"), tokens, len(counts)
+    ),
+    "loss_by_expert": (of("loss_by_expert") / np.maximum(counts, 1)).tolist(),
+  }
+  if "margin" in sums:
+    found["choices"] |= choices.margin(
+      float(of("margin")), of("margin_bins"), int(of("ties")), tokens
+    )
+  if "by_rank" in sums:
+    found["load"]["by_rank"] = load.by_rank(of("by_rank"))
+    found["load"]["gate"] = (of("gate") / np.maximum(counts, 1)).tolist()
+  if "coactivation" not in missing:
+    found["coactivation"] = coactivation.coactivation(of("pairs"), tokens)
+  if "domains" not in missing and len(present) > 1:
+    found["domains"] = specialisation.by_domain(of("by_domain")[:, present])
+  if "consistency" not in missing:
+    found["consistency"] = _consistency(sums, index, selected)
+  if "drops" not in missing:
+    found["drops"] = _drops(sums, index, selected, present)
+  return found
+
+
+def _consistency(sums: Arrays, index: int, selected: int) -> dict[str, Any]:
+  counts = sums["load"][index]
+  per_token = max(round(int(counts.sum()) / int(sums["tokens"])), 1)
+  return {
+    "segments": [
+      consistency.best_set(
+        sums[f"covered_{size}"][index],
+        counts,
+        size=size,
+        segments=int(sums[f"segments_{size}"]),
+        choices=per_token,
+      )
+      for size in streaks.SEGMENTS
+      if f"covered_{size}" in sums and sums[f"segments_{size}"]
+    ],
+    "lru_hit_rate": consistency.hit_rates(sums["distance"][index]).tolist(),
+  }
+
+
+def _drops(
+  sums: Arrays, index: int, selected: int, present: np.ndarray
+) -> dict[str, Any]:
+  found = {}
+  for kind in KINDS:
+    where = present if kind == "domain" else slice(None)
+    dropped = sums.get(f"dropped_{kind}")
+    found[kind] = drops.drops(
+      sums[f"tokens_{kind}"][where],
+      sums[f"lost_{kind}"][index][where],
+      None if dropped is None else dropped[index][where],
+      selected,
+    )
+  return found
+
+
+def _words(
+  sums: Arrays, index: int, words: Vocabulary, pieces: list[bytes]
+) -> dict[str, Any]:
+  """Returns specialisation by input id, target and predicted id, and top words."""
+  tokens, found = int(sums["tokens"]), {}
+  per_token = max(round(int(sums["load"][index].sum()) / tokens), 1)
+  for name in ("input", "target", "predicted"):
+    # The last row holds many ids, and none of them alone.
+    served = sums[f"by_{name}"][index][:, :-1]
+    seen = np.rint(served.sum(axis=0) / per_token).astype(np.int64)
+    if name == "input":
+      best = specialisation.top_words(served, seen, tokens)
+      found["top"] = [
+        [
+          {"token": show(pieces, int(words.ids[j])), "lift": lift, "count": count}
+          for j, lift, count in row
+        ]
+        for row in best
+      ]
+    found[name] = specialisation.by_word(served, seen)
+  return found
+
+
+def show(pieces: list[bytes], token: int) -> str:
+  """Returns a vocabulary id as readable text."""
+  piece = pieces[token] if token < len(pieces) else b""
+  return piece.decode("utf-8", "backslashreplace") if piece else f"<{token}>"

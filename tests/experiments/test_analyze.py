@@ -1,0 +1,151 @@
+"""experiments.analyze as a user calls it: results, and one line for every mistake."""
+
+import json
+import pathlib
+import subprocess
+import sys
+
+import pytest
+
+from tests.experiments.test_command_lines import TINY, call
+
+ROOT = pathlib.Path(__file__).parents[2]
+
+_MISTAKES = r"""
+import json, sys
+from moejax.cli import analyze, flags as cli
+from moejax.errors import UserError
+from absl import flags
+cli.define_config(default=None)
+said = []
+for args in json.loads(sys.argv[1]):
+  flags.FLAGS.unparse_flags()
+  for name in flags.FLAGS:
+    flags.FLAGS[name].unparse()
+  try:
+    cli.parse(["analyze", *args], "moejax.cli.analyze")
+    analyze._asked(cli.run_directory())
+    said.append("")
+  except UserError as error:
+    said.append(str(error))
+print(json.dumps(said))
+"""
+
+
+def test_flags_that_do_nothing_or_contradict_are_refused(tmp_path):
+  """Before jax is imported: each names the flag, its value and the remedy."""
+  (tmp_path / "file").write_text("")
+  cases = {
+    ("--text=x", "--split=test"): "--split: --text has no splits",
+    ("--confirm=1",): "--confirm does nothing without --replay",
+    ("--overflow=drop",): "--overflow does nothing without --replay",
+    ("--knockout_pairs=2",): "--knockout_pairs does nothing without --knockout",
+    ("--trace_what=logits",): "--trace_what does nothing without --trace=FILE",
+    ("--replay",): "no option is given",
+    ("--replay", "--capacity_factor=x"): "--moe.capacity_factor=x",
+    ("--knockout=a",): "--knockout",
+    (f"--out={tmp_path}/file/x",): "is a file",
+    ("--replay", "--overflow=drop", "--from_trace=x", "--trace=y"): "--from_trace",
+    ("--knockout",): "",
+    ("--knockout=3,1",): "",
+  }
+  where = f"--workdir={tmp_path}"
+  args = json.dumps([[where, *case] for case in cases])
+  command = [sys.executable, "-c", _MISTAKES, args]
+  done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=120)
+  assert done.returncode == 0, done.stderr
+  for said, (case, words) in zip(json.loads(done.stdout), cases.items(), strict=True):
+    assert words in said and bool(words) == bool(said), (case, said)
+    assert "\n" not in said
+  assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+@pytest.fixture(scope="module")
+def workdir(tmp_path_factory) -> str:
+  """A finished run of four steps with two checkpoints."""
+  directory = tmp_path_factory.mktemp("run")
+  call(
+    "experiments.train",
+    f"--workdir={directory}",
+    f"--config.data.cache_dir={tmp_path_factory.mktemp('cache')}",
+    *(f"--config.{setting}" for setting in TINY),
+  )
+  return str(directory)
+
+
+@pytest.mark.slow
+def test_one_call_measures_everything(workdir, tmp_path):
+  """All checkpoints, replay with a real evaluation, knock-out, and a trace replayed."""
+  trace = tmp_path / "trace.parquet"
+  replay = ("--replay", "--capacity_factor=0.5,2", "--overflow=drop,next_best")
+  printed = call(
+    "experiments.analyze",
+    f"--workdir={workdir}",
+    f"--out={tmp_path / 'out'}",
+    "--steps=all",
+    *replay,
+    "--confirm=1",
+    "--knockout",
+    "--knockout_pairs=1",
+    f"--trace={trace}",
+    "--trace_what=logits",
+  )
+  assert "MiB before compression" in printed
+  found = json.loads((tmp_path / "out" / "analysis.json").read_text())
+  assert [row["step"] for row in found["saturation"]] == [2, 4]
+  assert {layer["saturation"] for layer in found["saturation"][1]["layers"]} == {1}
+  assert found["replay"][0]["confirmed"]["difference"][0] == pytest.approx(0, abs=1e-9)
+  layers = [layer["layer"] for layer in found["layers"]]
+  assert [row["layer"] for row in found["knockout"]] == layers
+  assert len(found["knockout_pairs"]) == len(layers)
+  assert (tmp_path / "out" / "index.html").stat().st_size > 1000
+  call(
+    "experiments.analyze",
+    f"--workdir={workdir}",
+    f"--out={tmp_path / 'again'}",
+    f"--from_trace={trace}",
+    *replay,
+  )
+  again = json.loads((tmp_path / "again" / "replay.json").read_text())["replay"]
+  for ours, theirs in zip(again, found["replay"], strict=True):
+    assert ours["setting"] == theirs["setting"] and ours["layers"] == theirs["layers"]
+
+
+@pytest.mark.slow
+def test_two_processes_count_the_same_and_one_writes(workdir, tmp_path):
+  """Counts are equal, and floats but for rounding."""
+  flags = (f"--workdir={workdir}", "--batch_size=8", "--replay", "--capacity_factor=0.5")
+  call("experiments.analyze", *flags, f"--out={tmp_path / 'one'}")
+  command = ["--processes=2", "--devices_per_process=1", f"--logs={tmp_path / 'logs'}"]
+  command += ["--", sys.executable, "-m", "experiments.analyze"]
+  call("tools.launch_local", *command, *flags, f"--out={tmp_path / 'two'}")
+  one, two = (
+    json.loads((tmp_path / name / "analysis.json").read_text()) for name in ("one", "two")
+  )
+  assert one["tokens"] == two["tokens"]
+  assert one["loss"] == pytest.approx(two["loss"], rel=1e-5)
+  for ours, theirs in zip(one["layers"], two["layers"], strict=True):
+    assert ours["load"]["share"] == pytest.approx(theirs["load"]["share"], abs=2e-3)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+  ("args", "names"),
+  [
+    (["--steps=3"], ["--steps=3", "2, 4"]),
+    (["--knockout=7"], ["--knockout=7", "MoE layer"]),
+    (["--text=/nowhere"], ["/nowhere"]),
+    (["--replay", "--num_selected=99"], ["num_selected=99"]),
+    (["--replay", "--capacity_factor=1", "--confirm=2"], ["--confirm=2"]),
+    (["--config.moe.dense_twin=true"], ["no MoE layer"]),
+  ],
+)
+def test_mistakes_about_the_run_are_one_line(workdir, tmp_path, args, names):
+  """Nothing is written."""
+  out = tmp_path / "out"
+  error = call(
+    "experiments.analyze", f"--workdir={workdir}", f"--out={out}", *args, code=2
+  )
+  assert "Traceback" not in error and not out.exists()
+  for name in names:
+    assert name in error.splitlines()[-1]
