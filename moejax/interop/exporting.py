@@ -11,7 +11,7 @@ import contextlib
 import copy
 import json
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -137,7 +137,11 @@ def export(
   values |= kept or {}
   with _writing(Path(folder)) as temporary:
     _write_json(temporary / CONFIG, values | {"moejax_version": __version__})
-    shapes = _write_tensors(temporary, mapped, flatten(params), config.model.param_dtype)
+    shapes = _write_tensors(
+      *(temporary, mapped, flatten(params), config.model.param_dtype),
+      # If it is tied, the class ties its other tables too.
+      {} if config.model.tie_embeddings else {architecture.embedding: architecture.copies},
+    )
     if isinstance(tokenizer, ImportedTokenizer):
       (temporary / TOKENIZER).write_text(tokenizer.library_json, encoding="utf-8")
     for file in TAKEN_ALONG:
@@ -187,7 +191,11 @@ def _writing(folder: Path) -> Iterator[Path]:
 
 
 def _write_tensors(
-  folder: Path, mapped: list[Row], params: Mapping[str, Any], dtype: str
+  folder: Path,
+  mapped: list[Row],
+  params: Mapping[str, Any],
+  dtype: str,
+  copies: Mapping[str, Sequence[str]],
 ) -> dict[str, tuple[int, ...]]:
   """Writes all tensors, a file of at most `SHARD_BYTES` in memory at a time."""
   from safetensors.numpy import save_file
@@ -209,10 +217,11 @@ def _write_tensors(
   for row in mapped:
     for name, array in _tensors(row, params):
       array = _narrowed(array, dtype)
-      if shard and size + array.nbytes > SHARD_BYTES:
-        flush()
-      shard[name], shapes[name] = array, array.shape
-      size, total = size + array.nbytes, total + array.nbytes
+      for each in (name, *copies.get(name, ())):
+        if shard and size + array.nbytes > SHARD_BYTES:
+          flush()
+        shard[each], shapes[each] = array if each == name else array.copy(), array.shape
+        size, total = size + array.nbytes, total + array.nbytes
   flush()
   if len(names) == 1:
     (folder / _part(0)).rename(folder / SINGLE)

@@ -6,7 +6,7 @@ Transformers, which an absent or null key means there.
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from moejax.config import Config
@@ -22,6 +22,9 @@ SEQUENCE = 1024
 _ACTIVATIONS = {"silu": "swiglu", "swish": "swiglu", "gelu_pytorch_tanh": "geglu"}
 _WRITTEN = {"swiglu": "silu", "geglu": "gelu_pytorch_tanh"}
 """hidden_act of a gated layer, and our activation."""
+
+_MOST_FURTHER = 100
+"""Most layers for multi-token prediction that are looked for."""
 
 
 def read_decoder(
@@ -144,16 +147,36 @@ def read_windows(keys: Keys, config: Config, default: Sequence[str]) -> None:
   """
   kinds = keys.take("layer_types", list, list(default))
   words = {"sliding_attention": "sliding", "full_attention": "full"}
-  unknown = [kind for kind in kinds if kind not in words]
+  unknown = [kind for kind in kinds if type(kind) is not str or kind not in words]
   if unknown or len(kinds) != config.model.num_layers:
     raise UserError(
       f"{keys.path}: layer_types={kinds} is no list of {', '.join(words)} for each of "
       f"{config.model.num_layers} layers."
     )
+  if "sliding_attention" in kinds and not config.model.sliding_window:
+    raise UserError(
+      f"{keys.path}: layer_types has sliding_attention, and no sliding_window is in "
+      "force. Give its size, or make all layers full_attention."
+    )
   if "sliding_attention" not in kinds:
     config.model.sliding_window = 0
   elif "full_attention" in kinds:
     config.model.window_pattern = ",".join(words[kind] for kind in kinds)
+
+
+def take_window(keys: Keys, default: int) -> int:
+  """Takes sliding_window; null is 0, no window.
+
+  Raises:
+    UserError: a window of no tokens.
+  """
+  size = keys.take("sliding_window", int, default, null=0)
+  if size < 1 and keys.values.get("sliding_window") is not None:
+    raise UserError(
+      f"{keys.path}: sliding_window={size} is not positive. Give a number of tokens, or "
+      "null for no window."
+    )
+  return size
 
 
 def write_windows(config: Config) -> list[str]:
@@ -199,14 +222,21 @@ def write_groups(config: Config) -> dict[str, Any]:
   }
 
 
-def further_layers(config: Mapping[str, Any]) -> dict[str, str]:
-  """Returns the prefixes of layers after the last, which predict further tokens."""
+def further_layers(
+  config: Mapping[str, Any], names: Collection[str]
+) -> dict[str, str]:
+  """Returns the prefixes of layers after the last, which predict further tokens.
+
+  Their eh_proj (DeepSeek-V3, arXiv:2412.19437, equation 21) tells them from layers that
+  a wrong num_hidden_layers cuts off. Without a key there is one at most.
+  """
   last = config.get("num_hidden_layers")
-  more = config.get("num_nextn_predict_layers", config.get("num_mtp_layers")) or 0
+  more = config.get("num_nextn_predict_layers", config.get("num_mtp_layers", 1)) or 0
   if type(last) is not int or type(more) is not int:
     return {}
   reason = "layers for multi-token prediction, which decoding does not need"
-  return {f"model.layers.{last + i}.": reason for i in range(more)}
+  prefixes = [f"model.layers.{last + i}." for i in range(min(more, _MOST_FURTHER))]
+  return {p: reason for p in prefixes if f"{p}eh_proj.weight" in names}
 
 
 def renormalize(keys: Keys, config: Config, default: bool) -> None:

@@ -61,6 +61,8 @@ def read(keys: Keys) -> Config:
   else:
     moe.router = "group_limited"
     fields.read_groups(keys, config, best=1)
+    if not moe.router_options.get("num_expert_groups"):
+      moe.router = "top_k"
   return config
 
 

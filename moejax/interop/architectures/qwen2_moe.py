@@ -52,7 +52,7 @@ def _read_windows(keys: Keys, config: Config) -> None:
   """Takes the keys of windows; by default every other of the first layers has one."""
   model = config.model
   slides = keys.take("use_sliding_window", bool, False)
-  size = keys.take("sliding_window", int, 4096)
+  size = fields.take_window(keys, 4096)
   most = keys.take("max_window_layers", int, 28)
   model.sliding_window = size if slides else 0
   kinds = ("sliding_attention", "full_attention")

@@ -41,7 +41,7 @@ def read(keys: Keys) -> Config:
   keys.only("shared_expert_intermediate_size", 0, None)
   fields.read_attention_bias(keys, config)
   slides = keys.take("use_sliding_window", bool, False)
-  size = keys.take("sliding_window", int, 4096)
+  size = fields.take_window(keys, 4096)
   model.sliding_window = size if slides else 0
   keys.skip("max_window_layers")  # Not read by this class.
   model.hidden = keys.take("intermediate_size", int)
