@@ -94,9 +94,8 @@ def get(name: str, path: str) -> Architecture:
   """
   name = _ALIASES.get(name, name)
   if name not in _KNOWN:
-    raise UserError(
-      f"{path}: model_type={name!r} is unknown. {did_you_mean(str(name), _KNOWN)} "
-      f"Known are {', '.join(_KNOWN)}."
-    )
+    hint = did_you_mean(str(name), _KNOWN)
+    names = "" if _KNOWN[-1] in hint else f" Known are {', '.join(_KNOWN)}."
+    raise UserError(f"{path}: model_type={name!r} is unknown. {hint}{names}")
   module = importlib.import_module(f"moejax.interop.architectures.{name}")
   return module.ARCHITECTURE

@@ -65,13 +65,21 @@ def choose(
       "--config.moe.eval_capacity_factor=none to export the dropless model."
     )
   nearest: tuple[list[tuple[str, Any, Any]], str] | None = None
+  reasons = []
   own = canonical(config)
   for candidate in (name,) if name else architectures.known():
     found = architectures.get(candidate, "--architecture")
-    values = {"model_type": candidate} | found.write(own)
+    if (found.encoder is None) != (config.model.kind == "decoder"):
+      reasons.append(
+        f"--config.model.kind={config.model.kind}, and {candidate} is "
+        f"{'a decoder' if found.encoder is None else 'an encoder-decoder'}"
+      )
+      continue
     try:
+      values = {"model_type": candidate} | found.write(own)
       back = found.read(Keys(values, f"{candidate}'s {CONFIG}"))
-    except UserError:
+    except UserError as e:
+      reasons.append(str(e).rstrip("."))
       continue
     lost = differences(config, back)
     if not lost:
@@ -79,17 +87,29 @@ def choose(
     if nearest is None or len(lost) < len(nearest[0]):
       nearest = (lost, candidate)
   if nearest is None:
-    raise UserError(f"--architecture={name} cannot represent this model.")
+    raise UserError(
+      f"--architecture={name or 'none'} cannot represent this model: {reasons[0]}. Leave "
+      "the flag out to see the nearest one."
+    )
   lost, candidate = nearest
   shown = "; ".join(
-    f"--config.{field}={show(ours)} would become {show(theirs)}"
+    f"--config.{field}={_shown(ours)} would become {_shown(theirs)}"
     for field, ours, theirs in lost[:_MOST_NAMED]
   )
   more = f" and {len(lost) - _MOST_NAMED} more" if len(lost) > _MOST_NAMED else ""
-  raise UserError(
-    f"No architecture of Transformers represents this model. The nearest is {candidate}, "
-    f"where {shown}{more}. Only a model trained with such values can be exported."
+  failed = (
+    f"--architecture={name} does not represent this model:"
+    if name
+    else "No architecture of Transformers represents this model. The nearest is "
+    f"{candidate}, where"
   )
+  raise UserError(
+    f"{failed} {shown}{more}. Only a model trained with such values can be exported."
+  )
+
+
+def _shown(value: Any) -> str:
+  return show(value) or "empty"
 
 
 def export(
@@ -169,7 +189,9 @@ def _special_ids(tokenizer: Tokenizer) -> dict[str, int]:
 @contextlib.contextmanager
 def _writing(folder: Path) -> Iterator[Path]:
   """Yields a new folder, which becomes `folder` unless the body raises."""
-  if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+  if folder.exists() and not folder.is_dir():
+    raise UserError(f"--to_hf={folder} is a file. Give a new folder.")
+  if folder.exists() and any(folder.iterdir()):
     raise UserError(f"--to_hf={folder} is there and is not empty. Choose a new folder.")
   temporary = folder.with_name(f".{folder.name}.partial")
   try:

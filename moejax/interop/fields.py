@@ -241,7 +241,7 @@ def further_layers(
 
 def renormalize(keys: Keys, config: Config, default: bool) -> None:
   """Takes norm_topk_prob: whether a token's K gates sum to 1."""
-  scaled = keys.take("norm_topk_prob", bool, default)
+  scaled = keys.take("norm_topk_prob", bool, default, null=False)
   # With K = 1 a renormalised gate would always be 1.
   config.moe.renormalize = "before_drop" if scaled else "none"
 

@@ -58,6 +58,11 @@ def open_folder(folder: Path | str) -> Published:
   values = _config_json(folder)
   path = str(folder / CONFIG)
   kind = values.get("model_type")
+  if kind is None:
+    raise UserError(
+      f"{path} has no model_type, which names the architecture. Known are "
+      f"{', '.join(architectures.known())}."
+    )
   architecture = architectures.get(str(kind), path)
   source = Source(folder, quantised.packing(values, path))
   values = _with_dtype(values, source, architecture.embedding)

@@ -31,7 +31,7 @@ def refused(folder, *words, read=False):
   ("change", "words"),
   [
     (set_key("model_type", "mixtrall"), ("mixtrall", "Did you mean mixtral?")),
-    (set_key("model_type", "jamba"), ("jamba", "Known are mixtral, olmoe")),
+    (set_key("model_type", "jamba"), ("jamba", "mixtral, olmoe")),
     (set_key("hidden_act", "relu"), ("hidden_act='relu'",)),
     (set_key("logit_softcapping", 30.0), ("logit_softcapping=30.0", "not understood")),
     (set_key("hidden_size", "24"), ("hidden_size='24'", "int")),

@@ -3,6 +3,7 @@
 from typing import Any
 
 from moejax.config import Config
+from moejax.errors import UserError
 from moejax.interop import fields
 from moejax.interop.architecture import Architecture
 from moejax.interop.keys import Keys
@@ -65,6 +66,11 @@ def _read_windows(keys: Keys, config: Config) -> None:
 
 def write(config: Config) -> dict[str, Any]:
   model, moe = config.model, config.moe
+  if not moe.shared_hidden:
+    raise UserError(
+      "the model has no shared expert (--config.moe.shared_hidden=0), and qwen2_moe one "
+      "in each MoE layer"
+    )
   return (
     fields.write_decoder(config, class_name=_CLASS)
     | fields.write_sparse_step(config)
