@@ -160,7 +160,9 @@ def export(
     shapes = _write_tensors(
       *(temporary, mapped, flatten(params), config.model.param_dtype),
       # If it is tied, the class ties its other tables too.
-      {} if config.model.tie_embeddings else {architecture.embedding: architecture.copies},
+      {}
+      if config.model.tie_embeddings
+      else {architecture.embedding: architecture.copies},
     )
     if isinstance(tokenizer, ImportedTokenizer):
       (temporary / TOKENIZER).write_text(tokenizer.library_json, encoding="utf-8")

@@ -23,6 +23,8 @@ _ACTIVATIONS = {"silu": "swiglu", "swish": "swiglu", "gelu_pytorch_tanh": "geglu
 _WRITTEN = {"swiglu": "silu", "geglu": "gelu_pytorch_tanh"}
 """hidden_act of a gated layer, and our activation."""
 
+_MOST_LAYERS = 10_000
+
 _MOST_FURTHER = 100
 """Most layers for multi-token prediction that are looked for."""
 
@@ -33,6 +35,7 @@ def read_decoder(
   theta: float = 10_000.0,
   eps: float = 1e-6,
   fraction: float | None = None,
+  kv_heads: int | None = None,
   latent: bool = False,
 ) -> Config:
   """Returns a dropless MoE decoder with the sizes of a config.json.
@@ -42,6 +45,7 @@ def read_decoder(
     theta: the class's default of rope_theta.
     eps: the class's default of rms_norm_eps.
     fraction: the class's default of partial_rotary_factor; None is no such key.
+    kv_heads: the class's default of num_key_value_heads; None is one for each head.
     latent: whether attention is multi-head latent attention.
 
   Raises:
@@ -49,10 +53,12 @@ def read_decoder(
   """
   config = Config()
   model, moe = config.model, config.moe
-  model.num_layers = keys.take("num_hidden_layers", int)
+  model.num_layers = take_layers(keys, "num_hidden_layers")
   model.width = keys.take("hidden_size", int)
   model.num_heads = keys.take("num_attention_heads", int)
-  model.num_kv_heads = keys.take("num_key_value_heads", int, model.num_heads)
+  model.num_kv_heads = keys.take(
+    "num_key_value_heads", int, kv_heads or model.num_heads, null=model.num_heads
+  )
   if model.num_heads < 1:
     raise UserError(
       f"{keys.path}: num_attention_heads={model.num_heads} is not positive."
@@ -101,6 +107,26 @@ def write_decoder(config: Config, *, class_name: str) -> dict[str, Any]:
     "vocab_size": model.vocab_size,
     **rope.write(config),
   }
+
+
+def take_layers(keys: Keys, name: str, *default: int, **null: int) -> int:
+  """Takes a number of layers, of which lists are made before the config is checked.
+
+  Args:
+    keys: of the config.json.
+    name: of the key.
+    *default: as in `Keys.take`.
+    **null: as in `Keys.take`.
+
+  Raises:
+    UserError: it is missing, no integer, below 1 or huge.
+  """
+  layers = keys.take(name, int, *default, **null)
+  if not 0 < layers <= _MOST_LAYERS:
+    raise UserError(
+      f"{keys.path}: {name}={layers} must be at least 1 and at most {_MOST_LAYERS:,}."
+    )
+  return layers
 
 
 def take_experts(keys: Keys, *names: str) -> int:
@@ -204,6 +230,10 @@ def read_groups(
   """
   groups = keys.take("n_group", int, groups)
   selected = keys.take("topk_group", int, selected)
+  if groups >= 1 and not 0 < selected <= groups:
+    raise UserError(
+      f"{keys.path}: topk_group={selected} is not in 1..{groups}, the number of groups."
+    )
   if groups > 1:
     options = {
       "num_expert_groups": groups,
@@ -222,9 +252,7 @@ def write_groups(config: Config) -> dict[str, Any]:
   }
 
 
-def further_layers(
-  config: Mapping[str, Any], names: Collection[str]
-) -> dict[str, str]:
+def further_layers(config: Mapping[str, Any], names: Collection[str]) -> dict[str, str]:
   """Returns the prefixes of layers after the last, which predict further tokens.
 
   Their eh_proj (DeepSeek-V3, arXiv:2412.19437, equation 21) tells them from layers that

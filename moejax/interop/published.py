@@ -101,9 +101,7 @@ def read_config(architecture: Architecture, values: dict[str, Any], path: str) -
   return config
 
 
-def _with_dtype(
-  values: dict[str, Any], source: Source, table: str
-) -> dict[str, Any]:
+def _with_dtype(values: dict[str, Any], source: Source, table: str) -> dict[str, Any]:
   """Adds the dtype of the embedding where config.json has none."""
   name = values.get("dtype") or values.get("torch_dtype")
   if name is None:

@@ -15,6 +15,7 @@ from typing import Any
 
 from moejax.config import Config
 from moejax.errors import UserError
+from moejax.interop import fields
 from moejax.interop.architecture import Architecture
 from moejax.interop.keys import Keys
 from moejax.interop.table import FLAT, LINEAR, SAME, Entry, Linear, entry
@@ -78,14 +79,15 @@ def read(keys: Keys) -> Config:
   keys.only("feed_forward_proj", "relu", None)
   keys.only("router_dtype", "float32")
   keys.only("router_type", "tokens_masked", None)
-  keys.take("expert_capacity", int, 64)
+  if (slots := keys.take("expert_capacity", int, 64)) < 1:
+    raise UserError(f"{keys.path}: expert_capacity={slots} drops every token.")
   # Without effect in the class, whatever their names say.
   keys.skip("router_ignore_padding_tokens", "batch_prioritized_routing")
   keys.skip("dropout_rate", "n_positions", "max_position_embeddings", "add_router_probs")
   model.kind, data.objective, data.tokenizer = "encoder_decoder", "span_corruption", "hf"
-  model.encoder_layers = keys.take("num_layers", int)
-  model.num_layers = keys.take(
-    "num_decoder_layers", int, 12, null=model.encoder_layers
+  model.encoder_layers = fields.take_layers(keys, "num_layers")
+  model.num_layers = fields.take_layers(
+    keys, "num_decoder_layers", 12, null=model.encoder_layers
   )
   model.width = keys.take("d_model", int)
   model.num_heads = model.num_kv_heads = keys.take("num_heads", int)
@@ -99,7 +101,7 @@ def read(keys: Keys) -> Config:
   model.relative_distance = keys.take("relative_attention_max_distance", int, 128)
   model.tie_embeddings = keys.take("tie_word_embeddings", bool, True)
   if model.tie_embeddings:
-    model.logits_divisor = math.sqrt(model.width)
+    model.logits_divisor = math.sqrt(max(model.width, 1))
   dtype = keys.values.get("dtype") or keys.values.get("torch_dtype")
   model.dtype = model.param_dtype = "bfloat16" if dtype == "bfloat16" else "float32"
   moe.num_experts = keys.take("num_experts", int)
