@@ -112,7 +112,7 @@ def _refuse_other_config(path: Path, config: Config) -> None:
     stored = config_text.from_dict(files.read_json(path / CONFIG_FILE))
   except (OSError, ValueError) as e:
     raise UserError(
-      f"{path / CONFIG_FILE} cannot be read ({e}). Remove the directory and convert again."
+      f"{path / CONFIG_FILE} cannot be read ({e}). Remove the folder and convert again."
     ) from e
   changed = config_text.difference(stored, config)
   if changed:

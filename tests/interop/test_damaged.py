@@ -96,6 +96,12 @@ def test_a_window_that_is_null_is_none_where_windows_are_used():
   assert read(values).model.sliding_window == 4096
 
 
+@pytest.mark.parametrize("name", [*ARCHITECTURES, "switch_transformers"])
+def test_every_golden_is_read(name):
+  """Stricter reading refuses nothing that Transformers wrote."""
+  read(json.loads((golden(name) / "config.json").read_text()))
+
+
 @pytest.mark.parametrize(
   ("name", "changes", "word"),
   [

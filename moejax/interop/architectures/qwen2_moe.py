@@ -53,9 +53,9 @@ def _read_windows(keys: Keys, config: Config) -> None:
   """Takes the keys of windows; by default every other of the first layers has one."""
   model = config.model
   slides = keys.take("use_sliding_window", bool, False)
-  size = fields.take_window(keys, 4096)
   most = keys.take("max_window_layers", int, 28)
-  model.sliding_window = size if slides else 0
+  keys.skip("sliding_window")  # Read, and checked, only if windows are used.
+  model.sliding_window = fields.take_window(keys, 4096) if slides else 0
   kinds = ("sliding_attention", "full_attention")
   fields.read_windows(
     keys,

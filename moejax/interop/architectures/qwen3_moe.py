@@ -41,8 +41,8 @@ def read(keys: Keys) -> Config:
   keys.only("shared_expert_intermediate_size", 0, None)
   fields.read_attention_bias(keys, config)
   slides = keys.take("use_sliding_window", bool, False)
-  size = fields.take_window(keys, 4096)
-  model.sliding_window = size if slides else 0
+  keys.skip("sliding_window")  # Read, and checked, only if windows are used.
+  model.sliding_window = fields.take_window(keys, 4096) if slides else 0
   keys.skip("max_window_layers")  # Not read by this class.
   model.hidden = keys.take("intermediate_size", int)
   moe.num_experts = fields.take_experts(keys, "num_experts", "num_local_experts")
