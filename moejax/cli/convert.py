@@ -74,6 +74,8 @@ def import_(folder: str | None) -> None:
     names = [n for n, r in found.loader.left_out.items() if r == reason]
     shown = ", ".join(names[:3]) + (" ..." if len(names) > 3 else "")
     print(f"Left out ({reason}): {len(names)} tensors, {shown}")
+  for remark in found.architecture.remarks(found.values):
+    print(remark)
   if found.tokenizer is None:
     print("The folder has no tokenizer.json: programs that read or write text refuse it.")
   _print_summary(found.architecture.name, config)

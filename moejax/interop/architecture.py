@@ -2,7 +2,7 @@
 
 import dataclasses
 import importlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 from moejax.config import Config
@@ -25,7 +25,12 @@ class Architecture:
     write: from a Config to the keys of config.json, with `model_type` left out.
     model: the table outside the layers.
     layer_prefix: before the names of a layer; `{layer}` is its number.
-    left_out: for a config.json, prefixes of tensors that are left out, and why.
+    embedding: on disk, the table of the decoder's tokens.
+    head: on disk, the output projection where it is not the embedding.
+    copies: names under which the class has the embedding once more, tied or not.
+    left_out: for a config.json and the tensors on disk, prefixes of tensors that are left
+      out, and why.
+    remarks: for a config.json, what else is lost on import, in sentences.
   """
 
   name: str
@@ -37,7 +42,13 @@ class Architecture:
   layer_prefix: str = "model.layers.{layer}."
   encoder: tuple[Entry, ...] | None = None
   encoder_prefix: str = ""
-  left_out: Callable[[Mapping[str, Any]], dict[str, str]] = lambda config: {}
+  embedding: str = "model.embed_tokens.weight"
+  head: str = "lm_head.weight"
+  copies: tuple[str, ...] = ()
+  left_out: Callable[[Mapping[str, Any], Collection[str]], dict[str, str]] = (
+    lambda config, names: {}
+  )
+  remarks: Callable[[Mapping[str, Any]], list[str]] = lambda config: []
 
   def table(self, stack: str) -> tuple[str, tuple[Entry, ...]]:
     """Returns prefix and table of a stack's layers; see `Decoder.stacks`."""
@@ -83,9 +94,8 @@ def get(name: str, path: str) -> Architecture:
   """
   name = _ALIASES.get(name, name)
   if name not in _KNOWN:
-    raise UserError(
-      f"{path}: model_type={name!r} is unknown. {did_you_mean(str(name), _KNOWN)} "
-      f"Known are {', '.join(_KNOWN)}."
-    )
+    hint = did_you_mean(str(name), _KNOWN)
+    names = "" if _KNOWN[-1] in hint else f" Known are {', '.join(_KNOWN)}."
+    raise UserError(f"{path}: model_type={name!r} is unknown. {hint}{names}")
   module = importlib.import_module(f"moejax.interop.architectures.{name}")
   return module.ARCHITECTURE

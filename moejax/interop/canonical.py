@@ -64,6 +64,7 @@ def canonical(config: Config) -> Config:
   if moe.router == "switch":  # Top-k with K = 1, whose gate stays a probability.
     moe.router, moe.num_selected, moe.renormalize = "top_k", 1, "none"
     moe.options = {}
+  _canonical_groups(moe)
   if moe.renormalize == "none":
     moe.renormalize_norm = 1.0
   moe.activation = moe.activation or model.activation
@@ -76,6 +77,21 @@ def canonical(config: Config) -> Config:
   model.vocab_multiple = 1
   _canonical_attention(model)
   return config
+
+
+def _canonical_groups(moe: MoEConfig) -> None:
+  """Takes away a limit that is none: of all experts in one group."""
+  options = dict(moe.router_options)
+  if moe.router not in ("group_limited", "sigmoid_bias"):
+    return
+  if options.get("num_expert_groups", 1) > 1:
+    return
+  for name in ("num_expert_groups", "num_selected_groups", "group_best"):
+    options.pop(name, None)
+  if moe.router == "group_limited":
+    moe.router, moe.options = "top_k", {}
+  else:
+    moe.use_router(moe.router, **options)
 
 
 def _canonical_pattern(model: ModelConfig, moe: MoEConfig) -> None:

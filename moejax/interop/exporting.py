@@ -11,7 +11,7 @@ import contextlib
 import copy
 import json
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -65,13 +65,21 @@ def choose(
       "--config.moe.eval_capacity_factor=none to export the dropless model."
     )
   nearest: tuple[list[tuple[str, Any, Any]], str] | None = None
+  reasons = []
   own = canonical(config)
   for candidate in (name,) if name else architectures.known():
     found = architectures.get(candidate, "--architecture")
-    values = {"model_type": candidate} | found.write(own)
+    if (found.encoder is None) != (config.model.kind == "decoder"):
+      reasons.append(
+        f"--config.model.kind={config.model.kind}, and {candidate} is "
+        f"{'a decoder' if found.encoder is None else 'an encoder-decoder'}"
+      )
+      continue
     try:
+      values = {"model_type": candidate} | found.write(own)
       back = found.read(Keys(values, f"{candidate}'s {CONFIG}"))
-    except UserError:
+    except UserError as e:
+      reasons.append(str(e).rstrip("."))
       continue
     lost = differences(config, back)
     if not lost:
@@ -79,17 +87,29 @@ def choose(
     if nearest is None or len(lost) < len(nearest[0]):
       nearest = (lost, candidate)
   if nearest is None:
-    raise UserError(f"--architecture={name} cannot represent this model.")
+    raise UserError(
+      f"--architecture={name or 'none'} cannot represent this model: {reasons[0]}. Leave "
+      "the flag out to see the nearest one."
+    )
   lost, candidate = nearest
   shown = "; ".join(
-    f"--config.{field}={show(ours)} would become {show(theirs)}"
+    f"--config.{field}={_shown(ours)} would become {_shown(theirs)}"
     for field, ours, theirs in lost[:_MOST_NAMED]
   )
   more = f" and {len(lost) - _MOST_NAMED} more" if len(lost) > _MOST_NAMED else ""
-  raise UserError(
-    f"No architecture of Transformers represents this model. The nearest is {candidate}, "
-    f"where {shown}{more}. Only a model trained with such values can be exported."
+  failed = (
+    f"--architecture={name} does not represent this model:"
+    if name
+    else "No architecture of Transformers represents this model. The nearest is "
+    f"{candidate}, where"
   )
+  raise UserError(
+    f"{failed} {shown}{more}. Only a model trained with such values can be exported."
+  )
+
+
+def _shown(value: Any) -> str:
+  return show(value) or "empty"
 
 
 def export(
@@ -137,7 +157,13 @@ def export(
   values |= kept or {}
   with _writing(Path(folder)) as temporary:
     _write_json(temporary / CONFIG, values | {"moejax_version": __version__})
-    shapes = _write_tensors(temporary, mapped, flatten(params), config.model.param_dtype)
+    shapes = _write_tensors(
+      *(temporary, mapped, flatten(params), config.model.param_dtype),
+      # If it is tied, the class ties its other tables too.
+      {}
+      if config.model.tie_embeddings
+      else {architecture.embedding: architecture.copies},
+    )
     if isinstance(tokenizer, ImportedTokenizer):
       (temporary / TOKENIZER).write_text(tokenizer.library_json, encoding="utf-8")
     for file in TAKEN_ALONG:
@@ -165,7 +191,9 @@ def _special_ids(tokenizer: Tokenizer) -> dict[str, int]:
 @contextlib.contextmanager
 def _writing(folder: Path) -> Iterator[Path]:
   """Yields a new folder, which becomes `folder` unless the body raises."""
-  if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+  if folder.exists() and not folder.is_dir():
+    raise UserError(f"--to_hf={folder} is a file. Give a new folder.")
+  if folder.exists() and any(folder.iterdir()):
     raise UserError(f"--to_hf={folder} is there and is not empty. Choose a new folder.")
   temporary = folder.with_name(f".{folder.name}.partial")
   try:
@@ -187,7 +215,11 @@ def _writing(folder: Path) -> Iterator[Path]:
 
 
 def _write_tensors(
-  folder: Path, mapped: list[Row], params: Mapping[str, Any], dtype: str
+  folder: Path,
+  mapped: list[Row],
+  params: Mapping[str, Any],
+  dtype: str,
+  copies: Mapping[str, Sequence[str]],
 ) -> dict[str, tuple[int, ...]]:
   """Writes all tensors, a file of at most `SHARD_BYTES` in memory at a time."""
   from safetensors.numpy import save_file
@@ -209,10 +241,11 @@ def _write_tensors(
   for row in mapped:
     for name, array in _tensors(row, params):
       array = _narrowed(array, dtype)
-      if shard and size + array.nbytes > SHARD_BYTES:
-        flush()
-      shard[name], shapes[name] = array, array.shape
-      size, total = size + array.nbytes, total + array.nbytes
+      for each in (name, *copies.get(name, ())):
+        if shard and size + array.nbytes > SHARD_BYTES:
+          flush()
+        shard[each], shapes[each] = array if each == name else array.copy(), array.shape
+        size, total = size + array.nbytes, total + array.nbytes
   flush()
   if len(names) == 1:
     (folder / _part(0)).rename(folder / SINGLE)

@@ -6,7 +6,7 @@ Transformers, which an absent or null key means there.
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from moejax.config import Config
@@ -23,6 +23,11 @@ _ACTIVATIONS = {"silu": "swiglu", "swish": "swiglu", "gelu_pytorch_tanh": "geglu
 _WRITTEN = {"swiglu": "silu", "geglu": "gelu_pytorch_tanh"}
 """hidden_act of a gated layer, and our activation."""
 
+_MOST_LAYERS = 10_000
+
+_MOST_FURTHER = 100
+"""Most layers for multi-token prediction that are looked for."""
+
 
 def read_decoder(
   keys: Keys,
@@ -30,6 +35,7 @@ def read_decoder(
   theta: float = 10_000.0,
   eps: float = 1e-6,
   fraction: float | None = None,
+  kv_heads: int | None = None,
   latent: bool = False,
 ) -> Config:
   """Returns a dropless MoE decoder with the sizes of a config.json.
@@ -39,6 +45,7 @@ def read_decoder(
     theta: the class's default of rope_theta.
     eps: the class's default of rms_norm_eps.
     fraction: the class's default of partial_rotary_factor; None is no such key.
+    kv_heads: the class's default of num_key_value_heads; None is one for each head.
     latent: whether attention is multi-head latent attention.
 
   Raises:
@@ -46,10 +53,12 @@ def read_decoder(
   """
   config = Config()
   model, moe = config.model, config.moe
-  model.num_layers = keys.take("num_hidden_layers", int)
+  model.num_layers = take_layers(keys, "num_hidden_layers")
   model.width = keys.take("hidden_size", int)
   model.num_heads = keys.take("num_attention_heads", int)
-  model.num_kv_heads = keys.take("num_key_value_heads", int, model.num_heads)
+  model.num_kv_heads = keys.take(
+    "num_key_value_heads", int, kv_heads or model.num_heads, null=model.num_heads
+  )
   if model.num_heads < 1:
     raise UserError(
       f"{keys.path}: num_attention_heads={model.num_heads} is not positive."
@@ -100,6 +109,26 @@ def write_decoder(config: Config, *, class_name: str) -> dict[str, Any]:
   }
 
 
+def take_layers(keys: Keys, name: str, *default: int, **null: int) -> int:
+  """Takes a number of layers, of which lists are made before the config is checked.
+
+  Args:
+    keys: of the config.json.
+    name: of the key.
+    *default: as in `Keys.take`.
+    **null: as in `Keys.take`.
+
+  Raises:
+    UserError: it is missing, no integer, below 1 or huge.
+  """
+  layers = keys.take(name, int, *default, **null)
+  if not 0 < layers <= _MOST_LAYERS:
+    raise UserError(
+      f"{keys.path}: {name}={layers} must be at least 1 and at most {_MOST_LAYERS:,}."
+    )
+  return layers
+
+
 def take_experts(keys: Keys, *names: str) -> int:
   """Takes the number of experts, which has several names; all given ones must agree."""
   found = {name: keys.take(name, int) for name in names if keys.has(name)}
@@ -144,16 +173,36 @@ def read_windows(keys: Keys, config: Config, default: Sequence[str]) -> None:
   """
   kinds = keys.take("layer_types", list, list(default))
   words = {"sliding_attention": "sliding", "full_attention": "full"}
-  unknown = [kind for kind in kinds if kind not in words]
+  unknown = [kind for kind in kinds if type(kind) is not str or kind not in words]
   if unknown or len(kinds) != config.model.num_layers:
     raise UserError(
       f"{keys.path}: layer_types={kinds} is no list of {', '.join(words)} for each of "
       f"{config.model.num_layers} layers."
     )
+  if "sliding_attention" in kinds and not config.model.sliding_window:
+    raise UserError(
+      f"{keys.path}: layer_types has sliding_attention, and no sliding_window is in "
+      "force. Give its size, or make all layers full_attention."
+    )
   if "sliding_attention" not in kinds:
     config.model.sliding_window = 0
   elif "full_attention" in kinds:
     config.model.window_pattern = ",".join(words[kind] for kind in kinds)
+
+
+def take_window(keys: Keys, default: int) -> int:
+  """Takes sliding_window; null is 0, no window.
+
+  Raises:
+    UserError: a window of no tokens.
+  """
+  size = keys.take("sliding_window", int, default, null=0)
+  if size < 1 and keys.values.get("sliding_window") is not None:
+    raise UserError(
+      f"{keys.path}: sliding_window={size} is not positive. Give a number of tokens, or "
+      "null for no window."
+    )
+  return size
 
 
 def write_windows(config: Config) -> list[str]:
@@ -181,6 +230,10 @@ def read_groups(
   """
   groups = keys.take("n_group", int, groups)
   selected = keys.take("topk_group", int, selected)
+  if groups >= 1 and not 0 < selected <= groups:
+    raise UserError(
+      f"{keys.path}: topk_group={selected} is not in 1..{groups}, the number of groups."
+    )
   if groups > 1:
     options = {
       "num_expert_groups": groups,
@@ -199,19 +252,24 @@ def write_groups(config: Config) -> dict[str, Any]:
   }
 
 
-def further_layers(config: Mapping[str, Any]) -> dict[str, str]:
-  """Returns the prefixes of layers after the last, which predict further tokens."""
+def further_layers(config: Mapping[str, Any], names: Collection[str]) -> dict[str, str]:
+  """Returns the prefixes of layers after the last, which predict further tokens.
+
+  Their eh_proj (DeepSeek-V3, arXiv:2412.19437, equation 21) tells them from layers that
+  a wrong num_hidden_layers cuts off. Without a key there is one at most.
+  """
   last = config.get("num_hidden_layers")
-  more = config.get("num_nextn_predict_layers", config.get("num_mtp_layers")) or 0
+  more = config.get("num_nextn_predict_layers", config.get("num_mtp_layers", 1)) or 0
   if type(last) is not int or type(more) is not int:
     return {}
   reason = "layers for multi-token prediction, which decoding does not need"
-  return {f"model.layers.{last + i}.": reason for i in range(more)}
+  prefixes = [f"model.layers.{last + i}." for i in range(min(more, _MOST_FURTHER))]
+  return {p: reason for p in prefixes if f"{p}eh_proj.weight" in names}
 
 
 def renormalize(keys: Keys, config: Config, default: bool) -> None:
   """Takes norm_topk_prob: whether a token's K gates sum to 1."""
-  scaled = keys.take("norm_topk_prob", bool, default)
+  scaled = keys.take("norm_topk_prob", bool, default, null=False)
   # With K = 1 a renormalised gate would always be 1.
   config.moe.renormalize = "before_drop" if scaled else "none"
 

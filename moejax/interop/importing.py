@@ -2,9 +2,11 @@
 
 The small files come first and the checkpoint last, under its final name only when it is
 whole: a conversion that was killed leaves a directory that holds no run yet, and the
-same command starts it again.
+same command starts it again. run.json is the first file and names the source, so that no
+other model takes the directory over; a conversion that fails removes what it wrote.
 """
 
+import contextlib
 import hashlib
 import shutil
 from pathlib import Path
@@ -19,8 +21,9 @@ from moejax.checkpoint.read import DamagedCheckpointError, read_meta
 from moejax.config import Config
 from moejax.config import text as config_text
 from moejax.data.tokenizer import FILE as TOKENIZER_FILE
-from moejax.errors import UserError
+from moejax.errors import ConfigError, UserError
 from moejax.interop.published import TAKEN_ALONG, Published
+from moejax.options import show
 from moejax.run import provenance
 from moejax.run import workdir as workdir_lib
 from moejax.run.files import CONFIG_FILE, DIRECTORY, list_steps
@@ -63,23 +66,76 @@ def make_run(
   Raises:
     UserError: the directory is in use or holds something else, a tensor is unreadable,
       or the disk is full.
+    ConfigError: it holds this conversion with another config.
   """
   path, origin = Path(workdir), source_digest(published)
   if (found := converted(path)) is not None:
-    if found[SOURCE].get("digest") == origin["digest"]:
-      return sums(found["leaves"])
-    raise UserError(
-      f"--workdir={path} holds a conversion of {found[SOURCE].get('folder')}. Choose "
-      "another directory."
-    )
+    _refuse_other_source(path, found[SOURCE], origin)
+    _refuse_other_config(path, config)
+    return sums(found["leaves"])
   if list_steps(path / DIRECTORY):
     raise UserError(f"--workdir={path} holds a run already. Choose another directory.")
+  _refuse_other_source(path, _begun(path), origin)
+  is_new = not path.exists()
   workdir_lib.prepare(path, config)
   try:
     _write_small_files(published, path, config, origin)
     return _write_checkpoint(published, path, config, origin, shardings)
+  except Exception:
+    _remove(path, is_new)
+    raise
   finally:
     workdir_lib.release(path)
+
+
+def _begun(path: Path) -> dict[str, Any] | None:
+  """Returns the source that a killed conversion noted; None if there was none."""
+  try:
+    found = files.read_json(path / workdir_lib.RUN_FILE)[SOURCE]
+  except (OSError, ValueError, KeyError, TypeError):
+    return None
+  return found if isinstance(found, dict) else None
+
+
+def _refuse_other_source(
+  path: Path, found: dict[str, Any] | None, origin: dict[str, Any]
+) -> None:
+  if found is not None and found.get("digest") != origin["digest"]:
+    raise UserError(
+      f"--workdir={path} holds a conversion of {found.get('folder')}, which is another "
+      "model or has changed since. Choose another directory, or remove this one."
+    )
+
+
+def _refuse_other_config(path: Path, config: Config) -> None:
+  try:
+    stored = config_text.from_dict(files.read_json(path / CONFIG_FILE))
+  except (OSError, ValueError) as e:
+    raise UserError(
+      f"{path / CONFIG_FILE} cannot be read ({e}). Remove the folder and convert again."
+    ) from e
+  changed = config_text.difference(stored, config)
+  if changed:
+    name, old, new = changed[0]
+    raise ConfigError(
+      f"--config.{name}={show(new)}: --workdir={path} holds the finished conversion with "
+      f"{show(old)}. Give the value to the program that uses the run, or choose another "
+      "directory."
+    )
+
+
+def _remove(path: Path, is_new: bool) -> None:
+  """Removes what a failed conversion wrote, and the directory if it made it."""
+  if jax.process_index() != 0:
+    return
+  for folder in (path / DIRECTORY, (path / TOKENIZER_FILE).parent):
+    if folder != path:
+      shutil.rmtree(folder, ignore_errors=True)
+  for name in (CONFIG_FILE, workdir_lib.RUN_FILE):
+    (path / name).unlink(missing_ok=True)
+  if is_new:
+    with contextlib.suppress(OSError):
+      path.rmdir()
 
 
 def converted(path: Path) -> dict[str, Any] | None:
@@ -125,14 +181,6 @@ def _write_small_files(
 ) -> None:
   if jax.process_index() != 0:
     return
-  if published.tokenizer is not None:
-    published.tokenizer.save(path)
-  folder = (path / TOKENIZER_FILE).parent
-  for name in TAKEN_ALONG:
-    if (published.folder / name).is_file():
-      folder.mkdir(exist_ok=True)
-      with files.replacing(folder / name) as temporary:
-        shutil.copyfile(published.folder / name, temporary)
   files.write_json(
     path / workdir_lib.RUN_FILE,
     {
@@ -144,6 +192,15 @@ def _write_small_files(
       "revision": provenance.revision(),
     },
   )
+  folder = (path / TOKENIZER_FILE).parent
+  shutil.rmtree(folder, ignore_errors=True)  # Left by a conversion that was killed.
+  if published.tokenizer is not None:
+    published.tokenizer.save(path)
+  for name in TAKEN_ALONG:
+    if (published.folder / name).is_file():
+      folder.mkdir(exist_ok=True)
+      with files.replacing(folder / name) as temporary:
+        shutil.copyfile(published.folder / name, temporary)
   files.write_json(path / CONFIG_FILE, config_text.to_dict(config))
 
 

@@ -115,13 +115,16 @@ class Keys:
     more._taken = self._taken
     return more
 
-  def take(self, name: str, kind: Any, default: Any = _MISSING) -> Any:
+  def take(
+    self, name: str, kind: Any, default: Any = _MISSING, *, null: Any = _MISSING
+  ) -> Any:
     """Takes a key's value.
 
     Args:
       name: of the key.
       kind: its type; int is accepted for float, and null where `default` is given.
-      default: the value if the key is absent or null; without one it must be there.
+      default: the value if the key is absent; without one it must be there.
+      null: the value if it is null; left out it is `default`.
 
     Raises:
       UserError: it is missing, or of another type.
@@ -129,6 +132,8 @@ class Keys:
     self._taken.add(name)
     value = self.values.get(name)
     if value is None:
+      if name in self.values and null is not _MISSING:
+        return null
       if default is _MISSING:
         raise UserError(
           f"{self.path} has no {name}, which this architecture needs. Give the "

@@ -21,7 +21,6 @@ from moejax.models.decoder import Decoder
 from moejax.types import Params
 
 _MOST_NAMED = 5
-_HEAD, _TABLE = "lm_head.weight", "model.embed_tokens.weight"
 
 
 class Loader:
@@ -46,7 +45,8 @@ class Loader:
       left_out: prefixes of tensors that are left out, with the reason.
 
     Raises:
-      UserError: a tensor is missing, left over, misshapen or of another dtype.
+      UserError: a tensor is missing, left over, misshapen or of another dtype, or a
+        second copy of the embedding has other numbers.
     """
     self.model, self.source = model, source
     self.rows = rows(architecture, model)
@@ -60,8 +60,7 @@ class Loader:
     for name, tensor in source.tensors.items():
       if 0 in tensor.shape:  # Shared experts of width 0.
         self.left_out[name] = "without any numbers"
-    if model.config.tie_embeddings and self._repeats_embedding():
-      self.left_out[_HEAD] = "the embedding once more, which is the head too"
+    self._leave_out_copies(architecture)
     self._shapes = flatten(model.shapes())
     self._by_leaf: dict[str, list[tuple[Row, int]]] = defaultdict(list)
     for row in self.rows:
@@ -163,11 +162,24 @@ class Loader:
         theirs = self.source.read(row.theirs.format(expert=expert))
       result[slot] = form.load(theirs, shapes)[number][index[1:]]
 
-  def _repeats_embedding(self) -> bool:
-    """Returns whether a tied head is on disk too, with the same numbers."""
-    if not {_HEAD, _TABLE} <= set(self.source.tensors):
-      return False
-    return np.array_equal(self.source.read(_HEAD), self.source.read(_TABLE))
+  def _leave_out_copies(self, architecture: Architecture) -> None:
+    """Leaves out what repeats the embedding, number by number."""
+    table, tied = architecture.embedding, self.model.config.tie_embeddings
+    names = [*architecture.copies, *([architecture.head] if tied else [])]
+    for name in names:
+      if not {name, table} <= set(self.source.tensors):
+        continue
+      if not np.array_equal(self.source.read(name), self.source.read(table)):
+        why = (
+          "tie_word_embeddings of config.json makes them one"
+          if name == architecture.head
+          else "only one table is supported"
+        )
+        raise UserError(
+          f"{self.source.folder}: {name} and {table} hold different numbers, and {why}. "
+          "Correct tie_word_embeddings, or give the model's own files."
+        )
+      self.left_out[name] = f"the same numbers as {table}"
 
   def _check_names(self) -> None:
     wanted = {name for row in self.rows for name, _ in row.tensors()}

@@ -58,9 +58,14 @@ def open_folder(folder: Path | str) -> Published:
   values = _config_json(folder)
   path = str(folder / CONFIG)
   kind = values.get("model_type")
+  if kind is None:
+    raise UserError(
+      f"{path} has no model_type, which names the architecture. Known are "
+      f"{', '.join(architectures.known())}."
+    )
   architecture = architectures.get(str(kind), path)
   source = Source(folder, quantised.packing(values, path))
-  values = _with_dtype(values, source)
+  values = _with_dtype(values, source, architecture.embedding)
   config = read_config(architecture, values, path)
   with _about(path):
     validate(config)
@@ -70,7 +75,7 @@ def open_folder(folder: Path | str) -> Published:
     model,
     source,
     dtype=known_dtype(str(values["dtype"]), path),
-    left_out=architecture.left_out(values),
+    left_out=architecture.left_out(values, source.tensors),
   )
   return Published(
     folder=folder,
@@ -96,11 +101,11 @@ def read_config(architecture: Architecture, values: dict[str, Any], path: str) -
   return config
 
 
-def _with_dtype(values: dict[str, Any], source: Source) -> dict[str, Any]:
+def _with_dtype(values: dict[str, Any], source: Source, table: str) -> dict[str, Any]:
   """Adds the dtype of the embedding where config.json has none."""
   name = values.get("dtype") or values.get("torch_dtype")
   if name is None:
-    embedding = source.tensors.get("model.embed_tokens.weight")
+    embedding = source.tensors.get(table)
     name = (
       str(DTYPES[embedding.dtype]) if embedding and embedding.dtype in DTYPES else None
     )

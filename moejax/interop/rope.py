@@ -92,6 +92,11 @@ def read(
   original = keys.take("original_max_position_embeddings", int, model.max_position)
   if kind != "linear":
     model.rope_original = rope.take("original_max_position_embeddings", int, original)
+    if model.rope_original < 1:
+      raise UserError(
+        f"{rope.path}: original_max_position_embeddings={model.rope_original} is not "
+        "positive. Give the context before it was extended, in tokens."
+      )
   if kind == "yarn" and rope.values.get("factor") is None:
     model.rope_factor = model.max_position / model.rope_original
   else:
@@ -103,6 +108,11 @@ def read(
   if kind == "llama3":
     model.rope_low_factor = rope.take("low_freq_factor", float)
     model.rope_high_factor = rope.take("high_freq_factor", float)
+  if kind == "yarn" and model.rope_theta <= 1:
+    raise UserError(
+      f"{rope.path}: rope_theta={model.rope_theta} makes all frequencies the same, which "
+      "YaRN cannot tell apart. Give one above 1."
+    )
   if kind == "yarn":
     _read_yarn(rope, model, scales_logits)
 

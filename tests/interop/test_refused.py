@@ -1,12 +1,15 @@
 """What cannot be converted is refused by name, before anything is written."""
 
+import json
 import shutil
+from copy import deepcopy as copy_of
 
 import ml_dtypes
 import numpy as np
 import pytest
 
 from moejax.errors import UserError
+from moejax.interop import importing
 from moejax.interop.published import open_folder
 from tests.interop.folders import copy, opened, recorded, split
 
@@ -31,7 +34,7 @@ def refused(folder, *words, read=False):
   ("change", "words"),
   [
     (set_key("model_type", "mixtrall"), ("mixtrall", "Did you mean mixtral?")),
-    (set_key("model_type", "jamba"), ("jamba", "Known are mixtral, olmoe")),
+    (set_key("model_type", "jamba"), ("jamba", "mixtral, olmoe")),
     (set_key("hidden_act", "relu"), ("hidden_act='relu'",)),
     (set_key("logit_softcapping", 30.0), ("logit_softcapping=30.0", "not understood")),
     (set_key("hidden_size", "24"), ("hidden_size='24'", "int")),
@@ -186,8 +189,9 @@ def test_a_tied_head_on_disk_must_be_the_embedding(tmp_path):
     arrays[head][100, 23] += 1
 
   folder = copy("granitemoe", tmp_path / "same", tensors=twice)
-  assert "head" in open_folder(folder).loader.left_out[head]
-  refused(copy("granitemoe", tmp_path / "other", tensors=other), head, "not used")
+  assert "embed_tokens" in open_folder(folder).loader.left_out[head]
+  folder = copy("granitemoe", tmp_path / "other", tensors=other)
+  refused(folder, head, "different numbers", "tie_word_embeddings")
 
 
 def test_every_tensor_of_a_golden_has_a_row():
@@ -213,3 +217,32 @@ def test_numbers_of_half_precision_are_widened_exactly(tmp_path):
   assert published.config.model.param_dtype == table.dtype == "float32"
   whole = opened("mixtral").loader.params()["embedding"]["table"]
   np.testing.assert_array_equal(table, np.asarray(whole).astype(np.float16))
+
+
+def test_a_failed_import_leaves_nothing_and_a_finished_one_keeps_its_config(tmp_path):
+  """No file of one model is inherited by the next; another option is not ignored."""
+  folder, run = copy("mixtral", tmp_path / "bad", tensors=spoil), tmp_path / "run"
+  (folder / "tokenizer_config.json").write_text("{}")
+  published = open_folder(folder)
+  with pytest.raises(UserError, match="not finite"):
+    importing.make_run(published, run, published.config)
+  assert not run.exists()
+  published = opened("mixtral")
+  config = copy_of(published.config)
+  importing.make_run(published, run, config)
+  assert not (run / "tokenizer").exists()
+  config.train.batch_size = 3
+  with pytest.raises(UserError, match=r"train.batch_size=3"):
+    importing.make_run(published, run, config)
+
+
+def test_a_killed_import_is_resumed_by_its_own_source_only(tmp_path):
+  """run.json, written first, names the source."""
+  run, published = tmp_path / "run", opened("mixtral")
+  run.mkdir()
+  origin = importing.source_digest(published)
+  (run / "run.json").write_text(json.dumps({importing.SOURCE: origin}))
+  other = opened("qwen3_moe")
+  with pytest.raises(UserError, match="another model"):
+    importing.make_run(other, run, other.config)
+  assert importing.make_run(published, run, published.config)

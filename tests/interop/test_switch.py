@@ -102,6 +102,8 @@ def test_import_then_export_is_bit_identical_on_disk(published, tmp_path):
     ({"is_gated_act": True}, "is_gated_act=True"),
     ({"decoder_sparse_step": 4}, "num_sparse_decoder_layers=2"),
     ({"num_sparse_encoder_layers": 0}, "num_sparse_encoder_layers=0"),
+    ({"router_dtype": "bfloat16"}, "router_dtype='bfloat16'"),
+    ({"feed_forward_proj": "gated-gelu"}, "feed_forward_proj='gated-gelu'"),
     ({"is_encoder_decoder": False}, "is_encoder_decoder=False"),
     ({"mystery": 1}, "mystery=1"),
   ],
@@ -144,3 +146,31 @@ def test_the_tokenizer_has_its_own_sentinels_and_the_decoders_start(tmp_path):
   own = with_sentinels(published.tokenizer, published.config.data)
   assert isinstance(own, SentinelTokenizer)
   assert own.sentinels.tolist() == [100, 99, 98]
+
+
+def test_one_table_untied_comes_back_under_all_its_names(tmp_path):
+  """Transformers reads the stacks' own tables then; another one is refused by name."""
+  names = ["encoder.embed_tokens.weight", "decoder.embed_tokens.weight"]
+
+  def untie(arrays):
+    for name in names:
+      arrays[name] = arrays["shared.weight"].copy()
+    arrays["lm_head.weight"] = arrays["shared.weight"][::-1].copy()
+
+  def differ(arrays):
+    untie(arrays)
+    arrays[names[0]][3, 1] += 1
+
+  def config(values):
+    values["tie_word_embeddings"] = False
+
+  folder = copy(NAME, tmp_path / "x", config=config, tensors=untie)
+  published, out = open_folder(folder), tmp_path / "out"
+  exporting.export(published.config, published.model, published.loader.params(), out)
+  was, now = (load_file(f / "model.safetensors") for f in (folder, out))
+  assert set(was) == set(now)
+  for name, array in was.items():
+    np.testing.assert_array_equal(array, now[name], strict=True)
+  folder = copy(NAME, tmp_path / "y", config=config, tensors=differ)
+  with pytest.raises(UserError, match=names[0]):
+    open_folder(folder)

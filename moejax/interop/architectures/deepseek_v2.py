@@ -50,6 +50,7 @@ def read(keys: Keys) -> Config:
   moe = config.moe
   read_latent(keys, config)
   config.model.rope_interleaved = True
+  keys.skip("head_dim")  # The class sets it to qk_rope_head_dim.
   keys.only("mlp_bias", False)
   keys.only("scoring_func", "softmax")
   # Transformers renormalises no gates of this model, whatever the key says.
@@ -61,6 +62,8 @@ def read(keys: Keys) -> Config:
   else:
     moe.router = "group_limited"
     fields.read_groups(keys, config, best=1)
+    if not moe.router_options.get("num_expert_groups"):
+      moe.router = "top_k"
   return config
 
 
@@ -74,7 +77,7 @@ def read_latent(keys: Keys, config: Config) -> None:
   model.nope_head_dim = keys.take("qk_nope_head_dim", int)
   model.rope_head_dim = keys.take("qk_rope_head_dim", int)
   model.value_head_dim = keys.take("v_head_dim", int)
-  keys.skip("head_dim", "qk_head_dim")  # Derived from these.
+  keys.only("qk_head_dim", model.nope_head_dim + model.rope_head_dim, None)
   fields.read_attention_bias(keys, config)
 
 

@@ -25,7 +25,9 @@ LAYER = (*PRE_NORMS, *deepseek_v2.LATENT_ATTENTION, *FEED_FORWARD)
 def read(keys: Keys) -> Config:
   config = fields.read_decoder(keys, latent=True)
   deepseek_v2.read_latent(keys, config)
-  config.model.rope_interleaved = keys.take("rope_interleave", bool, True)
+  # The class would rotate with another.
+  keys.only("head_dim", config.model.rope_head_dim, None)
+  config.model.rope_interleaved = keys.take("rope_interleave", bool, True, null=False)
   keys.only("mlp_bias", False)
   read_experts(keys, config, dense=3, scale=2.5, groups=8, selected=4)
   return config

@@ -58,9 +58,9 @@ _YARN = {
 
 
 def read(keys: Keys) -> Config:
-  if not keys.values.get("rope_parameters") and not keys.values.get("rope_scaling"):
+  if keys.values.get("rope_parameters") is None and not keys.values.get("rope_scaling"):
     keys = keys.with_values(rope_parameters=_YARN)
-  config = fields.read_decoder(keys, theta=150_000.0, eps=1e-5)
+  config = fields.read_decoder(keys, theta=150_000.0, eps=1e-5, kv_heads=8)
   model, moe = config.model, config.moe
   keys.only("swiglu_limit", 7.0)
   keys.only("swiglu_alpha", 1.702)
@@ -68,7 +68,7 @@ def read(keys: Keys) -> Config:
   model.head_dim = keys.take("head_dim", int, 64)
   fields.read_attention_bias(keys, config, default=True)
   model.attention_sinks = True
-  model.sliding_window = keys.take("sliding_window", int, 128)
+  model.sliding_window = fields.take_window(keys, 128)
   kinds = ("sliding_attention", "full_attention")
   fields.read_windows(keys, config, [kinds[i % 2] for i in range(model.num_layers)])
   moe.num_experts = fields.take_experts(keys, "num_local_experts", "num_experts")

@@ -1,8 +1,10 @@
 """Granite 3.0 MoE (IBM): four multipliers, experts stacked on disk."""
 
+import math
 from typing import Any
 
 from moejax.config import Config
+from moejax.errors import UserError
 from moejax.interop import fields
 from moejax.interop.architecture import Architecture
 from moejax.interop.keys import Keys
@@ -43,15 +45,26 @@ def read(keys: Keys) -> Config:
   config = fields.read_decoder(keys)
   model, moe = config.model, config.moe
   fields.read_attention_bias(keys, config)
-  model.embedding_scale = keys.take("embedding_multiplier", float, 1.0)
-  model.residual_scale = keys.take("residual_multiplier", float, 1.0)
-  model.attention_scale = keys.take("attention_multiplier", float, 1.0)
-  model.logits_divisor = keys.take("logits_scaling", float, 1.0)
+  model.embedding_scale = _multiplier(keys, "embedding_multiplier")
+  model.residual_scale = _multiplier(keys, "residual_multiplier")
+  model.attention_scale = _multiplier(keys, "attention_multiplier")
+  model.logits_divisor = _multiplier(keys, "logits_scaling")
   moe.num_experts = fields.take_experts(keys, "num_local_experts", "num_experts")
   moe.num_selected = keys.take("num_experts_per_tok", int, 2)
   moe.hidden = keys.take("intermediate_size", int)
   moe.renormalize = "before_drop"
   return config
+
+
+def _multiplier(keys: Keys, name: str) -> float:
+  """Takes a multiplier, which is 1 if absent."""
+  value = keys.take(name, float, 1.0, null=0.0)
+  if not 0 < value < math.inf:
+    raise UserError(
+      f"{keys.path}: {name}={keys.values[name]!r} makes no model that works. Give a "
+      "positive number."
+    )
+  return value
 
 
 def write(config: Config) -> dict[str, Any]:

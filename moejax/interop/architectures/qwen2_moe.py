@@ -3,6 +3,7 @@
 from typing import Any
 
 from moejax.config import Config
+from moejax.errors import UserError
 from moejax.interop import fields
 from moejax.interop.architecture import Architecture
 from moejax.interop.keys import Keys
@@ -33,7 +34,7 @@ LAYER = (
 
 
 def read(keys: Keys) -> Config:
-  config = fields.read_decoder(keys)
+  config = fields.read_decoder(keys, kv_heads=16)
   model, moe = config.model, config.moe
   model.attention_bias = keys.take("qkv_bias", bool, True)
   _read_windows(keys, config)
@@ -52,9 +53,9 @@ def _read_windows(keys: Keys, config: Config) -> None:
   """Takes the keys of windows; by default every other of the first layers has one."""
   model = config.model
   slides = keys.take("use_sliding_window", bool, False)
-  size = keys.take("sliding_window", int, 4096)
   most = keys.take("max_window_layers", int, 28)
-  model.sliding_window = size if slides else 0
+  keys.skip("sliding_window")  # Read, and checked, only if windows are used.
+  model.sliding_window = fields.take_window(keys, 4096) if slides else 0
   kinds = ("sliding_attention", "full_attention")
   fields.read_windows(
     keys,
@@ -65,6 +66,11 @@ def _read_windows(keys: Keys, config: Config) -> None:
 
 def write(config: Config) -> dict[str, Any]:
   model, moe = config.model, config.moe
+  if not moe.shared_hidden:
+    raise UserError(
+      "the model has no shared expert (--config.moe.shared_hidden=0), and qwen2_moe one "
+      "in each MoE layer"
+    )
   return (
     fields.write_decoder(config, class_name=_CLASS)
     | fields.write_sparse_step(config)

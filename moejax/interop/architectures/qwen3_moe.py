@@ -32,7 +32,7 @@ LAYER = (
 
 
 def read(keys: Keys) -> Config:
-  config = fields.read_decoder(keys)
+  config = fields.read_decoder(keys, kv_heads=4)
   model, moe = config.model, config.moe
   model.qk_norm = True
   # In published files, where they change nothing.
@@ -41,8 +41,8 @@ def read(keys: Keys) -> Config:
   keys.only("shared_expert_intermediate_size", 0, None)
   fields.read_attention_bias(keys, config)
   slides = keys.take("use_sliding_window", bool, False)
-  size = keys.take("sliding_window", int, 4096)
-  model.sliding_window = size if slides else 0
+  keys.skip("sliding_window")  # Read, and checked, only if windows are used.
+  model.sliding_window = fields.take_window(keys, 4096) if slides else 0
   keys.skip("max_window_layers")  # Not read by this class.
   model.hidden = keys.take("intermediate_size", int)
   moe.num_experts = fields.take_experts(keys, "num_experts", "num_local_experts")

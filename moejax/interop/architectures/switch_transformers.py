@@ -1,15 +1,21 @@
 """Switch Transformer (arXiv:2101.03961): a T5 encoder-decoder with top-1 experts.
 
 T5 has no attention scale, a bias for buckets of distances in each stack, and a head of
-scale D^-0.5 where it is tied to the embedding. Capacity (`expert_capacity`, an absolute
-number of slots) is left out: the imported model is dropless.
+scale D^-0.5 where it is tied to the embedding. Capacity (`expert_capacity`, a number of
+slots per expert and sequence whatever its length) is left out, and said: the imported
+model is dropless.
+
+The class keeps three tables: of the encoder, of the decoder, and `shared`, which it reads
+nowhere if the head is not tied. Here all three must be one.
 """
 
 import math
+from collections.abc import Mapping
 from typing import Any
 
 from moejax.config import Config
 from moejax.errors import UserError
+from moejax.interop import fields
 from moejax.interop.architecture import Architecture
 from moejax.interop.keys import Keys
 from moejax.interop.table import FLAT, LINEAR, SAME, Entry, Linear, entry
@@ -18,8 +24,6 @@ _CLASS = "SwitchTransformersForConditionalGeneration"
 
 _SEQUENCE = 512
 """Tokens of a sequence that T5 and Switch were trained with."""
-
-_REPEATED = "the same as shared.weight"
 
 
 def _attention(ours: str, theirs: str) -> tuple[Entry, ...]:
@@ -71,14 +75,20 @@ def read(keys: Keys) -> Config:
   model, moe, data = config.model, config.moe, config.data
   keys.only("is_encoder_decoder", True)
   keys.only("is_gated_act", False)
-  keys.skip(
-    *("dropout_rate", "n_positions", "max_position_embeddings", "feed_forward_proj"),
-    *("expert_capacity", "add_router_probs", "router_dtype", "router_type"),
-    *("router_ignore_padding_tokens", "batch_prioritized_routing"),
-  )
+  # The class reads dense_act_fn instead.
+  keys.only("feed_forward_proj", "relu", None)
+  keys.only("router_dtype", "float32")
+  keys.only("router_type", "tokens_masked", None)
+  if (slots := keys.take("expert_capacity", int, 64)) < 1:
+    raise UserError(f"{keys.path}: expert_capacity={slots} drops every token.")
+  # Without effect in the class, whatever their names say.
+  keys.skip("router_ignore_padding_tokens", "batch_prioritized_routing")
+  keys.skip("dropout_rate", "n_positions", "max_position_embeddings", "add_router_probs")
   model.kind, data.objective, data.tokenizer = "encoder_decoder", "span_corruption", "hf"
-  model.encoder_layers = keys.take("num_layers", int)
-  model.num_layers = keys.take("num_decoder_layers", int, model.encoder_layers)
+  model.encoder_layers = fields.take_layers(keys, "num_layers")
+  model.num_layers = fields.take_layers(
+    keys, "num_decoder_layers", 12, null=model.encoder_layers
+  )
   model.width = keys.take("d_model", int)
   model.num_heads = model.num_kv_heads = keys.take("num_heads", int)
   model.head_dim = keys.take("d_kv", int)
@@ -91,7 +101,7 @@ def read(keys: Keys) -> Config:
   model.relative_distance = keys.take("relative_attention_max_distance", int, 128)
   model.tie_embeddings = keys.take("tie_word_embeddings", bool, True)
   if model.tie_embeddings:
-    model.logits_divisor = math.sqrt(model.width)
+    model.logits_divisor = math.sqrt(max(model.width, 1))
   dtype = keys.values.get("dtype") or keys.values.get("torch_dtype")
   model.dtype = model.param_dtype = "bfloat16" if dtype == "bfloat16" else "float32"
   moe.num_experts = keys.take("num_experts", int)
@@ -111,7 +121,7 @@ def _step(keys: Keys, stack: str, layers: int) -> int:
   sparse = keys.take(f"num_sparse_{stack}_layers", int, 3)
   derived = layers // sparse if sparse > 0 else 0
   step = keys.take(f"{stack}_sparse_step", int, derived)
-  if step < 1 or (keys.has(f"num_sparse_{stack}_layers") and step != derived):
+  if step < 1 or step != derived:
     raise UserError(
       f"{keys.path}: num_sparse_{stack}_layers={sparse} of {layers} layers with "
       f"{stack}_sparse_step={step} is not supported: the step must be the layers by the "
@@ -158,10 +168,13 @@ def write(config: Config) -> dict[str, Any]:
   }
 
 
-def left_out(config: Any) -> dict[str, str]:
-  """Returns copies of the embedding, which older folders hold."""
-  del config
-  return {f"{stack}.embed_tokens.weight": _REPEATED for stack in ("encoder", "decoder")}
+def remarks(config: Mapping[str, Any]) -> list[str]:
+  """Says which tokens only Transformers drops."""
+  slots = config.get("expert_capacity", 64)
+  return [
+    f"expert_capacity={slots} is left out: this run drops no token, and Transformers "
+    f"drops those of a sequence after the first {slots} of an expert."
+  ]
 
 
 ARCHITECTURE = Architecture(
@@ -174,5 +187,7 @@ ARCHITECTURE = Architecture(
   model=MODEL,
   read=read,
   write=write,
-  left_out=left_out,
+  embedding="shared.weight",
+  copies=("encoder.embed_tokens.weight", "decoder.embed_tokens.weight"),
+  remarks=remarks,
 )
