@@ -91,7 +91,12 @@ def restore(request: Request, prepare: Callable[[Run], Run]) -> Run:
   if request.text:
     split = "train"
   compilation_cache.enable(config.data.cache_dir)
-  dataset = data.load(config.data, workdir=workdir, store=False)
+  try:
+    dataset = data.load(config.data, workdir=workdir, store=False)
+  except UserError as error:
+    if request.text:
+      raise UserError(f"--text={request.text}: {error}") from error
+    raise
   model = groups.make_model(config, dataset.tokenizer.vocab_size)
   _check(model, dataset, split, request)
   perplexity.check_params(model, shapes)
