@@ -28,6 +28,25 @@ class Request:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class Asked:
+  """Which passes an analysis makes."""
+
+  out: pathlib.Path
+  steps: str | None
+  limit: int
+  replay: dict[str, list[Any]] | None
+  """Values of each option; None without a replay."""
+  confirm: int
+  knockout: tuple[int, ...] | None
+  """Layers; empty is all of them."""
+  knockout_tokens: str
+  knockout_pairs: int
+  trace: pathlib.Path | None
+  trace_what: str
+  from_trace: pathlib.Path | None
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Run:
   """A model with its parameters, and a text."""
 

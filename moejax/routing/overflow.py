@@ -76,7 +76,8 @@ def _match(
   def in_line(expert: Int[Array, "T"]) -> tuple[Int[Array, "T"], Int[Array, "T"]]:
     """Returns experts and places of all tokens, sorted by both."""
     if not fits:
-      return jax.lax.sort((expert, position), num_keys=2)
+      experts, places = jax.lax.sort((expert, position), num_keys=2)
+      return experts, places
     packed = jnp.sort((expert << bits) | position)
     return packed >> bits, packed & ((1 << bits) - 1)
 
