@@ -6,7 +6,7 @@ import math
 import pathlib
 import sys
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -30,14 +30,11 @@ from moejax.run import progress as progress_lib
 from moejax.run import results
 from moejax.sharding import rules
 
-if TYPE_CHECKING:
-  from moejax.cli.analyze import Asked
-
 Progress = Callable[[int], None]
 REPLAY_FILE = "replay.json"
 
 
-def analyze(request: restored.Request, asked: "Asked") -> None:
+def analyze(request: restored.Request, asked: restored.Asked) -> None:
   """Runs what is asked for and writes the results."""
   settings = replay.settings(asked.replay) if asked.replay else []
 
@@ -64,7 +61,7 @@ def analyze(request: restored.Request, asked: "Asked") -> None:
       print(path)
 
 
-def _check(run: restored.Run, asked: "Asked", settings: list[Any]) -> None:
+def _check(run: restored.Run, asked: restored.Asked, settings: list[Any]) -> None:
   """Rejects, before anything is compiled, what would fail later."""
   model = run.model
   if settings:
@@ -104,7 +101,7 @@ def _with_whole_groups(run: restored.Run, settings: list[Any]) -> restored.Run:
 
 
 def _collected(
-  run: restored.Run, asked: "Asked", settings: list[Any]
+  run: restored.Run, asked: restored.Asked, settings: list[Any]
 ) -> tuple[dict[str, Any], replay.Replay | None]:
   """Returns facts and measures of one pass, which a trace and a replay see too."""
   words = collect.vocabulary(run.token_counts())
@@ -167,7 +164,7 @@ def _trace_meta(run: restored.Run) -> dict[str, Any]:
   }
 
 
-def _from_trace(run: restored.Run, asked: "Asked", settings: list[Any]) -> None:
+def _from_trace(run: restored.Run, asked: restored.Asked, settings: list[Any]) -> None:
   """Replays a trace, and writes replay.json."""
   assert asked.from_trace is not None
   if jax.process_count() > 1:
@@ -221,7 +218,7 @@ def _saturation(
 
 
 def _confirmed(
-  run: restored.Run, asked: "Asked", replayed: list[dict[str, Any]]
+  run: restored.Run, asked: restored.Asked, replayed: list[dict[str, Any]]
 ) -> list[dict[str, Any]]:
   """Adds real evaluations of the first settings."""
   what = run.arguments()
@@ -233,7 +230,7 @@ def _confirmed(
   return replayed
 
 
-def _knockout(run: restored.Run, asked: "Asked") -> dict[str, Any]:
+def _knockout(run: restored.Run, asked: restored.Asked) -> dict[str, Any]:
   layers = asked.knockout or run.model.moe_layers
   sets = knockout.singles(run.model, layers)
   how = {"fallback": asked.knockout_tokens, "limit": asked.limit} | run.arguments()

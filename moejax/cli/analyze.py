@@ -19,6 +19,8 @@ from typing import Any
 from absl import flags
 
 from moejax.cli import flags as cli
+from moejax.cli import restored
+from moejax.cli.restored import Asked
 from moejax.config import text as config_text
 from moejax.errors import UserError
 from moejax.run import compilation_cache
@@ -125,25 +127,6 @@ _FROM = flags.DEFINE_string(
 )
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Asked:
-  """What the command line asks for, besides the run."""
-
-  out: pathlib.Path
-  steps: str | None
-  limit: int
-  replay: dict[str, list[Any]] | None
-  """Values of each option; None without a replay."""
-  confirm: int
-  knockout: tuple[int, ...] | None
-  """Layers; empty is all of them."""
-  knockout_tokens: str
-  knockout_pairs: int
-  trace: pathlib.Path | None
-  trace_what: str
-  from_trace: pathlib.Path | None
-
-
 def main() -> None:
   # jax is imported after the flags are checked.
   from moejax.launch import distributed
@@ -152,7 +135,7 @@ def main() -> None:
   asked = _asked(workdir)
   facts = {f"--{name}": str(value) for name, value in _facts(asked).items()}
   with distributed.joined(facts=facts):
-    from moejax.cli import analysis_passes, restored
+    from moejax.cli import analysis_passes
 
     request = restored.Request(
       workdir=workdir,

@@ -28,6 +28,25 @@ class Request:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class Asked:
+  """Which passes an analysis makes."""
+
+  out: pathlib.Path
+  steps: str | None
+  limit: int
+  replay: dict[str, list[Any]] | None
+  """Values of each option; None without a replay."""
+  confirm: int
+  knockout: tuple[int, ...] | None
+  """Layers; empty is all of them."""
+  knockout_tokens: str
+  knockout_pairs: int
+  trace: pathlib.Path | None
+  trace_what: str
+  from_trace: pathlib.Path | None
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Run:
   """A model with its parameters, and a text."""
 
@@ -91,7 +110,12 @@ def restore(request: Request, prepare: Callable[[Run], Run]) -> Run:
   if request.text:
     split = "train"
   compilation_cache.enable(config.data.cache_dir)
-  dataset = data.load(config.data, workdir=workdir, store=False)
+  try:
+    dataset = data.load(config.data, workdir=workdir, store=False)
+  except UserError as error:
+    if request.text:
+      raise UserError(f"--text={request.text}: {error}") from error
+    raise
   model = groups.make_model(config, dataset.tokenizer.vocab_size)
   _check(model, dataset, split, request)
   perplexity.check_params(model, shapes)

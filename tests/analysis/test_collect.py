@@ -1,5 +1,7 @@
 """Collection: sums that agree with counting token by token, on any mesh."""
 
+import json
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -106,17 +108,18 @@ def _run(model, params, batch):
   return out.routes
 
 
-@pytest.mark.slow
-def test_eight_devices_and_smaller_batches_count_the_same(collected):
+@pytest.mark.parametrize(
+  ("devices", "batch_size"), [(4, 8), pytest.param(1, 2, marks=pytest.mark.slow)]
+)
+def test_devices_and_batches_count_the_same(collected, devices, batch_size):
   """Where tokens lie changes no count, and a float only by rounding."""
   _, _, sums, _ = collected
-  for devices, batch_size in ((8, 8), (1, 2)):
-    _, _, other, _ = _collected(devices, batch_size)
-    for name, value in sums.items():
-      exact = np.issubdtype(value.dtype, np.integer)
-      np.testing.assert_allclose(
-        other[name], value, rtol=0 if exact else 1e-5, err_msg=name
-      )
+  _, _, other, _ = _collected(devices, batch_size)
+  for name, value in sums.items():
+    exact = np.issubdtype(value.dtype, np.integer)
+    np.testing.assert_allclose(
+      other[name], value, rtol=0 if exact else 1e-5, err_msg=name
+    )
 
 
 def test_a_summary_is_finite_and_says_what_is_missing(collected):
@@ -178,3 +181,25 @@ def test_what_a_router_has_not_is_said(router, reason):
   missing = summary.undefined(model)
   assert reason in missing["replay"] and "margin" in missing
   assert decide.undecidable(model) == missing["replay"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("router", ["expert_choice", "soft", "noisy_top_k", "hash"])
+def test_every_kind_of_router_is_summarised(router):
+  """With what it has: loads always, drops where a token can go without, and JSON."""
+  changes = {"moe__router": router, "moe__eval_capacity_factor": 1.0}
+  if router == "soft":
+    changes |= {"moe__capacity_factor": 1.0, "moe__dispatcher": "einsum"}
+    changes |= {"moe__group_size": tiny.LENGTH}
+  model, _, sums, _ = _collected(1, 8, **changes | {"moe__num_selected": 1})
+  words = collect.vocabulary(
+    np.bincount(tiny.TinyDataset(_TEXTS).arrays["inputs"].reshape(-1), minlength=264)
+  )
+  found = summary.summarise(
+    sums, model, words, ["left", "right"], tiny.TinyDataset.tokenizer.pieces
+  )
+  json.dumps(found, allow_nan=False)
+  first = found["layers"][0]
+  assert sum(first["load"]["share"]) == pytest.approx(1)
+  assert ("drops" in first) == ("words" in first) == (router != "soft")
+  assert ("margin" in first["choices"]) == (router in ("noisy_top_k", "hash"))
