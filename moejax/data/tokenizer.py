@@ -375,8 +375,8 @@ def load_tokenizer(workdir: Path | str) -> Tokenizer:
   except OSError as e:
     raise UserError(
       f"--workdir={str(workdir)!r} holds no tokenizer that can be read ({FILE}: "
-      f"{e.strerror or e}). Is it a run's directory? If a folder without tokenizer.json was "
-      "converted into it, convert the folder with that file to a new --workdir."
+      f"{e.strerror or e}). Is it a run's directory? If a folder without tokenizer.json "
+      "was converted into it, convert the folder with that file to a new --workdir."
     ) from e
   except (ValueError, RecursionError) as e:
     raise UserError(
