@@ -23,6 +23,7 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Int
 
 from moejax.analysis import decide, streaks
+from moejax.analysis.sums import add
 from moejax.errors import UserError
 from moejax.evaluate import groups, perplexity
 from moejax.launch import hang
@@ -152,15 +153,9 @@ def collect(
 
 
 def _add(total: Arrays, sums: Any) -> None:
-  if sums is None:
-    return
-  sums = jax.device_get(sums)
-  hang.progress()
-  for name, value in sums.items():
-    is_float = np.issubdtype(value.dtype, np.floating) and name not in _COUNTS
-    value = np.asarray(np.rint(value) if name in _COUNTS else value)
-    value = value.astype(np.float64 if is_float else np.int64)
-    total[name] = total[name] + value if name in total else value
+  if sums is not None:
+    add(total, sums, counts=_COUNTS)
+    hang.progress()
 
 
 def _flush(kept: dict[str, np.ndarray], tables: Arrays) -> None:
@@ -208,13 +203,7 @@ def make_step(
     sums["by_domain"] = _by_row(served, *where["domain"])
     trained = routes
     if can_replay and moe.capacity_factor is not None:
-      recorded = decide.Recorded(
-        logits=routes.logits,
-        valid=valid,
-        token_ids=batch["inputs"],
-        positions=batch["positions"],
-        assigned=decide.assigned_experts(model, params, batch["inputs"]),
-      )
+      recorded = decide.recorded(model, params, routes, batch)
       own = decide.router_params(model, params)
       trained = decide.decide(moe, recorded, own, moe.capacity_factor)
     sums |= _drops(trained, valid, where)

@@ -80,6 +80,17 @@ def assigned_experts(
   return params[TABLE][token_ids].astype(jnp.int32)
 
 
+def recorded(model: Decoder, params: Params, routes: Routes, batch: Any) -> Recorded:
+  """Returns what decisions depend on, from the routes of a batch."""
+  return Recorded(
+    logits=routes.logits,
+    valid=batch["segment_ids"] > 0,
+    token_ids=batch["inputs"],
+    positions=batch["positions"],
+    assigned=assigned_experts(model, params, batch["inputs"]),
+  )
+
+
 def decide(
   moe: MoEConfig,
   recorded: Recorded,

@@ -28,6 +28,7 @@ from moejax.errors import UserError
 from moejax.evaluate import groups, perplexity
 from moejax.launch import hang
 from moejax.models.decoder import Decoder
+from moejax.sharding import rules
 from moejax.types import Params
 
 FALLBACKS = ("next_best", "none")
@@ -108,7 +109,7 @@ def knock_out(
     dataset, split, mesh=mesh, batch_size=batch_size, limit=limit
   )
   count = jax.jit(
-    lambda ids: jnp.sum(ids > 0, axis=1), out_shardings=jax.NamedSharding(mesh, jax.P())
+    lambda ids: jnp.sum(ids > 0, axis=1), out_shardings=rules.replicated(mesh)
   )
   with jax.set_mesh(mesh):
     for batch in batches:
@@ -141,7 +142,7 @@ def batch_losses(
   experts, found = run.model.moe.fine_experts, {}
   x, inputs = run.begin(batch)
   last, at = x, -1
-  for layer, before, after in run.to_moe_layers(x, inputs):
+  for layer, before, after, _ in run.to_moe_layers(x, inputs):
     last, at = after, layer
     losses = []
     for removed in sets.get(layer, ()):

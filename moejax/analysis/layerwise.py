@@ -114,13 +114,14 @@ class Layerwise:
 
   def to_moe_layers(
     self, x: Float[Array, "B S D"], inputs: BlockInputs
-  ) -> Iterator[tuple[int, Float[Array, "B S D"], Float[Array, "B S D"]]]:
-    """Yields, for each MoE layer, what its feed-forward gets and what leaves it."""
+  ) -> Iterator[tuple[int, Float[Array, "B S D"], Float[Array, "B S D"], Routes]]:
+    """Yields each MoE layer, what its feed-forward gets, what leaves it, its routes."""
     for layer in range(self.model.moe_layers[-1] + 1):
       x = self.attend(layer, x, inputs)
-      after, _ = self.feed(layer, x, inputs)
+      after, routes = self.feed(layer, x, inputs)
       if layer in self.model.moe_layers:
-        yield layer, x, after
+        assert routes is not None
+        yield layer, x, after, routes
       x = after
 
   def _place(self, layer: int) -> dict[str, Any]:

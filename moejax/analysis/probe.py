@@ -136,9 +136,7 @@ def probe(
   with jax.set_mesh(mesh):
     for batch in batches:
       x, inputs = run.begin(batch)
-      for layer, before, _ in run.to_moe_layers(x, inputs):
-        _, routes = run.feed(layer, before, inputs)
-        assert routes is not None
+      for layer, before, _, routes in run.to_moe_layers(x, inputs):
         what = look(*run.read(layer, before, inputs), routes.served, batch["segment_ids"])
         what = (*what, hits(routes.served, batch["segment_ids"]))
         found = [np.asarray(a, np.float64) for a in jax.device_get(what)]

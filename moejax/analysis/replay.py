@@ -21,6 +21,7 @@ from jax.sharding import Mesh
 from jaxtyping import Array
 
 from moejax.analysis import decide
+from moejax.analysis.sums import add
 from moejax.config import Config, MoEConfig
 from moejax.config.check import validate
 from moejax.errors import ConfigError, UserError
@@ -163,10 +164,7 @@ class Replay:
 
   def _fetch(self) -> None:
     for total, sums in zip(self._sums, jax.device_get(self._pending), strict=False):
-      for name, value in sums.items():
-        wide = np.float64 if np.issubdtype(value.dtype, np.floating) else np.int64
-        value = np.asarray(value).astype(wide)
-        total[name] = total[name] + value if name in total else value
+      add(total, sums)
     self._pending = []
 
   def result(self) -> list[dict[str, Any]]:
@@ -203,13 +201,7 @@ def make_recorder(
   """Returns a jitted (params, routes, batch) -> what `Replay.see` takes."""
 
   def record(params: Params, routes: Routes, batch: Any) -> Any:
-    recorded = decide.Recorded(
-      logits=routes.logits,
-      valid=batch["segment_ids"] > 0,
-      token_ids=batch["inputs"],
-      positions=batch["positions"],
-      assigned=decide.assigned_experts(model, params, batch["inputs"]),
-    )
+    recorded = decide.recorded(model, params, routes, batch)
     return recorded, decide.router_params(model, params)
 
   shardings = (param_shardings(model, mesh), None, rules.batch_sharding(mesh))

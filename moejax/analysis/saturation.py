@@ -15,6 +15,7 @@ from jax.sharding import Mesh
 from jaxtyping import Array
 
 from moejax.analysis.measures import saturation as measure
+from moejax.analysis.sums import add
 from moejax.evaluate import groups, perplexity
 from moejax.launch import hang
 from moejax.models.decoder import Decoder
@@ -95,10 +96,8 @@ def compare(
   )
   with jax.set_mesh(mesh):
     for batch in batches:
-      sums = jax.device_get(step(params, later, batch))
+      add(total, step(params, later, batch))
       hang.progress()
-      for name, value in sums.items():
-        total[name] = total.get(name, 0) + np.asarray(value, np.int64)
   return [
     {"layer": layer}
     | measure.saturation(
