@@ -93,7 +93,7 @@ test-slurm: $(STAMP)
 	@[ "$$(id -u)" = 0 ] || { \
 	  echo "error: make test-slurm must run as root: it starts Slurm's daemons." >&2; \
 	  exit 1; }
-	$(BIN)/python -m pytest -q -m slurm tests/sweep $(ARGS)
+	$(BIN)/python -m pytest -q -m slurm tests/sweep tests/deploy $(ARGS)
 
 # A run on tasks of the real lm-evaluation-harness, from files; fails where the extra
 # cannot be installed.

@@ -29,6 +29,8 @@ REQUIRED = [
   "orbax-checkpoint>=0.12",
   # Which packages are required: the text of python_packages.
   "packaging>=23",
+  # Manifests of `launch`.
+  "PyYAML>=6",
   "rich>=13",
   "scipy>=1.15",
   "tensorboardX>=2.6",
@@ -65,6 +67,9 @@ REPORT = [
 # The trace of an analysis, in Parquet.
 TRACE = ["pyarrow>=15"]
 
+# The schemas of Kubernetes, by which `launch` checks its manifests.
+KUBERNETES = ["jsonschema>=4.20", "kubernetes-validate>=1.31"]
+
 # Drives a Chromium that is installed by other means.
 BROWSER = ["playwright>=1.50"]
 
@@ -72,6 +77,7 @@ DEV = [
   *TEST,
   *REPORT,
   *TRACE,
+  *KUBERNETES,
   "pdoc>=15",
   "pre-commit>=4",
   "pyright>=1.1.400",
@@ -121,6 +127,7 @@ setup(
     "report": REPORT,
     "trace": TRACE,
     "browser": BROWSER,
+    "kubernetes": KUBERNETES,
     "tfds": TFDS,
     "all": [*DEV, *HF, *TFDS],
   },

@@ -25,7 +25,7 @@ FLOORS = (
   ("data",),
   ("checkpoint", "run", "launch", "hlo"),
   ("train", "evaluate"),
-  ("sweep", "plan", "analysis", "surgery", "interop", "device_check"),
+  ("sweep", "plan", "analysis", "surgery", "interop", "device_check", "deploy"),
   ("cli",),
 )
 """Packages and files of moejax from the ground up. A room may look into rooms below it

@@ -1,6 +1,6 @@
-"""For a clone: runs moejax/cli/launch.py, as `moejax launch` does."""
+"""For a clone: runs moejax/cli/launch_local.py, as `moejax launch-local` does."""
 
-from moejax.cli import launch
+from moejax.cli import launch_local
 
 if __name__ == "__main__":
-  launch.run()
+  launch_local.run()

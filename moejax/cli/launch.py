@@ -1,169 +1,187 @@
-"""Run several processes of one job on one machine, connected as on a cluster.
+"""Render the job that trains a config on a pod, a GPU cluster or TPU VMs; submit it.
 
-  python -m tools.launch_local --processes=4 --devices_per_process=2 -- \\
-      python -m experiments.train --config=configs/default.py --workdir=DIR ...
+  python -m tools.launch --target=gke-tpu --topology=v5p:4x4x8 --image=IMAGE \\
+    --config=mixtral_8x7b --workdir=/runs/first [--config.SECTION.FIELD=VALUE] [--submit]
 
-Each process gets --devices_per_process CPU devices and communicates through gloo.
-Process 0 writes to this terminal, the others to LOGS/process_N.log. They connect at
-127.0.0.1 with a secret made for this job (MOEJAX_JOB_SECRET, unless already set). The
-exit code is that of the first process that failed; the others then get some time to
-notice before they are killed.
+Targets are gke-tpu and gke-gpu (a JobSet), slurm (a batch script) and tpu-vm (a shell
+script with gcloud). The mesh and the least memory are checked against the machine first.
+The text is printed, or written to --output; nothing is sent anywhere without --submit.
+docs/launching.md says what each target needs. On one machine: tools.launch_local.
 """
 
-import argparse
-import os
+from __future__ import annotations
+
+import dataclasses
 import pathlib
-import secrets
-import signal
-import socket
-import subprocess
 import sys
-import tempfile
-import time
+from typing import TYPE_CHECKING, Any
 
+from absl import flags
+
+from moejax import files
 from moejax.cli import flags as cli
-from moejax.launch import secret
+from moejax.errors import UserError
 
-GRACE_SECONDS = 60.0
-"""Time the others have to notice that a process is gone."""
-_MOST = 1024
-_TAIL = 15
-"""Number of lines shown of a failed process's log."""
+if TYPE_CHECKING:
+  from moejax.deploy.job import Fit, Job
+  from moejax.plan.topology import Topology
 
+_TARGETS = ("gke-tpu", "gke-gpu", "slurm", "tpu-vm")
+_NOT_READ = {
+  "nodes": "it comes from --topology",
+  "tasks_per_node": "it comes from --topology",
+  "gpus_per_node": "it comes from --topology",
+  "array_parallelism": "it is for sweeps with --executor=slurm",
+  "wait": "it is for sweeps with --executor=slurm",
+}
+"""Options of Slurm that no job here reads, and why."""
 
-def parse(argv: list[str]) -> argparse.Namespace:
-  parser = cli.Parser(__doc__)
-  parser.add_argument("--processes", type=int, default=2)
-  parser.add_argument("--devices_per_process", type=int, default=1)
-  parser.add_argument("--logs", default="", help="directory; default: a temporary one")
-  parser.add_argument("command", nargs="+", help="after --: what each process runs")
-  args = parser.parse_args(argv)
-  for name in ("processes", "devices_per_process"):
-    if not 1 <= getattr(args, name) <= _MOST:
-      parser.error(f"--{name}={getattr(args, name)}: at least 1, at most {_MOST}")
-  return args
+flags.disclaim_key_flags()
 
 
-def free_port() -> int:
-  """Returns a port that is currently unused."""
-  with socket.socket() as opened:
-    opened.bind(("127.0.0.1", 0))
-    return opened.getsockname()[1]
+def define_flags() -> None:
+  """Defines what describes the machine; a sweep takes the same flags.
+
+  Those of Slurm are in `slurm_options`.
+  """
+  text, number = flags.DEFINE_string, flags.DEFINE_integer
+  flags.DEFINE_enum("target", None, _TARGETS, "Where the job is to run.")
+  text("topology", None, "The machine: v5p:4x4x8, v5e:4x4, h100:2x8 (nodes x GPUs).")
+  number("slices", 1, "TPU slices of that shape.", 1, 4096)
+  text("name", None, "Name of the job; made of the config's, if not given.")
+  text("image", "", "Kubernetes: container image.")
+  text("claim", "moejax-runs", "Kubernetes: claim of the shared disk with --workdir.")
+  text("namespace", "", "Kubernetes: namespace; default that of kubectl's context.")
+  text("secret", "", "Kubernetes: Secret with the key `secret`, by which processes meet.")
+  number("max_restarts", 100, "Kubernetes: most restarts of a job.", 0, 1_000_000)
+  number("grace_seconds", 300, "Kubernetes: time to save when preempted.", 1, 86_400)
+  flags.DEFINE_bool("spot", False, "Use machines that may be taken away at any time.")
+  text("zone", "", "tpu-vm: zone of Google Cloud.")
+  text("share", "", "tpu-vm: NFS export of the shared disk, ADDRESS:/PATH.")
 
 
-def environment(
-  index: int, count: int, devices: int, port: int, shared: str = ""
-) -> dict[str, str]:
-  """Returns a process's environment variables; see moejax/launch/distributed.py.
+def machine() -> Topology:
+  """Returns the machine of --topology and --slices.
+
+  Raises:
+    UserError: there is none of that name, or none is given.
+  """
+  from moejax.plan import topology
+
+  if not flags.FLAGS.topology:
+    raise UserError("--topology is missing: the machine, such as v5p:4x4x8 or h100:2x8.")
+  return topology.parse(flags.FLAGS.topology, flags.FLAGS.slices)
+
+
+def make_job(command: list[str], workdir: str, name: str) -> Job:
+  """Returns the job of this command line.
 
   Args:
-    index: of the process.
-    count: of processes.
-    devices: of each process.
-    port: of process 0.
-    shared: the job's secret; empty keeps the one in this process's environment.
+    command: words, the first is the interpreter.
+    workdir: of the run.
+    name: of the job.
+
+  Raises:
+    UserError: a flag is missing, or is not for this target.
   """
-  # So that `python` is this interpreter, even if its virtualenv is not activated.
-  own = os.path.dirname(sys.executable)
-  return (
-    os.environ
-    | {
-      "PATH": os.pathsep.join([own, os.environ.get("PATH", os.defpath)]),
-      "JAX_PLATFORMS": "cpu",
-      "JAX_NUM_CPU_DEVICES": str(devices),
-      "JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{port}",
-      "JAX_NUM_PROCESSES": str(count),
-      "JAX_PROCESS_ID": str(index),
-    }
-    | ({secret.ENV: shared} if shared else {})
+  from moejax.deploy.job import Job, checked_name
+  from moejax.sweep.execution import slurm_options
+
+  given = flags.FLAGS
+  slurm = slurm_options.given()
+  if slurm and given.target != "slurm":
+    raise UserError(f"--{slurm[0]} is only read with --target=slurm.")
+  for flag in slurm:
+    if reason := _NOT_READ.get(flag.removeprefix("slurm.")):
+      raise UserError(f"--{flag} is not read here: {reason}.")
+  options: dict[str, Any] = {
+    field.name: given[field.name].value
+    for field in dataclasses.fields(Job)
+    if field.name in given and field.name not in ("name", "workdir", "topology")
+  }
+  return Job(
+    name=checked_name(name),
+    command=tuple(command),
+    topology=machine(),
+    workdir=workdir,
+    slurm=slurm_options.from_flags(),
+    **options,
   )
 
 
-def start(args: argparse.Namespace, logs: pathlib.Path) -> list[subprocess.Popen]:
-  """Starts all processes; process 0 uses the terminal."""
-  port, processes = free_port(), []
-  # Passed by environment: a command line is readable by every user of the machine.
-  given = os.environ.get(secret.ENV) or os.environ.get(secret.FILE_ENV)
-  shared = "" if given else secrets.token_hex(32)
-  for index in range(args.processes):
-    env = environment(index, args.processes, args.devices_per_process, port, shared)
-    if index == 0:
-      processes.append(subprocess.Popen(args.command, env=env, process_group=0))
-      continue
-    with open(logs / f"process_{index}.log", "wb") as log:
-      processes.append(
-        subprocess.Popen(
-          args.command, env=env, stdout=log, stderr=subprocess.STDOUT, process_group=0
-        )
-      )
-  return processes
+def main() -> int:
+  from moejax.deploy import job as job_lib
+  from moejax.deploy import schemas
+  from moejax.deploy.targets import TARGETS, submit
+
+  given = flags.FLAGS
+  if not given.target:
+    raise UserError(f"--target is missing: one of {', '.join(_TARGETS)}.")
+  if not given.workdir:
+    raise UserError("--workdir=DIR is missing: where the run's files go, on the machine.")
+  stem = pathlib.Path(given.config).stem
+  name = given["name"].value or job_lib.name_of(f"moejax-{stem}")
+  job = make_job(_command(), given.workdir, name)
+  text = TARGETS[given.target].render(job)  # Refuses what the target does not have.
+  fit = job_lib.fit(cli.get_config(), job.topology)
+  print(_summary(job, fit), file=sys.stderr)
+  if given.target.startswith("gke") and not schemas.available():
+    print(
+      "Not checked against the schemas of Kubernetes: that needs the extra kubernetes.",
+      file=sys.stderr,
+    )
+  if given.output:
+    files.write_text(given.output, text)
+  elif not given.submit:
+    print(text, end="")
+  if given.submit:
+    return submit(given.target, text)
+  written = f"{given.output} is written. " if given.output else ""
+  print(f"{written}Nothing is submitted (--submit does that).", file=sys.stderr)
+  return 0
 
 
-def wait(processes: list[subprocess.Popen], logs: pathlib.Path) -> int:
-  """Waits for all; after the first failure the others get `GRACE_SECONDS`.
+def _command() -> list[str]:
+  """Returns the words that train this command line's config."""
+  from moejax.deploy.job import PYTHON
 
-  Returns:
-    The exit code of the process that failed first, 0 if none did. Signal N gives
-    128 + N, as in a shell.
-  """
-  first: tuple[int, int] | None = None
-  deadline = float("inf")
-  running = True
-  while running:
-    # Before the check for failures, so that the last process to end is checked too.
-    running = any(p.poll() is None for p in processes)
-    if first is None and (first := _failed(processes)) is not None:
-      deadline = time.monotonic() + GRACE_SECONDS
-      _report(first, logs)
-    if time.monotonic() > deadline:
-      for process in processes:
-        process.kill()
-    if running:
-      time.sleep(0.1)
-  if first is None:
-    return 0
-  return first[1] if first[1] > 0 else 128 - first[1]
+  given, settings = flags.FLAGS, cli.overrides()
+  if given.target in ("gke-tpu", "gke-gpu"):
+    settings = {"data.cache_dir": "/cache"} | settings
+  words = [PYTHON, "-m", "moejax.cli.main", "train", f"--config={given.config}"]
+  words.append(f"--workdir={given.workdir}")
+  return words + [
+    f"--config.{name}={_spelled(value)}" for name, value in settings.items()
+  ]
 
 
-def _failed(processes: list[subprocess.Popen]) -> tuple[int, int] | None:
-  for index, process in enumerate(processes):
-    if process.poll():
-      return index, process.returncode
-  return None
+def _spelled(value: object) -> str:
+  """A value as the command line spells it."""
+  return "none" if value is None else str(value)
 
 
-def _report(failed: tuple[int, int], logs: pathlib.Path) -> None:
-  index, code = failed
-  how = f"exit code {code}" if code > 0 else f"signal {signal.Signals(-code).name}"
-  print(f"launch_local: process {index} ended with {how}.", file=sys.stderr)
-  log = logs / f"process_{index}.log"
-  if log.exists():
-    lines = log.read_text(errors="replace").splitlines()[-_TAIL:]
-    print(f"The end of {log}:", *(f"  {x}" for x in lines), sep="\n", file=sys.stderr)
-
-
-def main(argv: list[str] | None = None) -> int:
-  args = parse(sys.argv[1:] if argv is None else argv)
-  logs = pathlib.Path(args.logs or tempfile.mkdtemp(prefix="launch_local_"))
-  logs.mkdir(parents=True, exist_ok=True)
-  print(f"launch_local: {args.processes} processes, logs in {logs}", file=sys.stderr)
-  processes = start(args, logs)
-
-  def forward(number: int, frame: object) -> None:
-    del frame
-    for process in processes:
-      if process.poll() is None:
-        process.send_signal(number)
-
-  # The children are in their own process groups, so they get each signal only from here.
-  for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-    signal.signal(number, forward)
-  return wait(processes, logs)
+def _summary(job: Job, fit: Fit) -> str:
+  mesh = " x ".join(f"{axis} {size}" for axis, size in fit.mesh.items() if size > 1)
+  slices = f" x {job.topology.slices} slices" if job.topology.slices > 1 else ""
+  said = f"{job.name}: {job.topology}{slices}, {fit.devices} devices as {mesh or 'one'}."
+  if not fit.device_bytes:
+    return said
+  return (
+    f"{said} Each needs at least {fit.least_bytes / 1e9:.2f} of its "
+    f"{fit.device_bytes / 1e9:.1f} GB; tools.compile_for asks the compiler."
+  )
 
 
 def run() -> None:
   """Runs the program."""
-  sys.exit(main())
+  from moejax.sweep.execution import slurm_options
+
+  cli.define_config()
+  define_flags()
+  slurm_options.define_flags()
+  flags.DEFINE_string("output", None, "Write the text to this file.")
+  flags.DEFINE_bool("submit", False, "Give the text to kubectl, sbatch or bash.")
+  cli.run(main)
 
 
 if __name__ == "__main__":

@@ -28,6 +28,7 @@ PROGRAMS = {
   "collectives": "moejax.cli.collectives",
   "compile-for": "moejax.cli.compile_for",
   "launch": "moejax.cli.launch",
+  "launch-local": "moejax.cli.launch_local",
   "check-device": "moejax.cli.check_device",
   "fit-law": "moejax.cli.fit_law",
   "inspect-checkpoint": "moejax.cli.inspect_checkpoint",

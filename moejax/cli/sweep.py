@@ -24,16 +24,18 @@ import os
 import pathlib
 import shutil
 import sys
+from collections.abc import Callable
 
 from absl import flags
 
 from moejax import files
-from moejax.cli import dotted, python_file
+from moejax.cli import dotted, launch, python_file
 from moejax.cli import flags as cli
 from moejax.errors import ConfigError, UserError
 from moejax.routing.registry import ENV, ROUTERS
 from moejax.run import compilation_cache
 from moejax.sweep.execution import slurm_options
+from moejax.sweep.execution.local import Job
 from moejax.sweep.execution.options import EXECUTORS
 
 _SPLITS = ("train", "validation", "test")
@@ -95,13 +97,16 @@ def _define_how() -> None:
     "time_steps", 0, "Afterwards time so many steps of each shape, alone.", 0, 100_000
   )
   slurm_options.define_flags()
+  launch.define_flags()
 
 
 def main() -> int:
   given = flags.FLAGS
   if given.status:
     return _status(_workdir())
-  stray = slurm_options.given() if given.executor != "slurm" else []
+  if given.target and given.executor != "print":
+    raise UserError(f"--target={given.target} is only read with --executor=print.")
+  stray = [] if "slurm" in (given.executor, given.target) else slurm_options.given()
   if stray:
     raise UserError(
       f"--{stray[0]} is only read with --executor=slurm. Add that, or leave it out."
@@ -275,6 +280,7 @@ def _run(points: list, values: dict) -> int:
   options = schedule.Options(
     jobs=given.jobs,
     executor=given.executor,
+    **({"text_of": _rendered(points)} if given.target else {}),
     slurm=slurm_options.from_flags(),
     retry_failed=given.retry_failed,
     devices_per_run=given.devices_per_run,
@@ -292,6 +298,25 @@ def _run(points: list, values: dict) -> int:
     return code
   _report(points, values)
   return code
+
+
+def _rendered(points: list) -> Callable[[Job], str]:
+  """Returns what renders a run for --target; every point fits there."""
+  from moejax.deploy import job as job_lib
+  from moejax.deploy.targets import TARGETS
+
+  target = TARGETS[flags.FLAGS.target]
+
+  def render(run: Job) -> str:
+    words = [job_lib.PYTHON if word == sys.executable else word for word in run.command]
+    name, _, digest = run.run.name.rpartition("-")
+    name = job_lib.name_of(flags.FLAGS["name"].value or name, digest)
+    made = launch.make_job(words, str(run.run), name)
+    return target.begins + target.render(made)
+
+  for point in points:
+    job_lib.fit(point.config, launch.machine())
+  return render
 
 
 def _report(points: list, values: dict) -> None:

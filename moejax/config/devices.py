@@ -68,7 +68,7 @@ def validate_devices(config: Config, num_devices: int) -> None:
   """
   problem = _misfit(config, num_devices)
   if problem is not None:
-    raise ConfigError(f"{problem} {_remedy(config, [num_devices])}")
+    raise ConfigError(f"{problem} {_remedy(config, [num_devices], exactly=True)}")
   _check_dispatcher(config, num_devices)
 
 
@@ -193,16 +193,26 @@ def _cuts(config: Config) -> list[tuple[str, str, int]]:
   return cuts
 
 
-def _remedy(config: Config, counts: Sequence[int]) -> str:
-  """Recommends flags that run on these devices, each tried first."""
-  fitting = [
-    change for change in _changes(config, sum(counts)) if _runs(config, change, counts)
-  ]
+def _remedy(config: Config, counts: Sequence[int], *, exactly: bool = False) -> str:
+  """Recommends flags that run on these devices, each tried first.
+
+  Args:
+    config: that does not.
+    counts: devices of each process.
+    exactly: on all of them, not only on some.
+  """
+
+  def helps(change: dict[str, Any]) -> bool:
+    if exactly:
+      return _fits_all(config, change, sum(counts))
+    return _runs(config, change, counts)
+
+  fitting = [change for change in _changes(config, sum(counts)) if helps(change)]
   if not fitting:
     return "Use another number of devices, or another --config.mesh."
   flags = _as_flags(fitting[0])
   gspmd = {"moe.exchange": "gspmd"}
-  if fitting[0] != gspmd and _runs(config, gspmd, counts):
+  if fitting[0] != gspmd and helps(gspmd):
     flags += (
       ", or --config.moe.exchange=gspmd, under which devices gather each other's logits"
     )

@@ -11,8 +11,8 @@ import pytest
 
 from moejax.checkpoint.manager import DIRECTORY, restore_params
 from moejax.checkpoint.read import read_meta
-from moejax.cli import launch as launch_local
-from moejax.cli.launch import free_port
+from moejax.cli import launch_local
+from moejax.cli.launch_local import free_port
 from tests.checkpoint import layouts
 from tests.checkpoint.test_layouts import W_IN, change
 

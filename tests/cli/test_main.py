@@ -21,7 +21,8 @@ IN_A_CLONE = {
   "compare": "tools.compare",
   "collectives": "tools.collectives",
   "compile-for": "tools.compile_for",
-  "launch": "tools.launch_local",
+  "launch": "tools.launch",
+  "launch-local": "tools.launch_local",
   "fit-law": "tools.fit_law",
   "check-device": "tools.check_device",
   "inspect-checkpoint": "tools.inspect_checkpoint",
@@ -57,7 +58,7 @@ def test_a_program_takes_the_same_flags_in_a_clone(name):
   out = call("moejax.cli.main", name, "--help").stdout
   there = call(IN_A_CLONE[name], "--help").stdout
   # argparse begins with the program's name, wrapped by its length.
-  if name in ("launch", "fit-law", "compare", "check-device"):
+  if name in ("launch-local", "fit-law", "compare", "check-device"):
     out, there = (text.partition("\n\n")[2] for text in (out, there))
   assert out == there and len(out) > 200
   assert importlib.util.find_spec(PROGRAMS[name]) is not None

@@ -8,7 +8,7 @@ import time
 import jax
 import pytest
 
-from moejax.cli import launch as launch_local
+from moejax.cli import launch_local
 from moejax.config import Config
 from moejax.errors import DisagreementError, PeerLostError, UserError
 from moejax.launch import agreement, distributed, listening, meeting

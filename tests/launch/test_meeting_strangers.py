@@ -12,7 +12,7 @@ import time
 
 import pytest
 
-from moejax.cli import launch as launch_local
+from moejax.cli import launch_local
 from moejax.errors import DisagreementError, PeerLostError, UserError
 from moejax.launch import link as link_lib
 from moejax.launch import listening, meeting, secret

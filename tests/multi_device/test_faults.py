@@ -12,7 +12,7 @@ import time
 
 import pytest
 
-from moejax.cli import launch as launch_local
+from moejax.cli import launch_local
 from moejax.launch import hang
 from tests.experiments.test_command_lines import TINY
 

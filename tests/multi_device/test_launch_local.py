@@ -9,7 +9,7 @@ import textwrap
 
 import pytest
 
-from moejax.cli import launch as launch_local
+from moejax.cli import launch_local
 from moejax.launch import secret
 from tests.experiments.test_command_lines import TINY
 

@@ -5,7 +5,7 @@ import sys
 import numpy as np
 import pytest
 
-from moejax.cli import launch as launch_local
+from moejax.cli import launch_local
 from moejax.data import load
 from tests.data.conftest import small_config
 

@@ -1,10 +1,18 @@
 """How a sweep is run: what its flags say beside the specification."""
 
 import dataclasses
+import shlex
+from collections.abc import Callable
 
+from moejax.sweep.execution.local import Job
 from moejax.sweep.execution.slurm_options import SlurmOptions
 
 EXECUTORS = ("local", "slurm", "print")
+
+
+def command_of(job: Job) -> str:
+  """Returns the command of a run as a shell takes it."""
+  return shlex.join(job.command)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -15,6 +23,8 @@ class Options:
   """Runs at once, each on cores or a GPU of its own."""
   executor: str = "local"
   """local starts the runs, slurm submits them; print only prints their commands."""
+  text_of: Callable[[Job], str] = command_of
+  """With print: what is printed for each run."""
   slurm: SlurmOptions = dataclasses.field(default_factory=SlurmOptions)
   """With slurm: what each run asks of the cluster."""
   retry_failed: bool = False

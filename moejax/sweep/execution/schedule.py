@@ -4,6 +4,7 @@ What is to be done is read from the runs' directories (states.py), never
 remembered, so the same call goes on after any interruption.
 """
 
+import dataclasses
 import os
 import shlex
 import sys
@@ -196,7 +197,8 @@ def _train(
     routers = os.environ.get(registry.ENV)
     words = ["env", f"{registry.ENV}={routers}"] if routers else []
     for job in wanted:
-      print(shlex.join([*words, *job.command]), file=stream)
+      job = dataclasses.replace(job, command=(*words, *job.command))
+      print(options.text_of(job), file=stream)
     return 0
   view = view_lib.make_view(stream)
   try:

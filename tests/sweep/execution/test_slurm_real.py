@@ -9,7 +9,6 @@ import os
 import pathlib
 import re
 import shlex
-import shutil
 import signal
 import subprocess
 import sys
@@ -20,45 +19,24 @@ import pytest
 
 from moejax.sweep.execution import directory, slurm, states
 from moejax.sweep.execution.states import State
+from tests import slurm_cluster
 from tools import kill_loop
 
-ROOT = pathlib.Path(__file__).parents[2]
-SCRIPT = pathlib.Path(__file__).with_name("mini_slurm.sh")
-SBIN = f"{os.environ['PATH']}:/usr/sbin:/sbin"
-DAEMONS = ("slurmctld", "slurmd", "munged")
+ROOT = pathlib.Path(__file__).parents[3]
 SECONDS = 600.0
 REBOOT_SECONDS = 15.0
 """A job that is younger is not missed by Slurm when its node comes back without it."""
 
 LONG = {"num_steps": 400, "checkpoint_every": 50}
 
-MISSING = [name for name in DAEMONS if shutil.which(name, path=SBIN) is None]
-
-pytestmark = [
-  pytest.mark.slurm,
-  pytest.mark.slow,
-  pytest.mark.skipif(
-    bool(MISSING), reason=f"{', '.join(MISSING)}: Slurm is not installed"
-  ),
-  pytest.mark.skipif(os.geteuid() != 0, reason="Slurm's daemons need root"),
-]
+pytestmark = slurm_cluster.MARKS
 
 
 @pytest.fixture(scope="module")
 def cluster(tmp_path_factory):
   """Environment variables with which Slurm's programs find it."""
-  place = tmp_path_factory.mktemp("slurm")
-  environment = os.environ | {"PATH": SBIN}
-  # Not captured: the daemons would hold the pipe open.
-  log = place / "start.log"
-  with log.open("w") as output:
-    command = ["bash", str(SCRIPT), "start", str(place)]
-    code = subprocess.run(command, stdout=output, stderr=output, env=environment)
-  try:
-    assert code.returncode == 0, log.read_text()
-    yield environment | {"SLURM_CONF": str(place / "slurm.conf")}
-  finally:
-    subprocess.run(["bash", str(SCRIPT), "stop", str(place)], check=True)
+  with slurm_cluster.started(tmp_path_factory.mktemp("slurm")) as environment:
+    yield environment
 
 
 class Cluster:
@@ -259,7 +237,9 @@ def test_a_node_that_dies_leaves_a_run_that_the_next_call_resumes(sweeps, calm):
     conf = sweeps.environment["SLURM_CONF"]
     kill_job(conf, sweeps.job(workdir))
     time.sleep(REBOOT_SECONDS)
-    sweeps.ask("bash", str(SCRIPT), "reboot", str(pathlib.Path(conf).parent))
+    sweeps.ask(
+      "bash", str(slurm_cluster.SCRIPT), "reboot", str(pathlib.Path(conf).parent)
+    )
     _, err = process.communicate(timeout=SECONDS)
   run = only_run(workdir)
   assert process.returncode == 1

@@ -1,0 +1,133 @@
+"""One training job on machines that others administer: what every target is told."""
+
+import dataclasses
+import re
+
+from moejax.config import Config
+from moejax.config.devices import validate_devices
+from moejax.config.mesh import AXES, mesh_shape
+from moejax.cost import memory, parameters
+from moejax.cost.chips import CHIPS
+from moejax.deploy import machines
+from moejax.errors import UserError
+from moejax.plan.topology import Topology
+from moejax.sweep.execution.slurm_options import SlurmOptions
+
+PYTHON = "python"
+"""In a command: the interpreter of the place where it will run."""
+
+RESTARTABLE = (3, 130, 137, 143)
+"""Exit codes after which a job resumes: a lost process, Ctrl-C, killed, asked to stop."""
+
+HOPELESS = (1, 2, 4)
+"""Exit codes that another start would give again: a bug, wrong input, disagreement."""
+
+MAX_NAME = 40
+"""Letters of a job's name; Kubernetes adds up to 23 to a pod's, which may have 63."""
+
+_NAME = re.compile(r"[a-z]([a-z0-9-]*[a-z0-9])?")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Job:
+  """A command, the machines it needs, and what their owner wants to be told."""
+
+  name: str
+  command: tuple[str, ...]
+  """Words, the same for every process; `PYTHON` stands for the interpreter."""
+  topology: Topology
+  workdir: str
+  """Of the run: on a disk that all processes share."""
+  image: str = ""
+  """Kubernetes: the container image."""
+  claim: str = "moejax-runs"
+  """Kubernetes: the PersistentVolumeClaim (ReadWriteMany) with the shared disk."""
+  namespace: str = ""
+  """Kubernetes: empty is that of kubectl's context."""
+  secret: str = ""
+  """Kubernetes: the Secret whose key `secret` the job's processes know each other by."""
+  max_restarts: int = 100
+  """Kubernetes: most restarts after a lost machine."""
+  grace_seconds: int = 300
+  """Kubernetes: time to save between the notice and the end."""
+  spot: bool = False
+  """Cheap machines that may be taken away."""
+  zone: str = ""
+  """TPU VMs: of Google Cloud."""
+  share: str = ""
+  """TPU VMs: the NFS export with the shared disk, ADDRESS:/PATH."""
+  slurm: SlurmOptions = dataclasses.field(default_factory=SlurmOptions)
+  """Slurm: its options, but for the numbers of nodes, tasks and GPUs."""
+
+  @property
+  def mount(self) -> str:
+    """Where the shared disk is mounted: the first directory of `workdir`."""
+    return "/" + self.workdir.strip("/").split("/")[0]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Fit:
+  """How a config lies on a machine."""
+
+  devices: int
+  mesh: dict[str, int]
+  """Devices along each axis."""
+  least_bytes: int
+  """Lower bound of the memory that a device needs."""
+  device_bytes: int
+  """Memory of a device."""
+
+
+def fit(config: Config, topology: Topology) -> Fit:
+  """Returns how a config lies on a machine.
+
+  Args:
+    config: validated.
+    topology: the machine.
+
+  Raises:
+    ConfigError: the mesh, or a size it cuts, does not divide over the devices.
+    UserError: the least that a device needs is more than it has.
+  """
+  devices, chip = machines.num_devices(topology), CHIPS[topology.kind]
+  validate_devices(config, devices)
+  shape = mesh_shape(config.mesh, devices)
+  mesh: dict[str, int] = dict(zip(AXES, shape, strict=True))
+  need = memory.least_bytes(config, mesh, parameters.resolve_vocab_size(config))
+  total, there = sum(need.values()), chip.hbm_bytes // chip.devices
+  if chip.family != "cpu" and total > there:
+    parts = ", ".join(f"{kind} {size / 1e9:.1f}" for kind, size in need.items())
+    raise UserError(
+      f"--topology={topology}: a device needs at least {total / 1e9:.1f} GB ({parts}; "
+      f"buffers not counted) and has {there / 1e9:.1f} GB. Cut the model over more "
+      "devices with --config.mesh.fsdp or expert, lower --config.train.batch_size, or "
+      "take a larger machine."
+    )
+  return Fit(devices=devices, mesh=mesh, least_bytes=total, device_bytes=there)
+
+
+def checked_name(name: str) -> str:
+  """Returns a job's name if every target takes it.
+
+  Raises:
+    UserError: it has other characters than they take, or too many.
+  """
+  if not _NAME.fullmatch(name) or len(name) > MAX_NAME:
+    raise UserError(
+      f"--name={name}: at most {MAX_NAME} lower-case letters, digits and hyphens, "
+      f"beginning with a letter, such as {name_of(name)}."
+    )
+  return name
+
+
+def name_of(text: str, ending: str = "") -> str:
+  """Returns a name for a job, made of any text.
+
+  Args:
+    text: cut where it is too long.
+    ending: kept whole, such as a hash; letters and digits.
+  """
+  kept = re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")
+  kept = kept if kept[:1].isalpha() else f"run-{kept}".strip("-")
+  ending = ending and f"-{ending}"
+  return kept[: MAX_NAME - len(ending)].strip("-") + ending

@@ -1,0 +1,125 @@
+"""Scripts for Slurm and for TPU VMs: sound shell, with every word kept."""
+
+import os
+import re
+import subprocess
+import time
+
+import pytest
+
+from moejax.deploy import machines, slurm, tpu_vm
+from moejax.errors import UserError
+from moejax.plan import topology
+from moejax.sweep.execution.slurm_options import SlurmOptions
+from tests.deploy.jobs import job
+
+
+def call(text: str, tmp_path, programs: dict[str, str]) -> subprocess.CompletedProcess:
+  """Runs a script with programs that are given as shell lines."""
+  place = tmp_path / "bin"
+  place.mkdir()
+  for name, lines in programs.items():
+    (place / name).write_text(f"#!/bin/bash\n{lines}\n")
+    (place / name).chmod(0o755)
+  env = os.environ | {"PATH": f"{place}:{os.environ['PATH']}", "SLURM_JOB_ID": "7"}
+  return subprocess.run(
+    ["bash", "-c", text], env=env, cwd=tmp_path, capture_output=True, text=True
+  )
+
+
+def test_slurm_is_asked_for_a_task_for_each_gpu():
+  """And for what the options say; what they do not say is not mentioned."""
+  options = SlurmOptions(
+    partition="long", time="2-0", cpus_per_task=8, setup=("echo hi",)
+  )
+  text = slurm.script(job("h100:2x8", slurm=options))
+  asked = dict(re.findall(r"#SBATCH --([a-z-]+)=(\S+)", text))
+  assert asked == {
+    "job-name": "first",
+    "nodes": "2",
+    "ntasks-per-node": "8",
+    "gpus-per-node": "8",
+    "cpus-per-task": "8",
+    "partition": "long",
+    "time": "2-0",
+    "signal": "TERM@120",
+    "open-mode": "append",
+    "output": "first-%j.log",
+  }
+  assert "\necho hi\n" in text and "SRUN_CPUS_PER_TASK" in text
+
+
+@pytest.mark.parametrize(
+  ("code", "requeued"),
+  [(0, False), (1, False), (2, False), (3, True), (4, False), (137, True), (143, True)],
+)
+def test_the_job_is_requeued_when_it_can_go_on(tmp_path, code, requeued):
+  """By the exit code of srun, which is also the script's; srun gets every word."""
+  srun = f'printf "%s\\n" "$@" > words; exit {code}'
+  done = call(
+    slurm.script(job("cpu:2")),
+    tmp_path,
+    {"srun": srun, "scontrol": 'echo "$@" > requeued'},
+  )
+  assert done.returncode == code, done.stderr
+  assert (tmp_path / "requeued").exists() == requeued
+  words = (tmp_path / "words").read_text().splitlines()
+  assert words[-1] == "--workdir=/runs/it's a" and ".venv/bin/python" in words
+
+
+def test_tpu_vms_are_made_and_trained_on_in_order(tmp_path):
+  """A clone is sent to all, which start the same command, quoted for each shell."""
+  gcloud = """echo "$@" >> calls
+case "$*" in
+  *describe*) echo ACTIVE ;;
+  *nohup*) command=${!#}; command=${command#--command=}
+    mkdir -p moejax/.venv/bin; cd moejax
+    printf '#!/bin/bash\\nprintf "%%s\\\\n" "$@" > words\\n' > .venv/bin/python
+    chmod +x .venv/bin/python; cd ..; bash -c "$command" ;;
+esac"""
+  text = tpu_vm.script(job("v5p:2x2x4"))
+  done = call(text, tmp_path, {"gcloud": gcloud, "git": "exit 0"})
+  assert done.returncode == 0, done.stderr
+  calls = (tmp_path / "calls").read_text()
+  found = re.findall(r"create|describe|scp|nohup|tail", calls)
+  assert found == ["create", "describe", "scp", "nohup", "tail"]
+  assert "--accelerator-type=v5p-32 --runtime-version=v2-alpha-tpuv5" in calls
+  assert "sudo mount 10.0.0.2:/share /runs" in calls
+  file = tmp_path / "moejax" / "words"
+  deadline = time.monotonic() + 30
+  while not (file.exists() and "workdir" in file.read_text()):  # It was left behind.
+    assert time.monotonic() < deadline
+    time.sleep(0.05)
+  assert file.read_text().splitlines()[-1] == "--workdir=/runs/it's a"
+
+
+@pytest.mark.parametrize(
+  ("machine", "name"),
+  [
+    ("v4:2x2x4", "v4-32"),
+    ("v5p:2x2x1", "v5p-8"),
+    ("v5e:4x4", "v5litepod-16"),
+    ("v6e:2x4", "v6e-8"),
+  ],
+)
+def test_types_count_chips_or_cores_as_the_cloud_does(machine, name):
+  """Two cores to a chip of v4 and v5p, chips of the others."""
+  assert machines.accelerator_type(topology.parse(machine)) == name
+
+
+@pytest.mark.parametrize(
+  ("make", "machine", "fields", "part"),
+  [
+    (slurm.script, "v5p:2x2x1", {}, "--topology=v5p:2x2x1: give GPUs"),
+    (tpu_vm.script, "h100:1x8", {}, "--topology=h100:1x8: give a TPU slice"),
+    (tpu_vm.script, "tpu7x:2x2x1", {}, "offered with v4, v5e, v5p, v6e"),
+    (tpu_vm.script, "v5p:2x2x1", {"slices": 2}, "--slices=2: one slice"),
+    (tpu_vm.script, "v5p:2x2x1", {"zone": ""}, "--zone=ZONE is missing"),
+    (tpu_vm.script, "v5p:2x2x2", {"share": ""}, "--share="),
+  ],
+)
+def test_what_a_place_does_not_have_is_refused(make, machine, fields, part):
+  """One line that names the flag."""
+  with pytest.raises(UserError) as caught:
+    make(job(machine, **fields))
+  assert part in str(caught.value) and "\n" not in str(caught.value)
