@@ -49,15 +49,14 @@ SMALL = (
   "moe.num_experts=4",
   "mesh.expert=2",
   "mesh.data=1",
-  "data.tokenizer=byte",
-  "data.vocab_size=0",
+  "data.tokenizer=bytes",
   "data.sequence_length=32",
   "train.batch_size=4",
   "moe.group_size=0",
-  "train.num_steps=400",
-  "train.checkpoint_every=50",
-  "train.log_every=5",
-  "train.eval_every=400",
+  "train.num_steps=120",
+  "train.checkpoint_every=30",
+  "train.log_every=2",
+  "train.eval_every=120",
   "train.eval_batches=1",
 )
 
@@ -95,19 +94,17 @@ def test_two_tasks_are_preempted_requeued_and_end_as_if_undisturbed(cluster, tmp
   calm, torn = tmp_path / "calm", tmp_path / "torn"
   launch(cluster, tmp_path, calm)
   wait(lambda: not ask(cluster, "squeue", "-h"))
-  assert steps(calm)[-1] == 400, (tmp_path / "calm").exists()
+  assert steps(calm)[-1] == 120
   job = launch(cluster, tmp_path, torn)
-  wait(lambda: steps(torn) and steps(torn)[-1] >= 20)
+  wait(lambda: steps(torn) and steps(torn)[-1] >= 10)
   ask(cluster, "scancel", "--signal=TERM", job)
   # Requeued jobs wait for a moment, which is Slurm's own.
   wait(lambda: "PENDING" in ask(cluster, "squeue", "-h", "-o", "%T"))
-  assert steps(torn)[-1] < 400
+  assert steps(torn)[-1] < 120
   ask(cluster, "scontrol", "update", f"JobId={job}", "StartTime=now")
   wait(lambda: not ask(cluster, "squeue", "-h"))
   assert steps(torn) == steps(calm)
   np.testing.assert_array_equal(losses(torn), losses(calm))
-  log = next(tmp_path.glob(f"*-{job}.log")).read_text()
-  assert "2 processes" in log or "process" in log
 
 
 def test_a_mistake_in_the_job_is_not_requeued(cluster, tmp_path):
