@@ -246,7 +246,8 @@ class MoEConfig:
   """Slots per expert = ceil(factor*K*T/E); none is dropless."""
   eval_capacity_factor: float | None = None
   capacity_convention: str = "per_assignment"
-  """per_assignment multiplies by K; per_token (Flaxformer, AXLearn, Praxis) does not."""
+  """per_assignment multiplies by K; per_token (Flaxformer, AXLearn, Praxis) does not;
+  under slots both factors are C itself, whatever T (Transformers' Switch)."""
   min_capacity: int = 1
   exchange: str = "auto"
   """How tokens reach experts on other devices: all_to_all (slots), ragged (sorted

@@ -34,7 +34,6 @@ _UNREAD = (
   "moe.expert_chunks",
   "moe.group_size",
   "moe.capacity_factor",
-  "moe.capacity_convention",
   "moe.min_capacity",
   "moe.priority",
   "moe.slot_order",
@@ -51,7 +50,7 @@ _UNREAD = (
   "moe.*.device_weight",
   "moe.*.communication_weight",
 )
-"""What a dropless model's logits do not depend on."""
+"""What a model's logits do not depend on if it is dropless or `has_slots`."""
 
 
 def canonical(config: Config) -> Config:
@@ -65,6 +64,11 @@ def canonical(config: Config) -> Config:
     moe.router, moe.num_selected, moe.renormalize = "top_k", 1, "none"
     moe.options = {}
   _canonical_groups(moe)
+  if has_slots(moe):
+    slots = max(moe.min_capacity, math.ceil(moe.eval_capacity_factor or 1))
+    moe.eval_capacity_factor = float(slots)
+  else:
+    moe.capacity_convention = MoEConfig().capacity_convention
   if moe.renormalize == "none":
     moe.renormalize_norm = 1.0
   moe.activation = moe.activation or model.activation
@@ -77,6 +81,19 @@ def canonical(config: Config) -> Config:
   model.vocab_multiple = 1
   _canonical_attention(model)
   return config
+
+
+def has_slots(moe: MoEConfig) -> bool:
+  """Returns whether experts serve the first tokens of a sequence, a fixed number."""
+  return (
+    moe.eval_capacity_factor is not None
+    and moe.capacity_convention == "slots"
+    and moe.group_size == 0
+    and moe.priority in ("arrival", "random")  # Random is arrival in evaluation.
+    and moe.slot_order in ("choice_major", "token_major")
+    and moe.overflow == "drop"
+    and moe.num_selected * moe.segments == 1
+  )
 
 
 def _canonical_groups(moe: MoEConfig) -> None:

@@ -24,7 +24,7 @@ from moejax.data.tokenizer import ImportedTokenizer, Tokenizer
 from moejax.errors import UserError
 from moejax.interop import architecture as architectures
 from moejax.interop.architecture import Architecture
-from moejax.interop.canonical import canonical, differences
+from moejax.interop.canonical import canonical, differences, has_slots
 from moejax.interop.keys import Keys
 from moejax.interop.mapping import Row, flatten, rows
 from moejax.interop.published import CONFIG, TAKEN_ALONG, TOKENIZER
@@ -58,10 +58,10 @@ def choose(
       "--config.moe.dense_twin=true: every layer is dense, and only MoE architectures "
       "are written."
     )
-  if config.moe.eval_capacity_factor is not None:
+  if config.moe.eval_capacity_factor is not None and not has_slots(config.moe):
     raise UserError(
       f"--config.moe.eval_capacity_factor={config.moe.eval_capacity_factor}: "
-      "Transformers drops no tokens, so its logits would differ. Give "
+      "Transformers drops no tokens by such a factor, so its logits would differ. Give "
       "--config.moe.eval_capacity_factor=none to export the dropless model."
     )
   nearest: tuple[list[tuple[str, Any, Any]], str] | None = None

@@ -1,6 +1,7 @@
 """Switch Transformer: an encoder-decoder in and out, and what Transformers computed."""
 
 import dataclasses
+from copy import deepcopy as copy_of
 
 import jax
 import jax.numpy as jnp
@@ -12,8 +13,11 @@ from safetensors.numpy import load_file
 from moejax.config import MeshConfig
 from moejax.data.sentinels import SentinelTokenizer, with_sentinels
 from moejax.errors import UserError
+from moejax.evaluate import decoding
+from moejax.evaluate.sampling import Sampling
 from moejax.interop import exporting
 from moejax.interop.canonical import differences
+from moejax.interop.keys import Keys
 from moejax.interop.published import open_folder
 from moejax.models.encoder_decoder import EncoderDecoder
 from moejax.models.loss import cross_entropy
@@ -174,3 +178,60 @@ def test_one_table_untied_comes_back_under_all_its_names(tmp_path):
   folder = copy(NAME, tmp_path / "y", config=config, tensors=differ)
   with pytest.raises(UserError, match=names[0]):
     open_folder(folder)
+
+
+def with_slots(tmp_path, slots):
+  return copy(
+    NAME, tmp_path / "x", config=lambda values: values.update(expert_capacity=slots)
+  )
+
+
+@pytest.mark.parametrize("slots", [1, 3])
+def test_with_few_slots_the_same_tokens_are_dropped(slots, wanted, tmp_path):
+  """Per sequence of either stack, in order of arrival: the logits of Transformers."""
+  published = open_folder(with_slots(tmp_path, slots))
+  read, ids = (jnp.asarray(wanted[k]) for k in ("input_ids", "decoder_input_ids"))
+  run = jax.jit(lambda p: published.model(p, ids, encoder_tokens=read).logits)
+  recorded = np.load(golden(NAME) / "capacity.npz")
+  close(run(published.loader.params()), recorded[f"slots_{slots}"])
+
+
+def test_generation_reads_with_few_slots_and_writes_dropless(wanted, tmp_path):
+  """As in Transformers: a step of one token overflows no expert. Dropless, both prompts
+  are continued otherwise."""
+  published = open_folder(with_slots(tmp_path, 3))
+  engine = decoding.Engine(published.model, published.loader.params())
+  decoded = engine.run(
+    [[0], [0]],
+    [12, 12],
+    how=Sampling.of(0.0, 0, 1.0),
+    stop=(),
+    allowed=np.ones(101, bool),
+    read=np.pad(wanted["input_ids"], ((0, 0), (0, 8)), constant_values=-1),
+  )
+  recorded = np.load(golden(NAME) / "capacity.npz")["generated_3"]
+  assert decoded.tokens == recorded[:, 1:].tolist()
+
+
+def test_slots_come_back_and_a_dropless_model_stays_one(tmp_path):
+  """expert_capacity is exported as it was; none is more than any sequence has."""
+  published = open_folder(with_slots(tmp_path, 3))
+  assert exporting.choose(published.config)[1]["expert_capacity"] == 3
+  published.config.moe.eval_capacity_factor = None
+  architecture, values = exporting.choose(published.config)
+  assert values["expert_capacity"] == 65_536
+  back = architecture.read(Keys(values | {"model_type": NAME}, "config.json"))
+  assert back.moe.eval_capacity_factor is None
+
+
+@pytest.mark.parametrize(
+  "changes", [{"overflow": "next_best"}, {"priority": "gate"}, {"group_size": 512}]
+)
+def test_other_slots_than_the_class_has_are_refused(changes, published):
+  """Any slot policy under which other tokens are dropped."""
+  config = copy_of(published.config)
+  config.moe.eval_capacity_factor = 3.0
+  for name, value in changes.items():
+    setattr(config.moe, name, value)
+  with pytest.raises(UserError, match="eval_capacity_factor=3"):
+    exporting.choose(config)

@@ -1,9 +1,8 @@
 """Switch Transformer (arXiv:2101.03961): a T5 encoder-decoder with top-1 experts.
 
 T5 has no attention scale, a bias for buckets of distances in each stack, and a head of
-scale D^-0.5 where it is tied to the embedding. Capacity (`expert_capacity`, a number of
-slots per expert and sequence whatever its length) is left out, and said: the imported
-model is dropless.
+scale D^-0.5 where it is tied to the embedding. Capacity is a number of slots per expert
+and sequence, whatever its length; what overflows is dropped, in training and after.
 
 The class keeps three tables: of the encoder, of the decoder, and `shared`, which it reads
 nowhere if the head is not tied. Here all three must be one.
@@ -24,6 +23,9 @@ _CLASS = "SwitchTransformersForConditionalGeneration"
 
 _SEQUENCE = 512
 """Tokens of a sequence that T5 and Switch were trained with."""
+
+_DROPLESS = 2**16
+"""expert_capacity of a model that drops nothing: more tokens than any sequence has."""
 
 
 def _attention(ours: str, theirs: str) -> tuple[Entry, ...]:
@@ -106,7 +108,9 @@ def read(keys: Keys) -> Config:
   model.dtype = model.param_dtype = "bfloat16" if dtype == "bfloat16" else "float32"
   moe.num_experts = keys.take("num_experts", int)
   moe.router_bias = keys.take("router_bias", bool, False)
-  moe.capacity_factor = moe.eval_capacity_factor = None
+  moe.capacity_convention = "slots"
+  moe.capacity_factor = None if slots >= _DROPLESS else float(slots)
+  moe.eval_capacity_factor = moe.capacity_factor
   moe.encoder_every = _step(keys, "encoder", model.encoder_layers)
   moe.every = _step(keys, "decoder", model.num_layers)
   # Theirs is layer 1 of each, and in a step of 1 every layer.
@@ -151,8 +155,7 @@ def write(config: Config) -> dict[str, Any]:
     "decoder_sparse_step": moe.every,
     "num_sparse_encoder_layers": layers // every,
     "num_sparse_decoder_layers": model.num_layers // moe.every,
-    # No expert of any sequence of this length overflows.
-    "expert_capacity": model.max_position or config.data.sequence_length,
+    "expert_capacity": int(moe.eval_capacity_factor or _DROPLESS),
     "layer_norm_epsilon": model.norm_eps,
     "num_decoder_layers": model.num_layers,
     "num_experts": moe.num_experts,
@@ -169,11 +172,14 @@ def write(config: Config) -> dict[str, Any]:
 
 
 def remarks(config: Mapping[str, Any]) -> list[str]:
-  """Says which tokens only Transformers drops."""
+  """Says which tokens are dropped, here as in Transformers."""
   slots = config.get("expert_capacity", 64)
+  if slots >= _DROPLESS:
+    return []
   return [
-    f"expert_capacity={slots} is left out: this run drops no token, and Transformers "
-    f"drops those of a sequence after the first {slots} of an expert."
+    f"expert_capacity={slots}: as in Transformers, an expert computes the first {slots} "
+    "of a sequence's tokens that choose it. Give --config.moe.eval_capacity_factor=none "
+    "to the program that uses the run, and none is dropped."
   ]
 
 
