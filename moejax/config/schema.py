@@ -267,6 +267,9 @@ class MoEConfig:
   -1 the whole batch."""
   renormalize: str = "none"
   """Scale a token's K gates to norm 1: none, before_drop or after_drop."""
+  allow_constant_gates: bool = False
+  """Allow renormalising with one choice per token: every gate is 1, and the task's loss
+  gives the router no gradient (published models with num_experts_per_tok=1)."""
   renormalize_norm: float = 1.0
   """p of that norm: 1 makes the gates sum to 1, 2 their squares (MegaBlocks)."""
   gate_scale: float = 1.0

@@ -41,6 +41,7 @@ _UNREAD = (
   "moe.overflow",
   "moe.jitter",
   "moe.expert_dropout",
+  "moe.allow_constant_gates",
   "moe.allow_future_leak",
   "moe.balance_*",
   "moe.z_weight",

@@ -98,6 +98,8 @@ def read_config(architecture: Architecture, values: dict[str, Any], path: str) -
   config = architecture.read(keys)
   keys.skip("quantization_config")  # Read where the weights are.
   keys.done()
+  moe = config.moe
+  moe.allow_constant_gates = moe.num_selected == 1 and moe.renormalize != "none"
   return config
 
 
