@@ -116,9 +116,7 @@ RANGES: dict[str, Range] = {
   "model.relative_distance": _count(2, "in tokens"),
   "model.rope_theta": _positive(1e12, "positions would not turn within a sequence"),
   "model.rope_fraction": Range(0, 1, low_open=True),
-  "model.rope_factor": Range(
-    1, 1e6, "1 leaves the context", why_high="positions would not turn"
-  ),
+  "model.rope_factor": _positive(1e6, "positions would not turn", "1 leaves the context"),
   "model.rope_original": _count(0, "in tokens"),
   "model.rope_low_factor": _positive(1e6, _TURNS),
   "model.rope_high_factor": _positive(1e6, _TURNS),
