@@ -72,6 +72,9 @@ class ModelConfig:
   """Of the decoder."""
   encoder_layers: int = 0
   """encoder_decoder: layers of the encoder; 0 is num_layers."""
+  encoder_embedding: bool = False
+  """encoder_decoder: a token table of the encoder's own, beside the decoder's
+  (Transformers' Switch, if nothing is tied)."""
   width: int = 128
   """D."""
   num_heads: int = 4

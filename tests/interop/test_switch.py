@@ -152,31 +152,64 @@ def test_the_tokenizer_has_its_own_sentinels_and_the_decoders_start(tmp_path):
   assert own.sentinels.tolist() == [100, 99, 98]
 
 
-def test_one_table_untied_comes_back_under_all_its_names(tmp_path):
-  """Transformers reads the stacks' own tables then; another one is refused by name."""
-  names = ["encoder.embed_tokens.weight", "decoder.embed_tokens.weight"]
+STACKS = ("encoder.embed_tokens.weight", "decoder.embed_tokens.weight")
 
-  def untie(arrays):
-    for name in names:
-      arrays[name] = arrays["shared.weight"].copy()
-    arrays["lm_head.weight"] = arrays["shared.weight"][::-1].copy()
 
-  def differ(arrays):
-    untie(arrays)
-    arrays[names[0]][3, 1] += 1
+def untied(folder, names):
+  """Copies the golden with a head and the named tables, all different."""
+
+  def tensors(arrays):
+    rng, shape = np.random.default_rng(7), arrays["shared.weight"].shape
+    for name in (*STACKS, "lm_head.weight"):
+      table = rng.normal(0, 0.3, shape).astype(np.float32)
+      if name in names:
+        arrays[name] = table
 
   def config(values):
     values["tie_word_embeddings"] = False
 
-  folder = copy(NAME, tmp_path / "x", config=config, tensors=untie)
-  published, out = open_folder(folder), tmp_path / "out"
-  exporting.export(published.config, published.model, published.loader.params(), out)
-  was, now = (load_file(f / "model.safetensors") for f in (folder, out))
+  return copy(NAME, folder, config=config, tensors=tensors)
+
+
+def exported(published, folder):
+  params = published.loader.params()
+  exporting.export(published.config, published.model, params, folder)
+  return load_file(folder / "model.safetensors")
+
+
+def test_untied_each_stack_reads_a_table_of_its_own(wanted, tmp_path):
+  """Four different tables: the logits of Transformers, which reads `shared` nowhere."""
+  folder = untied(tmp_path / "x", (*STACKS, "lm_head.weight"))
+  published = open_folder(folder)
+  assert list(published.loader.left_out) == ["shared.weight"]
+  read, ids = (jnp.asarray(wanted[k]) for k in ("input_ids", "decoder_input_ids"))
+  run = jax.jit(lambda p: published.model(p, ids, encoder_tokens=read).logits)
+  close(run(published.loader.params()), np.load(golden(NAME) / "untied.npz")["logits"])
+  was = load_file(folder / "model.safetensors")
+  now = exported(published, tmp_path / "out")
+  was["shared.weight"] = was[STACKS[1]]
   assert set(was) == set(now)
   for name, array in was.items():
     np.testing.assert_array_equal(array, now[name], strict=True)
-  folder = copy(NAME, tmp_path / "y", config=config, tensors=differ)
-  with pytest.raises(UserError, match=names[0]):
+
+
+def test_untied_the_shared_table_serves_stacks_without_one(tmp_path):
+  """Earlier versions of Transformers wrote it alone, and always read it."""
+  folder = untied(tmp_path / "x", ("lm_head.weight",))
+  shared = load_file(folder / "model.safetensors")["shared.weight"]
+  now = exported(open_folder(folder), tmp_path / "out")
+  for name in (*STACKS, "shared.weight"):
+    np.testing.assert_array_equal(now[name], shared)
+
+
+def test_tied_tables_that_differ_are_refused_by_name(tmp_path):
+  """A tied model has one table, whatever the file holds."""
+
+  def differ(arrays):
+    arrays[STACKS[0]] = arrays["shared.weight"] + 1
+
+  folder = copy(NAME, tmp_path / "x", tensors=differ)
+  with pytest.raises(UserError, match=f"{STACKS[0]}.*tied tables are one"):
     open_folder(folder)
 
 

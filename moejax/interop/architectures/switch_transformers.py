@@ -4,8 +4,10 @@ T5 has no attention scale, a bias for buckets of distances in each stack, and a 
 scale D^-0.5 where it is tied to the embedding. Capacity is a number of slots per expert
 and sequence, whatever its length; what overflows is dropped, in training and after.
 
-The class keeps three tables: of the encoder, of the decoder, and `shared`, which it reads
-nowhere if the head is not tied. Here all three must be one.
+The class keeps three tables: of the encoder, of the decoder, and `shared`. With a tied
+head all are one; otherwise each stack reads its own, and nothing reads `shared`, which
+comes back as the decoder's. Files of earlier versions, in which the stacks' were always
+`shared`, may have it alone.
 """
 
 import math
@@ -59,6 +61,9 @@ _CROSS = (
   entry("cross_attention_norm.scale", "layer.1.layer_norm.weight", FLAT),
   *_attention("cross_attention", "layer.1.EncDecAttention"),
 )
+_DECODERS, _ENCODERS = "decoder.embed_tokens.weight", "encoder.embed_tokens.weight"
+"""The stacks' own tables."""
+
 _BIAS = "block.0.layer.0.SelfAttention.relative_attention_bias.weight"
 """Stored in the first layer of a stack, and used by all."""
 
@@ -66,6 +71,7 @@ MODEL = (
   entry("embedding.table", "shared.weight", SAME),
   entry("embedding.norm.scale", "decoder.final_layer_norm.weight", FLAT),
   entry("embedding.head", "lm_head.weight", LINEAR),
+  entry("encoder.embedding.table", _ENCODERS, SAME),
   entry("encoder.norm.scale", "encoder.final_layer_norm.weight", FLAT),
   entry("encoder.relative_bias.bias", f"encoder.{_BIAS}", SAME),
   entry("decoder.relative_bias.bias", f"decoder.{_BIAS}", SAME),
@@ -102,6 +108,7 @@ def read(keys: Keys) -> Config:
   model.relative_buckets = keys.take("relative_attention_num_buckets", int, 32)
   model.relative_distance = keys.take("relative_attention_max_distance", int, 128)
   model.tie_embeddings = keys.take("tie_word_embeddings", bool, True)
+  model.encoder_embedding = not model.tie_embeddings
   if model.tie_embeddings:
     model.logits_divisor = math.sqrt(max(model.width, 1))
   dtype = keys.values.get("dtype") or keys.values.get("torch_dtype")
@@ -136,6 +143,10 @@ def _step(keys: Keys, stack: str, layers: int) -> int:
 
 def write(config: Config) -> dict[str, Any]:
   model, moe = config.model, config.moe
+  if model.tie_embeddings and model.encoder_embedding:
+    raise UserError(
+      "--config.model.encoder_embedding=true: with tie_embeddings the class has one table"
+    )
   every, layers = moe.encoder_every or moe.every, model.encoder_layers
   return {
     "architectures": [_CLASS],
@@ -194,6 +205,7 @@ ARCHITECTURE = Architecture(
   read=read,
   write=write,
   embedding="shared.weight",
-  copies=("encoder.embed_tokens.weight", "decoder.embed_tokens.weight"),
+  copies=(_ENCODERS, _DECODERS),
+  untied=(_DECODERS, _ENCODERS),
   remarks=remarks,
 )
