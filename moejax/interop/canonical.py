@@ -98,11 +98,11 @@ def has_slots(moe: MoEConfig) -> bool:
 
 
 def _canonical_groups(moe: MoEConfig) -> None:
-  """Takes away a limit that is none: of all experts in one group."""
+  """Takes away a limit that is none: to all groups."""
   options = dict(moe.router_options)
   if moe.router not in ("group_limited", "sigmoid_bias"):
     return
-  if options.get("num_expert_groups", 1) > 1:
+  if options.get("num_expert_groups", 1) > options.get("num_selected_groups", 1):
     return
   for name in ("num_expert_groups", "num_selected_groups", "group_best"):
     options.pop(name, None)

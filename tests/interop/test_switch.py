@@ -5,6 +5,7 @@ from copy import deepcopy as copy_of
 
 import jax
 import jax.numpy as jnp
+import ml_dtypes
 import numpy as np
 import pytest
 import tokenizers
@@ -268,3 +269,27 @@ def test_other_slots_than_the_class_has_are_refused(changes, published):
     setattr(config.moe, name, value)
   with pytest.raises(UserError, match="eval_capacity_factor=3"):
     exporting.choose(config)
+
+
+def test_the_dtype_is_that_of_the_weights_where_config_does_not_say(tmp_path):
+  """bfloat16 stays, with norms and routers in float32, as in any run."""
+
+  def narrow(arrays):
+    for name, array in arrays.items():
+      arrays[name] = array.astype(ml_dtypes.bfloat16)
+
+  def config(values):
+    del values["dtype"]
+
+  published = open_folder(copy(NAME, tmp_path / "x", config=config, tensors=narrow))
+  model = published.config.model
+  assert (model.dtype, model.param_dtype) == ("bfloat16", "bfloat16")
+  params = published.loader.params()
+  assert params["embedding"]["table"].dtype == "bfloat16"
+  assert params["encoder"]["norm"]["scale"].dtype == "float32"
+  table = params["encoder"]["relative_bias"]["bias"].astype(np.float32)
+  wanted = load_file(golden(NAME) / "model.safetensors")
+  name = "encoder.block.0.layer.0.SelfAttention.relative_attention_bias.weight"
+  np.testing.assert_array_equal(
+    table, wanted[name].astype(ml_dtypes.bfloat16).astype(np.float32)
+  )
