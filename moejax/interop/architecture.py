@@ -99,7 +99,7 @@ def get(name: str, path: str) -> Architecture:
 
   Args:
     name: the model_type.
-    path: of the config.json that has it, for errors.
+    path: what names it, for errors: a config.json and its key, or a flag.
 
   Raises:
     UserError: there is none of that name.
@@ -108,6 +108,6 @@ def get(name: str, path: str) -> Architecture:
   if name not in _KNOWN:
     hint = did_you_mean(str(name), _KNOWN)
     names = "" if _KNOWN[-1] in hint else f" Known are {', '.join(_KNOWN)}."
-    raise UserError(f"{path}: model_type={name!r} is unknown. {hint}{names}")
+    raise UserError(f"{path}={name} is unknown. {hint}{names}")
   module = importlib.import_module(f"moejax.interop.architectures.{name}")
   return module.ARCHITECTURE

@@ -63,7 +63,7 @@ def open_folder(folder: Path | str) -> Published:
       f"{path} has no model_type, which names the architecture. Known are "
       f"{', '.join(architectures.known())}."
     )
-  architecture = architectures.get(str(kind), path)
+  architecture = architectures.get(str(kind), f"{path}: model_type")
   source = Source(folder, quantised.packing(values, path))
   values = _with_dtype(values, source, architecture.embedding)
   config = read_config(architecture, values, path)

@@ -146,7 +146,7 @@ def test_a_model_that_transformers_lacks_is_refused_with_the_nearest(change, wor
       "--config.model.kind=decoder, and switch_transformers is an encoder-decoder. Leave "
       "the flag out to see the nearest one.",
     ),
-    ({}, "mixtrall", "--architecture: model_type='mixtrall' is unknown. Did you mean"),
+    ({}, "mixtrall", "--architecture=mixtrall is unknown. Did you mean"),
     (
       {"moe.capacity_convention": "slots", "moe.eval_capacity_factor": 4.0},
       "mixtral",

@@ -105,8 +105,8 @@ def test_import_then_export_is_bit_identical_on_disk(published, tmp_path):
   [
     ({"dense_act_fn": "gelu_new"}, "dense_act_fn='gelu_new'"),
     ({"is_gated_act": True}, "is_gated_act=True"),
-    ({"decoder_sparse_step": 4}, "num_sparse_decoder_layers=2"),
-    ({"num_sparse_encoder_layers": 0}, "num_sparse_encoder_layers=0"),
+    ({"decoder_sparse_step": 0}, "decoder_sparse_step=0"),
+    ({"decoder_sparse_step": None, "num_sparse_decoder_layers": 5}, "_layers=5"),
     ({"router_dtype": "bfloat16"}, "router_dtype='bfloat16'"),
     ({"feed_forward_proj": "gated-gelu"}, "feed_forward_proj='gated-gelu'"),
     ({"is_encoder_decoder": False}, "is_encoder_decoder=False"),
@@ -118,6 +118,20 @@ def test_what_changes_the_computation_is_refused_by_name(tmp_path, changes, what
   folder = copy(NAME, tmp_path / "x", config=lambda values: values.update(changes))
   with pytest.raises(UserError, match=what):
     open_folder(folder)
+
+
+def test_a_step_wins_over_the_number_of_sparse_layers(published):
+  """As in the class; without a step, no sparse layer means the second of the stack."""
+  values = dict(published.values)
+
+  def every(**changes):
+    keys = Keys(values | changes, "config.json")
+    moe = published.architecture.read(keys).moe
+    return moe.encoder_every, moe.every
+
+  assert every(num_sparse_encoder_layers=1) == (2, 2)
+  assert every(encoder_sparse_step=None, num_sparse_encoder_layers=1) == (4, 2)
+  assert every(decoder_sparse_step=None, num_sparse_decoder_layers=0) == (2, 4)
 
 
 def test_copies_of_the_embedding_are_left_out_by_name(tmp_path):

@@ -128,15 +128,15 @@ def read(keys: Keys) -> Config:
 
 
 def _step(keys: Keys, stack: str, layers: int) -> int:
-  """Takes how often a layer is sparse, from either of two keys that must agree."""
+  """Takes how often a layer is sparse: the step, which wins, or from their number."""
   sparse = keys.take(f"num_sparse_{stack}_layers", int, 3)
-  derived = layers // sparse if sparse > 0 else 0
+  # Of no sparse layer the class makes one, the second.
+  derived = layers // sparse if sparse > 0 else layers
   step = keys.take(f"{stack}_sparse_step", int, derived)
-  if step < 1 or step != derived:
+  if step < 1:
     raise UserError(
-      f"{keys.path}: num_sparse_{stack}_layers={sparse} of {layers} layers with "
-      f"{stack}_sparse_step={step} is not supported: the step must be the layers by the "
-      "sparse ones, and at least 1."
+      f"{keys.path}: {stack}_sparse_step={step} (or {layers} layers by "
+      f"num_sparse_{stack}_layers={sparse}) makes no layer sparse. Give a step above 0."
     )
   return step
 
