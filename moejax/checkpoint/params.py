@@ -94,7 +94,7 @@ def _candidates(workdir: Path | str, step: int | None) -> tuple[Path, list[int]]
     return directory, steps[::-1]
   if step not in steps:
     raise UserError(
-      f"--step={step} is not in {directory}: there are {_numbers_in_words(steps)}."
+      f"--step={step} is not in {directory}, which has {_numbers_in_words(steps)}."
     )
   return directory, [step]
 
@@ -201,4 +201,6 @@ def init_from(source: Path | str, target: Params, step: int | None = None) -> Pa
 
 
 def _numbers_in_words(steps: list[int]) -> str:
-  return ", ".join(str(s) for s in steps) if steps else "none"
+  if not steps:
+    return "none"
+  return f"step{'s' * (len(steps) > 1)} {', '.join(str(s) for s in steps)}"

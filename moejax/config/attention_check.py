@@ -125,7 +125,8 @@ def _scaling_reads_its_fields(c: Config) -> str | None:
 
 def _scaling_scales(c: Config) -> str | None:
   model, kind = c.model, c.model.rope_scaling
-  if kind != "none" and model.rope_factor == 1:
+  hotter = kind == "yarn" and model.rope_attention_factor not in (None, 1.0)
+  if kind != "none" and model.rope_factor == 1 and not hotter:
     return (
       f"{named(c, 'model.rope_scaling', 'model.rope_factor')} changes nothing. Raise the "
       "factor, or leave the scaling out."

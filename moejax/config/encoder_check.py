@@ -11,7 +11,12 @@ from moejax.config.text import get_field, named
 from moejax.errors import did_you_mean
 from moejax.routing.registry import ROUTERS
 
-_ENCODER_FIELDS = ("model.encoder_layers", "moe.encoder_every", "moe.encoder_router")
+_ENCODER_FIELDS = (
+  "model.encoder_layers",
+  "model.encoder_embedding",
+  "moe.encoder_every",
+  "moe.encoder_router",
+)
 _SPAN_FIELDS = ("noise_density", "mean_span_length", "decoder_length", "num_sentinels")
 
 

@@ -25,7 +25,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
   "model.dtype": ("float32", "bfloat16"),
   "model.param_dtype": ("float32", "bfloat16"),
   "model.remat": ("none", "full", "all", "dots"),
-  "moe.capacity_convention": ("per_assignment", "per_token"),
+  "moe.capacity_convention": ("per_assignment", "per_token", "slots"),
   "moe.renormalize": ("none", "before_drop", "after_drop"),
   "moe.priority": ("arrival", "gate", "random"),
   "moe.overflow": ("drop", "next_best"),
@@ -116,9 +116,7 @@ RANGES: dict[str, Range] = {
   "model.relative_distance": _count(2, "in tokens"),
   "model.rope_theta": _positive(1e12, "positions would not turn within a sequence"),
   "model.rope_fraction": Range(0, 1, low_open=True),
-  "model.rope_factor": Range(
-    1, 1e6, "1 leaves the context", why_high="positions would not turn"
-  ),
+  "model.rope_factor": _positive(1e6, "positions would not turn", "1 leaves the context"),
   "model.rope_original": _count(0, "in tokens"),
   "model.rope_low_factor": _positive(1e6, _TURNS),
   "model.rope_high_factor": _positive(1e6, _TURNS),

@@ -72,6 +72,9 @@ class ModelConfig:
   """Of the decoder."""
   encoder_layers: int = 0
   """encoder_decoder: layers of the encoder; 0 is num_layers."""
+  encoder_embedding: bool = False
+  """encoder_decoder: a token table of the encoder's own, beside the decoder's
+  (Transformers' Switch, if nothing is tied)."""
   width: int = 128
   """D."""
   num_heads: int = 4
@@ -246,7 +249,8 @@ class MoEConfig:
   """Slots per expert = ceil(factor*K*T/E); none is dropless."""
   eval_capacity_factor: float | None = None
   capacity_convention: str = "per_assignment"
-  """per_assignment multiplies by K; per_token (Flaxformer, AXLearn, Praxis) does not."""
+  """per_assignment multiplies by K; per_token (Flaxformer, AXLearn, Praxis) does not;
+  under slots both factors are C itself, whatever T (Transformers' Switch)."""
   min_capacity: int = 1
   exchange: str = "auto"
   """How tokens reach experts on other devices: all_to_all (slots), ragged (sorted
@@ -266,6 +270,9 @@ class MoEConfig:
   -1 the whole batch."""
   renormalize: str = "none"
   """Scale a token's K gates to norm 1: none, before_drop or after_drop."""
+  allow_constant_gates: bool = False
+  """Allow renormalising with one choice per token: every gate is 1, and the task's loss
+  gives the router no gradient (published models with num_experts_per_tok=1)."""
   renormalize_norm: float = 1.0
   """p of that norm: 1 makes the gates sum to 1, 2 their squares (MegaBlocks)."""
   gate_scale: float = 1.0

@@ -165,10 +165,12 @@ def count_parameters(
   if config.model.kind == "encoder_decoder":
     encoder, used = _count_stack(encoder_config(config), vocab_size)
     cross = cross_parameters(config.model)
+    shared = ("head",) if config.model.encoder_embedding else ("head", "embedding")
     for counts, of in ((total, encoder), (active, used)):
       for part in PARTS:
-        # One embedding and one head serve both stacks.
-        counts[part] += 0 if part in ("embedding", "head") else of[part]
+        # One head serves both stacks, and one embedding as a rule.
+        if part not in shared:
+          counts[part] += of[part]
       counts["attention"] += cross["attention"]
       counts["norms"] += cross["norms"]
   for counts in (total, active):

@@ -76,5 +76,15 @@ def least_factor(model: Any) -> float | None:
   return model.moe.eval_capacity_factor if needs_capacity else None
 
 
+def encoder_factor(model: Any) -> float | None:
+  """Returns the factor under which an encoder reads a prompt of any length.
+
+  None (dropless), unless the capacity is a number of slots whatever the length.
+  """
+  if model.moe.capacity_convention == "slots":
+    return model.moe.eval_capacity_factor
+  return least_factor(model)
+
+
 def _microbatch(config: Config) -> int:
   return config.train.batch_size // config.train.accumulation

@@ -32,7 +32,7 @@ def read(model: Any, params: Params, seen: Int[Array, "B M"], *, length: int) ->
     jnp.maximum(seen, 0),
     length=length,
     segment_ids=(seen >= 0).astype(jnp.int32),
-    capacity_factor=groups.least_factor(model),
+    capacity_factor=groups.encoder_factor(model),
   )
 
 

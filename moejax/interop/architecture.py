@@ -27,7 +27,9 @@ class Architecture:
     layer_prefix: before the names of a layer; `{layer}` is its number.
     embedding: on disk, the table of the decoder's tokens.
     head: on disk, the output projection where it is not the embedding.
-    copies: names under which the class has the embedding once more, tied or not.
+    copies: names under which the class has a tied embedding once more.
+    untied: if the head is not tied, the names of the decoder's and the encoder's table,
+      and `embedding` is read by nothing; empty is an embedding of that name in any case.
     left_out: for a config.json and the tensors on disk, prefixes of tensors that are left
       out, and why.
     remarks: for a config.json, what else is lost on import, in sentences.
@@ -45,10 +47,20 @@ class Architecture:
   embedding: str = "model.embed_tokens.weight"
   head: str = "lm_head.weight"
   copies: tuple[str, ...] = ()
+  untied: tuple[str, ...] = ()
   left_out: Callable[[Mapping[str, Any], Collection[str]], dict[str, str]] = (
     lambda config, names: {}
   )
   remarks: Callable[[Mapping[str, Any]], list[str]] = lambda config: []
+
+  def outside(self, tied: bool) -> tuple[Entry, ...]:
+    """Returns the table outside the layers, of a head that is tied or not."""
+    if tied or not self.untied:
+      return self.model
+    own = {self.embedding: self.untied[0]}
+    return tuple(
+      dataclasses.replace(e, theirs=own.get(e.theirs, e.theirs)) for e in self.model
+    )
 
   def table(self, stack: str) -> tuple[str, tuple[Entry, ...]]:
     """Returns prefix and table of a stack's layers; see `Decoder.stacks`."""
@@ -87,7 +99,7 @@ def get(name: str, path: str) -> Architecture:
 
   Args:
     name: the model_type.
-    path: of the config.json that has it, for errors.
+    path: what names it, for errors: a config.json and its key, or a flag.
 
   Raises:
     UserError: there is none of that name.
@@ -96,6 +108,6 @@ def get(name: str, path: str) -> Architecture:
   if name not in _KNOWN:
     hint = did_you_mean(str(name), _KNOWN)
     names = "" if _KNOWN[-1] in hint else f" Known are {', '.join(_KNOWN)}."
-    raise UserError(f"{path}: model_type={name!r} is unknown. {hint}{names}")
+    raise UserError(f"{path}={name} is unknown. {hint}{names}")
   module = importlib.import_module(f"moejax.interop.architectures.{name}")
   return module.ARCHITECTURE

@@ -34,7 +34,6 @@ _UNREAD = (
   "moe.expert_chunks",
   "moe.group_size",
   "moe.capacity_factor",
-  "moe.capacity_convention",
   "moe.min_capacity",
   "moe.priority",
   "moe.slot_order",
@@ -42,6 +41,7 @@ _UNREAD = (
   "moe.overflow",
   "moe.jitter",
   "moe.expert_dropout",
+  "moe.allow_constant_gates",
   "moe.allow_future_leak",
   "moe.balance_*",
   "moe.z_weight",
@@ -51,7 +51,7 @@ _UNREAD = (
   "moe.*.device_weight",
   "moe.*.communication_weight",
 )
-"""What a dropless model's logits do not depend on."""
+"""What a model's logits do not depend on if it is dropless or `has_slots`."""
 
 
 def canonical(config: Config) -> Config:
@@ -65,6 +65,11 @@ def canonical(config: Config) -> Config:
     moe.router, moe.num_selected, moe.renormalize = "top_k", 1, "none"
     moe.options = {}
   _canonical_groups(moe)
+  if has_slots(moe):
+    slots = max(moe.min_capacity, math.ceil(moe.eval_capacity_factor or 1))
+    moe.eval_capacity_factor = float(slots)
+  else:
+    moe.capacity_convention = MoEConfig().capacity_convention
   if moe.renormalize == "none":
     moe.renormalize_norm = 1.0
   moe.activation = moe.activation or model.activation
@@ -79,12 +84,25 @@ def canonical(config: Config) -> Config:
   return config
 
 
+def has_slots(moe: MoEConfig) -> bool:
+  """Returns whether experts serve the first tokens of a sequence, a fixed number."""
+  return (
+    moe.eval_capacity_factor is not None
+    and moe.capacity_convention == "slots"
+    and moe.group_size == 0
+    and moe.priority in ("arrival", "random")  # Random is arrival in evaluation.
+    and moe.slot_order in ("choice_major", "token_major")
+    and moe.overflow == "drop"
+    and moe.num_selected * moe.segments == 1
+  )
+
+
 def _canonical_groups(moe: MoEConfig) -> None:
-  """Takes away a limit that is none: of all experts in one group."""
+  """Takes away a limit that is none: to all groups."""
   options = dict(moe.router_options)
   if moe.router not in ("group_limited", "sigmoid_bias"):
     return
-  if options.get("num_expert_groups", 1) > 1:
+  if options.get("num_expert_groups", 1) > options.get("num_selected_groups", 1):
     return
   for name in ("num_expert_groups", "num_selected_groups", "group_best"):
     options.pop(name, None)

@@ -24,7 +24,7 @@ from moejax.data.tokenizer import ImportedTokenizer, Tokenizer
 from moejax.errors import UserError
 from moejax.interop import architecture as architectures
 from moejax.interop.architecture import Architecture
-from moejax.interop.canonical import canonical, differences
+from moejax.interop.canonical import canonical, differences, has_slots
 from moejax.interop.keys import Keys
 from moejax.interop.mapping import Row, flatten, rows
 from moejax.interop.published import CONFIG, TAKEN_ALONG, TOKENIZER
@@ -58,10 +58,10 @@ def choose(
       "--config.moe.dense_twin=true: every layer is dense, and only MoE architectures "
       "are written."
     )
-  if config.moe.eval_capacity_factor is not None:
+  if config.moe.eval_capacity_factor is not None and not has_slots(config.moe):
     raise UserError(
       f"--config.moe.eval_capacity_factor={config.moe.eval_capacity_factor}: "
-      "Transformers drops no tokens, so its logits would differ. Give "
+      "Transformers drops no tokens by such a factor, so its logits would differ. Give "
       "--config.moe.eval_capacity_factor=none to export the dropless model."
     )
   nearest: tuple[list[tuple[str, Any, Any]], str] | None = None
@@ -81,6 +81,8 @@ def choose(
     except UserError as e:
       reasons.append(str(e).rstrip("."))
       continue
+    # One table of both stacks is written under the names of two.
+    back.model.encoder_embedding &= config.model.encoder_embedding
     lost = differences(config, back)
     if not lost:
       return found, values
@@ -159,10 +161,7 @@ def export(
     _write_json(temporary / CONFIG, values | {"moejax_version": __version__})
     shapes = _write_tensors(
       *(temporary, mapped, flatten(params), config.model.param_dtype),
-      # If it is tied, the class ties its other tables too.
-      {}
-      if config.model.tie_embeddings
-      else {architecture.embedding: architecture.copies},
+      {} if config.model.tie_embeddings else _copies(architecture, mapped),
     )
     if isinstance(tokenizer, ImportedTokenizer):
       (temporary / TOKENIZER).write_text(tokenizer.library_json, encoding="utf-8")
@@ -173,12 +172,26 @@ def export(
   return architecture, shapes
 
 
+def _copies(architecture: Architecture, mapped: list[Row]) -> dict[str, Sequence[str]]:
+  """Returns under which further names an untied embedding is written."""
+  if not architecture.untied:
+    return {}
+  own, *others = architecture.untied
+  written = {row.theirs for row in mapped}
+  names = (architecture.embedding, *others)
+  return {own: [name for name in names if name not in written]}
+
+
 def _without_padding(params: Params, vocab_size: int) -> Params:
   embedding = dict(params["embedding"])
   embedding["table"] = embedding["table"][:vocab_size]
   if "head" in embedding:
     embedding["head"] = embedding["head"][:, :vocab_size]
-  return params | {"embedding": embedding}
+  params = params | {"embedding": embedding}
+  if "embedding" in params.get("encoder", {}):
+    table = params["encoder"]["embedding"]["table"][:vocab_size]
+    params["encoder"] = params["encoder"] | {"embedding": {"table": table}}
+  return params
 
 
 def _special_ids(tokenizer: Tokenizer) -> dict[str, int]:

@@ -36,6 +36,7 @@ def read_decoder(
   eps: float = 1e-6,
   fraction: float | None = None,
   kv_heads: int | None = None,
+  positions: int = 4096,
   latent: bool = False,
 ) -> Config:
   """Returns a dropless MoE decoder with the sizes of a config.json.
@@ -46,6 +47,7 @@ def read_decoder(
     eps: the class's default of rms_norm_eps.
     fraction: the class's default of partial_rotary_factor; None is no such key.
     kv_heads: the class's default of num_key_value_heads; None is one for each head.
+    positions: the class's default of max_position_embeddings.
     latent: whether attention is multi-head latent attention.
 
   Raises:
@@ -68,7 +70,7 @@ def read_decoder(
   model.vocab_size = keys.take("vocab_size", int)
   model.norm_eps = keys.take("rms_norm_eps", float, eps)
   model.tie_embeddings = keys.take("tie_word_embeddings", bool, False)
-  model.max_position = keys.take("max_position_embeddings", int)
+  model.max_position = keys.take("max_position_embeddings", int, positions)
   model.activation = _ACTIVATIONS[keys.only("hidden_act", *_ACTIVATIONS)]
   model.dtype = model.param_dtype = _dtype(keys)
   rope.read(keys, config, theta=theta, fraction=fraction, scales_logits=latent)

@@ -165,6 +165,9 @@ class Loader:
   def _leave_out_copies(self, architecture: Architecture) -> None:
     """Leaves out what repeats the embedding, number by number."""
     table, tied = architecture.embedding, self.model.config.tie_embeddings
+    if architecture.untied and not tied:
+      self._untie(architecture)
+      return
     names = [*architecture.copies, *([architecture.head] if tied else [])]
     for name in names:
       if not {name, table} <= set(self.source.tensors):
@@ -173,13 +176,25 @@ class Loader:
         why = (
           "tie_word_embeddings of config.json makes them one"
           if name == architecture.head
-          else "only one table is supported"
+          else "tied tables are one"
         )
         raise UserError(
           f"{self.source.folder}: {name} and {table} hold different numbers, and {why}. "
           "Correct tie_word_embeddings, or give the model's own files."
         )
       self.left_out[name] = f"the same numbers as {table}"
+
+  def _untie(self, architecture: Architecture) -> None:
+    """Gives stacks without a table of their own the shared one, else unread."""
+    tensors, shared = self.source.tensors, architecture.embedding
+    if shared not in tensors:
+      return
+    missing = [name for name in architecture.untied if name not in tensors]
+    for name in missing:
+      tensors[name] = tensors[shared]
+    self.left_out[shared] = (
+      f"read as {' and '.join(missing)}" if missing else "unread where nothing is tied"
+    )
 
   def _check_names(self) -> None:
     wanted = {name for row in self.rows for name, _ in row.tensors()}

@@ -69,7 +69,8 @@ def rows(architecture: Architecture, model: Decoder) -> list[Row]:
     UserError: the model has a parameter that the architecture has no name for.
   """
   shapes = flatten(model.shapes())
-  found = list(_rows_of(architecture.model, "", None, "", shapes))
+  outside = architecture.outside(model.config.tie_embeddings)
+  found = list(_rows_of(outside, "", None, "", shapes))
   for name, stack in model.stacks.items():
     prefix, table = architecture.table(name)
     for layer, (repeat, below) in enumerate(_layers(stack.pattern)):

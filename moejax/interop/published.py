@@ -63,7 +63,7 @@ def open_folder(folder: Path | str) -> Published:
       f"{path} has no model_type, which names the architecture. Known are "
       f"{', '.join(architectures.known())}."
     )
-  architecture = architectures.get(str(kind), path)
+  architecture = architectures.get(str(kind), f"{path}: model_type")
   source = Source(folder, quantised.packing(values, path))
   values = _with_dtype(values, source, architecture.embedding)
   config = read_config(architecture, values, path)
@@ -98,6 +98,8 @@ def read_config(architecture: Architecture, values: dict[str, Any], path: str) -
   config = architecture.read(keys)
   keys.skip("quantization_config")  # Read where the weights are.
   keys.done()
+  moe = config.moe
+  moe.allow_constant_gates = moe.num_selected == 1 and moe.renormalize != "none"
   return config
 
 

@@ -86,12 +86,15 @@ def read(
       f"{rope.path}: {', '.join(unknown)} is not understood for type {kind!r} and may "
       "change the computation. Remove it if it does not."
     )
+  # Beside the dict it wins, unlike the other keys.
+  original = keys.take("original_max_position_embeddings", int, 0)
   if kind == "default":
     return
   model.rope_scaling = kind
-  original = keys.take("original_max_position_embeddings", int, model.max_position)
   if kind != "linear":
-    model.rope_original = rope.take("original_max_position_embeddings", int, original)
+    model.rope_original = original or rope.take(
+      "original_max_position_embeddings", int, model.max_position
+    )
     if model.rope_original < 1:
       raise UserError(
         f"{rope.path}: original_max_position_embeddings={model.rope_original} is not "
@@ -101,7 +104,7 @@ def read(
     model.rope_factor = model.max_position / model.rope_original
   else:
     model.rope_factor = rope.take("factor", float)
-  if model.rope_factor == 1 and not rope.values.get("attention_factor"):
+  if model.rope_factor == 1 and rope.values.get("attention_factor") in (None, 1):
     # The context is not extended, and the config does not say so twice.
     model.rope_scaling, model.rope_original = "none", 0
     return
@@ -122,12 +125,12 @@ def _read_yarn(rope: Keys, model: ModelConfig, scales_logits: bool) -> None:
   # 0 is absent there too.
   model.rope_beta_fast = rope.take("beta_fast", float, 32.0) or 32.0
   model.rope_beta_slow = rope.take("beta_slow", float, 1.0) or 1.0
-  model.rope_truncate = rope.take("truncate", bool, True)
+  model.rope_truncate = rope.take("truncate", bool, True, null=False)
   mscale, all_dim = (
     rope.take("mscale", float, 0.0),
     rope.take("mscale_all_dim", float, 0.0),
   )
-  given = rope.take("attention_factor", float, 0.0)
+  given = rope.take("attention_factor", float, None)
   model.rope_mscale, model.rope_mscale_all_dim = 1.0, 0.0
   rotated = temperature(model.rope_factor, 1.0)
   if mscale and all_dim:
@@ -137,8 +140,8 @@ def _read_yarn(rope: Keys, model: ModelConfig, scales_logits: bool) -> None:
     model.rope_mscale_all_dim = all_dim
     if mscale and all_dim:
       model.rope_mscale = mscale
-  model.rope_attention_factor = given or None
-  if not given and not math.isclose(rotated, rotated_factor(model), rel_tol=1e-9):
+  model.rope_attention_factor = given
+  if given is None and not math.isclose(rotated, rotated_factor(model), rel_tol=1e-9):
     model.rope_attention_factor = rotated
 
 

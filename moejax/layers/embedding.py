@@ -10,8 +10,8 @@ from moejax.layers.norm import RMSNorm
 from moejax.sharding.vocabulary import lookup, score
 
 
-class Embedding(nnx.Module):
-  """Token table; also the output head when tied."""
+class TokenTable(nnx.Module):
+  """A vector for each token."""
 
   def __init__(self, config: ModelConfig, vocab_size: int, rngs: nnx.Rngs):
     self.vocab_size = vocab_size
@@ -24,23 +24,30 @@ class Embedding(nnx.Module):
       fan_in=config.width,
       dtype=config.param_dtype,
     )
+    self.scale = config.embedding_scale
+
+  def embed(self, tokens: Int[Array, "B S"], dtype: jnp.dtype) -> Float[Array, "B S D"]:
+    x = lookup(self.table[...], tokens, dtype)
+    return x if self.scale == 1 else x * jnp.asarray(self.scale, x.dtype)
+
+
+class Embedding(TokenTable):
+  """Token table; also the output head when tied."""
+
+  def __init__(self, config: ModelConfig, vocab_size: int, rngs: nnx.Rngs):
+    super().__init__(config, vocab_size, rngs)
     self.norm = RMSNorm(config.width, epsilon=config.norm_eps)
     if not config.tie_embeddings:
       self.head = parameter.matrix(
         rngs,
-        (config.width, vocab_size),
+        (config.width, config.padded(vocab_size)),
         ("width", "vocab"),
         fan_in=config.width,
         scale=config.init_scale,
         dtype=config.param_dtype,
       )
     self.tied = config.tie_embeddings
-    self.scale, self.divisor = config.embedding_scale, config.logits_divisor
-    self.soft_cap = config.logits_soft_cap
-
-  def embed(self, tokens: Int[Array, "B S"], dtype: jnp.dtype) -> Float[Array, "B S D"]:
-    x = lookup(self.table[...], tokens, dtype)
-    return x if self.scale == 1 else x * jnp.asarray(self.scale, x.dtype)
+    self.divisor, self.soft_cap = config.logits_divisor, config.logits_soft_cap
 
   def logits(self, x: Float[Array, "B S D"]) -> Float[Array, "B S V"]:
     """Returns float32 logits, of padded ids -inf."""

@@ -161,5 +161,8 @@ def _ramp(config: ModelConfig, size: int) -> tuple[float, float]:
 
 
 def _temperature(factor: float, mscale: float) -> float:
-  """Returns 0.1 * mscale * ln(factor) + 1 (arXiv:2309.00071, section 3.4)."""
-  return 0.1 * mscale * math.log(factor) + 1.0
+  """Returns 0.1 * mscale * ln(factor) + 1 (arXiv:2309.00071, section 3.4).
+
+  1 for a factor below 1, as in the authors' code.
+  """
+  return 1.0 if factor <= 1 else 0.1 * mscale * math.log(factor) + 1.0

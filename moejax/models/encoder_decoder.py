@@ -3,7 +3,7 @@
 An encoder reads the whole input in both directions; a decoder predicts the targets one
 after the other and attends to the encoder's output in each block. Both are stacks of the
 same blocks (`models/stack`), with MoE layers by patterns of their own, and share one
-embedding. Parameters are a plain dict:
+embedding (or the encoder has one of its own). Parameters are a plain dict:
 
   embedding                     table [V, D], the decoder's final norm [D], head [D, V]
                                 unless tied
@@ -47,8 +47,9 @@ class EncoderDecoder(Decoder):
 
   def _make_stacks(self) -> dict[str, Stack]:
     encoder = encoder_model(self.config), encoder_moe(self.moe)
+    own = self.vocab_size if self.config.encoder_embedding else 0
     return {
-      "encoder": Stack(*encoder, is_encoder=True),
+      "encoder": Stack(*encoder, is_encoder=True, vocab_size=own),
       "decoder": Stack(self.config, self.moe, has_cross=True),
     }
 
@@ -236,7 +237,9 @@ class EncoderDecoder(Decoder):
     inputs: BlockInputs = self._inputs(
       params, tokens, context, step=step, options=options
     )
-    embedding = self._embedding.merge(params["embedding"])
+    embedding = self.encoder.embedding(own)
+    if embedding is None:
+      embedding = self._embedding.merge(params["embedding"])
     x = on_tokens(embedding.embed(tokens, jnp.dtype(self.config.dtype)))
     if key is not None:
       key = jax.random.fold_in(key, _ENCODER_KEY)

@@ -9,6 +9,7 @@ over stacked parameters, so compile time does not grow with depth. Parameters of
   suffix / "0", ...             one block each
   relative_bias                 [buckets, H], under relative positions
   norm                          [D], of an encoder's output
+  embedding / table             [V, D], of an encoder that has one of its own
 
 Letters: B batch, S sequence, D width, H heads, R repeats, E experts, L layers.
 """
@@ -29,6 +30,7 @@ from moejax.exchange.base import SAVED_NAME
 from moejax.layers import parameter
 from moejax.layers.block import Block, BlockInputs
 from moejax.layers.cache import KeyValueCache, LayerCache, empty_cache
+from moejax.layers.embedding import TokenTable
 from moejax.layers.moe import LayerInputs, MoEAux
 from moejax.layers.norm import RMSNorm
 from moejax.layers.relative_bias import RelativeBias
@@ -110,6 +112,7 @@ class Stack:
     *,
     is_encoder: bool = False,
     has_cross: bool = False,
+    vocab_size: int = 0,
   ):
     """Defines a stack.
 
@@ -118,6 +121,7 @@ class Stack:
       moe: config of the stack's MoE layers.
       is_encoder: whether attention sees later tokens, and the output is normalised.
       has_cross: whether each block attends to an encoder's output.
+      vocab_size: V of a token table of the stack's own; 0 is none.
     """
     self.config, self.moe = model, moe
     self.router = make_router(moe)
@@ -137,6 +141,12 @@ class Stack:
       )
     if is_encoder:
       self._others["norm"] = Shell(lambda _: RMSNorm(model.width, epsilon=model.norm_eps))
+    if vocab_size:
+      self._others["embedding"] = Shell(
+        lambda key: TokenTable(
+          model, vocab_size, nnx.Rngs(params=jax.random.fold_in(key, 1))
+        )
+      )
 
   @property
   def moe_layers(self) -> tuple[int, ...]:
@@ -290,6 +300,12 @@ class Stack:
       return None
     table = self._others["relative_bias"].merge(params["relative_bias"])
     return table(num_queries, num_keys, offset)
+
+  def embedding(self, params: Params) -> TokenTable | None:
+    """Returns the stack's own token table; None if it has none."""
+    if "embedding" not in self._others:
+      return None
+    return self._others["embedding"].merge(params["embedding"])
 
   def normalise(self, params: Params, x: Float[Array, "B S D"]) -> Float[Array, "B S D"]:
     """Returns an encoder's output, from that of its last block."""

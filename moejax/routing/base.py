@@ -118,6 +118,8 @@ class SlotPolicy:
   """C, from `capacity.capacity_of`; None means dropless."""
   renormalize: Renormalize = "none"
   """Whether the K gates of a token are scaled to norm 1, and before or after drops."""
+  allow_constant_gates: bool = False
+  """Whether K = 1 may be renormalised, though every gate is then 1."""
   renormalize_norm: float = 1.0
   """p of that norm: 1 makes their sum 1, 2 the sum of their squares (MegaBlocks)."""
   priority: Priority = "arrival"

@@ -43,7 +43,7 @@ def capacity_of(
     num_tokens: T, including padding, so that C is static.
     factor: capacity factor; None means dropless.
     convention: per_assignment as above; per_token omits K, as Flaxformer, AXLearn
-      and Praxis do.
+      and Praxis do; under slots the factor itself is C, as Transformers' Switch has it.
 
   Returns:
     C, or None if dropless.
@@ -58,18 +58,20 @@ def capacity_of(
       f"--config.moe.capacity_factor={factor} leaves no expert a slot: give a positive "
       "number, or none for dropless."
     )
+  # Exact for the factor as written: in floats 1.1 * 10 exceeds 11 and would give 12.
+  slots = Fraction(repr(float(factor)))
   match convention:
     case "per_assignment":
-      per_token = num_selected
+      slots *= Fraction(num_selected * num_tokens, num_experts)
     case "per_token":
-      per_token = 1
+      slots *= Fraction(num_tokens, num_experts)
+    case "slots":
+      pass
     case _:
       raise ConfigError(
-        f"--config.moe.capacity_convention={convention} is unknown: use per_assignment "
-        "or per_token."
+        f"--config.moe.capacity_convention={convention} is unknown: use per_assignment, "
+        "per_token or slots."
       )
-  # Exact for the factor as written: in floats 1.1 * 10 exceeds 11 and would give 12.
-  slots = Fraction(repr(float(factor))) * per_token * num_tokens / num_experts
   return min(num_tokens, max(min_capacity, math.ceil(slots)))
 
 

@@ -246,10 +246,12 @@ class Router(abc.ABC):
         f"{flag}num_selected={k} is more than {flag}num_experts={experts}: a token "
         "cannot choose an expert twice. Lower the first or raise the second."
       )
-    if self.token_choice and k == 1 and policy.renormalize != "none":
+    constant = self.token_choice and k == 1 and policy.renormalize != "none"
+    if constant and not policy.allow_constant_gates:
       raise ConfigError(
         f"{flag}renormalize={policy.renormalize} with one choice per token makes every "
-        "gate 1 and takes the router its gradient. Use none."
+        f"gate 1 and takes the router its gradient. Use none; {flag}"
+        "allow_constant_gates=true keeps it all the same."
       )
     if self.needs_capacity and policy.capacity is None:
       raise ConfigError(

@@ -258,7 +258,7 @@ def test_a_directory_without_a_checkpoint_says_what_is_there(tmp_path):
   with pytest.raises(UserError, match="is not a directory"):
     restore_params(tmp_path / "absent")
   save_steps(tmp_path, [4])
-  with pytest.raises(UserError, match=r"--step=5 is not in .* there are 4"):
+  with pytest.raises(UserError, match=r"--step=5 is not in .* has step 4"):
     restore_params(tmp_path, 5)
 
 

@@ -14,6 +14,7 @@ REFUSED = [
   (dict(data__objective="span_corruption"), "--config.model.kind=encoder_decoder"),
   (dict(model__kind="t5"), "Choose from decoder, encoder_decoder."),
   (dict(model__encoder_layers=2), "a decoder has no encoder"),
+  (dict(model__encoder_embedding=True), "a decoder has no encoder"),
   (dict(moe__encoder_every=2), "--config.moe.encoder_every=2"),
   (dict(moe__encoder_router="top_k"), "--config.moe.encoder_router=top_k"),
   (dict(data__noise_density=0.3), "--config.data.noise_density=0.3"),

@@ -12,12 +12,13 @@ import numpy as np
 import pytest
 
 from moejax.config import MeshConfig
+from moejax.interop import exporting
 from moejax.interop.published import open_folder
 from moejax.models.decoder import Decoder
 from moejax.models.loss import cross_entropy
 from moejax.models.placement import param_shardings
 from moejax.sharding.mesh import make_mesh
-from tests.interop.folders import ARCHITECTURES, copy, opened, recorded
+from tests.interop.folders import ARCHITECTURES, copy, golden, opened, recorded
 
 DIFFERENT = ("mixtral", "gpt_oss", "deepseek_v3")
 """Grouped queries and windows, sinks and biases, latent attention."""
@@ -27,22 +28,44 @@ def close(logits, wanted, tolerance=1e-4):
   np.testing.assert_allclose(np.asarray(logits), wanted, atol=tolerance, rtol=0)
 
 
+def run(published, ids):
+  """Returns loss, logits and the gradient of the loss by the parameters."""
+
+  def forward(params):
+    logits = published.model(params, ids).logits
+    return jnp.mean(cross_entropy(logits[:, :-1], ids[:, 1:])), logits
+
+  step = jax.jit(jax.value_and_grad(forward, has_aux=True))
+  (loss, logits), gradient = step(published.loader.params())
+  return loss, logits, gradient
+
+
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_logits_loss_and_embedding_gradient_are_the_recorded_ones(name):
   """Logits show the forward pass, the gradient that every branch is connected."""
   published, wanted = opened(name), recorded(name)
-  ids = jnp.asarray(wanted["input_ids"])
-
-  def run(params):
-    logits = published.model(params, ids).logits
-    return jnp.mean(cross_entropy(logits[:, :-1], ids[:, 1:])), logits
-
-  step = jax.jit(jax.value_and_grad(run, has_aux=True))
-  (loss, logits), gradient = step(published.loader.params())
+  loss, logits, gradient = run(published, jnp.asarray(wanted["input_ids"]))
   close(logits, wanted["logits"])
   assert loss == pytest.approx(float(wanted["lm_loss"]), rel=1e-5)
   table = gradient["embedding"]["table"]
   np.testing.assert_allclose(table, wanted["grad_embed"], atol=1e-5, rtol=1e-3)
+
+
+def test_one_expert_per_token_has_gate_one(tmp_path):
+  """Renormalised, as Transformers does it: no gradient reaches the router."""
+
+  def one_expert(values):
+    values["num_experts_per_tok"] = 1
+
+  published = open_folder(copy("mixtral", tmp_path / "x", config=one_expert))
+  wanted = np.load(golden("mixtral") / "one_expert.npz")
+  _, logits, gradient = run(published, jnp.asarray(recorded("mixtral")["input_ids"]))
+  close(logits, wanted["logits"])
+  table = gradient["embedding"]["table"]
+  np.testing.assert_allclose(table, wanted["embedding_gradient"], atol=1e-5, rtol=1e-3)
+  router = gradient["unit"]["0"]["moe"]["router"]["weight"]
+  np.testing.assert_allclose(router, 0, atol=1e-6)
+  assert exporting.choose(published.config)[0].name == "mixtral"
 
 
 @pytest.mark.parametrize(

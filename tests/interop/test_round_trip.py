@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from moejax.config import Config
+from moejax.config import Config, text
 from moejax.errors import UserError
 from moejax.interop import exporting
 from moejax.interop.architecture import get
@@ -121,8 +121,6 @@ def test_a_model_of_our_own_finds_its_architecture():
 )
 def test_a_model_that_transformers_lacks_is_refused_with_the_nearest(change, words):
   """The error names each field that would change, and the architecture it is near."""
-  from moejax.config import text
-
   config = exportable()
   for name, value in change.items():
     text.set_field(config, name, value)
@@ -130,6 +128,61 @@ def test_a_model_that_transformers_lacks_is_refused_with_the_nearest(change, wor
     exporting.choose(config)
   for word in words:
     assert word in str(error.value), str(error.value)
+
+
+@pytest.mark.parametrize(
+  ("change", "name", "words"),
+  [
+    ({}, "olmoe", "--architecture=olmoe does not represent this model: --config."),
+    (
+      {"moe.router": "expert_choice"},
+      "mixtral",
+      "--config.moe.router=expert_choice would become top_k. Only a model trained with",
+    ),
+    (
+      {},
+      "switch_transformers",
+      "--architecture=switch_transformers cannot represent this model: "
+      "--config.model.kind=decoder, and switch_transformers is an encoder-decoder. Leave "
+      "the flag out to see the nearest one.",
+    ),
+    ({}, "mixtrall", "--architecture=mixtrall is unknown. Did you mean"),
+    (
+      {"moe.capacity_convention": "slots", "moe.eval_capacity_factor": 4.0},
+      "mixtral",
+      "--config.moe.eval_capacity_factor=4.0",
+    ),
+  ],
+)
+def test_an_architecture_that_was_asked_for_says_why_not(change, name, words):
+  """The reason is the fields, the kind of model, or a name that is unknown."""
+  config = exportable()
+  for field, value in change.items():
+    text.set_field(config, field, value)
+  with pytest.raises(UserError) as error:
+    exporting.choose(config, name)
+  assert words in str(error.value), str(error.value)
+
+
+def test_a_tied_switch_with_two_tables_is_refused():
+  """The class has one then; no reason is lost where there is no nearest architecture."""
+  config = copy_lib.deepcopy(opened("switch_transformers").config)
+  config.model.encoder_embedding = True
+  with pytest.raises(UserError, match=r"encoder_embedding=true.*one table"):
+    exporting.choose(config, "switch_transformers")
+
+
+@pytest.mark.parametrize("router", ["group_limited", "sigmoid_bias"])
+def test_a_limit_to_all_groups_is_none(router):
+  """Groups that are all chosen choose as no group does, and are exported so."""
+  config = exportable()
+  config.moe.use_router(router, num_expert_groups=1, num_selected_groups=1)
+  found, values = exporting.choose(config)
+  wanted = {"group_limited": "mixtral", "sigmoid_bias": "glm4_moe"}
+  assert found.name == wanted[router]
+  assert values.get("n_group", 1) == 1
+  config.moe.use_router(router, num_expert_groups=2, num_selected_groups=2)
+  assert differences(config, found.read(Keys({"model_type": "x"} | values, ""))) == []
 
 
 def test_padding_rows_are_not_exported(tmp_path):
@@ -155,3 +208,12 @@ def test_an_export_into_a_full_folder_is_refused(tmp_path):
   with pytest.raises(UserError, match="not empty"):
     exporting.export(published.config, published.model, {}, tmp_path)
   assert [p.name for p in tmp_path.iterdir()] == ["mine.txt"]
+
+
+def test_an_export_to_a_file_is_refused(tmp_path):
+  """And the file is left alone."""
+  published, file = opened("mixtral"), tmp_path / "mine.txt"
+  file.write_text("x")
+  with pytest.raises(UserError, match=r"--to_hf=.*mine.txt is a file. Give a new folder"):
+    exporting.export(published.config, published.model, {}, file)
+  assert file.read_text() == "x" and list(tmp_path.iterdir()) == [file]

@@ -1,9 +1,11 @@
 """Switch Transformer: an encoder-decoder in and out, and what Transformers computed."""
 
 import dataclasses
+from copy import deepcopy as copy_of
 
 import jax
 import jax.numpy as jnp
+import ml_dtypes
 import numpy as np
 import pytest
 import tokenizers
@@ -12,8 +14,11 @@ from safetensors.numpy import load_file
 from moejax.config import MeshConfig
 from moejax.data.sentinels import SentinelTokenizer, with_sentinels
 from moejax.errors import UserError
+from moejax.evaluate import decoding
+from moejax.evaluate.sampling import Sampling
 from moejax.interop import exporting
 from moejax.interop.canonical import differences
+from moejax.interop.keys import Keys
 from moejax.interop.published import open_folder
 from moejax.models.encoder_decoder import EncoderDecoder
 from moejax.models.loss import cross_entropy
@@ -100,8 +105,8 @@ def test_import_then_export_is_bit_identical_on_disk(published, tmp_path):
   [
     ({"dense_act_fn": "gelu_new"}, "dense_act_fn='gelu_new'"),
     ({"is_gated_act": True}, "is_gated_act=True"),
-    ({"decoder_sparse_step": 4}, "num_sparse_decoder_layers=2"),
-    ({"num_sparse_encoder_layers": 0}, "num_sparse_encoder_layers=0"),
+    ({"decoder_sparse_step": 0}, "decoder_sparse_step=0"),
+    ({"decoder_sparse_step": None, "num_sparse_decoder_layers": 5}, "_layers=5"),
     ({"router_dtype": "bfloat16"}, "router_dtype='bfloat16'"),
     ({"feed_forward_proj": "gated-gelu"}, "feed_forward_proj='gated-gelu'"),
     ({"is_encoder_decoder": False}, "is_encoder_decoder=False"),
@@ -113,6 +118,20 @@ def test_what_changes_the_computation_is_refused_by_name(tmp_path, changes, what
   folder = copy(NAME, tmp_path / "x", config=lambda values: values.update(changes))
   with pytest.raises(UserError, match=what):
     open_folder(folder)
+
+
+def test_a_step_wins_over_the_number_of_sparse_layers(published):
+  """As in the class; without a step, no sparse layer means the second of the stack."""
+  values = dict(published.values)
+
+  def every(**changes):
+    keys = Keys(values | changes, "config.json")
+    moe = published.architecture.read(keys).moe
+    return moe.encoder_every, moe.every
+
+  assert every(num_sparse_encoder_layers=1) == (2, 2)
+  assert every(encoder_sparse_step=None, num_sparse_encoder_layers=1) == (4, 2)
+  assert every(decoder_sparse_step=None, num_sparse_decoder_layers=0) == (2, 4)
 
 
 def test_copies_of_the_embedding_are_left_out_by_name(tmp_path):
@@ -148,29 +167,143 @@ def test_the_tokenizer_has_its_own_sentinels_and_the_decoders_start(tmp_path):
   assert own.sentinels.tolist() == [100, 99, 98]
 
 
-def test_one_table_untied_comes_back_under_all_its_names(tmp_path):
-  """Transformers reads the stacks' own tables then; another one is refused by name."""
-  names = ["encoder.embed_tokens.weight", "decoder.embed_tokens.weight"]
+STACKS = ("encoder.embed_tokens.weight", "decoder.embed_tokens.weight")
 
-  def untie(arrays):
-    for name in names:
-      arrays[name] = arrays["shared.weight"].copy()
-    arrays["lm_head.weight"] = arrays["shared.weight"][::-1].copy()
 
-  def differ(arrays):
-    untie(arrays)
-    arrays[names[0]][3, 1] += 1
+def untied(folder, names):
+  """Copies the golden with a head and the named tables, all different."""
+
+  def tensors(arrays):
+    rng, shape = np.random.default_rng(7), arrays["shared.weight"].shape
+    for name in (*STACKS, "lm_head.weight"):
+      table = rng.normal(0, 0.3, shape).astype(np.float32)
+      if name in names:
+        arrays[name] = table
 
   def config(values):
     values["tie_word_embeddings"] = False
 
-  folder = copy(NAME, tmp_path / "x", config=config, tensors=untie)
-  published, out = open_folder(folder), tmp_path / "out"
-  exporting.export(published.config, published.model, published.loader.params(), out)
-  was, now = (load_file(f / "model.safetensors") for f in (folder, out))
+  return copy(NAME, folder, config=config, tensors=tensors)
+
+
+def exported(published, folder):
+  params = published.loader.params()
+  exporting.export(published.config, published.model, params, folder)
+  return load_file(folder / "model.safetensors")
+
+
+def test_untied_each_stack_reads_a_table_of_its_own(wanted, tmp_path):
+  """Four different tables: the logits of Transformers, which reads `shared` nowhere."""
+  folder = untied(tmp_path / "x", (*STACKS, "lm_head.weight"))
+  published = open_folder(folder)
+  assert list(published.loader.left_out) == ["shared.weight"]
+  read, ids = (jnp.asarray(wanted[k]) for k in ("input_ids", "decoder_input_ids"))
+  run = jax.jit(lambda p: published.model(p, ids, encoder_tokens=read).logits)
+  close(run(published.loader.params()), np.load(golden(NAME) / "untied.npz")["logits"])
+  was = load_file(folder / "model.safetensors")
+  now = exported(published, tmp_path / "out")
+  was["shared.weight"] = was[STACKS[1]]
   assert set(was) == set(now)
   for name, array in was.items():
     np.testing.assert_array_equal(array, now[name], strict=True)
-  folder = copy(NAME, tmp_path / "y", config=config, tensors=differ)
-  with pytest.raises(UserError, match=names[0]):
+
+
+def test_untied_the_shared_table_serves_stacks_without_one(tmp_path):
+  """Earlier versions of Transformers wrote it alone, and always read it."""
+  folder = untied(tmp_path / "x", ("lm_head.weight",))
+  shared = load_file(folder / "model.safetensors")["shared.weight"]
+  now = exported(open_folder(folder), tmp_path / "out")
+  for name in (*STACKS, "shared.weight"):
+    np.testing.assert_array_equal(now[name], shared)
+
+
+def test_tied_tables_that_differ_are_refused_by_name(tmp_path):
+  """A tied model has one table, whatever the file holds."""
+
+  def differ(arrays):
+    arrays[STACKS[0]] = arrays["shared.weight"] + 1
+
+  folder = copy(NAME, tmp_path / "x", tensors=differ)
+  with pytest.raises(UserError, match=f"{STACKS[0]}.*tied tables are one"):
     open_folder(folder)
+
+
+def with_slots(tmp_path, slots):
+  return copy(
+    NAME, tmp_path / "x", config=lambda values: values.update(expert_capacity=slots)
+  )
+
+
+@pytest.mark.parametrize("slots", [1, 3])
+def test_with_few_slots_the_same_tokens_are_dropped(slots, wanted, tmp_path):
+  """Per sequence of either stack, in order of arrival: the logits of Transformers."""
+  published = open_folder(with_slots(tmp_path, slots))
+  read, ids = (jnp.asarray(wanted[k]) for k in ("input_ids", "decoder_input_ids"))
+  run = jax.jit(lambda p: published.model(p, ids, encoder_tokens=read).logits)
+  recorded = np.load(golden(NAME) / "capacity.npz")
+  close(run(published.loader.params()), recorded[f"slots_{slots}"])
+
+
+def test_generation_reads_with_few_slots_and_writes_dropless(wanted, tmp_path):
+  """As in Transformers: a step of one token overflows no expert. Dropless, both prompts
+  are continued otherwise."""
+  published = open_folder(with_slots(tmp_path, 3))
+  engine = decoding.Engine(published.model, published.loader.params())
+  decoded = engine.run(
+    [[0], [0]],
+    [12, 12],
+    how=Sampling.of(0.0, 0, 1.0),
+    stop=(),
+    allowed=np.ones(101, bool),
+    read=np.pad(wanted["input_ids"], ((0, 0), (0, 8)), constant_values=-1),
+  )
+  recorded = np.load(golden(NAME) / "capacity.npz")["generated_3"]
+  assert decoded.tokens == recorded[:, 1:].tolist()
+
+
+def test_slots_come_back_and_a_dropless_model_stays_one(tmp_path):
+  """expert_capacity is exported as it was; none is more than any sequence has."""
+  published = open_folder(with_slots(tmp_path, 3))
+  assert exporting.choose(published.config)[1]["expert_capacity"] == 3
+  published.config.moe.eval_capacity_factor = None
+  architecture, values = exporting.choose(published.config)
+  assert values["expert_capacity"] == 65_536
+  back = architecture.read(Keys(values | {"model_type": NAME}, "config.json"))
+  assert back.moe.eval_capacity_factor is None
+
+
+@pytest.mark.parametrize(
+  "changes", [{"overflow": "next_best"}, {"priority": "gate"}, {"group_size": 512}]
+)
+def test_other_slots_than_the_class_has_are_refused(changes, published):
+  """Any slot policy under which other tokens are dropped."""
+  config = copy_of(published.config)
+  config.moe.eval_capacity_factor = 3.0
+  for name, value in changes.items():
+    setattr(config.moe, name, value)
+  with pytest.raises(UserError, match="eval_capacity_factor=3"):
+    exporting.choose(config)
+
+
+def test_the_dtype_is_that_of_the_weights_where_config_does_not_say(tmp_path):
+  """bfloat16 stays, with norms and routers in float32, as in any run."""
+
+  def narrow(arrays):
+    for name, array in arrays.items():
+      arrays[name] = array.astype(ml_dtypes.bfloat16)
+
+  def config(values):
+    del values["dtype"]
+
+  published = open_folder(copy(NAME, tmp_path / "x", config=config, tensors=narrow))
+  model = published.config.model
+  assert (model.dtype, model.param_dtype) == ("bfloat16", "bfloat16")
+  params = published.loader.params()
+  assert params["embedding"]["table"].dtype == "bfloat16"
+  assert params["encoder"]["norm"]["scale"].dtype == "float32"
+  table = params["encoder"]["relative_bias"]["bias"].astype(np.float32)
+  wanted = load_file(golden(NAME) / "model.safetensors")
+  name = "encoder.block.0.layer.0.SelfAttention.relative_attention_bias.weight"
+  np.testing.assert_array_equal(
+    table, wanted[name].astype(ml_dtypes.bfloat16).astype(np.float32)
+  )

@@ -1,10 +1,11 @@
 """Makes models with Transformers, and loads ours; run by a Python that has it.
 
-  python -m tests.interop.transformers_script make FOLDER
+  python -m tests.interop.transformers_script make FOLDER [ARCHITECTURE]
   python -m tests.interop.transformers_script load FOLDER
 
-`make` saves a random model for each of VARIANTS below FOLDER, with golden.npz. `load`
-loads each folder below FOLDER and adds loaded.npz with its logits for the same ids.
+`make` saves a random model for each of VARIANTS below FOLDER, or for each random config
+of an architecture, with golden.npz. `load` loads each folder below FOLDER and adds
+loaded.npz with its logits for the same ids.
 """
 
 import pathlib
@@ -12,6 +13,8 @@ import sys
 from typing import Any
 
 import numpy as np
+
+from tests.interop import random_variants
 
 V = 101
 SIZES: dict[str, Any] = {
@@ -219,17 +222,22 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
 EAGER = {"attn_implementation": "eager", "experts_implementation": "eager"}
 
 
-def make(folder: pathlib.Path) -> None:
+def make(folder: pathlib.Path, variants: dict[str, tuple[str, dict[str, Any]]]) -> None:
   import torch  # pyright: ignore[reportMissingImports]
   from transformers import (  # pyright: ignore[reportMissingImports]
     AutoConfig,
     AutoModelForCausalLM,
+    AutoModelForSeq2SeqLM,
   )
 
-  for name, (kind, own) in VARIANTS.items():
-    config = AutoConfig.for_model(kind, **SIZES | own)
+  for name, (kind, own) in variants.items():
+    config = AutoConfig.for_model(kind, **own)
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(config, **EAGER).float().eval()
+    two = config.is_encoder_decoder
+    maker = AutoModelForSeq2SeqLM if two else AutoModelForCausalLM
+    # Switch has no choice of how its experts run.
+    options = EAGER if not two else {"attn_implementation": "eager"}
+    model = maker.from_config(config, **options).float().eval()
     arrays = [*model.named_parameters(), *model.named_buffers()]
     with torch.no_grad():
       for array_name, array in arrays:
@@ -240,24 +248,48 @@ def make(folder: pathlib.Path) -> None:
           array.copy_(1 + 0.3 * noise)
         else:
           array.copy_((0.3 if array.ndim == 1 else 0.2) * noise)
-      ids = torch.randint(0, V, (2, 24))
-      logits = model(ids).logits.numpy()
+      ids = {"input_ids": torch.randint(0, V, (2, 24))}
+      if two:
+        ids["decoder_input_ids"] = torch.randint(0, V, (2, 11))
+      logits = model(**ids).logits.numpy()
     model.save_pretrained(folder / name)
-    np.savez(folder / name / "golden.npz", input_ids=ids.numpy(), logits=logits)
+    arrays = {key: value.numpy() for key, value in ids.items()}
+    np.savez(folder / name / "golden.npz", logits=logits, **arrays)
 
 
 def load(folder: pathlib.Path) -> None:
   import torch  # pyright: ignore[reportMissingImports]
   from transformers import (  # pyright: ignore[reportMissingImports]
     AutoModelForCausalLM,
+    AutoModelForSeq2SeqLM,
   )
 
   for path in sorted(folder.iterdir()):
-    model = AutoModelForCausalLM.from_pretrained(path, **EAGER).eval()
-    ids = torch.tensor(np.load(path / "golden.npz")["input_ids"]).long()
+    arrays = np.load(path / "golden.npz")
+    names = ("input_ids", "decoder_input_ids")
+    ids = {n: torch.tensor(arrays[n]).long() for n in names if n in arrays}
+    if len(ids) > 1:
+      maker, options = AutoModelForSeq2SeqLM, {"attn_implementation": "eager"}
+    else:
+      maker, options = AutoModelForCausalLM, EAGER
+    model, report = maker.from_pretrained(path, output_loading_info=True, **options)
+    # Of shared experts of width 0 there is nothing to write.
+    empty = {name for name, array in model.named_parameters() if not array.numel()}
+    problems = {
+      what: names for what, found in report.items() if (names := {*found} - empty)
+    }
+    assert not problems, f"{path}: {problems}"
     with torch.no_grad():
-      np.savez(path / "loaded.npz", logits=model(ids).logits.float().numpy())
+      np.savez(path / "loaded.npz", logits=model.eval()(**ids).logits.float().numpy())
 
 
 if __name__ == "__main__":
-  {"make": make, "load": load}[sys.argv[1]](pathlib.Path(sys.argv[2]))
+  folder = pathlib.Path(sys.argv[2])
+  match sys.argv[1], sys.argv[3:]:
+    case "make", []:
+      make(folder, {name: (kind, SIZES | own) for name, (kind, own) in VARIANTS.items()})
+    case "make", kinds:
+      for each in kinds:
+        make(folder, random_variants.variants(each))
+    case _:
+      load(folder)

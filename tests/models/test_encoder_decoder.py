@@ -340,3 +340,32 @@ def test_a_decoder_alone_can_have_relative_positions():
   out = step(params, tokens[:, :4], model.init_cache(1, 7))
   out = step(params, tokens[:, 4:], out.cache)
   close(out.logits, whole[:, 4:])
+
+
+def test_an_encoder_may_have_a_table_of_its_own(batch):
+  """The encoder reads it alone: gradients of both tables are those of what each embeds,
+  and it counts as parameters. The other parameters are drawn as without it."""
+  config = small()
+  plain = made(config)
+  config.model.encoder_embedding = True
+  model = made(config)
+  params = jax.jit(model.init)(jax.random.key(1))
+  table = params["encoder"]["embedding"]["table"]
+  assert table.shape == params["embedding"]["table"].shape
+  assert not np.array_equal(table, params["embedding"]["table"])
+  shapes = jax.tree.leaves(model.shapes())
+  total, _ = count_parameters(config, VOCABULARY)
+  assert total["total"] == sum(leaf.size for leaf in shapes)
+  assert len(shapes) == 1 + len(jax.tree.leaves(plain.shapes()))
+
+  def loss(params):
+    out = model(
+      params,
+      jnp.asarray(batch["inputs"][:, :3] % 5, jnp.int32),
+      encoder_tokens=jnp.asarray(batch["encoder_inputs"][:, :3] % 5 + 10, jnp.int32),
+    )
+    return jnp.mean(out.logits[..., 0])
+
+  gradient = jax.jit(jax.grad(loss))(params)
+  read = np.abs(gradient["encoder"]["embedding"]["table"]).sum(axis=1) > 0
+  assert read[10:15].any() and not read[:10].any() and not read[15:].any()

@@ -24,6 +24,7 @@ from tests.routing.common import skewed_logits
     (8, 64, 1, 1.0, "per_assignment", 1),
     (8, 4, 2, 100.0, "per_assignment", 8),  # above T once crashed others
     (8, 4, 2, None, "per_assignment", None),
+    (8, 4, 2, None, "slots", None),
   ],
 )
 def test_capacity(num_tokens, num_experts, k, factor, convention, want):
@@ -34,6 +35,13 @@ def test_capacity(num_tokens, num_experts, k, factor, convention, want):
     per_token = convention == "per_token"
     hand = reference.capacity_of(num_tokens, num_experts, k, factor, per_token=per_token)
     assert got == hand
+
+
+def test_slots_are_a_number_whatever_the_group():
+  """The factor is C, up to the tokens of the group, and at least min_capacity."""
+  for tokens, wanted in ((4, 4), (8, 6), (512, 6)):
+    assert capacity_of(tokens, 16, 2, 6.0, convention="slots") == wanted
+  assert capacity_of(512, 16, 2, 6.0, convention="slots", min_capacity=9) == 9
 
 
 def test_minimum_capacity_is_a_floor_but_never_above_the_tokens():
@@ -51,7 +59,7 @@ def test_bad_capacity_factors_name_the_flag(factor):
 
 def test_unknown_convention_names_the_flag():
   """The message says which words would do."""
-  with pytest.raises(ConfigError, match=r"capacity_convention=.*per_token"):
+  with pytest.raises(ConfigError, match=r"capacity_convention=.*slots"):
     capacity_of(8, 4, 1, 1.0, convention="mine")
 
 

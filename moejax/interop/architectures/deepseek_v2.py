@@ -46,7 +46,7 @@ LAYER = (*PRE_NORMS, *LATENT_ATTENTION, *FEED_FORWARD)
 
 
 def read(keys: Keys) -> Config:
-  config = fields.read_decoder(keys, latent=True)
+  config = fields.read_decoder(keys, positions=2048, latent=True)
   moe = config.moe
   read_latent(keys, config)
   config.model.rope_interleaved = True

@@ -26,7 +26,9 @@ LAYER = (
 
 
 def read(keys: Keys) -> Config:
-  config = fields.read_decoder(keys, eps=1e-5, fraction=0.5, kv_heads=8)
+  config = fields.read_decoder(
+    keys, eps=1e-5, fraction=0.5, kv_heads=8, positions=131_072
+  )
   config.model.attention_bias = keys.take("attention_bias", bool, False)
   config.model.qk_norm = keys.take("use_qk_norm", bool, False)
   keys.only("mlp_bias", False)

@@ -60,7 +60,9 @@ _YARN = {
 def read(keys: Keys) -> Config:
   if keys.values.get("rope_parameters") is None and not keys.values.get("rope_scaling"):
     keys = keys.with_values(rope_parameters=_YARN)
-  config = fields.read_decoder(keys, theta=150_000.0, eps=1e-5, kv_heads=8)
+  config = fields.read_decoder(
+    keys, theta=150_000.0, eps=1e-5, kv_heads=8, positions=131_072
+  )
   model, moe = config.model, config.moe
   keys.only("swiglu_limit", 7.0)
   keys.only("swiglu_alpha", 1.702)

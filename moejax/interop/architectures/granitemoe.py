@@ -42,7 +42,7 @@ LAYER = (
 
 
 def read(keys: Keys) -> Config:
-  config = fields.read_decoder(keys)
+  config = fields.read_decoder(keys, positions=2048)
   model, moe = config.model, config.moe
   fields.read_attention_bias(keys, config)
   model.embedding_scale = _multiplier(keys, "embedding_multiplier")

@@ -23,7 +23,7 @@ LAYER = (
 
 
 def read(keys: Keys) -> Config:
-  config = fields.read_decoder(keys, theta=1e6, eps=1e-5, kv_heads=8)
+  config = fields.read_decoder(keys, theta=1e6, eps=1e-5, kv_heads=8, positions=131_072)
   config.model.sliding_window = fields.take_window(keys, 0)
   config.moe.num_experts = fields.take_experts(keys, "num_local_experts", "num_experts")
   config.moe.num_selected = keys.take("num_experts_per_tok", int, 2)

@@ -34,7 +34,7 @@ LAYER = (
 
 
 def read(keys: Keys) -> Config:
-  config = fields.read_decoder(keys, kv_heads=16)
+  config = fields.read_decoder(keys, kv_heads=16, positions=32_768)
   model, moe = config.model, config.moe
   model.attention_bias = keys.take("qkv_bias", bool, True)
   _read_windows(keys, config)

@@ -32,7 +32,7 @@ LAYER = (
 
 
 def read(keys: Keys) -> Config:
-  config = fields.read_decoder(keys, kv_heads=4)
+  config = fields.read_decoder(keys, kv_heads=4, positions=32_768)
   model, moe = config.model, config.moe
   model.qk_norm = True
   # In published files, where they change nothing.

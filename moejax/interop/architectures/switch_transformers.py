@@ -1,12 +1,13 @@
 """Switch Transformer (arXiv:2101.03961): a T5 encoder-decoder with top-1 experts.
 
 T5 has no attention scale, a bias for buckets of distances in each stack, and a head of
-scale D^-0.5 where it is tied to the embedding. Capacity (`expert_capacity`, a number of
-slots per expert and sequence whatever its length) is left out, and said: the imported
-model is dropless.
+scale D^-0.5 where it is tied to the embedding. Capacity is a number of slots per expert
+and sequence, whatever its length; what overflows is dropped, in training and after.
 
-The class keeps three tables: of the encoder, of the decoder, and `shared`, which it reads
-nowhere if the head is not tied. Here all three must be one.
+The class keeps three tables: of the encoder, of the decoder, and `shared`. With a tied
+head all are one; otherwise each stack reads its own, and nothing reads `shared`, which
+comes back as the decoder's. Files of earlier versions, in which the stacks' were always
+`shared`, may have it alone.
 """
 
 import math
@@ -24,6 +25,9 @@ _CLASS = "SwitchTransformersForConditionalGeneration"
 
 _SEQUENCE = 512
 """Tokens of a sequence that T5 and Switch were trained with."""
+
+_DROPLESS = 2**16
+"""expert_capacity of a model that drops nothing: more tokens than any sequence has."""
 
 
 def _attention(ours: str, theirs: str) -> tuple[Entry, ...]:
@@ -57,6 +61,9 @@ _CROSS = (
   entry("cross_attention_norm.scale", "layer.1.layer_norm.weight", FLAT),
   *_attention("cross_attention", "layer.1.EncDecAttention"),
 )
+_DECODERS, _ENCODERS = "decoder.embed_tokens.weight", "encoder.embed_tokens.weight"
+"""The stacks' own tables."""
+
 _BIAS = "block.0.layer.0.SelfAttention.relative_attention_bias.weight"
 """Stored in the first layer of a stack, and used by all."""
 
@@ -64,6 +71,7 @@ MODEL = (
   entry("embedding.table", "shared.weight", SAME),
   entry("embedding.norm.scale", "decoder.final_layer_norm.weight", FLAT),
   entry("embedding.head", "lm_head.weight", LINEAR),
+  entry("encoder.embedding.table", _ENCODERS, SAME),
   entry("encoder.norm.scale", "encoder.final_layer_norm.weight", FLAT),
   entry("encoder.relative_bias.bias", f"encoder.{_BIAS}", SAME),
   entry("decoder.relative_bias.bias", f"decoder.{_BIAS}", SAME),
@@ -100,13 +108,16 @@ def read(keys: Keys) -> Config:
   model.relative_buckets = keys.take("relative_attention_num_buckets", int, 32)
   model.relative_distance = keys.take("relative_attention_max_distance", int, 128)
   model.tie_embeddings = keys.take("tie_word_embeddings", bool, True)
+  model.encoder_embedding = not model.tie_embeddings
   if model.tie_embeddings:
     model.logits_divisor = math.sqrt(max(model.width, 1))
   dtype = keys.values.get("dtype") or keys.values.get("torch_dtype")
   model.dtype = model.param_dtype = "bfloat16" if dtype == "bfloat16" else "float32"
   moe.num_experts = keys.take("num_experts", int)
   moe.router_bias = keys.take("router_bias", bool, False)
-  moe.capacity_factor = moe.eval_capacity_factor = None
+  moe.capacity_convention = "slots"
+  moe.capacity_factor = None if slots >= _DROPLESS else float(slots)
+  moe.eval_capacity_factor = moe.capacity_factor
   moe.encoder_every = _step(keys, "encoder", model.encoder_layers)
   moe.every = _step(keys, "decoder", model.num_layers)
   # Theirs is layer 1 of each, and in a step of 1 every layer.
@@ -117,21 +128,25 @@ def read(keys: Keys) -> Config:
 
 
 def _step(keys: Keys, stack: str, layers: int) -> int:
-  """Takes how often a layer is sparse, from either of two keys that must agree."""
+  """Takes how often a layer is sparse: the step, which wins, or from their number."""
   sparse = keys.take(f"num_sparse_{stack}_layers", int, 3)
-  derived = layers // sparse if sparse > 0 else 0
+  # Of no sparse layer the class makes one, the second.
+  derived = layers // sparse if sparse > 0 else layers
   step = keys.take(f"{stack}_sparse_step", int, derived)
-  if step < 1 or step != derived:
+  if step < 1:
     raise UserError(
-      f"{keys.path}: num_sparse_{stack}_layers={sparse} of {layers} layers with "
-      f"{stack}_sparse_step={step} is not supported: the step must be the layers by the "
-      "sparse ones, and at least 1."
+      f"{keys.path}: {stack}_sparse_step={step} (or {layers} layers by "
+      f"num_sparse_{stack}_layers={sparse}) makes no layer sparse. Give a step above 0."
     )
   return step
 
 
 def write(config: Config) -> dict[str, Any]:
   model, moe = config.model, config.moe
+  if model.tie_embeddings and model.encoder_embedding:
+    raise UserError(
+      "--config.model.encoder_embedding=true: with tie_embeddings the class has one table"
+    )
   every, layers = moe.encoder_every or moe.every, model.encoder_layers
   return {
     "architectures": [_CLASS],
@@ -151,8 +166,7 @@ def write(config: Config) -> dict[str, Any]:
     "decoder_sparse_step": moe.every,
     "num_sparse_encoder_layers": layers // every,
     "num_sparse_decoder_layers": model.num_layers // moe.every,
-    # No expert of any sequence of this length overflows.
-    "expert_capacity": model.max_position or config.data.sequence_length,
+    "expert_capacity": int(moe.eval_capacity_factor or _DROPLESS),
     "layer_norm_epsilon": model.norm_eps,
     "num_decoder_layers": model.num_layers,
     "num_experts": moe.num_experts,
@@ -169,11 +183,14 @@ def write(config: Config) -> dict[str, Any]:
 
 
 def remarks(config: Mapping[str, Any]) -> list[str]:
-  """Says which tokens only Transformers drops."""
+  """Says which tokens are dropped, here as in Transformers."""
   slots = config.get("expert_capacity", 64)
+  if slots >= _DROPLESS:
+    return []
   return [
-    f"expert_capacity={slots} is left out: this run drops no token, and Transformers "
-    f"drops those of a sequence after the first {slots} of an expert."
+    f"expert_capacity={slots}: as in Transformers, an expert computes the first {slots} "
+    "of a sequence's tokens that choose it. Give --config.moe.eval_capacity_factor=none "
+    "to the program that uses the run, and none is dropped."
   ]
 
 
@@ -188,6 +205,7 @@ ARCHITECTURE = Architecture(
   read=read,
   write=write,
   embedding="shared.weight",
-  copies=("encoder.embed_tokens.weight", "decoder.embed_tokens.weight"),
+  copies=(_ENCODERS, _DECODERS),
+  untied=(_DECODERS, _ENCODERS),
   remarks=remarks,
 )
