@@ -38,6 +38,7 @@ class Slices:
       DamagedCheckpointError: it is not as written.
       UserError: it was written by a newer version, or may not be read.
     """
+    self.directory = step_directory
     self._directory = step_directory / "state"
     self.meta: dict[str, Any] = read_meta(step_directory)
     self.leaves: dict[str, Any] = self.meta["leaves"]

@@ -13,7 +13,7 @@ per expert and group, V vocabulary, l any leading axes of layers.
 import abc
 import dataclasses
 from collections.abc import Callable, Mapping
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 from jaxtyping import Array, Float
@@ -199,6 +199,20 @@ class Router(abc.ABC):
       stats: of the whole batch: summed over groups, devices and microbatches.
     """
     del params, stats
+    return {}
+
+  @property
+  def expert_groups(self) -> int:
+    """Number of equal groups of consecutive experts within which tokens choose."""
+    return 1
+
+  def options_with_copies(self, copies: int) -> dict[str, Any]:
+    """Returns the options that must change so that copies of experts change nothing.
+
+    Args:
+      copies: of every expert, side by side; a token chooses all copies of its experts.
+    """
+    del copies
     return {}
 
   # ---------------------------------------------------------------------- what it costs
