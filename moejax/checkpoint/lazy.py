@@ -19,6 +19,7 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 import tensorstore
+from etils import epath
 from jaxtyping import Shaped
 
 from moejax.checkpoint import fingerprint
@@ -155,9 +156,11 @@ def save(
     if name not in ready:
       arrays[name].expert_axis = axis
   handler = _Handler()
-  registry = ocp.type_handlers.create_type_handler_registry(
-    (LazyArray, handler), (jax.Array, ocp.type_handlers.ArrayHandler())
-  )
+  types: list[Any] = [(LazyArray, handler)]
+  if ready:
+    # Orbax's own, which also stores which kind of key a random key is.
+    types.append((jax.Array, ocp.type_handlers.get_type_handler(jax.Array)))
+  registry = ocp.type_handlers.create_type_handler_registry(*types)
   # As a save that was killed, which the next one in this directory removes.
   temporary = directory / f"{step}.orbax-checkpoint-tmp"
   try:
@@ -197,7 +200,7 @@ def save(
 
 def _write_state(directory: Path, tree: Any, registry: Any) -> None:
   directory.mkdir()
-  target: Any = directory  # Orbax names its own kind of path; it takes any.
+  target = epath.Path(directory)
 
   def how(array: Any) -> ocp.SaveArgs:
     if not isinstance(array, LazyArray) or array.nbytes <= _CHUNK_BYTES:

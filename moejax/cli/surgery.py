@@ -178,9 +178,7 @@ def _operation() -> str:
   if name not in names:
     if name.startswith("-"):
       known = ", ".join(names)
-      problem = (
-        f"the operation comes first: surgery OPERATION --flag=value. One of {known}."
-      )
+      problem = f"the operation comes first, before all flags. It is one of {known}."
     else:
       problem = f"{name}: there is no such operation. {did_you_mean(name, names)}"
     print(f"error: {problem}", file=sys.stderr)

@@ -47,7 +47,7 @@ class Add(Operation):
   name = "add"
   summary = "more experts: random ones, copies, or those of another run"
 
-  count: int = option(0, "how many", count(0, 65_536, "they must fit into memory"))
+  number: int = option(0, "how many", count(0, 65_536, "they must fit into memory"))
   init: Literal["random", "copy", "run"] = option(
     "random", "drawn at random, copies of experts there are, or of another run's"
   )
@@ -61,8 +61,8 @@ class Add(Operation):
   )
 
   def check(self, old: Config) -> None:
-    if not self.count:
-      raise UserError("--count=N is missing: give the number of new experts.")
+    if not self.number:
+      raise UserError("--number=N is missing: give the number of new experts.")
     router = make_router(old.moe)
     if router.fixed_slots:
       raise UserError(
@@ -70,7 +70,7 @@ class Add(Operation):
         "Change the router first (operation reroute)."
       )
     if router.expert_groups > 1:
-      equal_groups(old.moe, self.count, f"--count={self.count}")
+      equal_groups(old.moe, self.number, f"--number={self.number}")
       raise UserError(
         f"--config.moe.router={old.moe.router} has groups of experts, and experts are "
         "added behind the last. Use operation clone."
@@ -92,13 +92,15 @@ class Add(Operation):
     Raises:
       UserError: there is no such expert.
     """
-    words = self.of.split(",") if self.of else [str(i) for i in range(self.count)]
+    words = self.of.split(",") if self.of else [str(i) for i in range(self.number)]
     try:
       found = [int(word) for word in words]
     except ValueError:
       raise UserError(f"--of={self.of}: give numbers separated by commas.") from None
-    if len(found) != self.count:
-      raise UserError(f"--of={self.of} names {len(found)} experts, --count={self.count}.")
+    if len(found) != self.number:
+      raise UserError(
+        f"--of={self.of} names {len(found)} experts, --number={self.number}."
+      )
     if experts is not None and not all(0 <= e < experts for e in found):
       raise UserError(f"--of={','.join(words)}: there are experts 0 to {experts - 1}.")
     return found
@@ -106,7 +108,7 @@ class Add(Operation):
   def new_config(self, old: Config, asked: Config) -> Config:
     new = copy.deepcopy(asked)
     new.moe = flat(new.moe)
-    new.moe.num_experts += self.count
+    new.moe.num_experts += self.number
     return new
 
   def choose(self, source: Source) -> dict[int, Choice]:
@@ -115,15 +117,15 @@ class Add(Operation):
       self._check_other(source)
     for number, layer in source.layers.items():
       parents: list[tuple[int, ...]] = [(e,) for e in range(layer.old.fine_experts)]
-      made = ["old"] * len(parents) + ["random"] * self.count
+      made = ["old"] * len(parents) + ["random"] * self.number
       if self.init == "copy":
         parents += [(e,) for e in self._originals(layer.old.fine_experts)]
       else:
-        parents += [()] * self.count
+        parents += [()] * self.number
       if self.init == "run":
         other = f"of {Path(self.from_run).resolve()}"
         own = [f"expert {e} {other}" for e in self._originals(None)]
-        made = made[: -self.count] + own
+        made = made[: -self.number] + own
       found[number] = Choice(parents=parents, made=made)
     return found
 
@@ -176,13 +178,13 @@ class Add(Operation):
     if name.startswith(ROUTER) and self.row != "copy":
       old = layer.arrays[name]
       new = layer.fresh(name) if self.row == "random" else layer.zeros(name)
-      new = np.take(new, np.arange(num_old, num_old + self.count), axis)
+      new = np.take(new, np.arange(num_old, num_old + self.number), axis)
       return np.concatenate([old, new.astype(old.dtype)], axis)
     if self.init == "copy":
       return taken(name, layer)
     old = layer.arrays[name]
     if layer.kind is not Kind.VALUE:
-      new = np.zeros_like(np.take(old, [0] * self.count, axis))
+      new = np.zeros_like(np.take(old, [0] * self.number, axis))
     elif self.init == "run":
       theirs = self._other()
       where = layers_of(theirs.model)[layer.number]
@@ -196,7 +198,7 @@ class Add(Operation):
     assert name.startswith(EXPERTS)
     exact = np.asarray(old, np.float64)
     random = layer.random(sorted(layer.arrays).index(name))
-    shape: Sequence[int] = (self.count, *old.shape[1:])
+    shape: Sequence[int] = (self.number, *old.shape[1:])
     return random.normal(exact.mean(), exact.std(), shape)
 
 

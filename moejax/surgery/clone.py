@@ -30,6 +30,7 @@ from moejax.surgery.operation import (
   Source,
   flat,
   is_close,
+  summed,
   summed_over_copies,
   taken,
 )
@@ -82,7 +83,7 @@ class Clone(Operation):
       name = "load" if self.by == "load" else "gated_norm"
       utility = {layer: sums[layer][name] for layer in source.layers}
       if source.same_in_all:
-        utility = dict.fromkeys(utility, sum(utility.values()))
+        utility = summed(utility)
     found = {}
     for number, layer in source.layers.items():
       experts = layer.old.fine_experts

@@ -1,7 +1,7 @@
 """Join: several neighbouring experts become one wider expert, the inverse of a split.
 
-m experts of width F become one of width m F that holds all their neurons, with the mean of
-their router rows; K becomes K/m. Exact where a token chose all m of them, as after a
+m experts of width F become one of width m F that holds all their neurons, with the mean
+of their router rows; K becomes K/m. Exact where a token chose all m of them, as after a
 split that was not trained since.
 """
 

@@ -6,6 +6,7 @@ fingerprint is that of `moejax.checkpoint.inspect`: equal for equal experts, in 
 position, layer or run.
 """
 
+import contextlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -84,10 +85,8 @@ def chain(workdir: Path, meta: Mapping[str, Any] | None = None) -> list[Record]:
     meta: of its checkpoint, where run.json has none.
   """
   found: Any = None
-  try:
+  with contextlib.suppress(OSError, ValueError):
     found = files.read_json(workdir / RUN_FILE)
-  except (OSError, ValueError):
-    pass
   records = found.get(KEY) if isinstance(found, dict) else None
   if records is None and meta is not None:
     records = meta.get(KEY)

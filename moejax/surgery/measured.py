@@ -1,4 +1,4 @@
-"""What experts do on a text: how often and how strongly each is used, and what it is worth.
+"""What experts do on a text: how often and how strongly each is used, what it is worth.
 
 One pass over a split, dropless, as the model stands. Sums are float64 on the host.
 

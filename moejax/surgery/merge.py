@@ -46,6 +46,7 @@ from moejax.surgery.operation import (
   equal_groups,
   flat,
   is_close,
+  summed,
 )
 from moejax.surgery.prune import refuse_count
 
@@ -94,10 +95,12 @@ class Merge(Operation):
     groups: dict[int, list[tuple[int, ...]]] = {}
     loads = {n: self._load(source, n) for n in source.layers}
     if source.same_in_all:
-      loads = dict.fromkeys(loads, np.asarray(sum(loads.values())))
+      loads = summed(loads)
       likeness = {n: self._likeness(source, n) for n in source.layers}
-      mean = np.asarray(sum(likeness.values()))
-      groups = {n: self._groups(la, loads[n], mean) for n, la in source.layers.items()}
+      total = summed(likeness)
+      groups = {
+        n: self._groups(la, loads[n], total[n]) for n, la in source.layers.items()
+      }
     else:
       for number, layer in source.layers.items():
         likeness = self._likeness(source, number)

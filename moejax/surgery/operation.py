@@ -56,7 +56,7 @@ class Choice:
   """What the experts of one layer are made of."""
 
   parents: Sequence[tuple[int, ...]]
-  """Of each new expert, the old ones, the most important first; empty if there is none."""
+  """Of each new expert, the old ones, the most important first; empty if none."""
   scale: float = 1.0
   """Multiplies the output of every new expert."""
   weights: Sequence[tuple[float, ...]] | None = None
@@ -208,6 +208,7 @@ class Operation(abc.ABC):
     Raises:
       UserError: naming what stands in the way, and what would not.
     """
+    del old
 
   @abc.abstractmethod
   def new_config(self, old: Config, asked: Config) -> Config:
@@ -337,6 +338,14 @@ def mapped_table(
       following = (following + 1) % num_new
     out[token] = found[:num_selected]
   return out
+
+
+def summed(
+  by_layer: Mapping[int, Float[np.ndarray, "..."]],
+) -> dict[int, Float[np.ndarray, "..."]]:
+  """Returns the sum over layers, for each layer: all are to choose the same."""
+  total = np.sum(np.stack(list(by_layer.values())), axis=0)
+  return {layer: np.asarray(total) for layer in by_layer}
 
 
 def best(

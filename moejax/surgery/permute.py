@@ -1,8 +1,8 @@
 """Permute: experts change places, with their router rows; the function stays the same.
 
-Useful where places mean devices: under expert parallelism, E/n consecutive experts are on
-each of n devices. `--by=load` spreads the load: the busiest expert goes to the device with
-the least so far that has room (the greedy rule for scheduling of Graham 1969).
+Useful where places mean devices: under expert parallelism, E/n consecutive experts are
+on each of n devices. `--by=load` spreads the load: the busiest expert goes to the device
+with the least so far that has room (the greedy rule for scheduling of Graham 1969).
 """
 
 import copy
@@ -26,6 +26,7 @@ from moejax.surgery.operation import (
   Operation,
   Source,
   is_close,
+  summed,
   taken,
 )
 
@@ -96,7 +97,7 @@ class Permute(Operation):
       sums = source.measured.sums
       loads = {number: sums[number]["load"] for number in source.layers}
       if source.same_in_all:
-        loads = dict.fromkeys(loads, sum(loads.values()))
+        loads = summed(loads)
     found = {}
     for number, layer in source.layers.items():
       groups = make_router(layer.old).expert_groups

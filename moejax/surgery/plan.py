@@ -206,7 +206,7 @@ class Plan:
       prefix: of the arrays to look at, such as `opt_state.0.mu.`.
       kind: what these hold.
     """
-    old, new, axes = self._names
+    _, new, axes = self._names
     source, where = self.old_layers[number], self.new_layers[number]
     own: dict[str, tuple[str | None, ...]] = {}
     for of in (source, where):

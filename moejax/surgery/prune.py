@@ -4,8 +4,8 @@ Which ones, by one of these importances, of which the lowest go:
 
   load       tokens that chose the expert
   reap       mean over these of gate * norm of the expert's output (REAP,
-             arXiv:2510.13999, section 4), gates divided by the token's sum of gates, which
-             its code found to matter
+             arXiv:2510.13999, section 4), gates divided by the token's sum of gates, as
+             its code does by option, with a lower loss
   norm       the norm of the output, summed over these tokens (EAN)
   mean_norm  the same, averaged (MAN, arXiv:2606.15716)
   weights    -mean|w| / rms(w) over the expert's matrices, without any text (AIMER,
@@ -43,6 +43,7 @@ from moejax.surgery.operation import (
   flat,
   is_close,
   refuse_below,
+  summed,
   taken,
 )
 
@@ -91,7 +92,7 @@ class Prune(Operation):
     else:
       scores = self._scores(source)
       if source.same_in_all:
-        scores = dict.fromkeys(scores, sum(scores.values()))
+        scores = summed(scores)
       groups = {n: make_router(la.old).expert_groups for n, la in source.layers.items()}
       kept = {n: best(own, self.experts, groups[n]) for n, own in scores.items()}
     unused = dict.fromkeys(source.layers, False)

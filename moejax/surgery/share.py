@@ -38,7 +38,7 @@ class Share(Operation):
   name = "share"
   summary = "the most used experts become shared, so that every token visits them"
 
-  count: int = option(1, "experts that become shared", count(1, 1024, "fewer than E"))
+  number: int = option(1, "experts that become shared", count(1, 1024, "fewer than E"))
   gate: float = option(
     0.0,
     "weight of their outputs; 0 is each one's mean gate over all tokens",
@@ -58,8 +58,8 @@ class Share(Operation):
         "--config.moe.expert_bias=true: shared experts have no biases, so none of these "
         "experts can become one."
       )
-    router, flag = make_router(old.moe), f"--count={self.count}"
-    left = old.moe.fine_experts - self.count
+    router, flag = make_router(old.moe), f"--number={self.number}"
+    left = old.moe.fine_experts - self.number
     equal_groups(old.moe, max(left, 0), flag)
     if router.has_table or router.fixed_slots:
       raise UserError(
@@ -80,16 +80,16 @@ class Share(Operation):
     refuse_below(selected, left, flag)
 
   def _selected(self, old: Config) -> int:
-    less = self.count if self.selected == "less" else 0
+    less = self.number if self.selected == "less" else 0
     return old.moe.fine_selected - less
 
   def new_config(self, old: Config, asked: Config) -> Config:
     new = copy.deepcopy(asked)
     new.moe = flat(new.moe)
-    new.moe.num_experts -= self.count
+    new.moe.num_experts -= self.number
     new.moe.num_selected = self._selected(old)
-    new.moe.num_shared = old.moe.num_shared + self.count
-    new.moe.shared_hidden = old.moe.shared_width + self.count * old.moe.fine_hidden
+    new.moe.num_shared = old.moe.num_shared + self.number
+    new.moe.shared_hidden = old.moe.shared_width + self.number * old.moe.fine_hidden
     return new
 
   def choose(self, source: Source) -> dict[int, Choice]:
@@ -98,7 +98,7 @@ class Share(Operation):
       sums = source.measured.sums[number]
       groups = make_router(layer.old).expert_groups
       # Of each group of the router as many.
-      shared = best(sums["load"], self.count, groups)
+      shared = best(sums["load"], self.number, groups)
       rest = [e for e in range(layer.old.fine_experts) if e not in shared]
       mean = sums["gate"][list(shared)] / max(float(sums["tokens"]), 1.0)
       gates = [self.gate or float(g) for g in mean]

@@ -1,16 +1,16 @@
 """Upcycle: a dense model becomes a Mixture of Experts.
 
-The feed-forward of every layer that the new config makes MoE becomes E experts (Komatsuzaki
-et al., arXiv:2212.05055); the rest is copied. The flags of the config say what is wanted:
---config.moe.num_experts, num_selected, every, offset, router, renormalize, segments.
+The feed-forward of every layer that the new config makes MoE becomes E experts
+(Komatsuzaki et al., arXiv:2212.05055); the rest is copied. The flags of the config say
+what is wanted: --config.moe.num_experts, num_selected, every, offset, router, segments.
 
   init      copy: exact copies
             noise: copies plus normal noise of std --noise
             drop: a part --ratio of the neurons of each copy is drawn anew, from a normal
             distribution with mean and std of what it replaces (Drop-Upcycling,
-            arXiv:2502.19261, section 3); --neurons=shared draws one set for all matrices of
-            an expert, as in the paper, independent one for each, as in its code, after
-            which (1 - ratio)^3 of the neurons of a gated expert are whole
+            arXiv:2502.19261, section 3); --neurons=shared draws one set for all
+            matrices of an expert, as in the paper, independent one for each, as in its
+            code, after which (1 - ratio)^3 of the neurons of a gated expert are whole
             entries: a part --ratio of the entries is drawn from N(0, --noise) (OLMoE's
             script, arXiv:2409.02060)
   segments  with m > 1, each copy is cut into m experts of width F/m whose router rows are
@@ -23,7 +23,8 @@ et al., arXiv:2212.05055); the rest is copied. The flags of the config say what 
   dense_share  a shared expert, the whole dense feed-forward, gives this part of the
             output, and the routed experts the rest
 
-Letters: D width, H hidden width of the dense layer, E coarse experts, m segments, F = H/m.
+Letters: D width, H hidden width of the dense layer, E coarse experts, m segments,
+F = H/m.
 """
 
 import copy
