@@ -158,7 +158,8 @@ class Add(Operation):
       for name, was, now in zip(names, theirs, ours, strict=True)
       if was != now
     ]
-    if (was := other.activation) != (now := source.activation):
+    was = moe.activation or other.config.model.activation
+    if was != (now := source.activation):
       differing.append(f"the activation of experts is {was} there and {now} here")
     if differing:
       raise UserError(f"{flag}: {'; '.join(differing)}. Give a run of the same sizes.")

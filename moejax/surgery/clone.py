@@ -18,6 +18,7 @@ import numpy as np
 from jaxtyping import Float, Shaped
 
 from moejax.config import Config
+from moejax.config.router import make_router
 from moejax.errors import UserError
 from moejax.options import count, option
 from moejax.surgery.gates import Gates
@@ -30,6 +31,7 @@ from moejax.surgery.operation import (
   Source,
   flat,
   is_close,
+  set_copies,
   summed,
   summed_over_copies,
   taken,
@@ -62,6 +64,17 @@ class Clone(Operation):
     return self.by != "uniform"
 
   def check(self, old: Config) -> None:
+    router = make_router(old.moe)
+    if router.fixed_slots:
+      raise UserError(
+        f"--config.moe.router={old.moe.router} has learned slots, as many as its experts "
+        "need. Change the router first (operation reroute)."
+      )
+    if self.selected == "all" and router.fixed_selected is not None:
+      raise UserError(
+        f"--selected=all: --config.moe.router={old.moe.router} fixes the choices per "
+        "token. Change the router first (operation reroute), for example to top_k."
+      )
     if self.selected == "all" and self.by != "uniform":
       raise UserError(
         f"--selected=all with --by={self.by}: experts with fewer copies would be chosen "
@@ -74,6 +87,7 @@ class Clone(Operation):
     new.moe.num_experts = old.moe.fine_experts * self.factor
     if self.selected == "all":
       new.moe.num_selected = old.moe.fine_selected * self.factor
+      set_copies(new.moe, self.factor)
     return new
 
   def choose(self, source: Source) -> dict[int, Choice]:

@@ -305,6 +305,18 @@ def flat(moe: MoEConfig) -> MoEConfig:
   )
 
 
+def set_copies(moe: MoEConfig, copies: int) -> None:
+  """Sets the options of the router for a model in which every expert has copies.
+
+  Args:
+    moe: changed in place.
+    copies: of every expert, side by side; a token chooses all copies of its experts.
+  """
+  options = make_router(moe).options_with_copies(copies)
+  if options:
+    moe.options = moe.options | {moe.router: moe.router_options | options}
+
+
 def mapped_table(
   table: Int[np.ndarray, "V K"], choice: Choice, num_selected: int
 ) -> Int[np.ndarray, "V k"]:

@@ -11,7 +11,7 @@ Letters: V vocabulary, E experts, K choices per token.
 import dataclasses
 import functools
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import jax
 import numpy as np
@@ -31,6 +31,7 @@ FEED_FORWARD = ("moe.", "feed_forward.")
 """The arrays of a block that an operation makes."""
 
 
+@runtime_checkable
 class Arrays(Protocol):
   """Arrays by dotted name, read part by part."""
 

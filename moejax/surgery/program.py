@@ -85,8 +85,8 @@ def run(
   text = _text(asked, source, asked.split) if _needs_text(asked) else None
   measured = _measured(asked, source, text)
   before = text.loss() if text is not None and asked.evaluate else None
-  choices = run_lib.choose(plan, source, measured)
-  expected = run_lib.expectation(plan, source, choices)
+  choices = run_lib.choose(plan, source.slices, measured, source)
+  expected = run_lib.expectation(plan, source.slices, choices)
   del measured
 
   def finish(directory: Path) -> dict[str, Any]:

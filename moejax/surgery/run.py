@@ -14,6 +14,8 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from moejax import files
 from moejax.checkpoint import lazy
 from moejax.checkpoint.read import DamagedCheckpointError
@@ -22,6 +24,7 @@ from moejax.config import text as config_text
 from moejax.data.tokenizer import FILE as TOKENIZER_FILE
 from moejax.errors import UserError
 from moejax.evaluate import groups
+from moejax.models.decoder import TABLE
 from moejax.run import owner, provenance
 from moejax.run import workdir as workdir_lib
 from moejax.run.files import CONFIG_FILE, DIRECTORY
@@ -29,7 +32,7 @@ from moejax.surgery import lineage, state
 from moejax.surgery.gates import Gates, gates
 from moejax.surgery.measured import Measured
 from moejax.surgery.operation import DROP, ROUTER, Choice, Operation, Source
-from moejax.surgery.plan import Plan, new_table, router_arrays
+from moejax.surgery.plan import Arrays, Plan, new_table, router_arrays
 from moejax.surgery.source import Opened, damaged
 
 _PARTIAL = ".partial"
@@ -60,24 +63,33 @@ def make_plan(source: Opened, operation: Operation, new: Config, seed: int = 0) 
   return plan
 
 
-def choose(plan: Plan, source: Opened, measured: Measured) -> dict[int, Choice]:
-  """Returns what the new experts of each layer are made of, with the scale of outputs."""
-  layers = {n: plan.layer(n, source.slices) for n in plan.changed}
+def choose(
+  plan: Plan, arrays: Arrays, measured: Measured, source: Opened | None = None
+) -> dict[int, Choice]:
+  """Returns what the new experts of each layer are made of, with the scale of outputs.
+
+  Args:
+    plan: of the operation.
+    arrays: of the old run.
+    measured: over a text, or nothing.
+    source: the old run, for operations that compare it with another.
+  """
+  layers = {n: plan.layer(n, arrays) for n in plan.changed}
   has_table = bool(plan.old_model.moe_layers) and plan.old_model.router.has_table
+  place = {} if source is None else {"workdir": source.workdir, "step": source.step}
   choices = plan.operation.choose(
     Source(
       layers=layers,
       measured=measured,
       same_in_all=has_table or plan.new_model.router.has_table,
       seed=plan.seed,
-      activation=source.activation,
-      workdir=source.workdir,
-      step=source.step,
+      activation=plan.old.moe.activation or plan.old.model.activation,
+      **place,
     )
   )
   if not choices:
     return choices
-  found = seen_gates(plan, source, choices)
+  found = seen_gates(plan, arrays, choices)
   first = next(iter(choices))
   scale = snapped(plan.operation.scale(found, choices[first]))
   return {n: dataclasses.replace(c, scale=scale) for n, c in choices.items()}
@@ -91,17 +103,20 @@ def snapped(scale: float) -> float:
   return scale
 
 
-def seen_gates(plan: Plan, source: Opened, choices: Mapping[int, Choice]) -> Gates:
+def seen_gates(plan: Plan, arrays: Arrays, choices: Mapping[int, Choice]) -> Gates:
   """Returns the gates of the first changed layer's router, before and after."""
   number = next(iter(choices))
-  layer = plan.layer(number, source.slices, choices[number])
+  layer = plan.layer(number, arrays, choices[number])
   old = {
     name.removeprefix(ROUTER): layer.arrays[name]
     for name in layer.arrays
     if name.startswith(ROUTER)
   }
   before = after = None
-  width, table = layer.width, source.table
+  width, table = layer.width, None
+  if arrays.names(f"params.{TABLE}"):
+    # Stored in floats.
+    table = arrays.read(f"params.{TABLE}").astype(np.int32)
   if old:
     before = gates(layer.old, width, old, table)
   if plan.new_model.router.has_table:
@@ -109,19 +124,19 @@ def seen_gates(plan: Plan, source: Opened, choices: Mapping[int, Choice]) -> Gat
     if table is None:
       table = new_table(plan.new_model)
     else:
-      table = plan.operation.table(table.astype("int32"), choices[number], selected)
+      table = plan.operation.table(table, choices[number], selected)
   else:
     table = None
   after = gates(layer.new, width, router_arrays(plan.operation, layer), table)
   return Gates(moe=layer.new, before=before, after=after)
 
 
-def expectation(plan: Plan, source: Opened, choices: Mapping[int, Choice]) -> str:
+def expectation(plan: Plan, arrays: Arrays, choices: Mapping[int, Choice]) -> str:
   """Returns what the loss is expected to do."""
   if not choices:
     return DROP
   first = next(iter(choices))
-  found = seen_gates(plan, source, choices)
+  found = seen_gates(plan, arrays, choices)
   return plan.operation.expected(found, choices[first])
 
 

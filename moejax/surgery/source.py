@@ -3,7 +3,6 @@
 import dataclasses
 import functools
 from pathlib import Path
-from typing import Any
 
 from moejax.checkpoint.params import checkpoint_directory
 from moejax.checkpoint.read import DamagedCheckpointError
@@ -15,7 +14,7 @@ from moejax.data.tokenizer import FILE as TOKENIZER_FILE
 from moejax.data.tokenizer import load_tokenizer
 from moejax.errors import UserError
 from moejax.evaluate import groups
-from moejax.models.decoder import TABLE, Decoder
+from moejax.models.decoder import Decoder
 from moejax.run.files import list_steps
 
 
@@ -32,17 +31,6 @@ class Opened:
   @functools.cached_property
   def model(self) -> Decoder:
     return groups.make_model(self.config, self.vocab_size)
-
-  @property
-  def activation(self) -> str:
-    """Of the experts."""
-    return self.config.moe.activation or self.config.model.activation
-
-  @functools.cached_property
-  def table(self) -> Any:
-    """The table of its router, if it has one."""
-    name = f"params.{TABLE}"
-    return self.slices.read(name) if self.slices.names(name) else None
 
 
 def open_run(workdir: Path | str, step: int | None = None, flag: str = "") -> Opened:

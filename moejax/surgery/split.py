@@ -28,6 +28,7 @@ from moejax.surgery.operation import (
   Operation,
   Source,
   is_close,
+  set_copies,
   taken,
 )
 
@@ -64,9 +65,7 @@ class Split(Operation):
     # As segments, which keep the numbers of the whole experts readable.
     new.moe.segments = old.moe.segments * self.pieces
     new.moe.shared_hidden = old.moe.shared_width
-    options = make_router(old.moe).options_with_copies(self.pieces)
-    if options:
-      new.moe.options[new.moe.router] = new.moe.router_options | options
+    set_copies(new.moe, self.pieces)
     return new
 
   def choose(self, source: Source) -> dict[int, Choice]:
