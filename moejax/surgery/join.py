@@ -115,5 +115,5 @@ def tied(
   one sign, which is exact for copies.
   """
   if layer.kind is Kind.SQUARE:
-    return np.square(np.sqrt(np.asarray(parts, np.float32)).sum(axis))
-  return np.asarray(parts, np.float32).sum(axis)
+    return np.asarray(np.square(np.sqrt(np.asarray(parts, np.float32)).sum(axis)))
+  return np.asarray(np.asarray(parts, np.float32).sum(axis))

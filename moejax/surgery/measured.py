@@ -114,7 +114,11 @@ class Measured:
           found = jax.device_get(step(normed, weights, routes, batch["segment_ids"] > 0))
           old = total.get(layer)
           found = jax.tree.map(lambda a: np.asarray(a, np.float64), found)
-          total[layer] = found if old is None else jax.tree.map(np.add, old, found)
+          total[layer] = (
+            found
+            if old is None
+            else jax.tree.map(lambda a, b: np.asarray(a + b), old, found)
+          )
     return total
 
   def removal(self) -> dict[int, Float[np.ndarray, "E"]]:

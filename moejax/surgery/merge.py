@@ -207,12 +207,12 @@ class Merge(Operation):
     if layer.kind is not Kind.VALUE:
       return tied(parts, layer, 0)
     if not is_expert and self.rows == "dominant":
-      return parts[0]
+      return np.asarray(parts[0])
     first, rest = parts[0].astype(np.float64), parts[1:].astype(np.float64)
     # As differences, so that the mean of equal weights is exactly these.
     for weight, part in zip(weights[1:], rest, strict=True):
       first = first + weight * (part - parts[0].astype(np.float64))
-    return first
+    return np.asarray(first)
 
   def expected(self, gates: Gates, choice: Choice) -> str:
     if not choice.exact or gates.before is None or gates.after is None:

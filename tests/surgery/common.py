@@ -12,12 +12,13 @@ from flax import nnx
 from moejax.checkpoint import fingerprint
 from moejax.config import Config, ModelConfig, MoEConfig
 from moejax.config.check import validate
+from moejax.layers.feed_forward import FeedForward
 from moejax.layers.moe import MoE
 from moejax.models.make import make_model
 from moejax.models.stack import Shell
 from moejax.surgery import run
 from moejax.surgery.measured import Measured
-from moejax.surgery.operation import Choice, Kind, Operation
+from moejax.surgery.operation import Choice, Kind, Operation, Source
 from moejax.surgery.plan import InMemory, Plan
 from moejax.types import Params
 
@@ -92,6 +93,21 @@ def operate(
   seed: int = 0,
 ) -> Result:
   """Does an operation on parameters in memory; `asked` has the user's own fields."""
+  plan = make_plan(operation, old, asked, seed)
+  arrays = InMemory({"params": params})
+  choices = run.choose(plan, arrays, Measured(sums=sums))
+  return Result(
+    plan=plan,
+    choices=choices,
+    expected=run.expectation(plan, arrays, choices),
+    params=jax.tree.map(np.asarray, plan.arrays(arrays, choices)),
+  )
+
+
+def make_plan(
+  operation: Operation, old: Config, asked: Config | None = None, seed: int = 0
+) -> Plan:
+  """The plan of an operation, after all checks."""
   operation.check(old)
   new = operation.new_config(old, old if asked is None else asked)
   validate(new)
@@ -105,14 +121,23 @@ def operate(
     seed=seed,
   )
   plan.check()
+  return plan
+
+
+def chosen(
+  plan: Plan, params: Params, sums: dict[int, Any] | None = None
+) -> dict[int, Choice]:
+  """The choices alone, without the scale of outputs: nothing is compiled."""
   arrays = InMemory({"params": params})
-  choices = run.choose(plan, arrays, Measured(sums=sums))
-  return Result(
-    plan=plan,
-    choices=choices,
-    expected=run.expectation(plan, arrays, choices),
-    params=jax.tree.map(np.asarray, plan.arrays(arrays, choices)),
-  )
+  layers = {n: plan.layer(n, arrays) for n in plan.changed}
+  measured = Measured(sums=sums)
+  return plan.operation.choose(Source(layers=layers, measured=measured))
+
+
+def unscaled(plan: Plan, params: Params, sums: dict[int, Any] | None = None) -> Params:
+  """The new parameters, without the scale of outputs: nothing is compiled."""
+  arrays = plan.arrays(InMemory({"params": params}), chosen(plan, params, sums))
+  return jax.tree.map(np.asarray, arrays)
 
 
 def layer_of(params: Params, what: str = "moe") -> Params:
@@ -164,10 +189,16 @@ class _Holder:
     return isinstance(other, _Holder)
 
 
-def run_layer(config: Config, params: Params, table: Any = None, seed: int = 0) -> Any:
-  """The layer's output on random tokens, and the gradients of parameters and input."""
+def inputs(seed: int) -> Any:
+  """A generator, random tokens and a random cotangent."""
   rng = np.random.default_rng(seed)
   x, cotangent = (jnp.asarray(rng.normal(size=(B, S, D)), jnp.float32) for _ in "ab")
+  return rng, x, cotangent
+
+
+def run_layer(config: Config, params: Params, table: Any = None, seed: int = 0) -> Any:
+  """The layer's output on random tokens, and the gradients of parameters and input."""
+  rng, x, cotangent = inputs(seed)
   assigned = None
   if table is not None:
     ids = rng.integers(len(table), size=(B, S))
@@ -175,3 +206,20 @@ def run_layer(config: Config, params: Params, table: Any = None, seed: int = 0) 
   run = _runner(repr((config.model, config.moe)), D, _Holder(config))
   params = jax.tree.map(jnp.asarray, layer_of(params))
   return jax.tree.map(np.asarray, run(params, x, cotangent, assigned))
+
+
+def run_dense(config: Config, params: Params, seed: int = 0) -> Any:
+  """As `run_layer`, of the only layer's dense feed-forward."""
+  _, x, cotangent = inputs(seed)
+  dense = layer_of(params, "feed_forward")
+  activation = config.moe.activation or config.model.activation
+  hidden = dense["w_in"].shape[1]
+  model = config.model
+  shell = Shell(lambda key: FeedForward(model, hidden, nnx.Rngs(params=key), activation))
+
+  @jax.jit
+  def run(params: Any, x: Any) -> Any:
+    y, vjp = jax.vjp(lambda params, x: shell.merge(params)(x), params, x)
+    return y, *vjp(cotangent)
+
+  return jax.tree.map(np.asarray, run(jax.tree.map(jnp.asarray, dense), x))
