@@ -68,7 +68,7 @@ class LazyArray:
 
   def part(self, index: tuple[slice, ...]) -> Shaped[np.ndarray, "..."]:
     """Reads a part, once, and adds it to the checksum."""
-    part = self.read(index)
+    part = np.asarray(self.read(index))
     own = fingerprint.part_checksum(self.shape, index, part, self.expert_axis)
     self.checksum = (
       own if self.checksum is None else fingerprint.added(self.checksum, own)
@@ -107,7 +107,7 @@ class _Handler(ocp.type_handlers.NumpyHandler):
       store = await tensorstore.open(
         tensorstore.Spec(tspec), create=True, open=True, context=ts_context
       )
-      for index in value.parts(store.chunk_layout.write_chunk.shape):
+      for index in value.parts(store.chunk_layout.write_chunk.shape or ()):
         try:
           part = value.part(index)
         except Exception as e:

@@ -330,7 +330,7 @@ def _whole(shape: Any, read: Callable[[], np.ndarray]) -> LazyArray:
   return LazyArray(
     shape=shape.shape,
     dtype=np.dtype(shape.dtype),
-    read=lambda index: np.asarray(read()).astype(shape.dtype)[index],
+    read=lambda index: np.asarray(np.asarray(read()).astype(shape.dtype)[index]),
   )
 
 

@@ -132,7 +132,7 @@ def _stored(slices: Slices, name: str) -> LazyArray:
   return LazyArray(
     shape=slices.shape(name),
     dtype=slices.dtype(name),
-    read=lambda index: slices.read(name)[index],
+    read=lambda index: np.asarray(slices.read(name)[index]),
   )
 
 
