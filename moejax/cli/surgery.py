@@ -34,6 +34,10 @@ from moejax.surgery import registry
 
 LINEAGE = "lineage"
 
+_USAGE = """python -m tools.surgery OPERATION --workdir=RUN --output=NEW [--FLAG=VALUE]
+
+docs/surgery.md says what all operations have in common."""
+
 _chosen: list[str] = []
 """The operation of this command line."""
 
@@ -191,6 +195,9 @@ def run() -> None:
   """Runs the program."""
   name = _operation()
   _chosen[:] = [name]
+  if name != LINEAGE and any(word.lstrip("-") in ("help", "h") for word in sys.argv):
+    about = sys.modules[registry.operation(name).__module__].__doc__ or ""
+    sys.modules[main.__module__].__doc__ = f"{about.strip()}\n\n{_USAGE}"
   cli.define_config(default=None)
   define_flags(name)
   compilation_cache.define_flag()

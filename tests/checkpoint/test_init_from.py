@@ -72,7 +72,10 @@ def test_the_same_model_passes(source):
   [
     (
       {"moe__num_experts": 8},
-      ["--config.moe.num_experts was 4 there and is 8 here", "tools.surgery adds experts"],
+      [
+        "--config.moe.num_experts was 4 there and is 8 here",
+        "tools.surgery adds experts",
+      ],
     ),
     ({"moe__every": 1}, ["--config.moe.every was 2", "tools.surgery adds experts"]),
     ({"model__width": 64}, ["--config.model.width was 32 there and is 64 here"]),
