@@ -19,6 +19,7 @@ Where a table gives the experts, all layers drop the same ones, by the sum of im
 
 import copy
 import dataclasses
+from collections.abc import Mapping
 from typing import Literal
 
 import numpy as np
@@ -112,17 +113,8 @@ class Prune(Operation):
       return {n: removal[n] for n in source.layers}
     if self.by == "weights":
       return {n: -concentration(layer) for n, layer in source.layers.items()}
-    found = {}
-    for number in source.layers:
-      sums = source.measured.sums[number]
-      load = np.maximum(sums["load"], 1.0)
-      found[number] = {
-        "load": sums["load"],
-        "reap": sums["gated_norm"] / load,
-        "norm": sums["norm"],
-        "mean_norm": sums["norm"] / load,
-      }[self.by]
-    return found
+    sums = source.measured.sums
+    return {n: importance(sums[n], self.by) for n in source.layers}
 
   def leaf(self, name: str, layer: Layer) -> Shaped[np.ndarray, "..."]:
     return taken(name, layer)
@@ -136,6 +128,22 @@ class Prune(Operation):
     if not there.any():
       return CLOSE
     return EQUAL if is_close(gates.after[there], kept[there]) else CLOSE
+
+
+def importance(
+  sums: Mapping[str, Float[np.ndarray, "..."]], by: str
+) -> Float[np.ndarray, "E"]:
+  """Returns the importance of a layer's experts by sums over a text."""
+  load = np.maximum(sums["load"], 1.0)
+  match by:
+    case "load":
+      return sums["load"]
+    case "reap":
+      return sums["gated_norm"] / load
+    case "norm":
+      return sums["norm"]
+    case _:
+      return sums["norm"] / load
 
 
 def refuse_count(old: Config, experts: int, what: str) -> None:

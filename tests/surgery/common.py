@@ -28,7 +28,7 @@ B, S = 2, 16
 
 
 def config(**changes: Any) -> Config:
-  """One MoE layer of four experts; fields of `moe`, or of `model` as model__width."""
+  """One MoE layer of four experts; fields of `moe`, or of others as model__width."""
   made = Config(
     model=ModelConfig(num_layers=1, width=D, num_heads=2, hidden=12),
     moe=MoEConfig(
@@ -44,7 +44,7 @@ def config(**changes: Any) -> Config:
   )
   for name, value in changes.items():
     section, _, field = name.rpartition("__")
-    setattr(made.model if section else made.moe, field, value)
+    setattr(getattr(made, section or "moe"), field, value)
   return made
 
 
@@ -131,7 +131,8 @@ def chosen(
   arrays = InMemory({"params": params})
   layers = {n: plan.layer(n, arrays) for n in plan.changed}
   measured = Measured(sums=sums)
-  return plan.operation.choose(Source(layers=layers, measured=measured))
+  same = plan.new_model.router.has_table
+  return plan.operation.choose(Source(layers=layers, measured=measured, same_in_all=same))
 
 
 def unscaled(plan: Plan, params: Params, sums: dict[int, Any] | None = None) -> Params:
