@@ -109,6 +109,7 @@ class GroupLimited(GroupedRouter):
 
   name = "group_limited"
   summary = "top-k within a token's best groups of experts (DeepSeek-V2)"
+  gates_are_probabilities = True
 
   device_weight: float = option(0.05, "of the balance between groups", weight())
   communication_weight: float = option(

@@ -108,6 +108,9 @@ class Router(abc.ABC):
   some logits, keeps tokens away from an expert."""
   learned: ClassVar[bool] = True
   """Whether the router learns; if not, no gradient reaches tokens through the logits."""
+  gates_are_probabilities: ClassVar[bool] = False
+  """Whether raw gates are a softmax over all experts, so that a router row without an
+  expert (`moe.pruned_rows`) takes a part of them."""
   token_choice: ClassVar[bool] = True
   """Whether assignments are token-major, so that priority and overflow apply."""
   needs_capacity: ClassVar[bool] = False

@@ -15,6 +15,10 @@ Which ones, by one of these importances, of which the lowest go:
              (NAEE, arXiv:2402.14800); for few experts
 
 Where a table gives the experts, all layers drop the same ones, by the sum of importances.
+
+Under raw softmax, gates of the other experts grow by what the pruned ones had. With
+--denominator the logits of these stay in the softmax (`moe.pruned_rows`), and only tokens
+that had chosen them change.
 """
 
 import copy
@@ -35,6 +39,7 @@ from moejax.surgery.operation import (
   DROP,
   EQUAL,
   EXPERTS,
+  ROUTER,
   Choice,
   Layer,
   Operation,
@@ -47,6 +52,12 @@ from moejax.surgery.operation import (
   summed,
   taken,
 )
+
+PRUNED = {
+  f"{ROUTER}pruned": f"{ROUTER}weight",
+  f"{ROUTER}pruned_bias": f"{ROUTER}logit_bias",
+}
+"""Router rows without experts, and where they come from."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -63,6 +74,10 @@ class Prune(Operation):
     "reap", "importance: load, reap, norm, mean_norm, weights, loss or subset"
   )
 
+  denominator: bool = option(
+    False, "raw softmax: keep the logits of pruned experts in it, so that gates stay"
+  )
+
   @property
   def reads_text(self) -> bool:
     return self.by != "weights"
@@ -70,6 +85,13 @@ class Prune(Operation):
   def check(self, old: Config) -> None:
     refuse_count(old, self.experts, self.name)
     groups = equal_groups(old.moe, self.experts, f"--experts={self.experts}")
+    probable = make_router(old.moe).gates_are_probabilities
+    if self.denominator and not (probable and old.moe.renormalize == "none"):
+      raise UserError(
+        f"--denominator: --config.moe.router={old.moe.router} with renormalize="
+        f"{old.moe.renormalize} has gates that do not depend on experts which are not "
+        "chosen. Leave it out."
+      )
     if self.by == "subset" and groups > 1:
       raise UserError(
         f"--by=subset: the router has {groups} groups, which must lose equally many. "
@@ -85,6 +107,8 @@ class Prune(Operation):
     new = copy.deepcopy(asked)
     new.moe = flat(new.moe)
     new.moe.num_experts = self.experts
+    if self.denominator:
+      new.moe.pruned_rows += old.moe.fine_experts - self.experts
     return new
 
   def choose(self, source: Source) -> dict[int, Choice]:
@@ -117,7 +141,12 @@ class Prune(Operation):
     return {n: importance(sums[n], self.by) for n in source.layers}
 
   def leaf(self, name: str, layer: Layer) -> Shaped[np.ndarray, "..."]:
-    return taken(name, layer)
+    if not (self.denominator and name in PRUNED):
+      return taken(name, layer)
+    rows = layer.arrays[PRUNED[name]]
+    gone = np.setdiff1d(np.arange(rows.shape[-1]), layer.choice.sources)
+    before = [layer.arrays[name]] if name in layer.arrays else []
+    return np.concatenate([*before, np.take(rows, gone, -1)], -1)
 
   def expected(self, gates: Gates, choice: Choice) -> str:
     if gates.before is None or gates.after is None or not choice.exact:

@@ -4,6 +4,7 @@ import jax
 import numpy as np
 import pytest
 
+from moejax.config.check import validate
 from moejax.errors import UserError
 from moejax.surgery.clone import Clone
 from moejax.surgery.join import Join
@@ -116,6 +117,33 @@ def test_an_expert_that_nobody_visits_can_go(renormalize):
   else:
     assert done.expected == EQUAL
     assert difference < 1e-5
+
+
+@pytest.mark.parametrize(
+  "router", ["top_k", pytest.param("group_limited", marks=pytest.mark.slow)]
+)
+def test_an_expert_that_nobody_visits_can_go_if_its_logit_stays(router):
+  """Under raw softmax, with --denominator: outputs, and the gradient of the input."""
+  old, params, sums = unvisited(router=router)
+  prune = Prune(experts=3, by="load", denominator=True)
+  done = operate(prune, old, params, sums=sums)
+  assert done.expected == EQUAL
+  assert layer_of(done.params)["router"]["pruned"].shape == (D, 1)
+  y, grads, dx = run_layer(old, params)
+  new_y, new_grads, new_dx = run_layer(done.plan.new, done.params)
+  np.testing.assert_allclose(new_y, y, atol=1e-5 * np.abs(y).max())
+  np.testing.assert_allclose(new_dx, dx, atol=1e-5 * np.abs(dx).max())
+  # The row without an expert still learns, as it did.
+  old_row, row = grads["router"]["weight"][:, 2:3], new_grads["router"]["pruned"]
+  np.testing.assert_allclose(row, old_row, atol=1e-4 * np.abs(old_row).max())
+
+
+def test_rows_without_experts_are_refused_where_they_do_nothing():
+  for fields in ({"router": "sigmoid_bias"}, {"renormalize": "before_drop"}):
+    with pytest.raises(UserError, match="--denominator"):
+      Prune(experts=3, denominator=True).check(config(**fields))
+    with pytest.raises(UserError, match="moe.pruned_rows"):
+      validate(config(pruned_rows=1, **fields))
 
 
 @pytest.mark.slow
