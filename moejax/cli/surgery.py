@@ -148,7 +148,7 @@ def _new_config(operation: Any, old: Config) -> Config:
 def lineage(workdir: pathlib.Path) -> int:
   """Prints where the experts of a run come from."""
   from moejax.surgery import lineage as lib
-  from moejax.surgery.plan import layers_of
+  from moejax.surgery.places import layers_of
   from moejax.surgery.source import open_run
 
   source = open_run(workdir, flags.FLAGS.step)

@@ -36,7 +36,8 @@ from moejax.surgery.operation import (
   flat,
   taken,
 )
-from moejax.surgery.plan import layer_arrays, layers_of
+from moejax.surgery.places import layers_of
+from moejax.surgery.plan import layer_arrays
 from moejax.surgery.source import Opened, open_run
 
 

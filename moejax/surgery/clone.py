@@ -6,8 +6,8 @@ arXiv:2604.19835). With --selected=all a token chooses every copy of its experts
 function stays the same, at m times the cost.
 
 Who gets the further copies: all experts alike, or each in proportion to a measure, at
-least one and with the largest remainders first (the paper's non-uniform duplication; its
-measure is a gradient, ours are load and gate-weighted output norm).
+least one and with the largest remainders first: tokens (load), gate-weighted output norm
+(reap), or the norm of the loss's gradient, in the spirit of the paper's utility.
 """
 
 import copy
@@ -48,9 +48,10 @@ class Clone(Operation):
   factor: int = option(
     2, "m: E experts become m E", count(2, 1024, "a copy for every token is no model")
   )
-  by: Literal["uniform", "load", "reap"] = option(
+  by: Literal["uniform", "load", "reap", "gradient"] = option(
     "uniform",
-    "who gets copies: all alike, or more for a higher load or gate-weighted output norm",
+    "who gets copies: all alike, or more for a higher load, gate-weighted output norm or "
+    "gradient",
   )
   selected: Literal["same", "all"] = option(
     "same", "choices per token: K as before, or m K, every copy, which changes nothing"
@@ -93,9 +94,7 @@ class Clone(Operation):
   def choose(self, source: Source) -> dict[int, Choice]:
     utility = {}
     if self.by != "uniform":
-      sums = source.measured.sums
-      name = "load" if self.by == "load" else "gated_norm"
-      utility = {layer: sums[layer][name] for layer in source.layers}
+      utility = self._utility(source)
       if source.same_in_all:
         utility = summed(utility)
     found = {}
@@ -106,6 +105,13 @@ class Clone(Operation):
       parents = [(e,) for e in range(experts) for _ in range(copies[e])]
       found[number] = Choice(parents=parents)
     return found
+
+  def _utility(self, source: Source) -> dict[int, Float[np.ndarray, "E"]]:
+    """Returns the utility of each expert, by layer."""
+    if self.by == "gradient":
+      return {n: np.sqrt(g) for n, g in source.measured.gradients().items()}
+    name = "load" if self.by == "load" else "gated_norm"
+    return {n: source.measured.sums[n][name] for n in source.layers}
 
   def leaf(self, name: str, layer: Layer) -> Shaped[np.ndarray, "..."]:
     return taken(name, layer)

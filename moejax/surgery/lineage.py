@@ -17,7 +17,7 @@ from moejax.errors import UserError
 from moejax.run import provenance
 from moejax.run.workdir import RUN_FILE
 from moejax.surgery.operation import Choice
-from moejax.surgery.plan import Where
+from moejax.surgery.places import Where
 
 KEY = "surgery"
 """In run.json and in a checkpoint's meta: a list of records."""

@@ -32,7 +32,10 @@ from moejax.errors import UserError
 from moejax.evaluate import groups, perplexity
 from moejax.experts.weights import ExpertWeights, apply_experts
 from moejax.layers.routes import Routes
+from moejax.models import trained
 from moejax.models.decoder import Decoder
+from moejax.models.loss import token_losses
+from moejax.surgery.places import layers_of
 from moejax.types import Params
 
 MOST_SUBSETS = 2000
@@ -133,6 +136,20 @@ class Measured:
       for layer, rows in losses.removed.items()
     }
 
+  def gradients(self) -> dict[int, Float[np.ndarray, "E"]]:
+    """Returns the squared gradient of the loss of each expert, summed over batches.
+
+    The gradient is that of a batch's mean loss, over all matrices of an expert.
+    """
+    text = self.text
+    step = jax.jit(functools.partial(squared_gradients, text.model))
+    total: dict[int, np.ndarray] = {}
+    with jax.set_mesh(text.mesh):
+      for batch in text.batches():
+        for layer, found in jax.device_get(step(text.params, batch)).items():
+          total[layer] = np.asarray(total.get(layer, 0.0) + found.astype(np.float64))
+    return total
+
   def best_subsets(self, keep: int) -> dict[int, tuple[int, ...]]:
     """Returns, for each layer, the experts whose layer differs least from the whole one.
 
@@ -172,6 +189,36 @@ def _distance(
 ) -> Float[Array, ""]:
   square = jnp.sum(jnp.square(one.astype(jnp.float32) - other.astype(jnp.float32)), -1)
   return jnp.sum(jnp.where(valid, square, 0.0))
+
+
+def squared_gradients(
+  model: Decoder, params: Params, batch: Any
+) -> dict[int, Float[Array, "E"]]:
+  """Returns the squared norm of each expert's gradient, by the number of its layer."""
+
+  def loss(params: Params) -> Float[Array, ""]:
+    losses, _ = token_losses(
+      model, params, batch, capacity_factor=groups.least_factor(model)
+    )
+    count = jnp.sum((batch["segment_ids"] > 0).astype(jnp.float32))
+    return jnp.sum(losses) / jnp.maximum(count, 1.0)
+
+  learned, kept = trained.split(params, model.trained())
+  gradient = jax.grad(lambda learned: loss(trained.join(learned, kept)))(learned)
+  found = {}
+  for number, where in enumerate(layers_of(model)):
+    if number not in model.moe_layers:
+      continue
+    block = gradient
+    for name in where.block.split("."):
+      block = block[name]
+    parts = [
+      jnp.sum(jnp.square(own.astype(jnp.float32)), axis=tuple(range(1, own.ndim)))
+      for leaf in jax.tree.leaves(block["moe"]["experts"])
+      for own in (leaf if where.repeat is None else leaf[where.repeat],)
+    ]
+    found[number] = sum(parts[1:], start=parts[0])
+  return found
 
 
 def batch_sums(

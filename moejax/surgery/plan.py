@@ -22,9 +22,9 @@ from moejax.checkpoint.lazy import LazyArray
 from moejax.config import Config, MoEConfig
 from moejax.errors import ConfigError
 from moejax.models.decoder import TABLE, Decoder
-from moejax.models.stack import Place
 from moejax.surgery.gates import initial_router
 from moejax.surgery.operation import ROUTER, Choice, Kind, Layer, Operation
+from moejax.surgery.places import Where, layers_of
 from moejax.types import Params
 
 FEED_FORWARD = ("moe.", "feed_forward.")
@@ -51,35 +51,6 @@ class InMemory:
 
   def read(self, name: str, index: tuple[Any, ...] = ()) -> Shaped[np.ndarray, "..."]:
     return np.array(self._leaves[name])[(*index, ...)]
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Where:
-  """Where a layer's arrays are in a model."""
-
-  stack: str
-  """Name of the stack in the parameters; empty is the decoder."""
-  place: Place
-
-  @property
-  def block(self) -> str:
-    """The dotted name of its block."""
-    parts = (self.stack, self.place.part, self.place.name)
-    return ".".join(part for part in parts if part)
-
-  @property
-  def repeat(self) -> int | None:
-    """Index along the first axis of its arrays; None if they are not stacked."""
-    return self.place.repeat if self.place.part == "unit" else None
-
-
-def layers_of(model: Decoder) -> list[Where]:
-  """Returns where each layer is, in the order of their numbers."""
-  return [
-    Where(stack=name, place=place)
-    for name, stack in model.stacks.items()
-    for place in stack.places
-  ]
 
 
 class _LayerArrays(Mapping[str, np.ndarray]):

@@ -2,6 +2,7 @@
 
 import math
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -9,10 +10,12 @@ import pytest
 from moejax.errors import UserError
 from moejax.experts.weights import ExpertWeights
 from moejax.layers.routes import Routes
+from moejax.models.loss import token_losses
 from moejax.surgery.clone import copies_of
-from moejax.surgery.measured import Measured, batch_sums
+from moejax.surgery.measured import Measured, batch_sums, squared_gradients
 from moejax.surgery.operation import best
 from moejax.surgery.permute import spread
+from tests.evaluate import tiny
 
 B, S, D, E, K, F = 2, 5, 3, 4, 2, 6
 
@@ -93,3 +96,22 @@ def test_load_is_spread_over_devices():
   grouped = spread(load, 2, num_groups=2)
   assert sorted(grouped[:2]) == [0, 1]
   assert math.prod(len(set(o)) for o in (order, grouped)) == 16
+
+
+def test_gradients_are_summed_by_expert_and_layer():
+  """Against jax.grad of the same loss, taken apart by hand, in a scanned model."""
+  model, params = tiny.model_and_params(model__num_layers=2)
+  data = tiny.TinyDataset([(b"expert surgery needs a measure", 0)])
+  batch = {name: jnp.asarray(x) for name, x in data.arrays.items() if name != "domain"}
+
+  def loss(params):
+    losses, _ = token_losses(model, params, batch, capacity_factor=None)
+    return jnp.sum(losses) / jnp.sum((batch["segment_ids"] > 0).astype(jnp.float32))
+
+  gradient = jax.jit(jax.grad(loss))(params)["unit"]["0"]["moe"]["experts"]
+  found = jax.jit(lambda p: squared_gradients(model, p, batch))(params)
+  assert set(found) == {0, 1}
+  for layer in (0, 1):
+    for expert in range(4):
+      own = [np.square(np.asarray(g)[layer, expert]).sum() for g in gradient.values()]
+      np.testing.assert_allclose(found[layer][expert], sum(own), rtol=1e-4)

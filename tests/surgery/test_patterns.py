@@ -6,9 +6,13 @@ import jax
 import numpy as np
 import pytest
 
+from moejax.surgery.add import Add
 from moejax.surgery.clone import Clone
-from moejax.surgery.plan import layers_of
+from moejax.surgery.merge import Merge
+from moejax.surgery.places import layers_of
 from moejax.surgery.prune import Prune
+from moejax.surgery.share import Share
+from moejax.surgery.split import Split
 from moejax.surgery.upcycle import Upcycle
 from tests.surgery.common import chosen, config, draw, make_plan, unscaled
 
@@ -94,3 +98,27 @@ def test_layers_choose_for_themselves_unless_a_table_serves_them_all():
     plan = make_plan(Prune(experts=3, by="load"), old)
     choices = chosen(plan, draw(old), sums)
     assert tuple(choices[n].sources for n in (0, 1)) == kept
+
+
+@pytest.mark.parametrize(
+  "operation",
+  [
+    Clone(),
+    Split(pieces=2),
+    Merge(experts=2, group_by="weights", weigh="even"),
+    Add(number=1),
+    Share(gate=0.5),
+  ],
+)
+def test_parameters_in_bfloat16_stay_so(operation):
+  """Arithmetic is in float32, and what is stored has the type of the model."""
+  old = config(model__param_dtype="bfloat16", num_shared=1)
+  params = draw(old)
+  sums = {0: {"load": np.arange(4.0), "gate": np.ones(4), "tokens": np.array(9.0)}}
+  plan = make_plan(operation, old)
+  new = unscaled(plan, params, sums)
+  types = jax.tree.map(lambda x, shape: x.dtype == shape.dtype, new, plan.shapes)
+  assert all(jax.tree.leaves(types))
+  experts = new["unit"]["0"]["moe"]["experts"]
+  assert experts["w_in"].dtype.name == "bfloat16"
+  assert np.isfinite(experts["w_in"].astype(np.float32)).all()

@@ -23,7 +23,7 @@ from moejax.surgery.clone import Clone
 from moejax.surgery.merge import Merge
 from moejax.surgery.operation import EQUAL
 from moejax.surgery.permute import Permute
-from moejax.surgery.plan import layers_of
+from moejax.surgery.places import layers_of
 from moejax.surgery.prune import Prune
 from moejax.surgery.reroute import Reroute
 from moejax.surgery.select import Select
