@@ -15,11 +15,11 @@ from moejax import files
 from moejax.checkpoint.inspect import expert_fingerprints
 from moejax.errors import UserError
 from moejax.run import provenance
-from moejax.run.workdir import RUN_FILE
+from moejax.run import workdir as workdir_lib
 from moejax.surgery.operation import Choice
 from moejax.surgery.places import Where
 
-KEY = "surgery"
+KEY = workdir_lib.RECORDS
 """In run.json and in a checkpoint's meta: a list of records."""
 
 Record = dict[str, Any]
@@ -86,7 +86,7 @@ def chain(workdir: Path, meta: Mapping[str, Any] | None = None) -> list[Record]:
   """
   found: Any = None
   with contextlib.suppress(OSError, ValueError):
-    found = files.read_json(workdir / RUN_FILE)
+    found = files.read_json(workdir / workdir_lib.RUN_FILE)
   records = found.get(KEY) if isinstance(found, dict) else None
   if records is None and meta is not None:
     records = meta.get(KEY)
@@ -146,8 +146,8 @@ def render(
   records = chain(workdir, meta)
   if not records:
     raise UserError(
-      f"--workdir={workdir} records no operation: it was trained or converted, or "
-      "started with --init_from. Ask the run that it started from."
+      f"--workdir={workdir} records no operation: it was trained or converted as it is. "
+      "Give a run that tools.surgery made, or one that started from such a run."
     )
   lines = []
   for number, prints in sorted(now.items()):

@@ -36,6 +36,8 @@ from moejax.surgery.plan import Arrays, Plan, new_table, router_arrays
 from moejax.surgery.source import Opened, damaged
 
 _PARTIAL = ".partial"
+_CONVERTED = "converted_from"
+"""In a checkpoint's meta, of a model that was imported; see `interop.importing`."""
 _ROUNDING = 1e-5
 
 
@@ -241,7 +243,13 @@ def _write_checkpoint(
     complete["layers"] = lineage.of_layers(choices, before, after)
     return {lineage.KEY: [*lineage.chain(source.workdir, meta), complete]}
 
-  metadata = {n: meta.get(n) for n in ("dataset_fingerprint", "corpus_fingerprint")}
+  metadata: dict[str, Any] = {
+    n: meta.get(n) for n in ("dataset_fingerprint", "corpus_fingerprint")
+  }
+  if isinstance(converted := meta.get(_CONVERTED), dict):
+    # What an export needs; without the digest, it is no conversion of that model.
+    kept = {n: converted[n] for n in ("folder", "kept") if n in converted}
+    metadata[_CONVERTED] = kept
   if owner.is_own(plan.old, meta.get("owner")):
     metadata["owner"] = owner.mark(plan.new)
   goes_on = optimizer != state.RESET
