@@ -12,7 +12,7 @@ from moejax.config import text as config_text
 from moejax.cost.parameters import resolve_vocab_size
 from moejax.data import tokenizer
 from moejax.data.sentinels import with_sentinels
-from moejax.errors import ConfigError, UserError
+from moejax.errors import ConfigError, UserError, program
 from moejax.models.make import make_model
 from moejax.run.files import CONFIG_FILE, DIRECTORY, list_steps
 
@@ -123,11 +123,10 @@ def _explain(old: Config, new: Config, problems: list[str]) -> str:
     f"--config.{name} was {before} there and is {now} here"
     for name, before, now in changed
   )
-  experts = (
-    " No command adds experts to a model or removes them yet."
-    if any(name in _HOW_MANY for name, _, _ in changed)
-    else ""
-  )
+  experts = ""
+  if any(name in _HOW_MANY for name, _, _ in changed):
+    made = program("surgery", "tools.surgery")
+    experts = f" {made} adds experts to a run or removes them."
   return (
     f"holds parameters of other shapes: {fields}.{experts} Give the same values, or "
     "leave --init_from out."

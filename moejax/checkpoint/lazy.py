@@ -19,6 +19,7 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 import tensorstore
+from etils import epath
 from jaxtyping import Shaped
 
 from moejax.checkpoint import fingerprint
@@ -67,7 +68,7 @@ class LazyArray:
 
   def part(self, index: tuple[slice, ...]) -> Shaped[np.ndarray, "..."]:
     """Reads a part, once, and adds it to the checksum."""
-    part = self.read(index)
+    part = np.asarray(self.read(index))
     own = fingerprint.part_checksum(self.shape, index, part, self.expert_axis)
     self.checksum = (
       own if self.checksum is None else fingerprint.added(self.checksum, own)
@@ -106,7 +107,7 @@ class _Handler(ocp.type_handlers.NumpyHandler):
       store = await tensorstore.open(
         tensorstore.Spec(tspec), create=True, open=True, context=ts_context
       )
-      for index in value.parts(store.chunk_layout.write_chunk.shape):
+      for index in value.parts(store.chunk_layout.write_chunk.shape or ()):
         try:
           part = value.part(index)
         except Exception as e:
@@ -123,6 +124,9 @@ def save(
   config: Config,
   metadata: Mapping[str, Any],
   logical_axes: Any,
+  others: Mapping[str, Any] | None = None,
+  position: Mapping[str, Any] | None = None,
+  describe: Callable[[dict[str, fingerprint.Checksum]], dict[str, Any]] | None = None,
 ) -> dict[str, fingerprint.Checksum]:
   """Writes one step; it gets its name when it is whole.
 
@@ -133,6 +137,10 @@ def save(
     config: of the run, resolved.
     metadata: more to store with the step: JSON.
     logical_axes: of the parameters.
+    others: the rest of the train state, by name, of LazyArray and jax arrays; without
+      it, the step holds parameters only.
+    position: of the data after this step, for a run that goes on.
+    describe: (checksum of each array) -> more metadata, when all arrays are written.
 
   Returns:
     The checksum of each array, by name.
@@ -141,29 +149,38 @@ def save(
     UserError: the disk is full or not writable; or what reading an array raises.
   """
   quiet()
-  tree = {"params": params}
+  tree = {"params": params, **(others or {})}
   arrays = fingerprint.named_leaves(tree)
+  ready = {n: leaf for n, leaf in arrays.items() if not isinstance(leaf, LazyArray)}
   for name, axis in fingerprint.expert_axes(tree, logical_axes).items():
-    arrays[name].expert_axis = axis
+    if name not in ready:
+      arrays[name].expert_axis = axis
   handler = _Handler()
-  registry = ocp.type_handlers.create_type_handler_registry((LazyArray, handler))
+  types: list[Any] = [(LazyArray, handler)]
+  if ready:
+    # Orbax's own, which also stores which kind of key a random key is.
+    types.append((jax.Array, ocp.type_handlers.get_type_handler(jax.Array)))
+  registry = ocp.type_handlers.create_type_handler_registry(*types)
   # As a save that was killed, which the next one in this directory removes.
   temporary = directory / f"{step}.orbax-checkpoint-tmp"
   try:
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
     _write_state(temporary / "state", tree, registry)
+    leaves = fingerprint.checksums(fingerprint.snapshot(ready))
+    leaves |= {n: array.checksum for n, array in arrays.items() if n not in ready}
     meta = {
       **metadata,
+      **(describe(leaves) if describe is not None else {}),
       "format": FORMAT,
       "step": step,
-      "position": {},
+      "position": dict(position or {}),
       "config": config_text.to_dict(config),
       "versions": provenance.versions(),
       "revision": provenance.revision(),
       "empty": empty_dicts(params),
       "metric": None,
-      "leaves": {name: array.checksum for name, array in arrays.items()},
+      "leaves": leaves,
     }
     (temporary / "meta").mkdir()
     (temporary / "meta" / "metadata").write_text(pack_meta(meta), encoding="utf-8")
@@ -183,10 +200,10 @@ def save(
 
 def _write_state(directory: Path, tree: Any, registry: Any) -> None:
   directory.mkdir()
-  target: Any = directory  # Orbax names its own kind of path; it takes any.
+  target = epath.Path(directory)
 
-  def how(array: LazyArray) -> ocp.SaveArgs:
-    if array.nbytes <= _CHUNK_BYTES:
+  def how(array: Any) -> ocp.SaveArgs:
+    if not isinstance(array, LazyArray) or array.nbytes <= _CHUNK_BYTES:
       return ocp.SaveArgs()
     return ocp.SaveArgs(
       chunk_byte_size=_CHUNK_BYTES, shard_axes=tuple(range(array.stacked))

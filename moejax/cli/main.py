@@ -23,6 +23,7 @@ PROGRAMS = {
   "sweep": "moejax.cli.sweep",
   "generate": "moejax.cli.generate",
   "convert": "moejax.cli.convert",
+  "surgery": "moejax.cli.surgery",
   "count": "moejax.cli.count",
   "compare": "moejax.cli.compare",
   "collectives": "moejax.cli.collectives",

@@ -140,6 +140,7 @@ RANGES: dict[str, Range] = {
   ),
   "moe.num_selected": count(1, 2**16, "at most num_experts"),
   "moe.hidden": count(1, 2**24, _WIDE),
+  "moe.pruned_rows": count(0, 2**16, _MANY_EXPERTS),
   "moe.segments": count(
     1, 2**16, "each is an expert to the router", "1 leaves the experts whole"
   ),

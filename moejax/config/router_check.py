@@ -81,6 +81,21 @@ def _biases_are_in_the_logits(c: Config, router: Router) -> str | None:
     )
 
 
+def _pruned_rows_take_a_part(c: Config, router: Router) -> str | None:
+  if not c.moe.pruned_rows:
+    return None
+  if not router.gates_are_probabilities:
+    return (
+      f"{named(c, 'moe.pruned_rows', 'moe.router')}: the gates of this router are no "
+      "softmax, so rows without an expert change nothing. Leave it out."
+    )
+  if c.moe.renormalize != "none":
+    return (
+      f"{named(c, 'moe.pruned_rows', 'moe.renormalize')}: renormalised gates do not "
+      "depend on rows that are not chosen. Leave it out."
+    )
+
+
 def _first_choices_are_made(c: Config, router: Router) -> str | None:
   if c.moe.balance_counts == "first" and not router.token_choice:
     return (
@@ -114,6 +129,7 @@ ROUTER_RULES: tuple[Callable[[Config, Router], str | None], ...] = (
   _fixed_choices,
   _dropped_experts_are_in_the_logits,
   _biases_are_in_the_logits,
+  _pruned_rows_take_a_part,
   _first_choices_are_made,
   _slots_stay,
   _mixtures_are_weighted,

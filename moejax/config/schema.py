@@ -213,6 +213,9 @@ class MoEConfig:
   """Biases on all matrices of the routed experts (GPT-OSS)."""
   router_bias: bool = False
   """A learned bias on the router's logits (GPT-OSS)."""
+  pruned_rows: int = 0
+  """Router rows whose experts were pruned: never chosen, but still in the softmax, so
+  that raw gates of the other experts stay what they were."""
   segments: int = 1
   """m: each expert is split into m of width F/m, and m*K are chosen (DeepSeekMoE)."""
   num_shared: int = 0

@@ -108,7 +108,7 @@ def _of_stack(
     "dense": d.width * dense,
     "experts": num_sparse * router.experts_per_token(sizes) * expert,
     "shared_experts": num_sparse * (d.expert_matrices * d.width * d.shared_hidden + gate),
-    "router": num_sparse * router.macs(sizes),
+    "router": num_sparse * (router.macs(sizes) + d.width * config.moe.pruned_rows),
     "head": d.width * d.vocab_size,
   }
   flops = {part: 2.0 * macs[part] for part in PARTS}

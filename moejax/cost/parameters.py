@@ -231,7 +231,8 @@ def router_parameters(config: Config, d: Dimensions) -> int:
   own = make_router(config.moe).parameters(router_sizes(config))
   bias = d.num_experts if config.moe.router_bias else 0
   own_sizes = sum(math.prod(p.shape) for p in own.values())
-  return d.width * d.num_experts + bias + own_sizes
+  pruned = config.moe.pruned_rows * (d.width + config.moe.router_bias)
+  return d.width * d.num_experts + bias + pruned + own_sizes
 
 
 def router_sizes(config: Config) -> Sizes:

@@ -21,6 +21,7 @@ from moejax.layers import parameter
 from moejax.platform import target_platform
 from moejax.routing import scores
 from moejax.routing.base import RouterInputs, Routing
+from moejax.routing.placement import Assignments
 from moejax.routing.router import Parameter, Tokens
 from moejax.sharding.mesh import on_tokens, over_groups
 from moejax.sharding.vocabulary import score
@@ -46,11 +47,21 @@ class RouterLayer(nnx.Module):
     self.logit_bias = (
       parameter.constant(0.0, bias_shape, bias_axes) if moe.router_bias else None
     )
+    self._declare_pruned(width, moe, rngs)
     declared = self.router.parameters(sizes(moe, width, moe.group_size))
     self._declared = Constant(declared)
     for name, about in declared.items():
       # Attribute names are the names in checkpoints.
       setattr(self, name, _make(rngs, about))
+
+  def _declare_pruned(self, width: int, moe: MoEConfig, rngs: nnx.Rngs) -> None:
+    rows, axes = moe.pruned_rows, (None,)
+    if not rows:
+      return
+    self.pruned = parameter.matrix(
+      rngs, (width, rows), ("width", *axes), fan_in=width, scale=moe.router_init_scale
+    )
+    self.pruned_bias = parameter.constant(0.0, (rows,), axes) if moe.router_bias else None
 
   @property
   def parameter_names(self) -> tuple[str, ...]:
@@ -106,6 +117,7 @@ class RouterLayer(nnx.Module):
     policy = dataclasses.replace(policy, ranking=ranking)
     params = {name: getattr(self, name)[...] for name in declared}
     views = Tokens(clean=tokens, seen=seen, project=project)
+    mass = self._mass(seen, logits)
     inputs = RouterInputs(
       logits=logits,
       valid=valid,
@@ -122,18 +134,41 @@ class RouterLayer(nnx.Module):
       "present": present,
     }
 
-    def route_all(inputs: RouterInputs, same: dict[str, Any]) -> Routing:
-      def route(group: RouterInputs) -> Routing:
+    def route_all(mapped: Any, same: dict[str, Any]) -> Routing:
+      def route(group: RouterInputs, mass: Any) -> Routing:
         routing = self.router(dataclasses.replace(group, **same), policy)
+        if mass is not None:
+          routing = _weighted(routing, mass)
         if same["present"] is None:
           return routing
         here = same["present"].astype(jnp.float32)
         stats = dataclasses.replace(routing.stats, present=here)
         return dataclasses.replace(routing, stats=stats)
 
-      return jax.vmap(route)(inputs)
+      return jax.vmap(route)(*mapped)
 
-    return logits, over_groups(route_all, inputs, same, tokens.shape[0])
+    return logits, over_groups(route_all, (inputs, mass), same, tokens.shape[0])
+
+  def _mass(
+    self, seen: Float[Array, "G T D"], logits: Float[Array, "G T E"]
+  ) -> Float[Array, "G T"] | None:
+    """Returns the probability of all experts together, beside rows without one."""
+    if not self._config.value.pruned_rows:
+      return None
+    others = on_tokens(project(seen, self.pruned[...]))
+    if self.pruned_bias is not None:
+      others = others + self.pruned_bias[...].astype(jnp.float32)[None, None]
+    lse = jax.nn.logsumexp
+    return jax.nn.sigmoid(lse(logits, axis=-1) - lse(others, axis=-1))
+
+
+def _weighted(routing: Routing, mass: Float[Array, "T"]) -> Routing:
+  """Multiplies a token's gates by the probability that its experts share."""
+  placement = routing.placement
+  assert isinstance(placement, Assignments)
+  gate = placement.gate * mass[placement.token]
+  placement = dataclasses.replace(placement, gate=gate)
+  return dataclasses.replace(routing, placement=placement)
 
 
 def _make(rngs: nnx.Rngs, declared: Parameter) -> nnx.Param:

@@ -5,6 +5,7 @@ Sources: DeepSeek-V2, arXiv:2405.04434, section 2.1.2 and equations 24 to 27.
 """
 
 import dataclasses
+from typing import Any
 
 from jaxtyping import Array, Bool, Float, Int
 
@@ -45,6 +46,15 @@ class GroupedRouter(Router):
     return limit_to_groups(
       scores, self.num_expert_groups, self.num_selected_groups, self.group_best
     )
+
+  @property
+  def expert_groups(self) -> int:
+    return self.num_expert_groups
+
+  def options_with_copies(self, copies: int) -> dict[str, Any]:
+    # A group's score is a sum, and every summand is there so many times.
+    many = self.num_expert_groups > 1
+    return {"group_best": self.group_best * copies} if many else {}
 
   def check(self, policy: SlotPolicy) -> None:
     super().check(policy)
@@ -99,6 +109,7 @@ class GroupLimited(GroupedRouter):
 
   name = "group_limited"
   summary = "top-k within a token's best groups of experts (DeepSeek-V2)"
+  gates_are_probabilities = True
 
   device_weight: float = option(0.05, "of the balance between groups", weight())
   communication_weight: float = option(

@@ -13,7 +13,7 @@ per expert and group, V vocabulary, l any leading axes of layers.
 import abc
 import dataclasses
 from collections.abc import Callable, Mapping
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 from jaxtyping import Array, Float
@@ -108,6 +108,9 @@ class Router(abc.ABC):
   some logits, keeps tokens away from an expert."""
   learned: ClassVar[bool] = True
   """Whether the router learns; if not, no gradient reaches tokens through the logits."""
+  gates_are_probabilities: ClassVar[bool] = False
+  """Whether raw gates are a softmax over all experts, so that a router row without an
+  expert (`moe.pruned_rows`) takes a part of them."""
   token_choice: ClassVar[bool] = True
   """Whether assignments are token-major, so that priority and overflow apply."""
   needs_capacity: ClassVar[bool] = False
@@ -199,6 +202,20 @@ class Router(abc.ABC):
       stats: of the whole batch: summed over groups, devices and microbatches.
     """
     del params, stats
+    return {}
+
+  @property
+  def expert_groups(self) -> int:
+    """Number of equal groups of consecutive experts within which tokens choose."""
+    return 1
+
+  def options_with_copies(self, copies: int) -> dict[str, Any]:
+    """Returns the options that must change so that copies of experts change nothing.
+
+    Args:
+      copies: of every expert, side by side; a token chooses all copies of its experts.
+    """
+    del copies
     return {}
 
   # ---------------------------------------------------------------------- what it costs

@@ -30,6 +30,7 @@ class TopK(Router):
 
   name = "top_k"
   summary = "K most probable experts, gates raw or renormalised (Mixtral, OLMoE)"
+  gates_are_probabilities = True
 
   def __call__(self, inputs: RouterInputs, policy: SlotPolicy) -> Routing:
     probs = softmax(inputs.logits)
@@ -65,6 +66,7 @@ class Top2(Router):
 
   name = "top2"
   summary = "best expert and a second one: always, at random or sampled (GShard)"
+  gates_are_probabilities = True
   fixed_selected = 2
 
   second_policy: Literal["all", "random", "random_raw", "sample"] = option(

@@ -26,6 +26,8 @@ from moejax.run import claim, provenance
 from moejax.run.files import CONFIG_FILE, DIRECTORY, list_steps
 
 RUN_FILE = "run.json"
+RECORDS = "surgery"
+"""In run.json: the operations on experts up to this run, the oldest first."""
 METRICS_FILE = "metrics.jsonl"
 
 OURS = (
@@ -99,6 +101,7 @@ def prepare(
   dataset_fingerprint: str | None = None,
   mesh: Mapping[str, int] | None = None,
   corpus_fingerprint: str | None = None,
+  init_from: str = "",
 ) -> New | Resume:
   """Claims a directory for this run, or refuses before writing anything in it.
 
@@ -111,6 +114,8 @@ def prepare(
       the data are read; a second call with a fingerprint writes the files.
     mesh: devices along each axis; None skips the check of the mesh.
     corpus_fingerprint: of the text alone, for `check_corpus`.
+    init_from: the run whose parameters a new run starts from; noted with the operations
+      on experts that it records.
 
   Raises:
     ConfigError: the run there has another config (every differing field is named),
@@ -136,8 +141,17 @@ def prepare(
         "versions": provenance.versions(),
         "revision": provenance.revision(),
       }
-      files.write_json(path / RUN_FILE, run)
+      files.write_json(path / RUN_FILE, run | _origin(init_from))
   return found
+
+
+def _origin(init_from: str) -> dict[str, Any]:
+  """Returns what run.json says of the run that a new one starts from."""
+  if not init_from:
+    return {}
+  source = Path(init_from).resolve()
+  records = _begun_with(source).get(RECORDS)
+  return {"init_from": str(source)} | ({RECORDS: records} if records else {})
 
 
 def check_corpus(workdir: Path | str, fingerprint: str) -> None:

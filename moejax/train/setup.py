@@ -101,7 +101,8 @@ def set_up(
     )
   dataset = _load_data(config, workdir, init_from)
   workdir_lib.prepare(
-    workdir, config, dataset.fingerprint, mesh.shape, dataset.corpus_fingerprint
+    *(workdir, config, dataset.fingerprint, mesh.shape, dataset.corpus_fingerprint),
+    init_from="" if begun else init_from,
   )
   model, optimizer = _build(config, dataset)
   checkpointer = _open_checkpoints(config, workdir, dataset, model)

@@ -72,9 +72,12 @@ def test_the_same_model_passes(source):
   [
     (
       {"moe__num_experts": 8},
-      ["--config.moe.num_experts was 4 there and is 8 here", "No command adds experts"],
+      [
+        "--config.moe.num_experts was 4 there and is 8 here",
+        "tools.surgery adds experts",
+      ],
     ),
-    ({"moe__every": 1}, ["--config.moe.every was 2", "No command adds experts"]),
+    ({"moe__every": 1}, ["--config.moe.every was 2", "tools.surgery adds experts"]),
     ({"model__width": 64}, ["--config.model.width was 32 there and is 64 here"]),
     ({"model__num_layers": 4}, ["--config.model.num_layers was 2 there and is 4"]),
     ({"model__vocab_size": 512}, ["--config.model.vocab_size was 0 there and is 512"]),

@@ -17,6 +17,7 @@ IN_A_CLONE = {
   "sweep": "experiments.sweep",
   "generate": "experiments.generate",
   "convert": "experiments.convert",
+  "surgery": "tools.surgery",
   "count": "tools.count",
   "compare": "tools.compare",
   "collectives": "tools.collectives",

@@ -1,0 +1,283 @@
+"""From one run's directory to another: plan, choose, write, and say where it came from.
+
+The source is only read. The new directory is made beside its final place, under a name
+that no program takes for a run, and gets its own name when it is whole. Arrays are read
+and made one layer at a time, so that the host holds one matrix of one layer's experts
+and what it becomes, whatever mesh the source was saved on; the result can be restored on
+any mesh.
+"""
+
+import dataclasses
+import os
+import shutil
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from moejax import files
+from moejax.checkpoint import lazy
+from moejax.checkpoint.read import DamagedCheckpointError
+from moejax.config import Config
+from moejax.config import text as config_text
+from moejax.data.tokenizer import FILE as TOKENIZER_FILE
+from moejax.errors import UserError
+from moejax.evaluate import groups
+from moejax.models.decoder import TABLE
+from moejax.run import owner, provenance
+from moejax.run import workdir as workdir_lib
+from moejax.run.files import CONFIG_FILE, DIRECTORY
+from moejax.surgery import lineage, state
+from moejax.surgery.gates import Gates, gates
+from moejax.surgery.measured import Measured
+from moejax.surgery.operation import DROP, ROUTER, Choice, Operation, Source
+from moejax.surgery.plan import Arrays, Plan, new_table, router_arrays
+from moejax.surgery.source import Opened, damaged
+
+_PARTIAL = ".partial"
+_CONVERTED = "converted_from"
+"""In a checkpoint's meta, of a model that was imported; see `interop.importing`."""
+_ROUNDING = 1e-5
+
+
+def make_plan(source: Opened, operation: Operation, new: Config, seed: int = 0) -> Plan:
+  """Returns the plan of an operation.
+
+  Args:
+    source: of the old arrays.
+    operation: checked against the old config.
+    new: validated config of the new run.
+    seed: of everything that is drawn.
+
+  Raises:
+    ConfigError: the flags change more than the operation does.
+  """
+  plan = Plan(
+    operation=operation,
+    old=source.config,
+    new=new,
+    old_model=source.model,
+    new_model=groups.make_model(new, source.vocab_size),
+    seed=seed,
+  )
+  plan.check()
+  return plan
+
+
+def choose(
+  plan: Plan, arrays: Arrays, measured: Measured, source: Opened | None = None
+) -> dict[int, Choice]:
+  """Returns what the new experts of each layer are made of, with the scale of outputs.
+
+  Args:
+    plan: of the operation.
+    arrays: of the old run.
+    measured: over a text, or nothing.
+    source: the old run, for operations that compare it with another.
+  """
+  layers = {n: plan.layer(n, arrays) for n in plan.changed}
+  has_table = bool(plan.old_model.moe_layers) and plan.old_model.router.has_table
+  place = {} if source is None else {"workdir": source.workdir, "step": source.step}
+  choices = plan.operation.choose(
+    Source(
+      layers=layers,
+      measured=measured,
+      same_in_all=has_table or plan.new_model.router.has_table,
+      seed=plan.seed,
+      activation=plan.old.moe.activation or plan.old.model.activation,
+      **place,
+    )
+  )
+  if not choices:
+    return choices
+  found = seen_gates(plan, arrays, choices)
+  first = next(iter(choices))
+  scale = snapped(plan.operation.scale(found, choices[first]))
+  return {n: dataclasses.replace(c, scale=scale) for n, c in choices.items()}
+
+
+def snapped(scale: float) -> float:
+  """Returns a whole number, or one over it, in place of its rounding in float32."""
+  for value in (float(round(scale)), 1.0 / max(round(1.0 / scale), 1) if scale else 0.0):
+    if abs(value - scale) <= _ROUNDING * abs(scale):
+      return value
+  return scale
+
+
+def seen_gates(plan: Plan, arrays: Arrays, choices: Mapping[int, Choice]) -> Gates:
+  """Returns the gates of the first changed layer's router, before and after."""
+  number = next(iter(choices))
+  layer = plan.layer(number, arrays, choices[number])
+  old = {
+    name.removeprefix(ROUTER): layer.arrays[name]
+    for name in layer.arrays
+    if name.startswith(ROUTER)
+  }
+  before = after = None
+  width, table = layer.width, None
+  if arrays.names(f"params.{TABLE}"):
+    # Stored in floats.
+    table = arrays.read(f"params.{TABLE}").astype(np.int32)
+  if old:
+    before = gates(layer.old, width, old, table)
+  if plan.new_model.router.has_table:
+    selected = layer.new.fine_selected
+    if table is None:
+      table = new_table(plan.new_model)
+    else:
+      table = plan.operation.table(table, choices[number], selected)
+  else:
+    table = None
+  after = gates(layer.new, width, router_arrays(plan.operation, layer), table)
+  return Gates(moe=layer.new, before=before, after=after)
+
+
+def expectation(plan: Plan, arrays: Arrays, choices: Mapping[int, Choice]) -> str:
+  """Returns what the loss is expected to do."""
+  if not choices:
+    return DROP
+  first = next(iter(choices))
+  found = seen_gates(plan, arrays, choices)
+  return plan.operation.expected(found, choices[first])
+
+
+def refuse_output(output: Path) -> None:
+  """Rejects a directory that is there already, or cannot be made.
+
+  Raises:
+    UserError: naming it.
+  """
+  if output.exists() or output.is_symlink():
+    raise UserError(f"--output={output} exists already. Choose a new directory.")
+  parent = output.absolute().parent
+  while not parent.exists():
+    parent = parent.parent
+  if not parent.is_dir() or not os.access(parent, os.W_OK):
+    raise UserError(
+      f"--output={output}: {parent} is no directory that can be written to. Choose "
+      "another."
+    )
+
+
+def verify(source: Opened, with_moments: bool) -> None:
+  """Reads all arrays once, layer by layer, and compares them with their checksums.
+
+  Raises:
+    UserError: the source is damaged.
+  """
+  try:
+    source.slices.verify("params.")
+    if with_moments:
+      source.slices.verify("opt_state.")
+  except DamagedCheckpointError as e:
+    raise damaged(f"--workdir={source.workdir}", source.step, e) from e
+
+
+def write(
+  plan: Plan,
+  source: Opened,
+  choices: Mapping[int, Choice],
+  output: Path,
+  *,
+  record: lineage.Record,
+  optimizer: str = state.RESET,
+  finish: Callable[[Path], Mapping[str, Any]] | None = None,
+) -> lineage.Record:
+  """Writes the new run.
+
+  Args:
+    plan: from `make_plan`.
+    source: of the old arrays.
+    choices: from `choose`.
+    output: the new directory; must not exist.
+    record: of the operation, without the experts' fingerprints.
+    optimizer: what happens to the optimizer's state: one of `state.MODES`.
+    finish: called with the directory while it has a temporary name; returns what is
+      added to the record.
+
+  Returns:
+    The record as it is stored.
+
+  Raises:
+    UserError: the directory exists, the disk is full, or an optimizer state that the
+      operation cannot change.
+  """
+  refuse_output(output)
+  partial = output.with_name(f".{output.name}{_PARTIAL}")
+  shutil.rmtree(partial, ignore_errors=True)
+  try:
+    partial.mkdir(parents=True)
+    tokenizer = (source.workdir / TOKENIZER_FILE).parent
+    if tokenizer.is_dir():
+      shutil.copytree(tokenizer, (partial / TOKENIZER_FILE).parent)
+    files.write_json(partial / CONFIG_FILE, config_text.to_dict(plan.new))
+    record = _write_checkpoint(plan, source, choices, partial, record, optimizer)
+    if finish is not None:
+      record = record | dict(finish(partial))
+    _write_run_file(source, partial, record)
+    partial.rename(output)
+  except OSError as e:
+    raise UserError(
+      f"--output={output} could not be written ({e.strerror or e}). Make room, or choose "
+      "another directory."
+    ) from e
+  finally:
+    shutil.rmtree(partial, ignore_errors=True)
+  return record
+
+
+def _write_checkpoint(
+  plan: Plan,
+  source: Opened,
+  choices: Mapping[int, Choice],
+  directory: Path,
+  record: lineage.Record,
+  optimizer: str,
+) -> lineage.Record:
+  meta, complete = source.slices.meta, dict(record)
+  before = lineage.fingerprints(source.slices.leaves, plan.old_layers)
+
+  def describe(leaves: dict[str, Any]) -> dict[str, Any]:
+    after = lineage.fingerprints(leaves, plan.new_layers)
+    complete["layers"] = lineage.of_layers(choices, before, after)
+    return {lineage.KEY: [*lineage.chain(source.workdir, meta), complete]}
+
+  metadata: dict[str, Any] = {
+    n: meta.get(n) for n in ("dataset_fingerprint", "corpus_fingerprint")
+  }
+  if isinstance(converted := meta.get(_CONVERTED), dict):
+    # What an export needs; without the digest, it is no conversion of that model.
+    kept = {n: converted[n] for n in ("folder", "kept") if n in converted}
+    metadata[_CONVERTED] = kept
+  if owner.is_own(plan.old, meta.get("owner")):
+    metadata["owner"] = owner.mark(plan.new)
+  goes_on = optimizer != state.RESET
+  others = state.others(plan, source.slices, choices, optimizer) if goes_on else None
+  lazy.save(
+    (directory / DIRECTORY).resolve(),
+    source.step if goes_on else 0,
+    plan.arrays(source.slices, choices),
+    config=plan.new,
+    metadata=metadata,
+    logical_axes=plan.new_model.logical_axes(),
+    others=others,
+    position=meta.get("position") if goes_on else None,
+    describe=describe,
+  )
+  return complete
+
+
+def _write_run_file(source: Opened, directory: Path, record: lineage.Record) -> None:
+  meta = source.slices.meta
+  files.write_json(
+    directory / workdir_lib.RUN_FILE,
+    {
+      lineage.KEY: [*lineage.chain(source.workdir, meta), record],
+      "dataset_fingerprint": meta.get("dataset_fingerprint"),
+      "corpus_fingerprint": meta.get("corpus_fingerprint"),
+      "mesh": None,
+      "versions": provenance.versions(),
+      "revision": provenance.revision(),
+    },
+  )

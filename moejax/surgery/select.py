@@ -1,0 +1,95 @@
+"""Select: another number of choices per token; nothing else changes.
+
+With gates that are renormalised over the choices, their sum stays 1 and the loss moves
+little; raw gates sum to more or less than before, which --scale_out makes up for on
+average.
+"""
+
+import copy
+import dataclasses
+
+import numpy as np
+from jaxtyping import Shaped
+
+from moejax.config import Config
+from moejax.config.router import make_router
+from moejax.errors import UserError
+from moejax.options import count, option
+from moejax.surgery.gates import Gates
+from moejax.surgery.operation import (
+  CLOSE,
+  DROP,
+  EQUAL,
+  Choice,
+  Layer,
+  Operation,
+  Source,
+  is_close,
+  refuse_below,
+  taken,
+)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Select(Operation):
+  """A token chooses another number of experts."""
+
+  name = "select"
+  summary = "another number of choices per token"
+
+  num_selected: int = option(
+    0, "K, in whole experts before segmentation", count(0, 65_536, "at most E")
+  )
+  scale_out: bool = option(
+    False, "scale outputs so that gates sum to what they summed to on random tokens"
+  )
+
+  def check(self, old: Config) -> None:
+    if not self.num_selected:
+      raise UserError("--num_selected=K is missing: give the choices per token.")
+    router = make_router(old.moe)
+    if router.selected(old.moe.fine_experts, self.num_selected) != self.num_selected or (
+      router.fixed_selected not in (None, self.num_selected)
+    ):
+      raise UserError(
+        f"--num_selected={self.num_selected}: --config.moe.router={old.moe.router} fixes "
+        "the choices per token. Change the router first (operation reroute), for "
+        "example to top_k."
+      )
+    refuse_below(
+      self.num_selected, old.moe.num_experts, f"--num_selected={self.num_selected}"
+    )
+
+  def new_config(self, old: Config, asked: Config) -> Config:
+    new = copy.deepcopy(asked)
+    new.moe.num_selected = self.num_selected
+    return new
+
+  def choose(self, source: Source) -> dict[int, Choice]:
+    return {n: same_experts(layer) for n, layer in source.layers.items()}
+
+  def leaf(self, name: str, layer: Layer) -> Shaped[np.ndarray, "..."]:
+    return taken(name, layer)
+
+  def scale(self, gates: Gates, choice: Choice) -> float:
+    return ratio(gates) if self.scale_out else 1.0
+
+  def expected(self, gates: Gates, choice: Choice) -> str:
+    if gates.before is None or gates.after is None:
+      return DROP
+    if is_close(gates.after * choice.scale, gates.before):
+      return EQUAL
+    sums = gates.before.sum(1), gates.after.sum(1) * choice.scale
+    return CLOSE if is_close(*sums) else DROP
+
+
+def same_experts(layer: Layer) -> Choice:
+  """Returns the choice of every expert in its place."""
+  return Choice(parents=[(e,) for e in range(layer.old.fine_experts)])
+
+
+def ratio(gates: Gates) -> float:
+  """Returns the sum of all gates before, divided by that after; 1 if unknown."""
+  if gates.before is None or gates.after is None:
+    return 1.0
+  return float(gates.before.sum() / gates.after.sum())

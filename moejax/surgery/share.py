@@ -1,0 +1,123 @@
+"""Share: the experts that are used most become part of the shared expert.
+
+Every token visits them from then on, with a fixed weight: by default the mean gate that
+the expert had over all tokens, so that its mean contribution stays. A shared expert that
+is there grows by their neurons.
+"""
+
+import copy
+import dataclasses
+from typing import Literal
+
+import numpy as np
+from jaxtyping import Float, Shaped
+
+from moejax.config import Config
+from moejax.config.router import make_router
+from moejax.errors import UserError
+from moejax.options import Range, count, option
+from moejax.surgery.operation import (
+  EXPERTS,
+  SHARED,
+  Choice,
+  Layer,
+  Operation,
+  Source,
+  best,
+  equal_groups,
+  flat,
+  refuse_below,
+  taken,
+)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Share(Operation):
+  """Makes the most used experts of every layer shared ones."""
+
+  name = "share"
+  summary = "the most used experts become shared, so that every token visits them"
+
+  number: int = option(1, "experts that become shared", count(1, 1024, "fewer than E"))
+  gate: float = option(
+    0.0,
+    "weight of their outputs; 0 is each one's mean gate over all tokens",
+    Range(0, 1e4, why_high="outputs would be nothing but this"),
+  )
+  selected: Literal["less", "same"] = option(
+    "less", "choices per token: fewer by those shared, at the old cost; or the same"
+  )
+
+  @property
+  def reads_text(self) -> bool:
+    return True
+
+  def check(self, old: Config) -> None:
+    if old.moe.expert_bias:
+      raise UserError(
+        "--config.moe.expert_bias=true: shared experts have no biases, so none of these "
+        "experts can become one."
+      )
+    router, flag = make_router(old.moe), f"--number={self.number}"
+    left = old.moe.fine_experts - self.number
+    equal_groups(old.moe, max(left, 0), flag)
+    if router.has_table or router.fixed_slots:
+      raise UserError(
+        f"--config.moe.router={old.moe.router} does not let a single expert of a layer "
+        "go. Change the router first (operation reroute)."
+      )
+    if self.selected == "less" and router.fixed_selected is not None:
+      raise UserError(
+        f"--selected=less: --config.moe.router={old.moe.router} fixes the choices per "
+        "token. Use --selected=same."
+      )
+    selected = self._selected(old)
+    if selected < 1:
+      raise UserError(
+        f"{flag} --selected=less: a token chooses {old.moe.fine_selected} experts, and "
+        "none would be left to choose. Use --selected=same."
+      )
+    refuse_below(selected, left, flag)
+
+  def _selected(self, old: Config) -> int:
+    less = self.number if self.selected == "less" else 0
+    return old.moe.fine_selected - less
+
+  def new_config(self, old: Config, asked: Config) -> Config:
+    new = copy.deepcopy(asked)
+    new.moe = flat(new.moe)
+    new.moe.num_experts -= self.number
+    new.moe.num_selected = self._selected(old)
+    new.moe.num_shared = old.moe.num_shared + self.number
+    new.moe.shared_hidden = old.moe.shared_width + self.number * old.moe.fine_hidden
+    return new
+
+  def choose(self, source: Source) -> dict[int, Choice]:
+    found = {}
+    for number, layer in source.layers.items():
+      sums = source.measured.sums[number]
+      groups = make_router(layer.old).expert_groups
+      # Of each group of the router as many.
+      shared = best(sums["load"], self.number, groups)
+      rest = [e for e in range(layer.old.fine_experts) if e not in shared]
+      mean = sums["gate"][list(shared)] / max(float(sums["tokens"]), 1.0)
+      gates = [self.gate or float(g) for g in mean]
+      found[number] = Choice(
+        parents=[(e,) for e in rest], shared=shared, shared_gates=tuple(gates)
+      )
+    return found
+
+  def leaf(self, name: str, layer: Layer) -> Shaped[np.ndarray, "..."]:
+    if not name.startswith(SHARED):
+      return taken(name, layer)
+    below = name.removeprefix(SHARED)
+    hidden = layer.axis(name, "hidden")
+    assert hidden is not None
+    experts = layer.arrays[f"{EXPERTS}{below}"]
+    parts: list[Float[np.ndarray, "..."]] = []
+    if name in layer.arrays:
+      parts.append(layer.arrays[name])
+    for expert, gate in zip(layer.choice.shared, layer.choice.shared_gates, strict=True):
+      own = experts[expert]
+      parts.append(layer.scaled(own, gate) if below == "w_out" else own)
+    return np.concatenate(parts, axis=hidden)

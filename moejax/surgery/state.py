@@ -1,0 +1,168 @@
+"""The optimizer's state of a run after an operation.
+
+reset      none: the new run starts at step 0, and training begins with --init_from
+keep       the moments go through the same operation as their parameters; those of new
+           parameters are zero. Training goes on in the new directory, at the same step
+broadcast  as keep, and experts made of a dense layer have its moments
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import numpy as np
+
+from moejax.checkpoint import fingerprint
+from moejax.checkpoint.lazy import LazyArray
+from moejax.checkpoint.read import DamagedCheckpointError, read_state
+from moejax.checkpoint.slices import Slices
+from moejax.errors import UserError
+from moejax.models import trained
+from moejax.surgery.operation import Choice, Kind
+from moejax.surgery.plan import Plan
+from moejax.train.optimizer import make_optimizer
+
+RESET, KEEP, BROADCAST = MODES = ("reset", "keep", "broadcast")
+
+_KINDS = {
+  "mu": Kind.GRADIENT,
+  "trace": Kind.GRADIENT,
+  "nu": Kind.SQUARE,
+}
+"""What an optimizer's arrays hold, by the name that optax gives them."""
+
+_SMALL = ("step", "key", "bad_steps")
+
+
+def opt_state_shapes(plan: Plan) -> Any:
+  """Returns the shapes of the new optimizer state."""
+  optimizer = make_optimizer(
+    plan.new.optimizer,
+    num_steps=plan.new.train.num_steps,
+    axes=plan.new_model.logical_axes(),
+    trained=plan.new_model.trained(),
+  )
+  return jax.eval_shape(optimizer.init, plan.shapes)
+
+
+def check(plan: Plan, slices: Slices, mode: str) -> None:
+  """Rejects a state that does not go through the operation.
+
+  Raises:
+    UserError: the checkpoint has none, or the optimizer keeps what is no moment.
+  """
+  if mode == RESET:
+    return
+  if not slices.names("opt_state."):
+    raise UserError(
+      f"--optimizer={mode}: this checkpoint has no optimizer state. Use "
+      "--optimizer=reset."
+    )
+  for name, leaf in fingerprint.named_leaves(opt_state_shapes(plan)).items():
+    split(plan, slices, name, leaf.shape)
+
+
+def split(
+  plan: Plan, slices: Slices, name: str, shape: tuple[int, ...]
+) -> tuple[str, str, Kind] | None:
+  """Returns the prefix, the parameter and the kind of a moment; None for a count.
+
+  Args:
+    plan: of the operation.
+    slices: the source.
+    name: of a new array, below `opt_state.`.
+    shape: of that array.
+
+  Raises:
+    UserError: it is neither a moment like its parameter nor a number.
+  """
+  if not shape and f"opt_state.{name}" in slices.leaves:
+    return None
+  params = fingerprint.named_leaves(plan.shapes)
+  words = name.split(".")
+  for cut in range(1, len(words)):
+    param = ".".join(words[cut:])
+    kind = _KINDS.get(words[cut - 1])
+    if param in params and kind is not None and params[param].shape == shape:
+      prefix = f"opt_state.{'.'.join(words[:cut])}."
+      if slices.names(prefix):
+        return prefix, param, kind
+  raise UserError(
+    f"--optimizer=keep: the state of optimizer {plan.new.optimizer.name} is not a "
+    f"moment for each parameter ({name}), so the operation cannot change it. Use "
+    "--optimizer=reset."
+  )
+
+
+def others(
+  plan: Plan, slices: Slices, choices: Mapping[int, Choice], mode: str
+) -> dict[str, Any]:
+  """Returns the rest of the new train state: step, key, counts and moments.
+
+  Raises:
+    UserError: as `check`; or the source is damaged.
+  """
+  drops_new = mode == KEEP and not plan.operation.needs_moe
+  makers: dict[str, Any] = {}
+
+  def leaf(path: Any, shape: Any) -> LazyArray:
+    name = fingerprint.leaf_name(path)
+    found = split(plan, slices, name, shape.shape)
+    if found is None:
+      return _stored(slices, f"opt_state.{name}")
+    prefix, param, kind = found
+    if drops_new and _is_new(plan, param):
+      return _zeros(shape)
+    if prefix not in makers:
+      makers[prefix] = plan.maker(slices, choices, prefix, kind)
+    return makers[prefix](param, shape)
+
+  small = _small(slices)
+  shapes = opt_state_shapes(plan)
+  return small | {"opt_state": jax.tree_util.tree_map_with_path(leaf, shapes)}
+
+
+def _is_new(plan: Plan, name: str) -> bool:
+  """Returns whether a parameter belongs to a feed-forward that is made anew."""
+  blocks = {plan.new_layers[number].block for number in plan.changed}
+  return any(name.startswith(f"{block}.moe.") for block in blocks)
+
+
+def _stored(slices: Slices, name: str) -> LazyArray:
+  return LazyArray(
+    shape=slices.shape(name),
+    dtype=slices.dtype(name),
+    read=lambda index: np.asarray(slices.read(name)[index]),
+  )
+
+
+def _zeros(shape: Any) -> LazyArray:
+  def read(index: tuple[slice, ...]) -> np.ndarray:
+    sizes = [len(range(*s.indices(n))) for s, n in zip(index, shape.shape, strict=True)]
+    return np.zeros(sizes, shape.dtype)
+
+  return LazyArray(
+    shape=shape.shape,
+    dtype=np.dtype(shape.dtype),
+    read=read,
+    stacked=min(1, len(shape.shape)),
+  )
+
+
+def _small(slices: Slices) -> dict[str, Any]:
+  """Returns the step, the random key and the counts of bad steps, as jax arrays."""
+  number = jax.ShapeDtypeStruct((), np.int32)
+  target = {
+    "step": number,
+    "key": jax.eval_shape(lambda: jax.random.key(0)),
+    "bad_steps": {"total": number, "in_a_row": number},
+  }
+  try:
+    return read_state(slices.directory, slices.meta, target)
+  except DamagedCheckpointError as e:
+    raise UserError(f"{slices.directory} is damaged: {e}. Choose another --step.") from e
+
+
+def names_of_untrained(plan: Plan) -> list[str]:
+  """Returns the parameters without moments."""
+  return trained.names(plan.new_model.trained())

@@ -1,0 +1,337 @@
+"""Fewer experts: which ones go, what their average is, and when nothing changes."""
+
+import jax
+import numpy as np
+import pytest
+
+from moejax.config.check import validate
+from moejax.errors import UserError
+from moejax.surgery.clone import Clone
+from moejax.surgery.join import Join
+from moejax.surgery.merge import Merge
+from moejax.surgery.operation import CLOSE, DROP, EQUAL, Choice, Kind, mapped_table
+from moejax.surgery.prune import Prune, concentration
+from moejax.surgery.share import Share
+from moejax.surgery.split import Split
+from tests.surgery.common import (
+  D,
+  chosen,
+  config,
+  draw,
+  layer_of,
+  make_plan,
+  operate,
+  run_layer,
+  unscaled,
+  with_layer,
+)
+
+SUMS = {
+  0: {
+    "tokens": np.array(100.0),
+    "load": np.array([70.0, 60.0, 40.0, 30.0]),
+    "gate": np.array([40.0, 30.0, 20.0, 10.0]),
+    "norm": np.array([70.0, 180.0, 200.0, 60.0]),
+    "gated_norm": np.array([35.0, 60.0, 80.0, 60.0]),
+    "outputs": np.array([[1.0, 0], [0, 1], [1, 0.1], [0.1, 1]]),
+    "logits": np.array([[4.0, 0, 1, 0], [0, 4, 0, 1], [1, 0, 1, 0], [0, 1, 0, 1]]),
+  }
+}
+
+
+@pytest.mark.parametrize(
+  ("by", "kept"),
+  [
+    ("load", (0, 1)),
+    # 35/70, 60/60, 80/40, 60/30: the mean of gate times norm.
+    ("reap", (2, 3)),
+    ("norm", (1, 2)),
+    # 1, 3, 5, 2.
+    ("mean_norm", (1, 2)),
+  ],
+)
+def test_the_least_important_experts_go(by, kept):
+  """By each measure the two lowest of four are left out; ties go by index."""
+  old = config()
+  plan = make_plan(Prune(experts=2, by=by), old)
+  choice = chosen(plan, draw(old), SUMS)[0]
+  assert tuple(choice.sources) == kept
+  assert not choice.exact
+
+
+def test_the_most_even_weights_go_without_any_text():
+  """AIMER drops the highest mean|w| / rms(w): an expert of equal weights has ratio 1."""
+  old = config()
+  params = draw(old)
+  for leaf in layer_of(params)["experts"].values():
+    leaf[2] = np.sign(leaf[2])
+  plan = make_plan(Prune(experts=3, by="weights"), old)
+  assert chosen(plan, params)[0].sources == [0, 1, 3]
+  arrays = layer_of(params)["experts"]
+  both = np.concatenate([arrays[n][1].reshape(-1) for n in ("w_in", "w_out")])
+  layer = _layer(plan, params)
+  wanted = np.abs(both).mean() / np.sqrt(np.square(both).mean())
+  np.testing.assert_allclose(concentration(layer)[[1, 2]], [wanted, 1.0], rtol=1e-6)
+
+
+def _layer(plan, params):
+  from moejax.surgery.plan import InMemory
+
+  return plan.layer(0, InMemory({"params": params}))
+
+
+def test_groups_of_a_router_lose_equally_many():
+  """Of two groups of two, each keeps its best, though both best are in the first."""
+  groups = {"num_expert_groups": 2, "num_selected_groups": 2}
+  old = config(router="sigmoid_bias", options={"sigmoid_bias": groups})
+  plan = make_plan(Prune(experts=2, by="load"), old)
+  assert chosen(plan, draw(old), SUMS)[0].sources == [0, 2]
+  with pytest.raises(UserError, match="multiple of 2"):
+    Prune(experts=3).check(old)
+
+
+def unvisited(**fields):
+  """A layer whose expert 2 is never chosen, but has some probability."""
+  old = config(router_bias=True, **fields)
+  params = draw(old)
+  layer_of(params)["router"]["logit_bias"][2] = -7.0
+  sums = {0: SUMS[0] | {"load": np.array([40.0, 30.0, 0.0, 20.0])}}
+  return old, params, sums
+
+
+@pytest.mark.parametrize("renormalize", ["before_drop", "none"])
+def test_an_expert_that_nobody_visits_can_go(renormalize):
+  """With renormalised gates nothing changes; raw softmax loses its logit.
+
+  Then the probabilities of the others grow, by less than its own share.
+  """
+  old, params, sums = unvisited(renormalize=renormalize)
+  done = operate(Prune(experts=3, by="load"), old, params, sums=sums)
+  assert done.choices[0].sources == [0, 1, 3]
+  y = run_layer(old, params)[0]
+  new_y = run_layer(done.plan.new, done.params)[0]
+  difference = np.abs(new_y - y).max() / np.abs(y).max()
+  if renormalize == "none":
+    assert done.expected == CLOSE
+    assert 1e-5 < difference < 0.05
+  else:
+    assert done.expected == EQUAL
+    assert difference < 1e-5
+
+
+@pytest.mark.parametrize(
+  "router", ["top_k", pytest.param("group_limited", marks=pytest.mark.slow)]
+)
+def test_an_expert_that_nobody_visits_can_go_if_its_logit_stays(router):
+  """Under raw softmax, with --denominator: outputs, and the gradient of the input."""
+  old, params, sums = unvisited(router=router)
+  prune = Prune(experts=3, by="load", denominator=True)
+  done = operate(prune, old, params, sums=sums)
+  assert done.expected == EQUAL
+  assert layer_of(done.params)["router"]["pruned"].shape == (D, 1)
+  y, grads, dx = run_layer(old, params)
+  new_y, new_grads, new_dx = run_layer(done.plan.new, done.params)
+  np.testing.assert_allclose(new_y, y, atol=1e-5 * np.abs(y).max())
+  np.testing.assert_allclose(new_dx, dx, atol=1e-5 * np.abs(dx).max())
+  # The row without an expert still learns, as it did.
+  old_row, row = grads["router"]["weight"][:, 2:3], new_grads["router"]["pruned"]
+  np.testing.assert_allclose(row, old_row, atol=1e-4 * np.abs(old_row).max())
+
+
+def test_rows_without_experts_are_refused_where_they_do_nothing():
+  for fields in ({"router": "sigmoid_bias"}, {"renormalize": "before_drop"}):
+    with pytest.raises(UserError, match="--denominator"):
+      Prune(experts=3, denominator=True).check(config(**fields))
+    with pytest.raises(UserError, match="moe.pruned_rows"):
+      validate(config(pruned_rows=1, **fields))
+
+
+@pytest.mark.slow
+def test_an_expert_that_nobody_visits_can_go_under_sigmoid_scores():
+  """Each score stands alone, so gates of the others stay. (Selection has a bias.)"""
+  old, params, sums = unvisited(router="sigmoid_bias")
+  done = operate(Prune(experts=3, by="load"), old, params, sums=sums)
+  assert done.expected == EQUAL
+  y, new_y = run_layer(old, params)[0], run_layer(done.plan.new, done.params)[0]
+  np.testing.assert_allclose(new_y, y, atol=1e-5 * np.abs(y).max())
+
+
+def tree_equal(one, other):
+  jax.tree.map(np.testing.assert_array_equal, one, other)
+
+
+@pytest.mark.parametrize("activation", ["swiglu", "gelu"])
+def test_clone_then_merge_gives_the_original_parameters(activation):
+  """Bit by bit, and moments up to rounding: copies have a part of them each."""
+  old = config(
+    model__activation=activation, expert_bias=True, num_shared=1, router="sigmoid_bias"
+  )
+  params = draw(old)
+  first = make_plan(Clone(factor=3), old)
+  cloned = unscaled(first, params)
+  merge = Merge(experts=4, group_by="order", weigh="even")
+  second = make_plan(merge, first.new)
+  tree_equal(unscaled(second, cloned), params)
+  choices = chosen(second, cloned)
+  assert choices[0].exact
+  squares = jax.tree.map(np.square, params)
+  for kind, tree in ((Kind.GRADIENT, params), (Kind.SQUARE, squares)):
+    there = _moments(first, chosen(first, params), tree, kind)
+    back = _moments(second, choices, there, kind)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5), back, tree)
+
+
+def _moments(plan, choices, tree, kind):
+  from moejax.checkpoint import fingerprint
+  from moejax.surgery.plan import InMemory
+
+  make = plan.maker(InMemory({"m": tree}), choices, "m.", kind)
+  return jax.tree_util.tree_map_with_path(
+    lambda path, shape: np.asarray(make(fingerprint.leaf_name(path), shape)), plan.shapes
+  )
+
+
+def test_split_then_join_gives_the_original_parameters():
+  """Values, and gradients: a split only cuts, and a join only concatenates."""
+  old = config(model__activation="swiglu", expert_bias=True)
+  params = draw(old)
+  first = make_plan(Split(pieces=3), old)
+  pieces = unscaled(first, params)
+  second = make_plan(Join(pieces=3), first.new)
+  back = unscaled(second, pieces)
+  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), back, params)
+  assert second.new.moe == old.moe
+
+
+def permuted_copy(params, expert, of, rng):
+  """Makes one expert another with its neurons in another order."""
+  experts = layer_of(params)["experts"]
+  order = rng.permutation(experts["w_in"].shape[2])
+  for name, x in experts.items():
+    if name == "out_bias":
+      x[expert] = x[of]
+    elif name == "w_out":
+      x[expert] = x[of][order]
+    else:
+      x[expert] = x[of][..., order]
+
+
+@pytest.mark.parametrize("rows", ["alias", "dominant"])
+def test_two_equal_experts_become_one(rows):
+  """Their neurons stand in another order and are aligned before averaging.
+
+  As aliases, with both router rows kept, nothing changes. With the row of one of them,
+  the other's tokens go elsewhere.
+  """
+  old = config(expert_bias=True, renormalize="before_drop")
+  params = draw(old)
+  permuted_copy(params, 3, 0, np.random.default_rng(1))
+  merge = Merge(experts=3, group_by="outputs", weigh="load", rows=rows)
+  sums = {0: SUMS[0] | {"outputs": np.array([[1.0, 0], [0, 1], [1, -1], [1, 0]])}}
+  done = operate(merge, old, params, sums=sums)
+  assert done.choices[0].exact
+  y, new_y = run_layer(old, params)[0], run_layer(done.plan.new, done.params)[0]
+  difference = np.abs(new_y - y).max() / np.abs(y).max()
+  if rows == "alias":
+    assert done.expected == EQUAL
+    assert difference < 1e-5
+  else:
+    assert done.expected == DROP
+    assert difference > 1e-2
+
+
+def test_groups_and_weights_of_a_merge():
+  """The two used most stay; each other joins the most similar; use weighs the mean."""
+  old = config(model__activation="swiglu")
+  params = draw(old)
+  plan = make_plan(Merge(experts=2, align=False), old)
+  choice = chosen(plan, params, SUMS)[0]
+  assert list(choice.parents) == [(0, 2), (1, 3)]
+  np.testing.assert_allclose(choice.weights, [[70 / 110, 40 / 110], [60 / 90, 30 / 90]])
+  before = layer_of(params)
+  after = layer_of(unscaled(plan, params, SUMS))
+  wanted = (70 * before["experts"]["w_in"][0] + 40 * before["experts"]["w_in"][2]) / 110
+  np.testing.assert_allclose(after["experts"]["w_in"][0], wanted, atol=1e-6)
+  tree_equal(after["router"]["weight"], before["router"]["weight"][:, :2])
+
+
+def test_the_most_used_expert_becomes_shared():
+  """Its neurons join the shared expert, with its mean gate: 40 of 100 tokens' gates."""
+  old = config(model__activation="swiglu", num_shared=1, segments=2, num_selected=1)
+  params = draw(old)
+  sums = {
+    0: {"tokens": np.array(100.0), "load": np.arange(8.0), "gate": np.full(8, 40.0)}
+  }
+  plan = make_plan(Share(), old)
+  assert (plan.new.moe.fine_experts, plan.new.moe.fine_selected) == (7, 1)
+  assert plan.new.moe.shared_width == 12
+  before = layer_of(params)
+  after = layer_of(unscaled(plan, params, sums))
+  for name in ("w_in", "w_gate"):
+    tree_equal(after["shared"][name][:, 6:], before["experts"][name][7])
+  tree_equal(after["shared"]["w_in"][:, :6], before["shared"]["w_in"])
+  np.testing.assert_allclose(
+    after["shared"]["w_out"][6:], 0.4 * before["experts"]["w_out"][7], rtol=1e-6
+  )
+  tree_equal(after["experts"]["w_in"], before["experts"]["w_in"][:7])
+
+
+def test_a_table_gives_ids_of_lost_experts_others():
+  """Kept experts keep their ids, under new numbers; nobody gets one twice."""
+  table = np.array([[0, 1], [2, 3], [3, 0], [2, 1]])
+  choice = Choice(parents=[(3,), (1,), (0,)])
+  out = mapped_table(table, choice, 2)
+  assert out[0].tolist() == [2, 1]
+  assert out[2].tolist() == [0, 2]
+  assert out[1][0] == 0 and out[3][0] == 1
+  assert all(len(set(row)) == 2 for row in out)
+
+
+@pytest.mark.parametrize(
+  ("operation", "fields", "words"),
+  [
+    (Prune(experts=1), {}, "a token chooses 2 experts, and 1 would be left"),
+    (Prune(experts=4), {}, "not fewer than the 4"),
+    (Prune(), {}, "--experts=N is missing"),
+    (Prune(experts=3), {"router": "dense"}, None),
+    (Prune(experts=3, by="loss"), {"router": "hash"}, "--by=load"),
+    (Merge(experts=3, group_by="order"), {}, "Give a divisor"),
+    (Share(number=3), {"num_selected": 1}, "--selected=same"),
+    (Share(), {"expert_bias": True}, "no biases"),
+    (Share(), {"router": "hash"}, "reroute"),
+    (Split(pieces=5), {}, "does not divide the 12 neurons"),
+    (Split(), {"router": "switch", "num_selected": 1}, "operation reroute"),
+    (Join(pieces=4), {}, "must divide the 4 experts and the 2 choices"),
+    (
+      Prune(experts=3),
+      {"router": "soft", "capacity_factor": 1.0, "eval_capacity_factor": 1.0},
+      "learned slots",
+    ),
+  ],
+)
+def test_what_cannot_be_done_is_told_with_a_remedy(operation, fields, words):
+  """Before anything is read."""
+  if words is None:
+    operation.check(config(**fields))
+    return
+  with pytest.raises(UserError, match=words):
+    operation.check(config(**fields))
+
+
+def test_widths_stay_those_of_one_layer():
+  """After any operation all experts of the layer are D x F; D never changes."""
+  for operation in (Clone(), Split(pieces=4), Prune(experts=2, by="weights")):
+    plan = make_plan(operation, config())
+    shapes = layer_of(unscaled(plan, draw(config())))["experts"]["w_in"].shape
+    assert shapes == (plan.new.moe.fine_experts, D, plan.new.moe.fine_hidden)
+
+
+def test_gradients_of_a_merged_expert_are_the_sum_of_its_members():
+  """Momentum of two experts that become one adds up, as their gradients would."""
+  old = config()
+  params = draw(old)
+  plan = make_plan(Merge(experts=2, group_by="order", weigh="even", align=False), old)
+  grads = with_layer(params, layer_of(params))
+  found = layer_of(_moments(plan, chosen(plan, params), grads, Kind.GRADIENT))
+  w_in = layer_of(params)["experts"]["w_in"]
+  np.testing.assert_allclose(found["experts"]["w_in"][0], w_in[0] + w_in[1], rtol=1e-5)
