@@ -59,6 +59,10 @@ _FLUSH = 1 << 30
 Arrays = dict[str, Any]
 """Sums by name, arrays of the devices or of the host."""
 
+Visit = Callable[[Routes, Array | None, Any], None]
+"""Sees (routes, kept, batch): `kept` [L, B, S, K] says which choices the capacity of
+training keeps; None for a router whose tokens do not choose."""
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Vocabulary:
@@ -100,7 +104,7 @@ def collect(
   words: Vocabulary,
   limit: int = 0,
   progress: Callable[[int], None] | None = None,
-  visit: Callable[[Routes, Any], None] | None = None,
+  visit: Visit | None = None,
 ) -> Arrays:
   """Runs the model over a split and returns sums, in float64 and int64.
 
@@ -114,7 +118,7 @@ def collect(
     words: from `vocabulary`.
     limit: maximum number of batches; 0 is all.
     progress: called with the number of tokens seen so far.
-    visit: called with each batch's routes and arrays, still on the devices.
+    visit: called with each batch, still on the devices.
 
   Raises:
     UserError: the split has no text.
@@ -133,10 +137,9 @@ def collect(
   )
   with jax.set_mesh(mesh):
     for batch in batches:
-      tables, sums, routes = step(params, tables, batch)
+      tables, sums, seen = step(params, tables, batch)
       if visit is not None:
-        assert routes is not None
-        visit(routes, batch)
+        visit(*seen, batch)
       _add(total, pending)  # While the devices compute this batch.
       pending = sums
       since += batch["inputs"].size
@@ -174,8 +177,8 @@ def make_step(
   words: Vocabulary,
   *,
   with_routes: bool = False,
-) -> Callable[..., tuple[Arrays, Arrays, Routes | None]]:
-  """Returns a jitted (params, tables, batch) -> (tables, sums, routes or None)."""
+) -> Callable[..., tuple[Arrays, Arrays, tuple[Routes, Array | None] | None]]:
+  """Returns a jitted (params, tables, batch) -> (tables, sums, what a visit gets)."""
   moe, factor = model.moe, groups.least_factor(model)
   can_replay = decide.undecidable(model) is None
   row, of_class = jnp.asarray(words.row), jnp.asarray(words.frequency_class)
@@ -208,7 +211,7 @@ def make_step(
       trained = decide.decide(moe, recorded, own, moe.capacity_factor)
     sums |= _drops(trained, valid, where)
     sums |= streaks.sums(routes.served, valid)
-    return tables, sums, (routes if with_routes else None)
+    return tables, sums, ((routes, trained.kept) if with_routes else None)
 
   shardings = (
     param_shardings(model, mesh),

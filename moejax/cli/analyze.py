@@ -4,7 +4,7 @@
     [--steps=all|100,200] [--out=DIR] [--max_batches=N]
     [--replay --capacity_factor=0.5,1,2 --overflow=drop,next_best --confirm=2]
     [--knockout[=LAYER,...] --knockout_tokens=next_best|none --knockout_pairs=N]
-    [--trace=FILE --trace_what=choices|logits] [--from_trace=FILE]
+    [--trace=FILE --trace_what=choices|logits] [--from_trace=FILE] [--explore_tokens=N]
 
 Writes analysis.json, figures/ and index.html (open it in a browser; it needs no network)
 to --out, by default DIR/analysis. docs/analysis.md says what each measure means and when
@@ -126,6 +126,14 @@ _FROM = flags.DEFINE_string(
   "from_trace", None, "--replay: read this trace; the model is not run."
 )
 
+_EXPLORE = flags.DEFINE_integer(
+  "explore_tokens",
+  20_000,
+  "Tokens that the page shows with all choices; 0 makes a page without text.",
+  lower_bound=0,
+  upper_bound=1_000_000,
+)
+
 
 def main() -> None:
   # jax is imported after the flags are checked.
@@ -182,6 +190,7 @@ def _asked(workdir: pathlib.Path) -> Asked:
     trace=pathlib.Path(_TRACE.value) if _TRACE.value else None,
     trace_what=_WHAT.value,
     from_trace=pathlib.Path(_FROM.value) if _FROM.value else None,
+    explore_tokens=_EXPLORE.value,
   )
 
 

@@ -44,6 +44,8 @@ class Asked:
   trace: pathlib.Path | None
   trace_what: str
   from_trace: pathlib.Path | None
+  explore_tokens: int
+  """Most tokens shown on the page."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

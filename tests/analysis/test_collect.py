@@ -29,7 +29,7 @@ def _collected(devices: int, batch_size: int = 8, **changes):
     mesh=make_mesh(MeshConfig(), jax.devices()[:devices]),
     batch_size=batch_size,
     words=collect.vocabulary(counts),
-    visit=lambda routes, batch: seen.append(jax.device_get((routes, batch))),
+    visit=lambda routes, _, batch: seen.append(jax.device_get((routes, batch))),
   )
   return model, params, sums, seen
 
