@@ -66,9 +66,9 @@ def test_the_page_decodes_to_the_sample(rendered):
 
 def test_a_choice_costs_two_bytes():
   """What the size of a page is made of: expert and weight of each choice, in base64."""
-  _, tokens, _ = cases.synthetic(layers=1, experts=64, choices=8, tokens=2000)
+  _, tokens, _ = cases.synthetic(layers=1, experts=64, choices=8, tokens=20_000)
   packed = pack.pack(facts.layer_columns(tokens, 0, 64), differences=("gate",))
-  assert len(packed) / 2000 < 22  # Of 8 choices, 2 alternatives and a byte of drops.
+  assert len(packed) / 20_000 < 22  # Of 8 choices, 2 alternatives and a byte of drops.
 
 
 @pytest.mark.slow
