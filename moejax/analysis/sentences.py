@@ -39,6 +39,9 @@ def _loads(found: dict[str, Any]) -> str:
   capacity = f"the training capacity of {found['capacity_factor']:g}"
   if rate == 0:
     return f"{text}; {capacity} drops nothing."
+  if "dropped" not in layers[0]["drops"]["place"]:
+    missed = f"up to {rate:.1%} of the tokens without an expert"
+    return f"{text}; {capacity} leaves {missed} (layer {layer})."
   return f"{text}; {capacity} drops up to {rate:.1%} of the choices (layer {layer})."
 
 
@@ -66,9 +69,10 @@ def _preferences(found: dict[str, Any]) -> str:
   if not domains:
     return text + "."
   most = max(domains, key=lambda own: _above(own, "information_fraction"))
-  clear = _above(most, "information_fraction") > _CLEAR
-  told = f"at most {most['information_fraction']:.0%} of what there is to know"
-  return f"{text}; of the domain an expert tells {'' if clear else 'little, '}{told}."
+  return (
+    f"{text}; knowing the expert removes at most {most['information_fraction']:.1%} of "
+    "the uncertainty about the domain."
+  )
 
 
 def _above(own: dict[str, Any], name: str) -> float:

@@ -32,12 +32,12 @@ def test_loads_and_drops_are_those_of_the_worst_layer():
 def test_a_preference_is_one_only_above_chance():
   text = _said(_layer(1))[1]
   assert text.startswith("Experts follow words") and "70%" in text and "20%" in text
-  assert "little, at most 2%" in text
+  assert "at most 2.0% of the uncertainty" in text
   chance = {"input": {"favourite": 0.25, "chance": 0.2}}
   told = {"information_fraction": 0.4, "chance": 0.0}
   text = _said(_layer(1, words=chance, domains=told))[1]
   assert text.startswith("Experts hardly follow words")
-  assert "little" not in text and "at most 40%" in text
+  assert "at most 40.0%" in text
 
 
 def test_what_matters_is_the_knock_out_or_unknown():

@@ -8,6 +8,7 @@ plain JavaScript and are put into the page as they are.
 import html
 import importlib.util
 import pathlib
+import re
 import string
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -71,7 +72,7 @@ def render(
   template = string.Template(_read("page.html"))
   return template.substitute(
     title=html.escape(title),
-    sentences="\n".join(f"<li>{html.escape(text)}</li>" for text in sentences),
+    sentences="\n".join(f"<li>{_sentence(text)}</li>" for text in sentences),
     about=html.escape(_about(found)),
     table="".join(_table(found)),
     undefined="\n".join(_undefined(found)),
@@ -83,6 +84,11 @@ def render(
     ),
     script="\n".join(_read(f"{name}.js") for name in SCRIPTS),
   )
+
+
+def _sentence(text: str) -> str:
+  """Returns a sentence in HTML; flags in it are not broken over lines."""
+  return re.sub(r"(--[a-z_]+)", r"<code>\1</code>", html.escape(text))
 
 
 def _read(name: str) -> str:

@@ -68,7 +68,7 @@ class Plots {
       ["load", "Load, over an even load", "Each expert of each layer; a click chooses it.", ["layer", "expert"], () => this.load(), "whole"],
       ["pairs", "Experts that compute the same tokens", "Lift over chance: 1 is chance. A click chooses the expert of the row.", ["layer", "expert"], () => this.matrix("lift", "lift / chance", { scheme: "blueorange", domain: [0, 1, 2], clamp: true })],
       ["flow", "Where its tokens go in the next MoE layer", "Share of the row's tokens that the column's expert computes.", ["layer", "expert"], () => this.matrix("flow", "share", { scheme: "viridis" })],
-      ["similarity", "Similarity of outputs", "CKA of what two experts compute for the same tokens: 1 is equal up to rotation.", ["layer", "expert"], () => this.matrix("cka", "CKA", { scheme: "viridis", domain: [0, 1] })],
+      ["similarity", "Similarity of outputs", this.aboutSimilarity(), ["layer", "expert"], () => this.matrix("cka", "CKA", { scheme: "viridis", domain: [0, 1] })],
       ["knockout", "Loss without each expert", "Change in nats per token, with two standard errors.", ["layer", "expert"], () => this.knockout()],
       ["saturation", "Choices that the last checkpoint makes too", "By step of training; chance is for this layer's loads.", ["layer"], () => this.saturation()],
       ["specialisation", "Preferences, over chance", "A word's favourite expert, and what an expert tells of the domain. Only the distance to chance says something.", [], () => this.specialisation()],
@@ -113,11 +113,12 @@ class Plots {
     const chart = make("div", { cls: "chart" + (spec.picks ? " picks" : "") });
     const rows = spec.data.values;
     if (!old) {
-      figure.append(make("h3", {}, ""), chart, make("figcaption", {}, caption), this.numbers());
+      figure.append(make("h3", {}, ""), chart, make("figcaption"), this.numbers());
       this.section.querySelector(".figures").append(figure);
     }
     figure.hidden = false;
     figure.rows = rows;
+    figure.querySelector("figcaption").textContent = caption;
     const number = this.state.numbers[this.state.now.layer];
     figure.querySelector("h3").textContent = title + (spec.ofLayer ? `, layer ${number}` : "");
     const picks = spec.picks;
@@ -192,6 +193,12 @@ class Plots {
     });
     spec.layer.at(-1).mark.strokeWidth = 1;
     return { ...spec, ofLayer: true, picks: (datum) => (datum.expert === undefined ? {} : { expert: datum.expert }) };
+  }
+
+  aboutSimilarity() {
+    const chance = this.data.facts.layers[this.state.now.layer].ckaShuffled;
+    const unrelated = chance ? `; shuffled tokens give ${shown(chance.mean, 2)} ± ${shown(chance.std, 2)}` : "";
+    return `CKA of what two experts compute for the same tokens: 1 is equal up to rotation${unrelated}.`;
   }
 
   knockout() {

@@ -157,6 +157,7 @@ def _layer(
     },
     "experts": {
       "cka": rng.random((experts, experts)).tolist(),
+      "cka_shuffled": {"mean": 0.001, "std": 0.01},
       "largest_output": rng.random(experts).tolist(),
     },
     "drops": {
