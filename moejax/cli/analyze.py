@@ -128,7 +128,7 @@ _FROM = flags.DEFINE_string(
 
 _EXPLORE = flags.DEFINE_integer(
   "explore_tokens",
-  20_000,
+  restored.EXPLORE_TOKENS,
   "Tokens that the page shows with all choices; 0 makes a page without text.",
   lower_bound=0,
   upper_bound=1_000_000,
@@ -179,7 +179,9 @@ def _asked(workdir: pathlib.Path) -> Asked:
       "one. Leave them out."
     )
   return Asked(
-    out=_writable(pathlib.Path(_OUT.value) if _OUT.value else workdir / "analysis"),
+    out=_writable(
+      pathlib.Path(_OUT.value) if _OUT.value else workdir / restored.ANALYSIS
+    ),
     steps=_STEPS.value,
     limit=_LIMIT.value,
     replay=_values() if _REPLAY.value else None,
