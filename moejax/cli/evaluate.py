@@ -149,10 +149,13 @@ def evaluate(
   from moejax.evaluate import perplexity
 
   tells = jax.process_index() == 0
-  run = restored.opened(workdir, _STEP.value)
+
+  def check(model: Any, dataset: Any) -> None:
+    _check(model, dataset, factors or _own_factors(model))
+
+  run = restored.opened(workdir, _STEP.value, check)
   model, dataset = run.model, run.dataset
   factors = factors or _own_factors(model)
-  _check(model, dataset, factors)
   batch_size = _batch_size(run.config, run.mesh, factors, tells)
   params, meta = run.params()
   what: dict[str, Any] = {

@@ -125,12 +125,18 @@ class Opened:
     return params, meta
 
 
-def opened(workdir: pathlib.Path, step: int | None, text: str | None = None) -> Opened:
+def opened(
+  workdir: pathlib.Path,
+  step: int | None,
+  check: Callable[[Any, Any], None],
+  text: str | None = None,
+) -> Opened:
   """Opens a run; called in every process of a job.
 
   Args:
     workdir: of the run.
     step: of the checkpoint; None is the newest.
+    check: rejects, given model and dataset, what could not be done with them.
     text: a file or folder that is read in place of the run's dataset.
 
   Raises:
@@ -156,6 +162,7 @@ def opened(workdir: pathlib.Path, step: int | None, text: str | None = None) -> 
       raise UserError(f"--text={text}: {error}") from error
     raise
   model = groups.make_model(config, dataset.tokenizer.vocab_size)
+  check(model, dataset)
   perplexity.check_params(model, shapes)
   return Opened(
     workdir=workdir,
@@ -186,9 +193,12 @@ def restore(request: Request, prepare: Callable[[Run], Run]) -> Run:
 
   steps = _steps(request)
   split = "train" if request.text else request.split
-  found = opened(request.workdir, steps[-1] if steps else None, request.text)
+
+  def check(model: Any, dataset: Any) -> None:
+    _check(model, dataset, split, request)
+
+  found = opened(request.workdir, steps[-1] if steps else None, check, request.text)
   config, model, dataset = found.config, found.model, found.dataset
-  _check(model, dataset, split, request)
   factors = (groups.least_factor(model), config.moe.capacity_factor)
   run = Run(
     config=config,
