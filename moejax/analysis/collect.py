@@ -139,7 +139,9 @@ def collect(
     for batch in batches:
       tables, sums, seen = step(params, tables, batch)
       if visit is not None:
-        visit(*seen, batch)
+        assert seen is not None
+        routes, by_training = seen
+        visit(routes, by_training, batch)
       _add(total, pending)  # While the devices compute this batch.
       pending = sums
       since += batch["inputs"].size

@@ -3,12 +3,12 @@
 import base64
 import html
 import pathlib
-from collections.abc import Sequence
 from typing import Any
 
 from moejax import files
 from moejax.analysis import figures, sentences
 from moejax.analysis.explorer import page
+from moejax.analysis.explorer.facts import Names
 from moejax.analysis.explorer.sample import Sample
 from moejax.run import results
 
@@ -33,7 +33,7 @@ def write(
   found: dict[str, Any],
   out: pathlib.Path,
   sample: Sample | None = None,
-  pieces: Sequence[bytes] = (),
+  names: Names | None = None,
 ) -> list[pathlib.Path]:
   """Writes all files, each whole or not at all; returns JSON and page.
 
@@ -41,7 +41,7 @@ def write(
     found: the measures.
     out: directory, which is made.
     sample: tokens that the page shows; None for a page without text.
-    pieces: bytes of each vocabulary id.
+    names: of ids in the sample.
   """
   out.mkdir(parents=True, exist_ok=True)
   drawn = figures.draw(found)
@@ -50,7 +50,9 @@ def write(
     pass
   pictures = {name: _figure(name, figure) for name, figure in drawn.items()}
   said = sentences.sentences(found)
-  files.write_text(out / PAGE, page.render(found, said, sample, pieces, pictures))
+  files.write_text(
+    out / PAGE, page.render(found, said, sample, names or Names(), pictures)
+  )
   return [out / FILE, out / PAGE]
 
 

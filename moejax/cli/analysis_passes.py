@@ -23,6 +23,7 @@ from moejax.analysis import (
   summary,
   trace,
 )
+from moejax.analysis.explorer.facts import Names
 from moejax.analysis.explorer.sample import Sample, Sampler
 from moejax.checkpoint.manager import restore_params
 from moejax.cli import restored
@@ -57,7 +58,9 @@ def analyze(request: restored.Request, asked: restored.Asked) -> None:
   if asked.knockout is not None:
     found |= _knockout(run, asked)
   if run.tells:
-    paths = report.write(found, asked.out, sample, run.dataset.tokenizer.pieces)
+    dataset = run.dataset
+    names = Names(pieces=dataset.tokenizer.pieces, domains=list(dataset.domains))
+    paths = report.write(found, asked.out, sample, names)
     for line in (*sentences.sentences(found), *paths):
       print(line)
 

@@ -4,6 +4,7 @@ Letters: L MoE layers, E experts, K choices shown per token, A alternatives show
 domains, n tokens of the sample.
 """
 
+import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
@@ -25,13 +26,23 @@ _KEPT = (
 )
 
 
-def facts(found: dict[str, Any], sample: Sample | None, pieces: Sequence[bytes]) -> Any:
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Names:
+  """What ids stand for."""
+
+  pieces: Sequence[bytes] = ()
+  """Bytes of each vocabulary id."""
+  domains: Sequence[str] = ()
+  """All domains of the dataset, also those that the text has no token of."""
+
+
+def facts(found: dict[str, Any], sample: Sample | None, names: Names) -> Any:
   """Returns everything but long columns, JSON-ready.
 
   Args:
     found: what analysis.json says.
     sample: tokens to be shown; None without.
-    pieces: bytes of each vocabulary id.
+    names: of ids.
   """
   known = {name: found[name] for name in _KEPT if name in found}
   domains = found.get("domains", [])
@@ -48,7 +59,7 @@ def facts(found: dict[str, Any], sample: Sample | None, pieces: Sequence[bytes])
   why = found["undefined"].get("ranks", "")
   known |= {"tokensChoose": not why, "note": _note(why) if sample and why else ""}
   if sample is not None:
-    known["sample"] = _sample_facts(sample, pieces)
+    known["sample"] = _sample_facts(sample, names)
   return _short(known)
 
 
@@ -107,8 +118,9 @@ def matrices(found: dict[str, Any]) -> pack.Columns:
   }
 
 
-def _sample_facts(sample: Sample, pieces: Sequence[bytes]) -> dict[str, Any]:
+def _sample_facts(sample: Sample, names: Names) -> dict[str, Any]:
   """Returns the text of the sample: distinct words, and the bytes of odd ones."""
+  pieces = names.pieces
   strings = sorted(set(token_texts(sample, pieces)))
   odd = {}
   for token in np.unique(sample.token).tolist():
@@ -123,6 +135,7 @@ def _sample_facts(sample: Sample, pieces: Sequence[bytes]) -> dict[str, Any]:
     "alternatives": sample.other.shape[-1],
     "strings": strings,
     "bytes": odd,
+    "domains": [words.visible(name) for name in names.domains],
     "gateScale": [pack.quantized(gate)[1] for gate in sample.gate],
     "otherScale": [pack.quantized(p)[1] for p in sample.other_probability],
   }

@@ -14,6 +14,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from moejax.analysis.explorer import facts, pack
+from moejax.analysis.explorer.facts import Names
 from moejax.analysis.explorer.sample import Sample
 
 SCRIPTS = ("data", "state", "text", "token", "card", "plots", "main")
@@ -34,14 +35,14 @@ def library() -> str | None:
 
 
 def blobs(
-  found: dict[str, Any], sample: Sample | None, pieces: Sequence[bytes]
+  found: dict[str, Any], sample: Sample | None, names: Names
 ) -> Iterator[tuple[str, str]]:
   """Yields name and packed content of everything that the page reads."""
-  yield "facts", pack.pack_json(facts.facts(found, sample, pieces))
+  yield "facts", pack.pack_json(facts.facts(found, sample, names))
   yield "matrices", pack.pack(facts.matrices(found))
   if sample is None:
     return
-  columns = facts.text_columns(sample, pieces)
+  columns = facts.text_columns(sample, names.pieces)
   yield "text", pack.pack(columns, differences=_DIFFERENCES)
   for index in range(len(sample.expert)):
     columns = facts.layer_columns(sample, index, found["num_experts"])
@@ -52,7 +53,7 @@ def render(
   found: dict[str, Any],
   sentences: Sequence[str],
   sample: Sample | None,
-  pieces: Sequence[bytes],
+  names: Names,
   pictures: Mapping[str, str],
 ) -> str:
   """Returns the page.
@@ -61,12 +62,12 @@ def render(
     found: what analysis.json says.
     sentences: of the first screen.
     sample: tokens to be shown; None without.
-    pieces: bytes of each vocabulary id.
+    names: of ids.
     pictures: HTML of figures, for a page without the library that draws them.
   """
   title = f"Routers of {pathlib.Path(found['workdir']).name}, step {found['step']}"
   drawing = library()
-  data = dict(blobs(found, sample, pieces))
+  data = dict(blobs(found, sample, names))
   if drawing is not None:
     data["library"] = pack.deflate(drawing.encode())
   template = string.Template(_read("page.html"))

@@ -39,13 +39,14 @@ function heat(rows, { x, y, value, title, scale, digits, picked, height }) {
 
 /** Lines by name: the one of the layer shown is thick, chance is dashed. */
 function lines(rows, x, y, { point = false, whole = true } = {}) {
-  const names = [...new Set(rows.map((row) => row.name))];
+  const names = [...new Set(rows.map((row) => row.name))], places = [...new Set(rows.map((row) => row.x))];
+  const ticks = whole && places.length <= 24 ? { values: places, format: "d" } : {};
   return {
     data: { values: rows },
     height: 210,
     mark: { type: "line", point: point ? { size: 35 } : false, aria: false, tooltip: true },
     encoding: {
-      x: axis("x", x, { scale: { zero: false, nice: false }, axis: whole ? { format: "d", tickMinStep: 1, grid: false } : { grid: false } }),
+      x: axis("x", x, { scale: { zero: false, nice: false }, axis: { grid: false, ...ticks } }),
       y: axis("y", y, { scale: { zero: true } }),
       strokeDash: { field: "name", type: "nominal", title: null, scale: { domain: names, range: names.map((_, i) => DASHES[i % 4]) } },
       color: { field: "name", type: "nominal", title: null, scale: { domain: names, scheme: "tableau10" } },

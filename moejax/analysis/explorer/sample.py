@@ -1,8 +1,9 @@
 """A bounded sample of tokens with what routers decided for each, for the page.
 
-Whole sequences at equal distances, so that every part of a text and every domain has its
-chance. Taken in the pass that collects sums; the host holds the sample, and at most the
-sequences that one batch adds to it.
+Of every stretch of equal length one whole sequence, drawn at random, so that each part of
+a text and each place in a routing group has its chance: equal distances could hit the
+same place of every group. Taken in the pass that collects sums; the host holds the
+sample, and at most the sequences that one batch adds to it.
 
 Letters: L MoE layers, B batch, S sequence, E experts, K choices shown per token, A
 alternatives shown, n tokens of the sample.
@@ -26,6 +27,9 @@ ALTERNATIVES = 2
 
 MOST_SHOWN = 8
 """K, if tokens do not choose: the most probable of the experts that compute a token."""
+
+_MOST_PADDED = 4
+"""Sequences per one that would be full, at most."""
 
 IDS = ("token", "document", "position", "domain")
 _COLUMNS = {"token": "inputs", "document": "segment_ids", "position": "positions"}
@@ -99,7 +103,12 @@ class Sampler:
       total: tokens of the text that is read.
     """
     self._tokens, self._taken, self._seen = tokens, 0, 0
-    self._stride = max(-(-total // length) // max(-(-tokens // length), 1), 1)
+    rows = -(-total // length)
+    self._stride = max(rows // max(-(-tokens // length), 1), 1)
+    # Sequences with padding are more than their tokens would fill.
+    stretches = np.arange(_MOST_PADDED * -(-rows // self._stride) + 1)
+    drawn = np.random.default_rng(0).integers(0, self._stride, len(stretches))
+    self._rows = stretches * self._stride + drawn
     self._parts: list[dict[str, np.ndarray]] = []
     whole = rules.replicated(mesh)
     self._read = jax.jit(_read, out_shardings=whole)
@@ -107,12 +116,13 @@ class Sampler:
   def see(self, routes: Routes, kept: Array | None, batch: Any) -> None:
     """Adds the tokens of a batch; all processes call it, and all get them."""
     size = batch["inputs"].shape[0]
-    rows = np.arange(-self._seen % self._stride, size, self._stride)
     first, self._seen = self._seen, self._seen + size
+    here = (self._rows >= first) & (self._rows < self._seen)
+    rows = self._rows[here] - first
     if self._taken >= self._tokens or not len(rows):
       return
     # Of one length in all batches, so that one function serves them.
-    index = np.resize(rows, -(-size // self._stride)).astype(np.int32)
+    index = np.resize(rows, -(-size // self._stride) + 1).astype(np.int32)
     found = jax.device_get(self._read(routes, kept, batch, index))
     found = jax.tree.map(np.asarray, found)
     valid = found["valid"][: len(rows)]

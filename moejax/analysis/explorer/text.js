@@ -30,7 +30,7 @@ class TextView {
   }
 
   build() {
-    const { sequence, document: number, domain } = this.data.text, domains = this.data.facts.domains;
+    const { sequence, document: number, domain } = this.data.text, domains = this.data.facts.sample.domains;
     let paragraph = null;
     for (let i = 0; i < this.count; i++) {
       const starts = !i || sequence.values[i] !== sequence.values[i - 1];
@@ -144,11 +144,12 @@ class TextView {
     if (scroll) this.scrollTo(now);
   }
 
-  /** Scrolls the box, and not the page, to a token. */
+  /** Scrolls the box, and not the page, to a token, where the window shows the box. */
   scrollTo(i) {
     const paragraph = this.paragraphs[this.paragraphOf[i]].element;
     const inside = (element) => element.getBoundingClientRect();
-    const box = inside(this.box);
+    const { top, bottom } = inside(this.box), fold = Math.min(bottom, innerHeight);
+    const box = { top, bottom: fold - top > 120 ? fold : bottom };
     // Rendering its paragraph first gives the token its place.
     if (inside(paragraph).bottom < box.top || inside(paragraph).top > box.bottom)
       this.box.scrollTop += inside(paragraph).top - box.top;

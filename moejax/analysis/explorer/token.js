@@ -40,7 +40,7 @@ class TokenPanel {
 
   show(i) {
     const { data } = this.view, { text, facts } = data, now = this.state.now;
-    const token = text.token.values[i], domain = facts.domains[text.domain.values[i]];
+    const token = text.token.values[i], domain = facts.sample.domains[text.domain.values[i]];
     const bytes = facts.sample.bytes[token];
     const where = `id ${token}${bytes ? `, bytes ${bytes}` : ""}; token ${i} of the sample, position ${text.position.values[i]} of its document${domain ? `, ${domain}` : ""}`;
     this.panel.dataset.token = i;

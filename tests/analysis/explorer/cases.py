@@ -4,6 +4,7 @@ from typing import Any
 
 import numpy as np
 
+from moejax.analysis.explorer.facts import Names
 from moejax.analysis.explorer.sample import Sample
 
 ATTACKS = (
@@ -26,7 +27,7 @@ ATTACKS = (
 
 def synthetic(
   *, layers: int, experts: int, choices: int, tokens: int, seed: int = 0
-) -> tuple[dict[str, Any], Sample, list[bytes]]:
+) -> tuple[dict[str, Any], Sample, Names]:
   """An analysis of uniform choices and Zipf-like words."""
   rng = np.random.default_rng(seed)
   pieces = [f"w{i}".encode() for i in range(5000)]
@@ -46,18 +47,20 @@ def synthetic(
     other=order[..., choices : choices + rest],
     other_probability=rng.random((layers, tokens, rest)) * 0.1,
   )
-  return _found(layers, experts, choices, tokens, rng), drawn, pieces
+  names = Names(pieces=pieces, domains=[f"domain {i}" for i in range(4)])
+  return _found(layers, experts, choices, tokens, rng), drawn, names
 
 
-def attack() -> tuple[dict[str, Any], Sample, list[bytes]]:
+def attack() -> tuple[dict[str, Any], Sample, Names]:
   """Few tokens, whose words and domains are `ATTACKS`."""
   found, drawn, _ = synthetic(layers=2, experts=4, choices=2, tokens=400)
   drawn.token[:] = np.arange(400) % len(ATTACKS)
   bad = "</script><b>\"'<img src=x onerror=alert(1)>"
-  found |= {"domains": [f"{bad}{i}" for i in range(4)], "workdir": f"runs/{bad}"}
+  domains = [f"{bad}{i}" for i in range(4)]
+  found |= {"domains": domains, "workdir": f"runs/{bad}"}
   for layer in found["layers"]:
     layer["words"]["top"][0] = [{"token": bad, "lift": 2.0, "count": 30}]
-  return found, drawn, list(ATTACKS)
+  return found, drawn, Names(pieces=ATTACKS, domains=domains)
 
 
 def _found(

@@ -53,8 +53,8 @@ _CONTRAST = """(texts) => {
 
 
 def _written(directory, made):
-  found, tokens, pieces = made
-  text = explorer.render(found, sentences.sentences(found), tokens, pieces, {})
+  found, tokens, names = made
+  text = explorer.render(found, sentences.sentences(found), tokens, names, {})
   path = directory / "index.html"
   path.write_text(text, encoding="utf-8")
   return path
@@ -153,7 +153,7 @@ def test_pointer_and_keys_tell_what_the_arrays_say(opened, made):
     page.keyboard.press("ArrowRight")
     assert _told(page) == _arrays(made, 2, 3 + step)
   said = page.inner_text("#said")
-  assert said.startswith(facts.token_texts(*made[1:])[17])
+  assert said.startswith(facts.token_texts(made[1], made[2].pieces)[17])
   assert f"expert {made[1].expert[2, 17, 0]}" in said
   page.keyboard.press("[")
   assert _told(page) == _arrays(made, 1, 17)
@@ -189,7 +189,7 @@ def test_drops_are_told_without_colour(opened, made):
 
 def test_search_finds_every_place(opened, made):
   """A text over tokens, counted as Python counts it; an id; and from one to the next."""
-  words = facts.token_texts(*made[1:])
+  words = facts.token_texts(made[1], made[2].pieces)
   page = opened()
   page.fill("#search", "w12")
   page.press("#search", "Enter")

@@ -13,9 +13,9 @@ from tests.analysis.explorer import cases
 @pytest.fixture(scope="module")
 def rendered(module_monkeypatch):
   module_monkeypatch.setattr(page, "library", lambda: None)
-  found, tokens, pieces = cases.attack()
+  found, tokens, names = cases.attack()
   pictures = {"load": '<figure id="picture"></figure>'}
-  return found, tokens, pieces, page.render(found, ["<i>1"], tokens, pieces, pictures)
+  return found, tokens, names, page.render(found, ["<i>1"], tokens, names, pictures)
 
 
 @pytest.fixture(scope="module")
@@ -47,11 +47,11 @@ def test_without_the_library_of_plots_the_page_has_pictures(rendered):
 
 def test_the_page_decodes_to_the_sample(rendered):
   """Choices, drops and words of every token, read back from the file."""
-  _, tokens, pieces, text = rendered
+  _, tokens, names, text = rendered
   known = json.loads(pack.inflate(_block(text, "facts")))
   columns = pack.unpack(_block(text, "text"))
   strings = [known["sample"]["strings"][i] for i in columns["string"]]
-  assert strings == facts.token_texts(tokens, pieces)
+  assert strings == facts.token_texts(tokens, names.pieces)
   np.testing.assert_array_equal(columns["token"], tokens.token)
   np.testing.assert_array_equal(columns["sequence"], tokens.sequence)
   for layer in range(len(tokens.expert)):
@@ -77,15 +77,15 @@ def test_a_page_of_64_experts_and_16_layers_is_at_most_8_megabytes():
 
   Uniform experts are the worst that a text can be: real ones deflate to less.
   """
-  found, tokens, pieces = cases.synthetic(layers=16, experts=64, choices=8, tokens=20_000)
-  text = page.render(found, ["a"] * 3, tokens, pieces, {})
+  found, tokens, names = cases.synthetic(layers=16, experts=64, choices=8, tokens=20_000)
+  text = page.render(found, ["a"] * 3, tokens, names, {})
   assert 'id="data-library"' in text
   assert 1e6 < len(text.encode()) <= 8e6
 
 
 def test_no_sample_is_a_page_without_text():
-  found, _, pieces = cases.synthetic(layers=1, experts=4, choices=2, tokens=10)
-  names = [name for name, _ in page.blobs(found, None, pieces)]
+  found, _, names = cases.synthetic(layers=1, experts=4, choices=2, tokens=10)
+  names = [name for name, _ in page.blobs(found, None, names)]
   assert names == ["facts", "matrices"]
 
 
