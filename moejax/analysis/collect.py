@@ -13,7 +13,7 @@ rows for vocabulary ids, Q frequency classes, W bins.
 """
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -80,6 +80,12 @@ class Vocabulary:
     return len(self.ids) + 1
 
 
+def every_id(size: int) -> Vocabulary:
+  """Returns a row for each of `size` ids; the last row stays empty."""
+  ids = np.arange(size, dtype=np.int32)
+  return Vocabulary(row=ids, ids=ids, frequency_class=np.zeros(size, np.int32))
+
+
 def vocabulary(counts: Int[np.ndarray, "V"]) -> Vocabulary:
   """Returns rows and classes from how often each id occurs in a text."""
   order = np.argsort(-counts, kind="stable")
@@ -103,6 +109,7 @@ def collect(
   batch_size: int,
   words: Vocabulary,
   limit: int = 0,
+  tables: Sequence[str] = TABLES,
   progress: Callable[[int], None] | None = None,
   visit: Visit | None = None,
 ) -> Arrays:
@@ -117,6 +124,7 @@ def collect(
     batch_size: sequences per step: whole groups, from `groups.batch_size`.
     words: from `vocabulary`.
     limit: maximum number of batches; 0 is all.
+    tables: by which ids experts are counted, some of `TABLES`.
     progress: called with the number of tokens seen so far.
     visit: called with each batch, still on the devices.
 
@@ -125,19 +133,19 @@ def collect(
   """
   num_domains = max(len(dataset.domains), 1)
   step = make_step(model, mesh, num_domains, words, with_routes=visit is not None)
+  shapes = table_shapes(model, words, tables)
   params = jax.device_put(params, param_shardings(model, mesh))
-  length = (len(model.moe_layers), model.moe.fine_experts, words.num_rows)
-  empty = {name: np.zeros(length, np.int32) for name in TABLES}
-  tables = jax.device_put(empty, rules.replicated(mesh))
+  empty = {name: np.zeros(shape, np.int32) for name, shape in shapes.items()}
+  held = jax.device_put(empty, rules.replicated(mesh))
   total: Arrays = {}
-  kept = {name: np.zeros(length, np.int64) for name in TABLES}
+  kept = {name: np.zeros(shape, np.int64) for name, shape in shapes.items()}
   pending, since = None, 0
   batches = perplexity.device_batches(
     dataset, split, mesh=mesh, batch_size=batch_size, limit=limit
   )
   with jax.set_mesh(mesh):
     for batch in batches:
-      tables, sums, seen = step(params, tables, batch)
+      held, sums, seen = step(params, held, batch)
       if visit is not None:
         assert seen is not None
         routes, by_training = seen
@@ -146,15 +154,33 @@ def collect(
       pending = sums
       since += batch["inputs"].size
       if since > _FLUSH:
-        _flush(kept, tables)
-        tables, since = jax.device_put(empty, rules.replicated(mesh)), 0
+        _flush(kept, held)
+        held, since = jax.device_put(empty, rules.replicated(mesh)), 0
       if progress is not None and "tokens" in total:
         progress(int(total["tokens"]))
   _add(total, pending)
-  _flush(kept, tables)
+  _flush(kept, held)
   if not total or not total["tokens"]:
     raise UserError(f"--split={split} has no text in this dataset. Choose another split.")
-  return total | {f"by_{name}": table for name, table in kept.items()}
+  return total | kept
+
+
+def table_shapes(
+  model: Decoder, words: Vocabulary, tables: Sequence[str] = TABLES
+) -> dict[str, tuple[int, ...]]:
+  """Returns the tables by id that a step adds to: assignments, and tokens.
+
+  Args:
+    model: with at least one MoE layer.
+    words: their rows.
+    tables: some of `TABLES`.
+
+  Returns:
+    `by_NAME`, [L, E, M], and `seen_NAME`, [M].
+  """
+  whole = (len(model.moe_layers), model.moe.fine_experts, words.num_rows)
+  by = {f"by_{name}": whole for name in tables}
+  return by | {f"seen_{name}": whole[-1:] for name in tables}
 
 
 def _add(total: Arrays, sums: Any) -> None:
@@ -194,10 +220,14 @@ def make_step(
     predicted = _argmax(out.logits[..., : model.vocab_size])
     ids = {"input": batch["inputs"], "target": batch["targets"], "predicted": predicted}
     served = _by_token(routes.served)
-    tables = {
-      name: tables[name] + _by_row(served, row[ids[name]], words.num_rows)
-      for name in TABLES
-    }
+    counted, added = valid.astype(jnp.int32).reshape(-1), {}
+    for name, of in ids.items():
+      if f"by_{name}" in tables:
+        place = row[of]
+        added[f"by_{name}"] = _by_row(served, place, words.num_rows)
+        tokens = jax.ops.segment_sum(counted, place.reshape(-1), words.num_rows)
+        added[f"seen_{name}"] = tokens
+    tables = {name: tables[name] + more for name, more in added.items()}
     where = {
       "domain": (batch["domain"], num_domains),
       "class": (of_class[batch["inputs"]], NUM_CLASSES),

@@ -173,6 +173,8 @@ def _asked(workdir: pathlib.Path) -> Asked:
   knockout = _KNOCKOUT.value is not None
   _refuse_alone(knockout, "--knockout", ["knockout_tokens", "knockout_pairs"])
   _refuse_alone(bool(_TRACE.value), "--trace=FILE", ["trace_what"])
+  if _FROM.value and flags.FLAGS["explore_tokens"].present:
+    raise UserError("--explore_tokens: --from_trace writes no page. Leave one out.")
   if _FROM.value and (_TRACE.value or knockout or _STEPS.value or _CONFIRM.value):
     raise UserError(
       "--from_trace runs no model, and --trace, --knockout, --steps and --confirm need "

@@ -48,6 +48,8 @@ def test_flags_that_do_nothing_or_contradict_are_refused(tmp_path):
     ("--knockout=a",): "--knockout",
     (f"--out={tmp_path}/file/x",): "is a file",
     ("--replay", "--overflow=drop", "--from_trace=x", "--trace=y"): "--from_trace",
+    ("--replay", "--overflow=drop", "--from_trace=x", "--explore_tokens=5"): "no page",
+    ("--explore_tokens=-1",): "--explore_tokens",
     ("--knockout",): "",
     ("--knockout=3,1",): "",
   }
