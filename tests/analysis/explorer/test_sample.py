@@ -128,7 +128,7 @@ def test_every_router_shows_what_it_has(router):
   if router == "soft":
     changes |= {"moe__capacity_factor": 1.0, "moe__dispatcher": "einsum"}
     changes |= {"moe__group_size": tiny.LENGTH}
-  found, ((routes, _, batch),), _ = sampled(**changes | {"moe__num_selected": 1})
+  found, ((routes, _, batch),), _ = sampled(moe__num_selected=1, **changes)
   served = routes.served[:, batch["segment_ids"] > 0]
   computed = found.kept & (found.expert < 4)
   if routes.expert is None:
