@@ -3,18 +3,31 @@
 const byId = (id) => document.getElementById(id);
 
 function options(select, values, label) {
-  select.replaceChildren(...values.map((value) => make("option", { value }, label(value))));
+  select.replaceChildren(
+    ...values.map((value) => make("option", { value }, label(value))),
+  );
 }
 
 function tools(data, state) {
-  const { facts } = data, range = (n) => Array.from({ length: n }, (_, i) => i);
-  options(byId("layer"), range(facts.layers.length), (index) => String(state.numbers[index]));
+  const { facts } = data,
+    range = (n) => Array.from({ length: n }, (_, i) => i);
+  options(byId("layer"), range(facts.layers.length), (index) =>
+    String(state.numbers[index]),
+  );
   options(byId("expert"), range(facts.num_experts), String);
-  options(byId("choice"), range(state.most.choice).map((k) => k + 1), String);
+  options(
+    byId("choice"),
+    range(state.most.choice).map((k) => k + 1),
+    String,
+  );
   byId("choice").parentElement.hidden = state.most.choice === 1;
   for (const name of ["layer", "expert", "choice", "colour"])
-    byId(name).addEventListener("change", (event) => state.change({ [name]: event.target.value }));
-  byId("numbers").addEventListener("change", (event) => state.change({ numbers: event.target.checked ? 1 : 0 }));
+    byId(name).addEventListener("change", (event) =>
+      state.change({ [name]: event.target.value }),
+    );
+  byId("numbers").addEventListener("change", (event) =>
+    state.change({ numbers: event.target.checked ? 1 : 0 }),
+  );
   byId("tools").addEventListener("submit", (event) => event.preventDefault());
 }
 
@@ -26,11 +39,18 @@ function showTools(now) {
 
 /** Pointer and keys of the text. */
 function reading(view, panel, state) {
-  const { box } = view, of = (event) => event.target.closest?.(".t");
+  const { box } = view,
+    of = (event) => event.target.closest?.(".t");
   const indexOf = (element) => Number(element.id.slice(1));
-  box.addEventListener("pointerover", (event) => of(event) && panel.show(indexOf(of(event))));
+  box.addEventListener(
+    "pointerover",
+    (event) => of(event) && panel.show(indexOf(of(event))),
+  );
   box.addEventListener("pointerleave", () => panel.show(state.now.token));
-  box.addEventListener("click", (event) => of(event) && state.change({ token: indexOf(of(event)) }));
+  box.addEventListener(
+    "click",
+    (event) => of(event) && state.change({ token: indexOf(of(event)) }),
+  );
   const moves = {
     ArrowRight: (i) => i + 1,
     ArrowLeft: (i) => i - 1,
@@ -62,7 +82,11 @@ function searching(view, state) {
   const say = () => {
     const index = view.hits.findIndex((place) => place.includes(state.now.token));
     const count = view.hits.length;
-    byId("hits").textContent = !state.now.search ? "" : index < 0 ? `${count} found` : `${index + 1} of ${count}`;
+    byId("hits").textContent = !state.now.search
+      ? ""
+      : index < 0
+        ? `${count} found`
+        : `${index + 1} of ${count}`;
   };
   let timer = 0;
   box.addEventListener("input", () => {
@@ -94,9 +118,14 @@ function keys(data, state, find) {
     Object.assign(actions, {
       ",": () => step("choice", -1),
       ".": () => step("choice", 1),
-      c: () => state.change({ colour: COLOURS[(COLOURS.indexOf(state.now.colour) + 1) % COLOURS.length] }),
+      c: () =>
+        state.change({
+          colour: COLOURS[(COLOURS.indexOf(state.now.colour) + 1) % COLOURS.length],
+        }),
       e: () => {
-        const chosen = decisionsOf(data, state.now.layer, state.now.token).choices[state.now.choice - 1];
+        const chosen = decisionsOf(data, state.now.layer, state.now.token).choices[
+          state.now.choice - 1
+        ];
         if (chosen) state.change({ expert: chosen.expert });
       },
       "/": () => byId("search").focus(),
@@ -104,7 +133,13 @@ function keys(data, state, find) {
       N: () => find(-1),
     });
   addEventListener("keydown", (event) => {
-    if (event.target.closest?.("input, select, textarea") || event.ctrlKey || event.metaKey || event.altKey) return;
+    if (
+      event.target.closest?.("input, select, textarea") ||
+      event.ctrlKey ||
+      event.metaKey ||
+      event.altKey
+    )
+      return;
     const action = actions[event.key];
     if (!action) return;
     event.preventDefault();
@@ -115,8 +150,10 @@ function keys(data, state, find) {
 /** Buttons that name an expert or a token, wherever they are. */
 function links(state, view) {
   document.addEventListener("click", (event) => {
-    const { expert, layer, token } = event.target.closest?.("button[data-expert], button[data-token]")?.dataset ?? {};
-    if (expert !== undefined) state.change(layer === undefined ? { expert } : { expert, layer });
+    const { expert, layer, token } =
+      event.target.closest?.("button[data-expert], button[data-token]")?.dataset ?? {};
+    if (expert !== undefined)
+      state.change(layer === undefined ? { expert } : { expert, layer });
     if (token !== undefined) {
       state.change({ token });
       view.scrollTo(state.now.token);
@@ -132,8 +169,10 @@ function openText(data, state) {
   const find = searching(view, state);
   let before = state.now.token;
   state.listen((now, changed) => {
-    if (["layer", "choice", "colour", "numbers"].some((name) => changed.has(name))) view.paint(now);
-    else if (changed.has("expert")) now.colour === "one" ? view.paint(now) : view.explain(now);
+    if (["layer", "choice", "colour", "numbers"].some((name) => changed.has(name)))
+      view.paint(now);
+    else if (changed.has("expert"))
+      now.colour === "one" ? view.paint(now) : view.explain(now);
     if (changed.has("token")) view.mark(before, now.token, true);
     if (changed.has("token") || changed.has("layer")) panel.show(now.token);
     before = now.token;
@@ -144,17 +183,20 @@ function openText(data, state) {
 }
 
 async function main() {
-  const data = await load(), state = new State(data.facts);
+  const data = await load(),
+    state = new State(data.facts);
   byId("explorer").hidden = false;
   tools(data, state);
   showTools(state.now);
   state.listen(showTools);
-  let view = null, find = null;
+  let view = null,
+    find = null;
   if (data.text) ({ view, find } = openText(data, state));
   else {
     for (const element of document.querySelectorAll(".of-text")) element.hidden = true;
     byId("no-text").hidden = false;
-    byId("no-text").textContent = "No tokens are here: the analysis was made with --explore_tokens=0.";
+    byId("no-text").textContent =
+      "No tokens are here: the analysis was made with --explore_tokens=0.";
   }
   if (data.facts.note) {
     byId("notice").hidden = false;
@@ -164,7 +206,9 @@ async function main() {
   keys(data, state, find);
   const card = new ExpertCard(data, view, state, byId("card"));
   card.show();
-  state.listen((_, changed) => (changed.has("layer") || changed.has("expert")) && card.show());
+  state.listen(
+    (_, changed) => (changed.has("layer") || changed.has("expert")) && card.show(),
+  );
   if (view) view.mark(0, state.now.token, true);
   document.body.dataset.ready = "text";
   const library = await inflatedText("library");
@@ -179,5 +223,6 @@ async function main() {
 main().catch((error) => {
   console.error(error);
   byId("notice").hidden = false;
-  byId("notice").textContent = `This page could not be opened (${error.message}). It needs a browser of 2023 or later.`;
+  byId("notice").textContent =
+    `This page could not be opened (${error.message}). It needs a browser of 2023 or later.`;
 });

@@ -17,7 +17,7 @@ from moejax.analysis.explorer import facts, pack
 from moejax.analysis.explorer.facts import Names
 from moejax.analysis.explorer.sample import Sample
 
-SCRIPTS = ("data", "state", "text", "token", "card", "plots", "main")
+SCRIPTS = ["data", "state", "text", "token", "card", "marks", "charts", "plots", "main"]
 """In this order they make one module; each says in its first lines what is in it."""
 
 _HERE = pathlib.Path(__file__).parent

@@ -1,7 +1,15 @@
 // State: what is shown, kept in the URL's fragment, so that a view can be shared.
 
 const COLOURS = ["expert", "one", "dropped", "gate"];
-const INITIAL = { layer: 0, choice: 1, colour: "expert", expert: 0, token: 0, search: "", numbers: 1 };
+const INITIAL = {
+  layer: 0,
+  choice: 1,
+  colour: "expert",
+  expert: 0,
+  token: 0,
+  search: "",
+  numbers: 1,
+};
 
 /** The state of the page; `layer` counts MoE layers, in the fragment it is the model's layer. */
 class State {
@@ -23,13 +31,17 @@ class State {
   }
 
   /** Calls `listener(now, changed names)` after each change. */
-  listen(listener) { this.listeners.push(listener); }
+  listen(listener) {
+    this.listeners.push(listener);
+  }
 
   /** Changes some values; what is out of range is brought to its end. */
   change(part) {
     const before = this.now;
     this.now = this.checked({ ...before, ...part });
-    const changed = Object.keys(INITIAL).filter((name) => before[name] !== this.now[name]);
+    const changed = Object.keys(INITIAL).filter(
+      (name) => before[name] !== this.now[name],
+    );
     if (!changed.length) return;
     for (const listener of this.listeners) listener(this.now, new Set(changed));
     clearTimeout(this.timer);
@@ -42,7 +54,9 @@ class State {
     for (const [name, most] of Object.entries(this.most)) {
       const least = name === "choice" ? 1 : 0;
       const value = Math.trunc(Number(values[name]));
-      out[name] = Number.isFinite(value) ? Math.min(Math.max(value, least), most) : INITIAL[name];
+      out[name] = Number.isFinite(value)
+        ? Math.min(Math.max(value, least), most)
+        : INITIAL[name];
     }
     if (!COLOURS.includes(out.colour)) out.colour = INITIAL.colour;
     out.search = String(out.search);
@@ -53,18 +67,23 @@ class State {
     const given = Object.fromEntries(new URLSearchParams(location.hash.slice(1)));
     const found = { ...INITIAL };
     for (const name of Object.keys(INITIAL)) if (name in given) found[name] = given[name];
-    if ("layer" in given) found.layer = Math.max(this.numbers.indexOf(Number(given.layer)), 0);
+    if ("layer" in given)
+      found.layer = Math.max(this.numbers.indexOf(Number(given.layer)), 0);
     return found;
   }
 
-  read() { this.now = this.checked(this.parsed()); }
+  read() {
+    this.now = this.checked(this.parsed());
+  }
 
   write() {
     clearTimeout(this.timer);
     const words = new URLSearchParams();
     for (const [name, value] of Object.entries(this.now))
-      if (value !== INITIAL[name]) words.set(name, name === "layer" ? this.numbers[value] : value);
+      if (value !== INITIAL[name])
+        words.set(name, name === "layer" ? this.numbers[value] : value);
     const fragment = words.toString();
-    if (fragment !== location.hash.slice(1)) history.replaceState(null, "", "#" + fragment);
+    if (fragment !== location.hash.slice(1))
+      history.replaceState(null, "", "#" + fragment);
   }
 }

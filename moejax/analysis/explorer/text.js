@@ -6,10 +6,14 @@ function expertColours(count) {
   for (let e = 0; e < count; e++) {
     const hue = count <= 12 ? (360 * e) / count + 20 : (e * 137.508) % 360;
     const level = count <= 12 ? 0 : e % 3;
-    rules.push(`.e${e}{background-color:oklch(calc(var(--l) + ${level} * var(--step)) var(--c) ${hue.toFixed(1)}deg)}`);
+    rules.push(
+      `.e${e}{background-color:oklch(calc(var(--l) + ${level} * var(--step)) var(--c) ${hue.toFixed(1)}deg)}`,
+    );
   }
   for (let g = 0; g < 5; g++)
-    rules.push(`.g${g}{background-color:oklch(var(--l) ${(0.02 + g * 0.03).toFixed(2)} 230deg)}`);
+    rules.push(
+      `.g${g}{background-color:oklch(var(--l) ${(0.02 + g * 0.03).toFixed(2)} 230deg)}`,
+    );
   const style = document.createElement("style");
   style.textContent = rules.join("\n");
   document.head.append(style);
@@ -30,7 +34,8 @@ class TextView {
   }
 
   build() {
-    const { sequence, document: number, domain } = this.data.text, domains = this.data.facts.sample.domains;
+    const { sequence, document: number, domain } = this.data.text,
+      domains = this.data.facts.sample.domains;
     let paragraph = null;
     for (let i = 0; i < this.count; i++) {
       const starts = !i || sequence.values[i] !== sequence.values[i - 1];
@@ -43,7 +48,9 @@ class TextView {
         const mark = document.createElement("span");
         const name = domains[domain.values[i]];
         mark.className = "mark";
-        mark.textContent = (starts ? `sequence ${sequence.values[i]}` : "next document") + (name ? ` · ${name}` : "");
+        mark.textContent =
+          (starts ? `sequence ${sequence.values[i]}` : "next document") +
+          (name ? ` · ${name}` : "");
         paragraph.append(mark);
       }
       const span = document.createElement("span");
@@ -60,8 +67,11 @@ class TextView {
 
   /** Class and small number of token i. */
   look(i, now, columns) {
-    const n = this.count, facts = this.data.facts, k = now.choice - 1;
-    const expert = columns.expert.values[k * n + i], none = expert >= facts.num_experts;
+    const n = this.count,
+      facts = this.data.facts,
+      k = now.choice - 1;
+    const expert = columns.expert.values[k * n + i],
+      none = expert >= facts.num_experts;
     if (now.colour === "expert") {
       if (none) return ["t dim", ""];
       const dropped = !isKept(columns, n, i, k);
@@ -69,10 +79,13 @@ class TextView {
     }
     if (now.colour === "gate") {
       if (none) return ["t dim", ""];
-      const share = columns.gate.values[k * n + i] / 255, gate = share * share * facts.sample.gateScale[now.layer];
+      const share = columns.gate.values[k * n + i] / 255,
+        gate = share * share * facts.sample.gateScale[now.layer];
       return [`t g${Math.min(Math.floor(share * 5), 4)}`, String(Math.round(100 * gate))];
     }
-    let dropped = 0, chosen = 0, rank = -1;
+    let dropped = 0,
+      chosen = 0,
+      rank = -1;
     for (let j = 0; j < facts.sample.choices; j++) {
       const e = columns.expert.values[j * n + i];
       if (e >= facts.num_experts) continue;
@@ -83,17 +96,26 @@ class TextView {
     }
     if (now.colour === "dropped") {
       if (!dropped && chosen) return ["t", ""];
-      return [`t dropped${dropped === chosen ? " lost" : ""}`, chosen > 1 ? "×" + dropped : "×"];
+      return [
+        `t dropped${dropped === chosen ? " lost" : ""}`,
+        chosen > 1 ? "×" + dropped : "×",
+      ];
     }
     if (rank === -1) return ["t dim", ""];
-    return [`t e${now.expert}${rank < 0 ? " dropped" : ""}`, rank < 0 ? `${-1 - rank}×` : String(rank + 1)];
+    return [
+      `t e${now.expert}${rank < 0 ? " dropped" : ""}`,
+      rank < 0 ? `${-1 - rank}×` : String(rank + 1),
+    ];
   }
 
   paint(now) {
-    const columns = this.data.layers[now.layer], hits = new Set(this.hits.flat());
+    const columns = this.data.layers[now.layer],
+      hits = new Set(this.hits.flat());
     for (let i = 0; i < this.count; i++) {
-      const [name, number] = this.look(i, now, columns), span = this.spans[i];
-      span.className = name + (hits.has(i) ? " hit" : "") + (i === now.token ? " now" : "");
+      const [name, number] = this.look(i, now, columns),
+        span = this.spans[i];
+      span.className =
+        name + (hits.has(i) ? " hit" : "") + (i === now.token ? " now" : "");
       if (number) span.dataset.n = number;
       else delete span.dataset.n;
     }
@@ -102,7 +124,8 @@ class TextView {
   }
 
   explain(now) {
-    const facts = this.data.facts, parts = [];
+    const facts = this.data.facts,
+      parts = [];
     const chip = (name, text) => {
       const span = document.createElement("span");
       span.className = "chip " + name;
@@ -130,7 +153,10 @@ class TextView {
     } else {
       const most = facts.sample.gateScale[now.layer];
       for (let g = 0; g < 5; g++)
-        chip("g" + g, `${Math.round(100 * most * (g / 5) ** 2)}-${Math.round(100 * most * ((g + 1) / 5) ** 2)}%`);
+        chip(
+          "g" + g,
+          `${Math.round(100 * most * (g / 5) ** 2)}-${Math.round(100 * most * ((g + 1) / 5) ** 2)}%`,
+        );
     }
     this.legend.replaceChildren(...parts);
   }
@@ -148,20 +174,24 @@ class TextView {
   scrollTo(i) {
     const paragraph = this.paragraphs[this.paragraphOf[i]].element;
     const inside = (element) => element.getBoundingClientRect();
-    const { top, bottom } = inside(this.box), fold = Math.min(bottom, innerHeight);
+    const { top, bottom } = inside(this.box),
+      fold = Math.min(bottom, innerHeight);
     const box = { top, bottom: fold - top > 120 ? fold : bottom };
     // Rendering its paragraph first gives the token its place.
     if (inside(paragraph).bottom < box.top || inside(paragraph).top > box.bottom)
       this.box.scrollTop += inside(paragraph).top - box.top;
     const span = inside(this.spans[i]);
     if (span.top < box.top + 30) this.box.scrollTop += span.top - box.top - 60;
-    else if (span.bottom > box.bottom - 10) this.box.scrollTop += span.bottom - box.bottom + 60;
+    else if (span.bottom > box.bottom - 10)
+      this.box.scrollTop += span.bottom - box.bottom + 60;
   }
 
   /** The nearest token one line up (-1) or down (1). */
   besideLine(i, direction) {
     const from = this.spans[i].getBoundingClientRect();
-    let best = i, distance = Infinity, line = null;
+    let best = i,
+      distance = Infinity,
+      line = null;
     for (let j = i + direction; j >= 0 && j < this.count; j += direction) {
       const to = this.spans[j].getBoundingClientRect();
       const apart = direction > 0 ? to.top - from.top : from.top - to.top;
@@ -175,13 +205,15 @@ class TextView {
   }
 
   endOfSequence(i, last) {
-    const index = this.paragraphOf[i], next = this.paragraphs[index + 1];
+    const index = this.paragraphOf[i],
+      next = this.paragraphs[index + 1];
     return last ? (next ? next.first : this.count) - 1 : this.paragraphs[index].first;
   }
 
   otherSequence(i, direction) {
     const index = this.paragraphOf[i] + direction;
-    return this.paragraphs[Math.min(Math.max(index, 0), this.paragraphs.length - 1)].first;
+    return this.paragraphs[Math.min(Math.max(index, 0), this.paragraphs.length - 1)]
+      .first;
   }
 
   /** Finds a text across tokens, or an id as #12; returns the number of places. */
@@ -190,7 +222,8 @@ class TextView {
     this.hits = [];
     if (/^#\d+$/.test(wanted)) {
       const id = Number(wanted.slice(1));
-      for (let i = 0; i < this.count; i++) if (this.data.text.token.values[i] === id) this.hits.push([i]);
+      for (let i = 0; i < this.count; i++)
+        if (this.data.text.token.values[i] === id) this.hits.push([i]);
     } else if (wanted.length) this.hits = this.places(wanted.toLowerCase());
     for (const i of this.hits.flat()) this.spans[i].classList.add("hit");
     return this.hits.length;
@@ -199,17 +232,25 @@ class TextView {
   places(wanted) {
     const found = [];
     for (const [index, { first }] of this.paragraphs.entries()) {
-      const end = index + 1 < this.paragraphs.length ? this.paragraphs[index + 1].first : this.count;
+      const end =
+        index + 1 < this.paragraphs.length
+          ? this.paragraphs[index + 1].first
+          : this.count;
       const words = this.words.slice(first, end).map((word) => word.toLowerCase());
       const whole = words.join("");
       if (!whole.includes(wanted)) continue;
       const starts = [];
       words.reduce((at, word) => (starts.push(at), at + word.length), 0);
       let token = 0;
-      for (let at = whole.indexOf(wanted); at >= 0; at = whole.indexOf(wanted, at + wanted.length)) {
+      for (
+        let at = whole.indexOf(wanted);
+        at >= 0;
+        at = whole.indexOf(wanted, at + wanted.length)
+      ) {
         while (token + 1 < starts.length && starts[token + 1] <= at) token++;
         const place = [];
-        for (let j = token; j < starts.length && starts[j] < at + wanted.length; j++) place.push(first + j);
+        for (let j = token; j < starts.length && starts[j] < at + wanted.length; j++)
+          place.push(first + j);
         found.push(place);
       }
     }

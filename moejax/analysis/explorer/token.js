@@ -10,7 +10,12 @@ function make(name, { cls = "", ...attributes } = {}, ...children) {
 }
 
 function expertButton(expert, layer = null) {
-  const attributes = { cls: "link", type: "button", "data-expert": expert, "aria-label": `Expert ${expert}` };
+  const attributes = {
+    cls: "link",
+    type: "button",
+    "data-expert": expert,
+    "aria-label": `Expert ${expert}`,
+  };
   if (layer !== null) attributes["data-layer"] = layer;
   return make("button", attributes, String(expert));
 }
@@ -18,16 +23,22 @@ function expertButton(expert, layer = null) {
 /** A number for people: some digits, and a real minus. */
 function shown(value, digits = 3) {
   if (value === null || value === undefined || !Number.isFinite(value)) return "-";
-  const text = Math.abs(value) >= 1000 ? Math.round(value).toLocaleString("en") : String(Number(value.toPrecision(digits)));
+  const text =
+    Math.abs(value) >= 1000
+      ? Math.round(value).toLocaleString("en")
+      : String(Number(value.toPrecision(digits)));
   return text.replace("-", "−");
 }
 
-const percent = (value) => (Number.isFinite(value) ? `${shown(100 * value, value < 0.1 ? 2 : 3)}%` : "-");
+const percent = (value) =>
+  Number.isFinite(value) ? `${shown(100 * value, value < 0.1 ? 2 : 3)}%` : "-";
 
 /** What is said of a token's choices in a layer, for a screen reader. */
 function sentenceOf(view, state, i) {
   const { choices } = decisionsOf(view.data, state.now.layer, i);
-  const told = choices.map((c) => `${c.expert}${c.kept ? "" : " dropped"}, ${Math.round(100 * c.gate)} percent`);
+  const told = choices.map(
+    (c) => `${c.expert}${c.kept ? "" : " dropped"}, ${Math.round(100 * c.gate)} percent`,
+  );
   return `${view.words[i]}: expert ${told.join("; ") || "none"}`;
 }
 
@@ -39,8 +50,11 @@ class TokenPanel {
   }
 
   show(i) {
-    const { data } = this.view, { text, facts } = data, now = this.state.now;
-    const token = text.token.values[i], domain = facts.sample.domains[text.domain.values[i]];
+    const { data } = this.view,
+      { text, facts } = data,
+      now = this.state.now;
+    const token = text.token.values[i],
+      domain = facts.sample.domains[text.domain.values[i]];
     const bytes = facts.sample.bytes[token];
     const where = `id ${token}${bytes ? `, bytes ${bytes}` : ""}; token ${i} of the sample, position ${text.position.values[i]} of its document${domain ? `, ${domain}` : ""}`;
     this.panel.dataset.token = i;
@@ -55,24 +69,52 @@ class TokenPanel {
   }
 
   choices(i) {
-    const facts = this.view.data.facts, now = this.state.now;
+    const facts = this.view.data.facts,
+      now = this.state.now;
     const { choices, alternatives } = decisionsOf(this.view.data, now.layer, i);
     const table = make("table", { cls: "choices" });
     const kind = facts.tokensChoose ? "weight" : "probability";
-    table.append(make("tr", {}, ...["", "expert", kind, "slot"].map((text) => make("th", { scope: "col" }, text))));
+    table.append(
+      make(
+        "tr",
+        {},
+        ...["", "expert", kind, "slot"].map((text) => make("th", { scope: "col" }, text)),
+      ),
+    );
     const most = facts.sample.gateScale[now.layer];
     choices.forEach((c, k) => {
       const bar = make("span", { cls: "bar", "aria-hidden": "true" });
       bar.style.width = `${(4 * c.gate) / most}em`;
-      const slot = c.kept ? make("td", { cls: "left" }, "kept") : make("td", { cls: "left bad" }, "× dropped");
-      const row = make("tr", { "data-expert": c.expert, "data-kept": c.kept }, make("td", {}, String(k + 1)));
-      row.append(make("td", {}, expertButton(c.expert)), make("td", { cls: "left" }, c.gate.toFixed(3) + " ", bar), slot);
+      const slot = c.kept
+        ? make("td", { cls: "left" }, "kept")
+        : make("td", { cls: "left bad" }, "× dropped");
+      const row = make(
+        "tr",
+        { "data-expert": c.expert, "data-kept": c.kept },
+        make("td", {}, String(k + 1)),
+      );
+      row.append(
+        make("td", {}, expertButton(c.expert)),
+        make("td", { cls: "left" }, c.gate.toFixed(3) + " ", bar),
+        slot,
+      );
       table.append(row);
     });
-    if (!choices.length) table.append(make("tr", {}, make("td", { colspan: 4 }, "No expert computes this token.")));
+    if (!choices.length)
+      table.append(
+        make("tr", {}, make("td", { colspan: 4 }, "No expert computes this token.")),
+      );
     for (const a of alternatives) {
-      const row = make("tr", { cls: "alternative", "data-other": a.expert }, make("td", {}, "–"));
-      row.append(make("td", {}, expertButton(a.expert)), make("td", { cls: "left" }, a.probability.toFixed(3)), make("td", { cls: "left" }, facts.tokensChoose ? "not chosen" : "not computed"));
+      const row = make(
+        "tr",
+        { cls: "alternative", "data-other": a.expert },
+        make("td", {}, "–"),
+      );
+      row.append(
+        make("td", {}, expertButton(a.expert)),
+        make("td", { cls: "left" }, a.probability.toFixed(3)),
+        make("td", { cls: "left" }, facts.tokensChoose ? "not chosen" : "not computed"),
+      );
       table.append(row);
     }
     return make("div", { cls: "wide" }, table);
@@ -83,7 +125,12 @@ class TokenPanel {
     this.state.numbers.forEach((number, layer) => {
       const cell = make("td", { cls: "left" });
       for (const c of decisionsOf(this.view.data, layer, i).choices) {
-        const chip = make("span", { cls: `chip e${c.expert}` }, expertButton(c.expert, layer), c.kept ? "" : "×");
+        const chip = make(
+          "span",
+          { cls: `chip e${c.expert}` },
+          expertButton(c.expert, layer),
+          c.kept ? "" : "×",
+        );
         cell.append(chip, " ");
       }
       if (!cell.childNodes.length) cell.append("none");
