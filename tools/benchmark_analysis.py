@@ -98,9 +98,10 @@ def _calls(
     return jax.block_until_ready((tables, sums))
 
   def sampled() -> Any:
-    tables, sums, (routes, kept) = telling(params, dict(held), batch)
+    tables, sums, seen = telling(params, dict(held), batch)
     held.update(tables)
-    sampler.see(routes, kept, batch)
+    assert seen is not None
+    sampler.see(*seen, batch)
     return jax.block_until_ready((tables, sums))
 
   routes = jax.jit(
