@@ -9,6 +9,9 @@ import sys
 import pytest
 
 from moejax.analysis.explorer import pack
+from moejax.cli import train
+from moejax.config import Config
+from moejax.errors import UserError
 from tests.experiments.test_command_lines import TINY, call
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -62,6 +65,17 @@ def test_flags_that_do_nothing_or_contradict_are_refused(tmp_path):
     assert words in said and bool(words) == bool(said), (case, said)
     assert "\n" not in said
   assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+@pytest.mark.parametrize("name", ["moe.dense_twin", "model.kind"])
+def test_training_refuses_at_once_what_cannot_be_analyzed_after_it(name):
+  """A dense model and an encoder-decoder, before a step is taken."""
+  config = Config()
+  config.moe.dense_twin = name == "moe.dense_twin"
+  config.model.kind = "encoder_decoder" if name == "model.kind" else "decoder"
+  with pytest.raises(UserError, match="--analyze: .*Leave it out"):
+    train._check_analysis(config)
+  train._check_analysis(Config())
 
 
 @pytest.fixture(scope="module")
