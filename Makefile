@@ -78,11 +78,12 @@ test-all: $(STAMP)
 	@if command -v sbatch > /dev/null && [ "$$(id -u)" = 0 ]; then $(MAKE) test-slurm; \
 	else echo "Not run: make test-slurm (needs Slurm and root)."; fi
 
-# The report's page in Chromium, which must be installed: chromium on the PATH, or
-# CHROMIUM=its path.
+# The pages of reports and analyses in Chromium, which must be installed: chromium on the
+# PATH, or CHROMIUM=its path.
 test-browser: $(STAMP)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[browser]"
-	$(BIN)/python -m pytest -q -m browser tests/sweep/report/test_page.py $(ARGS)
+	$(BIN)/python -m pytest -q -m browser tests/sweep/report/test_page.py \
+	  tests/analysis/explorer/test_browser.py $(ARGS)
 
 # Jobs of a sweep on a real Slurm, which is started in a temporary directory.
 test-slurm: $(STAMP)

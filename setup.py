@@ -113,7 +113,7 @@ setup(
   package_dir={"moejax.shipped_configs": "configs"},
   entry_points={"console_scripts": ["moejax = moejax.cli.main:main"]},
   include_package_data=False,
-  package_data={"": ["py.typed", "*.json", "*.html"]},
+  package_data={"": ["py.typed", "*.json", "*.html", "*.css", "*.js"]},
   install_requires=REQUIRED,
   extras_require={
     "test": TEST,

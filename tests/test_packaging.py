@@ -90,10 +90,12 @@ def test_the_wheel_is_moejax_alone_and_works_outside_the_checkout(tmp_path):
 
   top = {path.name for path in inside.iterdir() if path.suffix != ".dist-info"}
   assert top == {"moejax"}
-  here = {p.relative_to(ROOT) for p in (ROOT / "moejax").rglob("*.py")}
+  kinds = (".py", ".html", ".css", ".js")
+  here = {p.relative_to(ROOT) for p in (ROOT / "moejax").rglob("*") if p.suffix in kinds}
   configs = pathlib.Path("moejax") / "shipped_configs"
   here |= {configs / p.name for p in (ROOT / "configs").glob("*.py")}
-  assert here == {p.relative_to(inside) for p in inside.rglob("*.py")}
+  found = {p.relative_to(inside) for p in inside.rglob("*") if p.suffix in kinds}
+  assert here == found
   assert (inside / "moejax" / "py.typed").exists()
 
   def call(*arguments: str) -> str:

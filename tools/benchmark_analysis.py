@@ -3,6 +3,7 @@
   python -m tools.benchmark_analysis --workdir=runs/default [--rounds=20]
 
   collection   one batch of `collect` over one of `evaluate`
+  explorer     the same with the sample of tokens for the page
   replay       one batch of `evaluate` over one setting's decisions, for each setting
   knock-out    all experts of a layer, in evaluations per expert, for each MoE layer
 
@@ -21,9 +22,11 @@ import jax.numpy as jnp
 
 from moejax import data
 from moejax.analysis import collect, knockout, replay
+from moejax.analysis.explorer.sample import Sampler
 from moejax.analysis.layerwise import Layerwise
 from moejax.checkpoint.manager import restore_params
 from moejax.cli import flags as cli
+from moejax.cli import restored
 from moejax.config import MeshConfig
 from moejax.evaluate import groups, perplexity
 from moejax.sharding import rules
@@ -56,7 +59,8 @@ def main() -> None:
     seconds = _interleaved(calls, args.rounds)
   plain = seconds["evaluation"]
   print(f"evaluation  {1e3 * plain:.1f} ms for {batch['inputs'].size} tokens")
-  print(f"collection  {seconds['collection'] / plain:.2f} evaluations")
+  for name in ("collection", "explorer"):
+    print(f"{name:<11} {seconds[name] / plain:.2f} evaluations")
   for setting in SETTINGS:
     name = replay.show(setting)
     print(f"replay      {plain / seconds[name]:.0f} times as fast, {name}")
@@ -74,16 +78,30 @@ def _calls(
   evaluate = perplexity.make_step(model, mesh, groups.least_factor(model))
   words = collect.vocabulary(dataset.token_counts("validation"))
   step = collect.make_step(model, mesh, len(dataset.domains), words)
-  shape = (len(model.moe_layers), model.moe.fine_experts, words.num_rows)
   held = {
     name: jax.device_put(jnp.zeros(shape, jnp.int32), rules.replicated(mesh))
-    for name in collect.TABLES
+    for name, shape in collect.table_shapes(model, words).items()
   }
   params = jax.device_put(params, rules.replicated(mesh))
+
+  telling = collect.make_step(model, mesh, len(dataset.domains), words, with_routes=True)
+  sampler = Sampler(
+    mesh,
+    tokens=restored.EXPLORE_TOKENS,
+    length=batch["inputs"].shape[1],
+    total=dataset.num_tokens("validation"),
+  )
 
   def collected() -> Any:
     tables, sums, _ = step(params, dict(held), batch)
     held.update(tables)
+    return jax.block_until_ready((tables, sums))
+
+  def sampled() -> Any:
+    tables, sums, seen = telling(params, dict(held), batch)
+    held.update(tables)
+    assert seen is not None
+    sampler.see(*seen, batch)
     return jax.block_until_ready((tables, sums))
 
   routes = jax.jit(
@@ -102,6 +120,7 @@ def _calls(
   calls = {
     "evaluation": lambda: jax.block_until_ready(evaluate(params, batch)),
     "collection": collected,
+    "explorer": sampled,
   }
   for setting in SETTINGS:
     decider = replay.make_decider(replay.configured(config, setting).moe, mesh)

@@ -13,7 +13,7 @@ rows for vocabulary ids, Q frequency classes, W bins.
 """
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -59,6 +59,10 @@ _FLUSH = 1 << 30
 Arrays = dict[str, Any]
 """Sums by name, arrays of the devices or of the host."""
 
+Visit = Callable[[Routes, Array | None, Any], None]
+"""Sees (routes, kept, batch): `kept` [L, B, S, K] says which choices the capacity of
+training keeps; None for a router whose tokens do not choose."""
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Vocabulary:
@@ -74,6 +78,12 @@ class Vocabulary:
   @property
   def num_rows(self) -> int:
     return len(self.ids) + 1
+
+
+def every_id(size: int) -> Vocabulary:
+  """Returns a row for each of `size` ids; the last row stays empty."""
+  ids = np.arange(size, dtype=np.int32)
+  return Vocabulary(row=ids, ids=ids, frequency_class=np.zeros(size, np.int32))
 
 
 def vocabulary(counts: Int[np.ndarray, "V"]) -> Vocabulary:
@@ -99,8 +109,9 @@ def collect(
   batch_size: int,
   words: Vocabulary,
   limit: int = 0,
+  tables: Sequence[str] = TABLES,
   progress: Callable[[int], None] | None = None,
-  visit: Callable[[Routes, Any], None] | None = None,
+  visit: Visit | None = None,
 ) -> Arrays:
   """Runs the model over a split and returns sums, in float64 and int64.
 
@@ -113,43 +124,63 @@ def collect(
     batch_size: sequences per step: whole groups, from `groups.batch_size`.
     words: from `vocabulary`.
     limit: maximum number of batches; 0 is all.
+    tables: by which ids experts are counted, some of `TABLES`.
     progress: called with the number of tokens seen so far.
-    visit: called with each batch's routes and arrays, still on the devices.
+    visit: called with each batch, still on the devices.
 
   Raises:
     UserError: the split has no text.
   """
   num_domains = max(len(dataset.domains), 1)
   step = make_step(model, mesh, num_domains, words, with_routes=visit is not None)
+  shapes = table_shapes(model, words, tables)
   params = jax.device_put(params, param_shardings(model, mesh))
-  length = (len(model.moe_layers), model.moe.fine_experts, words.num_rows)
-  empty = {name: np.zeros(length, np.int32) for name in TABLES}
-  tables = jax.device_put(empty, rules.replicated(mesh))
+  empty = {name: np.zeros(shape, np.int32) for name, shape in shapes.items()}
+  held = jax.device_put(empty, rules.replicated(mesh))
   total: Arrays = {}
-  kept = {name: np.zeros(length, np.int64) for name in TABLES}
+  kept = {name: np.zeros(shape, np.int64) for name, shape in shapes.items()}
   pending, since = None, 0
   batches = perplexity.device_batches(
     dataset, split, mesh=mesh, batch_size=batch_size, limit=limit
   )
   with jax.set_mesh(mesh):
     for batch in batches:
-      tables, sums, routes = step(params, tables, batch)
+      held, sums, seen = step(params, held, batch)
       if visit is not None:
-        assert routes is not None
-        visit(routes, batch)
+        assert seen is not None
+        routes, by_training = seen
+        visit(routes, by_training, batch)
       _add(total, pending)  # While the devices compute this batch.
       pending = sums
       since += batch["inputs"].size
       if since > _FLUSH:
-        _flush(kept, tables)
-        tables, since = jax.device_put(empty, rules.replicated(mesh)), 0
+        _flush(kept, held)
+        held, since = jax.device_put(empty, rules.replicated(mesh)), 0
       if progress is not None and "tokens" in total:
         progress(int(total["tokens"]))
   _add(total, pending)
-  _flush(kept, tables)
+  _flush(kept, held)
   if not total or not total["tokens"]:
     raise UserError(f"--split={split} has no text in this dataset. Choose another split.")
-  return total | {f"by_{name}": table for name, table in kept.items()}
+  return total | kept
+
+
+def table_shapes(
+  model: Decoder, words: Vocabulary, tables: Sequence[str] = TABLES
+) -> dict[str, tuple[int, ...]]:
+  """Returns the tables by id that a step adds to: assignments, and tokens.
+
+  Args:
+    model: with at least one MoE layer.
+    words: their rows.
+    tables: some of `TABLES`.
+
+  Returns:
+    `by_NAME`, [L, E, M], and `seen_NAME`, [M].
+  """
+  whole = (len(model.moe_layers), model.moe.fine_experts, words.num_rows)
+  by = {f"by_{name}": whole for name in tables}
+  return by | {f"seen_{name}": whole[-1:] for name in tables}
 
 
 def _add(total: Arrays, sums: Any) -> None:
@@ -174,8 +205,8 @@ def make_step(
   words: Vocabulary,
   *,
   with_routes: bool = False,
-) -> Callable[..., tuple[Arrays, Arrays, Routes | None]]:
-  """Returns a jitted (params, tables, batch) -> (tables, sums, routes or None)."""
+) -> Callable[..., tuple[Arrays, Arrays, tuple[Routes, Array | None] | None]]:
+  """Returns a jitted (params, tables, batch) -> (tables, sums, what a visit gets)."""
   moe, factor = model.moe, groups.least_factor(model)
   can_replay = decide.undecidable(model) is None
   row, of_class = jnp.asarray(words.row), jnp.asarray(words.frequency_class)
@@ -189,10 +220,14 @@ def make_step(
     predicted = _argmax(out.logits[..., : model.vocab_size])
     ids = {"input": batch["inputs"], "target": batch["targets"], "predicted": predicted}
     served = _by_token(routes.served)
-    tables = {
-      name: tables[name] + _by_row(served, row[ids[name]], words.num_rows)
-      for name in TABLES
-    }
+    counted, added = valid.astype(jnp.int32).reshape(-1), {}
+    for name, of in ids.items():
+      if f"by_{name}" in tables:
+        place = row[of]
+        added[f"by_{name}"] = _by_row(served, place, words.num_rows)
+        tokens = jax.ops.segment_sum(counted, place.reshape(-1), words.num_rows)
+        added[f"seen_{name}"] = tokens
+    tables = {name: tables[name] + more for name, more in added.items()}
     where = {
       "domain": (batch["domain"], num_domains),
       "class": (of_class[batch["inputs"]], NUM_CLASSES),
@@ -208,7 +243,7 @@ def make_step(
       trained = decide.decide(moe, recorded, own, moe.capacity_factor)
     sums |= _drops(trained, valid, where)
     sums |= streaks.sums(routes.served, valid)
-    return tables, sums, (routes if with_routes else None)
+    return tables, sums, ((routes, trained.kept) if with_routes else None)
 
   shardings = (
     param_shardings(model, mesh),

@@ -33,22 +33,45 @@ _GRAM_TOKENS = 256
 """Tokens of a batch whose outputs are compared with each other."""
 
 
-def hsic(outputs: Float[Array, "E n D"], valid: Bool[Array, "n"]) -> Float[Array, "E E"]:
+def hsic(
+  outputs: Float[Array, "E n D"],
+  valid: Bool[Array, "n"],
+  others: Float[Array, "E n D"] | None = None,
+) -> Float[Array, "E E"]:
   """Returns the unbiased HSIC of every two experts' outputs, with linear kernels.
 
   Song et al. 2012, equation 5: for kernels K and L with zero diagonal and n tokens,
   (tr KL + 1'K1 1'L1 / ((n-1)(n-2)) - 2 1'KL1 / (n-2)) / (n (n-3)).
+
+  Args:
+    outputs: of all experts for the same tokens.
+    valid: False for padding.
+    others: outputs of the second expert of each pair, if they are not `outputs`.
   """
-  outputs = outputs.astype(jnp.float32) * valid[None, :, None].astype(jnp.float32)
-  gram = jnp.einsum("ead,ebd->eab", outputs, outputs)
-  gram = gram * (1 - jnp.eye(gram.shape[-1]))[None]
+
+  def kernels(outputs: Float[Array, "E n D"]) -> Float[Array, "E n n"]:
+    outputs = outputs.astype(jnp.float32) * valid[None, :, None].astype(jnp.float32)
+    gram = jnp.einsum("ead,ebd->eab", outputs, outputs)
+    return gram * (1 - jnp.eye(gram.shape[-1]))[None]
+
+  first = kernels(outputs)
+  second = first if others is None else kernels(others)
   n = jnp.maximum(jnp.sum(valid.astype(jnp.float32)), 4.0)
-  rows = jnp.sum(gram, axis=-1)
-  total = jnp.sum(rows, axis=-1)
-  trace = jnp.einsum("iab,jab->ij", gram, gram)
-  both = total[:, None] * total[None, :] / ((n - 1) * (n - 2))
-  cross = 2.0 / (n - 2) * (rows @ rows.T)
-  return (trace + both - cross) / (n * (n - 3))
+  rows, columns = jnp.sum(first, axis=-1), jnp.sum(second, axis=-1)
+  trace = jnp.einsum("iab,jab->ij", first, second)
+  total = jnp.sum(rows, axis=-1)[:, None] * jnp.sum(columns, axis=-1)[None, :]
+  cross = 2.0 / (n - 2) * (rows @ columns.T)
+  return (trace + total / ((n - 1) * (n - 2)) - cross) / (n * (n - 3))
+
+
+def shuffled(
+  outputs: Float[Array, "E n D"], valid: Bool[Array, "n"]
+) -> Float[Array, "E n D"]:
+  """Returns outputs with the valid tokens in random order, the same for all experts."""
+  draws = jax.random.uniform(jax.random.key(0), valid.shape)
+  order = jnp.argsort(jnp.where(valid, draws, 2.0))
+  place = jnp.argsort(~valid, stable=True)
+  return outputs[:, jnp.zeros_like(order).at[place].set(order)]
 
 
 def cosine(weights: ExpertWeights) -> Float[Array, "E E"]:
@@ -122,8 +145,10 @@ def probe(
     outputs = apply_experts(jnp.broadcast_to(rows[None], shape), weights, activation)
     size = jnp.max(jnp.abs(outputs.astype(jnp.float32)), axis=-1)
     few = -(-valid.size // _GRAM_TOKENS)
+    fewer, counted = outputs[:, ::few], valid[::few] > 0
+    both = hsic(fewer, counted), hsic(fewer, counted, shuffled(fewer, counted))
     return (
-      hsic(outputs[:, ::few], valid[::few] > 0),
+      jnp.stack(both),
       jnp.max(jnp.where(served.T, size, 0.0), axis=-1),
       cosine(weights),
     )
@@ -148,7 +173,8 @@ def probe(
     "layers": [
       {
         "layer": layer,
-        "cka": similarity.cka(totals[layer][0]).tolist(),
+        "cka": similarity.cka(totals[layer][0][0]).tolist(),
+        "cka_shuffled": similarity.chance(*totals[layer][0]),
         "weight_cosine": totals[layer][2].tolist(),
         "largest_output": totals[layer][1].tolist(),
         "best_hit_rate": dict(

@@ -6,25 +6,21 @@ at which it serves that token over its rate for all tokens: 1 is no preference. 
 arXiv:2401.04088, section 5, analyses domains; Switch and ST-MoE, arXiv:2202.08906,
 section 7, tokens.)
 
-Letters: B batch, S sequence, L MoE layers, E experts, R domains, V vocabulary.
+Letters: L MoE layers, E experts, R domains, V vocabulary.
 """
 
 import dataclasses
 import pathlib
 from typing import Any
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
-from jaxtyping import Array, Float, Int
+from jaxtyping import Float, Int
 
 from moejax import files
+from moejax.analysis import collect
 from moejax.errors import UserError
-from moejax.evaluate import groups, perplexity
 from moejax.models.decoder import Decoder
-from moejax.models.placement import param_shardings
-from moejax.sharding import rules
 from moejax.types import Params
 
 MIN_COUNT = 20
@@ -57,53 +53,22 @@ def count(
   limit: int = 0,
 ) -> Counts:
   """Runs the model on a split and counts; arguments as in `perplexity.evaluate`."""
-  num_domains = max(len(dataset.domains), 1)
-
-  def step(params: Params, batch: dict[str, Array]) -> tuple[Array, Array, Array, Array]:
-    out = model(
-      params,
-      batch["inputs"],
-      segment_ids=batch["segment_ids"],
-      positions=batch["positions"],
-      capacity_factor=groups.least_factor(model),
-      return_served=True,
-    )
-    assert out.served is not None
-    valid = (batch["segment_ids"] > 0).reshape(-1).astype(jnp.int32)
-    # [tokens, layers, experts]: padding is never served.
-    served = jnp.moveaxis(out.served, 0, 2).astype(jnp.int32)
-    served = served.reshape(-1, *served.shape[2:])
-    domain, token = batch["domain"].reshape(-1), batch["inputs"].reshape(-1)
-    return (
-      jax.ops.segment_sum(served, domain, num_domains),
-      jax.ops.segment_sum(served, token, model.vocab_size),
-      jax.ops.segment_sum(valid, domain, num_domains),
-      jax.ops.segment_sum(valid, token, model.vocab_size),
-    )
-
-  shardings = param_shardings(model, mesh)
-  compiled = jax.jit(
-    step,
-    in_shardings=(shardings, rules.batch_sharding(mesh)),
-    out_shardings=rules.replicated(mesh),
+  sums = collect.collect(
+    model,
+    params,
+    dataset,
+    split=split,
+    mesh=mesh,
+    batch_size=batch_size,
+    words=collect.every_id(model.vocab_size),
+    limit=limit,
+    tables=("input",),
   )
-  params = jax.device_put(params, shardings)
-  total = None
-  batches = perplexity.device_batches(
-    dataset, split, mesh=mesh, batch_size=batch_size, limit=limit
-  )
-  with jax.set_mesh(mesh):
-    for batch in batches:
-      sums = [np.asarray(x, np.int64) for x in jax.device_get(compiled(params, batch))]
-      total = sums if total is None else [a + b for a, b in zip(total, sums, strict=True)]
-  if total is None:
-    raise UserError(f"--split={split} has no text in this dataset. Choose another split.")
-  by_domain, by_token, domain, token = total
   return Counts(
-    by_domain=np.moveaxis(by_domain, 0, -1),
-    by_token=np.moveaxis(by_token, 0, -1),
-    domain=domain,
-    token=token,
+    by_domain=sums["by_domain"],
+    by_token=sums["by_input"][..., :-1],
+    domain=sums["tokens_domain"],
+    token=sums["seen_input"][:-1],
   )
 
 

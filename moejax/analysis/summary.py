@@ -177,11 +177,10 @@ def _words(
 ) -> dict[str, Any]:
   """Returns specialisation by input id, target and predicted id, and top words."""
   tokens, found = int(sums["tokens"]), {}
-  per_token = max(round(int(sums["load"][index].sum()) / tokens), 1)
   for name in ("input", "target", "predicted"):
     # The last row holds many ids, and none of them alone.
     served = sums[f"by_{name}"][index][:, :-1]
-    seen = np.rint(served.sum(axis=0) / per_token).astype(np.int64)
+    seen = sums[f"seen_{name}"][:-1]
     if name == "input":
       best = specialisation.top_words(served, seen, tokens)
       found["top"] = [

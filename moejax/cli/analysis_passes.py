@@ -19,9 +19,12 @@ from moejax.analysis import (
   replay,
   report,
   saturation,
+  sentences,
   summary,
   trace,
 )
+from moejax.analysis.explorer.facts import Names
+from moejax.analysis.explorer.sample import Sample, Sampler
 from moejax.checkpoint.manager import restore_params
 from moejax.cli import restored
 from moejax.errors import UserError
@@ -43,12 +46,10 @@ def analyze(request: restored.Request, asked: restored.Asked) -> None:
     return _with_whole_groups(run, settings)
 
   run = restored.restore(request, prepare)
-  if run.tells:
-    asked.out.mkdir(parents=True, exist_ok=True)
   if asked.from_trace:
     _from_trace(run, asked, settings)
     return
-  found, replayer = _collected(run, asked, settings)
+  found, replayer, sample = _collected(run, asked, settings)
   _merge(found, probe.probe(**run.arguments()))
   if len(run.steps) > 1:
     found["saturation"] = _saturation(run, request, asked.limit)
@@ -57,8 +58,11 @@ def analyze(request: restored.Request, asked: restored.Asked) -> None:
   if asked.knockout is not None:
     found |= _knockout(run, asked)
   if run.tells:
-    for path in report.write(found, asked.out):
-      print(path)
+    dataset = run.dataset
+    names = Names(pieces=dataset.tokenizer.pieces, domains=list(dataset.domains))
+    paths = report.write(found, asked.out, sample, names)
+    for line in (*sentences.sentences(found), *paths):
+      print(line)
 
 
 def _check(run: restored.Run, asked: restored.Asked, settings: list[Any]) -> None:
@@ -102,11 +106,11 @@ def _with_whole_groups(run: restored.Run, settings: list[Any]) -> restored.Run:
 
 def _collected(
   run: restored.Run, asked: restored.Asked, settings: list[Any]
-) -> tuple[dict[str, Any], replay.Replay | None]:
+) -> tuple[dict[str, Any], replay.Replay | None, Sample | None]:
   """Returns facts and measures of one pass, which a trace and a replay see too."""
   words = collect.vocabulary(run.token_counts())
-  replayer = None
-  visits: list[Callable[[Any, Any], None]] = []
+  replayer, sampler = None, None
+  visits: list[collect.Visit] = []
   with contextlib.ExitStack() as stack:
     if settings:
       replayer = replay.Replay(run.config, run.model, run.mesh, settings)
@@ -114,9 +118,13 @@ def _collected(
     if asked.trace:
       visits.append(stack.enter_context(_recording(run, asked.trace, asked.trace_what)))
 
-    def visit(routes: Any, batch: Any) -> None:
+    if asked.explore_tokens:
+      sampler = _sampler(run, asked)
+      visits.append(sampler.see)
+
+    def visit(routes: Any, kept: Any, batch: Any) -> None:
       for each in visits:
-        each(routes, batch)
+        each(routes, kept, batch)
 
     with _watched(run, "routes", asked.limit) as progress:
       sums = collect.collect(
@@ -127,13 +135,24 @@ def _collected(
         **run.arguments(),
       )
   domains, pieces = list(run.dataset.domains), run.dataset.tokenizer.pieces
-  return run.facts | summary.summarise(sums, run.model, words, domains, pieces), replayer
+  found = run.facts | summary.summarise(sums, run.model, words, domains, pieces)
+  return found, replayer, None if sampler is None else sampler.result()
 
 
-def _seen_by(replayer: replay.Replay, run: restored.Run) -> Callable[[Any, Any], None]:
+def _sampler(run: restored.Run, asked: restored.Asked) -> Sampler:
+  return Sampler(
+    run.mesh,
+    tokens=asked.explore_tokens,
+    length=run.config.data.sequence_length,
+    total=_covered(run, asked.limit),
+  )
+
+
+def _seen_by(replayer: replay.Replay, run: restored.Run) -> collect.Visit:
   record = replay.make_recorder(run.model, run.mesh)
 
-  def visit(routes: Any, batch: Any) -> None:
+  def visit(routes: Any, kept: Any, batch: Any) -> None:
+    del kept
     replayer.see(*record(run.params, routes, batch))
 
   return visit
@@ -142,15 +161,15 @@ def _seen_by(replayer: replay.Replay, run: restored.Run) -> Callable[[Any, Any],
 @contextlib.contextmanager
 def _recording(
   run: restored.Run, path: pathlib.Path, what: str
-) -> Iterator[Callable[[Any, Any], None]]:
+) -> Iterator[collect.Visit]:
   """Writes a trace: all processes gather, the first one writes."""
   gather = jax.jit(lambda tree: tree, out_shardings=rules.replicated(run.mesh))
   meta = _trace_meta(run)
   if not run.tells:
-    yield lambda routes, batch: jax.block_until_ready(gather((routes, batch)))
+    yield lambda routes, _, batch: jax.block_until_ready(gather((routes, batch)))
     return
   with trace.writing(path, run.model, meta, what) as writer:
-    yield lambda routes, batch: writer.write(*jax.device_get(gather((routes, batch))))
+    yield lambda routes, _, batch: writer.write(*jax.device_get(gather((routes, batch))))
   print(path)
 
 
@@ -186,6 +205,7 @@ def _from_trace(run: restored.Run, asked: restored.Asked, settings: list[Any]) -
         **batch,
       )
       replayer.see(recorded, own)
+  asked.out.mkdir(parents=True, exist_ok=True)
   results.write(asked.out / REPLAY_FILE, run.facts | {"replay": replayer.result()})
   print(asked.out / REPLAY_FILE)
 

@@ -4,7 +4,7 @@
     [--steps=all|100,200] [--out=DIR] [--max_batches=N]
     [--replay --capacity_factor=0.5,1,2 --overflow=drop,next_best --confirm=2]
     [--knockout[=LAYER,...] --knockout_tokens=next_best|none --knockout_pairs=N]
-    [--trace=FILE --trace_what=choices|logits] [--from_trace=FILE]
+    [--trace=FILE --trace_what=choices|logits] [--from_trace=FILE] [--explore_tokens=N]
 
 Writes analysis.json, figures/ and index.html (open it in a browser; it needs no network)
 to --out, by default DIR/analysis. docs/analysis.md says what each measure means and when
@@ -126,6 +126,14 @@ _FROM = flags.DEFINE_string(
   "from_trace", None, "--replay: read this trace; the model is not run."
 )
 
+_EXPLORE = flags.DEFINE_integer(
+  "explore_tokens",
+  restored.EXPLORE_TOKENS,
+  "Tokens that the page shows with all choices; 0 makes a page without text.",
+  lower_bound=0,
+  upper_bound=1_000_000,
+)
+
 
 def main() -> None:
   # jax is imported after the flags are checked.
@@ -165,13 +173,17 @@ def _asked(workdir: pathlib.Path) -> Asked:
   knockout = _KNOCKOUT.value is not None
   _refuse_alone(knockout, "--knockout", ["knockout_tokens", "knockout_pairs"])
   _refuse_alone(bool(_TRACE.value), "--trace=FILE", ["trace_what"])
+  if _FROM.value and flags.FLAGS["explore_tokens"].present:
+    raise UserError("--explore_tokens: --from_trace writes no page. Leave one out.")
   if _FROM.value and (_TRACE.value or knockout or _STEPS.value or _CONFIRM.value):
     raise UserError(
       "--from_trace runs no model, and --trace, --knockout, --steps and --confirm need "
       "one. Leave them out."
     )
   return Asked(
-    out=_writable(pathlib.Path(_OUT.value) if _OUT.value else workdir / "analysis"),
+    out=_writable(
+      pathlib.Path(_OUT.value) if _OUT.value else workdir / restored.ANALYSIS
+    ),
     steps=_STEPS.value,
     limit=_LIMIT.value,
     replay=_values() if _REPLAY.value else None,
@@ -182,6 +194,7 @@ def _asked(workdir: pathlib.Path) -> Asked:
     trace=pathlib.Path(_TRACE.value) if _TRACE.value else None,
     trace_what=_WHAT.value,
     from_trace=pathlib.Path(_FROM.value) if _FROM.value else None,
+    explore_tokens=_EXPLORE.value,
   )
 
 

@@ -33,6 +33,7 @@ from typing import Any
 from absl import flags
 
 from moejax.cli import flags as cli
+from moejax.cli import restored
 from moejax.errors import UserError
 from moejax.run import compilation_cache
 
@@ -145,56 +146,40 @@ def evaluate(
   """Restores, evaluates and reports; called in every process of a job."""
   import jax
 
-  from moejax import data
-  from moejax.checkpoint.manager import peek, restore_params
-  from moejax.evaluate import groups, perplexity
-  from moejax.launch import host_memory
-  from moejax.models.placement import param_shardings
-  from moejax.run import owner
-  from moejax.run import workdir as workdir_lib
-  from moejax.sharding.mesh import make_mesh
+  from moejax.evaluate import perplexity
 
-  host_memory.keep_freed_pages()
   tells = jax.process_index() == 0
-  shapes, trained, meta = peek(workdir, _STEP.value)
-  trained = owner.own_paths(trained, meta.get("owner"), cli.overrides(), workdir)
-  config = cli.get_config(base=trained)
-  compilation_cache.enable(config.data.cache_dir)
-  dataset = data.load(config.data, workdir=workdir, store=False)
-  model = groups.make_model(config, dataset.tokenizer.vocab_size)
-  factors = factors or _own_factors(model)
-  _check(model, dataset, factors)
-  perplexity.check_params(model, shapes)
-  mesh = make_mesh(perplexity.choose_mesh(config.mesh))
-  batch_size = _batch_size(config, mesh, factors, tells)
-  # Restored directly into shards, so that no device holds the whole model.
-  shardings = param_shardings(model, mesh)
-  params, _, meta = restore_params(workdir, _STEP.value, shardings)
 
+  def check(model: Any, dataset: Any) -> None:
+    _check(model, dataset, factors or _own_factors(model))
+
+  run = restored.opened(workdir, _STEP.value, check)
+  model, dataset = run.model, run.dataset
+  factors = factors or _own_factors(model)
+  batch_size = _batch_size(run.config, run.mesh, factors, tells)
+  params, meta = run.params()
   what: dict[str, Any] = {
     "model": model,
     "params": params,
     "dataset": dataset,
     "split": _SPLIT.value,
-    "mesh": mesh,
+    "mesh": run.mesh,
     "batch_size": batch_size,
     "limit": _LIMIT.value,
   }
   with _watched(what, tells) as progress:
     evaluation = perplexity.evaluate(capacity_factors=factors, progress=progress, **what)
-  changes = workdir_lib.refused_changes(trained, config)
-  # Documents are split by content: in a different text, such as another Python version's
-  # library, a "validation" document may have been trained on.
-  if dataset.fingerprint != meta.get("dataset_fingerprint"):
+  changes = list(run.changes)
+  if not run.is_training_dataset:
     changes.append(("dataset", meta.get("dataset_fingerprint"), dataset.fingerprint))
   evaluation = {
     "step": meta["step"],
     "workdir": str(workdir),
     "dataset_fingerprint": dataset.fingerprint,
-    "is_training_dataset": not any(field == "dataset" for field, _, _ in changes),
+    "is_training_dataset": run.is_training_dataset,
     "changed": {field: now for field, _, now in changes},
   } | evaluation
-  evaluation |= perplexity.headline(evaluation, config.moe.eval_capacity_factor)
+  evaluation |= perplexity.headline(evaluation, run.config.moe.eval_capacity_factor)
   if tells:
     _tell(evaluation, workdir, output, changes, _own_factors(model))
   if _ROUTING.value:

@@ -12,6 +12,12 @@ from moejax.cli import flags as cli
 from moejax.errors import UserError
 from moejax.run import compilation_cache
 
+EXPLORE_TOKENS = 20_000
+"""Of text on the page: with 16 layers, 8 choices and 64 experts it has 8 MB."""
+
+ANALYSIS = "analysis"
+"""The directory of results in that of the run."""
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Request:
@@ -32,18 +38,21 @@ class Asked:
   """Which passes an analysis makes."""
 
   out: pathlib.Path
-  steps: str | None
-  limit: int
-  replay: dict[str, list[Any]] | None
+  steps: str | None = None
+  limit: int = 0
+  """Batches; 0 is all."""
+  replay: dict[str, list[Any]] | None = None
   """Values of each option; None without a replay."""
-  confirm: int
-  knockout: tuple[int, ...] | None
+  confirm: int = 0
+  knockout: tuple[int, ...] | None = None
   """Layers; empty is all of them."""
-  knockout_tokens: str
-  knockout_pairs: int
-  trace: pathlib.Path | None
-  trace_what: str
-  from_trace: pathlib.Path | None
+  knockout_tokens: str = "next_best"
+  knockout_pairs: int = 0
+  trace: pathlib.Path | None = None
+  trace_what: str = "choices"
+  from_trace: pathlib.Path | None = None
+  explore_tokens: int = EXPLORE_TOKENS
+  """Most tokens shown on the page."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -80,8 +89,95 @@ class Run:
     return np.pad(counts, (0, max(size - len(counts), 0)))[:size]
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Opened:
+  """A run without its parameters, as this command line wants it."""
+
+  workdir: pathlib.Path
+  config: Any
+  model: Any
+  dataset: Any
+  mesh: Any
+  step: int | None
+  """The checkpoint asked for; None is the newest."""
+  meta: dict[str, Any]
+  """What the checkpoint says of itself."""
+  changes: list[tuple[str, Any, Any]]
+  """Fields that the command line changed: (name, the run's value, this one)."""
+
+  @property
+  def is_training_dataset(self) -> bool:
+    """Whether the text is that of training.
+
+    Documents are split by content: in a different text, such as another Python version's
+    library, a "validation" document may have been trained on.
+    """
+    return self.dataset.fingerprint == self.meta.get("dataset_fingerprint")
+
+  def params(self) -> tuple[Any, dict[str, Any]]:
+    """Returns the parameters, sharded over the mesh, and what their checkpoint says."""
+    from moejax.checkpoint.manager import restore_params
+    from moejax.models.placement import param_shardings
+
+    # Restored directly into shards, so that no device holds the whole model.
+    shardings = param_shardings(self.model, self.mesh)
+    params, _, meta = restore_params(self.workdir, self.step, shardings)
+    return params, meta
+
+
+def opened(
+  workdir: pathlib.Path,
+  step: int | None,
+  check: Callable[[Any, Any], None],
+  text: str | None = None,
+) -> Opened:
+  """Opens a run; called in every process of a job.
+
+  Args:
+    workdir: of the run.
+    step: of the checkpoint; None is the newest.
+    check: rejects, given model and dataset, what could not be done with them.
+    text: a file or folder that is read in place of the run's dataset.
+
+  Raises:
+    UserError: no such checkpoint, no text, or flags that make another model.
+  """
+  from moejax import data
+  from moejax.checkpoint.manager import peek
+  from moejax.evaluate import groups, perplexity
+  from moejax.launch import host_memory
+  from moejax.run import owner
+  from moejax.run import workdir as workdir_lib
+  from moejax.sharding.mesh import make_mesh
+
+  host_memory.keep_freed_pages()
+  shapes, trained, meta = peek(workdir, step)
+  trained = owner.own_paths(trained, meta.get("owner"), cli.overrides(), workdir)
+  config = cli.get_config(base=_over(trained, text))
+  compilation_cache.enable(config.data.cache_dir)
+  try:
+    dataset = data.load(config.data, workdir=workdir, store=False)
+  except UserError as error:
+    if text:
+      raise UserError(f"--text={text}: {error}") from error
+    raise
+  model = groups.make_model(config, dataset.tokenizer.vocab_size)
+  check(model, dataset)
+  perplexity.check_params(model, shapes)
+  return Opened(
+    workdir=workdir,
+    config=config,
+    model=model,
+    dataset=dataset,
+    mesh=make_mesh(perplexity.choose_mesh(config.mesh)),
+    step=step,
+    meta=meta,
+    changes=workdir_lib.refused_changes(trained, config),
+  )
+
+
 def restore(request: Request, prepare: Callable[[Run], Run]) -> Run:
-  """Restores a run; called in every process of a job.
+  """Restores a run that can be analyzed; called in every process of a job.
 
   Args:
     request: what is asked for.
@@ -93,61 +189,40 @@ def restore(request: Request, prepare: Callable[[Run], Run]) -> Run:
   """
   import jax
 
-  from moejax import data
-  from moejax.checkpoint.manager import peek, restore_params
-  from moejax.evaluate import groups, perplexity
-  from moejax.launch import host_memory
-  from moejax.models.placement import param_shardings
-  from moejax.run import owner
-  from moejax.run import workdir as workdir_lib
-  from moejax.sharding.mesh import make_mesh
+  from moejax.evaluate import groups
 
-  host_memory.keep_freed_pages()
-  workdir, steps = request.workdir, _steps(request)
-  shapes, trained, meta = peek(workdir, steps[-1] if steps else None)
-  trained = owner.own_paths(trained, meta.get("owner"), cli.overrides(), workdir)
-  config, split = cli.get_config(base=_over(trained, request)), request.split
-  if request.text:
-    split = "train"
-  compilation_cache.enable(config.data.cache_dir)
-  try:
-    dataset = data.load(config.data, workdir=workdir, store=False)
-  except UserError as error:
-    if request.text:
-      raise UserError(f"--text={request.text}: {error}") from error
-    raise
-  model = groups.make_model(config, dataset.tokenizer.vocab_size)
-  _check(model, dataset, split, request)
-  perplexity.check_params(model, shapes)
-  mesh = make_mesh(perplexity.choose_mesh(config.mesh))
+  steps = _steps(request)
+  split = "train" if request.text else request.split
+
+  def check(model: Any, dataset: Any) -> None:
+    _check(model, dataset, split, request)
+
+  found = opened(request.workdir, steps[-1] if steps else None, check, request.text)
+  config, model, dataset = found.config, found.model, found.dataset
   factors = (groups.least_factor(model), config.moe.capacity_factor)
-  batch_size = groups.batch_size(config, mesh, factors, request.batch_size)
-  changes = workdir_lib.refused_changes(trained, config)
   run = Run(
     config=config,
     model=model,
     params=None,
     dataset=dataset,
     split=split,
-    mesh=mesh,
-    batch_size=batch_size,
+    mesh=found.mesh,
+    batch_size=groups.batch_size(config, found.mesh, factors, request.batch_size),
     steps=steps,
     facts={
-      "workdir": str(workdir),
-      "step": meta["step"],
+      "workdir": str(request.workdir),
+      "step": found.meta["step"],
       "split": split,
       "text": request.text,
       "split_tokens": dataset.num_tokens(split),
       "dataset_fingerprint": dataset.fingerprint,
-      "is_training_dataset": dataset.fingerprint == meta.get("dataset_fingerprint"),
-      "changed": {field: now for field, _, now in changes},
+      "is_training_dataset": found.is_training_dataset,
+      "changed": {field: now for field, _, now in found.changes},
     },
     tells=jax.process_index() == 0,
   )
   run = prepare(run)
-  # Restored directly into shards, so that no device holds the whole model.
-  shardings = param_shardings(model, mesh)
-  params, _, meta = restore_params(workdir, steps[-1] if steps else None, shardings)
+  params, meta = found.params()
   return dataclasses.replace(run, params=params, facts=run.facts | {"step": meta["step"]})
 
 
@@ -179,14 +254,14 @@ def _steps(request: Request) -> tuple[int, ...]:
   return tuple(steps)
 
 
-def _over(trained: Any, request: Request) -> Any:
+def _over(trained: Any, text: str | None) -> Any:
   """Returns the run's config, with the text in place of its dataset."""
-  if not request.text:
+  if not text:
     return trained
   data = dataclasses.replace(
     trained.data,
     name="text",
-    path=str(pathlib.Path(request.text).resolve()),
+    path=str(pathlib.Path(text).resolve()),
     validation_fraction=0.0,
     test_fraction=0.0,
   )

@@ -14,6 +14,7 @@ another process was lost, 4 the processes were started differently.
 
 import pathlib
 import sys
+from typing import Any
 
 from absl import flags
 
@@ -66,6 +67,9 @@ _HANG = flags.DEFINE_float(
 _IGNORE_MEMORY = flags.DEFINE_bool(
   "ignore_memory", False, "Start even if the run cannot fit into memory by its shapes."
 )
+_ANALYZE = flags.DEFINE_bool(
+  "analyze", False, "After the last step, write DIR/analysis: what the routers do."
+)
 
 
 def main() -> int:
@@ -109,6 +113,8 @@ def train(config: Config, workdir: pathlib.Path) -> int:
   # ----------------------------------------------------------------------- training
   from moejax.train import loop, step_log
 
+  if _ANALYZE.value:
+    _check_analysis(config)
   patience = _HANG.value
   if patience is None:
     patience = hang.DEFAULT_SECONDS if jax.process_count() > 1 else 0.0
@@ -121,10 +127,46 @@ def train(config: Config, workdir: pathlib.Path) -> int:
         ignore_memory=_IGNORE_MEMORY.value,
         config_flags=cli.config_flags(),
       )
+      if _ANALYZE.value and not result["exit_code"]:
+        _analyze(config, workdir, result)
   except step_log.TrainingStopped as error:
     print(f"error: {error}", file=sys.stderr)
     return 1
   return result["exit_code"]
+
+
+def _check_analysis(config: Config) -> None:
+  """Refuses, before training, what could not be analyzed after it.
+
+  Raises:
+    UserError: an encoder, or no MoE layer.
+  """
+  from moejax.models.decoder import Decoder
+
+  if config.model.kind == "encoder_decoder":
+    raise UserError("--analyze: an encoder-decoder cannot be analyzed. Leave it out.")
+  # Which layers have experts does not depend on the vocabulary.
+  if not Decoder(config.model, config.moe, vocab_size=1).moe_layers:
+    raise UserError("--analyze: this model has no MoE layer. Leave it out.")
+
+
+def _analyze(config: Config, workdir: pathlib.Path, result: dict[str, Any]) -> None:
+  """Analyzes the last checkpoint on about as much text as the final evaluation read."""
+  from moejax.cli import analysis_passes, restored
+
+  evaluated, limit = result.get("tokens", 0), 0
+  if evaluated < result.get("split_tokens", 0):
+    limit = -(-evaluated // (config.train.batch_size * config.data.sequence_length))
+  request = restored.Request(
+    workdir=workdir,
+    steps=None,
+    split="validation" if evaluated else "train",
+    text=None,
+    batch_size=config.train.batch_size,
+  )
+  analysis_passes.analyze(
+    request, restored.Asked(out=workdir / restored.ANALYSIS, limit=limit)
+  )
 
 
 def run() -> None:

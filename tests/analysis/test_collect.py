@@ -29,7 +29,7 @@ def _collected(devices: int, batch_size: int = 8, **changes):
     mesh=make_mesh(MeshConfig(), jax.devices()[:devices]),
     batch_size=batch_size,
     words=collect.vocabulary(counts),
-    visit=lambda routes, batch: seen.append(jax.device_get((routes, batch))),
+    visit=lambda routes, _, batch: seen.append(jax.device_get((routes, batch))),
   )
   return model, params, sums, seen
 
@@ -54,12 +54,14 @@ def test_sums_are_those_of_single_tokens(collected):
   for domain in range(2):
     of_domain = served[:, batch["domain"][valid] == domain].sum(axis=1)
     np.testing.assert_array_equal(sums["by_domain"][..., domain], of_domain)
-  for name in ("input", "target"):
+  for name in ("input", "target", "predicted"):
     assert sums[f"by_{name}"].sum() == served.sum()
+    assert sums[f"seen_{name}"].sum() == sums["tokens"]
   # The most frequent id has the first row.
   ids = batch["inputs"][valid]
   first = served[:, ids == np.bincount(ids).argmax()].sum(axis=1)
   np.testing.assert_array_equal(sums["by_input"][..., 0], first)
+  assert sums["seen_input"][0] == np.bincount(ids).max()
 
 
 def test_importance_margin_and_entropy_are_those_of_probabilities(collected):

@@ -51,7 +51,7 @@ def test_a_published_model_is_analyzed_like_any_other(architecture):
   replayer = replay.Replay(config, model, mesh, [{"capacity_factor": 1.0}])
   sums = collect.collect(
     words=collect.vocabulary(counts),
-    visit=lambda routes, batch: replayer.see(*record(params, routes, batch)),
+    visit=lambda routes, _, batch: replayer.see(*record(params, routes, batch)),
     **what,
   )
   assert sums["tokens"] == ids.size

@@ -53,6 +53,22 @@ def test_hsic_is_the_mean_over_distinct_tokens():
   assert found[0, 1] == pytest.approx(want, rel=1e-4)
 
 
+def test_shuffled_outputs_are_unrelated_and_padding_stays():
+  """The null of CKA: around zero for copies too, and only valid tokens change places."""
+  rng = np.random.default_rng(2)
+  one = rng.normal(size=(64, 5))
+  outputs = jnp.asarray(np.stack([one, one, one]), jnp.float32)
+  valid = jnp.arange(64) % 4 > 0
+  moved = probe.shuffled(outputs, valid)
+  np.testing.assert_array_equal(moved[:, ~valid], outputs[:, ~valid])
+  same = np.sort(np.asarray(outputs[0, valid, 0]))
+  np.testing.assert_array_equal(np.sort(np.asarray(moved[0, valid, 0])), same)
+  real, null = probe.hsic(outputs, valid), probe.hsic(outputs, valid, moved)
+  found = similarity.chance(np.asarray(real, np.float64), np.asarray(null, np.float64))
+  assert abs(found["mean"]) < 0.1
+  assert similarity.cka(np.asarray(real, np.float64))[0, 1] == pytest.approx(1, abs=1e-4)
+
+
 def test_cosine_is_over_all_matrices():
   """Opposite experts -1; one that shares a matrix of two 1/2."""
   one = np.array([[[1.0]], [[-1.0]], [[1.0]]], np.float32)

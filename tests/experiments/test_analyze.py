@@ -2,11 +2,16 @@
 
 import json
 import pathlib
+import re
 import subprocess
 import sys
 
 import pytest
 
+from moejax.analysis.explorer import pack
+from moejax.cli import train
+from moejax.config import Config
+from moejax.errors import UserError
 from tests.experiments.test_command_lines import TINY, call
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -46,6 +51,8 @@ def test_flags_that_do_nothing_or_contradict_are_refused(tmp_path):
     ("--knockout=a",): "--knockout",
     (f"--out={tmp_path}/file/x",): "is a file",
     ("--replay", "--overflow=drop", "--from_trace=x", "--trace=y"): "--from_trace",
+    ("--replay", "--overflow=drop", "--from_trace=x", "--explore_tokens=5"): "no page",
+    ("--explore_tokens=-1",): "--explore_tokens",
     ("--knockout",): "",
     ("--knockout=3,1",): "",
   }
@@ -60,17 +67,46 @@ def test_flags_that_do_nothing_or_contradict_are_refused(tmp_path):
   assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
 
+@pytest.mark.parametrize("name", ["moe.dense_twin", "model.kind"])
+def test_training_refuses_at_once_what_cannot_be_analyzed_after_it(name):
+  """A dense model and an encoder-decoder, before a step is taken."""
+  config = Config()
+  config.moe.dense_twin = name == "moe.dense_twin"
+  config.model.kind = "encoder_decoder" if name == "model.kind" else "decoder"
+  with pytest.raises(UserError, match="--analyze: .*Leave it out"):
+    train._check_analysis(config)
+  train._check_analysis(Config())
+
+
 @pytest.fixture(scope="module")
 def workdir(tmp_path_factory) -> str:
-  """A finished run of four steps with two checkpoints."""
+  """A finished run of four steps with two checkpoints, analyzed at its end."""
   directory = tmp_path_factory.mktemp("run")
   call(
     "experiments.train",
     f"--workdir={directory}",
+    "--analyze",
     f"--config.data.cache_dir={tmp_path_factory.mktemp('cache')}",
     *(f"--config.{setting}" for setting in TINY),
   )
   return str(directory)
+
+
+@pytest.mark.slow
+def test_training_ends_with_an_analysis(workdir):
+  """Of the last checkpoint, on the text of the final evaluation, with a page of text."""
+  directory = pathlib.Path(workdir)
+  found = json.loads((directory / "analysis" / "analysis.json").read_text())
+  own = json.loads((directory / "eval.json").read_text())
+  assert (found["step"], found["tokens"]) == (4, own["tokens"])
+  assert _page(directory / "analysis", "text")["token"].size == own["tokens"]
+
+
+def _page(out: pathlib.Path, name: str) -> dict:
+  """The columns of a block of a page."""
+  text = (out / "index.html").read_text()
+  (packed,) = re.findall(rf'id="data-{name}">([^<]*)</script>', text)
+  return pack.unpack(packed)
 
 
 @pytest.mark.slow
@@ -109,6 +145,15 @@ def test_one_call_measures_everything(workdir, tmp_path):
   again = json.loads((tmp_path / "again" / "replay.json").read_text())["replay"]
   for ours, theirs in zip(again, found["replay"], strict=True):
     assert ours["setting"] == theirs["setting"] and ours["layers"] == theirs["layers"]
+  where = (
+    "--steps=2",
+    f"--out={tmp_path / 'one'}",
+    f"--trace={tmp_path / 'one.parquet'}",
+  )
+  call("experiments.analyze", f"--workdir={workdir}", *where, "--trace_what=logits")
+  where = (f"--out={tmp_path / 'none'}", f"--from_trace={tmp_path / 'one.parquet'}")
+  error = call("experiments.analyze", f"--workdir={workdir}", *where, *replay, code=2)
+  assert "another model: its step is 2" in error and not (tmp_path / "none").exists()
 
 
 @pytest.mark.slow
@@ -126,6 +171,9 @@ def test_two_processes_count_the_same_and_one_writes(workdir, tmp_path):
   assert one["loss"] == pytest.approx(two["loss"], rel=1e-5)
   for ours, theirs in zip(one["layers"], two["layers"], strict=True):
     assert ours["load"]["share"] == pytest.approx(theirs["load"]["share"], abs=2e-3)
+  for name, shown in (("text", "token"), ("text", "sequence"), ("layer0", "expert")):
+    ours, theirs = (_page(tmp_path / out, name)[shown] for out in ("one", "two"))
+    assert ours.shape == theirs.shape and (ours == theirs).mean() > 0.999
 
 
 @pytest.mark.slow

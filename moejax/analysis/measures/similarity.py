@@ -21,3 +21,21 @@ def cka(hsic: Float[np.ndarray, "E E"]) -> Float[np.ndarray, "E E"]:
   own = np.sqrt(np.maximum(np.diag(hsic), 0))
   scale = own[:, None] * own[None, :]
   return np.divide(hsic, scale, out=np.zeros_like(hsic), where=scale > 0)
+
+
+def chance(
+  hsic: Float[np.ndarray, "E E"], shuffled: Float[np.ndarray, "E E"]
+) -> dict[str, float]:
+  """Returns mean and standard deviation of CKA between experts that are unrelated.
+
+  Args:
+    hsic: from `probe`, for the same tokens.
+    shuffled: with the tokens of the second expert in random order.
+  """
+  own = np.sqrt(np.maximum(np.diag(hsic), 0))
+  scale = own[:, None] * own[None, :]
+  pairs = ~np.eye(len(own), dtype=bool) & (scale > 0)
+  values = shuffled[pairs] / scale[pairs]
+  if not values.size:
+    return {"mean": 0.0, "std": 0.0}
+  return {"mean": float(values.mean()), "std": float(values.std())}

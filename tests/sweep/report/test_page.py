@@ -4,14 +4,13 @@
 the PATH, or at the path in the variable CHROMIUM.
 """
 
-import os
 import re
-import shutil
 
 import pytest
 
 from moejax.sweep.report import page as report
 from moejax.sweep.report import sentences, summary
+from tests import chromium
 from tests.sweep.report import report_cases as cases
 
 pytestmark = pytest.mark.browser
@@ -34,14 +33,8 @@ def file(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def browser():
-  from playwright import sync_api  # pyright: ignore[reportMissingImports]
-
-  path = os.environ.get("CHROMIUM") or shutil.which("chromium")
-  assert path, "no Chromium: install it (apt-get install chromium), or set CHROMIUM"
-  with sync_api.sync_playwright() as playwright:
-    found = playwright.chromium.launch(executable_path=path, args=["--no-sandbox"])
+  with chromium.launched() as found:
     yield found
-    found.close()
 
 
 @pytest.fixture
@@ -55,14 +48,7 @@ def opened(browser, file):
     )
     contexts.append(context)
     page = context.new_page()
-    page.on("console", lambda m: problems.append(f"console: {m.text}"))
-    page.on("pageerror", lambda error: problems.append(f"error: {error}"))
-
-    def request(sent):
-      if sent.url != file.as_uri() and not sent.url.startswith(("data:", "blob:")):
-        problems.append(f"request: {sent.url}")
-
-    page.on("request", request)
+    problems.append(chromium.watched(page, file.as_uri()))
     page.goto(file.as_uri())
     page.wait_for_selector("#runs .dt-search")
     page.wait_for_function(
@@ -73,7 +59,7 @@ def opened(browser, file):
   yield open_page
   for context in contexts:
     context.close()
-  assert problems == []
+  assert not any(problems), problems
 
 
 def column(page, table, name):
