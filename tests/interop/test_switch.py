@@ -240,7 +240,7 @@ def with_slots(tmp_path, slots):
   )
 
 
-@pytest.mark.parametrize("slots", [1, 3])
+@pytest.mark.parametrize("slots", [pytest.param(1, marks=pytest.mark.slow), 3])
 def test_with_few_slots_the_same_tokens_are_dropped(slots, wanted, tmp_path):
   """Per sequence of either stack, in order of arrival: the logits of Transformers."""
   published = open_folder(with_slots(tmp_path, slots))
