@@ -2,6 +2,7 @@
 
 import dataclasses
 from copy import deepcopy as copy_of
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -37,6 +38,12 @@ def published():
 @pytest.fixture(scope="module")
 def wanted():
   return recorded(NAME)
+
+
+def logits_of(published: Any, wanted: Any):
+  read, ids = (jnp.asarray(wanted[k]) for k in ("input_ids", "decoder_input_ids"))
+  run = jax.jit(lambda p: published.model(p, ids, encoder_tokens=read).logits)
+  return run(published.loader.params())
 
 
 def close(logits, wanted):
@@ -197,9 +204,8 @@ def test_untied_each_stack_reads_a_table_of_its_own(wanted, tmp_path):
   folder = untied(tmp_path / "x", (*STACKS, "lm_head.weight"))
   published = open_folder(folder)
   assert list(published.loader.left_out) == ["shared.weight"]
-  read, ids = (jnp.asarray(wanted[k]) for k in ("input_ids", "decoder_input_ids"))
-  run = jax.jit(lambda p: published.model(p, ids, encoder_tokens=read).logits)
-  close(run(published.loader.params()), np.load(golden(NAME) / "untied.npz")["logits"])
+  recorded = np.load(golden(NAME) / "untied.npz")
+  close(logits_of(published, wanted), recorded["logits"])
   was = load_file(folder / "model.safetensors")
   now = exported(published, tmp_path / "out")
   was["shared.weight"] = was[STACKS[1]]
@@ -234,14 +240,12 @@ def with_slots(tmp_path, slots):
   )
 
 
-@pytest.mark.parametrize("slots", [1, 3])
+@pytest.mark.parametrize("slots", [pytest.param(1, marks=pytest.mark.slow), 3])
 def test_with_few_slots_the_same_tokens_are_dropped(slots, wanted, tmp_path):
   """Per sequence of either stack, in order of arrival: the logits of Transformers."""
   published = open_folder(with_slots(tmp_path, slots))
-  read, ids = (jnp.asarray(wanted[k]) for k in ("input_ids", "decoder_input_ids"))
-  run = jax.jit(lambda p: published.model(p, ids, encoder_tokens=read).logits)
   recorded = np.load(golden(NAME) / "capacity.npz")
-  close(run(published.loader.params()), recorded[f"slots_{slots}"])
+  close(logits_of(published, wanted), recorded[f"slots_{slots}"])
 
 
 def test_generation_reads_with_few_slots_and_writes_dropless(wanted, tmp_path):
