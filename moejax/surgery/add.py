@@ -32,12 +32,12 @@ from moejax.surgery.operation import (
   Layer,
   Operation,
   Source,
-  equal_groups,
   flat,
   taken,
 )
 from moejax.surgery.places import layers_of
 from moejax.surgery.plan import layer_arrays
+from moejax.surgery.scores import equal_groups
 from moejax.surgery.source import Opened, open_run
 
 

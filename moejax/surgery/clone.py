@@ -32,10 +32,10 @@ from moejax.surgery.operation import (
   flat,
   is_close,
   set_copies,
-  summed,
   summed_over_copies,
   taken,
 )
+from moejax.surgery.scores import summed
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -8,6 +8,7 @@ Letters: T tokens, D width, E experts, K choices per token.
 """
 
 import dataclasses
+import functools
 from collections.abc import Mapping
 from typing import Any
 
@@ -58,24 +59,11 @@ def gates(
   router = make_router(moe)
   if router.mixes:
     return None
-  factor = None
-  if router.needs_capacity:
-    factor = moe.eval_capacity_factor or moe.capacity_factor
   tokens = np.random.default_rng(0).standard_normal((1, NUM_TOKENS, width))
   assigned = None
   if table is not None:
     assigned = jnp.asarray(table[np.arange(NUM_TOKENS) % len(table)][None], jnp.int32)
-  shell = Shell(lambda key: RouterLayer(width, moe, nnx.Rngs(params=key)))
-
-  def run(params: Any, tokens: Any, assigned: Any) -> Any:
-    valid = jnp.ones(tokens.shape[:2], bool)
-    ids = jnp.zeros(tokens.shape[:2], jnp.int32)
-    _, routing = shell.merge(params)(
-      *(tokens, valid, ids, assigned), key=None, capacity_factor=factor
-    )
-    return routing.placement
-
-  placement = jax.jit(run)(
+  placement = _runner(_Key(width=width, text=repr(moe), moe=moe))(
     {name: jnp.asarray(value) for name, value in params.items()},
     jnp.asarray(tokens, jnp.float32),
     assigned,
@@ -87,6 +75,35 @@ def gates(
   where = np.asarray(placement.token[0])[kept], np.asarray(placement.expert[0])[kept]
   np.add.at(out, where, np.asarray(placement.gate[0], np.float64)[kept])
   return out
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Key:
+  """A router's config as a key of a cache, which a config itself cannot be."""
+
+  width: int
+  text: str
+  moe: MoEConfig = dataclasses.field(compare=False)
+
+
+@functools.lru_cache(maxsize=8)
+def _runner(key: _Key) -> Any:
+  """Returns a compiled router, one for all layers."""
+  moe = key.moe
+  shell = Shell(lambda rng: RouterLayer(key.width, moe, nnx.Rngs(params=rng)))
+  factor = None
+  if make_router(moe).needs_capacity:
+    factor = moe.eval_capacity_factor or moe.capacity_factor
+
+  def run(params: Any, tokens: Any, assigned: Any) -> Any:
+    valid = jnp.ones(tokens.shape[:2], bool)
+    ids = jnp.zeros(tokens.shape[:2], jnp.int32)
+    _, routing = shell.merge(params)(
+      *(tokens, valid, ids, assigned), key=None, capacity_factor=factor
+    )
+    return routing.placement
+
+  return jax.jit(run)
 
 
 def initial_router(moe: MoEConfig, width: int, seed: int) -> dict[str, np.ndarray]:

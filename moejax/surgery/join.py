@@ -26,10 +26,10 @@ from moejax.surgery.operation import (
   Layer,
   Operation,
   Source,
-  equal_groups,
   flat,
   is_close,
 )
+from moejax.surgery.scores import equal_groups
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -17,7 +17,6 @@ import dataclasses
 import functools
 import itertools
 import math
-from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -269,8 +268,3 @@ def _dense_gates(routes: Routes) -> Float[Array, "T E"]:
     return served * routes.probs.reshape(-1, num_experts)
   one_hot = jax.nn.one_hot(routes.expert, num_experts, dtype=jnp.float32)
   return jnp.einsum("bsk,bske->bse", routes.gate, one_hot).reshape(-1, num_experts)
-
-
-def loads(sums: dict[int, Sums], layers: Sequence[int]) -> dict[int, np.ndarray]:
-  """Returns the tokens of each expert, by layer."""
-  return {layer: sums[layer]["load"] for layer in layers}

@@ -42,13 +42,11 @@ from moejax.surgery.operation import (
   Layer,
   Operation,
   Source,
-  best,
-  equal_groups,
   flat,
   is_close,
-  summed,
 )
 from moejax.surgery.prune import refuse_count
+from moejax.surgery.scores import best, equal_groups, summed
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -26,9 +26,9 @@ from moejax.surgery.operation import (
   Operation,
   Source,
   is_close,
-  summed,
   taken,
 )
+from moejax.surgery.scores import summed
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

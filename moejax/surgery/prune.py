@@ -44,14 +44,11 @@ from moejax.surgery.operation import (
   Layer,
   Operation,
   Source,
-  best,
-  equal_groups,
   flat,
   is_close,
-  refuse_below,
-  summed,
   taken,
 )
+from moejax.surgery.scores import best, equal_groups, refuse_below, summed
 
 PRUNED = {
   f"{ROUTER}pruned": f"{ROUTER}weight",

@@ -31,7 +31,15 @@ from moejax.run.files import CONFIG_FILE, DIRECTORY
 from moejax.surgery import lineage, state
 from moejax.surgery.gates import Gates, gates
 from moejax.surgery.measured import Measured
-from moejax.surgery.operation import DROP, ROUTER, Choice, Operation, Source
+from moejax.surgery.operation import (
+  CLOSE,
+  DROP,
+  EQUAL,
+  ROUTER,
+  Choice,
+  Operation,
+  Source,
+)
 from moejax.surgery.plan import Arrays, Plan, new_table, router_arrays
 from moejax.surgery.source import Opened, damaged
 
@@ -89,12 +97,12 @@ def choose(
       **place,
     )
   )
-  if not choices:
-    return choices
-  found = seen_gates(plan, arrays, choices)
-  first = next(iter(choices))
-  scale = snapped(plan.operation.scale(found, choices[first]))
-  return {n: dataclasses.replace(c, scale=scale) for n, c in choices.items()}
+  scaled = {}
+  for number, choice in choices.items():
+    found = seen_gates(plan, arrays, number, choice)
+    scale = snapped(plan.operation.scale(found, choice))
+    scaled[number] = dataclasses.replace(choice, scale=scale)
+  return scaled
 
 
 def snapped(scale: float) -> float:
@@ -105,10 +113,9 @@ def snapped(scale: float) -> float:
   return scale
 
 
-def seen_gates(plan: Plan, arrays: Arrays, choices: Mapping[int, Choice]) -> Gates:
-  """Returns the gates of the first changed layer's router, before and after."""
-  number = next(iter(choices))
-  layer = plan.layer(number, arrays, choices[number])
+def seen_gates(plan: Plan, arrays: Arrays, number: int, choice: Choice) -> Gates:
+  """Returns the gates of a layer's router on random tokens, before and after."""
+  layer = plan.layer(number, arrays, choice)
   old = {
     name.removeprefix(ROUTER): layer.arrays[name]
     for name in layer.arrays
@@ -126,7 +133,7 @@ def seen_gates(plan: Plan, arrays: Arrays, choices: Mapping[int, Choice]) -> Gat
     if table is None:
       table = new_table(plan.new_model)
     else:
-      table = plan.operation.table(table, choices[number], selected)
+      table = plan.operation.table(table, choice, selected)
   else:
     table = None
   after = gates(layer.new, width, router_arrays(plan.operation, layer), table)
@@ -134,12 +141,12 @@ def seen_gates(plan: Plan, arrays: Arrays, choices: Mapping[int, Choice]) -> Gat
 
 
 def expectation(plan: Plan, arrays: Arrays, choices: Mapping[int, Choice]) -> str:
-  """Returns what the loss is expected to do."""
-  if not choices:
-    return DROP
-  first = next(iter(choices))
-  found = seen_gates(plan, arrays, choices)
-  return plan.operation.expected(found, choices[first])
+  """Returns what the loss is expected to do: the worst of all layers."""
+  found = {
+    plan.operation.expected(seen_gates(plan, arrays, number, choice), choice)
+    for number, choice in choices.items()
+  }
+  return next((worst for worst in (DROP, CLOSE) if worst in found), EQUAL)
 
 
 def refuse_output(output: Path) -> None:

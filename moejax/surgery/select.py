@@ -25,9 +25,9 @@ from moejax.surgery.operation import (
   Operation,
   Source,
   is_close,
-  refuse_below,
   taken,
 )
+from moejax.surgery.scores import refuse_below
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

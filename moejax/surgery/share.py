@@ -23,12 +23,10 @@ from moejax.surgery.operation import (
   Layer,
   Operation,
   Source,
-  best,
-  equal_groups,
   flat,
-  refuse_below,
   taken,
 )
+from moejax.surgery.scores import best, equal_groups, refuse_below
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

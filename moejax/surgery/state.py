@@ -17,7 +17,6 @@ from moejax.checkpoint.lazy import LazyArray
 from moejax.checkpoint.read import DamagedCheckpointError, read_state
 from moejax.checkpoint.slices import Slices
 from moejax.errors import UserError
-from moejax.models import trained
 from moejax.surgery.operation import Choice, Kind
 from moejax.surgery.plan import Plan
 from moejax.train.optimizer import make_optimizer
@@ -161,8 +160,3 @@ def _small(slices: Slices) -> dict[str, Any]:
     return read_state(slices.directory, slices.meta, target)
   except DamagedCheckpointError as e:
     raise UserError(f"{slices.directory} is damaged: {e}. Choose another --step.") from e
-
-
-def names_of_untrained(plan: Plan) -> list[str]:
-  """Returns the parameters without moments."""
-  return trained.names(plan.new_model.trained())

@@ -168,7 +168,10 @@ def _runner(text: str, width: int, holder: "_Holder") -> Any:
     def apply(params: Any, x: Any) -> Any:
       valid, ids = jnp.ones(x.shape[:2], bool), jnp.zeros(x.shape[:2], jnp.int32)
       return shell.merge(params)(
-        x, valid, ids, assigned, key=None, train=False, capacity_factor=None
+        *(x, valid, ids, assigned),
+        key=None,
+        train=False,
+        capacity_factor=config.moe.eval_capacity_factor,
       )[0]
 
     y, vjp = jax.vjp(apply, params, x)

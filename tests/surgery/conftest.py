@@ -44,7 +44,10 @@ def run_config(**changes: Any) -> Config:
 def mesh(**sizes: int) -> Any:
   """A mesh of as many of the fake devices as the sizes say; one by default."""
   sizes = {"data": 1, **sizes}
-  return make_mesh(MeshConfig(**sizes), jax.devices()[: math.prod(sizes.values())])
+  config = MeshConfig()
+  for axis, size in sizes.items():
+    setattr(config, axis, size)
+  return make_mesh(config, jax.devices()[: math.prod(sizes.values())])
 
 
 def make_run(
@@ -62,7 +65,7 @@ def make_run(
   rng = np.random.default_rng(0)
 
   def draw(leaf: Any) -> Any:
-    if jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+    if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
       return jax.device_put(jax.random.key(5), leaf.sharding)
     if leaf.dtype == jnp.int32:
       return jax.device_put(np.asarray(step, np.int32), leaf.sharding)

@@ -99,7 +99,9 @@ def unvisited(**fields):
   return old, params, sums
 
 
-@pytest.mark.parametrize("renormalize", ["before_drop", "none"])
+@pytest.mark.parametrize(
+  "renormalize", ["before_drop", pytest.param("none", marks=pytest.mark.slow)]
+)
 def test_an_expert_that_nobody_visits_can_go(renormalize):
   """With renormalised gates nothing changes; raw softmax loses its logit.
 
@@ -216,7 +218,9 @@ def permuted_copy(params, expert, of, rng):
       x[expert] = x[of][..., order]
 
 
-@pytest.mark.parametrize("rows", ["alias", "dominant"])
+@pytest.mark.parametrize(
+  "rows", ["alias", pytest.param("dominant", marks=pytest.mark.slow)]
+)
 def test_two_equal_experts_become_one(rows):
   """Their neurons stand in another order and are aligned before averaging.
 
@@ -247,6 +251,7 @@ def test_groups_and_weights_of_a_merge():
   plan = make_plan(Merge(experts=2, align=False), old)
   choice = chosen(plan, params, SUMS)[0]
   assert list(choice.parents) == [(0, 2), (1, 3)]
+  assert choice.weights is not None
   np.testing.assert_allclose(choice.weights, [[70 / 110, 40 / 110], [60 / 90, 30 / 90]])
   before = layer_of(params)
   after = layer_of(unscaled(plan, params, SUMS))

@@ -9,6 +9,7 @@ import jax
 import numpy as np
 import pytest
 
+from moejax.routing import registry
 from moejax.surgery.clone import Clone
 from moejax.surgery.operation import EQUAL, Kind
 from moejax.surgery.permute import Permute
@@ -107,6 +108,43 @@ def test_output_gradients_and_moments_stay(name, operation):
       continue
     jax.tree.map(close, found, first[part])
     jax.tree.map(lambda n, m: close(np.abs(n), np.sqrt(m)), found, second[part])
+
+
+SLOTS = {"capacity_factor": 1.0, "eval_capacity_factor": 1.0}
+ROUTERS = {
+  "switch": {"num_selected": 1},
+  "top2": {},
+  "noisy_top_k": {},
+  "expert_choice": SLOTS,
+  "quantile_bias": {},
+  "quantile_balancing": {},
+  "group_limited": {
+    "options": {"group_limited": {"num_expert_groups": 2, "num_selected_groups": 2}}
+  },
+  "base": SLOTS | {"num_selected": 1},
+  "soft": SLOTS | {"group_size": 16, "data__sequence_length": 16},
+  "dense": {},
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("router", ROUTERS)
+def test_every_learned_router_can_have_its_experts_in_another_order(router):
+  """In evaluation, where no noise is drawn; all its own arrays move with the experts."""
+  old = config(router=router, **ROUTERS[router])
+  params = draw(old)
+  done = operate(Permute(by="order", order="1,0,3,2"), old, params)
+  assert done.expected == EQUAL
+  y, new_y = run_layer(old, params)[0], run_layer(done.plan.new, done.params)[0]
+  close(new_y, y)
+
+
+def test_the_learned_routers_are_all_tried():
+  learned = {name for name, router in registry.ROUTERS.items() if router.learned}
+  # Random and forced choices are by the experts' indices.
+  by_index = {"random", "forced_balance"}
+  tried = set(ROUTERS) | {fields.get("router", "top_k") for fields in CASES.values()}
+  assert learned - by_index <= tried
 
 
 def over_copies(x, sources):

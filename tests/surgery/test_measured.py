@@ -1,6 +1,7 @@
 """Sums over a text, against loops in numpy."""
 
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -13,8 +14,8 @@ from moejax.layers.routes import Routes
 from moejax.models.loss import token_losses
 from moejax.surgery.clone import copies_of
 from moejax.surgery.measured import Measured, batch_sums, squared_gradients
-from moejax.surgery.operation import best
 from moejax.surgery.permute import spread
+from moejax.surgery.scores import best
 from tests.evaluate import tiny
 
 B, S, D, E, K, F = 2, 5, 3, 4, 2, 6
@@ -98,11 +99,12 @@ def test_load_is_spread_over_devices():
   assert math.prod(len(set(o)) for o in (order, grouped)) == 16
 
 
+@pytest.mark.slow
 def test_gradients_are_summed_by_expert_and_layer():
   """Against jax.grad of the same loss, taken apart by hand, in a scanned model."""
   model, params = tiny.model_and_params(model__num_layers=2)
   data = tiny.TinyDataset([(b"expert surgery needs a measure", 0)])
-  batch = {name: jnp.asarray(x) for name, x in data.arrays.items() if name != "domain"}
+  batch: Any = {n: jnp.asarray(x) for n, x in data.arrays.items() if n != "domain"}
 
   def loss(params):
     losses, _ = token_losses(model, params, batch, capacity_factor=None)

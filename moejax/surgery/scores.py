@@ -1,0 +1,67 @@
+"""Choosing experts by scores, layer by layer and group by group.
+
+Letters: E experts.
+"""
+
+from collections.abc import Mapping
+
+import numpy as np
+from jaxtyping import Float
+
+from moejax.config import MoEConfig
+from moejax.config.router import make_router
+from moejax.errors import UserError
+
+
+def summed(
+  by_layer: Mapping[int, Float[np.ndarray, "..."]],
+) -> dict[int, Float[np.ndarray, "..."]]:
+  """Returns the sum over layers, for each layer: all are to choose the same."""
+  total = np.sum(np.stack(list(by_layer.values())), axis=0)
+  return {layer: np.asarray(total) for layer in by_layer}
+
+
+def best(
+  scores: Float[np.ndarray, "E"], count: int, num_groups: int = 1
+) -> tuple[int, ...]:
+  """Returns the experts of the highest scores, ascending; equally many of each group.
+
+  Args:
+    scores: ties go to the lower index.
+    count: how many; a multiple of `num_groups`.
+    num_groups: equal groups of consecutive experts.
+  """
+  size = len(scores) // num_groups
+  found: list[int] = []
+  for group in range(num_groups):
+    order = np.argsort(-scores[group * size : (group + 1) * size], kind="stable")
+    found += [group * size + int(e) for e in order[: count // num_groups]]
+  return tuple(sorted(found))
+
+
+def equal_groups(moe: MoEConfig, experts: int, flag: str) -> int:
+  """Returns the number of groups of the router's experts; 1 if there are none.
+
+  Raises:
+    UserError: the groups would not be equal any more.
+  """
+  groups = make_router(moe).expert_groups
+  if experts % groups:
+    raise UserError(
+      f"{flag}: the router has {groups} groups of experts, which must stay equal. Give "
+      f"a multiple of {groups}."
+    )
+  return groups
+
+
+def refuse_below(k: int, experts: int, flag: str) -> None:
+  """Rejects fewer experts than a token chooses.
+
+  Raises:
+    UserError: naming the flag.
+  """
+  if experts < k:
+    raise UserError(
+      f"{flag}: a token chooses {k} experts, and {experts} would be left. Keep at least "
+      f"{k}, or lower K first (operation select)."
+    )
