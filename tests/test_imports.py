@@ -16,7 +16,7 @@ ROOT = pathlib.Path(__file__).parents[1]
 
 FLOORS = (
   ("types", "errors", "files", "options", "platform", "splitmix", "version"),
-  ("routing", "config", "cost"),
+  ("routing", "config", "cost", "alarms"),
   ("experts", "sharding"),
   ("dispatch",),
   ("exchange",),

@@ -125,6 +125,11 @@ class RouterLayer(nnx.Module):
     def route_all(inputs: RouterInputs, same: dict[str, Any]) -> Routing:
       def route(group: RouterInputs) -> Routing:
         routing = self.router(dataclasses.replace(group, **same), policy)
+        if group.key is not None:
+          seen = _confidence(group, routing, self.router.by_sigmoid)
+          routing = dataclasses.replace(
+            routing, stats=dataclasses.replace(routing.stats, **seen)
+          )
         if same["present"] is None:
           return routing
         here = same["present"].astype(jnp.float32)
@@ -134,6 +139,20 @@ class RouterLayer(nnx.Module):
       return jax.vmap(route)(inputs)
 
     return logits, over_groups(route_all, inputs, same, tokens.shape[0])
+
+
+def _confidence(
+  inputs: RouterInputs, routing: Routing, by_sigmoid: bool
+) -> dict[str, Float[Array, ""]]:
+  """Returns how sure the router is of one group, as sums of `RouterStats`."""
+  logits = jax.lax.stop_gradient(inputs.logits)
+  counted = inputs.valid.astype(jnp.float32)
+  highest = jnp.max(logits, axis=-1)
+  # Experts left out of the step have a logit far below any other.
+  size = jnp.max(jnp.where(logits > scores.ABSENT, jnp.abs(logits), 0.0), axis=-1)
+  score = jax.nn.sigmoid(highest) if by_sigmoid else jnp.max(routing.probs, axis=-1)
+  score = jax.lax.stop_gradient(score)
+  return {"top_gate": counted @ score, "top_logit": counted @ size}
 
 
 def _make(rngs: nnx.Rngs, declared: Parameter) -> nnx.Param:

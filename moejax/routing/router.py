@@ -108,6 +108,10 @@ class Router(abc.ABC):
   some logits, keeps tokens away from an expert."""
   learned: ClassVar[bool] = True
   """Whether the router learns; if not, no gradient reaches tokens through the logits."""
+  by_sigmoid: ClassVar[bool] = False
+  """Whether a token's scores are sigmoids of its logits, not their softmax."""
+  balancer: ClassVar[str] = ""
+  """Its option that balances the load faster when raised; empty is the balance loss."""
   token_choice: ClassVar[bool] = True
   """Whether assignments are token-major, so that priority and overflow apply."""
   needs_capacity: ClassVar[bool] = False
