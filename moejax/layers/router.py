@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int, Key
 
+from moejax import parts
 from moejax.config import MoEConfig
 from moejax.config.router import capacity, make_router, num_present, sizes, slot_policy
 from moejax.layers import parameter
@@ -57,6 +58,7 @@ class RouterLayer(nnx.Module):
     """Names of the router's own parameters."""
     return tuple(self._declared.value)
 
+  @parts.of_part(parts.ROUTER)
   def __call__(
     self,
     tokens: Float[Array, "G T D"],

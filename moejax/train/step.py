@@ -23,6 +23,7 @@ import optax
 from jax.sharding import Mesh, PartitionSpec
 from jaxtyping import Array, Float, Int, Key
 
+from moejax import parts
 from moejax.alarms.rules import thresholds
 from moejax.config import Config
 from moejax.models import trained as trained_lib
@@ -169,11 +170,9 @@ def train_step(
 ) -> tuple[State, StepMetrics]:
   """Takes one step, uncompiled; see `make_train_step`.
 
-  Args:
-    watches: whether to report the health of routers, which changes no other value.
-
   A non-finite loss or gradient leaves parameters and optimizer state unchanged and is
-  counted. This is a select, so that the compiled step has no branch.
+  counted. This is a select, so that the compiled step has no branch. `watches` adds
+  `StepMetrics.health`, and changes no other value.
   """
   step, params = state["step"], state["params"]
   key = jax.random.fold_in(state["key"], step)
@@ -186,6 +185,20 @@ def train_step(
     token_bytes=token_bytes,
     step=step,
   )
+  with parts.scope(parts.OPTIMIZER):
+    return _update(model, optimizer, state, sums, gradients, watches)
+
+
+def _update(
+  model: Any,
+  optimizer: Optimizer,
+  state: State,
+  sums: Sums,
+  gradients: Params,
+  watches: bool,
+) -> tuple[State, StepMetrics]:
+  """Applies the gradients of a step; see `train_step`."""
+  step, params = state["step"], state["params"]
   norm = optax.tree.norm(gradients)
   learning_rate = optimizer.schedule(step)
   updated = optimizer.apply(
