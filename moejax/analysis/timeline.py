@@ -70,9 +70,7 @@ def read(file: pathlib.Path, module: str) -> list[Event]:
   return found
 
 
-def busy(
-  events: Sequence[Event], control: set[str]
-) -> dict[int, dict[str, float]]:
+def busy(events: Sequence[Event], control: set[str]) -> dict[int, dict[str, float]]:
   """Returns how long each instruction ran on each device, alone or sharing: nanoseconds.
 
   Args:
@@ -82,9 +80,7 @@ def busy(
   by_device: dict[int, list[Event]] = collections.defaultdict(list)
   for event in events:
     by_device[event.device].append(event)
-  return {
-    device: _shared(by_device[device], control) for device in sorted(by_device)
-  }
+  return {device: _shared(by_device[device], control) for device in sorted(by_device)}
 
 
 def _shared(events: Sequence[Event], control: set[str]) -> dict[str, float]:
@@ -153,6 +149,8 @@ class Device:
   """The rest of the step: for the host, or for other devices before they have begun."""
   mixed: float
   """Of `busy`, in fusions of several parts, whose time is split by elements."""
+  collectives: float
+  """Of `busy`, in transfers between devices, waiting for the others there included."""
   unattributed: tuple[tuple[str, float], ...]
   """The longest instructions without a part."""
 
@@ -171,6 +169,7 @@ def by_part(
   labels: Mapping[str, Shares],
   names: Sequence[str],
   *,
+  collectives: set[str],
   num_steps: int,
   step_ms: float,
 ) -> list[Device]:
@@ -180,19 +179,21 @@ def by_part(
     spent: from `busy`.
     labels: of instructions, from `hlo.parts.labels`.
     names: of all parts, in the order to report them.
+    collectives: names of the instructions that move data between devices.
     num_steps: number of steps in the trace.
     step_ms: wall time of a step.
   """
   devices = []
   for index, times in spent.items():
     sums: dict[tuple[str, bool], float] = collections.defaultdict(float)
-    mixed, lost = 0.0, []
+    mixed, moved, lost = 0.0, 0.0, []
     for operation, nanoseconds in times.items():
       ms = nanoseconds / 1e6 / num_steps
       shares = labels.get(operation, {UNKNOWN: 1.0})
       for label, share in shares.items():
         sums[label.part, label.backward] += ms * share
       mixed += ms * is_mixed(shares)
+      moved += ms * (operation in collectives)
       if UNKNOWN in shares:
         lost.append((operation, ms))
     parts = tuple(
@@ -208,6 +209,7 @@ def by_part(
         busy=total,
         waiting=max(step_ms - total, 0.0),
         mixed=mixed,
+        collectives=moved,
         unattributed=tuple(sorted(lost, key=lambda row: -row[1])[:_NAMED]),
       )
     )

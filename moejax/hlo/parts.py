@@ -20,7 +20,7 @@ import re
 from collections.abc import Mapping, Sequence
 
 from moejax.hlo.flops import Instruction, flops_of
-from moejax.hlo.parse import Program, called
+from moejax.hlo.parse import KINDS, Program, called
 from moejax.parts import PARTS, PREFIX
 
 _NAME = re.compile(r'op_name="([^"]*)"')
@@ -102,6 +102,16 @@ def control(program: Program) -> set[str]:
     for instructions in program.computations.values()
     for instruction in instructions
     if instruction.opcode in _CONTROL
+  }
+
+
+def collectives(program: Program) -> set[str]:
+  """Returns the names of the instructions that move data between devices."""
+  return {
+    instruction.name
+    for instructions in program.computations.values()
+    for instruction in instructions
+    if instruction.opcode.removesuffix("-start").removesuffix("-done") in KINDS
   }
 
 

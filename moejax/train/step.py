@@ -186,10 +186,10 @@ def train_step(
     step=step,
   )
   with parts.scope(parts.OPTIMIZER):
-    return _update(model, optimizer, state, sums, gradients, watches)
+    return update(model, optimizer, state, sums, gradients, watches)
 
 
-def _update(
+def update(
   model: Any,
   optimizer: Optimizer,
   state: State,
