@@ -236,5 +236,8 @@ def check_out(out: pathlib.Path) -> pathlib.Path:
     (out / ".probe").write_bytes(b"")
     (out / ".probe").unlink()
   except OSError as error:
-    raise UserError(f"--out={out} cannot be written ({error.strerror}).") from error
+    why = error.strerror
+    raise UserError(
+      f"--out={out} cannot be written ({why}). Give another directory."
+    ) from error
   return out

@@ -36,21 +36,24 @@ class RouterHealth:
   """Largest minus smallest selection bias; 0 for a router without."""
 
 
-def router_health(model: Decoder, params: Params, gradients: Params) -> RouterHealth:
+def router_health(
+  model: Decoder, params: Params, gradients: Params, norm: Float[Array, ""]
+) -> RouterHealth:
   """Returns the health of a model's routers.
 
   Args:
     model: with at least one MoE layer.
     params: all parameters.
     gradients: of the trained ones, before clipping.
+    norm: of all gradients. Not computed here again: another sum over all of them could
+      change how the compiler fuses and so rounds the first.
   """
-  leaves = jax.tree.leaves(gradients)
-  square = sum((jnp.sum(jnp.square(g)) for g in leaves), jnp.zeros((), jnp.float32))
   squares = of_routers(model, gradients, _square)
   sizes = of_routers(model, gradients, _size)
-  others = jnp.maximum(sum(g.size for g in leaves) - jnp.sum(sizes), 1.0)
+  size = sum(g.size for g in jax.tree.leaves(gradients))
+  others = jnp.maximum(size - jnp.sum(sizes), 1.0)
   # Rounding may leave less than nothing where the routers have nearly all of it.
-  rest = jnp.maximum(square - jnp.sum(squares), 0.0)
+  rest = jnp.maximum(jnp.square(norm) - jnp.sum(squares), 0.0)
   return RouterHealth(
     gradient=jnp.sqrt(squares / jnp.maximum(sizes, 1.0)),
     other_gradient=jnp.sqrt(rest / others),

@@ -239,7 +239,7 @@ def update(
     learning_rate=learning_rate,
     bad_total=bad_steps["total"],
     bad_in_a_row=bad_steps["in_a_row"],
-    health=router_health(model, params, gradients) if watches else None,
+    health=router_health(model, params, gradients, norm) if watches else None,
   )
   return new_state, metrics
 
