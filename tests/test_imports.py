@@ -15,8 +15,8 @@ import pytest
 ROOT = pathlib.Path(__file__).parents[1]
 
 FLOORS = (
-  ("types", "errors", "files", "options", "platform", "splitmix", "version"),
-  ("routing", "config", "cost"),
+  ("types", "errors", "files", "options", "parts", "platform", "splitmix", "version"),
+  ("routing", "config", "cost", "alarms"),
   ("experts", "sharding"),
   ("dispatch",),
   ("exchange",),

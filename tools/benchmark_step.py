@@ -5,7 +5,8 @@
 Random tokens, one document a sequence; the twin is the same config with
 moe.dense_twin. Forward, backward, clipping and optimizer are all in the step, and
 the state is donated, as in training. Prints the compile time of both, and the ratio
-of interleaved steps.
+of interleaved steps. --baseline=no_alarms compares with the same config whose alarms are
+off instead, each step with what the host does for a logged one.
 """
 
 import argparse
@@ -28,6 +29,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     "--cores", type=arguments.at_least(0), default=2, help="cores to use; 0 is all"
   )
   parser.add_argument("--seconds", type=arguments.at_least(0.0), default=20.0)
+  parser.add_argument("--baseline", choices=("dense", "no_alarms"), default="dense")
   parser.add_argument("--dispatcher", default="", help="instead of the config's")
   parser.add_argument("--json", default="", help="write the result to this file")
   return parser.parse_args(argv)
@@ -50,6 +52,7 @@ class Stepper:
     import jax
     import numpy as np
 
+    from moejax.alarms.watch import Watch
     from moejax.models.make import make_model
     from moejax.sharding.mesh import make_mesh
     from moejax.train.optimizer import make_optimizer
@@ -75,6 +78,9 @@ class Stepper:
       "segment_ids": np.ones(shape, np.int32),
       "positions": np.ascontiguousarray(positions),
     }
+    routers = [s.router for s in model.stacks.values() for _ in s.moe_layers]
+    self.watch = Watch(config, routers, model.moe_layers) if routers else None
+    self.steps = 0
     before = time.perf_counter()
     step: Any = make_train_step(model, optimizer, config, mesh)
     self.compiled = step.lower(self.state, self.batch).compile()
@@ -85,19 +91,42 @@ class Stepper:
 
     self.state, metrics = self.compiled(self.state, self.batch)
     jax.block_until_ready((self.state, metrics))
+    self.log(metrics)
+
+  def log(self, metrics: Any) -> None:
+    """Does what alarms cost the host in a logged step."""
+    import jax
+
+    from moejax.alarms.measures import router_numbers
+
+    if self.watch is None or metrics.health is None:
+      return
+    self.steps += 1
+    found = jax.device_get(metrics)
+    numbers = router_numbers(found.sums.stats, found.health, self.watch.routers)
+    loss = float(found.sums.loss) / float(found.sums.tokens)
+    aux = {name: float(value) for name, value in found.sums.aux.items()}
+    self.watch.update(self.steps, found.sums.stats, numbers, aux=aux, loss=loss)
 
 
 def main(argv: list[str] | None = None) -> None:
   args = parse(sys.argv[1:] if argv is None else argv)
   cores = timing.prepare(args.cores)
+  # Later than the pinning, since it imports jax.
+  from moejax.alarms.rules import thresholds
+
   steppers = {}
-  for name in ("moe", "dense"):
+  for name in ("moe", args.baseline):
     config = load_config(args.config)
-    config.moe.dense_twin = name == "dense"
+    if name == "dense":
+      config.moe.dense_twin = True
+    if name == "no_alarms":
+      for alarm in thresholds(config):
+        setattr(config.alarms, alarm, None)
     config.moe.dispatcher = args.dispatcher or config.moe.dispatcher
     steppers[name] = Stepper(config)
   times = timing.interleave(steppers, seconds=args.seconds)
-  ratio = timing.compare(times["moe"], times["dense"])
+  ratio = timing.compare(times["moe"], times[args.baseline])
   result = {
     "config": args.config,
     "cores": cores,

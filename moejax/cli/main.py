@@ -20,6 +20,7 @@ PROGRAMS = {
   "train": "moejax.cli.train",
   "evaluate": "moejax.cli.evaluate",
   "analyze": "moejax.cli.analyze",
+  "profile": "moejax.cli.profile",
   "sweep": "moejax.cli.sweep",
   "generate": "moejax.cli.generate",
   "convert": "moejax.cli.convert",

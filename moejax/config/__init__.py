@@ -1,5 +1,6 @@
 """The configuration of an experiment; all fields are in `schema`."""
 
+from moejax.config.alarms import AlarmConfig
 from moejax.config.schema import (
   Config,
   DataConfig,
@@ -11,6 +12,7 @@ from moejax.config.schema import (
 )
 
 __all__ = [
+  "AlarmConfig",
   "Config",
   "DataConfig",
   "MeshConfig",

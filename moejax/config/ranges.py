@@ -4,6 +4,7 @@ Constraints *between* fields are in `config.check`. Routers are not listed here:
 in their registry, and a router's options are declared by its class.
 """
 
+from moejax.config import alarms
 from moejax.options import Range, count, weight
 
 GATED = ("swiglu", "geglu", "clamped_swiglu")
@@ -206,4 +207,5 @@ RANGES: dict[str, Range] = {
   "mesh.fsdp": _AXIS,
   "mesh.expert": _AXIS,
   "mesh.tensor": _AXIS,
+  **alarms.RANGES,
 }

@@ -14,6 +14,8 @@ No `from __future__ import annotations` here: the flag parser reads the types.
 from dataclasses import dataclass, field
 from typing import Any
 
+from moejax.config.alarms import AlarmConfig
+
 SCHEMA_VERSION = 2
 """Incremented when a field is renamed or changes meaning; see config.text.MIGRATIONS.
 2: options of one router moved from `moe` to that router."""
@@ -419,3 +421,4 @@ class Config:
   optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
   train: TrainConfig = field(default_factory=TrainConfig)
   mesh: MeshConfig = field(default_factory=MeshConfig)
+  alarms: AlarmConfig = field(default_factory=AlarmConfig)

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from moejax import parts
 from moejax.dispatch.base import SlotLayout
 from moejax.routing.placement import Placement
 from moejax.types import pytree
@@ -36,5 +37,6 @@ class Mix(SlotLayout):
   def to_experts(self, x: Float[Array, "G T D"]) -> Float[Array, "E G C D"]:
     return jnp.einsum("gtec,gtd->egcd", self.dispatch.astype(x.dtype), x)
 
+  @parts.of_part(parts.COMBINE)
   def from_experts(self, rows: Float[Array, "E G C D"]) -> Float[Array, "G T D"]:
     return jnp.einsum("gtec,egcd->gtd", self.combine.astype(rows.dtype), rows)

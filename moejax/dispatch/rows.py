@@ -13,6 +13,7 @@ docs/speed.md.
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from moejax import parts
 from moejax.dispatch.base import Layout
 from moejax.experts import permute
 from moejax.experts.blocks import make_plan, sizes_for
@@ -76,6 +77,7 @@ class Rows(Layout):
     """Returns the gate of each row, to travel with it."""
     return permute.gate_rows(self.gate, self.moves)
 
+  @parts.of_part(parts.COMBINE)
   def from_experts(self, rows: Float[Array, "A D"]) -> Float[Array, "T D"]:
     """Adds up the rows of each token of all groups; they are weighted already."""
     return permute.add_up(rows, self.moves)
@@ -108,7 +110,8 @@ class Rows(Layout):
       num_rows, num_experts = moves.token.shape[0], self.load.shape[0]
       plan = make_plan(self.load, num_rows, sizes_for(num_rows, num_experts))
       arrays = Sorted(moves=moves, plan=plan, activation=activation)
-      return expert_loop(tokens, self.gate, weights, arrays).reshape(x.shape)
+      with parts.scope(parts.EXPERTS):
+        return expert_loop(tokens, self.gate, weights, arrays).reshape(x.shape)
     out = apply_ragged_experts(
       self.to_experts(x),
       self.load,

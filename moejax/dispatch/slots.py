@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from moejax import parts
 from moejax.dispatch.base import SlotLayout
 from moejax.experts import permute
 from moejax.routing.placement import Assignments, Placement, whole_tokens
@@ -46,6 +47,7 @@ class Slots(SlotLayout):
     rows = rows.reshape(x.shape[0], self.num_experts, self.num_slots, x.shape[-1])
     return jnp.swapaxes(rows, 0, 1)
 
+  @parts.of_part(parts.COMBINE)
   def from_experts(self, rows: Float[Array, "E G C D"]) -> Float[Array, "G T D"]:
     num_experts, num_groups, num_slots, width = rows.shape
     rows = jnp.swapaxes(rows, 0, 1)

@@ -15,12 +15,16 @@ import numpy as np
 from jaxtyping import Float
 
 from moejax import files
+from moejax.alarms import history
 from moejax.run import results, writers
 
 FILE = "report.png"
 
 MAX_ROWS = 64
 """Most (layer, expert) pairs drawn over time; with more, only the last step is drawn."""
+
+_HATCHES = ("//", "\\\\", "--", "||", "..", "xx")
+"""So that overlapping alarms can be told apart without colour."""
 
 _NAMED_LOADS = (0.25, 0.5, 1.0, 2.0, 4.0)
 
@@ -50,6 +54,7 @@ def draw(workdir: pathlib.Path | str) -> pathlib.Path | None:
   FigureCanvasAgg(figure)
   axes = figure.subplots(1, 2 if has_load else 1, squeeze=False)[0]
   draw_loss(axes[0], lines, final)
+  draw_alarms(axes[0], lines)
   if has_load:
     image = draw_load(axes[1], lines)
     bar = figure.colorbar(image, ax=axes[1], pad=0.02)
@@ -84,6 +89,24 @@ def draw_loss(axes: Any, lines: list[dict[str, Any]], final: dict[str, Any]) -> 
   axes.set_xlim(left=0)
   axes.grid(alpha=0.25)
   axes.legend(frameon=False)
+
+
+def draw_alarms(axes: Any, lines: list[dict[str, Any]]) -> None:
+  """Shades the steps of each alarm and names it in the legend; nothing without any."""
+  found = history.spans(lines) or {}
+  for number, (name, times) in enumerate(found.items()):
+    for index, (first, after) in enumerate(times):
+      axes.axvspan(
+        first,
+        lines[-1]["step"] if after is None else after,
+        facecolor="none",
+        edgecolor=f"C{3 + number % 6}",
+        hatch=_HATCHES[number % len(_HATCHES)],
+        alpha=0.35,
+        label=f"alarm: {name}" if not index else None,
+      )
+  if found:
+    axes.legend(frameon=False)
 
 
 def draw_load(axes: Any, lines: list[dict[str, Any]]) -> Any:

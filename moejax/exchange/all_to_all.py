@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float
 
+from moejax import parts
 from moejax.dispatch.base import Layout, SlotLayout
 from moejax.exchange.base import AXIS, SAVED_NAME, Options
 from moejax.experts.weights import ExpertWeights, apply_experts
@@ -45,6 +46,7 @@ def all_to_all(
   return slots.from_experts(out.reshape(rows.shape)), None
 
 
+@parts.of_part(parts.EXCHANGE)
 def _exchanged(rows: Float[Array, "P L n D"]) -> Float[Array, "P L n D"]:
   """Part d goes to device d; afterwards the first index is the sender."""
   rows = jax.lax.all_to_all(rows, AXIS, split_axis=0, concat_axis=0, tiled=True)

@@ -14,6 +14,7 @@ import jax
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float
 
+from moejax import parts
 from moejax.dispatch.base import Layout
 from moejax.exchange.base import AXIS, SAVED_NAME, Options
 from moejax.experts.weights import ExpertWeights
@@ -35,10 +36,12 @@ def ring(
   out = layout.of(mine).run(
     everyone, weights, activation=options.activation, chunks=options.expert_chunks
   )
-  y = jax.lax.psum_scatter(out, AXIS, scatter_dimension=0, tiled=True)
+  with parts.scope(parts.EXCHANGE):
+    y = jax.lax.psum_scatter(out, AXIS, scatter_dimension=0, tiled=True)
   return checkpoint_name(y, SAVED_NAME), None
 
 
+@parts.of_part(parts.EXCHANGE)
 def _gather(groups: Any) -> Any:
   """Joins the leading axes of all devices."""
   return jax.tree.map(

@@ -26,6 +26,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from moejax import parts
 from moejax.config.exchange_rule import choose
 from moejax.dispatch.registry import DISPATCHERS
 from moejax.exchange.all_to_all import all_to_all
@@ -61,6 +62,7 @@ _WEIGHT_AXES = {
 }
 
 
+@parts.of_part(parts.DISPATCH)
 def run(
   x: Float[Array, "G T D"],
   placement: Placement,
@@ -108,7 +110,8 @@ def run(
     weights = _gather_width(_vary(weights, "data"))
     y, lost = EXCHANGES[kind](x, placement, layout, weights, options)
     lost = jax.tree.map(lambda leaf: jax.lax.pmax(leaf, "tensor"), lost)
-    return jax.lax.psum(y, "tensor"), lost
+    with parts.scope(parts.EXCHANGE):
+      return jax.lax.psum(y, "tensor"), lost
 
   specs = jax.tree_util.tree_map_with_path(
     lambda path, _: RULES.spec(_WEIGHT_AXES[path[0].name]), weights
@@ -123,6 +126,7 @@ def _vary(tree: Any, axis: str) -> Any:
   return jax.tree.map(lambda leaf: jax.lax.pcast(leaf, axis, to="varying"), tree)
 
 
+@parts.of_part(parts.EXCHANGE)
 def _gather_width(weights: ExpertWeights) -> ExpertWeights:
   """Gathers weights sharded over `fsdp`; the gradient is reduce-scattered."""
 

@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from moejax import parts
 from moejax.platform import target_platform
 from moejax.types import pytree, static_field
 
@@ -114,6 +115,7 @@ def _move(
 
 
 @jax.custom_vjp
+@parts.of_part(parts.EXCHANGE)
 def send(rows: Float[Array, "A *D"], plan: Plan) -> Float[Array, "R *D"]:
   """Sends each row to its expert's device; the rest of the buffer is zero."""
   outgoing = (plan.send_start, plan.send_size, plan.send_target)
@@ -122,6 +124,7 @@ def send(rows: Float[Array, "A *D"], plan: Plan) -> Float[Array, "R *D"]:
 
 
 @jax.custom_vjp
+@parts.of_part(parts.EXCHANGE)
 def send_back(rows: Float[Array, "R *D"], plan: Plan) -> Float[Array, "A *D"]:
   """Returns rows moved by `send` to their senders; lost rows are zero."""
   outgoing = (plan.receive_start, plan.receive_size, plan.receive_source)

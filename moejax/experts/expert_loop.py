@@ -22,6 +22,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from moejax import parts
 from moejax.experts import permute
 from moejax.experts.blocks import Plan
 from moejax.experts.weights import ExpertWeights, activate
@@ -145,7 +146,8 @@ def _forward(
 
   def body(block: _Block, carry: tuple[list[Array], Array]) -> Any:
     hidden, out = carry
-    rows = permute.take(x, permute.take(token, block.row))
+    with parts.scope(parts.DISPATCH):
+      rows = permute.take(x, permute.take(token, block.row))
     pre = [_dot(rows, _pick(w, block.expert), (1, 0)) for w in stacks]
     pre = [_plus(p, b, block) for p, b in zip(pre, biases)]
     act = activate(pre[0], pre[-1], arrays.activation)
@@ -155,7 +157,9 @@ def _forward(
     return hidden, _write(out, y, block)
 
   hidden, out = _over_blocks(plan, body, (hidden, buffer(x.shape[1])))
-  return permute.sum_rows(out, gate, moves), (x, gate, weights, arrays, hidden)
+  with parts.scope(parts.COMBINE):
+    y = permute.sum_rows(out, gate, moves)
+  return y, (x, gate, weights, arrays, hidden)
 
 
 def _backward(residuals: Any, dy: Array) -> tuple[Array, Array, ExpertWeights, Any]:
@@ -171,7 +175,10 @@ def _backward(residuals: Any, dy: Array) -> tuple[Array, Array, ExpertWeights, A
   def body(block: _Block, carry: Any) -> Any:
     d_rows, d_gate, d_weights = carry
     tokens = permute.take(token, block.row)
-    rows, g = permute.take(x, tokens), permute.take(dy, tokens)
+    with parts.scope(parts.DISPATCH):
+      rows = permute.take(x, tokens)
+    with parts.scope(parts.COMBINE):
+      g = permute.take(dy, tokens)
     scale = jnp.where(block.used, permute.take(gate_of_row, block.row), 0)
     act, pull = jax.vjp(act_of, *(_read(h, block) for h in hidden))
     d_act = _dot(g, _pick(weights.w_out, block.expert), (1, 1))
@@ -192,13 +199,15 @@ def _backward(residuals: Any, dy: Array) -> tuple[Array, Array, ExpertWeights, A
 
   d_rows = _rows_buffer(arrays, x.shape[1], dtype=x.dtype, like=dy)
   d_gate = _rows_buffer(arrays, dtype=jnp.float32, like=dy)
-  parts = [weights.w_out, *stacks]
+  matrices = [weights.w_out, *stacks]
   if weights.b_out is not None:
-    parts += [weights.b_out, *_biases_in(weights)]
-  d_weights = [_zeros(w.shape, w.dtype, dy) for w in parts]
+    matrices += [weights.b_out, *_biases_in(weights)]
+  d_weights = [_zeros(w.shape, w.dtype, dy) for w in matrices]
   d_rows, d_gate, d_weights = _over_blocks(plan, body, (d_rows, d_gate, d_weights))
+  with parts.scope(parts.DISPATCH):
+    dx = permute.sum_rows(d_rows, None, moves)
   return (
-    permute.sum_rows(d_rows, None, moves),
+    dx,
     permute.take_masked(d_gate, moves.place, moves.kept),
     _as_weights(d_weights, weights),
     None,

@@ -20,6 +20,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from moejax import parts
 from moejax.experts.stack_gradient import stack_gradient
 from moejax.experts.weights import ExpertWeights, activate
 from moejax.platform import target_platform
@@ -114,6 +115,7 @@ def grouped_matmul(
   return jnp.where(owned[:, None], out, jnp.zeros((), out.dtype))
 
 
+@parts.of_part(parts.EXPERTS)
 def apply_ragged_experts(
   rows: Float[Array, "N D"],
   sizes: Int[Array, "E"],

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from moejax import parts
 from moejax.types import pytree
 
 
@@ -54,6 +55,7 @@ def activate(
       raise ValueError(f"unknown activation {activation!r}")
 
 
+@parts.of_part(parts.EXPERTS)
 def apply_experts(
   rows: Float[Array, "E *n D"], weights: ExpertWeights, activation: str
 ) -> Float[Array, "E *n D"]:

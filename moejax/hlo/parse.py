@@ -14,7 +14,7 @@ as mesh axes, reduce-scatters that XLA:TPU fuses around an all-reduce.
 import dataclasses
 import math
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 from moejax.hlo.flops import Instruction, flops_of
 from moejax.hlo.groups import axis_groups, axis_of, group_size
@@ -119,6 +119,11 @@ class Program:
       )
     return result
 
+  @property
+  def computations(self) -> Mapping[str, Sequence[Instruction]]:
+    """The instructions of each computation, by its name."""
+    return self._computations
+
   def flops(self, ragged_fraction: float = 1.0) -> float:
     """Returns the FLOPs of all products that run on one device; see `hlo.flops`.
 
@@ -163,22 +168,22 @@ class Program:
     for instruction in self._computations.get(name, ()):
       yield instruction, count, inside
       times = self._trips(instruction, name) if instruction.opcode == "while" else 1
-      calls = _called(instruction.rest)
+      calls = called(instruction.rest)
       if (
         instruction.opcode == "conditional" and calls
       ):  # One branch runs: take the longest.
         calls = [max(calls, key=lambda call: len(self._computations.get(call[1], ())))]
-      for role, called in calls:
+      for role, name_of in calls:
         if role == "to_apply" and instruction.opcode != "call":
           continue  # The scalar function of a reduction.
-        yield from self._executed(called, count * times, called)
+        yield from self._executed(name_of, count * times, name_of)
 
   def _trips(self, loop: Instruction, where: str) -> int:
     """Returns a loop's number of iterations; 1 if unknown at compile time."""
     known = re.search(r'known_trip_count"?:\s*\{"?n"?:\s*"?(\d+)', loop.rest)
     if known:
       return int(known[1])
-    condition = dict(_called(loop.rest)).get("condition", "")
+    condition = dict(called(loop.rest)).get("condition", "")
     inside = self._computations.get(condition, ())
     bounds = [n for i in inside if (n := _constant(i)) is not None]
     if len(bounds) != 1:
@@ -337,7 +342,8 @@ def _array_bytes(shape: str) -> list[float]:
   return result
 
 
-def _called(rest: str) -> list[tuple[str, str]]:
+def called(rest: str) -> list[tuple[str, str]]:
+  """Returns (role, computation) of each computation that an instruction calls."""
   found = [(role, name) for role, name in _CALLED.findall(rest)]
   for names in _BRANCHES.findall(rest):
     found += [("branch", name.strip().lstrip("%")) for name in names.split(",")]

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int, Key
 
+from moejax import parts
 from moejax.config import ModelConfig, MoEConfig
 from moejax.config.router import num_selected
 from moejax.layers.attend import Context
@@ -139,7 +140,8 @@ class Block(nnx.Module):
   ) -> tuple[Float[Array, "B S D"], LayerCache | None]:
     """Runs the first half of the block, attention; arguments as in a call."""
     normed = _apply(self.attention_norm, x)
-    mixed, cache = self.attention(normed, inputs.context, cache)
+    with parts.scope(parts.ATTENTION):
+      mixed, cache = self.attention(normed, inputs.context, cache)
     x = self._add(x, _apply(self.attention_post_norm, mixed))
     if self.has_cross:
       x = self._add(x, self._cross(x, inputs, remembered))
@@ -156,7 +158,9 @@ class Block(nnx.Module):
     """Runs the second half of the block, the feed-forward; arguments as in a call."""
     normed = self.normed(x)
     if not self.is_moe:
-      y = _apply(self.feed_forward_post_norm, self.feed_forward(normed))
+      with parts.scope(parts.FEED_FORWARD):
+        y = self.feed_forward(normed)
+      y = _apply(self.feed_forward_post_norm, y)
       return self._second(self._add(x, y)), None
     options = inputs.options
     y, aux = self.moe(
@@ -184,9 +188,12 @@ class Block(nnx.Module):
     """Adds the dense feed-forward after an MoE layer, if there is one."""
     if not self.has_second:
       return x
-    y = self.second(_apply(self.second_norm, x))
+    normed = _apply(self.second_norm, x)
+    with parts.scope(parts.FEED_FORWARD):
+      y = self.second(normed)
     return self._add(x, _apply(self.second_post_norm, y))
 
+  @parts.of_part(parts.ATTENTION)
   def _cross(
     self, x: Float[Array, "B S D"], inputs: BlockInputs, cache: KeyValueCache | None
   ) -> Float[Array, "B S D"]:
@@ -198,6 +205,7 @@ class Block(nnx.Module):
     mixed, _ = self.cross_attention(normed, inputs.cross, cache)
     return _apply(self.cross_attention_post_norm, mixed)
 
+  @parts.of_part(parts.NORM)
   def _add(
     self, x: Float[Array, "B S D"], y: Float[Array, "B S D"]
   ) -> Float[Array, "B S D"]:
@@ -206,6 +214,7 @@ class Block(nnx.Module):
     return on_tokens(x + y)
 
 
+@parts.of_part(parts.NORM)
 def _apply(norm: RMSNorm | None, x: Float[Array, "B S D"]) -> Float[Array, "B S D"]:
   return x if norm is None else norm(x)
 

@@ -20,6 +20,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int, Key
 
+from moejax import parts
 from moejax.config import ModelConfig, MoEConfig
 from moejax.config.ranges import GATED
 from moejax.config.router import make_router, num_present, num_selected
@@ -240,6 +241,7 @@ class MoE(nnx.Module):
     stats = _without(sum_groups(routing.stats), lost)
     return y, MoEAux(losses=aux, stats=stats, served=served, routes=routes)
 
+  @parts.of_part(parts.FEED_FORWARD)
   def _shared(self, x: Float[Array, "B S D"]) -> Float[Array, "B S D"]:
     """Returns the shared experts' output, scaled by a learned gate if any (Qwen2-MoE)."""
     y = self.shared(x)
@@ -266,6 +268,7 @@ class MoE(nnx.Module):
       )
     return batch * sequence // size
 
+  @parts.of_part(parts.ROUTER)
   def _losses(
     self,
     logits: Float[Array, "G T E"],

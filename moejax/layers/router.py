@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int, Key
 
+from moejax import parts
 from moejax.config import MoEConfig
 from moejax.config.router import capacity, make_router, num_present, sizes, slot_policy
 from moejax.layers import parameter
@@ -68,6 +69,7 @@ class RouterLayer(nnx.Module):
     """Names of the router's own parameters."""
     return tuple(self._declared.value)
 
+  @parts.of_part(parts.ROUTER)
   def __call__(
     self,
     tokens: Float[Array, "G T D"],
@@ -139,6 +141,11 @@ class RouterLayer(nnx.Module):
         routing = self.router(dataclasses.replace(group, **same), policy)
         if mass is not None:
           routing = _weighted(routing, mass)
+        if group.key is not None:
+          seen = _confidence(group, routing, self.router.by_sigmoid)
+          routing = dataclasses.replace(
+            routing, stats=dataclasses.replace(routing.stats, **seen)
+          )
         if same["present"] is None:
           return routing
         here = same["present"].astype(jnp.float32)
@@ -169,6 +176,20 @@ def _weighted(routing: Routing, mass: Float[Array, "T"]) -> Routing:
   gate = placement.gate * mass[placement.token]
   placement = dataclasses.replace(placement, gate=gate)
   return dataclasses.replace(routing, placement=placement)
+
+
+def _confidence(
+  inputs: RouterInputs, routing: Routing, by_sigmoid: bool
+) -> dict[str, Float[Array, ""]]:
+  """Returns how sure the router is of one group, as sums of `RouterStats`."""
+  logits = jax.lax.stop_gradient(inputs.logits)
+  counted = inputs.valid.astype(jnp.float32)
+  highest = jnp.max(logits, axis=-1)
+  # Experts left out of the step have a logit far below any other.
+  size = jnp.max(jnp.where(logits > scores.ABSENT, jnp.abs(logits), 0.0), axis=-1)
+  score = jax.nn.sigmoid(highest) if by_sigmoid else jnp.max(routing.probs, axis=-1)
+  score = jax.lax.stop_gradient(score)
+  return {"top_gate": counted @ score, "top_logit": counted @ size}
 
 
 def _make(rngs: nnx.Rngs, declared: Parameter) -> nnx.Param:

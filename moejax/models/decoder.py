@@ -22,6 +22,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int, Key
 
+from moejax import parts
 from moejax.config import ModelConfig, MoEConfig
 from moejax.config.pattern import Pattern
 from moejax.layers.attend import Context, attention_masks
@@ -310,12 +311,14 @@ class Decoder:
       params, tokens, self._biased(params, context, cache), step=step, options=options
     )
     embedding = self._embedding.merge(params["embedding"])
-    x = on_tokens(embedding.embed(tokens, jnp.dtype(self.config.dtype)))
+    with parts.scope(parts.EMBEDDING):
+      x = on_tokens(embedding.embed(tokens, jnp.dtype(self.config.dtype)))
     return x, inputs, cache
 
   def finish(self, params: Params, x: Float[Array, "B S D"]) -> Float[Array, "B S V"]:
     """Returns logits, from the last block's output."""
-    return self._embedding.merge(params["embedding"]).logits(x)
+    with parts.scope(parts.HEAD):
+      return self._embedding.merge(params["embedding"]).logits(x)
 
   def _inputs(
     self, params: Params, tokens: Int[Array, "B S"], context: Context, **others: Any

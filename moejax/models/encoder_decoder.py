@@ -27,6 +27,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Key
 
+from moejax import parts
 from moejax.config.encoder import encoder_model, encoder_moe
 from moejax.layers.attend import Context, attend_to_all
 from moejax.layers.block import BlockInputs, CallOptions
@@ -147,7 +148,8 @@ class EncoderDecoder(Decoder):
       cross=_across(context, seen),
     )
     embedding = self._embedding.merge(params["embedding"])
-    x = on_tokens(embedding.embed(tokens, jnp.dtype(self.config.dtype)))
+    with parts.scope(parts.EMBEDDING):
+      x = on_tokens(embedding.embed(tokens, jnp.dtype(self.config.dtype)))
     x, mine, layers = self.stack.run(
       *(own, x, inputs, key, jax.tree.map(lambda leaf: leaf[used:], told)),
       cache=None if cache is None else cache.layers,
@@ -240,7 +242,8 @@ class EncoderDecoder(Decoder):
     embedding = self.encoder.embedding(own)
     if embedding is None:
       embedding = self._embedding.merge(params["embedding"])
-    x = on_tokens(embedding.embed(tokens, jnp.dtype(self.config.dtype)))
+    with parts.scope(parts.EMBEDDING):
+      x = on_tokens(embedding.embed(tokens, jnp.dtype(self.config.dtype)))
     if key is not None:
       key = jax.random.fold_in(key, _ENCODER_KEY)
     x, auxes, _ = self.encoder.run(own, x, inputs, key, told)

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int
 
+from moejax import parts
 from moejax.config import Config
 from moejax.config.spans import target_length
 from moejax.models.output import DecoderOutput
@@ -100,8 +101,9 @@ def token_losses(
     positions=batch["positions"],
     **kwargs,
   )
-  losses = cross_entropy(out.logits, batch["targets"])
-  return jnp.where(batch["segment_ids"] > 0, losses, 0.0), out
+  with parts.scope(parts.LOSS):
+    losses = cross_entropy(out.logits, batch["targets"])
+    return jnp.where(batch["segment_ids"] > 0, losses, 0.0), out
 
 
 def forward_sums(

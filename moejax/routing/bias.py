@@ -82,6 +82,8 @@ class SigmoidBias(GroupedRouter):
 
   name = "sigmoid_bias"
   summary = "sigmoid scores balanced by a bias that only choosing sees (DeepSeek-V3)"
+  by_sigmoid = True
+  balancer = "bias_update_rate"
 
   bias_update_rate: float = option(
     0.001,
@@ -111,6 +113,8 @@ class QuantileBias(GroupedRouter):
 
   name = "quantile_bias"
   summary = "sigmoid_bias whose bias steps towards a quantile's estimate, which balances"
+  by_sigmoid = True
+  balancer = "quantile_rate"
 
   quantile_rate: float = option(
     0.2,

@@ -111,6 +111,10 @@ class Router(abc.ABC):
   gates_are_probabilities: ClassVar[bool] = False
   """Whether raw gates are a softmax over all experts, so that a router row without an
   expert (`moe.pruned_rows`) takes a part of them."""
+  by_sigmoid: ClassVar[bool] = False
+  """Whether a token's scores are sigmoids of its logits, not their softmax."""
+  balancer: ClassVar[str] = ""
+  """Its option that balances the load faster when raised; empty is the balance loss."""
   token_choice: ClassVar[bool] = True
   """Whether assignments are token-major, so that priority and overflow apply."""
   needs_capacity: ClassVar[bool] = False

@@ -66,6 +66,7 @@ MAY_CHANGE = (
   "train.keep_last",
   "train.keep_best",
   "train.max_bad_steps",
+  "alarms.*",
 )
 """Fields that may differ when a run resumes: where it runs, what it logs, how often
 it evaluates and saves, when it gives up. None of them affects the arithmetic of a

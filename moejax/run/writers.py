@@ -100,6 +100,7 @@ class TensorBoardWriter:
     # Imported here: only needed with TensorBoard.
     import tensorboardX
 
+    self._alarms: set[str] = set()
     self._writer = tensorboardX.SummaryWriter(
       str(pathlib.Path(workdir) / "tensorboard"),
       purge_step=resume_step + 1 if resume_step else None,
@@ -109,8 +110,16 @@ class TensorBoardWriter:
     for name, value in values.items():
       if isinstance(value, int | float) and not isinstance(value, bool):
         self._writer.add_scalar(name, value, step)
+    if "alarms_active" in values:
+      self._write_alarms(step, values.get("alarms", {}))
     if layers := values.get("moe"):
       self._write_layers(step, layers)
+
+  def _write_alarms(self, step: int, active: dict[str, Any]) -> None:
+    """Writes 1 while an alarm is raised, and 0 from then on."""
+    self._alarms |= active.keys()
+    for name in sorted(self._alarms):
+      self._writer.add_scalar(f"alarm/{name}", int(name in active), step)
 
   def _write_layers(self, step: int, layers: dict[str, Any]) -> None:
     for name, per_layer in layers.items():

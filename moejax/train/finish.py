@@ -6,6 +6,7 @@ from typing import Any
 
 import jax
 
+from moejax.alarms import history
 from moejax.checkpoint import manager as checkpoint
 from moejax.config import Config
 from moejax.config.spans import target_length
@@ -184,6 +185,9 @@ def summary(run: Run, result: dict[str, Any], picture: pathlib.Path | None) -> s
     text = result["sample"]["prompt"] + "|" + result["sample"]["continuation"]
     lines += ["", "sample (after the |):", *(f"  {t}" for t in text.splitlines())]
   workdir = run.workdir
+  alarms = history.spans(writers.read(workdir / writers.METRICS_FILE))
+  if alarms is not None:
+    lines += ["", f"{'alarms':<18}{history.sentence(alarms)}"]
   # Not always the last step's, whose save may have failed, e.g. on a full disk.
   saved = run.checkpointer.latest()
   paths = {

@@ -23,10 +23,13 @@ import optax
 from jax.sharding import Mesh, PartitionSpec
 from jaxtyping import Array, Float, Int, Key
 
+from moejax import parts
+from moejax.alarms.rules import thresholds
 from moejax.config import Config
 from moejax.models import trained as trained_lib
 from moejax.models.loss import Batch, Sums, forward_sums
 from moejax.models.placement import param_shardings
+from moejax.models.router_health import RouterHealth, router_health
 from moejax.sharding import rules
 from moejax.sharding.mesh import TOKEN_AXES
 from moejax.train import state as state_lib
@@ -45,6 +48,8 @@ class StepMetrics:
   bad_total: Int[Array, ""]
   """Steps skipped as non-finite since the run began; `bad_in_a_row`, the last ones."""
   bad_in_a_row: Int[Array, ""]
+  health: RouterHealth | None = None
+  """If alarms are on and there is an MoE layer."""
 
 
 def loss_gradients(
@@ -161,11 +166,13 @@ def train_step(
   *,
   accumulation: int = 1,
   token_bytes: Float[Array, "V"] | None = None,
+  watches: bool = False,
 ) -> tuple[State, StepMetrics]:
   """Takes one step, uncompiled; see `make_train_step`.
 
   A non-finite loss or gradient leaves parameters and optimizer state unchanged and is
-  counted. This is a select, so that the compiled step has no branch.
+  counted. This is a select, so that the compiled step has no branch. `watches` adds
+  `StepMetrics.health`, and changes no other value.
   """
   step, params = state["step"], state["params"]
   key = jax.random.fold_in(state["key"], step)
@@ -178,6 +185,20 @@ def train_step(
     token_bytes=token_bytes,
     step=step,
   )
+  with parts.scope(parts.OPTIMIZER):
+    return update(model, optimizer, state, sums, gradients, watches)
+
+
+def update(
+  model: Any,
+  optimizer: Optimizer,
+  state: State,
+  sums: Sums,
+  gradients: Params,
+  watches: bool,
+) -> tuple[State, StepMetrics]:
+  """Applies the gradients of a step; see `train_step`."""
+  step, params = state["step"], state["params"]
   norm = optax.tree.norm(gradients)
   learning_rate = optimizer.schedule(step)
   updated = optimizer.apply(
@@ -193,6 +214,8 @@ def train_step(
     updated = (moved, updated[1])
     # A router's own sums are only needed for this update and may be costly to fetch.
     stats = dataclasses.replace(sums.stats, extra={})
+    if not watches:
+      stats = dataclasses.replace(stats, top_gate=None, top_logit=None)
     sums = dataclasses.replace(sums, stats=stats)
   finite = jnp.isfinite(sums.loss) & jnp.isfinite(norm)
   new_params, opt_state = jax.tree.map(
@@ -216,6 +239,7 @@ def train_step(
     learning_rate=learning_rate,
     bad_total=bad_steps["total"],
     bad_in_a_row=bad_steps["in_a_row"],
+    health=router_health(model, params, gradients, norm) if watches else None,
   )
   return new_state, metrics
 
@@ -234,6 +258,7 @@ def make_train_step(
     (state, batch) -> (state, metrics), the latter replicated.
   """
   shardings = state_lib.shardings_of(state_lib.state_shapes(model, optimizer, mesh))
+  watches = bool(model.moe_layers and thresholds(config))
 
   def step(state: State, batch: Batch) -> tuple[State, StepMetrics]:
     return train_step(
@@ -243,6 +268,7 @@ def make_train_step(
       batch,
       accumulation=config.train.accumulation,
       token_bytes=None if token_bytes is None else jnp.asarray(token_bytes),
+      watches=watches,
     )
 
   return jax.jit(

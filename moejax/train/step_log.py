@@ -1,11 +1,14 @@
 """Logs the metrics of a run's steps, read one step late."""
 
 import dataclasses
+import functools
 import time
 from typing import Any
 
 import jax
 
+from moejax.alarms.measures import Numbers, router_numbers
+from moejax.alarms.watch import Watch
 from moejax.launch import hang
 from moejax.run import metrics, writers
 from moejax.run.progress import Reporter
@@ -55,6 +58,12 @@ class StepLog:
         tensorboard=run.config.train.tensorboard,
       )
 
+  @functools.cached_property
+  def _watch(self) -> Watch:
+    stacks = self._run.model.stacks.values()
+    routers = [stack.router for stack in stacks for _ in stack.moe_layers]
+    return Watch(self._run.config, routers, self._run.model.moe_layers)
+
   def add(self, step: int, device_metrics: StepMetrics) -> None:
     """Takes the metrics of the step just started; reads those of the previous one."""
     previous, self._pending = self._pending, (step, device_metrics)
@@ -100,7 +109,7 @@ class StepLog:
     in_a_row = int(found.bad_in_a_row)
     shown: dict[str, Any] = {}
     if keep or step % config.log_every == 0 or step == config.num_steps or in_a_row:
-      shown = self._values(found)
+      shown = self._values(step, found)
       self._line = (step, shown)
       self._speed.reset()
       if not keep:
@@ -109,7 +118,7 @@ class StepLog:
     if in_a_row >= config.max_bad_steps:
       raise TrainingStopped(self._verdict(step, in_a_row))
 
-  def _values(self, found: StepMetrics) -> dict[str, Any]:
+  def _values(self, step: int, found: StepMetrics) -> dict[str, Any]:
     values: dict[str, Any] = metrics.loss_metrics(found.sums)
     values["grad_norm"] = float(found.grad_norm)
     values["learning_rate"] = float(found.learning_rate)
@@ -123,8 +132,25 @@ class StepLog:
     )
     if metrics.has_experts(found.sums.stats):
       layers = metrics.layer_metrics(found.sums.stats)
+      if found.health is not None:
+        layers |= self._alarms(step, found, values)
       values["moe"] = metrics.layers_for_log(layers)
     return values
+
+  def _alarms(self, step: int, found: StepMetrics, values: dict[str, Any]) -> Numbers:
+    """Adds the alarms to a line's values; returns the numbers they look at, per layer."""
+    stats, watch = found.sums.stats, self._watch
+    assert stats is not None
+    numbers = router_numbers(stats, found.health, watch.routers)
+    weights = self._run.model.aux_weights
+    aux = {name: weight * values[name] for name, weight in weights.items()}
+    for line in watch.update(step, stats, numbers, aux=aux, loss=values["loss"]):
+      self._reporter.message(line)
+    values["alarms_active"] = len(watch.active)
+    values["alarms_raised"] = watch.raised
+    if watch.active:
+      values["alarms"] = watch.active
+    return numbers
 
   def _write_line(self) -> None:
     if self._line is not None:

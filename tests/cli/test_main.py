@@ -14,6 +14,7 @@ IN_A_CLONE = {
   "train": "experiments.train",
   "evaluate": "experiments.evaluate",
   "analyze": "experiments.analyze",
+  "profile": "experiments.profile",
   "sweep": "experiments.sweep",
   "generate": "experiments.generate",
   "convert": "experiments.convert",

@@ -1,0 +1,116 @@
+"""Numbers of a step that tell whether its routers are well: gradients and biases.
+
+They are computed on the devices, since parameters and gradients stay there; what they
+mean is decided on the host (`moejax.alarms`).
+
+Letters: L MoE layers, R repeats of a unit, E experts.
+"""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from moejax.config.pattern import Pattern
+from moejax.models.decoder import Decoder
+from moejax.models.per_layer import PARTS
+from moejax.types import Params, pytree
+
+_BIAS = "bias"
+"""Name of the parameter that routers balanced by a selection bias declare."""
+
+Measure = Callable[[Params], Float[Array, "R"]]
+"""A router's parameters, with a leading axis R -> one number for each repeat."""
+
+
+@pytree
+class RouterHealth:
+  """One step's numbers, with an axis of the MoE layers in order."""
+
+  gradient: Float[Array, "L"]
+  """Root mean square of the gradient over a router's parameters; 0 without any."""
+  other_gradient: Float[Array, ""]
+  """The same over all parameters of the model that are no router's."""
+  bias_span: Float[Array, "L"]
+  """Largest minus smallest selection bias; 0 for a router without."""
+
+
+def router_health(
+  model: Decoder, params: Params, gradients: Params, norm: Float[Array, ""]
+) -> RouterHealth:
+  """Returns the health of a model's routers.
+
+  Args:
+    model: with at least one MoE layer.
+    params: all parameters.
+    gradients: of the trained ones, before clipping.
+    norm: of all gradients. Not computed here again: another sum over all of them could
+      change how the compiler fuses and so rounds the first.
+  """
+  squares = of_routers(model, gradients, _square)
+  sizes = of_routers(model, gradients, _size)
+  size = sum(g.size for g in jax.tree.leaves(gradients))
+  others = jnp.maximum(size - jnp.sum(sizes), 1.0)
+  # Rounding may leave less than nothing where the routers have nearly all of it.
+  rest = jnp.maximum(jnp.square(norm) - jnp.sum(squares), 0.0)
+  return RouterHealth(
+    gradient=jnp.sqrt(squares / jnp.maximum(sizes, 1.0)),
+    other_gradient=jnp.sqrt(rest / others),
+    bias_span=of_routers(model, params, _span),
+  )
+
+
+def of_routers(model: Decoder, params: Params, measure: Measure) -> Float[Array, "L"]:
+  """Measures the router of every MoE layer; 0 where it has no parameters.
+
+  Args:
+    model: with at least one MoE layer.
+    params: its parameters, or a tree like them that may lack some.
+    measure: of one router or of its repeats.
+  """
+  found = []
+  for name, stack in model.stacks.items():
+    if stack.moe_layers:
+      found += _of_stack(stack.pattern, params[name] if name else params, measure)
+  return jnp.concatenate(found)
+
+
+def _of_stack(
+  pattern: Pattern, params: Params, measure: Measure
+) -> list[Float[Array, "l"]]:
+  """Returns the numbers of each part of a stack, its layers in order."""
+  found = []
+  for part in PARTS:
+    repeats = pattern.repeats if part == "unit" else 1
+    rows = []
+    for index, is_moe in enumerate(getattr(pattern, part)):
+      if not is_moe:
+        continue
+      own = params[part][str(index)]["moe"].get("router", {})
+      if part != "unit":
+        own = jax.tree.map(lambda leaf: leaf[None], own)
+      rows.append(measure(own) if own else jnp.zeros(repeats, jnp.float32))
+    if rows:
+      found.append(jnp.stack(rows, axis=1).reshape(-1))
+  return found
+
+
+def _square(router: Params) -> Float[Array, "R"]:
+  sums = [
+    jnp.sum(jnp.square(g), axis=tuple(range(1, g.ndim))) for g in jax.tree.leaves(router)
+  ]
+  return jnp.sum(jnp.stack(sums), axis=0)
+
+
+def _size(router: Params) -> Float[Array, "R"]:
+  leaves = jax.tree.leaves(router)
+  repeats = leaves[0].shape[0]
+  return jnp.full(repeats, sum(g.size for g in leaves) / repeats, jnp.float32)
+
+
+def _span(router: Params) -> Float[Array, "R"]:
+  if _BIAS not in router:
+    return jnp.zeros(jax.tree.leaves(router)[0].shape[0], jnp.float32)
+  bias = router[_BIAS].astype(jnp.float32)
+  return jnp.max(bias, axis=-1) - jnp.min(bias, axis=-1)
