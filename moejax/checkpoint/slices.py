@@ -18,7 +18,6 @@ from moejax.checkpoint import fingerprint
 from moejax.checkpoint.lazy import LazyArray
 from moejax.checkpoint.read import (
   DamagedCheckpointError,
-  mismatches,
   read_meta,
   saved_expert_axes,
 )
@@ -128,8 +127,3 @@ class Slices:
       return ()
     one = max(array.nbytes // max(array.shape[0], 1), 1)
     return (max(_PART_BYTES // one, 1), *array.shape[1:])
-
-
-def shapes_differ(slices: Slices, target: Any, prefix: str = "params.") -> list[str]:
-  """Returns how the arrays below a prefix differ from a tree of shapes, in words."""
-  return mismatches(slices.leaves, target, prefix=prefix)
