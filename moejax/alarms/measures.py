@@ -37,12 +37,14 @@ def router_numbers(stats: RouterStats, health: Any, routers: Sequence[Router]) -
   """
   assert stats.top_gate is not None and stats.top_logit is not None
   learned = np.asarray([router.learned for router in routers])
+  # Soft routing has logits of its own, per slot.
+  scored = learned & ~np.asarray([router.mixes for router in routers])
   valid = np.asarray(stats.num_valid, np.float64)
   gradient = np.asarray(health.gradient, np.float64)
   other = np.broadcast_to(np.asarray(health.other_gradient, np.float64), gradient.shape)
   out: Numbers = {
-    "top_gate": _ratio(np.asarray(stats.top_gate, np.float64), valid, learned),
-    "top_logit": _ratio(np.asarray(stats.top_logit, np.float64), valid, learned),
+    "top_gate": _ratio(np.asarray(stats.top_gate, np.float64), valid, scored),
+    "top_logit": _ratio(np.asarray(stats.top_logit, np.float64), valid, scored),
     "router_gradient": _ratio(gradient, other, learned),
   }
   span = np.asarray(health.bias_span, np.float64)
