@@ -82,13 +82,14 @@ def alarm_numbers(
   share = _ratio(chosen.max(axis=-1), valid, several)
   even = _ratio(total, valid * np.maximum(experts, 1), several)
   dropped = total - np.asarray(stats.load, np.float64).sum(axis=-1)
+  unknown = np.full(total.shape, math.nan)
   largest = max((abs(value) for value in aux.values()), default=0.0)
   return {
     "max_load": _ratio(share - even, 1.0 - even, several & (even < 1)),
     "min_load_entropy": _ratio(_entropy(chosen), np.log(np.maximum(experts, 2)), several),
     "max_logit": numbers["top_logit"],
     "max_gate": np.where(several, numbers["top_gate"], math.nan),
-    "max_bias_span": numbers.get("bias_span", np.full_like(total, math.nan)),
+    "max_bias_span": numbers.get("bias_span", unknown),
     "max_drops": _ratio(dropped, total, total > 0) - unavoidable,
     "max_aux_share": _ratio(np.asarray([largest]), np.asarray([loss])),
     "min_gradient": numbers["router_gradient"],

@@ -219,7 +219,7 @@ def read_devices(
 
 def as_json(found: Profile) -> dict[str, Any]:
   """Returns a profile as plain values; times in milliseconds per step."""
-  out = dataclasses.asdict(found) | {"trace": str(found.trace)}
+  out: dict[str, Any] = dataclasses.asdict(found) | {"trace": str(found.trace)}
   for device, values in zip(found.devices, out["devices"], strict=True):
     values["unattributed_share"] = device.unattributed_share
   return out

@@ -2,6 +2,7 @@
 
 import math
 import types
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
@@ -30,7 +31,8 @@ def make_stats(chosen, **others) -> RouterStats:
     "top_gate": 5 * two,
     "top_logit": 30 * two,
   }
-  return RouterStats(**{k: jnp.asarray(v) for k, v in (values | others).items()})
+  arrays: dict[str, Any] = {k: jnp.asarray(v) for k, v in (values | others).items()}
+  return RouterStats(**arrays)
 
 
 HEALTH = types.SimpleNamespace(

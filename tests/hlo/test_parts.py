@@ -89,7 +89,7 @@ def test_scopes_of_a_real_program_survive_differentiation_and_compilation():
     return jnp.sum(jax.lax.scan(layer, x, w)[0])
 
   compiled = jax.jit(jax.grad(loss)).lower(jnp.ones((3, 64, 64)), jnp.ones((64, 64)))
-  program = Program(compiled.compile().as_text())
+  program = Program(compiled.compile().as_text() or "")
   found = labels(program)
   dots = {
     label
