@@ -80,19 +80,17 @@ class Alone:
     own = {p: self._params[p.part][p.name][name] for p in having}
     xs = {p: self._x * (1 + index / 8) for index, p in enumerate(having)}
 
-    def loss(own: Any, xs: Any, params: Any, back: Any) -> Any:
-      import jax.numpy as jnp
-
-      total = jnp.zeros((), jnp.float32)
+    def run(own: Any, xs: Any, params: Any) -> Any:
+      found = []
       for place in having:
         block = params[place.part][place.name] | {name: own[place]}
         whole = params | {place.part: params[place.part] | {place.name: block}}
         module, inputs = self._model.stack.block(whole, self._inputs, place)
-        total += jnp.vdot(call(module, inputs, xs[place]), back)
-      return total
+        found.append(call(module, inputs, xs[place]))
+      return found
 
-    # What comes from the layers above, as an argument: the compiler must not know it.
-    return _both(loss, (0, 1), own, xs, self._params, self._x)
+    back = [self._x] * len(having)
+    return _both(run, back, own, xs, self._params)
 
   def _experts(self) -> Callable:
     import jax
@@ -111,14 +109,9 @@ class Alone:
 
     def place_all(params: Any) -> Any:
       factor = self._options.capacity_factor
-      return [
-        layer(p, params)
-        .router(tokens, valid, ids, None, key=jax.random.key(0), capacity_factor=factor)[
-          1
-        ]
-        .placement
-        for p in having
-      ]
+      same = {"key": jax.random.key(0), "capacity_factor": factor}
+      routers = [layer(place, params).router for place in having]
+      return [router(tokens, valid, ids, None, **same)[1].placement for router in routers]
 
     placements = jax.jit(place_all)(self._params)
     weights = jax.jit(
@@ -126,15 +119,14 @@ class Alone:
     )(self._params)
     options = [layer(p, self._params).options for p in having]
 
-    def loss(weights: Any, tokens: Any, placements: Any, back: Any) -> Any:
-      total = jnp.zeros((), jnp.float32)
-      for index, placement in enumerate(placements):
-        x = tokens * (1 + index / 8)
-        y, _ = exchange.run(x, placement, weights[index], options[index])
-        total += jnp.vdot(y, back)
-      return total
+    def run(weights: Any, xs: Any, placements: Any) -> Any:
+      return [
+        exchange.run(xs[index], placement, weights[index], options[index])[0]
+        for index, placement in enumerate(placements)
+      ]
 
-    return _both(loss, (0, 1), weights, tokens, placements, tokens)
+    xs = [tokens * (1 + index / 8) for index in range(len(having))]
+    return _both(run, xs, weights, xs, placements)
 
   def _head(self) -> Callable:
     import jax.numpy as jnp
@@ -145,7 +137,11 @@ class Alone:
       logits = self._model.finish({"embedding": embedding}, x)
       return jnp.mean(cross_entropy(logits, self._targets))
 
-    return _both(loss, (0, 1), self._params["embedding"], self._x)
+    return _both(
+      lambda embedding, x, _: loss(embedding, x),
+      jnp.float32(1.0),
+      *(self._params["embedding"], self._x, None),
+    )
 
   def _optimizer(self) -> Callable:
     import jax
@@ -177,12 +173,26 @@ class Alone:
     return lambda: jax.block_until_ready(compiled(gradients, state, self._params))
 
 
-def _both(loss: Callable, argnums: tuple[int, ...], *args: Any) -> Callable:
-  """Returns a function that runs the value and the gradients of a loss."""
+def _both(
+  run: Callable[[Any, Any, Any], Any], back: Any, own: Any, xs: Any, others: Any
+) -> Callable:
+  """Returns a function that runs a part forward, and backward from given gradients.
+
+  Args:
+    run: (own, xs, others) -> outputs.
+    back: gradients of the outputs: an argument, so that the compiler does not know them.
+    own: parameters, which get gradients.
+    xs: inputs, which get gradients.
+    others: what gets none.
+  """
   import jax
 
-  compiled = jax.jit(jax.value_and_grad(loss, argnums))
-  return lambda: jax.block_until_ready(compiled(*args))
+  def both(own: Any, xs: Any, others: Any, back: Any) -> Any:
+    outputs, pull = jax.vjp(lambda own, xs: run(own, xs, others), own, xs)
+    return outputs, pull(back)
+
+  compiled = jax.jit(both)
+  return lambda: jax.block_until_ready(compiled(own, xs, others, back))
 
 
 def trace_steps(stepper: Stepper, text: str) -> dict[str, float]:

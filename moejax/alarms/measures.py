@@ -37,12 +37,14 @@ def router_numbers(stats: RouterStats, health: Any, routers: Sequence[Router]) -
   """
   assert stats.top_gate is not None and stats.top_logit is not None
   learned = np.asarray([router.learned for router in routers])
+  # Soft routing has logits of its own, per slot.
+  scored = learned & ~np.asarray([router.mixes for router in routers])
   valid = np.asarray(stats.num_valid, np.float64)
   gradient = np.asarray(health.gradient, np.float64)
   other = np.broadcast_to(np.asarray(health.other_gradient, np.float64), gradient.shape)
   out: Numbers = {
-    "top_gate": _ratio(np.asarray(stats.top_gate, np.float64), valid, learned),
-    "top_logit": _ratio(np.asarray(stats.top_logit, np.float64), valid, learned),
+    "top_gate": _ratio(np.asarray(stats.top_gate, np.float64), valid, scored),
+    "top_logit": _ratio(np.asarray(stats.top_logit, np.float64), valid, scored),
     "router_gradient": _ratio(gradient, other, learned),
   }
   span = np.asarray(health.bias_span, np.float64)
@@ -80,13 +82,14 @@ def alarm_numbers(
   share = _ratio(chosen.max(axis=-1), valid, several)
   even = _ratio(total, valid * np.maximum(experts, 1), several)
   dropped = total - np.asarray(stats.load, np.float64).sum(axis=-1)
+  unknown = np.full(total.shape, math.nan)
   largest = max((abs(value) for value in aux.values()), default=0.0)
   return {
     "max_load": _ratio(share - even, 1.0 - even, several & (even < 1)),
     "min_load_entropy": _ratio(_entropy(chosen), np.log(np.maximum(experts, 2)), several),
     "max_logit": numbers["top_logit"],
     "max_gate": np.where(several, numbers["top_gate"], math.nan),
-    "max_bias_span": numbers.get("bias_span", np.full_like(total, math.nan)),
+    "max_bias_span": numbers.get("bias_span", unknown),
     "max_drops": _ratio(dropped, total, total > 0) - unavoidable,
     "max_aux_share": _ratio(np.asarray([largest]), np.asarray([loss])),
     "min_gradient": numbers["router_gradient"],

@@ -142,7 +142,7 @@ class RouterLayer(nnx.Module):
         if mass is not None:
           routing = _weighted(routing, mass)
         if group.key is not None:
-          seen = _confidence(group, routing, self.router.by_sigmoid)
+          seen = _confidence(group.logits, group.valid, self.router.by_sigmoid)
           routing = dataclasses.replace(
             routing, stats=dataclasses.replace(routing.stats, **seen)
           )
@@ -179,16 +179,19 @@ def _weighted(routing: Routing, mass: Float[Array, "T"]) -> Routing:
 
 
 def _confidence(
-  inputs: RouterInputs, routing: Routing, by_sigmoid: bool
+  logits: Float[Array, "T E"], valid: Bool[Array, "T"], by_sigmoid: bool
 ) -> dict[str, Float[Array, ""]]:
   """Returns how sure the router is of one group, as sums of `RouterStats`."""
-  logits = jax.lax.stop_gradient(inputs.logits)
-  counted = inputs.valid.astype(jnp.float32)
-  highest = jnp.max(logits, axis=-1)
+  # Behind a barrier: what is fused with it would round the router itself differently.
+  logits = jax.lax.optimization_barrier(jax.lax.stop_gradient(logits))
+  counted = valid.astype(jnp.float32)
   # Experts left out of the step have a logit far below any other.
   size = jnp.max(jnp.where(logits > scores.ABSENT, jnp.abs(logits), 0.0), axis=-1)
-  score = jax.nn.sigmoid(highest) if by_sigmoid else jnp.max(routing.probs, axis=-1)
-  score = jax.lax.stop_gradient(score)
+  highest = jnp.max(logits, axis=-1)
+  if by_sigmoid:
+    score = jax.nn.sigmoid(highest)
+  else:
+    score = jnp.exp(highest - jax.nn.logsumexp(logits, axis=-1))
   return {"top_gate": counted @ score, "top_logit": counted @ size}
 
 

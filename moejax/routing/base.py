@@ -52,7 +52,7 @@ class RouterStats:
   """expert_dropout only: above 0 for the experts that took part in this step."""
   top_gate: Float[Array, "*g"] | None = None
   """Training only: sum over valid tokens of a token's largest score, before any choice
-  or renormalisation: its probability, or its sigmoid (`Router.by_sigmoid`)."""
+  or renormalisation: softmax of its logits, or sigmoid (`Router.by_sigmoid`)."""
   top_logit: Float[Array, "*g"] | None = None
   """Training only: sum over valid tokens of a token's largest absolute logit."""
   extra: dict[str, Float[Array, "..."]] = dataclasses.field(default_factory=dict)

@@ -142,8 +142,11 @@ def test_history_reads_the_log_of_all_starts():
     {"step": 50, "alarms_active": 1, "alarms": {"max_load": {}}},
   ]
   found = history.spans(lines)
-  assert found == {"max_load": [(20, 40), (50, None)], "max_gate": [(30, 40)]}
-  assert found is not None and history.sentence(found) == (
+  assert found is not None and found == {
+    "max_load": [(20, 40), (50, None)],
+    "max_gate": [(30, 40)],
+  }
+  assert history.sentence(found) == (
     "max_load (steps 20 to 40, 50 to the end), max_gate (steps 30 to 40)"
   )
   assert history.sentence({}) == "none"

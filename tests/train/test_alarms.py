@@ -1,14 +1,16 @@
 """Alarms of real runs: each is raised by a config that makes its router ill."""
 
 import io
+import os
+import pathlib
+import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import pytest
 
 from moejax.alarms import history
-from moejax.alarms.rules import RULES
 from moejax.evaluate import report
 from moejax.models.loss import Sums
 from moejax.models.router_health import RouterHealth
@@ -17,7 +19,7 @@ from moejax.run import progress, writers
 from moejax.train import finish, loop, step_log
 from moejax.train import step as step_lib
 from moejax.train.setup import Run
-from tests.train.conftest import make_batch, make_setup, tiny_config
+from tests.train.conftest import tiny_config
 
 
 def sharpen(config) -> None:
@@ -178,17 +180,39 @@ def test_a_healthy_run_is_silent(trained, router):
   assert "ALARM" not in text
 
 
-@pytest.mark.slow
-def test_alarms_change_no_value_of_training(setup):
-  """The state after three steps, bit for bit, with all alarms off and on."""
+_DIGESTS = """
+import hashlib, jax, numpy as np
+from moejax.alarms.rules import RULES
+from tests.train.conftest import make_batch, make_setup, tiny_config
+for on in (True, False):
   config = tiny_config()
-  for rule in RULES:
+  for rule in [] if on else RULES:
     setattr(config.alarms, rule.name, None)
-  batches = [make_batch(seed) for seed in range(3)]
-  off = make_setup(config)
-  without, seen = off.run(off.state(), *batches)
-  watched, told = setup.run(setup.state(), *batches)
-  ends = [{k: end[k] for k in ("params", "opt_state")} for end in (without, watched)]
-  jax.tree.map(np.testing.assert_array_equal, *jax.device_get(ends))
-  assert seen[0].health is None and told[0].health is not None
-  assert seen[0].sums.stats.top_gate is None
+  setup = make_setup(config)
+  state, seen = setup.run(setup.state(), *(make_batch(seed) for seed in range(4)))
+  assert (seen[0].health is not None) == on
+  assert (seen[0].sums.stats.top_gate is not None) == on
+  kept = jax.tree.leaves((state["params"], state["opt_state"]))
+  print(hashlib.sha256(b"".join(np.asarray(leaf).tobytes() for leaf in kept)).hexdigest())
+"""
+
+
+@pytest.mark.slow
+def test_alarms_change_no_value_of_training():
+  """The state after four steps, bit for bit, with all alarms on and off.
+
+  In a process of its own, with the compiler's own flags: those of the tests fuse nothing,
+  and then another sum can round a first one differently.
+  """
+  environment = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
+  done = subprocess.run(
+    [sys.executable, "-c", _DIGESTS],
+    capture_output=True,
+    text=True,
+    env=environment,
+    cwd=pathlib.Path(__file__).parents[2],
+    timeout=600,
+  )
+  assert done.returncode == 0, done.stderr
+  on, off = done.stdout.split()
+  assert on == off
