@@ -162,6 +162,7 @@ def save(
     types.append((jax.Array, ocp.type_handlers.get_type_handler(jax.Array)))
   registry = ocp.type_handlers.create_type_handler_registry(*types)
   # As a save that was killed, which the next one in this directory removes.
+  directory = directory.absolute()  # Orbax takes no other.
   temporary = directory / f"{step}.orbax-checkpoint-tmp"
   try:
     shutil.rmtree(temporary, ignore_errors=True)

@@ -22,7 +22,7 @@ from moejax.checkpoint.read import (
 from moejax.config import Config, MoEConfig
 from moejax.config import text as config_text
 from moejax.config.router import make_router
-from moejax.errors import ConfigError, UserError
+from moejax.errors import ConfigError, UserError, program
 from moejax.models.decoder import TABLE
 from moejax.run.files import DIRECTORY, list_steps
 from moejax.types import Params
@@ -130,6 +130,12 @@ def checkpoint_directory(workdir: Path | str) -> Path:
   if not workdir.is_dir():
     raise UserError(f"--workdir={workdir} is not a directory.")
   found = sorted(p.name for p in workdir.iterdir())
+  if "config.json" in found and any(name.endswith(".safetensors") for name in found):
+    convert = program("convert", "experiments.convert")
+    raise UserError(
+      f"--workdir={workdir} holds a published model, not a run. First: {convert} "
+      f"--from_hf={workdir} --workdir=RUN."
+    )
   inside = f"it holds {', '.join(found[:10])}" if found else "it is empty"
   if len(found) > 10:
     inside += f" and {len(found) - 10} more"

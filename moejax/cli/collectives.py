@@ -62,5 +62,5 @@ def main() -> int:
 
 def run() -> None:
   """Runs the program on the command line's arguments."""
-  cli.define_config()
+  cli.define_config(workdir=False)
   cli.run(main)

@@ -136,7 +136,7 @@ def main() -> int:
 
 def run() -> None:
   """Runs the program."""
-  cli.define_config()
+  cli.define_config(workdir=False)
   cli.run(main)
 
 

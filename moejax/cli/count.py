@@ -39,7 +39,7 @@ _PARTS = (
   "norms",
   "head",
 )
-_TABLE_WIDTH = 110
+_TABLE_WIDTH = 160
 
 
 def count(config: Config, *, causal: bool = False) -> dict[str, Any]:
@@ -76,10 +76,11 @@ def feed_forward_flops(counted: dict[str, Any]) -> float:
 
 def make_table(moe: dict[str, Any], twin: dict[str, Any]) -> Table:
   table = Table(box=box.SIMPLE_HEAD)
-  table.add_column("part")
+  # Folded where a terminal is narrow: never a number without its last digits.
+  table.add_column("part", overflow="fold")
   headers = ("total", "active", "FLOPs/token", "twin total", "twin FLOPs/token")
   for header in headers:
-    table.add_column(header, justify="right")
+    table.add_column(header, justify="right", overflow="fold")
 
   def cells(a: dict[str, Any], b: dict[str, Any]) -> list[str]:
     numbers = (
@@ -126,7 +127,7 @@ def main() -> None:
 
 def run() -> None:
   """Runs the program."""
-  cli.define_config()
+  cli.define_config(workdir=False)
   cli.run(main)
 
 

@@ -56,12 +56,13 @@ _given: list[dotted_flags.Given] = []
 """Flags of other prefixes on it, in its order."""
 
 
-def define_config(default: str | None = DEFAULT_CONFIG) -> None:
+def define_config(default: str | None = DEFAULT_CONFIG, *, workdir: bool = True) -> None:
   """Defines --config, --workdir and --list, unless already defined.
 
   Args:
     default: the default config file; None if the program passes its own config to
       `get_config`.
+    workdir: whether the program has a --workdir.
   """
   define = {
     "config": lambda name: flags.DEFINE_string(
@@ -74,7 +75,7 @@ def define_config(default: str | None = DEFAULT_CONFIG) -> None:
   }
   # Tests import several programs into one process, where redefinition is an error.
   for name, make in define.items():
-    if name not in flags.FLAGS:
+    if name not in flags.FLAGS and (workdir or name != "workdir"):
       make(name)
   flags.FLAGS.set_default("config", default)
 

@@ -7,6 +7,8 @@ and the separator at the end. So the lengths follow from n alone, and a row can 
 before any mask is drawn.
 
 Source: T5, arXiv:1910.10683, section 3.1.4, and its released code (random_spans_helper).
+Halves are rounded up; there they are rounded to even, so that a text of 30 tokens has 4
+of them replaced at density 0.15 and here 5.
 """
 
 import dataclasses

@@ -55,8 +55,8 @@ class LoadedRun:
         logits are wanted.
 
     Raises:
-      UserError: an id outside the vocabulary, groups that do not fit, or decoder_tokens
-        of a decoder or none of an encoder-decoder.
+      UserError: no integers [B, S], an id outside the vocabulary, groups that do not
+        fit, or decoder_tokens of a decoder or none of an encoder-decoder.
     """
     has_encoder = self.model.config.kind == "encoder_decoder"
     if has_encoder != (decoder_tokens is not None):
@@ -69,7 +69,16 @@ class LoadedRun:
 
   def _checked(self, tokens: Any) -> Int[Array, "B S"]:
     """Returns ids as an array; raises as `logits`."""
-    tokens = jnp.asarray(np.asarray(tokens, np.int32))
+    try:
+      given = np.asarray(tokens)
+    except ValueError as e:
+      raise UserError("tokens: rows of different lengths; cut or pad them.") from e
+    if given.ndim != 2 or not given.size or given.dtype.kind not in "iu":
+      raise UserError(
+        f"tokens of type {given.dtype} and shape {list(given.shape)}: give integers "
+        "[B, S], such as [[5, 6, 7]]."
+      )
+    tokens = jnp.asarray(given.astype(np.int64).clip(-1, 2**31 - 1), jnp.int32)
     least, most = int(tokens.min()), int(tokens.max())
     if least < 0 or most >= self.model.vocab_size:
       raise UserError(

@@ -155,7 +155,7 @@ def export(
     params = _without_padding(params, model.vocab_size)
   mapped = rows(architecture, model)
   if tokenizer is not None:
-    values |= _special_ids(tokenizer)
+    values |= _special_ids(tokenizer, config.model.kind == "encoder_decoder")
   values |= kept or {}
   with _writing(Path(folder)) as temporary:
     _write_json(temporary / CONFIG, values | {"moejax_version": __version__})
@@ -194,8 +194,10 @@ def _without_padding(params: Params, vocab_size: int) -> Params:
   return params
 
 
-def _special_ids(tokenizer: Tokenizer) -> dict[str, int]:
+def _special_ids(tokenizer: Tokenizer, has_encoder: bool) -> dict[str, int]:
   ids = {"eos_token_id": tokenizer.separator}
+  if has_encoder:
+    return ids | {"decoder_start_token_id": tokenizer.start}
   if tokenizer.start != tokenizer.separator:
     ids["bos_token_id"] = tokenizer.start
   return ids

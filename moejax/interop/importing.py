@@ -40,6 +40,7 @@ _KEPT = (
   "bos_token_id",
   "eos_token_id",
   "pad_token_id",
+  "decoder_start_token_id",
   "initializer_range",
   "router_aux_loss_coef",
 )

@@ -28,10 +28,10 @@ ROOT = Path(__file__).parents[2]
 
 
 def convert(
-  *arguments: str, program: str = "convert"
+  *arguments: str, program: str = "convert", cwd: Path = ROOT
 ) -> subprocess.CompletedProcess[str]:
   command = [sys.executable, "-m", f"moejax.cli.{program}", *arguments]
-  return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=300)
+  return subprocess.run(command, capture_output=True, text=True, cwd=cwd, timeout=300)
 
 
 @pytest.fixture(scope="module")
@@ -124,7 +124,7 @@ def test_a_conversion_that_fails_leaves_no_run(tmp_path):
 def test_the_program_converts_there_and_back(tmp_path):
   """It prints architecture, counts and fingerprints; the other programs take the run."""
   source, run, back = golden("mixtral"), tmp_path / "run", tmp_path / "back"
-  done = convert(f"--from_hf={source}", f"--workdir={run}")
+  done = convert(f"--from_hf={source}", "--workdir=run", cwd=tmp_path)
   assert done.returncode == 0, done.stderr
   assert "mixtral: 31,584 parameters, 18,624 active, in float32" in done.stdout
   prints = re.findall(r"^(unit\.0\.moe\.experts\.\w+)  [0-9a-f]{16}$", done.stdout, re.M)
@@ -132,6 +132,8 @@ def test_the_program_converts_there_and_back(tmp_path):
   assert "no tokenizer.json" in done.stdout
   done = convert(f"--workdir={run}", "--prompt=x", program="generate")
   assert done.returncode == 2 and "holds no tokenizer" in done.stderr
+  done = convert(f"--workdir={source}", "--prompt=x", program="generate")
+  assert done.returncode == 2 and f"--from_hf={source} --workdir=RUN" in done.stderr
   done = convert(f"--workdir={run}", f"--to_hf={back}")
   assert done.returncode == 0, done.stderr
   same = (back / "model.safetensors").read_bytes()

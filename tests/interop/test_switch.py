@@ -17,7 +17,7 @@ from moejax.data.sentinels import SentinelTokenizer, with_sentinels
 from moejax.errors import UserError
 from moejax.evaluate import decoding
 from moejax.evaluate.sampling import Sampling
-from moejax.interop import exporting
+from moejax.interop import exporting, importing
 from moejax.interop.canonical import differences
 from moejax.interop.keys import Keys
 from moejax.interop.published import open_folder
@@ -172,6 +172,14 @@ def test_the_tokenizer_has_its_own_sentinels_and_the_decoders_start(tmp_path):
   own = with_sentinels(published.tokenizer, published.config.data)
   assert isinstance(own, SentinelTokenizer)
   assert own.sentinels.tolist() == [100, 99, 98]
+
+
+def test_the_token_that_begins_a_target_comes_back(tmp_path):
+  """With the other ids that an export writes as the import read them."""
+  ids = {"decoder_start_token_id": 3, "pad_token_id": 1}
+  folder = copy(NAME, tmp_path / "x", config=lambda values: values.update(ids))
+  kept = importing.source_digest(open_folder(folder))["kept"]
+  assert (kept["decoder_start_token_id"], kept["pad_token_id"]) == (3, 1)
 
 
 STACKS = ("encoder.embed_tokens.weight", "decoder.embed_tokens.weight")
