@@ -62,12 +62,13 @@ def test_a_run_gives_the_logits_of_its_own_model(
   first = moejax.load_run(tmp_path, step=1)
   assert first.step == 1
   assert np.abs(np.asarray(first.logits(tokens)) - np.asarray(logits)).max() > 1e-4
-  for wrong, part in (
+  mistakes: tuple[tuple[Any, str], ...] = (
     ([[5, 6], [7]], "rows of different lengths"),
     ([5, 6], r"shape \[2\]: give integers"),
     (np.ones((1, 3)), "tokens of type float64"),
     ([[2**40]], "vocabulary has ids from 0"),
-  ):
+  )
+  for wrong, part in mistakes:
     with pytest.raises(UserError, match=part):
       run.logits(wrong)
   with pytest.raises(UserError, match="vocabulary has ids from 0"):
