@@ -39,7 +39,11 @@ MUTANTS = (
       "min(num_tokens, max(min_capacity, math.ceil(slots)))",
       "max(min_capacity, math.ceil(slots))",
     ),
-    ("K left out of the capacity", "per_token = num_selected", "per_token = 1"),
+    (
+      "K left out of the capacity",
+      "Fraction(num_selected * num_tokens, num_experts)",
+      "Fraction(num_tokens, num_experts)",
+    ),
     ("one slot too many", "asked & (rank < capacity)", "asked & (rank <= capacity)"),
     ("load not capped", "load = jnp.minimum(chosen, capacity)", "load = chosen"),
     (
