@@ -60,6 +60,11 @@ class Job:
   """Slurm: its options, but for the numbers of nodes, tasks and GPUs."""
 
   @property
+  def in_venv(self) -> list[str]:
+    """The command with the interpreter of a virtual environment beside it."""
+    return [".venv/bin/python" if word == PYTHON else word for word in self.command]
+
+  @property
   def mount(self) -> str:
     """Where the shared disk is mounted: the first directory of `workdir`."""
     return "/" + self.workdir.strip("/").split("/")[0]

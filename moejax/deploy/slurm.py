@@ -3,10 +3,8 @@
 import shlex
 
 from moejax.cost.chips import CHIPS
-from moejax.deploy.job import PYTHON, RESTARTABLE, Job
+from moejax.deploy.job import RESTARTABLE, Job
 from moejax.errors import UserError
-
-VENV_PYTHON = ".venv/bin/python"
 
 
 def script(job: Job) -> str:
@@ -25,14 +23,13 @@ def script(job: Job) -> str:
     )
   is_cpu = CHIPS[kind].family == "cpu"
   nodes, tasks = (1, job.topology.shape[0]) if is_cpu else job.topology.shape
-  command = [VENV_PYTHON if word == PYTHON else word for word in job.command]
   asked = [
     f"#SBATCH --{name}={value}" for name, value in _asked(job, nodes, tasks, is_cpu)
   ]
   return "\n".join(
     [
       "#!/bin/bash",
-      f"# Submit it from the directory that has {VENV_PYTHON}.",
+      "# Submit it from the directory that has .venv/bin/python.",
       *asked,
       "#SBATCH --requeue",
       "#SBATCH --open-mode=append",
@@ -44,7 +41,7 @@ def script(job: Job) -> str:
       *job.slurm.setup,
       "",
       f"srun --kill-on-bad-exit=0{'' if is_cpu else ' --gpu-bind=none'} \\",
-      f"  {shlex.join(command)}",
+      f"  {shlex.join(job.in_venv)}",
       "code=$?",
       "",
       "case $code in",

@@ -3,7 +3,7 @@
 import shlex
 
 from moejax.deploy import machines
-from moejax.deploy.job import PYTHON, Job
+from moejax.deploy.job import Job
 from moejax.errors import UserError
 
 
@@ -79,5 +79,4 @@ def _install(job: Job) -> str:
 
 
 def _train(job: Job) -> str:
-  words = [".venv/bin/python" if word == PYTHON else word for word in job.command]
-  return f"cd moejax && nohup {shlex.join(words)} > train.log 2>&1 &"
+  return f"cd moejax && nohup {shlex.join(job.in_venv)} > train.log 2>&1 &"
