@@ -25,7 +25,7 @@ import threading
 from collections.abc import Callable
 from typing import Any, NoReturn, TypeVar
 
-from absl import app, flags
+from absl import app, command_name, flags
 from absl import logging as absl_logging
 
 from moejax import files
@@ -292,6 +292,9 @@ class _OursOrWarning(logging.Filter):
 
 def _main_or_list(main: Callable[[], int | None]) -> int | None:
   absl_logging.get_absl_handler().addFilter(_OursOrWarning())
+  # absl names the process after argv[0]; Slurm loses processes whose name has a space.
+  name = os.path.basename(sys.argv[0]).replace(" ", "-")
+  command_name.set_kernel_process_name(name)
   what = flags.FLAGS["list"].value if "list" in flags.FLAGS else None
   if what:
     print(listing.describe(what), end="")

@@ -66,6 +66,20 @@ def test_a_program_takes_the_same_flags_in_a_clone(name):
   assert importlib.util.find_spec(PROGRAMS[name]) is not None
 
 
+@pytest.mark.skipif(not Path("/proc/self/comm").exists(), reason="Linux alone has it")
+def test_the_name_of_a_process_has_no_space(tmp_path):
+  """Slurm's tracking of processes (linuxproc) does not find one that has."""
+  config = tmp_path / "c.py"
+  config.write_text(
+    "import pathlib, configs.default\n"
+    "def get_config():\n"
+    "  print(pathlib.Path('/proc/self/comm').read_text().strip())\n"
+    "  return configs.default.get_config()\n"
+  )
+  done = call("moejax.cli.main", "count", f"--config={config}")
+  assert done.stdout.splitlines()[0] == "moejax-count"
+
+
 def test_a_program_ends_with_its_own_exit_code():
   done = call("moejax.cli.main", "train", "--config.moe.num_expert=4")
   assert done.returncode == 2 and "Did you mean --config.moe.num_experts?" in done.stderr
