@@ -15,14 +15,9 @@ def train_command(workdir: Any, *settings: str) -> list[str]:
     workdir: of the run.
     *settings: such as `moe.router=hash`; they win over the command line.
   """
-  given = (f"{name}={spelled(value)}" for name, value in cli.overrides().items())
+  given = (f"{name}={cli.spelled(value)}" for name, value in cli.overrides().items())
   return [
     *(sys.executable, "-m", "experiments.train"),
     *(f"--config={flags.FLAGS.config}", f"--workdir={workdir}"),
     *(f"--config.{setting}" for setting in (*given, *settings)),
   ]
-
-
-def spelled(value: Any) -> str:
-  """A value as the command line spells it."""
-  return "none" if value is None else str(value)

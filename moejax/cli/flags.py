@@ -161,6 +161,11 @@ def overrides() -> dict[str, Any]:
   return dict(_overrides)
 
 
+def spelled(value: Any) -> str:
+  """Returns a field's value as the command line spells it."""
+  return "none" if value is None else str(value)
+
+
 def given() -> list[dotted_flags.Given]:
   """Returns this command line's flags of the prefixes that the program defined."""
   return list(_given)

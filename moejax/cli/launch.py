@@ -151,13 +151,8 @@ def _command() -> list[str]:
   words = [PYTHON, "-m", "moejax.cli.main", "train", f"--config={given.config}"]
   words.append(f"--workdir={given.workdir}")
   return words + [
-    f"--config.{name}={_spelled(value)}" for name, value in settings.items()
+    f"--config.{name}={cli.spelled(value)}" for name, value in settings.items()
   ]
-
-
-def _spelled(value: object) -> str:
-  """A value as the command line spells it."""
-  return "none" if value is None else str(value)
 
 
 def _summary(job: Job, fit: Fit) -> str:
