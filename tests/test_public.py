@@ -62,6 +62,11 @@ def test_a_run_gives_the_logits_of_its_own_model(
   first = moejax.load_run(tmp_path, step=1)
   assert first.step == 1
   assert np.abs(np.asarray(first.logits(tokens)) - np.asarray(logits)).max() > 1e-4
+  half = moejax.load_run(tmp_path, dtype="bfloat16")
+  assert half.model.config.dtype == "bfloat16"
+  assert half.params["embedding"]["table"].dtype == jnp.float32
+  distance = np.abs(np.asarray(half.logits(tokens)) - np.asarray(logits)).max()
+  assert 1e-4 < distance < 0.1
   mistakes: tuple[tuple[Any, str], ...] = (
     ([[5, 6], [7]], "rows of different lengths"),
     ([5, 6], r"shape \[2\]: give integers"),
@@ -75,6 +80,8 @@ def test_a_run_gives_the_logits_of_its_own_model(
     run.logits(tokens + 10_000)
   with pytest.raises(UserError, match="step=7"):
     moejax.load_run(tmp_path, step=7)
+  with pytest.raises(UserError, match="dtype=half: give float32 or bfloat16"):
+    moejax.load_run(tmp_path, dtype="half")
 
 
 B, S, D, E, F = 2, 8, 6, 4, 10

@@ -13,6 +13,7 @@ from jaxtyping import Array, Float, Int
 
 from moejax.checkpoint.params import restore_params
 from moejax.config import Config
+from moejax.config.ranges import CHOICES
 from moejax.data.sentinels import with_sentinels
 from moejax.data.tokenizer import FILE as TOKENIZER_FILE
 from moejax.data.tokenizer import Tokenizer, load_tokenizer
@@ -103,17 +104,25 @@ class LoadedRun:
     )
 
 
-def load_run(workdir: Path | str, step: int | None = None) -> LoadedRun:
+def load_run(
+  workdir: Path | str, step: int | None = None, *, dtype: str | None = None
+) -> LoadedRun:
   """Restores a run's model from its directory alone.
 
   Args:
     workdir: of a training run.
     step: which checkpoint; None is the newest intact one.
+    dtype: to compute in, instead of the run's `model.dtype`. Parameters stay as stored.
 
   Raises:
-    UserError: no checkpoint there (says what is), no such step, or all damaged.
+    UserError: no checkpoint there (says what is), no such step, all damaged, or no such
+      dtype.
   """
+  if dtype not in (None, *CHOICES["model.dtype"]):
+    known = " or ".join(CHOICES["model.dtype"])
+    raise UserError(f"load_run: dtype={dtype}: give {known}, or none for the run's own.")
   params, config, meta = restore_params(workdir, step)
+  config.model.dtype = dtype or config.model.dtype
   tokenizer = None
   if (Path(workdir) / TOKENIZER_FILE).exists():
     tokenizer = with_sentinels(load_tokenizer(workdir), config.data)
