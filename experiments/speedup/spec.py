@@ -46,11 +46,7 @@ SIDES: dict[str, dict[str, Any]] = {
     "moe.num_experts": 64,
     "train.num_steps": DENSE_STEPS // 2,
   },
-  "hash, 256 experts": {
-    **HASH,
-    "moe.num_experts": 256,
-    "train.num_steps": DENSE_STEPS // 2,
-  },
+  "hash, 256 experts": {**HASH, "moe.num_experts": 256, "train.num_steps": 1300},
 }
 
 BEST: dict[str, float] = {}

@@ -138,7 +138,7 @@ class Capacity:
 
 def sufficient_capacity(found: Sequence[Setting], axes: Sequence[str]) -> list[Capacity]:
   """Returns the smallest capacity factor whose loss is within one standard error of
-  dropless, for each combination of the other axes that has both.
+  dropless over their common seeds, for each combination of the other axes with both.
 
   A larger factor that fails disqualifies the smaller ones: their loss is then luck.
   """
@@ -153,7 +153,8 @@ def sufficient_capacity(found: Sequence[Setting], axes: Sequence[str]) -> list[C
     margin = dropless[0].se
     sufficient = None
     for setting in reversed(bounded):
-      if margin is None or setting.mean - dropless[0].mean > margin:
+      gap = summary.paired(dropless[0], setting)
+      if margin is None or gap is None or gap.estimate > margin:
         break
       sufficient = setting
     out.append(
@@ -180,7 +181,8 @@ class Doubling:
   step_ms: float | None
   """The step time at which both were read; None if they are compared as they are."""
   slower: float | None = None
-  """Without a common step time: the step time of 2E over that of E, minus 1."""
+  """Without a common step time: the step time of 2E over that of E, minus 1; None if
+  step times are not steady."""
 
 
 def doublings(found: Sequence[Setting], axes: Sequence[str]) -> list[Doubling]:
@@ -193,6 +195,7 @@ def doublings(found: Sequence[Setting], axes: Sequence[str]) -> list[Doubling]:
   """
   if EXPERTS not in axes:
     return []
+  timed = summary.unsteadiness(found) <= summary.STEADY
   curves: dict[Any, dict[int, list[Setting]]] = {}
   for setting in found:
     if EXPERTS in setting.values and setting.of("step_ms_p50") is not None:
@@ -203,9 +206,8 @@ def doublings(found: Sequence[Setting], axes: Sequence[str]) -> list[Doubling]:
     for experts in sorted(by_experts):
       if 2 * experts in by_experts:
         pair = by_experts[experts], by_experts[2 * experts]
-        out += _at_equal_time(dict(key), experts, *pair) or _as_they_are(
-          dict(key), experts, *pair
-        )
+        equal = _at_equal_time(dict(key), experts, *pair) if timed else []
+        out += equal or _as_they_are(dict(key), experts, *pair, timed=timed)
   return out
 
 
@@ -239,7 +241,12 @@ def _at_equal_time(
 
 
 def _as_they_are(
-  others: Mapping[str, Any], experts: int, few: list[Setting], many: list[Setting]
+  others: Mapping[str, Any],
+  experts: int,
+  few: list[Setting],
+  many: list[Setting],
+  *,
+  timed: bool,
 ) -> list[Doubling]:
   out = []
   for a in few:
@@ -255,7 +262,7 @@ def _as_they_are(
           experts=experts,
           difference=difference,
           step_ms=None,
-          slower=ratio - 1,
+          slower=ratio - 1 if timed else None,
         )
       )
   return out

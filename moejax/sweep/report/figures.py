@@ -32,8 +32,7 @@ def make(records: Records, found: Sequence[Setting], axes: Sequence[str]) -> lis
     axes: the fields that were varied, the most important first.
   """
   names = summary.short_names(records.fields)
-  costs = [cost for cost in summary.COSTS if summary.varies(found, cost)]
-  out = [loss_against(found, axes, names, cost) for cost in costs]
+  out = [loss_against(found, axes, names, cost) for cost in summary.costs(found)]
   out += heat_maps(found, axes, names)
   out += drops(found, axes, names)
   out += trends.curves(found, axes, names)
@@ -62,7 +61,7 @@ def loss_against(
 ) -> Figure:
   """Draws loss against a cost, with the Pareto front."""
   title = summary.COSTS[cost]
-  is_time = cost == "step_ms_p50"
+  is_time = cost == summary.STEP_TIME
   rows, prices = [], []
   for setting in found:
     if (price := setting.of(cost)) is not None:
@@ -137,6 +136,8 @@ def heat_maps(
     suffix = f"_{i + 1}" if len(groups) > 1 else ""
     with_others = f", {summary.label(dict(key), names)}" if key else ""
     for column, stem, title, legend, digits in _HEAT:
+      if column == summary.STEP_TIME and summary.unsteadiness(found) > summary.STEADY:
+        continue
       chart = _heat_map(group, (down, across), names, column, legend, digits)
       if chart is None:
         continue

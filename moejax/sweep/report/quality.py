@@ -47,7 +47,8 @@ def speedups(found: Sequence[Setting]) -> list[Answer]:
     steps = laws.to_quality(slow, curves(setting), level=summary.LEVEL)
     # A cost per step is a constant of a setting, so that it scales ratio and interval.
     flops = _scaled(steps, _per_step(baseline, setting, "training_flops", "steps"))
-    ratio = _per_step(baseline, setting, "step_ms_p50", None)
+    ratio = _per_step(baseline, setting, summary.STEP_TIME, None)
+    ratio = ratio if summary.unsteadiness(found) <= summary.STEADY else None
     time = None if ratio is None else _scaled(steps, ratio)
     if flops is not None:
       out.append(
@@ -59,7 +60,7 @@ def speedups(found: Sequence[Setting]) -> list[Answer]:
 def best_twin(found: Sequence[Setting]) -> Setting | None:
   """Returns the dense twin of the lowest final loss that was evaluated while training."""
   twins = [s for s in found if is_twin(s) and curves(s)]
-  return min(twins, key=lambda s: s.mean, default=None)
+  return summary.best(twins) if twins else None
 
 
 def comparable(found: Sequence[Setting], baseline: Setting) -> list[Setting]:
@@ -91,7 +92,11 @@ def in_words(answers: Sequence[Answer]) -> str:
   Args:
     answers: at least one.
   """
-  best = max(answers, key=lambda answer: answer.steps.ratio)
+  ranked = summary.ranked([answer.setting for answer in answers])
+  best = max(
+    (answer for answer in answers if any(answer.setting is s for s in ranked)),
+    key=lambda answer: answer.steps.ratio,
+  )
   target = f"({best.steps.target:.4f}, {best.baseline.label})"
   if not best.steps.ratio:
     return f"No setting reaches the held-out loss at which the dense twin ends {target}."

@@ -82,10 +82,11 @@ def write(
     *_unfinished(records),
     *_incomparable(records),
     *_seeds(found),
+    *_unranked(found),
     *_close(found),
     *_uncertain_doublings(found, axes, names),
     *_refused(found, records.fields, names),
-    *_step_times(records),
+    *_step_times(records, found),
   ]
   return Sentences(findings=tuple(findings), unknown=tuple(unknown))
 
@@ -116,10 +117,8 @@ def where(values: Mapping[str, Any], names: Mapping[str, str]) -> str:
 def _pareto(found: Sequence[Setting]) -> list[Finding]:
   out = []
   units = {"step_ms_p50": "{:,.4g} ms", "training_flops": "{:.3g} FLOP"}
-  for cost, title in summary.COSTS.items():
-    if not summary.varies(found, cost):
-      continue
-    front = summary.pareto(found, cost)
+  for cost in summary.costs(found):
+    front, title = summary.pareto(found, cost), summary.COSTS[cost]
     listed = "; ".join(
       f"{s.label} ({units[cost].format(s.of(cost))}, {spread(s)})" for s in front[:_MOST]
     )
@@ -128,7 +127,7 @@ def _pareto(found: Sequence[Setting]) -> list[Finding]:
     out.append(
       Finding(
         topic=f"Loss against {title}",
-        text=f"Of {len(found)} settings, {only} not beaten in mean loss at equal or "
+        text=f"Of {len(summary.ranked(found))} settings, {only} not beaten in mean loss at equal or "
         f"lower {title}, from the cheapest: {listed}{more}.",
       )
     )
@@ -236,25 +235,31 @@ def _refused(
 def _best(found: Sequence[Setting], base: Config | None) -> list[Finding]:
   if len(found) < 2:
     return []
-  best = min(found, key=lambda setting: setting.mean)
-  seeds = "1 seed" if best.n == 1 else f"{best.n} seeds"
-  text = f"{best.label} has the lowest mean loss: {spread(best)} nats/token ({seeds})."
+  best = summary.best(found)
+  text = (
+    f"{best.label} has the lowest mean loss: {spread(best)} nats/token "
+    f"({_seeds_of(best)})."
+  )
   cheaper = [
-    (setting.of("step_ms_p50") or 0.0, setting)
+    (cost, setting)
     for setting in _indistinguishable(found, best)
-    if (setting.of("step_ms_p50") or 0.0) < (best.of("step_ms_p50") or 0.0)
+    if (cost := setting.of(summary.STEP_TIME) or 0.0) < _step_ms(best)
   ]
-  if cheaper:
+  if cheaper and summary.STEP_TIME in summary.costs(found):
     cost, setting = min(cheaper, key=lambda pair: pair[0])
     gap = summary.paired(best, setting)
     assert gap is not None
-    share = 1 - cost / (best.of("step_ms_p50") or cost)
+    share = 1 - cost / _step_ms(best)
     text += (
       f" {setting.label} cannot be told from it, {difference(gap)}, and takes "
       f"{share:.0%} less time per step."
     )
   config = best.runs[0].config
   return [Finding(topic="Lowest loss", text=text, command=command(config, base))]
+
+
+def _step_ms(setting: Setting) -> float:
+  return setting.of(summary.STEP_TIME) or 0.0
 
 
 def _indistinguishable(found: Sequence[Setting], best: Setting) -> list[Setting]:
@@ -340,19 +345,44 @@ def _seeds(found: Sequence[Setting]) -> list[str]:
   single = [setting for setting in found if setting.n == 1]
   if not single or len(found) < 2:
     return []
-  which = "Every setting" if len(single) == len(found) else f"{len(single)} settings"
-  have = "have" if len(single) > 1 and len(single) < len(found) else "has"
+  which = f"{len(single)} settings have" if len(single) > 1 else "1 setting has"
+  if len(single) == len(found):
+    which = "Every setting has"
+  advice = "Add seeds with --seeds=3." if len(single) == len(found) else ""
   return [
-    f"{which} {have} one seed: nothing is known of the spread between seeds there, and a "
-    "difference may be chance. Add seeds with --seeds=3."
+    f"{which} one seed: nothing is known of the spread between seeds there, and a "
+    f"difference may be chance. {advice}".rstrip()
   ]
+
+
+def _unranked(found: Sequence[Setting]) -> list[str]:
+  """Names the settings whose means are of fewer seeds than the others'."""
+  seeds = {seed for setting in found for seed in setting.losses}
+  short = [setting for setting in found if seeds - setting.losses.keys()]
+  if not short:
+    return []
+  if len(short) == len(found):
+    return [
+      "No setting has all seeds: means over different seeds compare only roughly, since "
+      "a seed orders the text for every setting alike."
+    ]
+  named = "; ".join(f"{s.label} ({_seeds_of(s)})" for s in short[:_MOST])
+  more = f"; and {len(short) - _MOST} more" if len(short) > _MOST else ""
+  return [
+    f"How settings with fewer than {len(seeds)} seeds rank, since a mean over other seeds "
+    f"is of another draw: {named}{more}. Differences are taken over common seeds."
+  ]
+
+
+def _seeds_of(setting: Setting) -> str:
+  return "1 seed" if setting.n == 1 else f"{setting.n} seeds"
 
 
 def _close(found: Sequence[Setting]) -> list[str]:
   """Says which settings cannot be told from the best."""
   if len(found) < 2:
     return []
-  best = min(found, key=lambda setting: setting.mean)
+  best = summary.best(found)
   near = _indistinguishable(found, best)
   if not near:
     return []
@@ -366,7 +396,13 @@ def _close(found: Sequence[Setting]) -> list[str]:
   return [f"Whether {best.label} is better than {'; '.join(gaps)}{more}."]
 
 
-def _step_times(records: Records) -> list[str]:
+def _step_times(records: Records, found: Sequence[Setting]) -> list[str]:
+  if (ratio := summary.unsteadiness(found)) > summary.STEADY:
+    return [
+      f"Step times: those of one setting differ {ratio:.1f}-fold between its seeds, which "
+      "do the same work, so no settings are compared by time. Time each shape alone on a "
+      "quiet machine, with --time_steps=20."
+    ]
   sources = {run.values.get("step_time_source") for run in records.runs} - {None}
   if "logged" not in sources:
     return []

@@ -26,8 +26,13 @@ LEVEL = 0.9
 _SAME_COST = 1.01
 """Costs within this ratio are equal: runs matched in FLOPs agree to 1%."""
 
-COSTS = {"step_ms_p50": "step time", "training_flops": "training FLOPs"}
+STEP_TIME = "step_ms_p50"
+COSTS = {STEP_TIME: "step time", "training_flops": "training FLOPs"}
 """Columns that a loss is weighed against."""
+
+STEADY = 1.5
+"""Seeds of one setting do the same work: step times further apart are of a machine that
+was busy with something else, and settings are not compared by them."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -186,10 +191,45 @@ def paired(a: Setting, b: Setting) -> Interval | None:
   return student([b.losses[s] - a.losses[s] for s in seeds]) if seeds else None
 
 
+def ranked(found: Sequence[Setting]) -> Sequence[Setting]:
+  """Returns the settings that have every seed which any of them has.
+
+  A mean over fewer seeds is a mean over another draw of the data: the spread between
+  seeds can exceed what settings differ by. If no setting has all seeds, all are returned
+  (`partial` then names none).
+  """
+  seeds = frozenset[int]().union(*(setting.losses for setting in found))
+  return [s for s in found if seeds == s.losses.keys()] or found
+
+
+def best(found: Sequence[Setting]) -> Setting:
+  """Returns the setting with the lowest mean loss among those `ranked`; at least one."""
+  return min(ranked(found), key=lambda setting: setting.mean)
+
+
+def costs(found: Sequence[Setting]) -> list[str]:
+  """Returns the costs by which these settings can be told apart."""
+  return [
+    cost
+    for cost in COSTS
+    if varies(found, cost) and (cost != STEP_TIME or unsteadiness(found) <= STEADY)
+  ]
+
+
 def varies(found: Iterable[Setting], cost: str) -> bool:
   """Returns whether settings differ in a cost by more than 1%."""
   prices = [price for s in found if (price := s.of(cost)) is not None]
   return len(prices) > 1 and max(prices) > _SAME_COST * min(prices)
+
+
+def unsteadiness(found: Iterable[Setting]) -> float:
+  """Returns the largest ratio of step times between seeds of one setting; at least 1."""
+  most = 1.0
+  for setting in found:
+    times = [run.values.get(STEP_TIME) for run in setting.runs]
+    known = [time for time in times if isinstance(time, int | float) and time > 0]
+    most = max(most, max(known) / min(known)) if known else most
+  return most
 
 
 def pareto(found: Iterable[Setting], cost: str) -> list[Setting]:
@@ -200,9 +240,9 @@ def pareto(found: Iterable[Setting], cost: str) -> list[Setting]:
     cost: a column, such as `step_ms_p50`.
 
   Returns:
-    Ascending in cost, descending in mean loss.
+    Of those `ranked`, ascending in cost, descending in mean loss.
   """
-  priced = [(price, s) for s in found if (price := s.of(cost)) is not None]
+  priced = [(price, s) for s in ranked(found) if (price := s.of(cost)) is not None]
   front: list[Setting] = []
   for _, setting in sorted(priced, key=lambda pair: (pair[0], pair[1].mean)):
     if not front or setting.mean < front[-1].mean:

@@ -67,6 +67,17 @@ def test_the_twin_that_ends_lowest_is_the_baseline():
   assert {a.steps.target for a in found} == {2.25}
 
 
+def test_a_setting_tuned_with_one_seed_neither_leads_nor_is_the_baseline():
+  """Its one seed may be lucky: the settings with all seeds are named."""
+  lucky = runs(
+    (2.0, 1.5, 1.4, 1.3), twin=True, shift=(0.0,), optimizer__learning_rate=1.0
+  )
+  fast = runs((2.0, 1.9, 1.8, 1.7), twin=False, shift=(0.0,), moe__num_experts=16)
+  answers = quality.speedups(settings(lucky + fast + sweep()))
+  assert {a.steps.target for a in answers} == {2.25}
+  assert "num_experts=8" in quality.in_words(answers).partition(" reaches ")[0]
+
+
 def test_one_side_alone_has_no_answer():
   both = sweep()
   assert quality.speedups(settings(both[:2])) == []

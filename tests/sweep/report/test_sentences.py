@@ -82,6 +82,37 @@ def test_a_difference_that_may_be_nothing_is_unknown():
   assert best.endswith("and takes 33% less time per step.")
 
 
+def test_a_setting_without_all_seeds_is_not_ranked():
+  """A mean of two seeds is lower by chance, though higher in both than the same seeds."""
+  full = cases.seeds(3.0, (-0.2, -0.1, 0.6), moe__capacity_factor=1.0)
+  short = cases.seeds(3.01, (-0.2, -0.1), moe__capacity_factor=2.0)
+  said = write([*full, *short])
+  (best,) = topic(said, "Lowest loss")
+  assert best.startswith("capacity_factor=1 has the lowest mean loss: 3.1000 +-")
+  (text,) = [text for text in said.unknown if "seeds rank" in text]
+  assert "fewer than 3 seeds" in text and "capacity_factor=2 (2 seeds)" in text
+  apart = [cases.record(3.0 - e / 100, seed=e, moe__num_experts=e) for e in (4, 8)]
+  said = write(apart)
+  assert any(text.startswith("No setting has all seeds") for text in said.unknown)
+  assert topic(said, "Lowest loss")[0].startswith("num_experts=8")
+
+
+def test_step_times_of_a_busy_machine_are_not_compared():
+  """Equal work took 10 ms and 100 ms: no sentence or figure of time, and it says why."""
+  runs = [
+    *cases.seeds(3.0, (0.0, 0.1), step_ms=10, moe__num_experts=4),
+    *cases.seeds(2.5, (0.0, 0.1), step_ms=15, moe__num_experts=8),
+  ]
+  assert topic(write(runs), "Loss against step time")
+  runs[0].values["step_ms_p50"] = 100  # pyright: ignore
+  said = write(runs)
+  assert topic(said, "Loss against step time") == []
+  (text,) = topic(said, "Doubling the experts")
+  assert "step time" not in text and "-0.5000 nats/token" in text
+  assert not any("less time" in finding.text for finding in said.findings)
+  assert any("differ 10.0-fold between its seeds" in text for text in said.unknown)
+
+
 def test_one_seed_claims_no_difference():
   """What is left is the order of the means, and the advice to add seeds."""
   said = write(cases.grid(num_seeds=1))
