@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from moejax.sweep.report import summary
+from moejax.sweep.report import records, summary
 from moejax.sweep.report.summary import Interval, Setting
 
 EXPERTS, CAPACITY = "moe.num_experts", "moe.capacity_factor"
@@ -180,6 +180,9 @@ class Doubling:
   """Loss with 2E minus loss with E; nats per token."""
   step_ms: float | None
   """The step time at which both were read; None if they are compared as they are."""
+  also: Mapping[str, tuple[Any, Any]] = dataclasses.field(default_factory=dict)
+  """What changes with E because it was varied with it or solved for it: field to its
+  values at E and 2E."""
   slower: float | None = None
   """Without a common step time: the step time of 2E over that of E, minus 1; None if
   step times are not steady."""
@@ -236,8 +239,19 @@ def _at_equal_time(
       experts=experts,
       difference=summary.student(values),
       step_ms=math.exp(at),
+      also=_also(few[0], many[0], others),
     )
   ]
+
+
+def _also(a: Setting, b: Setting, others: Mapping[str, Any]) -> dict[str, Any]:
+  """Returns the fields, besides E, capacity and `others`, in which two settings differ."""
+  known = {EXPERTS, CAPACITY, records.VARIANT, *others}
+  return {
+    field: (a.values[field], b.values[field])
+    for field in a.values
+    if field in b.values and field not in known and a.values[field] != b.values[field]
+  }
 
 
 def _as_they_are(
@@ -262,6 +276,7 @@ def _as_they_are(
           experts=experts,
           difference=difference,
           step_ms=None,
+          also=_also(a, b, others),
           slower=ratio - 1 if timed else None,
         )
       )
@@ -367,10 +382,10 @@ def _vertex(
   best = int(np.argmin(y))
   if best in (0, len(x) - 1):
     side = "smallest" if best == 0 else "largest"
-    return None, f"the lowest loss is at the {side} size tried"
+    return None, f"the lowest loss is at the {side} size tried: add sizes beyond it"
   if c2 <= 0:
-    return None, "the quadratic has no minimum"
+    return None, "the quadratic has no minimum: add sizes or seeds"
   vertex = -c1 / (2 * c2)
   if not x[0] < vertex < x[-1]:
-    return None, "the quadratic's minimum is outside the sizes tried"
+    return None, "the quadratic's minimum is outside the sizes tried: add sizes there"
   return vertex, ""

@@ -79,7 +79,7 @@ def loss_against(
     y=alt.Y("loss:Q", title=charts.LOSS, scale=scale),
     tooltip=["setting:N", "loss:Q", "cost:Q", "seeds:Q"],
   )
-  bars = base.transform_filter("isValid(datum.low)").mark_rule(opacity=0.5)
+  bars = base.transform_filter("isValid(datum.low)").mark_rule(opacity=0.8)
   bars = bars.encode(y=alt.Y("low:Q", title=charts.LOSS), y2="high:Q")
   if axes:
     colour = charts.colour(axes[0], charts.levels(found, axes[0]), names)
@@ -110,9 +110,9 @@ def _front(found: Sequence[Setting], cost: str) -> Any:
 
 
 _HEAT = (
-  ("loss", "loss", "Loss", charts.LOSS, ".3f"),
+  ("loss", "loss", "Loss, nats/token,", charts.LOSS, ".4f"),
   ("dropped_tail", "drops", "Drops", "dropped fraction of assignments", ".1%"),
-  ("step_ms_p50", "time", "Step time", "step time, ms", ".3~g"),
+  (summary.STEP_TIME, "time", "Step time, ms,", "step time, ms", ".3~g"),
 )
 
 
@@ -247,7 +247,7 @@ def drops(
   line = base.mark_line(point=True).encode(
     y=y, detail="group:N", tooltip=["setting:N", alt.Tooltip("drop:Q", format=".2%")]
   )
-  bars = base.mark_rule(opacity=0.5).encode(
+  bars = base.mark_rule(opacity=0.8).encode(
     y=alt.Y("low:Q", title="dropped fraction"), y2="high:Q"
   )
   if others:

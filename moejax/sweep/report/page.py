@@ -3,6 +3,7 @@
     results.csv, .json, .parquet   one row per run (`records`)
     report.html                    sentences, figures and tables; no network, any browser
     figures/NAME.png, .pdf         each figure
+    figures/captions.md            what each shows, and what its bars are
     tables/NAME.csv, .tex          each table
 
 Equal runs give an equal page, byte for byte: it holds no date and no random name. The
@@ -25,6 +26,7 @@ from moejax.sweep.report.records import Records
 
 PAGE_FILE = "report.html"
 FIGURES, TABLES = "figures", "tables"
+CAPTIONS_FILE = "captions.md"
 
 _NEEDS = ("altair", "vl_convert", "itables", "pandas", "jinja2")
 """Modules of the extra `report`."""
@@ -118,8 +120,14 @@ def draw(
   tables.write(workdir / TABLES, sheets)
   for figure in drawn:
     charts.save(figure, workdir / FIGURES)
+  files.write_text(workdir / FIGURES / CAPTIONS_FILE, _captions(records, drawn))
   text = page(records, said, drawn, sheets, title, notes)
   files.write_text(workdir / PAGE_FILE, text)
+
+
+def _captions(records: Records, drawn: Sequence[Any]) -> str:
+  entries = [f"**{f.name}**: {f.title}. {f.caption}" for f in drawn]
+  return "\n\n".join([_facts(records), *entries]) + "\n"
 
 
 def page(

@@ -100,6 +100,8 @@ def spread(setting: Setting) -> str:
 
 def difference(interval: Interval) -> str:
   """Returns a difference in loss with its interval and number of seeds."""
+  if interval.n > 1 and interval.low == interval.high == 0:
+    return f"no difference in any of {interval.n} seeds"
   text = f"{interval.estimate:+.4f} nats/token"
   if interval.low is None or interval.high is None:
     return f"{text} (one seed)"
@@ -139,6 +141,12 @@ def _doubling_words(
 ) -> tuple[str, str]:
   """Returns what is compared, and what is added about its step time."""
   what = f"from {doubling.experts} to {2 * doubling.experts} experts"
+  if doubling.also:
+    changed = (
+      f"{names.get(field, field)} from {summary.short(a)} to {summary.short(b)}"
+      for field, (a, b) in doubling.also.items()
+    )
+    what += f" (and {', '.join(changed)})"
   if doubling.step_ms is not None:
     what += f" at equal step time ({doubling.step_ms:,.4g} ms, interpolated)"
   slower = ""
@@ -182,15 +190,18 @@ def _capacity(
     than = f"dropless ({spread(answer.dropless)}){where(answer.others, names)}"
     if answer.sufficient is None:
       text = (
-        f"No capacity factor up to {answer.largest:g} has a loss within one standard "
-        f"error of {than}."
+        f"The largest capacity factor tried, {answer.largest:g}, has a loss more than one "
+        f"standard error above {than}, so that no smaller one is taken to suffice."
       )
     else:
       factor = answer.sufficient.values[analyses.CAPACITY]
       text = (
-        f"{factor:g} is the smallest capacity factor tried whose loss "
-        f"({answer.sufficient.mean:.4f}) is within one standard error of {than}."
+        f"From {factor:g} on, every capacity factor tried has a loss "
+        f"({answer.sufficient.mean:.4f} at {factor:g}) within one standard error of {than}."
       )
+      gap = summary.paired(answer.dropless, answer.sufficient)
+      if gap is not None and gap.certain:
+        text += f" Seed by seed it differs all the same: {difference(gap)}."
     out.append(Finding(topic="Capacity that suffices", text=text))
   return out
 
@@ -226,7 +237,7 @@ def _refused(
 ) -> list[str]:
   return [
     f"The best size at {curve.budget:.3g} training FLOPs{where(curve.others, names)}: "
-    f"{curve.refused}. Add sizes beyond it."
+    f"{curve.refused}."
     for curve in analyses.isoflops(found, fields)
     if curve.refused
   ]

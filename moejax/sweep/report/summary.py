@@ -232,7 +232,7 @@ def unsteadiness(found: Iterable[Setting]) -> float:
   return most
 
 
-def pareto(found: Iterable[Setting], cost: str) -> list[Setting]:
+def pareto(found: Sequence[Setting], cost: str) -> list[Setting]:
   """Returns the settings that no other beats in loss at equal or lower cost.
 
   Args:

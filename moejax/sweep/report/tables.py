@@ -178,7 +178,7 @@ def _capacity(
     | {
       "sufficient capacity factor": answer.sufficient.values[analyses.CAPACITY]
       if answer.sufficient
-      else f"none up to {answer.largest:g}",
+      else f"not {answer.largest:g}, the largest",
       "its loss": answer.sufficient.mean if answer.sufficient else None,
       "dropless loss": answer.dropless.mean,
       "standard error": answer.margin,
@@ -186,7 +186,7 @@ def _capacity(
     for answer in analyses.sufficient_capacity(found, axes)
     if answer.margin is not None
   ]
-  title = "Smallest capacity factor within one standard error of dropless"
+  title = "Capacity factor from which on all are within one standard error of dropless"
   return Table(name="capacity", title=title, rows=tuple(rows))
 
 

@@ -62,6 +62,27 @@ def test_doubling_is_said_with_its_interval():
   ]
 
 
+def test_what_changes_with_the_experts_is_said():
+  """Runs that differ in E and in the rate: the difference is not of E alone."""
+  runs = [
+    *cases.seeds(3.0, (0.0, 0.1), moe__num_experts=4, optimizer__learning_rate=0.1),
+    *cases.seeds(2.5, (0.0, 0.1), moe__num_experts=8, optimizer__learning_rate=0.2),
+  ]
+  (text,) = topic(write(runs), "Doubling the experts")
+  assert text.startswith(
+    "Going from 4 to 8 experts (and learning_rate from 0.1 to 0.2) changes the loss by"
+  )
+
+
+def test_equal_runs_are_no_open_question_with_an_interval():
+  """A tie is said in words."""
+  runs = [
+    *cases.seeds(3.0, (0.0, 0.1), moe__num_experts=4),
+    *cases.seeds(3.0, (0.0, 0.1), moe__num_experts=8),
+  ]
+  assert any("(no difference in any of 2 seeds)" in t for t in write(runs).unknown)
+
+
 def test_a_difference_that_may_be_nothing_is_unknown():
   """Seeds disagree on its sign: it is listed with its interval, and not as a finding."""
   runs = [
@@ -132,10 +153,12 @@ def test_capacity_is_said_per_expert_count():
     runs += cases.seeds(2.0, (-0.1, 0.1), moe__capacity_factor=None, **both)
     runs += cases.seeds(loss, (-0.1, 0.1), moe__capacity_factor=1.25, **both)
   assert topic(write(runs), "Capacity that suffices") == [
-    "1.25 is the smallest capacity factor tried whose loss (2.0500) is within one "
-    "standard error of dropless (2.0000 +- 0.1000), with num_experts=4.",
-    "No capacity factor up to 1.25 has a loss within one standard error of dropless "
-    "(2.0000 +- 0.1000), with num_experts=8.",
+    "From 1.25 on, every capacity factor tried has a loss (2.0500 at 1.25) within one "
+    "standard error of dropless (2.0000 +- 0.1000), with num_experts=4. Seed by seed it "
+    "differs all the same: +0.0500 nats/token (90% interval +0.0500 to +0.0500, 2 seeds).",
+    "The largest capacity factor tried, 1.25, has a loss more than one standard error "
+    "above dropless (2.0000 +- 0.1000), with num_experts=8, so that no smaller one is "
+    "taken to suffice.",
   ]
 
 
@@ -149,7 +172,7 @@ def test_a_refused_minimum_is_unknown():
   ]
   said = write(runs)
   assert topic(said, "Best size for a budget") == []
-  assert any("largest size tried. Add sizes" in text for text in said.unknown)
+  assert any("largest size tried: add sizes" in text for text in said.unknown)
 
 
 @pytest.mark.parametrize("base", [None, cases.make_config(moe__hidden=64)])
