@@ -245,7 +245,7 @@ def _at_equal_time(
 
 
 def _also(a: Setting, b: Setting, others: Mapping[str, Any]) -> dict[str, Any]:
-  """Returns the fields, besides E, capacity and `others`, in which two settings differ."""
+  """Returns the fields in which two settings differ, but E, capacity and `others`."""
   known = {EXPERTS, CAPACITY, records.VARIANT, *others}
   return {
     field: (a.values[field], b.values[field])

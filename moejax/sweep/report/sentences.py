@@ -129,8 +129,8 @@ def _pareto(found: Sequence[Setting]) -> list[Finding]:
     out.append(
       Finding(
         topic=f"Loss against {title}",
-        text=f"Of {len(summary.ranked(found))} settings, {only} not beaten in mean loss at equal or "
-        f"lower {title}, from the cheapest: {listed}{more}.",
+        text=f"Of {len(summary.ranked(found))} settings, {only} not beaten in mean loss "
+        f"at equal or lower {title}, from the cheapest: {listed}{more}.",
       )
     )
   return out
@@ -190,14 +190,15 @@ def _capacity(
     than = f"dropless ({spread(answer.dropless)}){where(answer.others, names)}"
     if answer.sufficient is None:
       text = (
-        f"The largest capacity factor tried, {answer.largest:g}, has a loss more than one "
-        f"standard error above {than}, so that no smaller one is taken to suffice."
+        f"The largest capacity factor tried, {answer.largest:g}, has a loss more than "
+        f"one standard error above {than}, so that no smaller one is taken to suffice."
       )
     else:
       factor = answer.sufficient.values[analyses.CAPACITY]
       text = (
         f"From {factor:g} on, every capacity factor tried has a loss "
-        f"({answer.sufficient.mean:.4f} at {factor:g}) within one standard error of {than}."
+        f"({answer.sufficient.mean:.4f} at {factor:g}) within one standard error of "
+        f"{than}."
       )
       gap = summary.paired(answer.dropless, answer.sufficient)
       if gap is not None and gap.certain:
@@ -380,8 +381,8 @@ def _unranked(found: Sequence[Setting]) -> list[str]:
   named = "; ".join(f"{s.label} ({_seeds_of(s)})" for s in short[:_MOST])
   more = f"; and {len(short) - _MOST} more" if len(short) > _MOST else ""
   return [
-    f"How settings with fewer than {len(seeds)} seeds rank, since a mean over other seeds "
-    f"is of another draw: {named}{more}. Differences are taken over common seeds."
+    f"How settings with fewer than {len(seeds)} seeds rank, since a mean over other "
+    f"seeds is of another draw: {named}{more}. Differences are taken over common seeds."
   ]
 
 
@@ -410,9 +411,9 @@ def _close(found: Sequence[Setting]) -> list[str]:
 def _step_times(records: Records, found: Sequence[Setting]) -> list[str]:
   if (ratio := summary.unsteadiness(found)) > summary.STEADY:
     return [
-      f"Step times: those of one setting differ {ratio:.1f}-fold between its seeds, which "
-      "do the same work, so no settings are compared by time. Time each shape alone on a "
-      "quiet machine, with --time_steps=20."
+      f"Step times: those of one setting differ {ratio:.1f}-fold between its seeds, "
+      "which do the same work, so no settings are compared by time. Time each shape "
+      "alone on a quiet machine, with --time_steps=20."
     ]
   sources = {run.values.get("step_time_source") for run in records.runs} - {None}
   if "logged" not in sources:
