@@ -1,4 +1,4 @@
-"""The committed studies: each spec builds, its sides do the same work, its results fit."""
+"""The committed studies: each spec builds, its sides do equal work, its results fit."""
 
 import csv
 import importlib

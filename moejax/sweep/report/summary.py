@@ -216,6 +216,16 @@ def costs(found: Sequence[Setting]) -> list[str]:
   ]
 
 
+def indistinguishable(found: Sequence[Setting], best: Setting) -> list[Setting]:
+  """Returns the settings whose difference to the best has an interval around 0."""
+  out = []
+  for setting in found:
+    gap = paired(best, setting) if setting is not best else None
+    if gap is not None and gap.n > 1 and not gap.certain:
+      out.append(setting)
+  return out
+
+
 def varies(found: Iterable[Setting], cost: str) -> bool:
   """Returns whether settings differ in a cost by more than 1%."""
   prices = [price for s in found if (price := s.of(cost)) is not None]

@@ -155,7 +155,8 @@ def test_capacity_is_said_per_expert_count():
   assert topic(write(runs), "Capacity that suffices") == [
     "From 1.25 on, every capacity factor tried has a loss (2.0500 at 1.25) within one "
     "standard error of dropless (2.0000 +- 0.1000), with num_experts=4. Seed by seed it "
-    "differs all the same: +0.0500 nats/token (90% interval +0.0500 to +0.0500, 2 seeds).",
+    "differs all the same: +0.0500 nats/token (90% interval +0.0500 to +0.0500, 2 "
+    "seeds).",
     "The largest capacity factor tried, 1.25, has a loss more than one standard error "
     "above dropless (2.0000 +- 0.1000), with num_experts=8, so that no smaller one is "
     "taken to suffice.",

@@ -1,0 +1,163 @@
+"""What a report cannot say, and why: each a sentence with its numbers."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from moejax.sweep.report import analyses, summary, words
+from moejax.sweep.report.records import Records
+from moejax.sweep.report.summary import Setting
+
+
+def write(records: Records, found: Sequence[Setting], axes: Sequence[str]) -> list[str]:
+  """Returns what cannot be said; see `sentences.write`."""
+  names = summary.short_names(records.fields)
+  return [
+    *_unfinished(records),
+    *_incomparable(records),
+    *_seeds(found),
+    *_unranked(found),
+    *_close(found),
+    *_uncertain_doublings(found, axes, names),
+    *_refused(found, records.fields, names),
+    *_step_times(records, found),
+  ]
+
+
+def _unfinished(records: Records) -> list[str]:
+  out = []
+  open_runs = [run for run in records.runs if not run.done]
+  if open_runs:
+    named = ", ".join(f"{r.values['run']} ({r.values['state']})" for r in open_runs[:5])
+    more = f" and {len(open_runs) - 5} more" if len(open_runs) > 5 else ""
+    out.append(
+      f"{len(open_runs)} of {len(records.runs)} runs are not finished and count in no "
+      f"figure or sentence: {named}{more}."
+    )
+  lost = [run.values["run"] for run in records.runs if run.done and not _has_loss(run)]
+  if lost:
+    out.append(
+      f"{len(lost)} finished run(s) have no finite held-out loss and are left out: "
+      f"{', '.join(lost[:5])}{' and more' if len(lost) > 5 else ''}."
+    )
+  return out
+
+
+def _has_loss(run: Any) -> bool:
+  return isinstance(run.values.get("loss"), int | float)
+
+
+def _incomparable(records: Records) -> list[str]:
+  out = []
+  done = [run for run in records.runs if run.done]
+
+  def distinct(column: str) -> list[Any]:
+    found = {run.values[column] for run in done if column in run.values}
+    return sorted(found)
+
+  if len(tokens := distinct("eval_tokens")) > 1:
+    out.append(
+      f"Losses are of different held-out tokens ({tokens[0]:,} to {tokens[-1]:,}) and "
+      "compare only roughly. Evaluate every run on the same ones, or train with "
+      "--config.train.final_eval_tokens=0."
+    )
+  if len(distinct("dataset")) > 1:
+    out.append("The runs read different texts: their losses do not compare.")
+  if len(distinct("revision")) > 1:
+    out.append(f"The runs are of {len(distinct('revision'))} revisions of the code.")
+  if len(distinct("num_steps")) > 1 and len(distinct("dropped_tail")) > 1:
+    steps = distinct("num_steps")
+    out.append(
+      f"Runs have {steps[0]:,} to {steps[-1]:,} steps: drops are read at the same "
+      "fraction of each schedule, but a longer run has had longer to balance."
+    )
+  return out
+
+
+def _seeds(found: Sequence[Setting]) -> list[str]:
+  single = [setting for setting in found if setting.n == 1]
+  if not single or len(found) < 2:
+    return []
+  which = f"{len(single)} settings have" if len(single) > 1 else "1 setting has"
+  if len(single) == len(found):
+    which = "Every setting has"
+  advice = "Add seeds with --seeds=3." if len(single) == len(found) else ""
+  return [
+    f"{which} one seed: nothing is known of the spread between seeds there, and a "
+    f"difference may be chance. {advice}".rstrip()
+  ]
+
+
+def _unranked(found: Sequence[Setting]) -> list[str]:
+  """Names the settings whose means are of fewer seeds than the others'."""
+  seeds = {seed for setting in found for seed in setting.losses}
+  short = [setting for setting in found if seeds - setting.losses.keys()]
+  if not short:
+    return []
+  if len(short) == len(found):
+    return [
+      "No setting has all seeds: means over different seeds compare only roughly, since "
+      "a seed orders the text for every setting alike."
+    ]
+  named = "; ".join(f"{s.label} ({words.seeds_of(s)})" for s in short[: words.MOST])
+  more = f"; and {len(short) - words.MOST} more" if len(short) > words.MOST else ""
+  return [
+    f"How settings with fewer than {len(seeds)} seeds rank, since a mean over other "
+    f"seeds is of another draw: {named}{more}. Differences are taken over common seeds."
+  ]
+
+
+def _close(found: Sequence[Setting]) -> list[str]:
+  """Says which settings cannot be told from the best."""
+  if len(found) < 2:
+    return []
+  best = summary.best(found)
+  near = summary.indistinguishable(found, best)
+  if not near:
+    return []
+  near.sort(key=lambda setting: setting.mean)
+  gaps = []
+  for setting in near[: words.MOST]:
+    gap = summary.paired(best, setting)
+    assert gap is not None
+    gaps.append(f"{setting.label} ({words.difference(gap)})")
+  more = f"; and {len(near) - words.MOST} more" if len(near) > words.MOST else ""
+  return [f"Whether {best.label} is better than {'; '.join(gaps)}{more}."]
+
+
+def _uncertain_doublings(
+  found: Sequence[Setting], axes: Sequence[str], names: Mapping[str, str]
+) -> list[str]:
+  return [
+    f"Whether going {words.doubling(doubling, names)[0]} changes the loss: "
+    f"{words.difference(doubling.difference)} includes 0."
+    for doubling in analyses.doublings(found, axes)
+    if doubling.difference.n > 1 and not doubling.difference.certain
+  ]
+
+
+def _refused(
+  found: Sequence[Setting], fields: Sequence[str], names: Mapping[str, str]
+) -> list[str]:
+  return [
+    f"The best size at {curve.budget:.3g} training FLOPs"
+    f"{words.where(curve.others, names)}: {curve.refused}."
+    for curve in analyses.isoflops(found, fields)
+    if curve.refused
+  ]
+
+
+def _step_times(records: Records, found: Sequence[Setting]) -> list[str]:
+  if (ratio := summary.unsteadiness(found)) > summary.STEADY:
+    return [
+      f"Step times: those of one setting differ {ratio:.1f}-fold between its seeds, "
+      "which do the same work, so no settings are compared by time. Time each shape "
+      "alone on a quiet machine, with --time_steps=20."
+    ]
+  sources = {run.values.get("step_time_source") for run in records.runs} - {None}
+  if "logged" not in sources:
+    return []
+  some = "Some step" if "timed" in sources else "Step"
+  return [
+    f"{some} times were logged while training: runs beside each other slow each other. "
+    "A separate pass, --time_steps, times each shape alone."
+  ]

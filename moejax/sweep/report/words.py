@@ -1,0 +1,56 @@
+"""Numbers of a report in words, as its sentences share them."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from moejax.sweep.report import analyses, summary
+from moejax.sweep.report.summary import Interval, Setting
+
+MOST = 8
+"""Settings named in one sentence; the figures and tables have all."""
+
+
+def spread(setting: Setting) -> str:
+  """Returns a mean loss with its standard error, if there is one."""
+  if setting.se is None:
+    return f"{setting.mean:.4f}"
+  return f"{setting.mean:.4f} +- {setting.se:.4f}"
+
+
+def difference(interval: Interval) -> str:
+  """Returns a difference in loss with its interval and number of seeds."""
+  if interval.n > 1 and interval.low == interval.high == 0:
+    return f"no difference in any of {interval.n} seeds"
+  text = f"{interval.estimate:+.4f} nats/token"
+  if interval.low is None or interval.high is None:
+    return f"{text} (one seed)"
+  return (
+    f"{text} ({summary.LEVEL:.0%} interval {interval.low:+.4f} to {interval.high:+.4f}, "
+    f"{interval.n} seeds)"
+  )
+
+
+def where(values: Mapping[str, Any], names: Mapping[str, str]) -> str:
+  """Returns `, with top_k=2` for the axes held fixed; empty if there is none."""
+  return f", with {summary.label(values, names)}" if values else ""
+
+
+def doubling(doubling: analyses.Doubling, names: Mapping[str, str]) -> tuple[str, str]:
+  """Returns what is compared, and what is added about its step time."""
+  what = f"from {doubling.experts} to {2 * doubling.experts} experts"
+  if doubling.also:
+    changed = (
+      f"{names.get(field, field)} from {summary.short(a)} to {summary.short(b)}"
+      for field, (a, b) in doubling.also.items()
+    )
+    what += f" (and {', '.join(changed)})"
+  if doubling.step_ms is not None:
+    what += f" at equal step time ({doubling.step_ms:,.4g} ms, interpolated)"
+  slower = ""
+  if doubling.slower is not None:
+    slower = f", and the step time by {doubling.slower:+.0%}"
+  return what + where(doubling.others, names), slower
+
+
+def seeds_of(setting: Setting) -> str:
+  return "1 seed" if setting.n == 1 else f"{setting.n} seeds"
