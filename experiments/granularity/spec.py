@@ -1,7 +1,7 @@
 """Few large experts, or many small ones?
 
   python -m experiments.sweep --spec=experiments/granularity/spec.py \
-    --workdir=runs/granularity --jobs=2 --time_steps=30
+    --workdir=runs/granularity --jobs=2 --time_steps=20
 
 Each of 8 experts is split into m of an m-th of its width, and a token visits m of the 8m
 (DeepSeekMoE, arXiv:2401.06066, section 3.1): parameters and FLOPs outside the router stay
