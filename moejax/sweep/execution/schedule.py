@@ -151,7 +151,7 @@ def _prepare(path: Path, point: Point) -> None:
     name=point.name,
     digest=point.digest,
     num_steps=config.train.num_steps,
-    tokens_per_step=config.train.batch_size * config.data.sequence_length,
+    tokens_per_step=flops.tokens_per_step(config),
     flops_per_token=flops.flops_per_token(config, vocab_size)["total"],
   )
   states.write_plan(path, plan)

@@ -17,8 +17,7 @@ from moejax.config import Config
 from moejax.config import text as config_text
 from moejax.config.check import validate_fields
 from moejax.config.ranges import RANGES
-from moejax.config.spans import target_length
-from moejax.cost.flops import flops_per_token
+from moejax.cost.flops import flops_per_token, tokens_per_step
 from moejax.cost.parameters import resolve_vocab_size
 from moejax.errors import ConfigError, did_you_mean
 
@@ -78,8 +77,7 @@ def token_flops(config: Config) -> float:
 
 def num_tokens(config: Config) -> int:
   """Returns the number of tokens that a run trains on."""
-  train = config.train
-  return train.num_steps * train.batch_size * target_length(config.data)
+  return config.train.num_steps * tokens_per_step(config)
 
 
 def training_flops(config: Config) -> float:
@@ -228,7 +226,7 @@ def spend(config: Config, flops: float) -> None:
 
 
 def _step_flops(config: Config) -> float:
-  return token_flops(config) * config.train.batch_size * config.data.sequence_length
+  return token_flops(config) * tokens_per_step(config)
 
 
 def ladder(base: Config, flops: float) -> list[Size]:

@@ -221,6 +221,22 @@ def test_every_base_has_a_ladder_of_valid_sizes(
     assert not groups or heads == 1 or model.num_heads == 2 * model.num_kv_heads
 
 
+def test_an_encoder_decoder_spends_the_tokens_of_its_decoder():
+  """16 rows of 32 decoder tokens are 512 tokens a step, whatever the encoder reads."""
+  base = default.get_config()
+  base.model.kind, base.data.objective = "encoder_decoder", "span_corruption"
+  base.train.batch_size, base.data.decoder_length = 16, 32
+  base.model.encoder_layers = 2
+  found = points(
+    make(base=base, axes=(axes.product("model.width", 64, 128),), isoflop=(1e13,))
+  )
+  for point in found:
+    config = point.config
+    assert budget.num_tokens(config) == config.train.num_steps * 512
+    spent = config.train.num_steps * 512 * budget.token_flops(config)
+    assert spent == pytest.approx(1e13, rel=0.01)
+
+
 def test_with_sizes_of_ones_own_each_point_keeps_its_shape():
   """Only the number of steps is solved."""
   sizes = axes.together({"model.width": [64, 128], "model.num_layers": [4, 2]})
