@@ -30,7 +30,7 @@ from collections.abc import Callable
 from absl import flags
 
 from moejax import files
-from moejax.cli import dotted, launch, python_file
+from moejax.cli import dotted, launch, python_file, sweep_axes
 from moejax.cli import flags as cli
 from moejax.errors import ConfigError, UserError
 from moejax.routing.registry import ENV, ROUTERS
@@ -213,7 +213,7 @@ def get_spec():
     replaced = given["config"].present
     base = cli.get_unchecked_config(None if replaced else spec.base)
   typed = {flag.name: f"--{flag.prefix}.{flag.name}" for flag in cli.given()}
-  changes: dict = {"base": base, "axes": _joined(spec.axes, varied, typed)}
+  changes: dict = {"base": base, "axes": sweep_axes.joined(spec.axes, varied, typed)}
   if given.seeds is not None:
     changes["seeds"] = tuple(range(given.seeds))
   if given.match is not None:
@@ -225,7 +225,7 @@ def get_spec():
   if given.skip_impossible:
     changes["skip_impossible"] = True
   spec = dataclasses.replace(spec, **changes)
-  _refuse_overridden(spec)
+  sweep_axes.refuse_overridden(spec, cli.overrides())
   if given.match_by is not None and not spec.match:
     raise ConfigError(
       f"--match_by={given.match_by}: nothing is matched. Add --match=active_flops."
@@ -246,56 +246,6 @@ def _load_spec(path: str):
   notes = spec.notes or (module.__doc__ or "").strip()
   title = spec.title or notes.partition("\n")[0].rstrip(".")
   return dataclasses.replace(spec, notes=notes, title=title)
-
-
-def _joined(own: tuple, given: tuple, typed: dict[str, str]) -> tuple:
-  """Returns a file's axes with those of flags, which replace the axes of their fields.
-
-  Args:
-    own: of the file.
-    given: of flags.
-    typed: the flag of each field of `given`.
-
-  Raises:
-    ConfigError: an axis of the file has further fields, which would be lost.
-  """
-  axes = list(own)
-  for new in given:
-    old = [axis for axis in axes if set(axis.fields) & set(new.fields)]
-    for axis in old:
-      if others := [f for f in axis.fields if f not in new.fields]:
-        (field, *_) = (f for f in new.fields if f in axis.fields)
-        whole = " ".join(f"--zip.{f}=..." for f in axis.fields)
-        raise ConfigError(
-          f"{typed[field]}: in the file of --spec this field varies together with "
-          f"{', '.join(others)}. Replace all of them, by {whole}, or change the file."
-        )
-    at = axes.index(old[0]) if old else len(axes)
-    axes[at : at + bool(old)] = [new]
-    axes = [axis for axis in axes if axis not in old[1:]]
-  return tuple(axes)
-
-
-def _refuse_overridden(spec) -> None:
-  """Rejects a --config flag of a field that every point sets otherwise.
-
-  With --match the base config is still what points are compared with.
-  """
-  if spec.match:
-    return
-  by_axis = {field: "an axis" for axis in spec.axes for field in axis.fields}
-  settings = [set(fields) for fields in spec.variants.values()]
-  by_variants = set.intersection(*settings) if settings else set()
-  for field, value in cli.overrides().items():
-    who = by_axis.get(field) or ("every variant" if field in by_variants else "")
-    if who:
-      raise ConfigError(
-        f"--config.{field}={cli.spelled(value)} changes nothing: {who} of this sweep "
-        f"sets the field in every point. Leave it out, or give --sweep.{field}."
-        if who == "an axis"
-        else f"--config.{field}={cli.spelled(value)} changes nothing: {who} of this "
-        "sweep sets the field. Leave it out, or change the variants."
-      )
 
 
 def _budgets(text: str) -> tuple[float, ...]:
