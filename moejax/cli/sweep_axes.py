@@ -1,4 +1,4 @@
-"""Flags beside a sweep's file: which of its axes they replace, and what they cannot say."""
+"""Flags beside a sweep's file: which axes they replace, and which change nothing."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
