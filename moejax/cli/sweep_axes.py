@@ -57,7 +57,7 @@ def refuse_overridden(spec: Spec, overrides: Mapping[str, Any]) -> None:
   by_variants = set.intersection(*settings) if settings else set()
   for field, value in overrides.items():
     if field in by_axis:
-      who, remedy = "an axis", f"give --sweep.{field}"
+      who, remedy = "an axis", "replace the axis"
     elif field in by_variants:
       who, remedy = "every variant", "change the variants"
     else:

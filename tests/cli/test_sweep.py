@@ -266,6 +266,22 @@ def test_a_dry_run_prints_every_run_and_writes_nothing(tmp_path, capsys):
   assert "30% of a float32 matrix product" in out
 
 
+def test_the_docs_dry_run_is_of_the_default_config(capsys):
+  """All but the times, which are of a machine and a moment."""
+  page = pathlib.Path(__file__).parents[2] / "docs" / "sweeps.md"
+  main("--dry_run", "--sweep.moe.num_experts=8,32", "--sweep.moe.capacity_factor=1,none")
+  said = {line.split()[0]: line.split()[1:8] for line in _rows(capsys.readouterr().out)}
+  shown = [line.replace(",seed=2", ",seed=0") for line in _rows(page.read_text())]
+  assert len(shown) == 2
+  for line in shown:
+    name, *cells = line.split()
+    assert cells[:7] == said[name]
+
+
+def _rows(text: str) -> list[str]:
+  return [line for line in text.splitlines() if line.startswith("  num_experts=")]
+
+
 def test_a_dry_run_lists_what_it_leaves_out(capsys):
   main(
     "--dry_run",

@@ -193,8 +193,10 @@ def point_directories(spec: Mapping[str, Any] | None) -> list[str]:
   points = (spec or {}).get("points", [])
   if isinstance(points, Mapping):  # Of points without a specification.
     pairs = list(points.items())
-  else:
+  elif isinstance(points, list):
     pairs = [(p.get("name"), p.get("digest")) for p in points if isinstance(p, Mapping)]
+  else:
+    return []
   return [f"{name}-{digest}" for name, digest in pairs]
 
 

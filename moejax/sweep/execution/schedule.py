@@ -21,6 +21,7 @@ from moejax.sweep.execution import (
   children,
   directory,
   evaluations,
+  identity,
   local,
   shapes,
   slurm,
@@ -152,7 +153,12 @@ def _check(points: Sequence[Point], options: Options) -> None:
 
 
 def _refuse_damaged(found: Sequence[Status]) -> None:
-  damages = [s.damage for s in found if s.damage and s.state is not State.RUNNING]
+  # A running run may be writing; that of another config must not get this point's plan.
+  damages = [
+    s.damage
+    for s in found
+    if s.damage and (s.state is not State.RUNNING or identity.trouble(s.path))
+  ]
   if damages:
     more = f" And {len(damages) - 1} more." if len(damages) > 1 else ""
     raise UserError(damages[0] + more)
