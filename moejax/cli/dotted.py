@@ -15,6 +15,8 @@ CONFIG = "config"
 
 _prefixes: dict[str, str] = {}
 """Further prefixes, and what each does, for --help."""
+_without: dict[str, frozenset[str]] = {}
+"""Fields that a further prefix does not take, and that are never suggested for it."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -28,14 +30,16 @@ class Given:
   text: str
 
 
-def define_prefix(prefix: str, text: str) -> None:
+def define_prefix(prefix: str, text: str, without: Collection[str] = ()) -> None:
   """Lets the program take `--PREFIX.SECTION.FIELD=TEXT`; see `flags.given`.
 
   Args:
     prefix: without a dot.
     text: what such a flag does, for --help.
+    without: fields that are not suggested for a misspelt one; the program rejects them.
   """
   _prefixes[prefix] = text
+  _without[prefix] = frozenset(without)
 
 
 def prefixes() -> dict[str, str]:
@@ -46,6 +50,7 @@ def prefixes() -> dict[str, str]:
 def forget_prefixes() -> None:
   """Undoes every `define_prefix`, for tests."""
   _prefixes.clear()
+  _without.clear()
 
 
 def split(argv: list[str]) -> tuple[list[str], list[Given]]:
@@ -67,7 +72,12 @@ def split(argv: list[str]) -> tuple[list[str], list[Given]]:
     if not prefix:
       rest.append(word)
       continue
-    config_text.check_name(dotted, f"--{prefix}.")
+    if prefix != CONFIG and dotted == "workdir":
+      raise ConfigError(
+        f"--{prefix}.workdir: where runs lie is no setting of them. Leave it out: each "
+        "has a directory of its own below --workdir."
+      )
+    config_text.check_name(dotted, f"--{prefix}.", _without.get(prefix, ()))
     kind = config_text.field_types().get(dotted, (str, False))[0]
     is_switch = kind is bool and prefix == CONFIG
     if negated and (has_value or not is_switch):

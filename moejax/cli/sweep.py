@@ -15,7 +15,8 @@ it win: --config replaces its base, --config.X changes it, --sweep.X replaces it
 X or adds one, --zip.X the same; --seeds, --match, --match_by and --isoflop replace its
 own.
 
-docs/sweeps.md has examples. Exit codes: 0 done, 1 a run failed, 2 invalid input.
+docs/sweeps.md has examples. Exit codes, also of --status: 0 if every run is done, 1 if
+any is not, 2 invalid input.
 """
 
 import dataclasses
@@ -29,7 +30,7 @@ from collections.abc import Callable
 from absl import flags
 
 from moejax import files
-from moejax.cli import dotted, launch, python_file
+from moejax.cli import dotted, launch, python_file, sweep_axes
 from moejax.cli import flags as cli
 from moejax.errors import ConfigError, UserError
 from moejax.routing.registry import ENV, ROUTERS
@@ -37,16 +38,22 @@ from moejax.run import compilation_cache
 from moejax.sweep.execution import slurm_options
 from moejax.sweep.execution.local import Job
 from moejax.sweep.execution.options import EXECUTORS
+from moejax.sweep.points.axes import FIXED
 
 _SPLITS = ("train", "validation", "test")
+_SHOWN = 3
+"""Differences that a message names."""
 
 
 def define_flags() -> None:
   """Defines the program's flags."""
   _define_what()
   _define_how()
-  dotted.define_prefix("sweep", "FIELD=A,B,C is an axis: all its values, times others.")
-  dotted.define_prefix("zip", "FIELD=A,B,C: all such flags together are one axis.")
+  for prefix, text in (
+    ("sweep", "FIELD=A,B,C is an axis: all its values, times others."),
+    ("zip", "FIELD=A,B,C: all such flags together are one axis."),
+  ):
+    dotted.define_prefix(prefix, text, without=FIXED)
 
 
 def _define_what() -> None:
@@ -102,6 +109,7 @@ def _define_how() -> None:
 
 def main() -> int:
   given = flags.FLAGS
+  _refuse_unread()
   if given.status:
     return _status(_workdir())
   if given.target and given.executor != "print":
@@ -125,6 +133,16 @@ def main() -> int:
     _show(points, skipped)
     return 0
   return _run(points, values)
+
+
+def _refuse_unread() -> None:
+  given = flags.FLAGS
+  for name in ("split", "eval_capacity_factor"):
+    if given[name].present and not given.evaluate:
+      raise UserError(
+        f"--{name}={given[name].value} is only read with --evaluate. Add that, or leave "
+        "it out."
+      )
 
 
 def _workdir() -> pathlib.Path:
@@ -194,7 +212,8 @@ def get_spec():
     spec = _load_spec(given.spec)
     replaced = given["config"].present
     base = cli.get_unchecked_config(None if replaced else spec.base)
-  changes: dict = {"base": base, "axes": _joined(spec.axes, varied)}
+  typed = {flag.name: f"--{flag.prefix}.{flag.name}" for flag in cli.given()}
+  changes: dict = {"base": base, "axes": sweep_axes.joined(spec.axes, varied, typed)}
   if given.seeds is not None:
     changes["seeds"] = tuple(range(given.seeds))
   if given.match is not None:
@@ -206,6 +225,7 @@ def get_spec():
   if given.skip_impossible:
     changes["skip_impossible"] = True
   spec = dataclasses.replace(spec, **changes)
+  sweep_axes.refuse_overridden(spec, cli.overrides())
   if given.match_by is not None and not spec.match:
     raise ConfigError(
       f"--match_by={given.match_by}: nothing is matched. Add --match=active_flops."
@@ -226,12 +246,6 @@ def _load_spec(path: str):
   notes = spec.notes or (module.__doc__ or "").strip()
   title = spec.title or notes.partition("\n")[0].rstrip(".")
   return dataclasses.replace(spec, notes=notes, title=title)
-
-
-def _joined(own: tuple, given: tuple) -> tuple:
-  """Returns a file's axes with those of flags, which replace the axis of their fields."""
-  by_fields = {frozenset(axis.fields): axis for axis in own}
-  return tuple((by_fields | {frozenset(a.fields): a for a in given}).values())
 
 
 def _budgets(text: str) -> tuple[float, ...]:
@@ -256,9 +270,12 @@ def _budgets(text: str) -> tuple[float, ...]:
 
 def _show(points: list, skipped: list) -> None:
   from moejax.cli import sweep_table
+  from moejax.sweep.execution import local
   from moejax.sweep.points import predict
 
   given = flags.FLAGS
+  if given.executor != "slurm":
+    local.make_slots(given.jobs, given.devices_per_run)  # Refused as the sweep would be.
   workdir = pathlib.Path(given.workdir) if given.workdir else None
   rate = predict.choose_rate(workdir, points)
   found = predict.predict(points, rate, devices_per_run=given.devices_per_run or 1)
@@ -267,8 +284,19 @@ def _show(points: list, skipped: list) -> None:
 
 
 def _status(workdir: pathlib.Path) -> int:
-  from moejax.sweep.execution import schedule
+  from moejax.sweep.execution import directory, schedule
 
+  if _is_described() and (before := directory.read_spec(workdir)) is not None:
+    from moejax.sweep.points import stored
+
+    _, _, now = _points()
+    # Status says what is there, whatever code runs now.
+    same_code = {"revision": before.get("revision")}
+    if changes := stored.differences(before, now | same_code):
+      raise ConfigError(
+        f"--status: --workdir={workdir} holds another sweep than these flags: "
+        f"{'; '.join(changes[:_SHOWN])}. Leave them out, or give those of the sweep."
+      )
   return schedule.status(workdir, num_jobs=flags.FLAGS.jobs)
 
 

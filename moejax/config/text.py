@@ -10,7 +10,7 @@ import functools
 import math
 import types
 import typing
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 from moejax.config.schema import SCHEMA_VERSION, Config
@@ -113,7 +113,7 @@ def _option(dotted: str, prefix: str = FLAG) -> Option:
   return known[name]
 
 
-def check_name(dotted: str, prefix: str = FLAG) -> None:
+def check_name(dotted: str, prefix: str = FLAG, without: Collection[str] = ()) -> None:
   """Raises ConfigError, with the nearest valid name, unless `dotted` is a field.
 
   For a router option only the router is checked, so that jax is not imported.
@@ -121,10 +121,12 @@ def check_name(dotted: str, prefix: str = FLAG) -> None:
   Args:
     dotted: the name to check.
     prefix: of the flag by which it was given.
+    without: fields that are not suggested.
   """
   known = field_types()
   if dotted in known or is_router_option(dotted):
     return
+  known = {name: kind for name, kind in known.items() if name not in without}
   under = [name for name in known if name.startswith(dotted + ".")]
   section, _, leaf = dotted.rpartition(".")
   if section == "moe" and leaf in _MOVED_TO_ROUTERS:
@@ -135,6 +137,8 @@ def check_name(dotted: str, prefix: str = FLAG) -> None:
     remedy = "It is a group of options; --list=routers shows them."
   elif under:
     remedy = f"It is a group of fields; set one, for example {prefix}{under[0]}."
+  elif not section and not any(name.endswith(f".{leaf}") for name in known):
+    remedy = f"Write SECTION.FIELD, such as {prefix}moe.num_experts."
   else:
     remedy = did_you_mean(prefix + dotted, _flags_near(dotted, known, prefix))
     if section.startswith("moe."):

@@ -45,6 +45,14 @@ PARTS = (
 """`attention` is the projections; `attention_scores` the part that grows with S."""
 
 
+def tokens_per_step(config: Config) -> int:
+  """Returns the tokens of a training step that FLOPs per token are counted for.
+
+  Of an encoder-decoder they are those of the decoder, as by the module's conventions.
+  """
+  return config.train.batch_size * target_length(config.data)
+
+
 def forward_flops_per_token(
   config: Config,
   vocab_size: int,

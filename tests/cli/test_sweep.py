@@ -166,6 +166,65 @@ def test_flags_beside_a_file_win(spec_file):
   assert len(found.conditions) == 1
 
 
+ZIPPED = SPEC.replace(
+  'axes.product("moe.jitter", 0.0, 0.1)',
+  'axes.together({"train.batch_size": [4, 8], "optimizer.learning_rate": [1e-3, 2e-3]})',
+)
+
+
+def test_flags_replace_the_axes_of_all_their_fields(tmp_path):
+  """A zip takes the place of the axes whose fields it has, single or together."""
+  file = tmp_path / "mine.py"
+  file.write_text(ZIPPED)
+  found = spec_of(
+    f"--spec={file}",
+    "--zip.moe.num_experts=16,64",
+    "--zip.train.batch_size=2,8",
+    "--zip.optimizer.learning_rate=3e-3,4e-3",
+  )
+  assert [axis.fields for axis in found.axes] == [
+    ("moe.num_experts", "train.batch_size", "optimizer.learning_rate")
+  ]
+
+
+@pytest.mark.parametrize("prefix", ["sweep", "zip"])
+def test_a_part_of_a_files_zip_is_refused_by_the_flag_that_was_typed(prefix, tmp_path):
+  """The field that it varies with would be lost."""
+  file = tmp_path / "mine.py"
+  file.write_text(ZIPPED)
+  words = refused(f"--spec={file}", "--dry_run", f"--{prefix}.train.batch_size=2,8")
+  assert words.startswith(f"--{prefix}.train.batch_size: in the file of --spec this")
+  assert "varies together with optimizer.learning_rate" in words
+  assert "--zip.train.batch_size=... --zip.optimizer.learning_rate=..." in words
+
+
+@pytest.mark.parametrize(
+  ("line", "part"),
+  [
+    ("--config.moe.jitter=0.5", "changes nothing: an axis of this sweep sets the field"),
+    ("--config.model.num_layers=3", "changes nothing: every variant of this sweep sets"),
+  ],
+)
+def test_a_base_that_no_point_keeps_is_refused(spec_file, line, part):
+  """Unless points are matched to it."""
+  assert part in refused(f"--spec={spec_file}", "--dry_run", line)
+  spec_of(f"--spec={spec_file}", line, "--match=active_flops")
+
+
+def test_status_beside_flags_of_another_sweep_is_refused(tmp_path, capsys):
+  """Beside its own flags it prints the table, whatever the code's revision."""
+  spec = spec_of(AXIS)
+  values = stored.to_json(spec, expand(spec).points) | {"revision": "older"}
+  (tmp_path / SPEC_FILE).write_text(json.dumps(values))
+  (tmp_path / "runs").mkdir()
+  where = f"--workdir={tmp_path}"
+  assert main(where, "--status", AXIS) == 1
+  assert "2 runs: 2 waiting" in capsys.readouterr().out
+  words = refused(where, "--status", AXIS, "--config.train.num_steps=7")
+  assert "holds another sweep than these flags" in words
+  assert "--config.train.num_steps was" in words
+
+
 def test_a_config_beside_a_file_replaces_its_base(spec_file, tmp_path):
   other = tmp_path / "other.py"
   other.write_text(
@@ -205,6 +264,22 @@ def test_a_dry_run_prints_every_run_and_writes_nothing(tmp_path, capsys):
   assert "4,730,880" in out and "4 min 51 s" in out and "8.72e+12" in out
   assert "--jobs=2: 4 runs in 19 min 24 s" in out
   assert "30% of a float32 matrix product" in out
+
+
+def test_the_docs_dry_run_is_of_the_default_config(capsys):
+  """All but the times, which are of a machine and a moment."""
+  page = pathlib.Path(__file__).parents[2] / "docs" / "sweeps.md"
+  main("--dry_run", "--sweep.moe.num_experts=8,32", "--sweep.moe.capacity_factor=1,none")
+  said = {line.split()[0]: line.split()[1:8] for line in _rows(capsys.readouterr().out)}
+  shown = [line.replace(",seed=2", ",seed=0") for line in _rows(page.read_text())]
+  assert len(shown) == 2
+  for line in shown:
+    name, *cells = line.split()
+    assert cells[:7] == said[name]
+
+
+def _rows(text: str) -> list[str]:
+  return [line for line in text.splitlines() if line.startswith("  num_experts=")]
 
 
 def test_a_dry_run_lists_what_it_leaves_out(capsys):
@@ -258,7 +333,16 @@ AXIS = "--sweep.moe.num_experts=8,16"
     (f"{AXIS} --spec=configs/default.py", "needs a function get_sweep() that returns a"),
     (f"{AXIS} --executor=slrm", "--executor=slrm"),
     (f"{AXIS} --executor=slurm", "there is no sbatch on the PATH"),
+    (f"{AXIS} --isoflop=-1e13", "--isoflop=-1e13: a budget"),
     (f"{AXIS} --jobs=0", "--jobs"),
+    (f"{AXIS} --dry_run --jobs=4000", "this process has"),
+    (f"{AXIS} --split=test", "--split=test is only read with --evaluate."),
+    (
+      f"{AXIS} --eval_capacity_factor=1,2",
+      "--eval_capacity_factor=1,2 is only read with --evaluate.",
+    ),
+    ("--sweep.workdir=a,b", "--sweep.workdir: where runs lie is no setting of them."),
+    ("--zip.schema_versio=1,2", "Write SECTION.FIELD, such as --zip.moe.num_experts."),
     (f"{AXIS} --devices_per_run=0", "--devices_per_run"),
     ("--config.moe.num_experts=0", "--config.moe.num_experts=0 must be at least 1"),
     ("--config=nowhere", "no such file"),
@@ -269,6 +353,13 @@ def test_a_mistake_is_one_line_and_starts_nothing(line, part, tmp_path, monkeypa
   monkeypatch.setenv("PATH", "")
   assert part in refused(f"--workdir={tmp_path / 'new'}", *line.split())
   assert not list(tmp_path.iterdir())
+
+
+def test_no_field_that_may_not_vary_is_suggested():
+  """Typed as suggested, it would be refused as well."""
+  assert "Did you mean --config.train.seed?" in refused("--config.train.sed=1")
+  words = refused("--sweep.train.sed=1,2")
+  assert "there is no such field" in words and "--sweep.train.seed" not in words
 
 
 @pytest.mark.parametrize("what", ["", "--status", "--evaluate"])

@@ -21,10 +21,8 @@ from moejax.config import text as config_text
 from moejax.errors import ConfigError, UserError
 from moejax.run import claim
 from moejax.run.files import CONFIG_FILE
+from moejax.sweep.execution.identity import CONFIG_MODULE
 from moejax.sweep.spec import RUNS, SPEC_FILE
-
-CONFIG_MODULE = ".config.py"
-"""Hidden, so that the run's own check of its directory takes no notice of it."""
 
 TIMING_FILE = "timing.json"
 
@@ -184,6 +182,22 @@ def write_config(run: Path, name: str, config: Config) -> Path:
   if not path.exists() or path.read_text(encoding="utf-8") != text:
     files.write_text(path, text)
   return path
+
+
+def point_directories(spec: Mapping[str, Any] | None) -> list[str]:
+  """Returns the directories' names of a stored specification's points, in their order.
+
+  Args:
+    spec: content of spec.json; None, or what holds no points, gives none.
+  """
+  points = (spec or {}).get("points", [])
+  if isinstance(points, Mapping):  # Of points without a specification.
+    pairs = list(points.items())
+  elif isinstance(points, list):
+    pairs = [(p.get("name"), p.get("digest")) for p in points if isinstance(p, Mapping)]
+  else:
+    return []
+  return [f"{name}-{digest}" for name, digest in pairs]
 
 
 def run_directories(workdir: Path) -> list[Path]:

@@ -21,6 +21,7 @@ from moejax.sweep.execution import (
   children,
   directory,
   evaluations,
+  identity,
   local,
   shapes,
   slurm,
@@ -75,7 +76,11 @@ def run(
   ):
     runs = {p.name: workdir / RUNS / p.directory for p in points}
     timing.read(workdir)
-    _refuse_damaged([states.examine(path) for path in runs.values()])
+    found = [states.examine(path) for path in runs.values()]
+    _refuse_damaged(found)
+    for status in found:
+      if status.note:
+        print(f"Note: {status.note}", file=sys.stderr)
     for point in points:
       _prepare(runs[point.name], point)
     if options.evaluate:
@@ -91,6 +96,9 @@ def run(
 def status(workdir: Path, *, num_jobs: int = 1, stream: Any = None) -> int:
   """Prints the table of a sweep's runs; takes no lock, and starts nothing.
 
+  Returns:
+    0 if every point of the sweep is done, 1 if any is not or spec.json is damaged.
+
   Raises:
     UserError: the directory holds no sweep.
   """
@@ -99,14 +107,25 @@ def status(workdir: Path, *, num_jobs: int = 1, stream: Any = None) -> int:
       f"--workdir={workdir} holds no sweep (it has no {RUNS}/). Give the directory that "
       "the sweep was given as --workdir."
     )
-  runs = {path.name: path for path in directory.run_directories(Path(workdir))}
+  wanted, trouble = [], ""
   try:
-    found = list(slurm.examine(Path(workdir), runs).values())
+    wanted = directory.point_directories(directory.read_spec(Path(workdir)))
+  except UserError as error:
+    trouble = str(error)
+  there = [path.name for path in directory.run_directories(Path(workdir))]
+  names = dict.fromkeys([*wanted, *there])
+  runs = {name: Path(workdir) / RUNS / name for name in names}
+  try:
+    found = slurm.examine(Path(workdir), runs)
   except UserError as error:
     print(f"By the directories alone: {error}", file=sys.stderr)
-    found = [states.examine(path) for path in runs.values()]
-  view_lib.print_table(found, num_jobs, stream)
-  return 0
+    found = {name: states.examine(path) for name, path in runs.items()}
+  view_lib.print_table(list(found.values()), num_jobs, stream)
+  if trouble:
+    print(trouble, file=sys.stderr)
+  # Directories of earlier points, which the sweep no longer has, do not keep it open.
+  is_open = any(found[name].state is not State.DONE for name in wanted or there)
+  return int(is_open or bool(trouble))
 
 
 def plain_spec(points: Sequence[Point]) -> dict[str, Any]:
@@ -134,7 +153,12 @@ def _check(points: Sequence[Point], options: Options) -> None:
 
 
 def _refuse_damaged(found: Sequence[Status]) -> None:
-  damages = [s.damage for s in found if s.damage and s.state is not State.RUNNING]
+  # A running run may be writing; that of another config must not get this point's plan.
+  damages = [
+    s.damage
+    for s in found
+    if s.damage and (s.state is not State.RUNNING or identity.trouble(s.path))
+  ]
   if damages:
     more = f" And {len(damages) - 1} more." if len(damages) > 1 else ""
     raise UserError(damages[0] + more)
@@ -151,7 +175,7 @@ def _prepare(path: Path, point: Point) -> None:
     name=point.name,
     digest=point.digest,
     num_steps=config.train.num_steps,
-    tokens_per_step=config.train.batch_size * config.data.sequence_length,
+    tokens_per_step=flops.tokens_per_step(config),
     flops_per_token=flops.flops_per_token(config, vocab_size)["total"],
   )
   states.write_plan(path, plan)
@@ -210,7 +234,7 @@ def _train(
 
 
 def _is_wanted(found: Status, retry_failed: bool) -> bool:
-  if found.state is State.QUEUED:
+  if found.state in (State.QUEUED, State.DAMAGED):
     return False
   if found.state is State.FAILED:
     return retry_failed
@@ -222,6 +246,8 @@ def _conclude(found: Mapping[str, Status], signal: int | None, options: Options)
   for s in found.values():
     if s.state is State.FAILED:
       print(view_lib.failure(s), file=sys.stderr)
+    elif s.state is State.DAMAGED:
+      print(s.damage, file=sys.stderr)
   failed = sum(s.state is State.FAILED for s in found.values())
   if failed and not options.retry_failed:
     print(f"--retry_failed runs the {failed} failed again.", file=sys.stderr)

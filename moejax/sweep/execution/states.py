@@ -6,6 +6,7 @@
     done          its last step is checkpointed and evaluated
     failed        its last attempt ended by itself, with an exit code other than 0
     interrupted   started and not over: stopped by a signal, or its machine went away
+    damaged       its evaluation cannot be read, or the directory holds another run
 
 So a state holds after kill -9 of anything, and is the same from every shell. The record
 `.sweep.json` adds what no run writes about itself: when it was started, by which process,
@@ -29,6 +30,7 @@ from moejax.run import claim
 from moejax.run.files import CONFIG_FILE, DIRECTORY, list_steps
 from moejax.run.results import EVAL_FILE
 from moejax.run.writers import METRICS_FILE
+from moejax.sweep.execution import identity
 
 RECORD_FILE = ".sweep.json"
 LOG_FILE = "train.log"
@@ -53,6 +55,7 @@ class State(enum.StrEnum):
   DONE = "done"
   FAILED = "failed"
   INTERRUPTED = "interrupted"
+  DAMAGED = "damaged"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -83,7 +86,9 @@ class Status:
   tail: tuple[str, ...] = ()
   """Last lines of a failed run's log."""
   damage: str = ""
-  """One line naming a file that cannot be read, and the remedy."""
+  """One line naming a file that cannot be read or is of another run, and the remedy."""
+  note: str = ""
+  """One line on what a finished run lacks."""
   job: str = ""
   """Id of its job in a batch system; "" if it has none there."""
   reason: str = ""
@@ -112,7 +117,7 @@ def examine(path: Path) -> Status:
 
   Never raises for what the directory holds: see `Status.damage`.
   """
-  damage = ""
+  damage, unknown = "", identity.trouble(path)
   try:
     record = read_record(path)
   except DamagedError as error:
@@ -120,15 +125,20 @@ def examine(path: Path) -> Status:
   try:
     final = _read_final(path)
   except DamagedError as error:
-    final, damage = {}, damage or str(error)
+    final, unknown = {}, unknown or str(error)
   plan = record.get("plan", {})
   name = str(plan.get("name") or path.name)
   num_steps = int(plan.get("num_steps") or _num_steps(path))
   attempts = record.get("attempts", [])
   last = attempts[-1] if attempts else {}
   state = _state(path, final, num_steps, last)
+  if unknown and state is not State.RUNNING:
+    state = State.DAMAGED
   shown = _progress(path, plan, num_steps, state)
+  note = ""
   if state is State.DONE:
+    if shown["step"] < num_steps:
+      note = _cut_log(path, shown["step"], num_steps)
     shown |= {"step": int(final["step"]), "flops_left": 0.0}
     shown["validation_loss"] = _number(final.get("loss"))
   return Status(
@@ -138,8 +148,16 @@ def examine(path: Path) -> Status:
     num_steps=num_steps,
     exit_code=last.get("exit_code"),
     tail=log_tail(path / LOG_FILE) if state is State.FAILED else (),
-    damage=damage,
+    damage=unknown or damage,
+    note=note,
     **shown,
+  )
+
+
+def _cut_log(path: Path, step: int, num_steps: int) -> str:
+  return (
+    f"{path / METRICS_FILE} ends at step {step} of {num_steps}, though the run is done: "
+    "its curve and the means over its tail lack the rest. Restore the file from a backup."
   )
 
 

@@ -24,10 +24,11 @@ from moejax import files
 from moejax.config import Config
 from moejax.config import devices as config_devices
 from moejax.config import text as config_text
+from moejax.cost.flops import tokens_per_step
 from moejax.cost.parameters import resolve_vocab_size
 from moejax.hlo import traffic
 from moejax.launch import host_memory
-from moejax.models.loss import to_devices
+from moejax.models.loss import batch_shapes, to_devices
 from moejax.models.make import make_model
 from moejax.plan.compile import CompiledStep, compile_step
 from moejax.platform import target_platform
@@ -95,15 +96,17 @@ class Stepper:
 
 def random_batch(config: Config, vocab_size: int) -> dict[str, np.ndarray]:
   """Returns a batch of random tokens, one document per sequence."""
-  shape = (config.train.batch_size, config.data.sequence_length)
-  tokens = np.random.default_rng(0).integers(0, vocab_size, shape).astype(np.int32)
-  positions = np.broadcast_to(np.arange(shape[1], dtype=np.int32), shape)
-  return {
-    "inputs": tokens,
-    "targets": np.roll(tokens, -1, axis=1),
-    "segment_ids": np.ones(shape, np.int32),
-    "positions": np.ascontiguousarray(positions),
-  }
+  rng, batch = np.random.default_rng(0), {}
+  for name, shape in batch_shapes(config).items():
+    if name.endswith("segment_ids"):
+      batch[name] = np.ones(shape, np.int32)
+    elif name.endswith("positions"):
+      positions = np.broadcast_to(np.arange(shape[1], dtype=np.int32), shape)
+      batch[name] = np.ascontiguousarray(positions)
+    else:
+      batch[name] = rng.integers(0, vocab_size, shape).astype(np.int32)
+  batch["targets"] = np.roll(batch["inputs"], -1, axis=1)
+  return batch
 
 
 def measure(configs: Mapping[str, Config], num_steps: int) -> dict[str, dict[str, Any]]:
@@ -130,8 +133,7 @@ def measure(configs: Mapping[str, Config], num_steps: int) -> dict[str, dict[str
         times[name].append(stepper.seconds())
     for name, stepper in group.items():
       stepper.end()
-      train, length = stepper.config.train, stepper.config.data.sequence_length
-      tokens = train.batch_size * length
+      tokens = tokens_per_step(stepper.config)
       out[name] = summary(times[name], tokens) | stepper.facts() | machine
   return out
 

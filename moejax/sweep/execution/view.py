@@ -24,14 +24,17 @@ _STYLES = {
   State.DONE: "green",
   State.FAILED: "bold red",
   State.INTERRUPTED: "yellow",
+  State.DAMAGED: "bold red",
 }
 _FRAME = 6
 """Lines of a terminal that the table's frame and the summary take."""
 
+_ON_TOP = "starts, compilation and evaluation on top"
+
 _REASON = 32
 """Most characters shown of why a job waits."""
 
-_WATCHED = (State.RUNNING, State.FAILED, State.INTERRUPTED)
+_WATCHED = (State.RUNNING, State.FAILED, State.INTERRUPTED, State.DAMAGED)
 
 
 @runtime_checkable
@@ -87,7 +90,8 @@ def summary(statuses: Sequence[Status], num_jobs: int) -> str:
   counts = collections.Counter(s.state for s in statuses)
   text = ", ".join(f"{counts[state]} {state}" for state in State if counts[state])
   left = time_left(statuses, num_jobs)
-  more = "" if not left else f"; about {duration(left)} left"
+  # Starts take minutes where steps take seconds: a bare time would read as the end.
+  more = f"; about {duration(left)} of training steps left, {_ON_TOP}" if left else ""
   return f"{len(statuses)} runs: {text or 'none'}{more}"
 
 
@@ -105,7 +109,7 @@ def time_left(statuses: Sequence[Status], num_jobs: int) -> float | None:
   rate = sum(rates) / len(rates) if rates else None
   seconds = []
   for s in statuses:
-    if s.state in (State.DONE, State.FAILED):
+    if s.state in (State.DONE, State.FAILED, State.DAMAGED):
       continue
     if s.seconds_left is not None:
       seconds.append(s.seconds_left)
@@ -221,7 +225,7 @@ def print_table(
   console = Console(file=stream, width=None if stream.isatty() else WIDTH)
   console.print(table(statuses))
   console.print(summary(statuses, num_jobs), markup=False, highlight=False)
-  for text in [*map(failure, _failed(statuses)), *_damages(statuses)]:
+  for text in [*map(failure, _failed(statuses)), *remarks(statuses)]:
     console.print(text, markup=False, highlight=False, soft_wrap=True)
 
 
@@ -237,5 +241,6 @@ def _failed(statuses: Sequence[Status]) -> list[Status]:
   return [s for s in statuses if s.state is State.FAILED]
 
 
-def _damages(statuses: Sequence[Status]) -> list[str]:
-  return [s.damage for s in statuses if s.damage]
+def remarks(statuses: Sequence[Status]) -> list[str]:
+  """Returns a line for each file of a run that is damaged, cut or of another run."""
+  return [text for s in statuses for text in (s.damage, s.note) if text]

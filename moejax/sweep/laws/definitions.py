@@ -21,8 +21,7 @@ _BLOCK_MATRICES = ("attention", "dense", "experts", "shared_experts")
 
 def training_tokens(config: Config) -> int:
   """Returns D: steps times the tokens of a batch, padding included."""
-  train = config.train
-  return train.num_steps * train.batch_size * config.data.sequence_length
+  return config.train.num_steps * flops.tokens_per_step(config)
 
 
 def training_flops(config: Config, vocab_size: int | None = None) -> float:

@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike
+from scipy import stats
 
 from moejax.errors import UserError
 from moejax.sweep.laws import published as laws
@@ -26,6 +27,10 @@ from moejax.sweep.laws.resample import HeldOut
 from moejax.sweep.laws.rows import Rows
 from moejax.sweep.laws.solve import Problem
 
+_CHANCE = 0.05
+"""Probability of a trend by chance above which there is none."""
+_TESTABLE = 3
+"""Rows of which even a perfect order may be chance, with a probability of 1/6 at 3."""
 _FEW = 4
 """Below so many degrees of freedom an interval is the range of its draws."""
 
@@ -193,7 +198,8 @@ def power_law(
     **options: of `fit`.
 
   Raises:
-    UserError: as `fit`, or a pinned l_inf that is not below every loss.
+    UserError: as `fit`, a pinned l_inf that is not below every loss, or losses that do
+      not fall with compute by more than they scatter.
   """
   if not evaluation:
     raise UserError("evaluation='': name the evaluation that l_inf belongs to.")
@@ -202,6 +208,26 @@ def power_law(
       f"l_inf={l_inf:g}: the irreducible loss must be below the lowest measured loss, "
       f"{np.min(np.asarray(loss, np.float64)):g}."
     )
+  rows = Rows.of(laws.PowerLaw, {"C": compute}, loss)
+  _refuse_no_trend(rows.inputs["C"], rows.measured)
   fixed = {} if l_inf is None else {"l_inf": l_inf}
   inputs = {"C": compute}
   return fit(laws.PowerLaw, inputs, loss, fixed=fixed, evaluation=evaluation, **options)
+
+
+def _refuse_no_trend(compute: Floats, loss: Floats) -> None:
+  """Rejects losses that do not fall with compute: any alpha would fit them.
+
+  Kendall's tau, one-sided: ranks alone, so that neither an outlier nor a curve that
+  flattens hides a trend. Too few rows for a test at 5% need only fall.
+  """
+  tau, p = stats.kendalltau(compute, loss, alternative="less")
+  spread = f"losses {loss.min():.4g} to {loss.max():.4g}"
+  remedy = "Add runs at other budgets, or seeds."
+  if not tau < 0:
+    raise UserError(f"The loss does not fall with compute ({spread}): no alpha. {remedy}")
+  if p > _CHANCE and len(loss) > _TESTABLE:
+    raise UserError(
+      f"The loss is not told to fall with compute ({spread}; Kendall's tau {tau:.2f}, "
+      f"and chance gives as much with p={p:.2f}): no alpha. {remedy}"
+    )

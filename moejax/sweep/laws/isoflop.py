@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
+from scipy import stats
 
 from moejax.errors import UserError
 from moejax.sweep.laws import fit as fit_lib
@@ -24,6 +25,8 @@ _SAME = 0.02
 """Budgets within this fraction of each other are one."""
 _PARABOLA = 3
 """Constants of a parabola."""
+_CERTAIN = 0.95
+"""Level at which a parabola's curvature must be above 0."""
 _ENOUGH = 0.95
 """Least fraction of bootstrap draws that must have a minimum at every budget."""
 
@@ -84,7 +87,9 @@ def minima(
 
   Returns:
     The minima in the order of budgets, and the budgets that have none: fewer than three
-    sizes, a curve that does not open upwards, or a minimum on or beyond the edge.
+    sizes, a curve that does not open upwards, a minimum on or beyond the edge, or a
+    curvature that scatter alone could make (Student's t of the quadratic coefficient,
+    one-sided at 5%; three runs leave nothing to test it with).
 
   Raises:
     UserError: columns of different lengths, or a value that is not positive and finite.
@@ -211,6 +216,13 @@ def _minimum(budget: float, x: Floats, y: Floats) -> Minimum | Refused:
       budget=budget,
       why="the parabola has no minimum between the sizes that ran",
     )
+  t, needed = _curvature_t(x - centre, y, (c0, c1, c2))
+  if t < needed:
+    return Refused(
+      budget=budget,
+      why=f"the curvature is not told from the scatter of the losses (t={t:.2g}, and "
+      f"{needed:.2g} is needed): add sizes further away, or seeds",
+    )
   return Minimum(
     budget=budget,
     N=math.exp(vertex),
@@ -230,6 +242,20 @@ def _parabola(x: Floats, y: NDArray[Any]) -> tuple[float, tuple[float, float, fl
   centre = float(x.mean())
   c0, c1, c2 = np.polynomial.polynomial.polyfit(x - centre, y, 2)
   return centre, (float(c0), float(c1), float(c2))
+
+
+def _curvature_t(
+  x: Floats, y: Floats, coefficients: tuple[float, float, float]
+) -> tuple[float, float]:
+  """Returns t of a parabola's quadratic coefficient, and what it must be at least."""
+  freedom = len(x) - _PARABOLA
+  if freedom < 1:
+    return math.inf, 0.0
+  missed = y - np.polynomial.polynomial.polyval(x, coefficients)
+  powers = np.polynomial.polynomial.polyvander(x, 2)
+  variance = float(missed @ missed) / freedom * np.linalg.inv(powers.T @ powers)[2, 2]
+  t = coefficients[2] / math.sqrt(variance) if variance > 0 else math.inf
+  return t, float(stats.t.ppf(_CERTAIN, freedom))
 
 
 def _line(found: tuple[Minimum, ...]) -> tuple[float, float]:

@@ -10,6 +10,9 @@ from numpy.typing import ArrayLike, NDArray
 from moejax.errors import UserError
 from moejax.sweep.laws.law import Floats, Law, Span
 
+_SIZES = ("N", "D", "C", "E")
+"""Letters of which laws take a negative power or a logarithm."""
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Rows:
@@ -51,6 +54,8 @@ class Rows:
         raise UserError(f"{name} has {column.shape} values for {len(measured)} runs.")
       if np.any(column < 0):
         raise UserError(f"{name}={column.min():g}: it must not be negative.")
+      if name in _SIZES and np.any(column == 0):
+        raise UserError(f"{name}=0: it must be above 0. Leave out runs without steps.")
     columns = {k: np.broadcast_to(v, measured.shape) for k, v in columns.items()}
     table = np.stack(list(columns.values()), axis=1)
     point = np.unique(table, axis=0, return_inverse=True)[1].reshape(-1)

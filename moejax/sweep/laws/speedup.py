@@ -7,7 +7,8 @@ Two kinds of answer, which need different runs:
   C. `over_seeds` adds an interval; `against_baseline` reads the law off several baseline
   runs, with the lack-of-fit interval of an inverse regression.
 - `to_quality`: without a law. When does the variant's loss curve reach the loss at which
-  the baseline ends? In whatever unit the curves are in: steps, FLOPs or seconds.
+  the baseline ends? In whatever unit the curves are in: steps, FLOPs or seconds. Its
+  interval is Student's t of the logarithm of the ratio.
 
 A speedup above 1 says that the variant is faster.
 """
@@ -18,13 +19,19 @@ from collections.abc import Sequence
 
 import numpy as np
 from numpy.typing import ArrayLike
-from scipy import optimize, stats
+from scipy import stats
 
 from moejax.errors import UserError
+from moejax.sweep.laws import log_ratios
+from moejax.sweep.laws.curves import Curve, cost_to, is_early, table
 from moejax.sweep.laws.law import Floats
 
 FEW_SEEDS = 5
 """Below it a bootstrap over seeds is narrower than its level says."""
+
+
+AT_LEAST, AT_MOST, UNKNOWN = "at least", "at most", "unknown"
+"""Which side passed the target before its first point: variant, baseline, or both."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -40,8 +47,11 @@ class Speedup:
   how: str
   """Method of the interval."""
   target: float
-  """The loss that both reach."""
+  """The loss that both reach; of `to_quality` without one given, the mean over seeds of
+  the loss with which the baseline ends."""
   notes: tuple[str, ...] = ()
+  bound: str = ""
+  """What `ratio` is if it is no value: AT_LEAST, AT_MOST or UNKNOWN; "" if it is one."""
 
 
 def effective(
@@ -229,136 +239,83 @@ def _fieller(
   return middle - reach, middle + reach
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Curve:
-  """One run's loss over its cost."""
-
-  cost: Floats
-  """[points], increasing: steps, FLOPs or seconds, counted from the start."""
-  loss: Floats
-  """[points], nats per token."""
-
-
-def smooth(loss: ArrayLike) -> Floats:
-  """Returns the non-increasing sequence closest to a loss curve in least squares.
-
-  Isotonic regression: no window to choose, and no bias towards lucky batches, which a
-  running minimum has.
-  """
-  values = np.asarray(loss, np.float64)
-  return np.asarray(optimize.isotonic_regression(values, increasing=False).x)
-
-
-def cost_to(curve: Curve, target: float) -> float:
-  """Returns the cost at which the smoothed curve first reaches a loss; inf if never.
-
-  Linear between points. A curve that starts below the target returns its first cost.
-  """
-  loss = smooth(curve.loss)
-  reached = np.flatnonzero(loss <= target)
-  if not len(reached):
-    return math.inf
-  i = int(reached[0])
-  if i == 0:
-    return float(curve.cost[0])
-  part = (loss[i - 1] - target) / (loss[i - 1] - loss[i])
-  return float(curve.cost[i - 1] + part * (curve.cost[i] - curve.cost[i - 1]))
-
-
 def to_quality(
   baseline: Sequence[Curve],
   variant: Sequence[Curve],
   *,
   target: float | None = None,
   level: float = 0.9,
-  num_draws: int = 1000,
-  seed: int = 0,
 ) -> Speedup:
   """Returns the baseline's cost to a loss over the variant's.
 
-  Curves of the seeds are averaged, then smoothed. The interval draws seeds of each side
-  with replacement and repeats everything, the target included.
+  The ratio is that of the means over seeds, smoothed. Its interval is Student's t of
+  ln(ratio). With as many seeds on both sides, those at one place are a pair: each
+  baseline against its variant, to the loss with which that baseline ends, so that what a
+  seed adds to both sides cancels. (Pairs of unrelated seeds are as good as any others.)
+  With unequal numbers the sides vary one after the other against the other's mean, with
+  Welch's degrees of freedom.
+
+  A seed that never gets there, or is there before its first point, gives a bound only;
+  the interval then has no end on that side (low 0, or high inf).
 
   Args:
     baseline: a curve per seed.
-    variant: a curve per seed, cost in the same unit.
-    target: nats per token; None is the smoothed loss at which the baseline ends.
+    variant: a curve per seed, cost in the same unit; in the order of the baseline's seeds
+      where both have the same.
+    target: nats per token; None is the mean over seeds of the baseline's last loss.
     level: of the interval.
-    num_draws: bootstrap samples.
-    seed: of the bootstrap.
 
   Raises:
     UserError: no curve, a curve that is not increasing in cost or has unusable numbers,
       seeds without common costs, or a target that the baseline does not reach.
   """
-  sides = [_table(baseline, "baseline"), _table(variant, "variant")]
+  sides = [table(baseline, "baseline"), table(variant, "variant")]
   slow, fast = (Curve(cost=c, loss=losses.mean(axis=0)) for c, losses in sides)
-  goal = float(smooth(slow.loss)[-1]) if target is None else target
+  goal = float(slow.loss[-1]) if target is None else target
   ratio = _ratio(slow, fast, goal)
-  seeds = [len(losses) for _, losses in sides]
-  notes, draws = [], np.empty(0)
+  notes, (low, high), how = [], (math.nan, math.nan), "no interval"
   if ratio == 0:
     most = cost_to(slow, goal) / fast.cost[-1]
     notes.append(f"the variant never reaches {goal:.4g}: its speedup is below {most:.3g}")
-  if min(seeds) < 2:
+  elif fast.loss[-1] > goal:
+    notes.append(f"the variant passes {goal:.4g} and ends above it, {fast.loss[-1]:.4g}")
+  if min(len(losses) for _, losses in sides) < 2:
     notes.append("one seed: no interval")
   else:
-    rng, drawn = np.random.default_rng(seed), []
-    for _ in range(num_draws):
-      slow, fast = (
-        Curve(cost=c, loss=losses[rng.integers(len(losses), size=len(losses))].mean(0))
-        for c, losses in sides
-      )
-      aim = float(smooth(slow.loss)[-1]) if target is None else target
-      drawn.append(_ratio(slow, fast, aim, strict=False))
-    draws = np.array(drawn)
-    notes += _few(min(seeds))
-  tails = ((1 - level) / 2, (1 + level) / 2)
-  # Not interpolated: draws may be infinite.
-  low, high = (
-    np.quantile(draws, tails, method="nearest") if len(draws) else (math.nan, math.nan)
-  )
+    logs = log_ratios.of_seeds(sides, target)
+    freedom, reach = log_ratios.reach(logs, level)
+    how = f"Student t of the log ratio, {freedom:.3g} degrees of freedom"
+    low, high = log_ratios.ends(logs, ratio, reach)
+    notes += log_ratios.in_words(logs)
   return Speedup(
     ratio=ratio,
-    low=float(low),
-    high=float(high),
+    low=low,
+    high=high,
     level=level,
-    how="bootstrap over seeds",
+    how=how,
     target=goal,
     notes=tuple(notes),
+    bound=_bound(slow, fast, goal),
   )
 
 
-def _ratio(
-  baseline: Curve, variant: Curve, target: float, *, strict: bool = True
-) -> float:
-  """Returns the ratio of costs: 0 if the variant fails, inf if only the baseline does."""
+def _bound(slow: Curve, fast: Curve, target: float) -> str:
+  baseline, variant = is_early(slow, target), is_early(fast, target)
+  if baseline and variant:
+    return UNKNOWN
+  return AT_LEAST if variant else AT_MOST if baseline else ""
+
+
+def _ratio(baseline: Curve, variant: Curve, target: float) -> float:
+  """Returns the ratio of costs; 0 if the variant does not get there."""
   ours, theirs = cost_to(variant, target), cost_to(baseline, target)
-  if strict and not math.isfinite(theirs):
+  if not math.isfinite(theirs):
     raise UserError(f"target={target:g}: the baseline never reaches this loss.")
   if not math.isfinite(ours):
     return 0.0
   if ours <= 0:
     raise UserError("The variant reaches the target at cost 0; count from the start.")
   return theirs / ours
-
-
-def _table(curves: Sequence[Curve], side: str) -> tuple[Floats, Floats]:
-  """Returns costs common to all seeds, and [seeds, points] losses there."""
-  if not curves:
-    raise UserError(f"The {side} has no loss curve.")
-  for curve in curves:
-    usable = np.isfinite(curve.cost).all() and np.isfinite(curve.loss).all()
-    if curve.cost.shape != curve.loss.shape or curve.cost.ndim != 1 or not usable:
-      raise UserError(f"The {side}: a curve needs finite costs and losses, in pairs.")
-    if not len(curve.cost) or np.any(np.diff(curve.cost) <= 0):
-      raise UserError(f"The {side}: the costs of a curve must increase.")
-  start = max(curve.cost[0] for curve in curves)
-  end = min(curve.cost[-1] for curve in curves)
-  common = curves[0].cost[(curves[0].cost >= start) & (curves[0].cost <= end)]
-  if not len(common):
-    raise UserError(f"The {side}: its seeds' curves have no cost in common.")
-  return common, np.stack([np.interp(common, c.cost, c.loss) for c in curves])
 
 
 def _above(l_inf: float, *losses: float) -> None:

@@ -17,10 +17,11 @@ from moejax.config import Config
 from moejax.config import text as config_text
 from moejax.config.check import validate_fields
 from moejax.config.ranges import RANGES
-from moejax.config.spans import target_length
-from moejax.cost.flops import flops_per_token
+from moejax.cost.flops import flops_per_token, tokens_per_step
 from moejax.cost.parameters import resolve_vocab_size
 from moejax.errors import ConfigError, did_you_mean
+from moejax.options import show
+from moejax.sweep.points.axes import number
 
 TOLERANCE = 0.01
 """Relative distance from a target within which it counts as met."""
@@ -41,6 +42,13 @@ SCALED_FIELDS = (
 
 TOKENS_FIELD = "train.num_steps"
 """The field that is solved for a training budget."""
+
+_SHAPES = ("model", "moe", "data")
+"""Sections whose fields can change the FLOPs of a token."""
+_NO_GROWTH = (
+  "--match_by={field}: FLOPs per token do not grow with it, so it cannot be solved. "
+  "Choose another, such as moe.hidden."
+)
 
 _LEAST_SIZES, _MOST_SIZES = 5, 7
 _APART = 1.3
@@ -78,8 +86,7 @@ def token_flops(config: Config) -> float:
 
 def num_tokens(config: Config) -> int:
   """Returns the number of tokens that a run trains on."""
-  train = config.train
-  return train.num_steps * train.batch_size * target_length(config.data)
+  return config.train.num_steps * tokens_per_step(config)
 
 
 def training_flops(config: Config) -> float:
@@ -111,6 +118,8 @@ def check_match(match: str, field: str) -> None:
       f"--match_by={field}: no field that can be solved. {near} The default is "
       "moe.hidden."
     )
+  if field.partition(".")[0] not in _SHAPES:
+    raise ConfigError(_NO_GROWTH.format(field=field))
 
 
 def match(config: Config, reference: Config, field: str) -> None:
@@ -152,10 +161,7 @@ def _solve(config: Config, field: str, target: float) -> int:
     return token_flops(trial)
 
   if flops(low) >= flops(high):
-    raise ConfigError(
-      f"--match_by={field}: FLOPs per token do not grow with it, so it cannot be solved. "
-      "Choose another, such as moe.hidden."
-    )
+    raise ConfigError(_NO_GROWTH.format(field=field))
   least, most = low, high
   while least < most:  # The smallest count that costs at least the target.
     middle = (least + most) // 2
@@ -201,7 +207,8 @@ def check_budget(flops: float) -> None:
     ConfigError: names the flag and its value.
   """
   if not (isinstance(flops, int | float) and 0 < flops < math.inf):
-    raise ConfigError(f"--isoflop={flops}: a budget is a number of FLOPs above 0: 1e13.")
+    said = number(flops) if isinstance(flops, int | float) else show(flops)
+    raise ConfigError(f"--isoflop={said}: a budget is a number of FLOPs above 0: 1e13.")
 
 
 def spend(config: Config, flops: float) -> None:
@@ -222,13 +229,18 @@ def spend(config: Config, flops: float) -> None:
     raise ConfigError(
       f"--isoflop={flops:g}: no number of steps spends it within 1%. The nearest "
       f"reachable budget is {steps * per_step:.4g} FLOPs, with --config.{TOKENS_FIELD}="
-      f"{steps}. Give a larger budget, a smaller model or a smaller "
-      "--config.train.batch_size."
+      f"{steps}. "
+      + (
+        "Give a smaller budget, a larger model or a larger --config.train.batch_size."
+        if steps == most
+        else "Give a larger budget, a smaller model or a smaller "
+        "--config.train.batch_size."
+      )
     )
 
 
 def _step_flops(config: Config) -> float:
-  return token_flops(config) * config.train.batch_size * config.data.sequence_length
+  return token_flops(config) * tokens_per_step(config)
 
 
 def ladder(base: Config, flops: float) -> list[Size]:
@@ -254,12 +266,10 @@ def ladder(base: Config, flops: float) -> list[Size]:
   most = RANGES[TOKENS_FIELD].high
   fit = [s for s in sizes if _LEAST_STEPS <= flops / costs[s] <= most]
   if len(fit) < _LEAST_SIZES:
-    least = sorted(costs[size] * _LEAST_STEPS for size in sizes)[_LEAST_SIZES - 1]
-    remedy = (
-      f"The nearest reachable budget is {_rounded_up(least):g} FLOPs"
-      if flops < least
-      else "Give a smaller budget"
-    )
+    ordered = sorted(costs[size] for size in sizes)
+    least = _rounded_up(ordered[_LEAST_SIZES - 1] * _LEAST_STEPS)
+    near = least if flops < least else _rounded_down(ordered[-_LEAST_SIZES] * most)
+    remedy = f"The nearest reachable budget is {near:g} FLOPs"
     raise ConfigError(
       f"--isoflop={flops:g}: {len(fit)} of the sizes around the base config can spend "
       f"it, and a curve needs {_LEAST_SIZES}. {remedy}; or give sizes of your own, by "
@@ -274,6 +284,12 @@ def _rounded_up(flops: float) -> float:
   """Rounds to two digits, upwards, for a flag that a person copies."""
   unit = 10.0 ** (math.floor(math.log10(flops)) - 1)
   return math.ceil(flops / unit) * unit
+
+
+def _rounded_down(flops: float) -> float:
+  """Rounds to two digits, downwards."""
+  unit = 10.0 ** (math.floor(math.log10(flops)) - 1)
+  return math.floor(flops / unit) * unit
 
 
 def _sizes(base: Config) -> list[Size]:

@@ -48,6 +48,12 @@ def _check_axes(spec: Spec) -> None:
     )
 
 
+def _flag(spec: Spec, field: str) -> str:
+  """Returns the flag by which a field of the spec varies."""
+  zipped = {f for axis in spec.axes if len(axis.fields) > 1 for f in axis.fields}
+  return f"--{axes_lib.ZIP if field in zipped else axes_lib.SWEEP}.{field}"
+
+
 def _check_values(axis: Axis) -> None:
   for row in axis.values:
     if len(row) != len(axis.fields):
@@ -90,13 +96,11 @@ def _check_solved(spec: Spec) -> None:
     solved[spec.match_by] = f"--match={spec.match}"
   if spec.isoflop:
     solved[budget.TOKENS_FIELD] = "--isoflop"
-    if spec.match_by == budget.TOKENS_FIELD and spec.match:
-      raise ConfigError(f"--match_by={spec.match_by}: --isoflop solves this field too.")
     if not varied(spec) & set(budget.SIZE_FIELDS):
       budget.refuse_scaled(varied(spec))
   for field in sorted(solved.keys() & varied(spec)):
     raise ConfigError(
-      f"--{axes_lib.SWEEP}.{field}: {solved[field]} solves this field, so it cannot "
+      f"{_flag(spec, field)}: {solved[field]} solves this field, so it cannot "
       "vary. Drop one of them"
       + (", or solve another by --match_by." if field == spec.match_by else ".")
     )

@@ -6,8 +6,8 @@ from typing import Any
 import altair as alt
 import numpy as np
 
-from moejax.sweep.laws import speedup as laws
-from moejax.sweep.laws.speedup import Curve
+from moejax.sweep.laws import curves as laws
+from moejax.sweep.laws.curves import Curve
 from moejax.sweep.report import charts, quality
 from moejax.sweep.report.charts import Figure
 from moejax.sweep.report.summary import Setting

@@ -144,7 +144,7 @@ def _cost(config: Config, path: pathlib.Path, steps: int) -> dict[str, Any]:
   vocab_size = _vocab_size(config, path)
   total, active = parameters.count_parameters(config, vocab_size)
   training = flops.flops_per_token(config, vocab_size)
-  tokens = steps * config.train.batch_size * config.data.sequence_length
+  tokens = steps * flops.tokens_per_step(config)
   return {
     "parameters": total["total"],
     "active_parameters": active["total"],
@@ -290,7 +290,7 @@ def _speed(
   timed: Mapping[str, Any] | None,
 ) -> dict[str, Any]:
   """Returns step times, from timing.json if the run is in it, else from its log."""
-  per_step = config.train.batch_size * config.data.sequence_length
+  per_step = flops.tokens_per_step(config)
   if timed and timed.get("step_ms"):
     times, source = list(timed["step_ms"]), "timed"
   else:

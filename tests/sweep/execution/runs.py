@@ -7,8 +7,6 @@ runs four points in WORKDIR, with the stand-in or really, for tests that kill th
 scheduler.
 """
 
-import hashlib
-import json
 import pathlib
 import sys
 
@@ -21,8 +19,8 @@ from moejax.config import (
   OptimizerConfig,
   TrainConfig,
 )
-from moejax.config import text as config_text
 from moejax.sweep.execution import local, schedule
+from moejax.sweep.points.expand import digest
 from moejax.sweep.spec import Point
 
 CORPUS = pathlib.Path(__file__).parents[2] / "data" / "corpus"
@@ -30,7 +28,7 @@ STEPS = 6
 LONG = 400
 
 STAND_IN = """
-import json, os, pathlib, signal, sys, time
+import ast, json, os, pathlib, signal, sys, time
 
 given = dict(a.split("=", 1) for a in sys.argv[2:] if "=" in a)
 workdir = pathlib.Path(given["--workdir"])
@@ -43,7 +41,9 @@ with open(workdir.parent / "trace.log", "a") as trace:
 print("standing in:", behaviour, flush=True)
 if sys.argv[2] == "evaluate":
   sys.exit("error: no such text" if behaviour == "fail" else 0)
-(workdir / "config.json").write_text(json.dumps({"train": {"num_steps": 6}}))
+text = (workdir / ".config.py").read_text()
+values = ast.literal_eval(text.partition("VALUES = ")[2].partition("\\ndef ")[0])
+(workdir / "config.json").write_text(json.dumps(values))
 
 def log(step):
   line = {"step": step, "loss": 3.0 - step / 10, "dropped_fraction": 0.125}
@@ -112,13 +112,12 @@ def points(cache_dir: str = "", **train) -> list[Point]:
     for seed in (0, 1):
       made = config(cache_dir, **train)
       made.moe.num_experts, made.train.seed = num_experts, seed
-      text = json.dumps(config_text.to_dict(made), sort_keys=True)
       out.append(
         Point(
           name=f"num_experts={num_experts},seed={seed}",
           settings={"moe.num_experts": num_experts, "train.seed": seed},
           config=made,
-          digest=hashlib.sha256(text.encode()).hexdigest()[:8],
+          digest=digest(made),
         )
       )
   return out

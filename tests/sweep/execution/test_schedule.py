@@ -9,6 +9,7 @@ import json
 import os
 import pathlib
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -19,6 +20,8 @@ import pytest
 from moejax.errors import UserError
 from moejax.sweep.execution import directory, evaluations, local, schedule, shapes, states
 from moejax.sweep.execution.states import State
+from moejax.sweep.points.expand import digest
+from moejax.sweep.spec import Point
 from tests.sweep.execution import runs
 
 ROOT = pathlib.Path(__file__).parents[3]
@@ -229,7 +232,7 @@ def test_the_status_of_another_shell_takes_no_lock(behaviours, tmp_path, capsys)
   sweep(workdir)
   said = io.StringIO()
   with directory.opened(workdir, schedule.plain_spec(runs.points())):
-    assert schedule.status(workdir, stream=said) == 0
+    assert schedule.status(workdir, stream=said) == 1
   lines = said.getvalue().splitlines()
   assert lines[0].split() == [
     "run",
@@ -245,6 +248,60 @@ def test_the_status_of_another_shell_takes_no_lock(behaviours, tmp_path, capsys)
   assert "error: it went wrong" in said.getvalue()
   with pytest.raises(UserError, match="holds no sweep"):
     schedule.status(tmp_path / "nowhere")
+
+
+def test_the_run_of_another_point_is_refused_and_kept(behaviours, tmp_path):
+  """Contents of one directory in another, hidden files and all: no row, no new start."""
+  workdir = tmp_path / "s"
+  sweep(workdir)
+  first, _, third, _ = (workdir / "runs" / p.directory for p in runs.points())
+  shutil.rmtree(third)
+  shutil.copytree(first, third)
+  before = {p: p.read_bytes() for p in third.rglob("*") if p.is_file()}
+  with pytest.raises(
+    UserError, match=r"is of another run.* that of num_experts=2,seed=0"
+  ):
+    sweep(workdir)
+  said = io.StringIO()
+  assert schedule.status(workdir, stream=said) == 1
+  assert "4 runs: 3 done, 1 damaged" in said.getvalue()
+  assert f"{third / 'config.json'} is of another run" in said.getvalue()
+  assert before == {p: p.read_bytes() for p in third.rglob("*") if p.is_file()}
+  assert len(trace(workdir)) == 4
+  third.rename(tmp_path / "away")
+  assert sweep(workdir)[0] == 0 and started(workdir)[4:] == ["num_experts=4,seed=0"]
+
+
+def test_status_is_in_the_points_order_and_says_what_is_not_done(behaviours, tmp_path):
+  """By name, 16 experts would come before 2; the code is 0 only if every run is done."""
+  workdir = tmp_path / "s"
+  points = []
+  for experts in (2, 16):
+    config = runs.config()
+    config.moe.num_experts, name = experts, f"num_experts={experts},seed=0"
+    settings = {"moe.num_experts": experts}
+    own = Point(name=name, settings=settings, config=config, digest=digest(config))
+    points.append(own)
+  spec = {"points": [{"name": p.name, "digest": p.digest} for p in points]}
+  behaviours.write_text(json.dumps({points[1].name: "kill"}))
+  schedule.run(workdir, points, options=schedule.Options(), spec=spec)
+  said = io.StringIO()
+  assert schedule.status(workdir, stream=said) == 1
+  names = [line.split()[0] for line in said.getvalue().splitlines()[1:3]]
+  assert names == ["num_experts=2,seed=0", "num_experts=16,seed=0"]
+  behaviours.write_text("{}")
+  schedule.run(workdir, points, options=schedule.Options(), spec=spec)
+  assert schedule.status(workdir, stream=said) == 0
+
+
+def test_a_damaged_specification_is_named_by_status(behaviours, tmp_path, capsys):
+  workdir = tmp_path / "s"
+  sweep(workdir)
+  (workdir / "spec.json").write_text("{")
+  said = io.StringIO()
+  assert schedule.status(workdir, stream=said) == 1
+  assert "4 runs: 4 done" in said.getvalue()
+  assert f"{workdir / 'spec.json'} cannot be read" in capsys.readouterr().err
 
 
 def test_gpus_are_divided_among_the_jobs(monkeypatch):

@@ -142,7 +142,7 @@ def test_a_slurm_that_does_not_answer_is_an_error_and_no_empty_queue(programs, w
 
 def test_status_without_slurm_shows_the_directories(programs, workdir, capsys):
   (programs / "squeue").write_text("#!/bin/sh\nexit 1")
-  assert schedule.status(workdir) == 0
+  assert schedule.status(workdir) == 1
   said = capsys.readouterr()
   assert "By the directories alone: squeue fails" in said.err
   assert "2 runs: 2 waiting" in said.out

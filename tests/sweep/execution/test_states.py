@@ -10,18 +10,26 @@ import sys
 
 import pytest
 
-from moejax.sweep.execution import states
+from moejax.config import text as config_text
+from moejax.sweep.execution import directory, states
 from moejax.sweep.execution.states import State
+from moejax.sweep.points.expand import digest
+from tests.sweep.execution import runs
 
+CONFIG = runs.config()
 PLAN = states.Plan(
-  name="a=1", digest="01234567", num_steps=6, tokens_per_step=64, flops_per_token=10.0
+  name="a=1",
+  digest=digest(CONFIG),
+  num_steps=6,
+  tokens_per_step=64,
+  flops_per_token=10.0,
 )
 
 
 @pytest.fixture
 def run(tmp_path):
   """A run's directory as the scheduler prepares it."""
-  path = tmp_path / "a=1-01234567"
+  path = tmp_path / f"a=1-{PLAN.digest}"
   path.mkdir()
   states.write_plan(path, PLAN)
   return path
@@ -70,7 +78,7 @@ def test_a_finished_run_with_more_steps_to_take_is_not_done(run):
 def test_a_locked_directory_is_running_and_probing_does_not_unlock_it(run):
   """Asked again and again, also for a run without a record."""
   (run / states.RECORD_FILE).unlink()
-  (run / "config.json").write_text(json.dumps({"train": {"num_steps": 6}}))
+  (run / "config.json").write_text(json.dumps(config_text.to_dict(CONFIG)))
   descriptor = os.open(run, os.O_RDONLY)
   try:
     fcntl.flock(descriptor, fcntl.LOCK_EX)
@@ -180,6 +188,74 @@ def test_a_damaged_file_is_one_line_that_names_it_and_the_remedy(run, name, cont
   found = states.examine(run)
   assert str(run / name) in found.damage and "Delete it" in found.damage
   assert "\n" not in found.damage
+
+
+def test_an_evaluation_that_cannot_be_read_is_damage_and_no_failure(run):
+  """The checkpoint is there, and code 0 was recorded: nothing failed."""
+  attempt(run, 0)
+  finish(run)
+  (run / "eval.json").write_text('{"step": 6, "lo')
+  found = states.examine(run)
+  assert found.state is State.DAMAGED and str(run / "eval.json") in found.damage
+
+
+def test_a_finished_run_whose_log_was_cut_says_so(run):
+  """It is done by its checkpoint and evaluation; its curve is not whole."""
+  finish(run)
+  log(run, {"step": 2, "loss": 4.0}, {"step": 4, "loss": 3.0})
+  found = states.examine(run)
+  assert found.state is State.DONE and not found.damage
+  assert f"{run / 'metrics.jsonl'} ends at step 4 of 6" in found.note
+  log(run, {"step": 6, "loss": 2.5})
+  assert not states.examine(run).note
+
+
+def changed(**fields):
+  config = runs.config()
+  for name, value in fields.items():
+    config_text.set_field(config, name.replace("__", "."), value)
+  return config
+
+
+@pytest.mark.parametrize("has_own", [True, False])
+def test_another_configs_run_is_not_done(run, has_own):
+  """Whole as it is: it would be a row of results under the point's name.
+
+  With the config that the sweep wrote for the point, the fields are named; without it,
+  the point whose digest it is.
+  """
+  finish(run)
+  log(run, {"step": 6, "loss": 2.5})
+  other = changed(moe__num_experts=8, train__seed=3)
+  (run.parent / f"a=2-{digest(other)}").mkdir()
+  (run / "config.json").write_text(json.dumps(config_text.to_dict(other)))
+  if has_own:
+    directory.write_config(run, "a=1", CONFIG)
+  found = states.examine(run)
+  assert found.state is State.DAMAGED and "\n" not in found.damage
+  assert f"{run / 'config.json'} is of another run: " in found.damage
+  assert f"Move {run} away" in found.damage
+  named = (
+    "its moe.num_experts is 8 and the point's 4; its train.seed is 3 and the point's"
+  )
+  assert (named if has_own else f"{digest(other)}, which is that of a=2,") in found.damage
+
+
+def test_a_run_may_resume_with_other_logging_but_not_end_later(run):
+  """The fields that a resume may change leave it the point's run."""
+  finish(run)
+  log(run, {"step": 6, "loss": 2.5})
+  directory.write_config(run, "a=1", CONFIG)
+  for fields, state in [
+    ({"train__log_every": 3, "mesh__data": 2}, State.DONE),
+    ({"train__num_steps": 12}, State.DAMAGED),
+    ({"train__num_steps": 3}, State.DAMAGED),
+  ]:
+    values = config_text.to_dict(changed(**fields))
+    (run / "config.json").write_text(json.dumps(values))
+    assert states.examine(run).state is state, fields
+  (run / "config.json").write_text("{")
+  assert f"{run / 'config.json'} cannot be read" in states.examine(run).damage
 
 
 def test_attempts_are_kept_when_the_plan_changes(run):

@@ -11,6 +11,7 @@ import pytest
 
 from moejax.config import text as config_text
 from moejax.errors import UserError
+from moejax.models.loss import batch_shapes
 from moejax.sweep.execution import local, shapes, step_times, timing
 from tests.sweep.execution import runs
 
@@ -113,6 +114,18 @@ def test_the_percentiles_of_a_step():
   assert found["p50"] == pytest.approx(5.5)
   assert found["p90"] == pytest.approx(9.1)
   assert found["tokens_per_second"] == pytest.approx(2000.0)
+
+
+def test_a_timed_batch_has_what_the_model_reads():
+  """Two stacks: 2 rows of 32 tokens for the encoder and of 8 for the decoder."""
+  config = runs.config()
+  config.model.kind, config.data.objective = "encoder_decoder", "span_corruption"
+  config.data.decoder_length = 8
+  batch = step_times.random_batch(config, 50)
+  assert {name: x.shape for name, x in batch.items()} == batch_shapes(config)
+  assert batch["inputs"].shape == (2, 8) and batch["encoder_inputs"].shape == (2, 32)
+  assert (batch["encoder_segment_ids"] == 1).all() and batch["inputs"].max() < 50
+  assert batch["encoder_positions"][1].tolist() == list(range(32))
 
 
 @pytest.mark.slow

@@ -27,6 +27,10 @@ def test_the_time_left_is_that_of_the_steps_of_all_unfinished_runs():
   assert view.time_left(runs, 2) == pytest.approx(30.0)
   assert view.time_left([status("b", State.WAITING, flops_left=1.0)], 1) is None
   assert view.time_left([status("c", State.DONE)], 1) == 0.0
+  # A bare "30 s left" would be read as the end of the sweep.
+  assert view.summary(runs, 2).endswith(
+    "; about 30 s of training steps left, starts, compilation and evaluation on top"
+  )
 
 
 @pytest.mark.parametrize(

@@ -26,6 +26,56 @@ def grid(sizes=5):
   return {"N": n.ravel(), "D": d.ravel()}
 
 
+@pytest.mark.parametrize(
+  ("loss", "words"),
+  [
+    ([3.0] * 12, "does not fall with compute .losses 3 to 3."),
+    (3 + 0.1 * np.arange(12), "does not fall with compute"),
+    (3 + 0.05 * np.random.default_rng(1).normal(size=12), "is not told to fall"),
+  ],
+)
+def test_losses_without_a_trend_have_no_power_law(loss, words):
+  """Flat, rising, and pure noise: some alpha fits each of them as well as any other."""
+  with pytest.raises(UserError, match=words):
+    fit.power_law(COMPUTE, loss, evaluation="x", num_draws=0)
+
+
+def test_noise_alone_is_refused_at_the_level_of_the_test():
+  """5% of noises look like a trend or a curve; of 200, at most 10% here."""
+  rng = np.random.default_rng(0)
+  trends = curves = 0
+  budget, sizes = np.full(6, 1e13), np.logspace(6, 8, 6)
+  for _ in range(200):
+    try:
+      fit._refuse_no_trend(COMPUTE, 3 + 0.05 * rng.normal(size=len(COMPUTE)))
+      trends += 1
+    except UserError:
+      pass
+    curves += len(isoflop.minima(budget, sizes, 3 + 0.01 * rng.normal(size=6))[0])
+  assert trends <= 20 and curves <= 20
+
+
+def test_a_curvature_within_the_scatter_is_refused_with_its_t():
+  """By hand: x = -2..2, residuals (1, -2, 0, 2, -1) d are orthogonal to 1, x and x^2.
+
+  Two degrees of freedom, sum of squares 10 d^2; the quadratic's variance is 1/14 of s^2.
+  With 0.05 x^2, d = 0.05: s = 0.05 sqrt(5), t = 0.05 sqrt(14) / s = 1.67 < 2.92.
+  """
+  x, shape = np.arange(-2, 3.0), np.array([1, -2, 0, 2, -1])
+  sizes = np.exp(x + 14)
+  (found,), _ = isoflop.minima(np.full(5, 1e13), sizes, 3 + 0.05 * x**2 + 0.001 * shape)
+  assert found.curvature == pytest.approx(0.1)
+  loss = 3 + 0.05 * x**2 + 0.05 * shape
+  _, (refused,) = isoflop.minima(np.full(5, 1e13), sizes, loss)
+  assert "t=1.7, and 2.9 is needed" in refused.why
+
+
+def test_runs_without_compute_are_refused():
+  """A power of 0 is infinite: no warning of numpy's, but a sentence."""
+  with pytest.raises(UserError, match="C=0: it must be above 0"):
+    fit.power_law([0.0, *COMPUTE], np.ones(len(COMPUTE) + 1), evaluation="x")
+
+
 def test_a_power_law_comes_back_from_noisy_runs_within_its_own_interval():
   loss = noisy(TRUE, {"C": COMPUTE})
   fitted = fit.power_law(COMPUTE, loss, evaluation="validation", num_draws=100)

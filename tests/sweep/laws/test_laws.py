@@ -2,11 +2,13 @@
 
 import dataclasses
 import math
+import pathlib
 import warnings
 
 import numpy as np
 import pytest
 
+from configs import default
 from moejax.config import Config
 from moejax.cost import flops
 from moejax.errors import ConfigError, UserError
@@ -244,6 +246,24 @@ def test_lings_g_is_half_of_krajewskis_and_its_c_leaves_out_the_head():
   assert inputs["C"] == pytest.approx(
     (flops.flops_per_token(config, 264)["total"] - head) * TOKENS
   )
+
+
+DOCS = pathlib.Path(__file__).parents[3] / "docs"
+
+
+@pytest.mark.parametrize(
+  "law", [laws.Clark, laws.Krajewski, laws.Abnar, laws.Ludziejewski, laws.Ling]
+)
+def test_the_docs_count_the_default_config(law):
+  """The default's steps have changed before, and the page did not notice."""
+  inputs = definitions.inputs_of(law, default.get_config())
+  exact = {name for name in inputs if name in "ND"}
+  words = ", ".join(
+    f"{name} {value:,.0f}" if name in exact else f"{name} {value:.3g}".replace("e+", "e")
+    for name, value in inputs.items()
+  )
+  page = (DOCS / "sweeps_laws.md").read_text(encoding="utf-8")
+  assert f"| {law.__name__} | {words} |" in page
 
 
 @pytest.mark.parametrize("law", [laws.PowerLaw, laws.Chinchilla])

@@ -3,6 +3,7 @@
 import copy
 import itertools
 import math
+import re
 
 import hypothesis
 import jax
@@ -146,6 +147,8 @@ def test_the_solution_is_the_nearest_one():
       "with 10,",
     ),
     ("moe.num_experts", (64,), "train.num_steps", "do not grow with it"),
+    # Within 1% as it is: nothing would be solved, and the flag would say nothing.
+    ("moe.num_experts", (8,), "train.num_steps", "do not grow with it"),
     ("moe.num_experts", (64,), "moe.every", "do not grow with it"),
     ("moe.num_experts", (64,), "moe.hiden", "Did you mean moe.hidden?"),
     (
@@ -221,6 +224,22 @@ def test_every_base_has_a_ladder_of_valid_sizes(
     assert not groups or heads == 1 or model.num_heads == 2 * model.num_kv_heads
 
 
+def test_an_encoder_decoder_spends_the_tokens_of_its_decoder():
+  """16 rows of 32 decoder tokens are 512 tokens a step, whatever the encoder reads."""
+  base = default.get_config()
+  base.model.kind, base.data.objective = "encoder_decoder", "span_corruption"
+  base.train.batch_size, base.data.decoder_length = 16, 32
+  base.model.encoder_layers = 2
+  found = points(
+    make(base=base, axes=(axes.product("model.width", 64, 128),), isoflop=(1e13,))
+  )
+  for point in found:
+    config = point.config
+    assert budget.num_tokens(config) == config.train.num_steps * 512
+    spent = config.train.num_steps * 512 * budget.token_flops(config)
+    assert spent == pytest.approx(1e13, rel=0.01)
+
+
 def test_with_sizes_of_ones_own_each_point_keeps_its_shape():
   """Only the number of steps is solved."""
   sizes = axes.together({"model.width": [64, 128], "model.num_layers": [4, 2]})
@@ -248,6 +267,14 @@ def test_a_rung_is_matched_to_the_base_of_its_size():
     assert counted(point.config) == pytest.approx(counted(same), rel=0.01)
 
 
+@pytest.mark.parametrize("flops", [1e9, 1e99])
+def test_the_nearest_budget_that_a_refusal_names_is_accepted(flops):
+  """On either side: too small for five sizes, or for the steps that a run may take."""
+  words = refused(make(isoflop=(flops,)))
+  near = re.findall(r"nearest reachable budget is (\S+) FLOPs", words)
+  assert len(near) == 1 and len(budget.ladder(default.get_config(), float(near[0]))) >= 5
+
+
 @pytest.mark.parametrize(
   ("changes", "part"),
   [
@@ -256,8 +283,13 @@ def test_a_rung_is_matched_to_the_base_of_its_size():
       "a curve needs 5. The nearest reachable budget is 1.4e+12 FLOPs",
     ),
     ({"isoflop": (1e99,)}, "0 of the sizes around the base config can spend it"),
-    ({"isoflop": (0.0,)}, "--isoflop=0.0: a budget is a number of FLOPs above 0"),
+    ({"isoflop": (0.0,)}, "--isoflop=0: a budget is a number of FLOPs above 0"),
     ({"isoflop": (math.nan,)}, "--isoflop=nan: a budget"),
+    ({"isoflop": (-1e13,)}, "--isoflop=-1e13: a budget"),
+    (
+      {"isoflop": (1e99,), "axes": (axes.product("model.width", 128),)},
+      "Give a smaller budget, a larger model",
+    ),
     ({"isoflop": (1e13, 1e13)}, "the same point twice: isoflop=1e13"),
     (
       {"isoflop": (1.45e10,), "axes": (axes.product("model.width", 128),)},

@@ -99,7 +99,7 @@ def test_the_interval_is_of_seeds():
   """With seeds that differ, the interval holds the ratio and has a width."""
   records = [
     *runs((4.0, 3.0, 2.5, 2.25), twin=True, shift=(-0.1, 0.1)),
-    *runs((3.5, 2.25, 2.1, 2.0), twin=False, shift=(-0.1, 0.1), moe__num_experts=8),
+    *runs((3.5, 2.25, 2.1, 2.0), twin=False, shift=(0.1, -0.1), moe__num_experts=8),
   ]
   (found,) = quality.speedups(settings(records))
   assert found.steps.low < 2.0 < found.steps.high

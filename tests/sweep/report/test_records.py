@@ -53,6 +53,24 @@ def test_a_row_holds_what_was_logged_and_evaluated(tmp_path):
   assert not {"wall_seconds", "compile_seconds", "peak_memory_bytes"} & found.keys()
 
 
+def test_tokens_of_an_encoder_decoder_are_its_decoders(tmp_path):
+  """20 steps of 4 rows of 7 targets are 560 tokens; the encoder's 40 are no targets.
+
+  A rate of 2000 targets/s is 14 ms for the 28 of a step.
+  """
+  config = cases.make_config(
+    model__kind="encoder_decoder",
+    model__encoder_layers=2,
+    data__objective="span_corruption",
+    data__sequence_length=40,
+    data__decoder_length=7,
+  )
+  found = records.read([cases.write_run(tmp_path / "a", config)]).runs[0].values
+  assert found["tokens"] == 560
+  assert found["training_flops"] == 560 * found["flops_per_token"]
+  assert found["step_ms_p50"] == pytest.approx(14.0)
+
+
 def test_an_unfinished_run_is_a_row_without_a_result(tmp_path):
   """Also if it has an evaluation of an earlier end: it was given more steps since."""
   path = cases.write_run(tmp_path / "a", logged=5, done=False)

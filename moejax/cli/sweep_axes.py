@@ -1,0 +1,68 @@
+"""Flags beside a sweep's file: which axes they replace, and which change nothing."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from moejax.cli import flags as cli
+from moejax.errors import ConfigError
+from moejax.sweep.spec import Axis, Spec
+
+
+def joined(
+  own: Sequence[Axis], given: Sequence[Axis], typed: Mapping[str, str]
+) -> tuple[Axis, ...]:
+  """Returns a file's axes with those of flags, which replace the axes of their fields.
+
+  Args:
+    own: of the file.
+    given: of flags.
+    typed: the flag of each field of `given`.
+
+  Raises:
+    ConfigError: an axis of the file has further fields, which would be lost.
+  """
+  axes = list(own)
+  for new in given:
+    old = [axis for axis in axes if set(axis.fields) & set(new.fields)]
+    for axis in old:
+      if others := [field for field in axis.fields if field not in new.fields]:
+        field = next(field for field in new.fields if field in axis.fields)
+        whole = " ".join(f"--zip.{field}=..." for field in axis.fields)
+        raise ConfigError(
+          f"{typed[field]}: in the file of --spec this field varies together with "
+          f"{', '.join(others)}. Replace all of them, by {whole}, or change the file."
+        )
+    at = axes.index(old[0]) if old else len(axes)
+    axes[at : at + bool(old)] = [new]
+    axes = [axis for axis in axes if axis not in old[1:]]
+  return tuple(axes)
+
+
+def refuse_overridden(spec: Spec, overrides: Mapping[str, Any]) -> None:
+  """Rejects a --config flag of a field that every point sets otherwise.
+
+  With --match the base config is still what points are compared with.
+
+  Args:
+    spec: with the flags of this command line.
+    overrides: fields given by --config flags, with their values.
+
+  Raises:
+    ConfigError: names the flag and the remedy.
+  """
+  if spec.match:
+    return
+  by_axis = {field for axis in spec.axes for field in axis.fields}
+  settings = [set(fields) for fields in spec.variants.values()]
+  by_variants = set.intersection(*settings) if settings else set()
+  for field, value in overrides.items():
+    if field in by_axis:
+      who, remedy = "an axis", "replace the axis"
+    elif field in by_variants:
+      who, remedy = "every variant", "change the variants"
+    else:
+      continue
+    raise ConfigError(
+      f"--config.{field}={cli.spelled(value)} changes nothing: {who} of this sweep sets "
+      f"the field. Leave it out, or {remedy}."
+    )
