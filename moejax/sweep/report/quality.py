@@ -13,7 +13,7 @@ length.
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 import numpy as np
 
@@ -42,9 +42,12 @@ def speedups(found: Sequence[Setting]) -> list[Answer]:
   baseline = best_twin(found)
   if baseline is None:
     return []
-  slow, out = curves(baseline), []
+  out = []
   for setting in comparable(found, baseline):
-    steps = laws.to_quality(slow, curves(setting), level=summary.LEVEL)
+    # By common seeds, which `to_quality` takes as pairs.
+    seeds = baseline.losses.keys() & setting.losses.keys() or None
+    slow, fast = curves(baseline, seeds), curves(setting, seeds)
+    steps = laws.to_quality(slow, fast, level=summary.LEVEL)
     # A cost per step is a constant of a setting, so that it scales ratio and interval.
     flops = _scaled(steps, _per_step(baseline, setting, "training_flops", "steps"))
     ratio = _per_step(baseline, setting, summary.STEP_TIME, None)
@@ -70,18 +73,34 @@ def comparable(found: Sequence[Setting], baseline: Setting) -> list[Setting]:
   return [s for s, fast in sparse if fast and _comparable(slow, fast)]
 
 
+def left_out(found: Sequence[Setting]) -> list[Setting]:
+  """Returns the sparse settings with curves that cannot be held against the baseline's."""
+  baseline = best_twin(found)
+  if baseline is None:
+    return []
+  sparse = [s for s in found if not is_twin(s) and any(s.runs[0].curve.eval_step)]
+  kept = comparable(found, baseline)
+  return [s for s in sparse if not any(s is other for other in kept)]
+
+
 def is_twin(setting: Setting) -> bool:
   return setting.runs[0].config.moe.dense_twin
 
 
-def curves(setting: Setting) -> list[Curve]:
-  """Returns the held-out loss of each seed over steps; empty with one point or none."""
+def curves(setting: Setting, seeds: Collection[int] | None = None) -> list[Curve]:
+  """Returns the held-out loss of each seed over steps; empty with one point or none.
+
+  Args:
+    setting: equal runs up to their seed.
+    seeds: those wanted; None is all.
+  """
   found = [
     Curve(
       cost=np.asarray(run.curve.eval_step, np.float64),
       loss=np.asarray(run.curve.eval_loss, np.float64),
     )
     for run in setting.runs
+    if seeds is None or run.values["seed"] in seeds
   ]
   return found if all(len(curve.cost) > 1 for curve in found) else []
 
@@ -110,12 +129,12 @@ def in_words(answers: Sequence[Answer]) -> str:
 
 
 def _ratio(speedup: Speedup) -> str:
+  ratio = f"{speedup.bound} {speedup.ratio:.2f}x".lstrip()
+  if speedup.bound:
+    return f"{ratio} (a side was there at its first evaluation: evaluate more often)"
   if math.isnan(speedup.low):
-    return f"{speedup.ratio:.2f}x (one seed)"
-  return (
-    f"{speedup.ratio:.2f}x ({speedup.level:.0%} interval {speedup.low:.2f} to "
-    f"{speedup.high:.2f})"
-  )
+    return f"{ratio} (one seed)"
+  return f"{ratio} ({speedup.level:.0%} interval {speedup.low:.2f} to {speedup.high:.2f})"
 
 
 def finite(value: float) -> float | None:

@@ -150,6 +150,7 @@ def _quality(
   for answer in quality.speedups(found):
     row = _words(answer.setting.values, names, records.fields)
     row |= {"seeds": answer.setting.n, "loss of the dense twin": answer.steps.target}
+    row |= {"bound": answer.steps.bound}
     for name, speedup in (
       ("steps", answer.steps),
       ("FLOPs", answer.flops),

@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from moejax.sweep.report import analyses, summary, words
+from moejax.sweep.report import analyses, quality, summary, words
 from moejax.sweep.report.records import Records
 from moejax.sweep.report.summary import Setting
 
@@ -19,6 +19,7 @@ def write(records: Records, found: Sequence[Setting], axes: Sequence[str]) -> li
     *_close(found),
     *_uncertain_doublings(found, axes, names),
     *_refused(found, records.fields, names),
+    *_curves(found),
     *_step_times(records, found),
   ]
 
@@ -143,6 +144,18 @@ def _refused(
     f"{words.where(curve.others, names)}: {curve.refused}."
     for curve in analyses.isoflops(found, fields)
     if curve.refused
+  ]
+
+
+def _curves(found: Sequence[Setting]) -> list[str]:
+  out = quality.left_out(found)
+  if not out:
+    return []
+  named = "; ".join(s.label for s in out[: words.MOST])
+  more = f"; and {len(out) - words.MOST} more" if len(out) > words.MOST else ""
+  return [
+    f"Speed to quality of {named}{more}: seeds were evaluated at different steps, or once "
+    "alone."
   ]
 
 

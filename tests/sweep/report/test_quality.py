@@ -93,6 +93,9 @@ def test_a_seed_evaluated_at_other_steps_is_not_compared():
   object.__setattr__(records[3], "curve", odd)
   found = quality.speedups(settings(records))
   assert [a.setting.values["moe.num_experts"] for a in found] == [64]
+  grouped = settings(records)
+  said = sentences.write(cases.of(records), grouped, ("moe.num_experts",))
+  assert any("num_experts=8" in t and "different steps" in t for t in said.unknown)
 
 
 def test_the_interval_is_of_seeds():
@@ -119,6 +122,13 @@ def test_sentence_and_table_hold_the_numbers():
   assert [row["steps, times fewer"] for row in table.rows] == [2.0, 0.0]
   drawn = {figure.name for figure in figures.make(found, grouped, axes)}
   assert {"held_out_curves", "steps_saved"} <= drawn
+
+
+def test_a_loss_passed_before_the_first_evaluation_is_a_bound():
+  """The setting begins below the twin's end: 4x is the least that it can be."""
+  found = cases.of([*sweep()[:2], *runs((2.0, 1.9, 1.8, 1.7), twin=False)])
+  (answer,) = quality.speedups(summary.settings(found))
+  assert "with at least 4.00x (a side was there" in quality.in_words([answer])
 
 
 def test_nobody_gets_there():
