@@ -67,7 +67,10 @@ def expand(spec: Spec) -> Expansion:
   for choices in rows:
     settings = {k: v for choice in choices for k, v in choice.settings.items()}
     config, error = _resolve(spec, choices)
-    if not _kept(spec, config, axes_lib.name_of(settings, among)):
+    # A point is a config with its seed: a condition may give fewer seeds to some.
+    seeded = _seeded(spec, config, settings, among)
+    kept = [point for point in seeded if _kept(spec, point)]
+    if not kept:
       continue
     try:
       if error is not None:
@@ -76,7 +79,7 @@ def expand(spec: Spec) -> Expansion:
     except ConfigError as reason:
       skipped.append(Skipped(name=axes_lib.name_of(settings, among), reason=str(reason)))
       continue
-    found += _seeded(spec, config, settings, among)
+    found += kept
   if skipped and not spec.skip_impossible:
     raise ConfigError(_impossible(skipped))
   _refuse_lost_options(spec, rows)
@@ -198,15 +201,15 @@ def _resolve(spec: Spec, choices: list[Choice]) -> tuple[Config, ConfigError | N
   return config, None
 
 
-def _kept(spec: Spec, config: Config, name: str) -> bool:
+def _kept(spec: Spec, point: Point) -> bool:
   for condition in spec.conditions:
     try:
-      if not condition(config):
+      if not condition(point.config):
         return False
     except Exception as error:
       words = " ".join(str(error).split())
       raise UserError(
-        f"a condition fails at point {name}: {type(error).__name__}: {words}. It gets a "
+        f"a condition fails at point {point.name}: {type(error).__name__}: {words}. It gets a "
         "moejax.config.Config and returns whether the point is kept."
       ) from error
   return True

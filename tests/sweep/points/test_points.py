@@ -182,9 +182,24 @@ def test_conditions_choose_points():
   assert "the conditions leave none" in refused(EXPERTS, conditions=(lambda c: False,))
 
 
+def test_a_condition_sees_the_seed():
+  """One seed for all points, further seeds for one of them."""
+
+  def wanted(config: Config) -> bool:
+    return config.train.seed == 0 or config.moe.num_experts == 8
+
+  found = points(make(EXPERTS, seeds=(0, 1), conditions=(wanted,)))
+  kept = [(p.config.moe.num_experts, p.config.train.seed) for p in found]
+  assert kept == [(8, 0), (8, 1), (16, 0)]
+
+
+def test_conditions_may_leave_none():
+  assert "the conditions leave none" in refused(EXPERTS, conditions=(lambda c: False,))
+
+
 def test_a_condition_that_fails_names_the_point():
   text = refused(EXPERTS, conditions=(lambda c: c.moe.nothing,))
-  assert "a condition fails at point num_experts=8: AttributeError" in text
+  assert "a condition fails at point num_experts=8,seed=0: AttributeError" in text
 
 
 def test_variants_are_an_axis_by_their_names():
