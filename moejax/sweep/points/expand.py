@@ -209,8 +209,8 @@ def _kept(spec: Spec, point: Point) -> bool:
     except Exception as error:
       words = " ".join(str(error).split())
       raise UserError(
-        f"a condition fails at point {point.name}: {type(error).__name__}: {words}. It gets a "
-        "moejax.config.Config and returns whether the point is kept."
+        f"a condition fails at point {point.name}: {type(error).__name__}: {words}. It "
+        "gets a moejax.config.Config and returns whether the point is kept."
       ) from error
   return True
 

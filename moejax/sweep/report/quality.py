@@ -74,7 +74,7 @@ def comparable(found: Sequence[Setting], baseline: Setting) -> list[Setting]:
 
 
 def left_out(found: Sequence[Setting]) -> list[Setting]:
-  """Returns the sparse settings with curves that cannot be held against the baseline's."""
+  """Returns the sparse settings whose curves cannot be held against the baseline's."""
   baseline = best_twin(found)
   if baseline is None:
     return []

@@ -154,8 +154,8 @@ def _curves(found: Sequence[Setting]) -> list[str]:
   named = "; ".join(s.label for s in out[: words.MOST])
   more = f"; and {len(out) - words.MOST} more" if len(out) > words.MOST else ""
   return [
-    f"Speed to quality of {named}{more}: seeds were evaluated at different steps, or once "
-    "alone."
+    f"Speed to quality of {named}{more}: its seeds were evaluated at different steps, or "
+    "only once."
   ]
 
 
