@@ -21,6 +21,9 @@ CONFIG_MODULE = ".config.py"
 """The point's config, as its sweep wrote it. Hidden, so that the run's own check of its
 directory takes no notice of it."""
 
+RECORD_FILE = ".sweep.json"
+"""What the sweep knows of the run; see states.py."""
+
 _DIGEST = re.compile(r".+-([0-9a-f]{8})")
 _SHOWN = 3
 
@@ -39,7 +42,8 @@ def trouble(path: Path) -> str:
   stamp = _stamp(path / CONFIG_FILE)
   if stamp is None or not _DIGEST.fullmatch(path.name):
     return ""
-  return _trouble(path, stamp, _stamp(path / CONFIG_MODULE))
+  others = (_stamp(path / name) for name in (CONFIG_MODULE, RECORD_FILE))
+  return _trouble(path, stamp, *others)
 
 
 def _stamp(path: Path) -> tuple[int, int] | None:
@@ -82,7 +86,9 @@ def _difference(path: Path, config: Config) -> str:
   if found == wanted:
     return ""
   own = _own_config(path)
-  if own is None or digest(own) != wanted:
+  # A default that has changed since changes the digest of the same config; the record
+  # then still has the one that it was given.
+  if own is None or wanted not in (digest(own), _recorded_digest(path)):
     others = [p.name for p in path.parent.glob(f"*-{found}") if p != path]
     of = f", which is that of {others[0].rpartition('-')[0]}" if others else ""
     return f"its digest is {found}{of}, and the directory's is {wanted}"
@@ -97,6 +103,13 @@ def _difference(path: Path, config: Config) -> str:
     )
     + more
   )
+
+
+def _recorded_digest(path: Path) -> Any:
+  try:
+    return files.read_json(path / RECORD_FILE)["plan"]["digest"]
+  except (OSError, ValueError, LookupError, TypeError):
+    return None
 
 
 def _own_config(path: Path) -> Config | None:

@@ -31,8 +31,8 @@ from moejax.run.files import CONFIG_FILE, DIRECTORY, list_steps
 from moejax.run.results import EVAL_FILE
 from moejax.run.writers import METRICS_FILE
 from moejax.sweep.execution import identity
+from moejax.sweep.execution.identity import RECORD_FILE
 
-RECORD_FILE = ".sweep.json"
 LOG_FILE = "train.log"
 
 TAIL_LINES = 15
@@ -118,6 +118,7 @@ def examine(path: Path) -> Status:
   Never raises for what the directory holds: see `Status.damage`.
   """
   damage, unknown = "", identity.trouble(path)
+  is_strange = bool(unknown)
   try:
     record = read_record(path)
   except DamagedError as error:
@@ -128,6 +129,8 @@ def examine(path: Path) -> Status:
     final, unknown = {}, unknown or str(error)
   plan = record.get("plan", {})
   name = str(plan.get("name") or path.name)
+  if is_strange:  # The record may have come with the other run.
+    name = path.name.rpartition("-")[0]
   num_steps = int(plan.get("num_steps") or _num_steps(path))
   attempts = record.get("attempts", [])
   last = attempts[-1] if attempts else {}

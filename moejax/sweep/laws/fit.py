@@ -221,7 +221,9 @@ def _refuse_no_trend(compute: Floats, loss: Floats) -> None:
   Kendall's tau, one-sided: ranks alone, so that neither an outlier nor a curve that
   flattens hides a trend. Too few rows for a test at 5% need only fall.
   """
-  tau, p = stats.kendalltau(compute, loss, alternative="less")
+  # Any: scipy's types lose those of a result's fields.
+  found: Any = stats.kendalltau(compute, loss, alternative="less")
+  tau, p = float(found.statistic), float(found.pvalue)
   spread = f"losses {loss.min():.4g} to {loss.max():.4g}"
   remedy = "Add runs at other budgets, or seeds."
   if not tau < 0:

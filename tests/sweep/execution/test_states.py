@@ -241,6 +241,18 @@ def test_another_configs_run_is_not_done(run, has_own):
   assert (named if has_own else f"{digest(other)}, which is that of a=2,") in found.damage
 
 
+def test_a_run_from_before_a_default_changed_is_still_the_points(run):
+  """Its digest was of other defaults: the record has it, and the configs are equal."""
+  finish(run)
+  log(run, {"step": 6, "loss": 2.5})
+  directory.write_config(run, "a=1", CONFIG)
+  (run / "config.json").write_text(json.dumps(config_text.to_dict(CONFIG)))
+  old = run.rename(run.with_name("a=1-01234567"))
+  assert states.examine(old).state is State.DAMAGED
+  states.write_plan(old, states.Plan(**{**vars(PLAN), "digest": "01234567"}))
+  assert states.examine(old).state is State.DONE
+
+
 def test_a_run_may_resume_with_other_logging_but_not_end_later(run):
   """The fields that a resume may change leave it the point's run."""
   finish(run)
