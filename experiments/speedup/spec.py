@@ -79,12 +79,10 @@ def variants() -> dict[str, dict[str, Any]]:
   }
 
 
+def is_wanted(config: Config) -> bool:
+  """One seed tunes, three measure."""
+  return config.train.seed == 0 or config.optimizer.learning_rate == best_rate(config)
+
+
 def get_sweep() -> Spec:
-  return Spec(
-    base=base(),
-    variants=variants(),
-    seeds=(0, 1, 2),
-    conditions=(
-      lambda c: c.train.seed == 0 or c.optimizer.learning_rate == best_rate(c),
-    ),
-  )
+  return Spec(base=base(), variants=variants(), seeds=(0, 1, 2), conditions=(is_wanted,))
