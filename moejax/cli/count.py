@@ -2,7 +2,7 @@
 
   python -m tools.count --config=configs/default.py [--config.moe.num_experts=16] [--json]
 
-Reads no data and builds no model. FLOPs are of training (3 times the forward pass), by
+Reads no data, and builds no arrays. FLOPs are of training (3 times the forward pass), by
 the conventions of moejax/cost/flops.py. The dense twin is the model of
 `--config.moe.dense_twin`: every MoE layer becomes a dense one of hidden width
 K*F + shared, so its feed-forward costs the same per token. The router is the only
@@ -22,6 +22,7 @@ from moejax.config import Config
 from moejax.cost import flops as plan_flops
 from moejax.cost import parameters as plan_parameters
 from moejax.cost.attention import cache_numbers_per_token
+from moejax.models.frozen_count import count_frozen
 
 _JSON = flags.DEFINE_bool("json", False, "Print one JSON object instead of a table.")
 _CAUSAL = flags.DEFINE_bool(
@@ -60,6 +61,7 @@ def count(config: Config, *, causal: bool = False) -> dict[str, Any]:
     "active": active["total"],
     "flops_per_token": training["total"],
     "parts": parts,
+    "frozen": count_frozen(config).get("total", 0),
     "vocab_size": vocab_size,
     "sequence_length": config.data.sequence_length,
     "attention_pairs": "causal" if causal else "full",
@@ -117,6 +119,11 @@ def main() -> None:
     f"{verdict}. The router adds {router / counted['flops_per_token']:.2%} of the total."
   )
   pairs = "causal pairs only" if _CAUSAL.value else "the full square, as in PaLM"
+  if frozen := counted["frozen"]:
+    console.print(
+      f"{frozen:,} parameters are frozen: the optimizer keeps moments of the other "
+      f"{counted['total'] - frozen:,} alone. FLOPs are counted as if all were trained."
+    )
   console.print(
     f"Training (3x forward), sequence {counted['sequence_length']}, vocabulary "
     f"{counted['vocab_size']}; attention: {pairs}; the embedding's lookup is not "
