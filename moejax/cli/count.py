@@ -61,7 +61,6 @@ def count(config: Config, *, causal: bool = False) -> dict[str, Any]:
     "active": active["total"],
     "flops_per_token": training["total"],
     "parts": parts,
-    "frozen": count_frozen(config).get("total", 0),
     "vocab_size": vocab_size,
     "sequence_length": config.data.sequence_length,
     "attention_pairs": "causal" if causal else "full",
@@ -104,6 +103,8 @@ def make_table(moe: dict[str, Any], twin: dict[str, Any]) -> Table:
 def main() -> None:
   config = cli.get_config()
   counted = count(config, causal=_CAUSAL.value)
+  # The twin has other parameters, which the selectors need not fit.
+  counted["frozen"] = count_frozen(config).get("total", 0)
   twin = count(plan_parameters.dense_twin(config), causal=_CAUSAL.value)
   if _JSON.value:
     print(json.dumps(counted | {"dense_twin": twin}, indent=2))

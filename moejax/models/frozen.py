@@ -6,6 +6,7 @@ which the train step moves a router's bias does not move them either.
 """
 
 import dataclasses
+import difflib
 import fnmatch
 import math
 from collections.abc import Iterator, Mapping
@@ -14,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from moejax.config.selectors import Selector, parse
-from moejax.errors import ConfigError, did_you_mean
+from moejax.errors import ConfigError
 from moejax.models.trained import Mask, Rows
 from moejax.types import Params
 
@@ -104,8 +105,8 @@ def _check(
   matched = [name for name in shapes if fnmatch.fnmatchcase(name, selector.pattern)]
   if not matched:
     raise ConfigError(
-      f"{_FLAG}={text}: no parameter is named {selector.pattern}. "
-      f"{did_you_mean(selector.pattern, list(shapes))}"
+      f"{_FLAG}={text}: no parameter is named {selector.pattern}. The nearest is "
+      f"{difflib.get_close_matches(selector.pattern, shapes, 1, cutoff=0.0)[0]}."
     )
   if selector.rows is None:
     return

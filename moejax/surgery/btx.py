@@ -3,7 +3,8 @@
 Branch-Train-MiX (arXiv:2403.07816, section 2.2): the feed-forwards of the runs become the
 experts of every layer that the new config makes MoE, expert 0 from --workdir and the
 others from --runs in their order; all other parameters are averaged. --weights weighs the
-average, which is uniform in the paper.
+average, which is uniform in the paper. A pattern such as --runs='SWEEP/runs/*' names all
+runs of a sweep, sorted by name and without --workdir.
 
   router    random, zero, or means: of what the layer reads of each run's own text, see
             `moejax.surgery.domain_means`
@@ -21,6 +22,7 @@ Letters: D width, R runs, m segments, E = R m experts, F = hidden / m.
 import copy
 import dataclasses
 import functools
+import glob
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
@@ -71,7 +73,9 @@ class Btx(Operation):
   needs_moe = False
   keeps_moments = False
 
-  runs: str = option("", "directories of the other dense runs, separated by commas")
+  runs: str = option(
+    "", "directories of the other dense runs, or patterns of them, separated by commas"
+  )
   weights: str = option(
     "", "of the runs in the average of all else, --workdir's first: 2,1,1; empty is equal"
   )
@@ -87,6 +91,8 @@ class Btx(Operation):
   frozen: bool = option(
     False, "write into the config that the expert of --workdir is not trained"
   )
+  first: Opened | None = None
+  """The run of --workdir."""
 
   @property
   def reads_text(self) -> bool:
@@ -98,7 +104,8 @@ class Btx(Operation):
 
   @functools.cached_property
   def _others(self) -> list[Opened]:
-    words = [word.strip() for word in self.runs.split(",") if word.strip()]
+    first = None if self.first is None else self.first.workdir
+    words = _directories(self.runs, first)
     if not words:
       raise UserError("--runs=RUN_B,RUN_C is missing: give the other dense runs.")
     return [open_run(word, flag=f"--runs={word}") for word in words]
@@ -128,6 +135,9 @@ class Btx(Operation):
 
   # ------------------------------------------------------------------------- checks
 
+  def of_run(self, run: Opened) -> "Btx":
+    return dataclasses.replace(self, first=run)
+
   def check(self, old: Config) -> None:
     self._upcycle.check(old)
     assert len(self._parts)
@@ -142,8 +152,11 @@ class Btx(Operation):
             f"{flag}: --config.{name} is {show(now)} there and {show(was)} in --workdir. "
             "Give runs of one model."
           )
+    if self.first is not None:
+      self._check_directories(self.first)
 
-  def check_run(self, run: Opened) -> None:
+  def _check_directories(self, run: Opened) -> None:
+    """Rejects runs of another tokenizer, other shapes or another seed run."""
     seeds = {}
     for other in self._others:
       flag = f"--runs={other.workdir}"
@@ -185,10 +198,9 @@ class Btx(Operation):
         run.slices.verify("params.")
       except DamagedCheckpointError as e:
         raise damaged(f"--runs={run.workdir}", run.step, e) from e
-    if source.workdir is not None:
-      first = open_run(source.workdir, source.step)
-      runs.insert(0, first)
-      is_copy = all(_same(first, run) for run in self._others)
+    if self.first is not None:
+      runs.insert(0, self.first)
+      is_copy = all(_same(self.first, run) for run in self._others)
     rows = self._rows(source, runs) if self.router == "means" else {}
     found = {}
     for number, layer in source.layers.items():
@@ -236,6 +248,34 @@ class Btx(Operation):
 
   def expected(self, gates: Gates, choice: Choice) -> str:
     return self._upcycle.expected(gates, choice) if choice.exact else DROP
+
+
+def _directories(text: str, first: Path | None) -> list[str]:
+  """Returns the directories that a list of names and patterns means.
+
+  Names of a sweep's runs have commas themselves, so that a pattern stands for them.
+
+  Args:
+    text: names and patterns, separated by commas; or one name.
+    first: left out of what a pattern matches.
+
+  Raises:
+    UserError: a pattern matches none.
+  """
+  if Path(text).is_dir() and text:
+    return [text]
+  found: list[str] = []
+  for word in (word.strip() for word in text.split(",") if word.strip()):
+    if not set(word) & set("*?["):
+      found.append(word)
+      continue
+    paths = [path for path in sorted(glob.glob(word)) if Path(path).is_dir()]
+    if first is not None:
+      paths = [path for path in paths if Path(path).resolve() != first.resolve()]
+    if not paths:
+      raise UserError(f"--runs={word} matches no other directory. Check the spelling.")
+    found += paths
+  return found
 
 
 def _same(one: Opened, other: Opened) -> bool:

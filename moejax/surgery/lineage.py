@@ -130,11 +130,10 @@ def ancestors(
       before += [p for p in parents if p not in before]
     prints = of_layer["before"]
     words += [f"expert {p} ({prints[p]})" if prints else f"expert {p}" for p in before]
-    sources = [
-      f"{source['workdir']}, step {source['step']}"
-      for source in entry.get("sources", [entry["source"]])
-    ]
-    out.append((f"{entry['operation']} of {'; '.join(sources)}", words))
+    source = f"{entry['source']['workdir']}, step {entry['source']['step']}"
+    if "sources" in entry:  # each expert names its own
+      source = f"{len(entry['sources'])} runs"
+    out.append((f"{entry['operation']} of {source}", words))
     now = before
     if not now:
       break

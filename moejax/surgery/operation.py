@@ -207,6 +207,11 @@ class Operation(abc.ABC):
     """Returns whether the user may set a field that changes shapes; see `reads`."""
     return any(fnmatch.fnmatch(field, pattern) for pattern in self.reads)
 
+  def of_run(self, run: Opened) -> "Operation":
+    """Returns the operation on a run, for those that compare it with other runs."""
+    del run
+    return self
+
   def check(self, old: Config) -> None:
     """Rejects a run that it cannot change.
 
@@ -214,14 +219,6 @@ class Operation(abc.ABC):
       UserError: naming what stands in the way, and what would not.
     """
     del old
-
-  def check_run(self, run: Opened) -> None:
-    """Rejects a run for what its directory holds; nothing of it is read yet.
-
-    Raises:
-      UserError: as `check`.
-    """
-    del run
 
   @abc.abstractmethod
   def new_config(self, old: Config, asked: Config) -> Config:

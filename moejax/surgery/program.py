@@ -76,6 +76,7 @@ def run(
   if asked.output is not None:
     run_lib.refuse_output(asked.output)
   source = open_run(asked.workdir, asked.step)
+  asked = dataclasses.replace(asked, operation=asked.operation.of_run(source))
   plan = _plan(asked, source, new_config)
   state.check(plan, source.slices, asked.optimizer)
   for line in plan_lines(plan, asked.optimizer):
@@ -122,7 +123,6 @@ def _plan(
       "experts of a dense model."
     )
   operation.check(old)
-  operation.check_run(source)
   # They are of the old run: its experts, and where it came from.
   old = copy.deepcopy(old)
   old.train.frozen = old.train.init_from = ""

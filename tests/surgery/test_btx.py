@@ -52,7 +52,7 @@ def joined(runs, tmp_path_factory):
   """The three joined with weights 2, 1, 1: directory, record and what was said."""
   output, said = tmp_path_factory.mktemp("joined") / "new", []
   operation = Btx(
-    runs=f"{runs[1]},{runs[2]}", weights="2,1,1", router="zero", frozen=True
+    runs=f"{runs[0].parent}/[abc]", weights="2,1,1", router="zero", frozen=True
   )
   record = operate(operation, runs[0], output, said, fields=NEW)
   return output, record, said
@@ -100,7 +100,8 @@ def test_the_new_run_says_what_it_is(runs, joined):
   assert [s["step"] for s in record["sources"]] == [7, 8, 9]
   lines = lineage.render(output, {}, {1: ["x"] * 3})
   for run, step in zip(runs, (7, 8, 9)):
-    assert any(f"feed-forward of {run}, step {step}: btx of" in line for line in lines)
+    wanted = f"feed-forward of {run}, step {step}: btx of 3 runs"
+    assert any(wanted in line for line in lines)
   assert any("layer 1: dense -> E 3, K 2" in line for line in said)
 
 
@@ -153,6 +154,7 @@ def test_what_does_not_fit_is_named_before_anything_is_written(runs, source, tmp
   cases = [
     (Btx(), {}, "--runs=RUN_B,RUN_C is missing"),
     (Btx(runs=str(wide)), {}, r"--config\.model\.width is 16 there and 8 in --workdir"),
+    (Btx(runs=f"{runs[0]}*"), {}, "matches no other directory"),
     (Btx(runs=str(source)), {}, "has MoE layers already"),
     (Btx(runs=str(same)), {}, "has another tokenizer"),
     (Btx(runs=str(other)), {}, "started from .*seed and .*other from .*elsewhere"),
