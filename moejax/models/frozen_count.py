@@ -36,7 +36,7 @@ def count_frozen(config: Config) -> dict[str, int]:
   )
   if model.frozen is None:
     return {}
-  found = dict.fromkeys(PARTS, 0)
+  found: dict[str, int] = dict.fromkeys(PARTS, 0)
   for name, number in frozen_numbers(model.frozen, model.shapes()).items():
     if name != "hash_table":
       found[part_of(name)] += number

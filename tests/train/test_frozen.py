@@ -8,6 +8,8 @@ import numpy as np
 import pytest
 
 from moejax.checkpoint import fingerprint
+from moejax.checkpoint.manager import Checkpointer
+from moejax.cost.memory import least_bytes
 from moejax.cost.parameters import count_parameters
 from moejax.errors import ConfigError
 from moejax.models import trained as trained_lib
@@ -245,6 +247,46 @@ def test_frozen_parameters_are_counted_by_part():
   assert count_frozen(config) == total
   assert count_frozen(config_of("*.experts.*[0]"))["experts"] == total["experts"] // 4
   assert count_frozen(config_of("")) == {}
+
+
+def test_the_memory_that_is_predicted_has_moments_of_trained_experts_alone():
+  """Exactly the bytes of the optimizer's arrays, counts aside."""
+  config = config_of("embedding.*,*.experts.*[0:2],*.router.bias")
+  model = model_of(config)
+  optimizer = make_optimizer(
+    config.optimizer, num_steps=9, axes=model.logical_axes(), trained=model.trained()
+  )
+  state = jax.eval_shape(optimizer.init, model.shapes())
+  held = sum(4 * leaf.size for leaf in jax.tree.leaves(state) if leaf.ndim)
+  one = {"data": 1, "fsdp": 1, "expert": 1, "tensor": 1}
+  assert least_bytes(config, one, VOCAB, count_frozen(config))["moments"] == held
+  assert least_bytes(config, one, VOCAB)["moments"] > held
+
+
+def test_a_restored_state_goes_on_to_the_bit(stepped, tmp_path):
+  """Saved with cut moments, restored into the target of a resume, and one step more."""
+  setup, _, state, _ = stepped(config_of())
+  target = state_lib.state_shapes(setup.model, setup.optimizer, setup.mesh)
+
+  def placed():
+    return jax.device_put(state, state_lib.shardings_of(target))
+
+  manager = Checkpointer(
+    tmp_path,
+    keep_last=1,
+    keep_best=0,
+    config=setup.config,
+    metadata={},
+    logical_axes=setup.model.logical_axes(),
+    untrained=trained_lib.names(setup.model.trained()),
+  )
+  manager.save(3, placed(), position={"step": 3, "seed": 0})
+  restored, _ = manager.restore(target)
+  assert manager.close()
+  ends = [setup.run(s, make_batch(3))[0] for s in (placed(), restored)]
+  one, other = (fingerprint.named_leaves((s["params"], s["opt_state"])) for s in ends)
+  for name, leaf in one.items():
+    np.testing.assert_array_equal(leaf, other[name], err_msg=name)
 
 
 def test_optimizers_of_every_kind_take_rows():
