@@ -122,7 +122,7 @@ def test_copies_of_one_run_compute_what_it_did(tmp_path, monkeypatch):
   monkeypatch.setattr(slices, "_PART_BYTES", 1)
   monkeypatch.setattr(lazy, "_CHUNK_BYTES", 4 * 8 * 12)
   record = operate(Btx(runs=f"{run},{run}"), run, tmp_path / "new", fields=NEW)
-  assert record["expected"] == EQUAL
+  assert record is not None and record["expected"] == EQUAL
   assert max(sizes) == 8 * 12
   tokens = jnp.asarray(np.random.default_rng(1).integers(256, size=(2, 8)), jnp.int32)
   logits = []

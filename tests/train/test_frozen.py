@@ -169,7 +169,7 @@ def test_experts_on_several_devices_train_as_on_one(stepped, optimizer):
     np.testing.assert_allclose(a[name], b[name], rtol=1e-4, atol=1e-5, err_msg=name)
     if found := rows_of(name):
       axis, rows = found
-      rows = rows or range(a[name].shape[0])
+      rows = rows or list(range(a[name].shape[0]))
       np.testing.assert_array_equal(
         taken(old[name], axis, rows, frozen=True), taken(b[name], axis, rows, frozen=True)
       )
