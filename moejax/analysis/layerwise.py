@@ -66,8 +66,8 @@ class Layerwise:
     )
     jit = functools.partial(jax.jit, static_argnames=("part", "name"))
     self._begin = jax.jit(self._begin_)
-    self._attend, self._feed, self._read = map(
-      jit, (self._attend_, self._feed_, self._read_)
+    self._attend, self._feed, self._read, self._normed = map(
+      jit, (self._attend_, self._feed_, self._read_, self._normed_)
     )
     self._losses = jax.jit(self._losses_, out_shardings=rules.replicated(mesh))
 
@@ -99,6 +99,12 @@ class Layerwise:
   ) -> tuple[Float[Array, "B S D"], Any]:
     """Returns what an MoE layer reads, and its experts' weights."""
     return self._read(self._params, x, inputs, **self._place(layer))
+
+  def normed(
+    self, layer: int, x: Float[Array, "B S D"], inputs: BlockInputs
+  ) -> Float[Array, "B S D"]:
+    """Returns what a block's feed-forward reads, dense or MoE."""
+    return self._normed(self._params, x, inputs, **self._place(layer))
 
   def losses(self, x: Float[Array, "B S D"], batch: Any) -> Float[Array, "B"]:
     """Returns the summed cross-entropy of each sequence, from the last block's output."""
@@ -152,6 +158,10 @@ class Layerwise:
     block, _ = self.model.stack.block(params, inputs, Place(**where, repeat=repeat))
     normed = block.normed(x)
     return normed, block.moe.experts.weights(normed.dtype)
+
+  def _normed_(self, params: Params, x: Any, inputs: Any, repeat: Any, **where: Any):
+    block, _ = self.model.stack.block(params, inputs, Place(**where, repeat=repeat))
+    return block.normed(x)
 
   def _losses_(self, params: Params, x: Any, targets: Any, segment_ids: Any):
     losses = cross_entropy(self.model.finish(params, x), targets)

@@ -2,7 +2,7 @@
 
   python -m tools.count --config=configs/default.py [--config.moe.num_experts=16] [--json]
 
-Reads no data and builds no model. FLOPs are of training (3 times the forward pass), by
+Reads no data, and builds no arrays. FLOPs are of training (3 times the forward pass), by
 the conventions of moejax/cost/flops.py. The dense twin is the model of
 `--config.moe.dense_twin`: every MoE layer becomes a dense one of hidden width
 K*F + shared, so its feed-forward costs the same per token. The router is the only
@@ -22,6 +22,7 @@ from moejax.config import Config
 from moejax.cost import flops as plan_flops
 from moejax.cost import parameters as plan_parameters
 from moejax.cost.attention import cache_numbers_per_token
+from moejax.models.frozen_count import count_frozen
 
 _JSON = flags.DEFINE_bool("json", False, "Print one JSON object instead of a table.")
 _CAUSAL = flags.DEFINE_bool(
@@ -102,6 +103,8 @@ def make_table(moe: dict[str, Any], twin: dict[str, Any]) -> Table:
 def main() -> None:
   config = cli.get_config()
   counted = count(config, causal=_CAUSAL.value)
+  # The twin has other parameters, which the selectors need not fit.
+  counted["frozen"] = count_frozen(config).get("total", 0)
   twin = count(plan_parameters.dense_twin(config), causal=_CAUSAL.value)
   if _JSON.value:
     print(json.dumps(counted | {"dense_twin": twin}, indent=2))
@@ -117,6 +120,11 @@ def main() -> None:
     f"{verdict}. The router adds {router / counted['flops_per_token']:.2%} of the total."
   )
   pairs = "causal pairs only" if _CAUSAL.value else "the full square, as in PaLM"
+  if frozen := counted["frozen"]:
+    console.print(
+      f"{frozen:,} parameters are frozen: the optimizer keeps moments of the other "
+      f"{counted['total'] - frozen:,} alone. FLOPs are counted as if all were trained."
+    )
   console.print(
     f"Training (3x forward), sequence {counted['sequence_length']}, vocabulary "
     f"{counted['vocab_size']}; attention: {pairs}; the embedding's lookup is not "

@@ -17,7 +17,6 @@ operation, and training goes on in NEW.
 says which operation is for which aim.
 """
 
-import dataclasses
 import pathlib
 import sys
 from typing import Any
@@ -77,9 +76,8 @@ def define_flags(name: str) -> None:
   )
   for option, about in options_of(registry.operation(name)).items():
     words = f" One of {', '.join(about.choices)}." if about.choices else ""
-    flags.DEFINE_string(
-      option, None, f"{about.text}.{words} (default: {show(about.default)})"
-    )
+    define = flags.DEFINE_bool if about.kind is bool else flags.DEFINE_string
+    define(option, None, f"{about.text}.{words} (default: {show(about.default)})")
 
 
 def main() -> int:
@@ -97,7 +95,9 @@ def main() -> int:
     workdir=workdir,
     output=pathlib.Path(values["output"]) if values["output"] else None,
     operation=operation,
-    options=dataclasses.asdict(operation),
+    options={
+      option: getattr(operation, option) for option in options_of(type(operation))
+    },
     optimizer=values["optimizer"],
     step=values["step"],
     seed=values["seed"],
@@ -118,7 +118,7 @@ def _make(name: str, values: dict[str, Any]) -> Any:
   cls, given = registry.operation(name), {}
   for option, about in options_of(cls).items():
     if values[option] is not None:
-      given[option] = about.parse(f"--{option}", values[option])
+      given[option] = about.parse(f"--{option}", str(values[option]))
       about.check(f"--{option}", given[option])
   return cls(**given)
 

@@ -15,6 +15,7 @@ from moejax.config.encoder_check import ENCODER_RULES
 from moejax.config.pattern import dense_layers, layer_pattern
 from moejax.config.ranges import CHOICES, RANGES
 from moejax.config.schema import SCHEMA_VERSION, Config
+from moejax.config.selectors import parse
 from moejax.config.text import (
   expected,
   field_types,
@@ -144,6 +145,12 @@ def _text_has_a_path(c: Config) -> str | None:
     )
   if not c.data.name:
     return "--config.data.name is empty. --list=datasets shows what there is."
+  local = c.data.name in ("text", "python_stdlib", "python_packages")
+  if c.data.domains and not local:
+    return (
+      f"{named(c, 'data.domains', 'data.name')}: a TFDS dataset has no domains. Leave "
+      "them out."
+    )
 
 
 def _heads_divide_width(c: Config) -> str | None:
@@ -252,6 +259,13 @@ def _accumulation_divides_batch(c: Config) -> str | None:
     )
 
 
+def _frozen_is_a_list_of_selectors(c: Config) -> str | None:
+  try:
+    parse(c.train.frozen)
+  except ValueError as e:
+    return f"--config.train.frozen={c.train.frozen}: {e}."
+
+
 def _slots_travel_with_a_capacity(c: Config) -> str | None:
   if c.moe.exchange == "all_to_all" and c.moe.capacity_factor is None:
     return (
@@ -314,6 +328,7 @@ RULES: tuple[Callable[[Config], str | None], ...] = (
   _dense_layers_are_layers,
   _some_layer_is_moe,
   _accumulation_divides_batch,
+  _frozen_is_a_list_of_selectors,
   _slots_travel_with_a_capacity,
   _first_choices_are_not_kept,
   _groups_divide_microbatch,

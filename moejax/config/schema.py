@@ -31,6 +31,9 @@ class DataConfig:
   path: str = ""
   """name=text: a folder, a file, .jsonl, each also .gz .xz .zst. With a TFDS name: the
   directory of the prepared dataset, if not TFDS's own."""
+  domains: str = ""
+  """Read only documents of these domains, separated by commas: distributions of
+  python_packages, folders of python_stdlib and text. Empty is all."""
   cache_dir: str = ""
   """Prepared datasets and token caches; empty is ~/.cache/moejax."""
   text_field: str = "text"
@@ -381,6 +384,13 @@ class TrainConfig:
   accumulation: int = 1
   """Microbatches per optimizer step."""
   seed: int = 0
+  init_from: str = ""
+  """Directory of a run whose parameters a new run starts from, as the flag --init_from,
+  which is used if both are given; for sweeps."""
+  frozen: str = ""
+  """Parameters that training leaves as they are: selectors over their dotted names,
+  separated by commas (`embedding.*,*.moe.experts.*[0:4]`, `!*.moe.experts.*`); see
+  `moejax.config.selectors`."""
   log_every: int = 10
   eval_every: int = 250
   eval_batches: int = 16

@@ -9,7 +9,7 @@ expert buffers, hidden activations, temporaries and copies, so a real run needs 
 
 import math
 import pathlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from moejax.config import Config
@@ -29,23 +29,34 @@ _CGROUP = pathlib.Path("/sys/fs/cgroup")
 _MEMINFO = pathlib.Path("/proc/meminfo")
 
 
-def least_bytes(config: Config, mesh: dict[str, int], vocab_size: int) -> dict[str, int]:
+def least_bytes(
+  config: Config,
+  mesh: dict[str, int],
+  vocab_size: int,
+  frozen: Mapping[str, int] | None = None,
+) -> dict[str, int]:
   """Returns the minimum bytes that a device needs, by kind.
 
   Args:
     config: validated.
     mesh: number of devices per axis.
     vocab_size: V.
+    frozen: parameters without gradient and moments, by part.
   """
   counts, _ = parameters.count_parameters(config, vocab_size)
+  trained = {part: n - (frozen or {}).get(part, 0) for part, n in counts.items()}
   cut = mesh["fsdp"] * mesh["tensor"]
-  experts = counts["experts"]
-  experts_here = -(-experts // (cut * mesh["expert"]))
-  here = experts_here + -(-(counts["total"] - experts) // cut)
-  moments = here * _MOMENTS[config.optimizer.name]
+
+  def on_device(experts: int, others: int) -> int:
+    return -(-experts // (cut * mesh["expert"])) + -(-others // cut)
+
+  here, learned = (
+    on_device(n["experts"], n["total"] - n["experts"]) for n in (counts, trained)
+  )
+  moments = learned * _MOMENTS[config.optimizer.name]
   if config.optimizer.name == "muon":
-    matrices = sum(counts[part] for part in _MATRICES)
-    moments -= experts_here + -(-(matrices - experts) // cut)
+    matrices = sum(trained[part] for part in _MATRICES)
+    moments -= on_device(trained["experts"], matrices - trained["experts"])
   stored, computed = _BYTES[config.model.param_dtype], _BYTES[config.model.dtype]
   micro = config.train.batch_size // config.train.accumulation
   shards = mesh["data"] * mesh["fsdp"] * mesh["expert"]
@@ -60,19 +71,25 @@ def least_bytes(config: Config, mesh: dict[str, int], vocab_size: int) -> dict[s
   kept = tokens * (width * layers + vocab_size // mesh["tensor"]) + read
   return {
     "parameters": here * stored,
-    "gradients": here * stored,
+    "gradients": learned * stored,
     "moments": 4 * moments,
     "activations": kept * computed,
   }
 
 
-def check(config: Config, mesh: Any, devices: Sequence[Any]) -> None:
+def check(
+  config: Config,
+  mesh: Any,
+  devices: Sequence[Any],
+  frozen: Mapping[str, int] | None = None,
+) -> None:
   """Raises an error if a run cannot fit in memory.
 
   Args:
     config: validated.
     mesh: of the run.
     devices: of this process; CPU devices share the machine's memory.
+    frozen: as for `least_bytes`.
 
   Raises:
     UserError: with the sizes and possible remedies.
@@ -80,7 +97,7 @@ def check(config: Config, mesh: Any, devices: Sequence[Any]) -> None:
   vocab_size = parameters.resolve_vocab_size(config)
   if not config.model.vocab_size and config.data.tokenizer == "bpe":
     vocab_size = 0  # A small text gives a smaller one: known with the data.
-  need = least_bytes(config, dict(mesh.shape), vocab_size)
+  need = least_bytes(config, dict(mesh.shape), vocab_size, frozen)
   on_cpu = devices[0].platform == "cpu"
   there = host_memory() if on_cpu else _device_memory(devices)
   total = sum(need.values())

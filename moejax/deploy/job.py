@@ -10,6 +10,7 @@ from moejax.cost import memory, parameters
 from moejax.cost.chips import CHIPS
 from moejax.deploy import machines
 from moejax.errors import UserError
+from moejax.models.frozen_count import count_frozen
 from moejax.plan.topology import Topology
 from moejax.sweep.execution.slurm_options import SlurmOptions
 
@@ -98,7 +99,8 @@ def fit(config: Config, topology: Topology) -> Fit:
   validate_devices(config, devices)
   shape = mesh_shape(config.mesh, devices)
   mesh: dict[str, int] = dict(zip(AXES, shape, strict=True))
-  need = memory.least_bytes(config, mesh, parameters.resolve_vocab_size(config))
+  vocab_size = parameters.resolve_vocab_size(config)
+  need = memory.least_bytes(config, mesh, vocab_size, count_frozen(config))
   total, there = sum(need.values()), chip.hbm_bytes // chip.devices
   if chip.family != "cpu" and total > there:
     parts = ", ".join(f"{kind} {size / 1e9:.1f}" for kind, size in need.items())

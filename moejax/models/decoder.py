@@ -29,6 +29,8 @@ from moejax.layers.attend import Context, attention_masks
 from moejax.layers.block import BlockInputs, CallOptions
 from moejax.layers.embedding import Embedding
 from moejax.layers.moe import LayerInputs, MoEAux, loss_weights
+from moejax.models import trained as trained_lib
+from moejax.models.frozen import Masks, masks
 from moejax.models.output import Cache, DecoderOutput
 from moejax.models.per_layer import PARTS
 from moejax.models.stack import Shell, Stack
@@ -54,6 +56,7 @@ class Decoder:
     *,
     vocab_size: int,
     token_counts: Callable[[], np.ndarray] | None = None,
+    frozen: str = "",
   ):
     """Defines a model.
 
@@ -63,7 +66,9 @@ class Decoder:
       vocab_size: size of the tokenizer's vocabulary.
       token_counts: () -> how often each id occurs in the training text; `init` passes
         it to routers with a table.
+      frozen: selectors of parameters that are not trained, `train.frozen`.
     """
+    self._frozen = frozen
     self.config, self.moe = model, moe
     self._token_counts = token_counts
     self.vocab_size = model.vocab_size or vocab_size
@@ -174,13 +179,15 @@ class Decoder:
     Returns:
       The parameters; unchanged for routers without an update rule.
     """
-    params, used = dict(params), 0
+    params, before, used = dict(params), params, 0
     for name, stack in self.stacks.items():
       here = slice(used, used + len(stack.moe_layers))
       used = here.stop
       own = jax.tree.map(lambda leaf, here=here: leaf[here], stats)
       below = params[name] if name else params
       params |= _under(name, stack.update_routers(below, own))
+    if self.frozen is not None:
+      params = trained_lib.restore(params, before, self.frozen.by_rule)
     return params
 
   def present_experts(self, key: Key[Array, ""]) -> Bool[Array, "L E"] | None:
@@ -212,7 +219,23 @@ class Decoder:
     return axes
 
   def trained(self) -> Params:
-    """Returns which parameters have gradients and are optimized, as a tree of bools."""
+    """Returns which parameters have gradients and are optimized, as a mask."""
+    return self._declared() if self.frozen is None else self.frozen.trained
+
+  @functools.cached_property
+  def frozen(self) -> Masks | None:
+    """What `train.frozen` selects; None if nothing.
+
+    Raises:
+      ConfigError: a selector does not fit this model.
+    """
+    if not self._frozen:
+      return None
+    shapes, axes = self.shapes(), self.logical_axes()
+    return masks(self._frozen, self._declared(), axes, shapes)
+
+  def _declared(self) -> Params:
+    """Returns which parameters are trained if nothing is frozen."""
     mask: Params = {"embedding": self._embedding.trained}
     for name, stack in self.stacks.items():
       mask |= _under(name, stack.trained())

@@ -29,9 +29,10 @@ class RouterHealth:
   """One step's numbers, with an axis of the MoE layers in order."""
 
   gradient: Float[Array, "L"]
-  """Root mean square of the gradient over a router's parameters; 0 without any."""
+  """Root mean square of the gradient over a router's parameters; 0 without any, NaN if
+  they are frozen."""
   other_gradient: Float[Array, ""]
-  """The same over all parameters of the model that are no router's."""
+  """The same over all trained parameters that are no router's."""
   bias_span: Float[Array, "L"]
   """Largest minus smallest selection bias; 0 for a router without."""
 
@@ -54,9 +55,14 @@ def router_health(
   others = jnp.maximum(size - jnp.sum(sizes), 1.0)
   # Rounding may leave less than nothing where the routers have nearly all of it.
   rest = jnp.maximum(jnp.square(norm) - jnp.sum(squares), 0.0)
+  gradient, other = jnp.sqrt(squares / jnp.maximum(sizes, 1.0)), jnp.sqrt(rest / others)
+  if model.frozen is not None:
+    gradient = jnp.where(sizes > 0, gradient, jnp.nan)
+    # Where routers alone are trained, the rest is what rounding leaves.
+    other = jnp.where(size > jnp.sum(sizes), other, jnp.nan)
   return RouterHealth(
-    gradient=jnp.sqrt(squares / jnp.maximum(sizes, 1.0)),
-    other_gradient=jnp.sqrt(rest / others),
+    gradient=gradient,
+    other_gradient=other,
     bias_span=of_routers(model, params, _span),
   )
 
@@ -72,7 +78,8 @@ def of_routers(model: Decoder, params: Params, measure: Measure) -> Float[Array,
   found = []
   for name, stack in model.stacks.items():
     if stack.moe_layers:
-      found += _of_stack(stack.pattern, params[name] if name else params, measure)
+      below = params.get(name, {}) if name else params
+      found += _of_stack(stack.pattern, below, measure)
   return jnp.concatenate(found)
 
 
@@ -87,7 +94,7 @@ def _of_stack(
     for index, is_moe in enumerate(getattr(pattern, part)):
       if not is_moe:
         continue
-      own = params[part][str(index)]["moe"].get("router", {})
+      own = params.get(part, {}).get(str(index), {}).get("moe", {}).get("router", {})
       if part != "unit":
         own = jax.tree.map(lambda leaf: leaf[None], own)
       rows.append(measure(own) if own else jnp.zeros(repeats, jnp.float32))

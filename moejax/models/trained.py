@@ -2,53 +2,148 @@
 
 A model's parameters are one tree, so that a checkpoint holds all of them. An optimizer
 must not touch some of them: a table that routes by token id, a bias that the train step
-updates by its own rule. Each parameter is marked where it is declared; gradients and the
-optimizer then see only the trained part, so nothing can decay, clip or move the rest.
+updates by its own rule, whatever `train.frozen` selects. Gradients and the optimizer see
+only the trained part, so nothing can decay, clip or move the rest.
+
+Of an array that stacks experts, some may be trained and others not: it is then cut along
+that axis into two arrays.
 """
 
+import dataclasses
+import itertools
 from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Shaped
 
 from moejax.types import Params
 
 Mask = dict[str, Any]
-"""A nested dict like the parameters, True for each trained leaf."""
+"""A nested dict like the parameters: True for each trained leaf, False for others, `Rows`
+for a leaf of which a part is trained."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Rows:
+  """Which rows of an array are trained: at least one, and not all."""
+
+  axis: int
+  trained: tuple[bool, ...]
+  """One for each row."""
+
+  @classmethod
+  def of(cls, axis: int, trained: Bool[np.ndarray, "E"]) -> "Rows | bool":
+    """Returns the rows, or a bool where all or none are trained."""
+    if trained.all() or not trained.any():
+      return bool(trained.all())
+    return cls(axis, tuple(bool(row) for row in trained))
+
+  def cut(self, value: Shaped[Any, "..."]) -> tuple[Array, Array]:
+    """Returns the trained and the other rows, each in order."""
+    parts: dict[bool, list[Array]] = {True: [], False: []}
+    for start, stop, is_trained in self._runs():
+      part = jax.lax.slice_in_dim(value, start, stop, axis=self.axis)
+      parts[is_trained].append(part)
+    trained, others = (jnp.concatenate(parts[k], axis=self.axis) for k in (True, False))
+    return trained, others
+
+  def weave(self, trained: Array, others: Array) -> Array:
+    """Inverts `cut`."""
+    used, parts = {True: 0, False: 0}, []
+    for start, stop, is_trained in self._runs():
+      source, begin = trained if is_trained else others, used[is_trained]
+      used[is_trained] = begin + stop - start
+      part = jax.lax.slice_in_dim(source, begin, used[is_trained], axis=self.axis)
+      parts.append(part)
+    return jnp.concatenate(parts, axis=self.axis)
+
+  def _runs(self) -> list[tuple[int, int, bool]]:
+    """Returns start, stop and kind of each run of neighbours of one kind."""
+    found, start = [], 0
+    for is_trained, run in itertools.groupby(self.trained):
+      stop = start + len(list(run))
+      found.append((start, stop, is_trained))
+      start = stop
+    return found
 
 
 def split(params: Params, trained: Mask) -> tuple[Params, Params]:
   """Returns the trained and the untrained parameters as two trees.
 
-  Dicts that the split empties are omitted: a stored state has no entry for them.
+  An array that is trained in part is in both, with its rows. Dicts that the split empties
+  are omitted: a stored state has no entry for them.
 
   Raises:
     ValueError: the mask's keys differ from the parameters'.
   """
-  if params.keys() != trained.keys():
-    raise ValueError(f"parameters {sorted(params)} under a mask of {sorted(trained)}")
+  _same_keys(params, trained)
   learned: Params = {}
   kept: Params = {}
   for name, value in params.items():
+    entry = trained[name]
     if isinstance(value, dict):
-      parts = split(value, trained[name])
+      parts = split(value, entry)
       for tree, part in zip((learned, kept), parts):
         if part or not value:
           tree[name] = part
-    elif trained[name]:
+    elif isinstance(entry, Rows):
+      learned[name], kept[name] = entry.cut(value)
+    elif entry:
       learned[name] = value
     else:
       kept[name] = value
   return learned, kept
 
 
-def join(learned: Params, kept: Params) -> Params:
-  """Joins what `split` returned."""
+def join(learned: Params, kept: Params, trained: Mask) -> Params:
+  """Joins what `split` returned under the same mask."""
   both = dict(learned)
   for name, value in kept.items():
-    both[name] = join(both.get(name, {}), value) if isinstance(value, dict) else value
+    if isinstance(value, dict):
+      both[name] = join(both.get(name, {}), value, trained[name])
+    elif isinstance(trained[name], Rows):
+      both[name] = trained[name].weave(both[name], value)
+    else:
+      both[name] = value
   return both
 
 
+def of_trained(tree: Params, trained: Mask) -> Params:
+  """Returns the leaves that belong to trained parameters, whole.
+
+  Args:
+    tree: like the parameters, of anything that has no rows: axis names, shardings.
+    trained: the mask.
+
+  Raises:
+    ValueError: the mask's keys differ from the tree's.
+  """
+  _same_keys(tree, trained)
+  found: Params = {}
+  for name, value in tree.items():
+    if isinstance(value, dict):
+      below = of_trained(value, trained[name])
+      if below or not value:
+        found[name] = below
+    elif trained[name]:
+      found[name] = value
+  return found
+
+
+def shapes(params: Params, trained: Mask) -> Params:
+  """Returns shapes and dtypes of what is trained, from those of all parameters."""
+  return jax.eval_shape(lambda p: split(p, trained)[0], params)
+
+
+def restore(new: Params, old: Params, free: Mask) -> Params:
+  """Returns new parameters, with the old values wherever `free` is not True."""
+  return join(split(new, free)[0], split(old, free)[1], free)
+
+
 def names(mask: Mask, prefix: str = "") -> list[str]:
-  """Returns the dotted names of the parameters that are not trained."""
+  """Returns the dotted names of the parameters of which nothing is trained."""
   found: list[str] = []
   for name, value in mask.items():
     if isinstance(value, dict):
@@ -56,3 +151,8 @@ def names(mask: Mask, prefix: str = "") -> list[str]:
     elif not value:
       found.append(prefix + name)
   return found
+
+
+def _same_keys(params: Params, trained: Mask) -> None:
+  if params.keys() != trained.keys():
+    raise ValueError(f"parameters {sorted(params)} under a mask of {sorted(trained)}")

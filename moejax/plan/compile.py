@@ -47,7 +47,12 @@ def compile_step(config: Config, devices: Sequence[Any]) -> CompiledStep:
   """
   config_devices.validate_devices(config, len(devices))
   mesh = make_mesh(config.mesh, devices)
-  model = make_model(config.model, config.moe, vocab_size=resolve_vocab_size(config))
+  model = make_model(
+    config.model,
+    config.moe,
+    vocab_size=resolve_vocab_size(config),
+    frozen=config.train.frozen,
+  )
   optimizer = make_optimizer(
     config.optimizer,
     num_steps=config.train.num_steps,

@@ -33,11 +33,16 @@ def wire_bound(config: Config, mesh: dict[str, int]) -> float:
     mesh: number of devices per axis.
   """
   width = _bytes(config)
-  model = make_model(config.model, config.moe, vocab_size=resolve_vocab_size(config))
+  model = make_model(
+    config.model,
+    config.moe,
+    vocab_size=resolve_vocab_size(config),
+    frozen=config.train.frozen,
+  )
 
   # Untrained parameters have no gradients to reduce.
-  axes, _ = trained.split(model.logical_axes(), model.trained())
-  shapes, _ = trained.split(model.shapes(), model.trained())
+  axes = trained.of_trained(model.logical_axes(), model.trained())
+  shapes = trained.shapes(model.shapes(), model.trained())
   names_of = jax.tree.leaves(axes, is_leaf=lambda a: isinstance(a, tuple))
   total = 0.0
   for names, leaf in zip(names_of, jax.tree.leaves(shapes), strict=True):

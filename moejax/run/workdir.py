@@ -55,6 +55,7 @@ MAY_CHANGE = (
   "data.cache_dir",
   "data.num_workers",
   "data.prefetch",
+  "train.init_from",
   "train.log_every",
   "train.eval_every",
   "train.eval_batches",
@@ -68,11 +69,11 @@ MAY_CHANGE = (
   "train.max_bad_steps",
   "alarms.*",
 )
-"""Fields that may differ when a run resumes: where it runs, what it logs, how often
-it evaluates and saves, when it gives up. None of them affects the arithmetic of a
-step, except that another mesh, exchange or dispatcher may sum in another order. With
-moe.exchange_buffer, these also decide which assignments are lost, and may not change.
-train.num_steps may grow."""
+"""Fields that may differ when a run resumes: where it runs, what it began from, what it
+logs, how often it evaluates and saves, when it gives up. None of them affects the
+arithmetic of a step, except that another mesh, exchange or dispatcher may sum in another
+order. With moe.exchange_buffer, these also decide which assignments are lost, and may not
+change. train.num_steps may grow."""
 
 _BUFFERED = ("moe.exchange", "moe.exchange_chunks", "moe.dispatcher", "mesh.*")
 """The fields of MAY_CHANGE that may not change with moe.exchange_buffer."""

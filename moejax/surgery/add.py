@@ -20,8 +20,6 @@ from jaxtyping import Shaped
 
 from moejax.config import Config
 from moejax.config.router import make_router
-from moejax.data.tokenizer import FILE as TOKENIZER_FILE
-from moejax.data.tokenizer import load_tokenizer
 from moejax.errors import UserError
 from moejax.options import count, option
 from moejax.surgery.operation import (
@@ -38,7 +36,7 @@ from moejax.surgery.operation import (
 from moejax.surgery.places import layers_of
 from moejax.surgery.plan import layer_arrays
 from moejax.surgery.scores import equal_groups
-from moejax.surgery.source import Opened, open_run
+from moejax.surgery.source import Opened, open_run, tokenizer_of
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -164,7 +162,7 @@ class Add(Operation):
       differing.append(f"the activation of experts is {was} there and {now} here")
     if differing:
       raise UserError(f"{flag}: {'; '.join(differing)}. Give a run of the same sizes.")
-    if source.workdir is not None and _tokenizer(self.from_run) != _tokenizer(
+    if source.workdir is not None and tokenizer_of(self.from_run) != tokenizer_of(
       source.workdir
     ):
       raise UserError(
@@ -202,9 +200,3 @@ class Add(Operation):
     random = layer.random(sorted(layer.arrays).index(name))
     shape: Sequence[int] = (self.number, *old.shape[1:])
     return random.normal(exact.mean(), exact.std(), shape)
-
-
-def _tokenizer(workdir: Path | str) -> str | None:
-  if not (Path(workdir) / TOKENIZER_FILE).exists():
-    return None
-  return load_tokenizer(workdir).fingerprint

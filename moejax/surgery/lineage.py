@@ -45,13 +45,23 @@ def fingerprints(leaves: Mapping[str, Any], layers: Sequence[Where]) -> dict[int
 
 
 def record(
-  operation: str, options: Mapping[str, Any], source: Path, step: int, seed: int
+  operation: str,
+  options: Mapping[str, Any],
+  source: Path,
+  step: int,
+  seed: int,
+  *,
+  others: Sequence[tuple[Path, int]] = (),
 ) -> Record:
-  """Returns a record without experts."""
+  """Returns a record without experts; `others` are further runs that were read."""
+  sources = [
+    {"workdir": str(path.resolve()), "step": at} for path, at in ((source, step), *others)
+  ]
   return {
     "operation": operation,
     "options": dict(options),
-    "source": {"workdir": str(source.resolve()), "step": step},
+    "source": sources[0],
+    **({"sources": sources} if others else {}),
     "seed": seed,
     "versions": provenance.versions(),
     "revision": provenance.revision(),
@@ -120,10 +130,10 @@ def ancestors(
       before += [p for p in parents if p not in before]
     prints = of_layer["before"]
     words += [f"expert {p} ({prints[p]})" if prints else f"expert {p}" for p in before]
-    source = entry["source"]
-    out.append(
-      (f"{entry['operation']} of {source['workdir']}, step {source['step']}", words)
-    )
+    source = f"{entry['source']['workdir']}, step {entry['source']['step']}"
+    if "sources" in entry:  # each expert names its own
+      source = f"{len(entry['sources'])} runs"
+    out.append((f"{entry['operation']} of {source}", words))
     now = before
     if not now:
       break

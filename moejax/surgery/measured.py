@@ -202,8 +202,9 @@ def squared_gradients(
     count = jnp.sum((batch["segment_ids"] > 0).astype(jnp.float32))
     return jnp.sum(losses) / jnp.maximum(count, 1.0)
 
-  learned, kept = trained.split(params, model.trained())
-  gradient = jax.grad(lambda learned: loss(trained.join(learned, kept)))(learned)
+  mask = model.trained()
+  learned, kept = trained.split(params, mask)
+  gradient = jax.grad(lambda learned: loss(trained.join(learned, kept, mask)))(learned)
   found = {}
   for number, where in enumerate(layers_of(model)):
     if number not in model.moe_layers:

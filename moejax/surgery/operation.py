@@ -27,6 +27,7 @@ from moejax.config import Config, MoEConfig
 from moejax.config.router import make_router
 from moejax.surgery.gates import Gates
 from moejax.surgery.measured import Measured
+from moejax.surgery.source import Opened
 
 EXPERTS, ROUTER, SHARED = "moe.experts.", "moe.router.", "moe.shared."
 OUTPUTS = (f"{EXPERTS}w_out", f"{EXPERTS}out_bias")
@@ -68,6 +69,8 @@ class Choice:
   """Old experts that become part of the shared expert."""
   shared_gates: tuple[float, ...] = ()
   """What their outputs are multiplied by."""
+  rows: Float[np.ndarray, "D E"] | None = None
+  """Router weights, where they are measured."""
   exact: bool = False
   """Whether what is left out or averaged was seen to change nothing, gates aside."""
 
@@ -192,6 +195,9 @@ class Operation(abc.ABC):
   needs_moe: ClassVar[bool] = True
   """Whether it changes MoE layers; if not, it makes them of dense ones."""
 
+  keeps_moments: ClassVar[bool] = True
+  """Whether an optimizer's state can go through it."""
+
   @property
   def reads_text(self) -> bool:
     """Whether it measures something over a text."""
@@ -200,6 +206,11 @@ class Operation(abc.ABC):
   def may_set(self, field: str) -> bool:
     """Returns whether the user may set a field that changes shapes; see `reads`."""
     return any(fnmatch.fnmatch(field, pattern) for pattern in self.reads)
+
+  def of_run(self, run: Opened) -> "Operation":
+    """Returns the operation on a run, for those that compare it with other runs."""
+    del run
+    return self
 
   def check(self, old: Config) -> None:
     """Rejects a run that it cannot change.
@@ -230,6 +241,24 @@ class Operation(abc.ABC):
       name: of the array, below the block.
       layer: whose old arrays it is made of.
     """
+
+  def copied(
+    self, name: str, index: tuple[int, ...], x: Shaped[np.ndarray, "..."]
+  ) -> Shaped[np.ndarray, "..."]:
+    """Returns an array that is part of no changed feed-forward; as it is by default.
+
+    Args:
+      name: of the old array, with all prefixes.
+      index: of its layer, where layers are stacked.
+      x: the old array.
+    """
+    del name, index
+    return x
+
+  @property
+  def other_sources(self) -> Sequence[tuple[Path, int]]:
+    """Directories and steps of further runs that it reads."""
+    return ()
 
   def scale(self, gates: Gates, choice: Choice) -> float:
     """Returns what multiplies the outputs of all experts; see `Choice.scale`."""

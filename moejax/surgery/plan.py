@@ -248,7 +248,7 @@ class Plan:
           return _lazy(shape, numbers, one, stacked)
       if name == TABLE:
         return self._table(source, choices, shape)
-      return _whole(shape, functools.partial(source.read, prefix + name))
+      return _whole(shape, functools.partial(self._copied, source, prefix + name))
 
     return make
 
@@ -258,7 +258,12 @@ class Plan:
     """Returns one new array of one layer."""
     if number in made and name.startswith(FEED_FORWARD):
       return self.operation.leaf(name, made[number])
-    return _LayerArrays(source, prefix, self.old_layers[number])[name]
+    where = self.old_layers[number]
+    index = () if where.repeat is None else (where.repeat,)
+    return self._copied(source, f"{prefix}{where.block}.{name}", index)
+
+  def _copied(self, source: Arrays, name: str, index: tuple[int, ...] = ()) -> np.ndarray:
+    return self.operation.copied(name, index, source.read(name, index))
 
   def _table(
     self, source: Arrays, choices: Mapping[int, Choice], shape: Any

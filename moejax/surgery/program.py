@@ -4,6 +4,7 @@ Everything that can be refused is refused before parameters are read: the operat
 config, the shapes, the optimizer's state, the output directory.
 """
 
+import copy
 import dataclasses
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -75,6 +76,7 @@ def run(
   if asked.output is not None:
     run_lib.refuse_output(asked.output)
   source = open_run(asked.workdir, asked.step)
+  asked = dataclasses.replace(asked, operation=asked.operation.of_run(source))
   plan = _plan(asked, source, new_config)
   state.check(plan, source.slices, asked.optimizer)
   for line in plan_lines(plan, asked.optimizer):
@@ -82,7 +84,7 @@ def run(
   if asked.dry_run or asked.output is None:
     return None
   run_lib.verify(source, asked.optimizer != state.RESET)
-  text = _text(asked, source, asked.split) if _needs_text(asked) else None
+  text = _text(asked, source, plan.new) if _needs_text(asked) else None
   measured = _measured(asked, source, text)
   before = text.loss() if text is not None and asked.evaluate else None
   choices = run_lib.choose(plan, source.slices, measured, source)
@@ -99,7 +101,8 @@ def run(
   record = run_lib.write(
     *(plan, source, choices, asked.output),
     record=lineage.record(
-      asked.operation.name, asked.options, source.workdir, source.step, asked.seed
+      *(asked.operation.name, asked.options, source.workdir, source.step, asked.seed),
+      others=asked.operation.other_sources,
     ),
     optimizer=asked.optimizer,
     finish=finish,
@@ -120,6 +123,9 @@ def _plan(
       "experts of a dense model."
     )
   operation.check(old)
+  # They are of the old run: its experts, and where it came from.
+  old = copy.deepcopy(old)
+  old.train.frozen = old.train.init_from = ""
   new = new_config(operation, old)
   refuse_shapes(operation, old, new, asked.given)
   return run_lib.make_plan(source, operation, new, asked.seed)
@@ -172,11 +178,16 @@ def _measured(asked: Asked, source: Opened, text: Text | None) -> Measured:
   return Measured(dataclasses.replace(text, split=asked.measure_split))
 
 
-def _text(asked: Asked, source: Opened, split: str) -> Text:
-  """Returns the source's model and its text."""
+def _text(asked: Asked, source: Opened, new: Config) -> Text:
+  """Returns the source's model, and the text that is read before and after."""
+  split = asked.split
   config = owner.own_paths(
-    source.config, source.slices.meta.get("owner"), asked.given, asked.workdir
+    copy.deepcopy(source.config),
+    source.slices.meta.get("owner"),
+    asked.given,
+    asked.workdir,
   )
+  config.data.domains = new.data.domains
   compilation_cache.enable(config.data.cache_dir)
   dataset = data.load(config.data, workdir=asked.workdir, store=False)
   if not dataset.num_tokens(split):

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
 
 _SHIPPED = {
   "upcycle": "upcycle.Upcycle",
+  "btx": "btx.Btx",
   "clone": "clone.Clone",
   "split": "split.Split",
   "join": "join.Join",

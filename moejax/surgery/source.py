@@ -66,6 +66,13 @@ def open_run(workdir: Path | str, step: int | None = None, flag: str = "") -> Op
   )
 
 
+def tokenizer_of(workdir: Path | str) -> str | None:
+  """Returns the fingerprint of a run's tokenizer; None if it has stored none."""
+  if not (Path(workdir) / TOKENIZER_FILE).exists():
+    return None
+  return load_tokenizer(workdir).fingerprint
+
+
 def damaged(flag: str, step: int, error: Exception) -> UserError:
   """Returns the error of a checkpoint that is not as it was written."""
   return UserError(

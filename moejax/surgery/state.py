@@ -52,6 +52,16 @@ def check(plan: Plan, slices: Slices, mode: str) -> None:
   """
   if mode == RESET:
     return
+  if not plan.operation.keeps_moments:
+    raise UserError(
+      f"--optimizer={mode}: operation {plan.operation.name} joins several runs, and each "
+      "has a state of its own. Use --optimizer=reset."
+    )
+  if frozen := plan.old.train.frozen or plan.new.train.frozen:
+    raise UserError(
+      f"--optimizer={mode}: with --config.train.frozen={frozen} some parameters have no "
+      "moments. Use --optimizer=reset."
+    )
   if not slices.names("opt_state."):
     raise UserError(
       f"--optimizer={mode}: this checkpoint has no optimizer state. Use "

@@ -190,11 +190,7 @@ class Upcycle(Operation):
     hidden = 0 if below == "w_out" else 1
     copies = np.stack([self._copy(x, e, below, hidden, layer) for e in range(coarse)])
     copies = layer.shared_out(copies, np.full(coarse, float(coarse)), 0)
-    copies = layer.weighted(copies, 1 - self.dense_share)
-    # [E, .., m F, ..] -> [E m, .., F, ..]
-    shape = copies.shape[: hidden + 1] + (m, -1) + copies.shape[hidden + 2 :]
-    out = np.moveaxis(copies.reshape(shape), hidden + 1, 1)
-    out = out.reshape(-1, *out.shape[2:])
+    out = in_segments(layer.weighted(copies, 1 - self.dense_share), below, m)
     return layer.scaled(out, layer.choice.scale) if name in OUTPUTS else out
 
   def _copy(
@@ -257,6 +253,22 @@ class Upcycle(Operation):
       return EQUAL
     near = np.abs(sums - wanted).mean() <= _NEARLY * max(1.0 - self.dense_share, 1e-3)
     return CLOSE if together and near else DROP
+
+
+def in_segments(
+  experts: Shaped[np.ndarray, "R ..."], name: str, m: int
+) -> Shaped[np.ndarray, "E ..."]:
+  """Returns experts cut along their hidden width: [R, .., m F, ..] to [R m, .., F, ..].
+
+  Args:
+    experts: one matrix of each.
+    name: of the matrix; `w_out` has the hidden width first.
+    m: parts of each expert.
+  """
+  hidden = 1 if name == "w_out" else 2
+  shape = experts.shape[:hidden] + (m, -1) + experts.shape[hidden + 1 :]
+  out = np.moveaxis(experts.reshape(shape), hidden, 1)
+  return out.reshape(-1, *out.shape[2:])
 
 
 def _model(config: Config) -> Any:

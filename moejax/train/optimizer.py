@@ -80,7 +80,7 @@ class Optimizer:
       updates, opt_state = self.transform.update(gradients, opt_state, _float32(learned))
       updates = jax.tree.map(lambda u: -learning_rate * u, updates)
       learned: Params = optax.apply_updates(learned, updates)  # pyright: ignore[reportAssignmentType]
-    return trained_lib.join(learned, kept), opt_state
+    return trained_lib.join(learned, kept, self.trained), opt_state
 
 
 def _float32(params: Params) -> Params:
@@ -135,7 +135,7 @@ def make_optimizer(
     raise ConfigError(
       f"--config.optimizer.name={config.name} is unknown: one of {', '.join(OPTIMIZERS)}."
     )
-  learned, _ = trained_lib.split(axes, trained)
+  learned = trained_lib.of_trained(axes, trained)
   transform = OPTIMIZERS[config.name](config, learned)
   if config.weight_decay:
     decay = optax.add_decayed_weights(config.weight_decay, mask=decay_mask(learned))

@@ -27,7 +27,9 @@ from moejax.data.dataset import Dataset
 from moejax.errors import UserError
 from moejax.models import trained as trained_lib
 from moejax.models.decoder import Decoder
+from moejax.models.frozen_count import count_frozen
 from moejax.models.make import make_model
+from moejax.models.placement import check_rows
 from moejax.run import workdir as workdir_lib
 from moejax.run.files import DIRECTORY, list_steps
 from moejax.run.progress import Reporter, Silent
@@ -71,7 +73,7 @@ def set_up(
     config: validated.
     workdir: the run's directory; created if missing.
     init_from: directory of a run whose parameters a new run starts from; ignored when
-      resuming.
+      resuming. Empty is `train.init_from`.
     devices: jax devices; None is all.
     reporter: reports what is being set up.
     ignore_memory: start even if the run cannot fit into memory.
@@ -80,11 +82,13 @@ def set_up(
     ConfigError, UserError: any error the user can fix; nothing is half-written.
   """
   reporter = reporter or Silent()
+  init_from = init_from or config.train.init_from
   devices = jax.devices() if devices is None else devices
   devices, left_out = config_devices.choose_devices(config, devices)
   mesh = make_mesh(config.mesh, devices)
+  frozen = _check_frozen(config, mesh)
   if not ignore_memory:
-    memory.check(config, mesh, mesh.local_devices)
+    memory.check(config, mesh, mesh.local_devices, frozen)
   begun = list_steps(workdir / DIRECTORY)
   if init_from and not begun:
     init_from_lib.check(init_from, config)
@@ -93,7 +97,7 @@ def set_up(
   workdir_lib.prepare(workdir, config, mesh=mesh.shape)
   if left_out:
     reporter.message(left_out)
-  reporter.message(describe(config, mesh))
+  reporter.message(describe(config, mesh, frozen.get("total", 0)))
   if init_from and begun:
     reporter.message(
       f"Note: --init_from={init_from} is not read, since {workdir} has parameters of its "
@@ -130,6 +134,15 @@ def set_up(
   )
 
 
+def _check_frozen(config: Config, mesh: Mesh) -> dict[str, int]:
+  """Checks what is frozen against the model and the mesh, and counts it by part."""
+  if not config.train.frozen:
+    return {}
+  vocab_size = parameters.resolve_vocab_size(config)
+  check_rows(_model(config, vocab_size), mesh)
+  return count_frozen(config)
+
+
 def _load_data(config: Config, workdir: pathlib.Path, init_from: str) -> Dataset:
   """Loads the tokenized text; rejects text other than the one the run started with."""
   dataset = data.load(
@@ -145,10 +158,9 @@ def _load_data(config: Config, workdir: pathlib.Path, init_from: str) -> Dataset
 
 def _build(config: Config, dataset: Dataset) -> tuple[Decoder, Optimizer]:
   """Builds the model and its optimizer, without parameters."""
-  model = make_model(
-    config.model,
-    config.moe,
-    vocab_size=dataset.tokenizer.vocab_size,
+  model = _model(
+    config,
+    dataset.tokenizer.vocab_size,
     token_counts=functools.partial(dataset.token_counts, "train"),
   )
   optimizer = make_optimizer(
@@ -158,6 +170,15 @@ def _build(config: Config, dataset: Dataset) -> tuple[Decoder, Optimizer]:
     trained=model.trained(),
   )
   return model, optimizer
+
+
+def _model(config: Config, vocab_size: int, **others: Any) -> Decoder:
+  return make_model(
+    *(config.model, config.moe),
+    vocab_size=vocab_size,
+    frozen=config.train.frozen,
+    **others,
+  )
 
 
 def _open_checkpoints(
@@ -177,7 +198,7 @@ def _open_checkpoints(
   )
 
 
-def describe(config: Config, mesh: Mesh) -> str:
+def describe(config: Config, mesh: Mesh, frozen: int = 0) -> str:
   """Describes a run's devices, model and batch in one line."""
   vocab_size = parameters.resolve_vocab_size(config)
   total, active = parameters.count_parameters(config, vocab_size)
@@ -189,7 +210,8 @@ def describe(config: Config, mesh: Mesh) -> str:
   train = config.train
   return (
     f"{mesh.size} x {kind}{f', mesh {axes}' if axes else ''}; "
-    f"{total['total']:,} parameters, {active['total']:,} of them active for a token; "
+    f"{total['total']:,} parameters, {active['total']:,} of them active for a token"
+    f"{f', {frozen:,} frozen' if frozen else ''}; "
     f"{train.batch_size * target_length(config.data):,} tokens a step, "
     f"{train.num_steps:,} steps."
   )

@@ -12,7 +12,8 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 from jaxtyping import Array, Int, Key
 
-from moejax.models.placement import param_shardings
+from moejax.models import trained as trained_lib
+from moejax.models.placement import check_rows, param_shardings
 from moejax.sharding import rules
 from moejax.train.optimizer import Optimizer
 from moejax.types import Params
@@ -56,6 +57,7 @@ def initial_state(model: Any, optimizer: Optimizer, key: Key[Array, ""]) -> Stat
 
 def state_shapes(model: Any, optimizer: Optimizer, mesh: Mesh) -> State:
   """Returns the state as ShapeDtypeStructs with shardings: the target of a restore."""
+  check_rows(model, mesh)
   with jax.set_mesh(mesh):
     # The key is made inside eval_shape: described devices cannot hold an array.
     shapes = jax.eval_shape(lambda: initial_state(model, optimizer, jax.random.key(0)))
@@ -63,8 +65,12 @@ def state_shapes(model: Any, optimizer: Optimizer, mesh: Mesh) -> State:
   everywhere = rules.replicated(mesh)
   shardings = jax.tree.map(lambda _: everywhere, shapes)
   shardings["params"] = params
+  trained = optimizer.trained
   shardings["opt_state"] = rules.like_parameters(
-    mesh, shapes["opt_state"], shapes["params"], params
+    mesh,
+    shapes["opt_state"],
+    trained_lib.shapes(shapes["params"], trained),
+    trained_lib.of_trained(params, trained),
   )
   return jax.tree.map(
     lambda s, sharding: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=sharding),

@@ -82,12 +82,13 @@ def loss_gradients(
     if model.balances_batch:
       chosen = _chosen_in_batch(model, params, indices, microbatches, key, same)
 
-  learned, kept = trained_lib.split(params, model.trained())
+  trained = model.trained()
+  learned, kept = trained_lib.split(params, trained)
 
   def loss_of(learned: Params, batch: Batch, key: Key[Array, ""]):
     sums = forward_sums(
       model,
-      trained_lib.join(learned, kept),
+      trained_lib.join(learned, kept, trained),
       batch,
       token_bytes=token_bytes,
       key=key,

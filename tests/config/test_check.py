@@ -49,6 +49,10 @@ REFUSED = [
   (dict(moe__num_experts=0), "--config.moe.num_experts=0 must be at least 1"),
   (dict(moe__num_experts=-8), "--config.moe.num_experts=-8"),
   (dict(moe__num_selected=0), "--config.moe.num_selected=0"),
+  (dict(train__frozen="*[2:1]"), "--config.train.frozen=*[2:1]: '*[2:1]' selects no row"),
+  (dict(train__frozen="a[0][1]"), "'a[0][1]' is no selector"),
+  (dict(train__frozen="a,,b"), "'' is no selector"),
+  (dict(data__name="lm1b", data__domains="a"), "a TFDS dataset has no domains"),
   (dict(moe__num_experts=8.0), "--config.moe.num_experts=8.0: expected a whole number"),
   (dict(moe__num_experts=None), "--config.moe.num_experts=none: expected a whole number"),
   (dict(moe__capacity_factor=0.0), "--config.moe.capacity_factor=0.0 must be above 0"),
@@ -224,6 +228,7 @@ def test_every_word_has_choices_or_is_free():
   """A new enum-like field cannot be forgotten here."""
   free = {"data.name", "data.path", "data.cache_dir", "data.text_field"}
   free |= {"model.window_pattern", "moe.dense_layers", "moe.encoder_router"}
+  free |= {"data.domains", "train.init_from", "train.frozen"}
   registered = {"moe.router"}
   words = {name for name, (kind, _) in config_text.field_types().items() if kind is str}
   assert set(CHOICES) == words - free - registered

@@ -51,7 +51,11 @@ def mesh(**sizes: int) -> Any:
 
 
 def make_run(
-  directory: pathlib.Path, config: Config, on: Any = None, step: int = 7
+  directory: pathlib.Path,
+  config: Config,
+  on: Any = None,
+  step: int = 7,
+  seed: int = 0,
 ) -> pathlib.Path:
   """Writes a run with one checkpoint, of a random state, sharded over a mesh."""
   model = make_model(config.model, config.moe, vocab_size=ByteTokenizer.vocab_size)
@@ -62,7 +66,7 @@ def make_run(
     trained=model.trained(),
   )
   target = state_lib.state_shapes(model, optimizer, on or mesh())
-  rng = np.random.default_rng(0)
+  rng = np.random.default_rng(seed)
 
   def draw(leaf: Any) -> Any:
     if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):

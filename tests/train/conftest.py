@@ -92,7 +92,7 @@ class Setup:
 
 def make_setup(config: Config, num_devices: int = 1) -> Setup:
   mesh = make_mesh(config.mesh, jax.devices()[:num_devices])
-  model = Decoder(config.model, config.moe, vocab_size=VOCAB)
+  model = Decoder(config.model, config.moe, vocab_size=VOCAB, frozen=config.train.frozen)
   optimizer = make_optimizer(
     config.optimizer,
     num_steps=config.train.num_steps,

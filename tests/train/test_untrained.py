@@ -123,7 +123,7 @@ def test_gradients_are_taken_by_what_is_trained_alone(compilation_cache):
     learned, kept = trained_lib.split(params, parts.model.trained())
     assert jax.tree.structure(gradients) == jax.tree.structure(learned)
     assert jax.tree.structure(params) == jax.tree.structure(
-      trained_lib.join(learned, kept)
+      trained_lib.join(learned, kept, parts.model.trained())
     )
     assert len(jax.tree.leaves(kept)) > 0
 

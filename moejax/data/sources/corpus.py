@@ -26,7 +26,7 @@ from absl import logging
 
 from moejax import files as files_lib
 from moejax.data.types import EMPTY, Document, Skipped
-from moejax.errors import ConfigError
+from moejax.errors import ConfigError, did_you_mean
 
 COMPRESSIONS = (".gz", ".xz", ".zst")
 
@@ -71,6 +71,29 @@ class Corpus:
             yield check_text(text, name, domain)
     except _BROKEN as e:
       yield Skipped(name, f"cannot be read: {e or type(e).__name__}")
+
+  def select(self, domains: str) -> "Corpus":
+    """Returns the part of the corpus that belongs to some domains.
+
+    A document keeps its split: it depends on the text alone.
+
+    Args:
+      domains: names, separated by commas.
+
+    Raises:
+      ConfigError: there is no such domain; names the nearest.
+    """
+    of = {file: readable(self.domain_of(file)) for file in self.files}
+    wanted = [name.strip() for name in domains.split(",")]
+    for name in wanted:
+      if name not in of.values():
+        known = sorted(set(of.values()))
+        raise ConfigError(
+          f"--config.data.domains={domains}: there is no domain {name!r}. "
+          f"{did_you_mean(name, known)}"
+        )
+    files = tuple(file for file in self.files if of[file] in wanted)
+    return dataclasses.replace(self, files=files)
 
   def documents(self) -> Iterator[Document | Skipped]:
     """Yields what was left out, then every document, with duplicates, in fixed order."""

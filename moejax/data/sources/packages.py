@@ -50,6 +50,12 @@ class PackagesCorpus(Corpus):
   def locate(self, file: PurePath) -> Path:
     return self.places[file]
 
+  def select(self, domains: str) -> "PackagesCorpus":
+    files = super().select(domains).files
+    names = {self.domain_of(file) for file in files}
+    versions = tuple(v for v in self.versions if v.partition("==")[0] in names)
+    return dataclasses.replace(self, files=files, versions=versions)
+
   def fingerprint(self) -> str:
     return cache.digest(super().fingerprint(), self.versions)
 

@@ -33,6 +33,8 @@ def make_source(config: DataConfig, root: Path) -> Source:
   else:
     corpus = local_corpus(config.path, config.text_field)
     flag = f"--config.data.path={config.path!r}"
+  if config.domains:
+    corpus = corpus.select(config.domains)
   return LocalSource(
     name=config.name,
     corpus=corpus,

@@ -55,7 +55,9 @@ class Stepper:
     """Makes the state, and takes the steps that are not timed."""
     config, mesh = self.config, self.step.mesh
     vocab_size = resolve_vocab_size(config)
-    model = make_model(config.model, config.moe, vocab_size=vocab_size)
+    model = make_model(
+      config.model, config.moe, vocab_size=vocab_size, frozen=config.train.frozen
+    )
     optimizer = make_optimizer(
       config.optimizer,
       num_steps=config.train.num_steps,

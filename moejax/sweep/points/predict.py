@@ -18,6 +18,7 @@ from moejax import files
 from moejax.config import Config
 from moejax.cost import chips, memory
 from moejax.cost.parameters import count_parameters, resolve_vocab_size
+from moejax.models.frozen_count import count_frozen
 from moejax.run.workdir import METRICS_FILE
 from moejax.sweep.points import budget
 from moejax.sweep.points.axes import SEED
@@ -94,7 +95,8 @@ def _one(point: Point, flops_per_second: float, num_devices: int) -> Prediction:
   vocab_size = resolve_vocab_size(config)
   total, active = count_parameters(config, vocab_size)
   flops_per_token, tokens = budget.token_flops(config), budget.num_tokens(config)
-  least = memory.least_bytes(config, mesh_of(config, num_devices), vocab_size)
+  mesh, frozen = mesh_of(config, num_devices), count_frozen(config)
+  least = memory.least_bytes(config, mesh, vocab_size, frozen)
   return Prediction(
     point=point,
     total_parameters=total["total"],

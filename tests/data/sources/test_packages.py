@@ -203,3 +203,16 @@ def test_a_path_means_nothing_to_it():
   config = Config(data=DataConfig(name="python_packages", path="/x"))
   with pytest.raises(ConfigError, match="path=/x is not read by python_packages"):
     validate(config)
+
+
+def test_domains_are_a_part_of_the_corpus(site):
+  """Selected are the files of one distribution, its version alone is in the fingerprint,
+  and a name that is not there is refused with the nearest."""
+  corpus = packages_corpus([str(site)])
+  part = corpus.select("alpha")
+  assert [f.as_posix() for f in part.files] == sorted(sources("alpha"))
+  assert part.versions == ("alpha==1.0",)
+  assert part.fingerprint() != corpus.fingerprint()
+  assert corpus.select("two-words, alpha").files == corpus.files
+  with pytest.raises(ConfigError, match=r"no domain 'alhpa'\. Did you mean alpha\?"):
+    corpus.select("alhpa")
