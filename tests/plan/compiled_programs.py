@@ -1,0 +1,143 @@
+"""What compilers said about train steps, per device: goldens of the planner.
+
+Each line is the output of
+
+  python -m tools.compile_for --config=PRESET --topology=TOPOLOGY [--slices=SLICES] \\
+      --config.FIELD=VALUE ...
+
+with jax 0.10.2 and libtpu 0.0.42.1, or the GPU compiler of the same jax. The first ten
+are also the table of docs/scale.md.
+"""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+from moejax.config.mesh import AXES
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Program:
+  """A compiled train step."""
+
+  name: str
+  preset: str
+  topology: str
+  sizes: tuple[int, ...]
+  """Of the mesh's axes."""
+  overrides: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+  memory: float
+  """Arguments and temporaries in GB."""
+  flops: float
+  """Executed over the model's."""
+  wire: float
+  """GB sent."""
+  flops_error: float = 0.02
+  wire_error: float = 0.02
+
+  @property
+  def mesh(self) -> dict[str, int]:
+    return dict(zip(AXES, self.sizes, strict=True))
+
+
+_SMALL = {"model.num_layers": 8, "train.batch_size": 32}
+
+PROGRAMS = (
+  Program(
+    name="mixtral",
+    preset="mixtral_8x7b",
+    topology="v5p:4x4x8",
+    sizes=(1, 16, 8, 1),
+    memory=37.4,
+    flops=1.265,
+    wire=118.8,
+  ),
+  Program(
+    name="mixtral-full",
+    preset="mixtral_8x7b",
+    topology="v5p:4x4x8",
+    sizes=(1, 16, 8, 1),
+    overrides={"model.remat": "full"},
+    memory=68.3,
+    flops=1.265,
+    wire=103.7,
+  ),
+  Program(
+    name="mixtral-capacity",
+    preset="mixtral_8x7b",
+    topology="v5p:4x4x8",
+    sizes=(1, 16, 8, 1),
+    overrides={"moe.capacity_factor": 1.25},
+    memory=43.9,
+    flops=1.642,
+    wire=156.2,
+  ),
+  Program(
+    name="mixtral-two-slices",
+    preset="mixtral_8x7b",
+    topology="v5p:4x4x4",
+    sizes=(2, 8, 8, 1),
+    memory=52.7,
+    flops=1.265,
+    wire=117.8,
+  ),
+  Program(
+    name="switch-c",
+    preset="switch_c_decoder",
+    topology="v5p:8x8x16",
+    sizes=(1, 8, 128, 1),
+    memory=40.2,
+    flops=1.440,
+    wire=75.3,
+  ),
+  Program(
+    name="deepseek-v3",
+    preset="deepseek_v3",
+    topology="v5p:8x8x8",
+    sizes=(1, 8, 64, 1),
+    memory=97.9,
+    flops=1.358,
+    wire=342.6,
+  ),
+  # Needs more than there is, so the compiler recomputes some products once more.
+  Program(
+    name="deepseek-v3-two",
+    preset="deepseek_v3",
+    topology="v5p:8x8x8",
+    sizes=(1, 8, 64, 1),
+    overrides={"train.batch_size": 1024, "moe.exchange_chunks": 8},
+    memory=104.4,
+    flops=1.404,
+    wire=494.6,
+    flops_error=0.04,
+  ),
+  Program(
+    name="gpt4-class",
+    preset="gpt4_class_1_8t",
+    topology="v5p:8x8x16",
+    sizes=(1, 64, 16, 1),
+    memory=117.2,
+    flops=1.215,
+    wire=1429.9,
+  ),
+  Program(
+    name="gpu-capacity",
+    preset="mixtral_8x7b",
+    topology="h100:4x8",
+    sizes=(1, 4, 8, 1),
+    overrides=_SMALL | {"moe.capacity_factor": 1.25},
+    memory=11.7,
+    flops=1.661,
+    wire=12.8,
+  ),
+  Program(
+    name="gpu-dropless",
+    preset="mixtral_8x7b",
+    topology="h100:4x8",
+    sizes=(1, 4, 8, 1),
+    overrides=_SMALL,
+    memory=12.6,
+    flops=1.546,
+    wire=11.6,
+  ),
+)
