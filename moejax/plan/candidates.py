@@ -214,7 +214,7 @@ class Variants:
 
 
 def configured(config: Config, candidate: Candidate) -> Config:
-  """Returns a copy of a config with a candidate's settings, as the flags would make it."""
+  """Returns a copy of a config with a candidate's settings, as its flags make it."""
   own = copy.deepcopy(config)
   apply(own, candidate.settings)
   validate(own)

@@ -1,4 +1,4 @@
-"""Prints what a search found: the best plans, the best one in detail, what is left out."""
+"""Prints what a search found: the best plans, the first in detail, what is left out."""
 
 import dataclasses
 from collections.abc import Mapping, Sequence
@@ -95,8 +95,8 @@ def detail(plan: Plan) -> list[str]:
     f"{memory}.",
     f"GB sent: {traffic or 'nothing'}.",
     f"TFLOPs executed: {flops}.",
-    f"Seconds: compute {time.compute:.2f}, hbm {time.hbm:.2f}{networks} at the same time, "
-    f"then {time.exposed:.2f} of wire that nothing overlaps with.",
+    f"Seconds: compute {time.compute:.2f}, hbm {time.hbm:.2f}{networks}, all at the same "
+    f"time, then {time.exposed:.2f} of wire that nothing overlaps with.",
   ]
 
 

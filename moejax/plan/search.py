@@ -1,4 +1,4 @@
-"""Searches the ways to run a config on a machine for the fastest or cheapest that fits."""
+"""Searches the ways to run a config on machines for the fastest or cheapest that fits."""
 
 import copy
 import dataclasses
@@ -171,7 +171,7 @@ def _better(one: Plan, other: Plan, room: float) -> bool:
   fits, other_fits = one.memory.total <= room, other.memory.total <= room
   if fits and other_fits:
     return one.time.step < other.time.step
-  return fits or not other_fits and one.memory.total < other.memory.total
+  return fits or (not other_fits and one.memory.total < other.memory.total)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -75,11 +75,11 @@ def _experts(config: Config, load: Load, ragged_kernel: bool) -> float:
 
 
 def expert_products(config: Config, load: Load) -> int:
-  """Returns products of expert matrices in a step: three for each without recomputation."""
+  """Returns products of expert matrices in a step: three for each, and recomputed ones."""
   matrices, remat = load.dims.expert_matrices, config.model.remat
   if load.dispatcher == "grouped":
     # Parts and chunks are checkpointed by themselves, whatever the policy.
-    own = load.exchange == "ragged" and load.parts > 1 or config.moe.expert_chunks > 1
+    own = (load.exchange == "ragged" and load.parts > 1) or config.moe.expert_chunks > 1
     return 3 * matrices + (matrices - 1 if own or remat != "none" else 0)
   if remat in ("all", "dots"):
     return 4 * matrices

@@ -1,7 +1,8 @@
 """What one device has to do in one microbatch, under even routing.
 
-Letters: T tokens of a routing group, E experts, K choices per token, C slots per expert
-and group, P devices of the `expert` axis, A assignments of a device, R rows of its buffer.
+Letters: T tokens of a routing group, E experts, K choices per token, C slots per
+expert and group, P devices of the `expert` axis, A assignments of a device, R rows of
+its buffer.
 """
 
 import dataclasses
