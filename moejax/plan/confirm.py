@@ -6,7 +6,10 @@ from moejax.config import Config
 from moejax.config.mesh import AXES
 from moejax.plan import candidates, pod, topology
 from moejax.plan.compile import compile_step
+from moejax.plan.predict import memory
 from moejax.plan.predict.flops import executed_flops
+from moejax.plan.predict.load import load_of
+from moejax.plan.predict.weights import Shares, weights_of
 from moejax.plan.search import Plan, mesh_text
 
 _OUT_OF_MEMORY = "RESOURCE_EXHAUSTED"
@@ -15,8 +18,8 @@ _OUT_OF_MEMORY = "RESOURCE_EXHAUSTED"
 def compare(config: Config, plan: Plan) -> dict[str, Any]:
   """Compiles a plan; returns predicted and compiled figures, per device and step.
 
-  On GPUs without tokamax the compiled program multiplies whole buffers
-  (`predict.flops`), and is compared with that.
+  A GPU program compiled here has no kernels that need a GPU (`Load.has_kernels`), and is
+  compared with a prediction of just that.
 
   Args:
     config: of the search.
@@ -26,14 +29,15 @@ def compare(config: Config, plan: Plan) -> dict[str, Any]:
   machine = plan.candidate.topology
   devices = topology.devices_of(machine)
   chip = topology.chip_of(machine, devices)
-  kernel = chip.family != "gpu"
+  load = load_of(own, plan.candidate.mesh, chip.family, has_kernels=chip.family != "gpu")
+  shares = Shares(weights_of(own), plan.candidate.mesh, own.optimizer.name)
   result: dict[str, Any] = {
     "topology": str(machine),
     "mesh": {axis: getattr(own.mesh, axis) for axis in AXES},
     "name": f"{machine} as {mesh_text(plan.candidate)}",
     "predicted": {
-      "memory": plan.memory.total,
-      "flops": executed_flops(own, plan.load, ragged_kernel=kernel)["total"],
+      "memory": memory.predicted(own, load, shares).total,
+      "flops": executed_flops(own, load)["total"],
       "wire": sum(row.bytes for row in plan.sent),
     },
     "hbm_bytes": plan.hbm_bytes,

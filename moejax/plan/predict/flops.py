@@ -20,21 +20,16 @@ from moejax.config.attention import head_widths
 from moejax.layers.tpu_attention import block_size
 from moejax.plan.predict.load import Load
 
-_CUDNN_HEAD = 256
-"""Widest head of cuDNN's attention on the GPUs that are planned for."""
+_CUDNN_HEAD = {True: 256, False: 128}
+"""Widest head of cuDNN's attention, on a GPU that is planned for and if none is seen."""
 
 
-def executed_flops(
-  config: Config, load: Load, *, ragged_kernel: bool = True
-) -> dict[str, float]:
+def executed_flops(config: Config, load: Load) -> dict[str, float]:
   """Returns the FLOPs of a step on one device by part, with their sum as `total`.
 
   Args:
     config: validated.
     load: of a device.
-    ragged_kernel: whether products of sorted rows visit only the rows in use, as kernels
-      do. Where a GPU's program is compiled without one (`ragged_dot` without tokamax),
-      every expert is multiplied with every row of the buffer.
   """
   forward = load.forward
   tokens = load.tokens * load.microbatches / load.mesh["tensor"]
@@ -56,26 +51,27 @@ def executed_flops(
   }
   for part in flops.keys() - {"attention_scores"}:
     flops[part] *= tokens
-  flops["experts"] = _experts(config, load, ragged_kernel)
+  flops["experts"] = _experts(config, load)
   if config.moe.balance_scope == "batch" and load.microbatches > 1:
     # Loads are counted in a forward pass of their own (train/step.py).
     flops["counting"] = tokens * (forward["total"] - forward["head"])
   return flops | {"total": sum(flops.values())}
 
 
-def _experts(config: Config, load: Load, ragged_kernel: bool) -> float:
+def _experts(config: Config, load: Load) -> float:
   """Returns the FLOPs of the routed experts in a step."""
   d = load.dims
   layers = 0 if d.is_twin else len(d.moe_layers)
   rows = load.rows
-  if load.dispatcher == "grouped" and not ragged_kernel:
+  if load.dispatcher == "grouped" and not load.has_kernels:
+    # One masked product over the whole buffer for each expert (`ragged_dot`).
     rows = load.buffer * load.parts * load.local
   one = 2.0 * d.width * d.expert_hidden * rows / load.mesh["tensor"]
   return layers * load.microbatches * one * expert_products(config, load)
 
 
 def expert_products(config: Config, load: Load) -> int:
-  """Returns products of expert matrices in a step: three for each, and recomputed ones."""
+  """Returns products of expert matrices in a step: three for each, and repeated ones."""
   matrices, remat = load.dims.expert_matrices, config.model.remat
   if load.dispatcher == "grouped":
     # Parts and chunks are checkpointed by themselves, whatever the policy.
@@ -92,7 +88,7 @@ def _scores(config: Config, load: Load) -> float:
   model, length = config.model, config.data.sequence_length
   widths = head_widths(model)
   key, value = widths.query, widths.value
-  kernel, seen = attention_kernel(config, load.family), float(length)
+  kernel, seen = attention_kernel(config, load), float(length)
   again = 0 if model.remat == "none" else 1
   forward, backward = key + value, 2 * (key + value)
   match kernel:
@@ -110,16 +106,17 @@ def _scores(config: Config, load: Load) -> float:
   )
 
 
-def attention_kernel(config: Config, family: str) -> str:
+def attention_kernel(config: Config, load: Load) -> str:
   """Returns splash, cudnn or plain: the rule of `layers/attend`, for a training step."""
-  model = config.model
+  model, family = config.model, load.family
   if model.positions != "rotary":
     return "plain"
   if family == "tpu" and block_size(config.data.sequence_length):
     return "splash"
   width = head_widths(model).query
+  limit = _CUDNN_HEAD[load.has_kernels]
   fused = family == "gpu" and model.dtype == "bfloat16" and not model.attention_sinks
-  return "cudnn" if fused and width % 8 == 0 and width <= _CUDNN_HEAD else "plain"
+  return "cudnn" if fused and width % 8 == 0 and width <= limit else "plain"
 
 
 def padding(config: Config, load: Load) -> float:

@@ -21,6 +21,9 @@ class Load:
 
   family: str
   """tpu, gpu or cpu."""
+  has_kernels: bool
+  """Whether a GPU program has the kernels that are chosen where a GPU is: ragged products
+  of only the rows in use (tokamax), and cuDNN's attention on the wider heads."""
   mesh: Mapping[str, int]
   microbatches: int
   sequences: int
@@ -49,13 +52,16 @@ class Load:
     return dataclasses.replace(self, mesh=mesh)
 
 
-def load_of(config: Config, mesh: Mapping[str, int], family: str) -> Load:
+def load_of(
+  config: Config, mesh: Mapping[str, int], family: str, *, has_kernels: bool = True
+) -> Load:
   """Returns the load of a device.
 
   Args:
     config: validated for these devices.
     mesh: devices per axis.
     family: of the chips; decides the dispatcher where it is auto.
+    has_kernels: False for a GPU program that is compiled where there is no GPU.
   """
   moe, train = config.moe, config.train
   length, devices = config.data.sequence_length, mesh["expert"]
@@ -99,6 +105,7 @@ def load_of(config: Config, mesh: Mapping[str, int], family: str) -> Load:
     room = choices * devices
   return Load(
     family=family,
+    has_kernels=has_kernels,
     mesh=mesh,
     microbatches=train.accumulation,
     sequences=sequences,

@@ -30,6 +30,7 @@ PACKING = {"tpu": 1.5, "gpu": 1.1, "cpu": 1.1}
 """By family."""
 
 _LOGITS = 3
+_MASKED = 3
 _HIDDEN = 2
 """Hidden activations per expert matrix that are live in the backward pass, and their
 gradients: 5 to 6 with a gate, 4 without."""
@@ -155,7 +156,7 @@ def attention_activations(config: Config, load: Load) -> float:
   numbers = (heads * (widths.query + widths.value)) / tensor
   numbers += kv_heads * (widths.query + widths.value) / tensor + 4 * model.width
   size = bytes_of(config) * load.tokens * numbers
-  if attention_kernel(config, load.family) == "plain":
+  if attention_kernel(config, load) == "plain":
     length = config.data.sequence_length
     size += 2 * 4.0 * load.tokens * length * heads / tensor
   return size
@@ -169,10 +170,16 @@ def exchange_buffers(config: Config, load: Load) -> float:
     return 0.0
   size = bytes_of(config) * d.width
   own = load.choices / load.parts
+  masked = 0.0
+  if load.dispatcher == "grouped" and not load.has_kernels and load.local > 1:
+    # `ragged_dot` copies all rows for each expert, masked: three products at a time.
+    masked = _MASKED * size * load.buffer * load.local
   if load.exchange in ("none", "all_to_all"):
-    return 4.0 * size * load.buffer
+    return 4.0 * size * load.buffer + masked
+  if load.exchange == "ring":
+    return 2.0 * size * (load.buffer + load.mesh["expert"] * load.tokens) + masked
   sorts = 1 if load.local > 1 else 0
-  return size * (2.0 * own + (2 + 2 * sorts) * load.buffer)
+  return size * (2.0 * own + (2 + 2 * sorts) * load.buffer) + masked
 
 
 def hidden(config: Config, load: Load) -> float:

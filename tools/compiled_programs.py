@@ -3,7 +3,7 @@
 Each line is the output of
 
   python -m tools.compile_for --config=PRESET --topology=TOPOLOGY [--slices=SLICES] \\
-      --config.FIELD=VALUE ...
+      --config.mesh.AXIS=SIZE ... --config.FIELD=VALUE ...
 
 with jax 0.10.2 and libtpu 0.0.42.1, or the GPU compiler of the same jax. The first ten
 are also the table of docs/scale.md.
@@ -25,6 +25,7 @@ class Program:
   topology: str
   sizes: tuple[int, ...]
   """Of the mesh's axes."""
+  slices: int = 1
   overrides: Mapping[str, Any] = dataclasses.field(default_factory=dict)
   memory: float
   """Arguments and temporaries in GB."""
@@ -33,6 +34,7 @@ class Program:
   wire: float
   """GB sent."""
   flops_error: float = 0.02
+  """Relative error that the prediction is known to have, here and of what is sent."""
   wire_error: float = 0.02
 
   @property
@@ -76,6 +78,7 @@ PROGRAMS = (
     name="mixtral-two-slices",
     preset="mixtral_8x7b",
     topology="v5p:4x4x4",
+    slices=2,
     sizes=(2, 8, 8, 1),
     memory=52.7,
     flops=1.265,
@@ -139,5 +142,46 @@ PROGRAMS = (
     memory=12.6,
     flops=1.546,
     wire=11.6,
+  ),
+  Program(
+    name="gpu-olmoe-capacity",
+    preset="olmoe_1b_7b",
+    topology="h100:2x8",
+    sizes=(1, 2, 8, 1),
+    overrides={"train.batch_size": 32, "moe.capacity_factor": 1.25},
+    memory=17.22,
+    flops=1.6819,
+    wire=32.58,
+  ),
+  Program(
+    name="gpu-olmoe-ring",
+    preset="olmoe_1b_7b",
+    topology="h100:1x8",
+    sizes=(1, 1, 8, 1),
+    overrides={"train.batch_size": 8},
+    memory=57.61,
+    flops=48.6320,
+    wire=11.48,
+  ),
+  Program(
+    name="gpu-deepseek-v2-lite",
+    preset="deepseek_v2_lite",
+    topology="h200:2x8",
+    sizes=(1, 2, 8, 1),
+    overrides={"train.batch_size": 32, "moe.exchange_buffer": 2.0},
+    memory=47.88,
+    flops=10.4177,
+    wire=33.69,
+    wire_error=0.04,
+  ),
+  Program(
+    name="olmoe-ring",
+    preset="olmoe_1b_7b",
+    topology="v5p:2x2x4",
+    sizes=(1, 2, 8, 1),
+    overrides={"train.batch_size": 32, "moe.exchange_buffer": 1.5},
+    memory=24.82,
+    flops=1.3135,
+    wire=24.10,
   ),
 )
