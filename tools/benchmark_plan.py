@@ -96,7 +96,7 @@ def make_table(rows: list[dict[str, Any]]) -> Table:
 
 
 def main() -> int:
-  parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+  parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
   parser.add_argument("--compile", default="", help="names, separated by commas, or all")
   parser.add_argument("--json", action="store_true", help="print JSON")
   args = parser.parse_args()

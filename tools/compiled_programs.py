@@ -131,7 +131,7 @@ PROGRAMS = (
     overrides=_SMALL | {"moe.capacity_factor": 1.25},
     memory=11.7,
     flops=1.661,
-    wire=12.8,
+    wire=13.20,
   ),
   Program(
     name="gpu-dropless",
@@ -141,7 +141,7 @@ PROGRAMS = (
     overrides=_SMALL,
     memory=12.6,
     flops=1.546,
-    wire=11.6,
+    wire=12.03,
   ),
   Program(
     name="gpu-olmoe-capacity",
@@ -151,7 +151,7 @@ PROGRAMS = (
     overrides={"train.batch_size": 32, "moe.capacity_factor": 1.25},
     memory=17.22,
     flops=1.6819,
-    wire=32.58,
+    wire=33.06,
   ),
   Program(
     name="gpu-olmoe-ring",
@@ -161,7 +161,7 @@ PROGRAMS = (
     overrides={"train.batch_size": 8},
     memory=57.61,
     flops=48.6320,
-    wire=11.48,
+    wire=11.55,
   ),
   Program(
     name="gpu-deepseek-v2-lite",
@@ -171,8 +171,7 @@ PROGRAMS = (
     overrides={"train.batch_size": 32, "moe.exchange_buffer": 2.0},
     memory=47.88,
     flops=10.4177,
-    wire=33.69,
-    wire_error=0.04,
+    wire=35.06,
   ),
   Program(
     name="olmoe-ring",
@@ -183,5 +182,34 @@ PROGRAMS = (
     memory=24.82,
     flops=1.3135,
     wire=24.10,
+  ),
+  Program(
+    name="gpu-olmoe-no-remat",
+    preset="olmoe_1b_7b",
+    topology="h100:2x8",
+    sizes=(1, 2, 8, 1),
+    overrides={
+      "train.batch_size": 16,
+      "moe.capacity_factor": 1.25,
+      "model.remat": "none",
+    },
+    memory=35.43,
+    flops=1.2896,
+    wire=13.46,
+  ),
+  Program(
+    name="gpu-olmoe-dots-accumulation",
+    preset="olmoe_1b_7b",
+    topology="h100:2x8",
+    sizes=(1, 4, 4, 1),
+    overrides={
+      "train.batch_size": 32,
+      "train.accumulation": 2,
+      "moe.capacity_factor": 1.25,
+      "model.remat": "dots",
+    },
+    memory=15.79,
+    flops=1.6133,
+    wire=43.61,
   ),
 )

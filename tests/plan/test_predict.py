@@ -1,6 +1,8 @@
 """Predicted FLOPs, traffic and memory: by hand on a small model, and against programs
 that a compiler made."""
 
+from typing import Any
+
 import pytest
 
 from moejax.config import Config, MeshConfig, ModelConfig, MoEConfig
@@ -13,7 +15,7 @@ from tools.benchmark_plan import config_of, predict
 from tools.compiled_programs import PROGRAMS
 
 
-def tiny(remat: str = "all", **moe) -> Config:
+def tiny(remat: str = "all", **moe: Any) -> Config:
   """Two layers of D 32, four experts of F 64, top-1; 8 devices as fsdp 2 x expert 4."""
   config = Config(
     model=ModelConfig(
@@ -85,7 +87,7 @@ def test_flops_by_hand():
 def test_rows_by_hand():
   """Slots count as many as there are, sorted rows as many as are chosen; dropless slots
   have room for every token at every expert."""
-  sparse = {"capacity_factor": None}
+  sparse: dict[str, Any] = {"capacity_factor": None}
   assert load_of(tiny(capacity_factor=2.0), MESH, "tpu").rows == 64
   assert load_of(tiny(**sparse), MESH, "tpu").rows == 32
   ring = load_of(tiny(**sparse, exchange="ring", dispatcher="gather"), MESH, "tpu")

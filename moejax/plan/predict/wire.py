@@ -114,7 +114,7 @@ class Gradients:
 def gradients(config: Config, shares: Shares, family: str) -> Gradients:
   """Returns what the gradients of a microbatch send."""
   mesh, computed = shares.mesh, 2 if config.model.dtype == "bfloat16" else 4
-  scattered, reduced = 0.0, collections.Counter[str]()
+  scattered, reduced = 0.0, collections.defaultdict[str, float](float)
   for weight in shares.weights:
     if not weight.trained:
       continue
@@ -148,6 +148,9 @@ def _weights(
     for part, numbers in shares.gathered.items()
     if part != "other"
   )
+  if load.family != "tpu":
+    # The TPU compiler converts the token table before it gathers it, others after.
+    gathered += share / computed * (4 - computed) * shares.gathered["embedding"]
   yield _row("all-gather", "fsdp", "weights", gathered, overlaps=True)
   yield _row("reduce-scatter", "fsdp", "gradients", sums.scattered * count, overlaps=True)
   for axes, size in sums.reduced.items():
