@@ -212,4 +212,43 @@ PROGRAMS = (
     flops=1.6133,
     wire=43.61,
   ),
+  Program(
+    name="gpu-olmoe-tensor",
+    preset="olmoe_1b_7b",
+    topology="h100:2x8",
+    sizes=(2, 2, 2, 2),
+    overrides={
+      "train.batch_size": 16,
+      "moe.capacity_factor": 1.25,
+      "model.remat": "full",
+    },
+    memory=36.35,
+    flops=1.5989,
+    wire=21.10,
+  ),
+  Program(
+    name="olmoe-capacity",
+    preset="olmoe_1b_7b",
+    topology="v5p:2x2x4",
+    sizes=(1, 2, 8, 1),
+    overrides={"train.batch_size": 32, "moe.capacity_factor": 1.25},
+    memory=17.48,
+    flops=1.5861,
+    wire=33.22,
+  ),
 )
+
+REFUSED = (
+  Program(
+    name="gpt4-class-two",
+    preset="gpt4_class_1_8t",
+    topology="v5p:8x8x16",
+    sizes=(1, 64, 16, 1),
+    overrides={"train.batch_size": 2048},
+    # 31.7 of arguments, and 95.8 GiB of temporaries that the compiler asked for.
+    memory=134.5,
+    flops=0.0,
+    wire=0.0,
+  ),
+)
+"""Programs that a compiler refused, as too large; what they execute is not known."""

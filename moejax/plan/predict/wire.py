@@ -94,7 +94,8 @@ def scatters(weight: Weight, mesh: Mapping[str, int], itemsize: int) -> bool:
   lanes = 128 * 4 // itemsize
   if weight.cut_last:
     return layer[-1] // mesh["fsdp"] % lanes == 0
-  if weight.part == "experts":
+  if weight.part in ("experts", "router", "head"):
+    # By hand: only the rows of a shard matter.
     return layer[-2] // mesh["fsdp"] % 8 == 0
   if len(layer) == 2:
     return layer[-2] // mesh["fsdp"] % 8 == 0 and layer[-1] % lanes == 0
