@@ -29,7 +29,8 @@ def compare(config: Config, plan: Plan) -> dict[str, Any]:
   machine = plan.candidate.topology
   devices = topology.devices_of(machine)
   chip = topology.chip_of(machine, devices)
-  load = load_of(own, plan.candidate.mesh, chip.family, has_kernels=chip.family != "gpu")
+  has_kernels = chip.family != "gpu"
+  load = load_of(own, plan.candidate.mesh, chip.family, has_kernels=has_kernels)
   shares = Shares(weights_of(own), plan.candidate.mesh, own.optimizer.name)
   result: dict[str, Any] = {
     "topology": str(machine),
@@ -41,6 +42,7 @@ def compare(config: Config, plan: Plan) -> dict[str, Any]:
       "wire": sum(row.bytes for row in plan.sent),
     },
     "hbm_bytes": plan.hbm_bytes,
+    "has_kernels": has_kernels,
   }
   try:
     step = compile_step(own, devices)
@@ -71,5 +73,7 @@ def line(result: dict[str, Any]) -> str:
     )
 
   verdict = "fits" if result["fits"] else "does NOT fit"
+  if not result["has_kernels"]:
+    verdict += " without the kernels that a run on GPUs has"
   parts = (pair("memory", 1e9, " GB"), pair("flops", 1e12, "T"), pair("wire", 1e9, " GB"))
   return f"{result['name']}: {verdict}; {'; '.join(parts)}"

@@ -16,7 +16,7 @@ from moejax.config import text as config_text
 from moejax.config.devices import validate_devices
 from moejax.cost.chips import CHIPS
 from moejax.errors import ConfigError, UserError
-from moejax.plan import candidates, search, throughput_map
+from moejax.plan import candidates, confirm, search, throughput_map
 from moejax.plan.topology import parse
 
 
@@ -137,6 +137,26 @@ def test_map(found, tmp_path):
   assert page.startswith("<!doctype html>") and page.rstrip().endswith("</svg>")
   throughput_map.draw(found, str(tmp_path / "map.png"))
   assert (tmp_path / "map.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_confirmed_in_one_line():
+  """Predicted beside compiled with the error of each; or what the compiler said."""
+  figures = {"memory": 9e9, "flops": 4e12, "wire": 0.0}
+  result = {
+    "name": "v5p:2x2x1 as fsdp 4",
+    "predicted": figures,
+    "compiled": figures | {"memory": 10e9},
+    "fits": True,
+    "has_kernels": True,
+  }
+  assert confirm.line(result) == (
+    "v5p:2x2x1 as fsdp 4: fits; memory 9.0 GB predicted, 10.0 compiled (-10.0%); flops "
+    "4.0T predicted, 4.0 compiled (+0.0%); wire 0.0 GB predicted, 0.0 compiled (+0.0%)"
+  )
+  refused = confirm.line(result | {"refusal": "RESOURCE_EXHAUSTED: no room"})
+  assert refused == (
+    "v5p:2x2x1 as fsdp 4: refused by the compiler: RESOURCE_EXHAUSTED: no room"
+  )
 
 
 def plan(*args: str) -> subprocess.CompletedProcess:

@@ -89,7 +89,7 @@ def predicted(config: Config, load: Load, shares: Shares) -> Memory:
     "gradients": gradients + sums + replicas,
     "activations": kept,
     "logits": 0.0,
-    "exchange": exchange_buffers(config, load),
+    "exchange": exchange_buffers(config, load) + masked_rows(config, load),
     "temporary": (
       layer_weights(config, load, shares)
       + hidden(config, load)
@@ -170,16 +170,20 @@ def exchange_buffers(config: Config, load: Load) -> float:
     return 0.0
   size = bytes_of(config) * d.width
   own = load.choices / load.parts
-  masked = 0.0
-  if load.dispatcher == "grouped" and not load.has_kernels and load.local > 1:
-    # `ragged_dot` copies all rows for each expert, masked: three products at a time.
-    masked = _MASKED * size * load.buffer * load.local
   if load.exchange in ("none", "all_to_all"):
-    return 4.0 * size * load.buffer + masked
+    return 4.0 * size * load.buffer
   if load.exchange == "ring":
-    return 2.0 * size * (load.buffer + load.mesh["expert"] * load.tokens) + masked
+    return 2.0 * size * (load.buffer + load.mesh["expert"] * load.tokens)
   sorts = 1 if load.local > 1 else 0
-  return size * (2.0 * own + (2 + 2 * sorts) * load.buffer) + masked
+  return size * (2.0 * own + (2 + 2 * sorts) * load.buffer)
+
+
+def masked_rows(config: Config, load: Load) -> float:
+  """Returns the copies of all rows for each expert that `ragged_dot` makes where there is
+  no kernel, for the three products of a matrix."""
+  if load.dispatcher != "grouped" or load.has_kernels or load.local == 1:
+    return 0.0
+  return _MASKED * bytes_of(config) * load.buffer * load.local * load.dims.width
 
 
 def hidden(config: Config, load: Load) -> float:
