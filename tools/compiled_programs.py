@@ -236,6 +236,16 @@ PROGRAMS = (
     flops=1.5861,
     wire=33.22,
   ),
+  Program(
+    name="gpu-deepseek-v2-lite-capacity",
+    preset="deepseek_v2_lite",
+    topology="h200:2x8",
+    sizes=(1, 16, 1, 1),
+    overrides={"train.batch_size": 16, "moe.capacity_factor": 1.25},
+    memory=26.83,
+    flops=1.5893,
+    wire=88.37,
+  ),
 )
 
 REFUSED = (

@@ -117,9 +117,3 @@ def attention_kernel(config: Config, load: Load) -> str:
   limit = _CUDNN_HEAD[load.has_kernels]
   fused = family == "gpu" and model.dtype == "bfloat16" and not model.attention_sinks
   return "cudnn" if fused and width % 8 == 0 and width <= limit else "plain"
-
-
-def padding(config: Config, load: Load) -> float:
-  """Returns rows multiplied per row in use: slots over assignments."""
-  selected = load.dims.num_selected
-  return load.rows / (load.tokens * selected) if selected else 1.0

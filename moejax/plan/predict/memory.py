@@ -30,23 +30,18 @@ PACKING = {"tpu": 1.5, "gpu": 1.1, "cpu": 1.1}
 """By family."""
 
 _LOGITS = 3
+"""Arrays of the size of the logits that are live in the loss."""
+_SCORES = 3
+"""Arrays of the size of a layer's attention scores that are live without a kernel."""
 _MASKED = 3
-_HIDDEN = 2
-"""Hidden activations per expert matrix that are live in the backward pass, and their
-gradients: 5 to 6 with a gate, 4 without."""
+"""Masked copies of rows that are live in `ragged_dot` where there is no kernel."""
+_HIDDEN = {3: 5, 2: 3}
+"""Arrays of the size of the hidden activations that are live in the backward pass of
+experts of so many matrices: each product's result and its gradient, and what the
+activation made of them."""
 
 _OUTSIDE = ("embedding", "head")
 """Parts outside the layers."""
-
-KINDS = (
-  "parameters",
-  "moments",
-  "gradients",
-  "activations",
-  "logits",
-  "exchange",
-  "temporary",
-)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -54,7 +49,7 @@ class Memory:
   """Predicted bytes per device."""
 
   kinds: Mapping[str, float]
-  """Bytes by `KINDS`, live at the peak; `temporary` includes what packing wastes."""
+  """Bytes live at the peak; `temporary` includes what packing wastes."""
   peak: str
   """head or layer: where most is live."""
 
@@ -147,7 +142,7 @@ def kept_activations(config: Config, load: Load, shares: Shares) -> float:
 def attention_activations(config: Config, load: Load) -> float:
   """Returns what a layer's attention leaves for the backward pass: T (2HA + 2HZ + 4D).
 
-  Without a fused kernel also the scores and their softmax, two arrays of T S H numbers.
+  Without a fused kernel also scores, their softmax and a gradient: T S H numbers each.
   """
   model = config.model
   widths, tensor = head_widths(model), load.mesh["tensor"]
@@ -158,7 +153,7 @@ def attention_activations(config: Config, load: Load) -> float:
   size = bytes_of(config) * load.tokens * numbers
   if attention_kernel(config, load) == "plain":
     length = config.data.sequence_length
-    size += 2 * 4.0 * load.tokens * length * heads / tensor
+    size += _SCORES * 4.0 * load.tokens * length * heads / tensor
   return size
 
 
@@ -197,7 +192,7 @@ def hidden(config: Config, load: Load) -> float:
     # A ring's buffer of sorted rows counts as one chunk as well.
     chunks = config.moe.expert_chunks if load.dispatcher == "grouped" else 1
   one = bytes_of(config) * rows / chunks * wide / load.mesh["tensor"]
-  return one * _HIDDEN * (matrices - 0.5)
+  return one * _HIDDEN[matrices]
 
 
 def layer_weights(config: Config, load: Load, shares: Shares) -> float:
