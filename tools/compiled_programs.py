@@ -246,6 +246,16 @@ PROGRAMS = (
     flops=1.5893,
     wire=88.37,
   ),
+  Program(
+    name="gpu-qwen3-capacity",
+    preset="qwen3_30b_a3b",
+    topology="h200:4x8",
+    sizes=(1, 4, 8, 1),
+    overrides={"train.batch_size": 32, "moe.capacity_factor": 1.25},
+    memory=29.05,
+    flops=1.8122,
+    wire=67.21,
+  ),
 )
 
 REFUSED = (
