@@ -29,6 +29,7 @@ PROGRAMS = {
   "compare": "moejax.cli.compare",
   "collectives": "moejax.cli.collectives",
   "compile-for": "moejax.cli.compile_for",
+  "plan": "moejax.cli.plan",
   "launch": "moejax.cli.launch",
   "launch-local": "moejax.cli.launch_local",
   "check-device": "moejax.cli.check_device",

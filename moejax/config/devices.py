@@ -72,6 +72,18 @@ def validate_devices(config: Config, num_devices: int) -> None:
   _check_dispatcher(config, num_devices)
 
 
+def misfit(config: Config, num_devices: int) -> str | None:
+  """Returns why `validate_devices` rejects a config, without a remedy, which takes much
+  longer to find; None if it does not."""
+  problem = _misfit(config, num_devices)
+  if problem is None:
+    try:
+      _check_dispatcher(config, num_devices)
+    except ConfigError as error:
+      return str(error)
+  return problem
+
+
 def _check_dispatcher(config: Config, num_devices: int) -> None:
   """Rejects an exchange or dispatcher that cannot run, before compiling."""
   # Routers import jax, which this check needs only with several devices.

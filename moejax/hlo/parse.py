@@ -208,9 +208,10 @@ class Program:
     if kind == "ragged-all-to-all":
       # One of the two buffers has spare room; the smaller one is what is sent.
       return round(min(arrays[-1], self._operand_bytes(instruction, where)))
-    if instruction.opcode.endswith("-start") and len(arrays) > 1:
+    if instruction.opcode.endswith("-start") and kind != "all-reduce":
       # (operands, results, contexts): largest is a gather's result, else the operand.
-      return round(max(arrays))
+      # Several buffers sent as one are a tuple each; an all-reduce has only results.
+      return round(max(sum(_array_bytes(part)) for part in _elements(instruction.shape)))
     if instruction.opcode == "reduce-scatter":
       return round(sum(arrays) * (group_size(instruction.rest) or 1))
     return round(sum(arrays))
@@ -340,6 +341,21 @@ def _array_bytes(shape: str) -> list[float]:
     width = _BYTES.get(dtype, int(digits[0]) / 8 if digits else 4)
     result.append(width * math.prod(int(d) for d in dims.split(",") if d))
   return result
+
+
+def _elements(shape: str) -> list[str]:
+  """Returns the outermost elements of a tuple's shape; the shape itself if it is none."""
+  shape = _LAYOUT.sub("", shape).strip()
+  if not shape.startswith("("):
+    return [shape]
+  elements, depth = [""], 0
+  for character in shape[1:-1]:
+    depth += (character in "([") - (character in ")]")
+    if character == "," and depth == 0:
+      elements.append("")
+    else:
+      elements[-1] += character
+  return elements
 
 
 def called(rest: str) -> list[tuple[str, str]]:

@@ -51,7 +51,8 @@ def router_health(
   """
   squares = of_routers(model, gradients, _square)
   sizes = of_routers(model, gradients, _size)
-  size = sum(g.size for g in jax.tree.leaves(gradients))
+  # A float: as an integer, the size of a large model would overflow int32.
+  size = float(sum(g.size for g in jax.tree.leaves(gradients)))
   others = jnp.maximum(size - jnp.sum(sizes), 1.0)
   # Rounding may leave less than nothing where the routers have nearly all of it.
   rest = jnp.maximum(jnp.square(norm) - jnp.sum(squares), 0.0)

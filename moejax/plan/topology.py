@@ -80,7 +80,7 @@ def prepare(topology: Topology) -> None:
       f"not installed. Install the extra: pip install 'moejax[{needs[1]}]', in a "
       f"checkout pip install -e '.[{needs[1]}]'."
     )
-  os.environ["JAX_PLATFORMS"] = "cpu"
+  use_no_device()
   if family == "tpu":
     os.environ |= {
       "TPU_SKIP_MDS_QUERY": "1",
@@ -90,6 +90,11 @@ def prepare(topology: Topology) -> None:
       "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
       "TPU_MIN_LOG_LEVEL": os.environ.get("TPU_MIN_LOG_LEVEL", "3"),
     }
+
+
+def use_no_device() -> None:
+  """Keeps jax from this machine's accelerators; call it before importing jax."""
+  os.environ["JAX_PLATFORMS"] = "cpu"
 
 
 def devices_of(topology: Topology) -> list[Any]:

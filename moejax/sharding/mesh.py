@@ -46,14 +46,7 @@ def _placed(config: MeshConfig, shape: tuple[int, ...], devices: list[Any]) -> n
   """
   slices = num_slices(devices)
   if slices > 1:
-    across = AXES.index(config.slice_axis)
-    if shape[across] % slices:
-      raise ConfigError(
-        f"--config.mesh.{config.slice_axis}={shape[across]} is to cross {slices} slices "
-        f"(--config.mesh.slice_axis={config.slice_axis}), and is no multiple of them. "
-        f"Make it a multiple of {slices}, or choose another slice_axis."
-      )
-    outer = tuple(slices if i == across else 1 for i in range(len(shape)))
+    outer = over_slices(config, shape, slices)
     inner = tuple(a // b for a, b in zip(shape, outer, strict=True))
     place: Any = functools.partial(
       mesh_utils.create_hybrid_device_mesh, inner, outer, devices
@@ -68,6 +61,24 @@ def _placed(config: MeshConfig, shape: tuple[int, ...], devices: list[Any]) -> n
   except AssertionError:
     # Only some devices of a slice, which leaves holes in its torus.
     return np.asarray(devices).reshape(shape)
+
+
+def over_slices(
+  config: MeshConfig, shape: tuple[int, ...], slices: int
+) -> tuple[int, ...]:
+  """Returns the part of each axis that spans slices: all of them along `slice_axis`.
+
+  Raises:
+    ConfigError: the size of `slice_axis` is not a multiple of the number of slices.
+  """
+  across = AXES.index(config.slice_axis)
+  if shape[across] % slices:
+    raise ConfigError(
+      f"--config.mesh.{config.slice_axis}={shape[across]} is to cross {slices} slices "
+      f"(--config.mesh.slice_axis={config.slice_axis}), and is no multiple of them. "
+      f"Make it a multiple of {slices}, or choose another slice_axis."
+    )
+  return tuple(slices if i == across else 1 for i in range(len(shape)))
 
 
 BY_HAND = "moejax_by_hand"

@@ -10,7 +10,7 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Int, Shaped
 
 from moejax.errors import ConfigError
@@ -65,12 +65,12 @@ RULES = ShardingRules()
 
 
 def shardings(
-  mesh: Mesh, logical_axes: Any, shapes: Any, rules: ShardingRules = RULES
+  mesh: Mesh | AbstractMesh, logical_axes: Any, shapes: Any, rules: ShardingRules = RULES
 ) -> Any:
   """Returns the sharding of every parameter.
 
   Args:
-    mesh: from `make_mesh`.
+    mesh: from `make_mesh`, or the sizes alone.
     logical_axes: tree of tuples of names, one per dimension.
     shapes: same tree, of anything with a `.shape`.
     rules: the table.

@@ -23,6 +23,7 @@ IN_A_CLONE = {
   "compare": "tools.compare",
   "collectives": "tools.collectives",
   "compile-for": "tools.compile_for",
+  "plan": "tools.plan",
   "launch": "tools.launch",
   "launch-local": "tools.launch_local",
   "fit-law": "tools.fit_law",

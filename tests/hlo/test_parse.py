@@ -77,6 +77,29 @@ ENTRY %main (x: bf16[4,8], y: f32[16]) -> f32[4] {
 """
 
 
+COMBINED = """
+ENTRY %main (x: bf16[16,4], y: bf16[8]) -> bf16[8,4] {
+  %x = bf16[16,4]{1,0} parameter(0)
+  %y = bf16[8]{0} parameter(1)
+  %rs = ((bf16[16,4]{1,0}, bf16[8]{0}), (bf16[8,4]{1,0}, bf16[4]{0})) reduce-scatter-start(%x, %y), replica_groups=[4,2]<=[8], dimensions={0}, to_apply=%add
+  %rd = (bf16[8,4]{1,0}, bf16[4]{0}) reduce-scatter-done(%rs)
+  %ag = ((bf16[8,4]{1,0}, bf16[4]{0}), (bf16[16,4]{1,0}, bf16[8]{0})) all-gather-start(%x, %y), replica_groups=[4,2]<=[8], dimensions={0}
+  %ar = (bf16[16,4]{1,0}, bf16[8]{0}) all-reduce-start(%x, %y), replica_groups=[4,2]<=[8], to_apply=%add
+}
+"""
+
+
+def test_buffers_sent_as_one_all_count():
+  """What a compiler combines into one start is the sum of its buffers: 64 and 8 numbers
+  of 2 bytes, of which a device of two sends half, and twice that to reduce."""
+  found = hlo.Program(COMBINED).collectives(("data", "expert"), (4, 2))
+  assert {c.kind: (c.bytes, c.wire_bytes) for c in found} == {
+    "reduce-scatter": (144, 72),
+    "all-gather": (144, 72),
+    "all-reduce": (144, 144),
+  }
+
+
 def test_a_program_by_hand():
   """Loops multiply; starts count and dones do not; a fused reduce-scatter is one."""
   found = hlo.Program(PROGRAM).collectives(("data", "expert"), (4, 2))

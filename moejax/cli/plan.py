@@ -1,0 +1,184 @@
+"""Which machine, mesh and batch: predicts every way to train a config, prints the best.
+
+  python -m tools.plan --config=configs/mixtral_8x7b.py --topology=v5p:4x4x8[,h100:8x8] \\
+      [--slices=2] [--tokens=1e12] [--objective=cost --price=v5p:4.2,h100:3] \\
+      [--top=10] [--confirm=3] [--json=FILE] [--map=FILE.png]
+
+Tries meshes, microbatches, recomputation and exchanges; leaves out what a run would
+refuse; predicts memory, FLOPs, traffic and time by formulas (docs/planning.md), in
+seconds and without a compiler. --confirm compiles the best few. The global batch stays
+that of the config. Exit code 2 if nothing fits, with the nearest and what it lacks.
+"""
+
+import json
+import pathlib
+import shlex
+from typing import TYPE_CHECKING, Any
+
+from absl import flags
+from rich.console import Console
+
+from moejax import files
+from moejax.cli import flags as cli
+from moejax.errors import ConfigError, UserError, did_you_mean, program
+
+if TYPE_CHECKING:
+  from moejax.plan.candidates import Candidate
+  from moejax.plan.topology import Topology
+
+_TOPOLOGY = flags.DEFINE_list(
+  "topology", None, "Machines to compare: v5p:4x4x8, h100:8x8 (nodes x GPUs), ..."
+)
+_SLICES = flags.DEFINE_integer(
+  "slices", 1, "TPU slices of that shape.", lower_bound=1, upper_bound=4096
+)
+_TOKENS = flags.DEFINE_float(
+  "tokens", None, "Training tokens; default those of the config's steps.", lower_bound=1
+)
+_OBJECTIVE = flags.DEFINE_enum(
+  "objective", "throughput", ("throughput", "cost"), "What the best plan is best at."
+)
+_PRICE = flags.DEFINE_list(
+  "price", [], "Dollars of a chip hour by kind of chip: v5p:4.2,h100:3."
+)
+_TOP = flags.DEFINE_integer("top", 10, "Plans to print, one per mesh.", lower_bound=1)
+_CONFIRM = flags.DEFINE_integer(
+  "confirm", 0, "Compile so many of the best plans, and compare.", lower_bound=0
+)
+_MARGIN = flags.DEFINE_float(
+  "margin", 0.1, "Fraction of memory that must stay free.", 0.0, 0.9
+)
+_EFFICIENCY = flags.DEFINE_float(
+  "efficiency", 0.6, "Fraction of a chip's peak at which products run.", 0.01, 1.0
+)
+_JSON = flags.DEFINE_string("json", None, "Write everything to this file.")
+_MAP = flags.DEFINE_string("map", None, "Draw throughput over meshes: a .png or .html.")
+
+_WIDTH = 150
+_MAP_ENDINGS = (".png", ".html")
+
+
+def machines() -> "list[Topology]":
+  """Returns the machines of --topology.
+
+  Raises:
+    UserError: none is given, or one is unknown.
+  """
+  from moejax.plan import topology as topology_lib
+
+  names = [name.strip() for name in _TOPOLOGY.value or () if name.strip()]
+  if not names:
+    raise UserError(
+      "--topology is missing: the machines to compare, such as v5p:4x4x8,h100:8x8."
+    )
+  found = []
+  for name in dict.fromkeys(names):
+    is_gpu = name.partition(":")[0] in ("h100", "h200")
+    found.append(topology_lib.parse(name, 1 if is_gpu else _SLICES.value))
+  return found
+
+
+def prices(topologies: "list[Topology]") -> dict[str, float]:
+  """Returns dollars of a chip hour by kind of chip.
+
+  Raises:
+    UserError: a price that is none, of no machine, or missing where cost is compared.
+  """
+  kinds = {topology.kind for topology in topologies}
+  found = {}
+  for item in _PRICE.value:
+    kind, _, text = item.strip().partition(":")
+    if kind not in kinds:
+      raise UserError(f"--price={item}: {did_you_mean(kind, kinds)}")
+    try:
+      found[kind] = float(text)
+    except ValueError:
+      found[kind] = 0.0
+    if not 0 < found[kind] < float("inf"):
+      raise UserError(f"--price={item}: give dollars of a chip hour, such as {kind}:4.2.")
+  missing = sorted(kinds - found.keys())
+  if _OBJECTIVE.value == "cost" and missing:
+    raise UserError(
+      f"--objective=cost needs a price of {', '.join(missing)}: "
+      f"--price={missing[0]}:DOLLARS_PER_CHIP_HOUR."
+    )
+  return found
+
+
+def command(candidate: "Candidate") -> str:
+  """Returns the command that trains a plan: this command line's config and settings."""
+  from moejax.plan.candidates import changes
+
+  given = flags.FLAGS["config"].value or cli.DEFAULT_CONFIG
+  settings = cli.overrides() | changes(cli.get_config(), candidate)
+  name = pathlib.Path(given).stem
+  words = [f"--config={given}", f"--workdir=runs/{name}"]
+  words += [f"--config.{field}={cli.spelled(value)}" for field, value in settings.items()]
+  return f"{program('train', 'experiments.train')} {shlex.join(words)}"
+
+
+def main() -> int:
+  topologies = machines()
+  costs = prices(topologies)
+  if _MAP.value and pathlib.Path(_MAP.value).suffix not in _MAP_ENDINGS:
+    raise ConfigError(f"--map={_MAP.value}: give a file that ends in .png or .html.")
+  from moejax.plan import topology as topology_lib
+
+  # Before anything imports jax. Only --confirm needs the compilers.
+  topology_lib.use_no_device()
+  if _CONFIRM.value:
+    for topology in topologies:
+      topology_lib.prepare(topology)
+  config = cli.get_config()
+  from moejax.plan import report, search
+
+  found = search.search(
+    config,
+    topologies,
+    prices=costs if _OBJECTIVE.value == "cost" else None,
+    margin=_MARGIN.value,
+    efficiency=_EFFICIENCY.value,
+  )
+  tokens = _TOKENS.value or float(config.train.num_steps * found.plans[0].tokens)
+  view = report.View(tokens=tokens, prices=costs, margin=_MARGIN.value)
+  plans = found.plans[: _TOP.value]
+  console = Console()
+  console = console if console.is_terminal else Console(width=_WIDTH)
+  report.show(found, plans, view, console)
+  for place, plan in enumerate(plans[:3], start=1):
+    console.print(f"{place}. {command(plan.candidate)}", markup=False, soft_wrap=True)
+  values: dict[str, Any] = report.as_json(found, plans, view)
+  for value, plan in zip(values["plans"], plans, strict=True):
+    value["command"] = command(plan.candidate)
+  if _MAP.value:
+    from moejax.plan import throughput_map
+
+    throughput_map.draw(found, _MAP.value)
+    console.print(f"Wrote {_MAP.value}.", markup=False)
+  if _CONFIRM.value:
+    values["confirmed"] = _confirm(config, plans[: _CONFIRM.value], console)
+  if _JSON.value:
+    files.write_text(_JSON.value, json.dumps(values, indent=1) + "\n")
+    console.print(f"Wrote {_JSON.value}.", markup=False)
+  return 0
+
+
+def _confirm(config: Any, plans: list[Any], console: Console) -> list[dict[str, Any]]:
+  """Compiles plans one after the other; prints each as soon as it is known."""
+  from moejax.plan import confirm
+
+  values = []
+  for plan in plans:
+    values.append(confirm.compare(config, plan))
+    console.print(confirm.line(values[-1]), markup=False, soft_wrap=True)
+  return values
+
+
+def run() -> None:
+  """Runs the program."""
+  cli.define_config(workdir=False)
+  cli.run(main)
+
+
+if __name__ == "__main__":
+  run()

@@ -1,0 +1,237 @@
+"""The settings that a plan chooses, and every combination that the config's checks allow.
+
+Chosen are mesh, microbatches, recomputation, and how rows travel; the model, the global
+batch, capacity and buffers stay those of the config, since they change what is learned.
+Refusals come from the checks that a run makes itself (`config.devices`, `config.check`,
+`sharding`), so that the printed command is accepted.
+"""
+
+import collections
+import copy
+import dataclasses
+import itertools
+import math
+import re
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from jax.sharding import AbstractMesh
+
+from moejax.config import Config
+from moejax.config import devices as config_devices
+from moejax.config import text as config_text
+from moejax.config.check import validate
+from moejax.config.mesh import AXES
+from moejax.cost.chips import CHIPS, Chip
+from moejax.errors import ConfigError
+from moejax.plan.predict.load import Load, load_of
+from moejax.plan.predict.weights import Weight
+from moejax.plan.topology import Topology
+from moejax.sharding.mesh import over_slices
+
+REMAT = ("none", "dots", "full", "all")
+_EXCHANGES = ("auto", "all_to_all", "ragged", "ring")
+"""gspmd is left out: it moves what the compiler decides."""
+_DISPATCHERS = ("auto", "gather", "grouped")
+"""einsum is left out: its products are those of gather and dense weights beside them."""
+_CHUNKS = {"all_to_all": (1, 2, 4), "ragged": (1, 2, 4, 8, 16, 32)}
+
+Settings = dict[str, Any]
+"""Dotted field to value."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Candidate:
+  """One way to run a config on a machine."""
+
+  topology: Topology
+  settings: Settings
+
+  @property
+  def mesh(self) -> dict[str, int]:
+    return {axis: self.settings[f"mesh.{axis}"] for axis in AXES}
+
+
+@dataclasses.dataclass
+class Refusals:
+  """Why combinations were left out: count and an example by reason."""
+
+  counts: collections.Counter[str] = dataclasses.field(
+    default_factory=collections.Counter
+  )
+  examples: dict[str, str] = dataclasses.field(default_factory=dict)
+
+  def add(self, message: str, count: int = 1, reason: str = "") -> None:
+    """Counts a refusal; its reason is the first flag that the message names."""
+    flag = re.search(r"--config\.([\w.]+)", message)
+    reason = reason or (flag[1] if flag else "other")
+    self.counts[reason] += count
+    self.examples.setdefault(reason, message)
+
+  def merge(self, other: "Refusals") -> None:
+    """Adds another's counts."""
+    self.counts.update(other.counts)
+    self.examples = other.examples | self.examples
+
+
+def chip_of(topology: Topology) -> Chip:
+  """Returns the figures of one device."""
+  chip = CHIPS[topology.kind]
+  return chip.divided(chip.devices)
+
+
+def num_devices(topology: Topology) -> int:
+  """Returns jax's devices, of which a chip may have two."""
+  chips = math.prod(topology.shape) * topology.slices
+  return chips * CHIPS[topology.kind].devices
+
+
+def meshes(devices: int) -> Iterator[dict[str, int]]:
+  """Yields every mesh of so many devices, sizes in the order of `AXES`."""
+
+  def splits(left: int, axes: int) -> Iterator[tuple[int, ...]]:
+    if axes == 1:
+      yield (left,)
+      return
+    for size in divisors(left):
+      for rest in splits(left // size, axes - 1):
+        yield (size, *rest)
+
+  for sizes in splits(devices, len(AXES)):
+    yield dict(zip(AXES, sizes, strict=True))
+
+
+def divisors(number: int) -> list[int]:
+  """Returns the divisors of a number, ascending."""
+  small = [n for n in range(1, math.isqrt(number) + 1) if number % n == 0]
+  return small + [number // n for n in reversed(small) if n * n != number]
+
+
+def placements(
+  config: Config, topology: Topology, weights: Sequence[Weight], refused: Refusals
+) -> Iterator[Candidate]:
+  """Yields the meshes and microbatches that the checks allow, other settings unchanged.
+
+  Args:
+    config: validated; not changed.
+    topology: the machine.
+    weights: of the model.
+    refused: gets what is left out.
+  """
+  trial, devices = copy.deepcopy(config), num_devices(topology)
+  slice_axes = AXES if topology.slices > 1 else (config.mesh.slice_axis,)
+  for mesh, across in itertools.product(meshes(devices), slice_axes):
+    settings: Settings = {f"mesh.{axis}": size for axis, size in mesh.items()}
+    settings["mesh.slice_axis"] = across
+    apply(trial, settings | {"train.accumulation": 1})
+    problem = _mesh_problem(trial, topology, mesh, weights)
+    if problem:
+      refused.add(problem)
+      continue
+    shards = mesh["data"] * mesh["fsdp"] * mesh["expert"]
+    for accumulation in divisors(config.train.batch_size // shards):
+      yield Candidate(topology, settings | {"train.accumulation": accumulation})
+
+
+def _mesh_problem(
+  trial: Config, topology: Topology, mesh: dict[str, int], weights: Sequence[Weight]
+) -> str | None:
+  """Returns why no microbatch runs on a mesh: batch, model, slices or parameters."""
+  # A setting of the exchange is chosen later, so the mesh is tried under the widest.
+  trial.moe.exchange, trial.moe.dispatcher = "auto", "auto"
+  trial.moe.exchange_chunks = 1
+  problem = config_devices.misfit(trial, num_devices(topology))
+  if problem:
+    return problem
+  try:
+    if topology.slices > 1:
+      over_slices(trial.mesh, tuple(mesh.values()), topology.slices)
+    check_weights(weights, mesh)
+  except ConfigError as error:
+    return str(error)
+  return None
+
+
+def check_weights(weights: Sequence[Weight], mesh: dict[str, int]) -> None:
+  """Raises the error of a run whose parameters cannot be cut over a mesh."""
+  from moejax.sharding import rules
+
+  abstract: Any = AbstractMesh(tuple(mesh.values()), AXES)
+  for weight in weights:
+    rules.shardings(abstract, {weight.path: weight.names}, {weight.path: weight})
+
+
+class Variants:
+  """The ways to recompute and exchange under a placement.
+
+  They depend on a mesh only through the sizes of its token shards and of `expert`, so
+  they are checked once for each of those.
+  """
+
+  def __init__(self, config: Config, family: str, refused: Refusals):
+    """Prepares; `refused` gets what is left out, once per placement."""
+    self._trial, self._family, self._refused = copy.deepcopy(config), family, refused
+    self._known: dict[tuple[int, ...], tuple[list[tuple[Settings, Load]], Refusals]] = {}
+
+  def of(self, placement: Candidate) -> Iterator[tuple[Candidate, Load]]:
+    """Yields each way once, with a device's load."""
+    mesh = placement.mesh
+    shards = mesh["data"] * mesh["fsdp"] * mesh["expert"]
+    key = (shards, mesh["expert"], placement.settings["train.accumulation"])
+    if key not in self._known:
+      refused = Refusals()
+      self._known[key] = list(self._ways(placement, refused)), refused
+    ways, refused = self._known[key]
+    self._refused.merge(refused)
+    for settings, load in ways:
+      for remat in REMAT:
+        chosen = placement.settings | settings | {"model.remat": remat}
+        yield Candidate(placement.topology, chosen), load.on(mesh)
+
+  def _ways(
+    self, placement: Candidate, refused: Refusals
+  ) -> Iterator[tuple[Settings, Load]]:
+    trial, devices = self._trial, num_devices(placement.topology)
+    seen = set()
+    for exchange, dispatcher in itertools.product(_EXCHANGES, _DISPATCHERS):
+      for chunks in _CHUNKS["ragged"]:
+        settings = {
+          "moe.exchange": exchange,
+          "moe.dispatcher": dispatcher,
+          "moe.exchange_chunks": chunks,
+        }
+        apply(trial, placement.settings | settings)
+        problem = config_devices.misfit(trial, devices)
+        if problem:
+          refused.add(problem, len(REMAT))
+          break
+        load = load_of(trial, placement.mesh, self._family)
+        key = (load.exchange, load.dispatcher, load.parts)
+        if chunks not in _CHUNKS.get(load.exchange, (1,)) or key in seen:
+          continue
+        seen.add(key)
+        yield settings, load
+
+
+def configured(config: Config, candidate: Candidate) -> Config:
+  """Returns a copy of a config with a candidate's settings, as its flags make it."""
+  own = copy.deepcopy(config)
+  apply(own, candidate.settings)
+  validate(own)
+  return own
+
+
+def changes(config: Config, candidate: Candidate) -> Settings:
+  """Returns the settings in which a candidate differs from a config."""
+  return {
+    name: value
+    for name, value in candidate.settings.items()
+    if config_text.get_field(config, name) != value
+  }
+
+
+def apply(config: Config, settings: Settings) -> None:
+  """Sets fields of a config; values are known to be of their types."""
+  for name, value in settings.items():
+    section, field = name.split(".")
+    setattr(getattr(config, section), field, value)

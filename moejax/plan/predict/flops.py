@@ -1,0 +1,119 @@
+"""Executed FLOPs of a train step on one device: the model's, recomputed and padded.
+
+Products only, a multiply-add is two, as in `cost/flops` and in `hlo/flops`, which counts
+them in a compiled program. What is executed beyond three times the forward pass:
+
+  recomputation  a checkpointed layer runs its forward products again, except those whose
+                 result no gradient needs: the last product of a feed-forward, and of the
+                 experts where gates multiply the hidden activations (sorted rows) or
+                 `remat=full` keeps what came back; `dots` recomputes experts only
+  attention      splash (TPU) visits whole blocks on and below the diagonal, and computes
+                 scores in both kernels of its backward pass; cuDNN visits all, and
+                 computes scores again
+  padding        slots without a token are multiplied like others
+
+Letters: A query and key head width, Z value head width, S sequence, H heads.
+"""
+
+from moejax.config import Config
+from moejax.config.attention import head_widths
+from moejax.layers.tpu_attention import block_size
+from moejax.plan.predict.load import Load
+
+_CUDNN_HEAD = {True: 256, False: 128}
+"""Widest head of cuDNN's attention, on a GPU that is planned for and if none is seen."""
+
+
+def executed_flops(config: Config, load: Load) -> dict[str, float]:
+  """Returns the FLOPs of a step on one device by part, with their sum as `total`.
+
+  Args:
+    config: validated.
+    load: of a device.
+  """
+  forward = load.forward
+  tokens = load.tokens * load.microbatches / load.mesh["tensor"]
+  remat, d = config.model.remat, load.dims
+  again = 1.0 if remat in ("all", "full") else 0.0
+  post = config.model.norm_placement != "pre"
+
+  def feed_forward(matrices: int) -> float:
+    """Returns passes over a feed-forward of so many matrices."""
+    return 3 + again * (1 if post else (matrices - 1) / matrices)
+
+  flops = {
+    "attention": forward["attention"] * (3 + again),
+    "attention_scores": _scores(config, load) * tokens,
+    "dense": forward["dense"] * feed_forward(d.matrices),
+    "shared_experts": forward["shared_experts"] * feed_forward(d.expert_matrices),
+    "router": forward["router"] * (3 + again) * load.mesh["tensor"],
+    "head": forward["head"] * 3,
+  }
+  for part in flops.keys() - {"attention_scores"}:
+    flops[part] *= tokens
+  flops["experts"] = _experts(config, load)
+  if config.moe.balance_scope == "batch" and load.microbatches > 1:
+    # Loads are counted in a forward pass of their own (train/step.py).
+    flops["counting"] = tokens * (forward["total"] - forward["head"])
+  return flops | {"total": sum(flops.values())}
+
+
+def _experts(config: Config, load: Load) -> float:
+  """Returns the FLOPs of the routed experts in a step."""
+  d = load.dims
+  layers = 0 if d.is_twin else len(d.moe_layers)
+  rows = load.rows
+  if load.dispatcher == "grouped" and not load.has_kernels:
+    # One masked product over the whole buffer for each expert (`ragged_dot`).
+    rows = load.buffer * load.parts * load.local
+  one = 2.0 * d.width * d.expert_hidden * rows / load.mesh["tensor"]
+  return layers * load.microbatches * one * expert_products(config, load)
+
+
+def expert_products(config: Config, load: Load) -> int:
+  """Returns products of expert matrices in a step: three for each, and repeated ones."""
+  matrices, remat = load.dims.expert_matrices, config.model.remat
+  if load.dispatcher == "grouped":
+    # Parts and chunks are checkpointed by themselves, whatever the policy.
+    own = (load.exchange == "ragged" and load.parts > 1) or config.moe.expert_chunks > 1
+    return 3 * matrices + (matrices - 1 if own or remat != "none" else 0)
+  if remat in ("all", "dots"):
+    return 4 * matrices
+  kept = load.exchange == "all_to_all"
+  return 3 * matrices + (matrices - kept if remat == "full" else 0)
+
+
+def _scores(config: Config, load: Load) -> float:
+  """Returns the FLOPs of scores and mixing per token of a step, all layers."""
+  model, length = config.model, config.data.sequence_length
+  widths = head_widths(model)
+  key, value = widths.query, widths.value
+  kernel, seen = attention_kernel(config, load), float(length)
+  again = 0 if model.remat == "none" else 1
+  forward, backward = key + value, 2 * (key + value)
+  match kernel:
+    case "splash":
+      block = block_size(length) or length
+      blocks = length // block
+      seen *= (blocks + 1) / (2 * blocks)
+      # Two kernels: d query from three products, d key and d value from four.
+      backward = (2 * key + value) + (2 * key + 2 * value)
+    case "cudnn":
+      # Values are padded to the width of keys; scores are computed again.
+      forward, backward = 2 * key, 5 * key
+  return (
+    2.0 * model.num_layers * model.num_heads * seen * (forward * (1 + again) + backward)
+  )
+
+
+def attention_kernel(config: Config, load: Load) -> str:
+  """Returns splash, cudnn or plain: the rule of `layers/attend`, for a training step."""
+  model, family = config.model, load.family
+  if model.positions != "rotary":
+    return "plain"
+  if family == "tpu" and block_size(config.data.sequence_length):
+    return "splash"
+  width = head_widths(model).query
+  limit = _CUDNN_HEAD[load.has_kernels]
+  fused = family == "gpu" and model.dtype == "bfloat16" and not model.attention_sinks
+  return "cudnn" if fused and width % 8 == 0 and width <= limit else "plain"

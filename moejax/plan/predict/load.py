@@ -1,0 +1,122 @@
+"""What one device has to do in one microbatch, under even routing.
+
+Letters: T tokens of a routing group, E experts, K choices per token, C slots per
+expert and group, P devices of the `expert` axis, A assignments of a device, R rows of
+its buffer.
+"""
+
+import dataclasses
+from collections.abc import Mapping
+
+from moejax.config import Config
+from moejax.config.exchange_rule import buffer_factor, choose
+from moejax.config.router import capacity, make_router, num_selected
+from moejax.cost.flops import forward_flops_per_token
+from moejax.cost.parameters import Dimensions, dimensions, resolve_vocab_size
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Load:
+  """Sizes of one device's work."""
+
+  family: str
+  """tpu, gpu or cpu."""
+  has_kernels: bool
+  """Whether a GPU program has the kernels that are chosen where a GPU is: ragged products
+  of only the rows in use (tokamax), and cuDNN's attention on the wider heads."""
+  mesh: Mapping[str, int]
+  microbatches: int
+  sequences: int
+  """Of a microbatch."""
+  tokens: int
+  """Of a microbatch."""
+  exchange: str
+  """Of `exchange_rule.CARRIES`; none also where no layer is MoE."""
+  dispatcher: str
+  choices: float
+  """A, the assignments that tokens make; slots, if experts have them."""
+  rows: float
+  """Rows that are multiplied, as they are in use."""
+  buffer: float
+  """R, rows there is room for at a time."""
+  parts: int
+  """Parts in which the exchange sends (exchange_chunks)."""
+  local: int
+  """Experts of a device."""
+  dims: Dimensions
+  forward: Mapping[str, float]
+  """FLOPs of the forward pass per token by part; see `cost.flops`."""
+
+  def on(self, mesh: Mapping[str, int]) -> "Load":
+    """Returns the load on another mesh of the same token shards and `expert` axis."""
+    return dataclasses.replace(self, mesh=mesh)
+
+
+def load_of(
+  config: Config, mesh: Mapping[str, int], family: str, *, has_kernels: bool = True
+) -> Load:
+  """Returns the load of a device.
+
+  Args:
+    config: validated for these devices.
+    mesh: devices per axis.
+    family: of the chips; decides the dispatcher where it is auto.
+    has_kernels: False for a GPU program that is compiled where there is no GPU.
+  """
+  moe, train = config.moe, config.train
+  length, devices = config.data.sequence_length, mesh["expert"]
+  shards = mesh["data"] * mesh["fsdp"] * devices
+  sequences = train.batch_size // train.accumulation // shards
+  tokens = sequences * length
+  selected, router = num_selected(moe), make_router(moe)
+  vocab_size = resolve_vocab_size(config)
+  d = dimensions(config, vocab_size)
+  kind, dispatcher = choose(
+    moe.exchange,
+    moe.dispatcher,
+    num_selected=selected,
+    capacity=moe.capacity_factor is not None,
+    mixes=router.mixes,
+    devices=devices,
+    platform=family,
+  )
+  size = moe.group_size or length
+  size = tokens * shards if size == -1 else size
+  slots = capacity(moe, size, moe.capacity_factor)
+  choices = float(tokens * selected)
+  # Dropless slots have room for all tokens at every expert.
+  filled = tokens / size * (slots or size) * moe.fine_experts
+  is_sorted = dispatcher == "grouped"
+  rows = min(choices, filled) if is_sorted else filled
+  parts = moe.exchange_chunks if kind in ("ragged", "all_to_all") else 1
+  room = rows
+  if kind == "ragged":
+    room = (
+      choices
+      / parts
+      * buffer_factor(
+        moe.exchange_buffer,
+        devices=devices,
+        num_experts=moe.fine_experts,
+        num_selected=selected if router.token_choice else None,
+      )
+    )
+  elif kind == "ring" and is_sorted:
+    room = choices * devices
+  return Load(
+    family=family,
+    has_kernels=has_kernels,
+    mesh=mesh,
+    microbatches=train.accumulation,
+    sequences=sequences,
+    tokens=tokens,
+    exchange="none" if d.is_twin or not d.moe_layers else kind,
+    dispatcher=dispatcher,
+    choices=choices if is_sorted else filled,
+    rows=rows,
+    buffer=room,
+    parts=parts,
+    local=moe.fine_experts // devices,
+    dims=d,
+    forward=forward_flops_per_token(config, vocab_size),
+  )

@@ -1,0 +1,156 @@
+"""Prints what a search found: the best plans, the first in detail, what is left out."""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from moejax.plan.candidates import Candidate
+from moejax.plan.search import Found, Plan, mesh_text
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class View:
+  """What the user asked to see."""
+
+  tokens: float
+  """Of the whole training."""
+  prices: Mapping[str, float]
+  """Dollars of a chip hour by kind of chip."""
+  margin: float
+
+
+def machine_text(candidate: Candidate) -> str:
+  """Returns a machine's name, with its slices."""
+  topology = candidate.topology
+  if topology.slices == 1:
+    return str(topology)
+  return f"{topology.slices} x {topology} along {candidate.settings['mesh.slice_axis']}"
+
+
+def cost(plan: Plan, view: View) -> float | None:
+  """Returns the dollars of the whole training; None without a price."""
+  price = view.prices.get(plan.candidate.topology.kind)
+  return None if price is None else price * plan.chip_hours(view.tokens)
+
+
+def plans_table(plans: Sequence[Plan], view: View) -> Table:
+  """Returns one row per plan."""
+  table = Table(box=box.SIMPLE_HEAD, title=f"best mesh first, {view.tokens:.3g} tokens")
+  for header in ("machine", "mesh", "micro x steps", "remat", "rows travel by"):
+    table.add_column(header, overflow="fold")
+  for header in ("GB", "of", "FLOPs", "GB sent", "step s", "bound by", "Mtok/s", "days"):
+    table.add_column(header, justify="right")
+  if view.prices:
+    table.add_column("$", justify="right")
+  for plan in plans:
+    settings, load = plan.candidate.settings, plan.load
+    travel = f"{load.exchange}, {load.dispatcher}"
+    travel += f" / {load.parts}" if load.parts > 1 else ""
+    cells = [
+      machine_text(plan.candidate),
+      mesh_text(plan.candidate),
+      f"{load.sequences} x {load.microbatches}",
+      settings["model.remat"],
+      travel,
+      f"{plan.memory.total / 1e9:.1f}",
+      f"{plan.hbm_bytes / 1e9:.0f}",
+      f"{plan.flops['total'] / 1e12:,.0f}T",
+      f"{sum(row.bytes for row in plan.sent) / 1e9:,.1f}",
+      f"{plan.time.step:.2f}",
+      plan.time.bound_by,
+      f"{plan.tokens_per_second / 1e6:.3f}",
+      f"{plan.days(view.tokens):,.1f}",
+    ]
+    dollars = cost(plan, view)
+    if view.prices:
+      cells.append("" if dollars is None else f"{dollars:,.0f}")
+    table.add_row(*cells)
+  return table
+
+
+def detail(plan: Plan) -> list[str]:
+  """Returns lines on one plan: memory by kind, traffic by collective, time by cause."""
+  memory = ", ".join(
+    f"{kind} {size / 1e9:.1f}" for kind, size in plan.memory.kinds.items() if size
+  )
+  rows = sorted(plan.sent, key=lambda row: -row.bytes)
+  traffic = ", ".join(
+    f"{row.purpose} by {row.kind} over {row.axis} {row.bytes / 1e9:.2f}"
+    for row in rows
+    if row.bytes > 5e6
+  )
+  flops = ", ".join(
+    f"{part.replace('_', ' ')} {count / 1e12:,.1f}"
+    for part, count in plan.flops.items()
+    if count and part != "total"
+  )
+  time = plan.time
+  networks = "".join(f", {name} {value:.2f}" for name, value in time.networks.items())
+  return [
+    f"The first, per device and step. GB in memory ({plan.memory.peak} at the peak): "
+    f"{memory}.",
+    f"GB sent: {traffic or 'nothing'}.",
+    f"TFLOPs executed: {flops}.",
+    f"Seconds: compute {time.compute:.2f}, hbm {time.hbm:.2f}{networks}, all at the same "
+    f"time, then {time.exposed:.2f} of wire that nothing overlaps with.",
+  ]
+
+
+def refusals_table(found: Found) -> Table:
+  """Returns why ways were left out, the commonest reason first."""
+  table = Table(box=box.SIMPLE_HEAD, title="left out")
+  table.add_column("ways", justify="right")
+  table.add_column("reason")
+  table.add_column("such as", overflow="fold")
+  for reason, count in found.refused.counts.most_common():
+    name = "does not fit in memory" if reason == "memory" else f"--config.{reason}"
+    table.add_row(f"{count:,}", name, found.refused.examples.get(reason, ""))
+  return table
+
+
+def show(found: Found, plans: Sequence[Plan], view: View, console: Console) -> None:
+  """Prints a search's result."""
+  console.print(plans_table(plans, view))
+  for line in detail(plans[0]):
+    console.print(line, markup=False, highlight=False)
+  console.print(refusals_table(found))
+  console.print(
+    f"{found.fitting:,} of {found.considered:,} ways that run fit with {view.margin:.0%} "
+    f"of memory to spare, on {len(found.plans)} of "
+    f"{len(found.plans) + len(found.too_large)} meshes.",
+    markup=False,
+  )
+
+
+def as_json(found: Found, plans: Sequence[Plan], view: View) -> dict[str, Any]:
+  """Returns everything as plain values."""
+  return {
+    "tokens": view.tokens,
+    "considered": found.considered,
+    "fitting": found.fitting,
+    "left_out": dict(found.refused.counts),
+    "plans": [plan_json(plan, view) for plan in plans],
+  }
+
+
+def plan_json(plan: Plan, view: View) -> dict[str, Any]:
+  """Returns one plan as plain values: bytes, FLOPs and seconds per device and step."""
+  return {
+    "topology": str(plan.candidate.topology),
+    "slices": plan.candidate.topology.slices,
+    "settings": plan.candidate.settings,
+    "memory_bytes": dict(plan.memory.kinds) | {"total": plan.memory.total},
+    "hbm_bytes": plan.hbm_bytes,
+    "flops": plan.flops,
+    "sent": [dataclasses.asdict(row) for row in plan.sent],
+    "seconds": dataclasses.asdict(plan.time) | {"step": plan.time.step},
+    "bound_by": plan.time.bound_by,
+    "tokens_per_second": plan.tokens_per_second,
+    "days": plan.days(view.tokens),
+    "chip_hours": plan.chip_hours(view.tokens),
+    "dollars": cost(plan, view),
+  }

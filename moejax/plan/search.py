@@ -1,0 +1,263 @@
+"""Searches the ways to run a config on machines for the fastest or cheapest that fits."""
+
+import copy
+import dataclasses
+import math
+from collections.abc import Sequence
+
+from moejax.config import Config
+from moejax.config.mesh import AXES
+from moejax.cost.chips import Chip
+from moejax.errors import UserError
+from moejax.plan import candidates as candidates_lib
+from moejax.plan.candidates import Candidate, Refusals
+from moejax.plan.predict import flops as flops_lib
+from moejax.plan.predict import links, memory, time, wire
+from moejax.plan.predict.load import Load
+from moejax.plan.predict.memory import Memory
+from moejax.plan.predict.time import StepTime
+from moejax.plan.predict.weights import Shares, Weight, weights_of
+from moejax.plan.predict.wire import Gradients, Sent
+from moejax.plan.topology import Topology
+
+MARGIN = 0.1
+"""Fraction of memory left free: the error that predictions have (docs/planning.md)."""
+
+_HOUR, _DAY = 3600.0, 86_400.0
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Plan:
+  """A candidate with what it is predicted to need."""
+
+  candidate: Candidate
+  load: Load
+  memory: Memory
+  hbm_bytes: int
+  flops: dict[str, float]
+  """Executed by a device in a step, by part and in `total`."""
+  sent: list[Sent]
+  time: StepTime
+  tokens: int
+  """Of a step, over all devices."""
+  chips: int
+
+  @property
+  def tokens_per_second(self) -> float:
+    return self.tokens / self.time.step
+
+  def days(self, tokens: float) -> float:
+    """Returns the days that training on so many tokens takes."""
+    return tokens / self.tokens_per_second / _DAY
+
+  def chip_hours(self, tokens: float) -> float:
+    return self.days(tokens) * self.chips * _DAY / _HOUR
+
+
+@dataclasses.dataclass(kw_only=True)
+class Found:
+  """The result of a search."""
+
+  plans: list[Plan]
+  """The best of each mesh that fits, best first."""
+  too_large: list[Plan]
+  """The smallest of each mesh of which nothing fits, smallest first."""
+  considered: int
+  fitting: int
+  refused: Refusals
+
+
+def search(
+  config: Config,
+  topologies: Sequence[Topology],
+  *,
+  prices: dict[str, float] | None = None,
+  margin: float = MARGIN,
+  efficiency: float = time.EFFICIENCY,
+) -> Found:
+  """Searches all candidates on all machines.
+
+  Args:
+    config: validated.
+    topologies: machines to compare.
+    prices: dollars of a chip hour by kind; ranks by cost if given, else by throughput.
+    margin: fraction of memory that must stay free.
+    efficiency: fraction of a chip's peak at which products run.
+
+  Raises:
+    UserError: nothing fits; names the nearest and what it lacks.
+  """
+  refuse_unplanned(config, topologies)
+  weights = weights_of(config)
+  found = Found(plans=[], too_large=[], considered=0, fitting=0, refused=Refusals())
+  for topology in topologies:
+    _search_one(config, topology, weights, margin, efficiency, found)
+
+  def value(plan: Plan) -> float:
+    price = 1.0 if prices is None else prices[plan.candidate.topology.kind]
+    return plan.chip_hours(1.0) * price if prices else plan.time.step / plan.tokens
+
+  found.plans.sort(key=value)
+  found.too_large.sort(key=lambda plan: plan.memory.total / plan.hbm_bytes)
+  if not found.plans:
+    raise UserError(_nothing(found, margin))
+  return found
+
+
+def refuse_unplanned(config: Config, topologies: Sequence[Topology]) -> None:
+  """Raises an error for what no formula here describes.
+
+  Raises:
+    UserError: an encoder-decoder, a router that mixes tokens, or a chip of unknown peak.
+  """
+  from moejax.config.router import make_router
+
+  if config.model.kind != "decoder":
+    raise UserError(
+      f"--config.model.kind={config.model.kind}: only decoders are planned. Ask the "
+      "compiler about a mesh of your own: tools.compile_for."
+    )
+  if make_router(config.moe).mixes:
+    raise UserError(
+      f"--config.moe.router={config.moe.router} mixes tokens, which is not planned. Ask "
+      "the compiler about a mesh of your own: tools.compile_for."
+    )
+  for topology in topologies:
+    if not candidates_lib.chip_of(topology).flops:
+      raise UserError(
+        f"--topology={topology}: the peak of {topology.kind} is unknown, so no time can "
+        "be predicted. Name TPUs or GPUs, such as v5p:4x4x8."
+      )
+
+
+def _search_one(
+  config: Config,
+  topology: Topology,
+  weights: tuple[Weight, ...],
+  margin: float,
+  efficiency: float,
+  found: Found,
+) -> None:
+  """Adds the best plan of each mesh of one machine to `found`."""
+  chip, best = candidates_lib.chip_of(topology), {}
+  room = (1 - margin) * chip.hbm_bytes
+  trial, refused = copy.deepcopy(config), found.refused
+  ways = candidates_lib.Variants(config, chip.family, refused)
+  on: OnMesh | None = None
+  for placement in candidates_lib.placements(config, topology, weights, refused):
+    key = (*placement.mesh.values(), placement.settings["mesh.slice_axis"])
+    if on is None or on.key != key:
+      on = OnMesh.of(config, placement, weights, chip)
+    for candidate, load in ways.of(placement):
+      found.considered += 1
+      if on.least > room and candidate.settings["model.remat"] != "all":
+        # Parameters, gradients and moments alone: the smallest says how much is missing.
+        refused.add("", reason="memory")
+        continue
+      plan = evaluate(trial, candidate, load, on, efficiency)
+      fits = plan.memory.total <= room
+      found.fitting += fits
+      if not fits:
+        refused.add("", reason="memory")
+      if key not in best or _better(plan, best[key], room):
+        best[key] = plan
+  for plan in best.values():
+    fits = plan.memory.total <= room
+    (found.plans if fits else found.too_large).append(plan)
+
+
+def _better(one: Plan, other: Plan, room: float) -> bool:
+  """Returns whether a plan is faster, or smaller if neither fits."""
+  fits, other_fits = one.memory.total <= room, other.memory.total <= room
+  if fits and other_fits:
+    return one.time.step < other.time.step
+  return fits or (not other_fits and one.memory.total < other.memory.total)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class OnMesh:
+  """What all candidates of one mesh share."""
+
+  key: tuple[int | str, ...]
+  shares: Shares
+  sums: Gradients
+  spans: dict[str, links.Span]
+  chip: Chip
+
+  @classmethod
+  def of(
+    cls, config: Config, placement: Candidate, weights: tuple[Weight, ...], chip: Chip
+  ) -> "OnMesh":
+    mesh, across = placement.mesh, placement.settings["mesh.slice_axis"]
+    shares = Shares(weights, mesh, config.optimizer.name)
+    return cls(
+      key=(*mesh.values(), across),
+      shares=shares,
+      sums=wire.gradients(config, shares, chip.family),
+      spans=links.spans(placement.topology, mesh, across),
+      chip=chip,
+    )
+
+  @property
+  def least(self) -> float:
+    """Bytes that a device holds under any settings."""
+    return self.shares.parameters + self.shares.moments + self.shares.gradients
+
+
+def evaluate(
+  config: Config,
+  candidate: Candidate,
+  load: Load,
+  on: OnMesh,
+  efficiency: float = time.EFFICIENCY,
+) -> Plan:
+  """Predicts a candidate; sets its settings in `config`, which must allow them."""
+  candidates_lib.apply(config, candidate.settings)
+  topology, chip = candidate.topology, on.chip
+  need = memory.predicted(config, load, on.shares)
+  flops = flops_lib.executed_flops(config, load)
+  rows = wire.sent(config, load, on.shares, on.sums)
+  taken = time.step_time(
+    *(config, load, need, flops["total"], rows, on.spans, chip), efficiency=efficiency
+  )
+  return Plan(
+    candidate=candidate,
+    load=load,
+    memory=need,
+    hbm_bytes=chip.hbm_bytes,
+    flops=flops,
+    sent=rows,
+    time=taken,
+    tokens=config.train.batch_size * config.data.sequence_length,
+    chips=math.prod(topology.shape) * topology.slices,
+  )
+
+
+def mesh_text(candidate: Candidate) -> str:
+  """Returns a mesh in words, such as `fsdp 16 x expert 8`."""
+  mesh = candidate.mesh
+  return " x ".join(f"{a} {mesh[a]}" for a in AXES if mesh[a] > 1) or "one device"
+
+
+def _nothing(found: Found, margin: float) -> str:
+  """Returns the line that says what is nearest and what it lacks."""
+  if not found.too_large:
+    reason, count = found.refused.counts.most_common(1)[0]
+    return (
+      f"No mesh of this machine runs the config; most ({count}) are refused for "
+      f"--config.{reason}: {found.refused.examples[reason]}"
+    )
+  nearest = found.too_large[0]
+  need, room = nearest.memory.total, (1 - margin) * nearest.hbm_bytes
+  candidate = nearest.candidate
+  kinds = sorted(nearest.memory.kinds.items(), key=lambda item: -item[1])[:3]
+  parts = ", ".join(f"{kind} {size / 1e9:.1f}" for kind, size in kinds)
+  return (
+    f"Nothing fits, of {found.considered:,} ways. Nearest is {candidate.topology} as "
+    f"{mesh_text(candidate)} with --config.train.accumulation="
+    f"{candidate.settings['train.accumulation']} "
+    f"--config.model.remat={candidate.settings['model.remat']}: {need / 1e9:.1f} GB per "
+    f"device ({parts}), {(need - room) / 1e9:.1f} more than the {room / 1e9:.1f} that "
+    f"--margin={margin:g} leaves. Name a larger machine, or lower "
+    "--config.moe.exchange_buffer or --config.train.batch_size."
+  )

@@ -1,0 +1,223 @@
+"""The search over meshes: what it tries, refuses, finds and prints."""
+
+import json
+import math
+import subprocess
+import sys
+
+import pytest
+from absl import flags
+from absl.testing import flagsaver
+
+from moejax.cli import flags as cli
+from moejax.cli import plan as plan_cli
+from moejax.config import Config, MeshConfig, ModelConfig, MoEConfig
+from moejax.config import text as config_text
+from moejax.config.devices import validate_devices
+from moejax.cost.chips import CHIPS
+from moejax.errors import ConfigError, UserError
+from moejax.plan import candidates, confirm, search, throughput_map
+from moejax.plan.topology import parse
+
+
+def small(batch_size: int = 2) -> Config:
+  """A model and a batch of few ways to cut them."""
+  config = Config(
+    model=ModelConfig(
+      num_layers=4,
+      width=128,
+      num_heads=4,
+      num_kv_heads=2,
+      hidden=256,
+      vocab_size=512,
+      dtype="bfloat16",
+    ),
+    moe=MoEConfig(num_experts=8, hidden=256, every=1, offset=0),
+    mesh=MeshConfig(),
+  )
+  config.data.sequence_length, config.train.batch_size = 128, batch_size
+  return config
+
+
+@pytest.fixture(scope="module")
+def found():
+  return search.search(small(4), [parse("h100:1x4")])
+
+
+def test_every_mesh_once():
+  """All products of four sizes: 20 ways to write 8, none of them twice."""
+  tried = [tuple(mesh.values()) for mesh in candidates.meshes(8)]
+  assert len(set(tried)) == len(tried) == math.comb(3 + 3, 3)
+  assert all(math.prod(sizes) == 8 for sizes in tried)
+
+
+def test_divisors():
+  assert candidates.divisors(36) == [1, 2, 3, 4, 6, 9, 12, 18, 36]
+
+
+def test_all_plans_pass_the_check_of_a_run(found):
+  """What is printed runs: the check of a run's devices accepts every plan."""
+  assert found.plans and not found.too_large
+  for plan in found.plans:
+    validate_devices(candidates.configured(small(4), plan.candidate), 4)
+
+
+def test_what_a_run_refuses_is_left_out(found):
+  """Four devices do not cut two key heads, which the check of a run says too."""
+  meshes = [plan.candidate.mesh for plan in found.plans]
+  assert {"data": 1, "fsdp": 1, "expert": 1, "tensor": 4} not in meshes
+  config = small(4)
+  config.mesh = MeshConfig(data=1, tensor=4)
+  with pytest.raises(ConfigError, match=r"mesh\.tensor=4 does not divide"):
+    validate_devices(config, 4)
+  assert found.refused.counts["mesh.tensor"] > 0
+
+
+def test_best_first(found):
+  """The order is that of the objective, tokens per second without prices."""
+  speeds = [plan.tokens_per_second for plan in found.plans]
+  assert speeds == sorted(speeds, reverse=True)
+
+
+def test_cost_orders_by_price():
+  """A machine at half the speed is the best once it costs a hundredth."""
+  machines = [parse("h100:1x2"), parse("v5e:1x2")]
+  fast = search.search(small(), machines).plans[0].candidate.topology.kind
+  slow = {"h100": "v5e", "v5e": "h100"}[fast]
+  cheap = search.search(small(), machines, prices={fast: 100.0, slow: 1.0})
+  assert cheap.plans[0].candidate.topology.kind == slow
+
+
+def test_more_room_never_fits_less():
+  """With room for the smallest plan only, some ways fit; with all memory, more do."""
+  machine = parse("h100:1x2")
+  everything = search.search(small(), [machine], margin=0.0)
+  least = min(plan.memory.total for plan in everything.plans)
+  margin = 1 - 1.001 * least / CHIPS["h100"].hbm_bytes
+  tight = search.search(small(), [machine], margin=margin)
+  assert 0 < tight.fitting < everything.fitting
+  assert tight.considered == everything.considered
+
+
+def test_nothing_fits_names_the_nearest():
+  config = small()
+  config.model.width, config.model.num_layers = 16_384, 64
+  config.moe.hidden = config.model.hidden = 65_536
+  with pytest.raises(UserError, match=r"Nothing fits.*Nearest is h100:1x2.*more than"):
+    search.search(config, [parse("h100:1x2")])
+
+
+def test_no_mesh_runs_names_the_reason():
+  config = small()
+  config.train.batch_size = 3
+  with pytest.raises(UserError, match="No mesh of this machine runs the config.*batch"):
+    search.search(config, [parse("v5e:2x2")])
+
+
+def test_refuses_what_it_has_no_formula_for():
+  config = small()
+  config.model.kind = "encoder_decoder"
+  with pytest.raises(UserError, match="only decoders are planned"):
+    search.search(config, [parse("h100:1x8")])
+  with pytest.raises(UserError, match="peak of cpu is unknown"):
+    search.search(small(), [parse("cpu:8")])
+
+
+def test_slices_cross_one_axis():
+  """Two slices halve the axis that crosses them, and no other mesh is tried."""
+  found = search.search(small(), [parse("v5e:1x1", 2)])
+  for plan in found.plans:
+    assert plan.candidate.mesh[plan.candidate.settings["mesh.slice_axis"]] % 2 == 0
+
+
+def test_map(found, tmp_path):
+  """A picture, or a page that holds one."""
+  throughput_map.draw(found, str(tmp_path / "map.html"))
+  page = (tmp_path / "map.html").read_text()
+  assert page.startswith("<!doctype html>") and page.rstrip().endswith("</svg>")
+  throughput_map.draw(found, str(tmp_path / "map.png"))
+  assert (tmp_path / "map.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_confirmed_in_one_line():
+  """Predicted beside compiled with the error of each; or what the compiler said."""
+  figures = {"memory": 9e9, "flops": 4e12, "wire": 0.0}
+  result = {
+    "name": "v5p:2x2x1 as fsdp 4",
+    "predicted": figures,
+    "compiled": figures | {"memory": 10e9},
+    "fits": True,
+    "has_kernels": True,
+  }
+  assert confirm.line(result) == (
+    "v5p:2x2x1 as fsdp 4: fits; memory 9.0 GB predicted, 10.0 compiled (-10.0%); flops "
+    "4.0T predicted, 4.0 compiled (+0.0%); wire 0.0 GB predicted, 0.0 compiled (+0.0%)"
+  )
+  refused = confirm.line(result | {"refusal": "RESOURCE_EXHAUSTED: no room"})
+  assert refused == (
+    "v5p:2x2x1 as fsdp 4: refused by the compiler: RESOURCE_EXHAUSTED: no room"
+  )
+
+
+def plan(*args: str) -> subprocess.CompletedProcess:
+  command = [sys.executable, "-m", "tools.plan", *args]
+  return subprocess.run(command, capture_output=True, text=True, timeout=300)
+
+
+def test_command_line(tmp_path):
+  """Prints the plans and a command whose flags make a config that runs on the machine."""
+  values = tmp_path / "plan.json"
+  done = plan(
+    *("--topology=h100:1x4", "--config=configs/default.py", "--tokens=1e9"),
+    *("--price=h100:2.5", f"--json={values}", "--config.model.dtype=bfloat16"),
+  )
+  assert done.returncode == 0, done.stderr
+  assert "python -m experiments.train --config=configs/default.py" in done.stdout
+  best = json.loads(values.read_text())["plans"][0]
+  hours = 1e9 / best["tokens_per_second"] / 3600 * 4
+  assert best["chip_hours"] == pytest.approx(hours)
+  assert best["dollars"] == pytest.approx(2.5 * hours)
+  words = [w for w in best["command"].split() if w.startswith("--config")]
+  config = _config_of(words)
+  assert config.model.dtype == "bfloat16"
+  validate_devices(config, 4)
+
+
+def _config_of(words: list[str]) -> Config:
+  """The config that a program makes of a command's words."""
+  config = cli.load_config(words[0].partition("=")[2])
+  for word in words[1:]:
+    name, _, value = word.removeprefix("--config.").partition("=")
+    config_text.set_field(config, name, config_text.parse_value(name, value))
+  return config
+
+
+@pytest.mark.parametrize(
+  ("given", "message"),
+  [
+    ({}, "--topology is missing"),
+    ({"topology": ["v5q:4x4"]}, "Did you mean v5"),
+    (
+      {"topology": ["h100:1x8"], "objective": "cost"},
+      "--objective=cost needs a price of h100: --price=h100:DOLLARS",
+    ),
+    (
+      {"topology": ["h100:1x8"], "price": ["h200:3"]},
+      "--price=h200:3: Did you mean h100",
+    ),
+    ({"topology": ["h100:1x8"], "price": ["h100:free"]}, "give dollars of a chip hour"),
+    ({"topology": ["h100:1x8"], "map": "map.pdf"}, "ends in .png or .html"),
+  ],
+)
+def test_bad_input(given, message):
+  """One line that names flag, value and remedy, before anything is searched."""
+  if not flags.FLAGS.is_parsed():
+    flags.FLAGS(["plan"])
+  with flagsaver.flagsaver(**given), pytest.raises(UserError, match=message) as error:
+    plan_cli.main()
+  assert "\n" not in str(error.value)
+
+
+def test_bad_input_ends_with_exit_code_2():
+  done = plan("--topology=v5q:4x4")
+  assert done.returncode == 2 and len(done.stderr.strip().splitlines()) == 1
