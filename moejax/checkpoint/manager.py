@@ -14,10 +14,8 @@ evaluation; its functions are re-exported here.
 """
 
 import json
-import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from typing import Any, TypeVar
 
 import jax
@@ -42,7 +40,9 @@ from moejax.config import Config
 from moejax.config import text as config_text
 from moejax.errors import ConfigError, UserError
 from moejax.run import owner, provenance
-from moejax.run.files import DIRECTORY, list_steps
+from moejax.run.files import DIRECTORY, list_partial, list_steps, uncommit
+from moejax.storage import errors as storage_errors
+from moejax.storage.paths import RunPath, in_bucket, remove_tree, resolved
 
 __all__ = [
   "DIRECTORY",
@@ -54,8 +54,6 @@ __all__ = [
   "restore_params",
 ]
 
-_PARTIAL = "*.orbax-checkpoint-tmp*"
-"""Name pattern of an incomplete save."""
 _State = TypeVar("_State", bound=Mapping[str, Any])
 
 _POLL_SECONDS = 0.01
@@ -74,7 +72,7 @@ class Checkpointer:
 
   def __init__(
     self,
-    directory: Path | str,
+    directory: RunPath | str,
     *,
     keep_last: int,
     keep_best: int,
@@ -106,7 +104,7 @@ class Checkpointer:
         f"its newest checkpoint) and --config.train.keep_best={keep_best} at least 0."
       )
     quiet()
-    self.directory = Path(directory).resolve()
+    self.directory = resolved(directory)
     self.failures: list[tuple[int, str]] = []
     self.blocked_seconds = 0.0
     self._config = config_text.to_dict(config)
@@ -205,8 +203,8 @@ class Checkpointer:
         ),
         force=True,
       )
-    except (OSError, ValueError, RuntimeError) as e:
-      if not is_refusal(e):
+    except Exception as e:
+      if not (is_refusal(e) or storage_errors.is_refusal(e)):
         raise
       self._failed(step, e)
       return False
@@ -328,6 +326,8 @@ class Checkpointer:
       number += 1
       aside = path.with_name(f"{step}.damaged.{number}")
     if jax.process_index() == 0:
+      if in_bucket(path):
+        uncommit(path)
       path.rename(aside)
     if jax.process_count() > 1:
       multihost_utils.sync_global_devices(f"set_aside_{step}")
@@ -347,8 +347,9 @@ class Checkpointer:
     """
     self._pending = None
     self._metrics.pop(step, None)
-    why = reason(error)
-    if not is_refusal(error):
+    why = storage_errors.refusal(error, self.directory) if in_bucket(self.directory) else ""
+    why = why.rstrip(".") or reason(error)
+    if not (is_refusal(error) or in_bucket(self.directory)):
       logging.warning("Unexpected error while saving:", exc_info=error)
     self.failures.append((step, why))
     what = f"checkpoint at step {step} could not be saved to {self.directory}"
@@ -375,9 +376,9 @@ class Checkpointer:
     deadline = time.monotonic() + patience
     # After one part of a save failed, Orbax's threads may still write another into
     # the directory that is being removed.
-    while partial := list(self.directory.glob(_PARTIAL)):
+    while partial := list_partial(self.directory):
       for path in partial:
-        shutil.rmtree(path, ignore_errors=True)
+        remove_tree(path)
       if time.monotonic() > deadline:
         return
       time.sleep(0.05)

@@ -36,6 +36,7 @@ from moejax.cli import flags as cli
 from moejax.cli import restored
 from moejax.errors import UserError
 from moejax.run import compilation_cache
+from moejax.storage.paths import RunPath, in_bucket, refuse_url
 
 _TRAINING_ONLY = (
   "optimizer.*",
@@ -99,10 +100,12 @@ def main() -> None:
 
   _refuse_unread(cli.overrides())
   workdir = cli.run_directory()
-  output = _writable(pathlib.Path(_OUTPUT.value or workdir))
+  output = _writable(pathlib.Path(_OUTPUT.value) if _OUTPUT.value else workdir)
   factors = perplexity.parse_capacity_factors(_FACTORS.value) if _FACTORS.value else None
   facts = {f"--{name}": str(value) for name, value in _asked().items()}
   if _TASKS.value:
+    if in_bucket(workdir):
+      refuse_url(workdir, "--tasks with --workdir")
     from moejax.cli import harness
 
     if cli.overrides():
@@ -141,7 +144,7 @@ def _asked() -> dict[str, Any]:
 
 
 def evaluate(
-  workdir: pathlib.Path, output: pathlib.Path, factors: tuple[float | None, ...] | None
+  workdir: RunPath, output: RunPath, factors: tuple[float | None, ...] | None
 ) -> None:
   """Restores, evaluates and reports; called in every process of a job."""
   import jax
@@ -262,8 +265,8 @@ def _watched(what: dict[str, Any], tells: bool) -> Iterator[Callable[[int], None
 
 def _tell(
   evaluation: dict[str, Any],
-  workdir: pathlib.Path,
-  output: pathlib.Path,
+  workdir: RunPath,
+  output: RunPath,
   changes: list[tuple[str, Any, Any]],
   own_factors: tuple[float | None, ...],
 ) -> None:
@@ -288,7 +291,7 @@ def _tell(
 def _analyse_routing(
   what: dict[str, Any],
   evaluation: dict[str, Any],
-  output: pathlib.Path,
+  output: RunPath,
   changes: list[tuple[str, Any, Any]],
   tells: bool,
 ) -> None:
@@ -308,8 +311,11 @@ def _analyse_routing(
   print(picture)
 
 
-def _writable(directory: pathlib.Path) -> pathlib.Path:
+def _writable(directory: RunPath) -> RunPath:
   """Rejects a directory that is not writable, before the evaluation starts."""
+  if in_bucket(directory):
+    # Where its own run wrote; a bucket says no more before the file is there.
+    return directory
   if not directory.is_dir() or not os.access(directory, os.W_OK):
     raise UserError(
       f"{directory} is not a directory one can write to. Give another with --output=DIR."
@@ -321,7 +327,7 @@ def run() -> None:
   """Runs the program."""
   cli.define_config(default=None)
   compilation_cache.define_flag()
-  cli.run(main)
+  cli.run(main, buckets=("workdir",))
 
 
 if __name__ == "__main__":

@@ -110,7 +110,7 @@ def run() -> None:
   """Runs the program."""
   cli.define_config(default=None)
   compilation_cache.define_flag()
-  cli.run(main)
+  cli.run(main, buckets=("workdir",))
 
 
 if __name__ == "__main__":

@@ -3,7 +3,6 @@
 import dataclasses
 import functools
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -19,6 +18,7 @@ from moejax.data.tokenizer import Tokenizer, load_tokenizer
 from moejax.errors import UserError
 from moejax.evaluate import groups
 from moejax.models.decoder import Decoder
+from moejax.storage.paths import RunPath, run_path
 from moejax.types import Params
 
 Tokens = Int[np.ndarray | Array, "..."] | Sequence[Sequence[int]]
@@ -103,7 +103,7 @@ class LoadedRun:
     )
 
 
-def load_run(workdir: Path | str, step: int | None = None) -> LoadedRun:
+def load_run(workdir: RunPath | str, step: int | None = None) -> LoadedRun:
   """Restores a run's model from its directory alone.
 
   Args:
@@ -115,7 +115,7 @@ def load_run(workdir: Path | str, step: int | None = None) -> LoadedRun:
   """
   params, config, meta = restore_params(workdir, step)
   tokenizer = None
-  if (Path(workdir) / TOKENIZER_FILE).exists():
+  if (run_path(workdir) / TOKENIZER_FILE).exists():
     tokenizer = with_sentinels(load_tokenizer(workdir), config.data)
   # The stored embedding has a row for every id, regardless of the tokenizer.
   vocab_size = int(params["embedding"]["table"].shape[0])
