@@ -13,9 +13,9 @@ import stat
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
-from moejax.storage.paths import RunPath, in_bucket
+from moejax.storage.paths import RunPath, in_bucket, run_path, write_bytes
 
 _MAX_JSON_BYTES = 1 << 28
 """Far more than any of our files: checkpoint metadata has some 200 bytes per array."""
@@ -36,14 +36,14 @@ def kind(mode: int) -> str:
   return _KINDS.get(stat.S_IFMT(mode), "")
 
 
-def open_regular(path: RunPath | str) -> io.BufferedIOBase:
+def open_regular(path: RunPath | str) -> BinaryIO:
   """Opens a regular file, or a link to one, for reading bytes; never blocks.
 
   Raises:
     OSError: as `open`, and for anything but a regular file.
   """
   if in_bucket(path):
-    return io.BytesIO(path.read_bytes())  # pyright: ignore[reportAttributeAccessIssue]
+    return io.BytesIO(run_path(path).read_bytes())
   _refuse(os.stat(path).st_mode)
   # Non-blocking, in case it has been replaced by a pipe since.
   descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
@@ -116,9 +116,10 @@ def replacing(path: RunPath | str) -> Iterator[Path]:
     for a bucket on this machine, and uploaded.
   """
   if in_bucket(path):
+    path = run_path(path)
     with tempfile.TemporaryDirectory() as directory:
       yield (temporary := Path(directory) / "file")
-      path.write_bytes(temporary.read_bytes())  # pyright: ignore[reportAttributeAccessIssue]
+      write_bytes(path, temporary.read_bytes())
     return
   path = Path(path)
   descriptor, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)

@@ -347,7 +347,9 @@ class Checkpointer:
     """
     self._pending = None
     self._metrics.pop(step, None)
-    why = storage_errors.refusal(error, self.directory) if in_bucket(self.directory) else ""
+    why = (
+      storage_errors.refusal(error, self.directory) if in_bucket(self.directory) else ""
+    )
     why = why.rstrip(".") or reason(error)
     if not (is_refusal(error) or in_bucket(self.directory)):
       logging.warning("Unexpected error while saving:", exc_info=error)

@@ -13,7 +13,7 @@ import orbax.checkpoint as ocp
 from orbax.checkpoint import future as ocp_future
 
 from moejax.checkpoint.read import pack_meta, read_meta
-from moejax.storage.paths import run_path
+from moejax.storage.paths import in_bucket, run_path, write_bytes
 
 
 class _Told:
@@ -54,7 +54,11 @@ class _MetaHandler(ocp.AsyncCheckpointHandler):
 
   async def _write(self, directory: Any, args: "MetaSave") -> None:
     if jax.process_index() == 0:
-      (run_path(os.fspath(directory)) / "metadata").write_text(pack_meta(args.make()))
+      path = run_path(os.fspath(directory)) / "metadata"
+      if in_bucket(path):
+        write_bytes(path, pack_meta(args.make()).encode())
+      else:
+        path.write_text(pack_meta(args.make()))
 
 
 @ocp.args.register_with_handler(_MetaHandler, for_save=True, for_restore=True)

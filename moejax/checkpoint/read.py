@@ -243,9 +243,7 @@ def read_state(
     if _is_memory(e):
       raise
     # What does not answer is not damaged.
-    if in_bucket(step_directory) and (
-      why := storage_errors.refusal(e, step_directory)
-    ):
+    if in_bucket(step_directory) and (why := storage_errors.refusal(e, step_directory)):
       raise UserError(f"{step_directory}: {why}") from e
     damage = DamagedCheckpointError(f"its arrays cannot be read: {_one_line(e)}")
     damage.__cause__ = e

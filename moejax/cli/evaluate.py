@@ -36,7 +36,7 @@ from moejax.cli import flags as cli
 from moejax.cli import restored
 from moejax.errors import UserError
 from moejax.run import compilation_cache
-from moejax.storage.paths import RunPath, in_bucket, refuse_url
+from moejax.storage.paths import RunPath, in_bucket
 
 _TRAINING_ONLY = (
   "optimizer.*",
@@ -99,14 +99,17 @@ def main() -> None:
   from moejax.launch import distributed
 
   _refuse_unread(cli.overrides())
-  workdir = cli.run_directory()
+  workdir = cli.run_location()
   output = _writable(pathlib.Path(_OUTPUT.value) if _OUTPUT.value else workdir)
   factors = perplexity.parse_capacity_factors(_FACTORS.value) if _FACTORS.value else None
+  if _ROUTING.value:
+    _local(output, "--routing")
   facts = {f"--{name}": str(value) for name, value in _asked().items()}
   if _TASKS.value:
-    if in_bucket(workdir):
-      refuse_url(workdir, "--tasks with --workdir")
     from moejax.cli import harness
+
+    # The harness takes a run by the name of its directory.
+    workdir, output = cli.run_directory(), _local(output, "--tasks")
 
     if cli.overrides():
       raise UserError(
@@ -186,7 +189,8 @@ def evaluate(
   if tells:
     _tell(evaluation, workdir, output, changes, _own_factors(model))
   if _ROUTING.value:
-    _analyse_routing(what, evaluation, output, changes, tells)
+    local = _local(output, "--routing")
+    _analyse_routing(what, evaluation, local, changes, tells)
 
 
 def _check(model: Any, dataset: Any, factors: tuple[float | None, ...]) -> None:
@@ -291,7 +295,7 @@ def _tell(
 def _analyse_routing(
   what: dict[str, Any],
   evaluation: dict[str, Any],
-  output: RunPath,
+  output: pathlib.Path,
   changes: list[tuple[str, Any, Any]],
   tells: bool,
 ) -> None:
@@ -309,6 +313,13 @@ def _analyse_routing(
   routing_analysis.draw(analysis, picture)
   print(file)
   print(picture)
+
+
+def _local(output: RunPath, flag: str) -> pathlib.Path:
+  """Refuses to write what a flag asks for to a bucket."""
+  if not isinstance(output, pathlib.Path):
+    raise UserError(f"{flag}: its files are not written to {output}. Give --output=DIR.")
+  return output
 
 
 def _writable(directory: RunPath) -> RunPath:

@@ -141,11 +141,19 @@ def given_by(config: Config) -> list[str]:
   return changed + [f"moe.{router}.{name}" for router, given in options for name in given]
 
 
-def run_directory() -> RunPath:
-  """Returns --workdir of a program that reads a run.
+def run_directory() -> pathlib.Path:
+  """Returns --workdir of a program that reads a run on a disk; see `run_location`."""
+  found = run_location()
+  if not isinstance(found, pathlib.Path):
+    refuse_url(found, "--workdir")
+  return found
+
+
+def run_location() -> RunPath:
+  """Returns --workdir of a program that reads a run, which may be in a bucket.
 
   Raises:
-    UserError: it is missing or not a directory.
+    UserError: it is missing or not a directory, or the bucket refuses.
   """
   given = flags.FLAGS["workdir"].value
   remedy = "Give the directory that experiments.train was given as --workdir."
@@ -311,9 +319,7 @@ class _OursOrWarning(logging.Filter):
     return ours or record.levelno >= logging.WARNING
 
 
-def _main_or_list(
-  main: Callable[[], int | None], buckets: Collection[str]
-) -> int | None:
+def _main_or_list(main: Callable[[], int | None], buckets: Collection[str]) -> int | None:
   absl_logging.get_absl_handler().addFilter(_OursOrWarning())
   # absl names the process after argv[0]; Slurm loses processes whose name has a space.
   name = os.path.basename(sys.argv[0]).replace(" ", "-")

@@ -46,7 +46,7 @@ _NUM_SAMPLES = flags.DEFINE_integer(
 
 
 def main() -> None:
-  workdir, prompts = cli.run_directory(), _prompts()
+  workdir, prompts = cli.run_location(), _prompts()
   # jax is imported after the flags are checked.
   from moejax.checkpoint.manager import peek, restore_params
   from moejax.data.sentinels import with_sentinels

@@ -38,7 +38,7 @@ class Request:
 class Asked:
   """Which passes an analysis makes."""
 
-  out: RunPath
+  out: pathlib.Path
   steps: str | None = None
   limit: int = 0
   """Batches; 0 is all."""

@@ -22,7 +22,7 @@ import numpy as np
 from moejax import files
 from moejax.storage import parts
 from moejax.storage.errors import explained
-from moejax.storage.paths import RunPath, in_bucket
+from moejax.storage.paths import RunPath, in_bucket, write_bytes
 
 METRICS_FILE = "metrics.jsonl"
 TENSORBOARD = "tensorboard"
@@ -227,7 +227,7 @@ class BucketTensorBoardWriter(TensorBoardWriter):
     with explained(self._target.parent):
       for file in sorted(pathlib.Path(self._local.name, TENSORBOARD).iterdir()):
         if (size := file.stat().st_size) != self._sizes.get(file.name):
-          (self._target / file.name).write_bytes(file.read_bytes())
+          write_bytes(self._target / file.name, file.read_bytes())
           self._sizes[file.name] = size
     if max(self._sizes.values(), default=0) >= _EVENTS_BYTES:
       self._begin_file()

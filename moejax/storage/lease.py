@@ -95,8 +95,8 @@ class Lease:
 
   def _lost(self, other: dict[str, Any]) -> None:
     print(
-      f"error: --workdir={self._path} was taken over by {_holder(other)}, since its lease "
-      f"was not renewed here for {LEASE_SECONDS:.0f} s. This process ends at once.",
+      f"error: --workdir={self._path} was taken over by {_holder(other)}: its lease was "
+      f"not renewed here for {LEASE_SECONDS:.0f} s. This process ends at once.",
       file=sys.stderr,
       flush=True,
     )
@@ -154,9 +154,7 @@ def _age(bucket: Any, path: RunPath, found: _Found) -> float:
   return (clock.updated - found.updated).total_seconds()
 
 
-def _in_use(
-  path: RunPath, record: dict[str, Any], holder: str, age: float
-) -> UserError:
+def _in_use(path: RunPath, record: dict[str, Any], holder: str, age: float) -> UserError:
   return UserError(
     f"--workdir={path} is in use by another live {holder}: {_holder(record)}, which "
     f"renewed its lease {age:.0f} s ago. Wait until it ends, stop it, or choose another "
@@ -191,9 +189,7 @@ def _read(bucket: Any, path: RunPath) -> _Found:
       if isinstance(error, exceptions.NotFound):
         return _Found(generation=0, record={}, updated=None)
       continue  # renewed in between
-    return _Found(
-      generation=blob.generation, record=_parsed(text), updated=blob.updated
-    )
+    return _Found(generation=blob.generation, record=_parsed(text), updated=blob.updated)
   raise UserError(f"--workdir={path}: its lease changes all the time. Try again.")
 
 

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from absl import logging
 
 from moejax.storage.errors import explained, refusal
-from moejax.storage.paths import RunPath
+from moejax.storage.paths import RunPath, write_bytes
 
 PART_BYTES = 1 << 18
 """Size at which a part is full."""
@@ -28,7 +28,9 @@ def folder(path: RunPath) -> RunPath:
 
 def parts(path: RunPath) -> list[RunPath]:
   """Returns the parts of a file, the oldest first."""
-  return sorted(folder(path).glob("*.jsonl"), key=lambda part: (len(part.name), part.name))
+  return sorted(
+    folder(path).glob("*.jsonl"), key=lambda part: (len(part.name), part.name)
+  )
 
 
 def read_text(path: RunPath) -> str:
@@ -52,7 +54,7 @@ def cut(path: RunPath, keep: Callable[[str], bool]) -> None:
     if len(kept) == len(lines) and lines:
       return
     if kept:
-      part.write_text("".join(kept))
+      write_bytes(part, "".join(kept).encode())
       return
     part.unlink()
 
@@ -108,5 +110,6 @@ class PartsFile:
         self._warned = True
 
   def _write(self) -> None:
-    (folder(self._path) / f"{self._number:06d}.jsonl").write_text(self._text)
+    part = folder(self._path) / f"{self._number:06d}.jsonl"
+    write_bytes(part, self._text.encode())
     self._changed, self._written, self._warned = False, time.monotonic(), False

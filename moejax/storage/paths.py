@@ -93,6 +93,14 @@ def resolved(path: str | os.PathLike[str]) -> RunPath:
   return found if in_bucket(found) else found.resolve()
 
 
+def write_bytes(path: RunPath, data: bytes) -> None:
+  """Replaces an object of a bucket, in one request unless it is large."""
+  import fsspec
+
+  # Not epath's write, which opens an upload session even for a few bytes.
+  fsspec.filesystem("gcs").pipe_file(os.fspath(path), data)
+
+
 def make_directory(path: RunPath) -> None:
   """Creates a directory and its parents; in a bucket, writing an object is enough."""
   if not in_bucket(path):
@@ -120,8 +128,8 @@ def _check_name(text: str, flag: str) -> None:
     raise UserError(f"{flag}={text} names no folder of a bucket: give gs://BUCKET/RUN.")
   if _REFUSED.search(name) or any(part in ("", ".", "..") for part in parts):
     raise UserError(
-      f"{flag}={text!r}: a run's folder in a bucket may not have *, ?, [, ], # or control "
-      "characters in its name, nor the parts '', '.' and '..'. Choose another name."
+      f"{flag}={text!r}: the name of a run's folder in a bucket may not have *, ?, [, ], "
+      "# or control characters, nor the parts '', '.' and '..'. Choose another."
     )
 
 

@@ -39,9 +39,7 @@ def started(root: pathlib.Path) -> Iterator[str]:
   place = f"127.0.0.1:{port}"
   command = [str(program), "-scheme=http", "-host=127.0.0.1", f"-port={port}"]
   command += [f"-public-host={place}", "-backend=filesystem", f"-filesystem-root={root}"]
-  server = subprocess.Popen(
-    command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-  )
+  server = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
   try:
     _make_bucket(f"http://{place}", server)
     yield f"http://{place}"

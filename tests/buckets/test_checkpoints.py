@@ -59,7 +59,7 @@ def test_a_damaged_step_is_set_aside_and_the_one_before_is_used(folder, root):
       file.write_bytes(bytes(data))
   said = []
   checkpoints = open_checkpoints(folder, warn=said.append)
-  state, meta = checkpoints.restore(shapes(states[1]))
+  state, _ = checkpoints.restore(shapes(states[1]))
   assert_identical(state, states[1])
   assert "damaged" in said[0] and "set aside as 2.damaged" in said[0]
   assert list_steps(folder / DIRECTORY) == [1]
