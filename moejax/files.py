@@ -13,7 +13,7 @@ import stat
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 from moejax.storage.paths import RunPath, in_bucket, run_path, write_bytes
 
@@ -36,14 +36,14 @@ def kind(mode: int) -> str:
   return _KINDS.get(stat.S_IFMT(mode), "")
 
 
-def open_regular(path: RunPath | str) -> BinaryIO:
+def open_regular(path: RunPath | str) -> io.BufferedReader:
   """Opens a regular file, or a link to one, for reading bytes; never blocks.
 
   Raises:
     OSError: as `open`, and for anything but a regular file.
   """
   if in_bucket(path):
-    return io.BytesIO(run_path(path).read_bytes())
+    return io.BufferedReader(io.BytesIO(run_path(path).read_bytes()))
   _refuse(os.stat(path).st_mode)
   # Non-blocking, in case it has been replaced by a pipe since.
   descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)

@@ -12,6 +12,7 @@ stopped by SIGTERM and Ctrl-C with everything saved. With several processes also
 another process was lost, 4 the processes were started differently.
 """
 
+import pathlib
 import sys
 from typing import Any
 
@@ -173,7 +174,7 @@ def _analyze(config: Config, workdir: RunPath, result: dict[str, Any]) -> None:
     batch_size=config.train.batch_size,
   )
   analysis_passes.analyze(
-    request, restored.Asked(out=workdir / restored.ANALYSIS, limit=limit)
+    request, restored.Asked(out=pathlib.Path(workdir) / restored.ANALYSIS, limit=limit)
   )
 
 

@@ -14,6 +14,7 @@ from moejax.storage.paths import RunPath, in_bucket, split
 
 _CREDENTIALS = (
   "Anonymous caller",
+  "Anonymous credentials",
   "DefaultCredentialsError",
   "RefreshError",
   "UNAUTHENTICATED",

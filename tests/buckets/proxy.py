@@ -58,7 +58,7 @@ def started(target: str, faults: Faults) -> Iterator[str]:
   class Handler(http.server.BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
 
-    def log_message(self, *_):
+    def log_message(self, format, *args):
       pass
 
     def _answer(self):
@@ -108,7 +108,7 @@ def started(target: str, faults: Faults) -> Iterator[str]:
   class Server(http.server.ThreadingHTTPServer):
     daemon_threads = True
 
-    def handle_error(self, *_):
+    def handle_error(self, request, client_address):
       pass  # a client that has given up
 
   with Server(("127.0.0.1", 0), Handler) as server:

@@ -16,6 +16,7 @@ from moejax.errors import UserError
 from moejax.run import writers
 from moejax.run.files import list_steps
 from moejax.storage import errors as storage_errors
+from moejax.storage import parts
 from moejax.storage.paths import run_path
 from tests.buckets import emulator, proxy
 from tests.checkpoint.test_manager import (
@@ -51,7 +52,35 @@ def _forget():
   type(backend.fsspec_backend)._get_filesystem.cache_clear()
 
 
-def test_faults_that_pass_are_waited_out(folder, faults):
+def test_a_write_waits_out_faults_that_pass(folder, faults):
+  """A busy service and a lost answer: the text is there once, and whole."""
+  faults.refused = 0.2
+  writer = writers.BucketJsonlWriter(folder, resume_step=0)
+  for step in range(1, 9):
+    writer.write(step, {"loss": 1.0})
+    writer.flush()
+  faults.refused = 0.0
+  found = writers.read(folder / writers.METRICS_FILE)
+  assert [line["step"] for line in found] == list(range(1, 9))
+  assert faults.met["refused"] > 0
+
+
+def test_metrics_are_kept_while_the_service_is_down(folder, faults, monkeypatch):
+  """Lines that could not be written are said to be late, and written with the next."""
+  monkeypatch.setattr(parts, "WRITE_SECONDS", 0.0)
+  path = folder / writers.METRICS_FILE
+  file = parts.PartsFile(path)
+  faults.refused, faults.codes = 1.0, (403,)
+  file.append('{"step": 1}\n')
+  with pytest.raises(UserError, match="may not use the bucket"):
+    file.flush()
+  faults.refused = 0.0
+  file.append('{"step": 2}\n')
+  assert parts.read_text(path) == '{"step": 1}\n{"step": 2}\n'
+
+
+@pytest.mark.slow
+def test_checkpoints_wait_out_faults_that_pass(folder, faults):
   """Refusals, lost answers and cut bodies: what is restored is what was saved."""
   faults.refused, faults.lost, faults.cut = 0.05, 0.03, 0.03
   states = save_steps(folder, [1, 2])
@@ -159,7 +188,7 @@ def calm(tmp_path_factory):
 
 @pytest.mark.slow
 def test_a_run_killed_at_random_ends_bit_identical(calm, folder, root):
-  """kill -9 at moments of the start, of steps and of saves; started again each time."""
+  """SIGKILL at moments of the start, of steps and of saves; started again each time."""
   trainer, rng = Trainer(folder, calm), random.Random(0)
   kills = 0
   while kills < 8:
