@@ -28,6 +28,8 @@ class Faults:
   latency: float = 0.0
   """Most seconds by which an answer is late."""
   seed: int = 0
+  first: list[str] = dataclasses.field(default_factory=list)
+  """Faults that the next requests meet, whatever the fractions."""
   met: dict[str, int] = dataclasses.field(default_factory=dict)
   """How often each fault was met."""
 
@@ -38,7 +40,11 @@ class Faults:
     """Returns the fault of a request, its delay and, if refused, its code."""
     with self._lock:
       at, code = self._random.random(), self._random.choice(self.codes)
-      delay, fault = self.latency * self._random.random(), ""
+      delay = self.latency * self._random.random()
+      fault = self.first.pop(0) if self.first else ""
+      if fault:
+        self.met[fault] = self.met.get(fault, 0) + 1
+        return fault, delay, code
       for name in ("refused", "lost", "cut"):
         if not fault and at < getattr(self, name):
           fault = name
