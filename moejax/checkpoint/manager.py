@@ -165,12 +165,14 @@ class Checkpointer:
     """
     start = time.monotonic()
     self.wait()
-    if self.failures:
-      self._clear_partial()
-    if step in self.steps():
-      if not force:
+    try:
+      if not self._makes_room(step, force):
         return False
-      self._manager.delete(step)
+    except Exception as e:
+      if not storage_errors.is_theirs(e):
+        raise
+      self._failed(step, e)
+      return False
     meta = self._metadata | {
       "format": FORMAT,
       "step": step,
@@ -204,13 +206,23 @@ class Checkpointer:
         force=True,
       )
     except Exception as e:
-      if not (is_refusal(e) or storage_errors.is_refusal(e)):
+      if not (is_refusal(e) or storage_errors.is_theirs(e)):
         raise
       self._failed(step, e)
       return False
     finally:
       self.blocked_seconds = time.monotonic() - start
     return True
+
+  def _makes_room(self, step: int, force: bool) -> bool:
+    """Removes what is in the way of a save; False if the step is there and stays."""
+    if self.failures:
+      self._clear_partial()
+    if step not in self.steps():
+      return True
+    if force:
+      self._manager.delete(step)
+    return force
 
   def poll(self) -> bool:
     """Reports a background save that failed meanwhile, without waiting for one.
@@ -361,15 +373,21 @@ class Checkpointer:
         f"{what} by process {jax.process_index()} ({why}). The job ends, since all its "
         "processes must save; started again, it goes on from the newest checkpoint."
       )
-    self._clear_partial()
-    self._manager.reload()
-    good = self.latest()
-    last = (
-      f"the last good checkpoint is step {good}"
-      if good is not None
-      else ("there is no checkpoint yet")
-    )
-    self._warn(f"{what} ({why}): the run goes on, {last}")
+    self._warn(f"{what} ({why}): the run goes on, {self._last_good()}")
+
+  def _last_good(self) -> str:
+    """Clears up after a failed save; returns, in words, which checkpoint is left."""
+    try:
+      self._clear_partial()
+      self._manager.reload()
+      good = self.latest()
+    except Exception as e:
+      if not storage_errors.is_theirs(e):
+        raise
+      return "and which checkpoints there are cannot be read now"
+    if good is None:
+      return "there is no checkpoint yet"
+    return f"the last good checkpoint is step {good}"
 
   def _clear_partial(self, patience: float = 2.0) -> None:
     """Removes unfinished saves. No save may be in progress."""

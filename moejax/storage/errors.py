@@ -52,7 +52,7 @@ def explained(path: RunPath, flag: str = "--workdir") -> Iterator[None]:
     raise
   except Exception as error:
     reason = ""
-    if in_bucket(path):
+    if in_bucket(path) and is_theirs(error):
       reason = refusal(error, path) or (_missing(error, path) if flag else "")
     if not reason:
       raise
@@ -117,10 +117,16 @@ def _missing(error: BaseException, path: RunPath) -> str:
   )
 
 
-def is_refusal(error: BaseException) -> bool:
-  """Returns whether an error is a library's about a bucket, of whatever kind."""
-  modules = {type(e).__module__.split(".")[0] for e in _chain(error)}
-  return bool(modules & {"gcsfs", "aiohttp", "google", "requests"})
+def is_theirs(error: BaseException) -> bool:
+  """Returns whether an error comes from a library that reaches buckets.
+
+  A word such as "unavailable" alone may also be said of another process of the job.
+  """
+  chain = _chain(error)
+  modules = {type(e).__module__.split(".")[0] for e in chain}
+  # gcsfs has no type of its own for 403.
+  forbidden = any(isinstance(e, OSError) and "Forbidden: " in str(e) for e in chain)
+  return forbidden or bool(modules & {"gcsfs", "aiohttp", "google", "requests"})
 
 
 def _chain(error: BaseException) -> list[BaseException]:

@@ -27,6 +27,7 @@ from moejax.run import workdir as workdir_lib
 from moejax.run.progress import Reporter, first_call, make_reporter, watched
 from moejax.run.signals import StopRequest
 from moejax.sharding import rules
+from moejax.storage import errors as storage_errors
 from moejax.storage.paths import RunPath, run_path
 from moejax.train import finish, validation, wire
 from moejax.train import setup as setup_lib
@@ -68,8 +69,9 @@ def train(
   index = jax.process_index()
   reporter = make_reporter(config.train.num_steps, process_index=index, stream=stream)
   try:
-    run = setup_lib.set_up(config, workdir, init_from, devices, reporter, ignore_memory)
-    return _train(run, reporter, config_flags)
+    with storage_errors.explained(workdir):
+      run = setup_lib.set_up(config, workdir, init_from, devices, reporter, ignore_memory)
+      return _train(run, reporter, config_flags)
   finally:
     reporter.close()
     workdir_lib.release(workdir)

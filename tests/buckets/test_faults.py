@@ -21,6 +21,7 @@ from moejax.storage.paths import run_path
 from tests.buckets import emulator, proxy
 from tests.checkpoint.test_manager import (
   assert_identical,
+  make_state,
   open_checkpoints,
   save_steps,
   shapes,
@@ -77,6 +78,23 @@ def test_metrics_are_kept_while_the_service_is_down(folder, faults, monkeypatch)
   faults.refused = 0.0
   file.append('{"step": 2}\n')
   assert parts.read_text(path) == '{"step": 1}\n{"step": 2}\n'
+
+
+def test_a_save_that_is_refused_does_not_end_the_run(folder, faults):
+  """One sentence says what is left; the next save works, and nothing partial stays."""
+  said = []
+  checkpoints = open_checkpoints(folder, warn=said.append)
+  states = {step: make_state(seed=step) for step in (1, 2, 3)}
+  checkpoints.save(1, states[1], position={"step": 1})
+  assert checkpoints.wait()
+  faults.refused, faults.codes = 1.0, (403,)
+  checkpoints.save(2, states[2], position={"step": 2})
+  assert not checkpoints.wait() or said
+  faults.refused = 0.0
+  assert len(said) == 1 and "may not use the bucket" in said[0]
+  assert checkpoints.save(3, states[3], position={"step": 3})
+  assert checkpoints.close()
+  assert list_steps(folder / DIRECTORY) == [1, 3]
 
 
 @pytest.mark.slow
