@@ -296,12 +296,11 @@ class Parser(argparse.ArgumentParser):
     )
 
   def parse_args(self, *args: Any, **kwargs: Any) -> Any:
-    """As usual, and refuses bucket URLs."""
+    """As usual, and refuses bucket URLs, but for the words of another command."""
     found = super().parse_args(*args, **kwargs)
     for name, value in vars(found).items():
-      for one in value if isinstance(value, list) else [value]:
-        if is_url(one):
-          refuse_url(one, name)
+      if is_url(value):
+        refuse_url(value, f"--{name}")
     return found
 
   def error(self, message: str) -> NoReturn:

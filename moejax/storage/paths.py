@@ -52,7 +52,7 @@ def run_path(given: str | os.PathLike[str], flag: str = "--workdir") -> RunPath:
   text = os.fspath(given)
   if not _URL.match(text):
     return pathlib.Path(text)
-  _check_name(text, flag)
+  check_url(text, flag)
   _prepare(text, flag)
   from etils import epath
 
@@ -69,14 +69,15 @@ def is_url(given: Any) -> bool:
   return isinstance(given, str | os.PathLike) and bool(_STORE.match(os.fspath(given)))
 
 
-def refuse_url(given: str | os.PathLike[str], flag: str) -> NoReturn:
+def refuse_url(given: str | os.PathLike[str], flag: str = "") -> NoReturn:
   """Refuses a bucket where only a local path will do.
 
   Raises:
     UserError: always.
   """
+  named = f"{flag}={os.fspath(given)}" if flag else os.fspath(given)
   raise UserError(
-    f"{flag}={os.fspath(given)}: here only a path on a disk of this machine will do. "
+    f"{named}: here only a path on a disk of this machine will do. "
     "Copy it first, with `gcloud storage cp -r`, or mount the bucket."
   )
 
@@ -116,7 +117,12 @@ def remove_tree(path: RunPath) -> None:
     shutil.rmtree(path, ignore_errors=True)
 
 
-def _check_name(text: str, flag: str) -> None:
+def check_url(text: str, flag: str = "--workdir") -> None:
+  """Refuses, without reaching any bucket, a URL that names no folder for a run.
+
+  Raises:
+    UserError: another scheme, or no name that a bucket or folder may have.
+  """
   if not text.startswith("gs:"):
     raise UserError(
       f"{flag}={text}: of buckets, only gs:// is supported. Give gs://BUCKET/RUN or a "

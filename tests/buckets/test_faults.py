@@ -217,6 +217,7 @@ def test_a_run_killed_at_random_ends_bit_identical(calm, folder, root):
       if len(list_steps(folder / DIRECTORY)) != seen or kills % 4 == 3:
         time.sleep(rng.uniform(0, 1.5))
         break
+      time.sleep(0.1)
     if process.poll() is not None:
       assert process.returncode == 0, trainer.log()
       break
