@@ -11,6 +11,7 @@ run's directory is made by `run_path`.
 
 import contextlib
 import importlib.util
+import logging
 import os
 import pathlib
 import re
@@ -152,5 +153,9 @@ def _prepare(text: str, flag: str) -> None:
   os.environ.setdefault("EPATH_USE_TF", "false")
   import fsspec.config
 
+  # It logs a traceback for each request that it gives up, which is reported by us.
+  logger = logging.getLogger("gcsfs")
+  if logger.level == logging.NOTSET:
+    logger.setLevel(logging.CRITICAL)
   # Other processes of a run write there too.
   fsspec.config.conf.setdefault("gcs", {})["use_listings_cache"] = False
