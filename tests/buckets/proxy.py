@@ -77,9 +77,9 @@ def started(target: str, faults: Faults) -> Iterator[str]:
         return self._send(code, [], b'{"error": {"code": %d, "message": "x"}}' % code)
       answer = finished.get(self.path) or self._forward(body)
       status, headers, content = answer
+      if fault and "upload_id=" in self.path:
+        finished[self.path] = answer
       if fault == "lost":
-        if "upload_id=" in self.path:
-          finished[self.path] = answer
         self.close_connection = True
         return None
       return self._send(status, headers, content, cut=fault == "cut")
