@@ -17,7 +17,6 @@ from moejax.run import writers
 from moejax.run.files import list_steps
 from moejax.storage import errors as storage_errors
 from moejax.storage import parts
-from moejax.storage.paths import run_path
 from tests.buckets import emulator, proxy
 from tests.checkpoint.test_manager import (
   assert_identical,
@@ -185,11 +184,10 @@ class Trainer:
     return (self._directory / "log").read_text(errors="replace")
 
 
-def assert_same_run(disk, root, name):
+def assert_same_run(disk, folder):
   """Parameters, moments and every logged loss of a run on a disk and in the bucket."""
-  copy = root / "bucket" / name
-  assert inspect(disk)["sha256_all"] == inspect(copy)["sha256_all"]
-  there = writers.read(run_path(f"gs://bucket/{name}") / writers.METRICS_FILE)
+  assert inspect(disk)["sha256_all"] == inspect(folder)["sha256_all"]
+  there = writers.read(folder / writers.METRICS_FILE)
   here = writers.read(disk / writers.METRICS_FILE)
   assert [line["step"] for line in there] == [line["step"] for line in here]
   assert [line["loss"] for line in there] == [line["loss"] for line in here]
@@ -205,7 +203,7 @@ def calm(tmp_path_factory):
 
 
 @pytest.mark.slow
-def test_a_run_killed_at_random_ends_bit_identical(calm, folder, root):
+def test_a_run_killed_at_random_ends_bit_identical(calm, folder):
   """SIGKILL at moments of the start, of steps and of saves; started again each time."""
   trainer, rng = Trainer(folder, calm), random.Random(0)
   kills = 0
@@ -226,18 +224,18 @@ def test_a_run_killed_at_random_ends_bit_identical(calm, folder, root):
     kills += 1
   assert kills >= 2
   assert trainer.start().wait() == 0, trainer.log()
-  assert_same_run(calm / "run", root, folder.name)
+  assert_same_run(calm / "run", folder)
 
 
 @pytest.mark.slow
-def test_a_run_through_faults_ends_bit_identical(calm, folder, root, faults):
+def test_a_run_through_faults_ends_bit_identical(calm, folder, faults):
   """Five in a hundred requests fail, all are late, and the run does not notice."""
   faults.refused, faults.lost, faults.cut, faults.latency = 0.03, 0.02, 0.02, 0.05
   trainer = Trainer(folder, calm)
   assert trainer.start().wait() == 0, trainer.log()
   assert sum(faults.met.values()) > 10
   faults.refused = faults.lost = faults.cut = faults.latency = 0.0
-  assert_same_run(calm / "run", root, folder.name)
+  assert_same_run(calm / "run", folder)
 
 
 @pytest.mark.slow
