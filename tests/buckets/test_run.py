@@ -23,7 +23,7 @@ from tests.train.conftest import tiny_config
 def train(workdir, num_steps, cache_dir, **kwargs):
   config = tiny_config(num_steps=num_steps, checkpoint_every=4)
   config.data.cache_dir = cache_dir
-  config.train.tensorboard = True
+  config.train.tensorboard, config.train.sample = True, False
   return loop.train(
     config, workdir, devices=jax.devices()[:1], stream=io.StringIO(), **kwargs
   )
@@ -68,7 +68,7 @@ def test_a_run_writes_all_that_it_writes_on_a_disk(runs):
   assert config["train"]["num_steps"] == 8
 
 
-def test_a_finished_run_evaluates_samples_and_draws_in_its_bucket(runs, cache_dir):
+def test_a_finished_run_evaluates_and_draws_in_its_bucket(runs, cache_dir):
   """The end of a run; a third start only reports it."""
   _, bucket, _ = runs
   done = train(bucket, 8, cache_dir)
