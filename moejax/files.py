@@ -2,7 +2,7 @@
 
 A folder of text or a run's directory may come from anywhere. It can contain a pipe, on
 which opening blocks forever, an endless file, JSON nested deeper than Python's stack, or
-a link that points out of the folder.
+a link that points out of the folder. In a bucket, an object is whole or is not there.
 """
 
 import contextlib
@@ -14,6 +14,8 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+
+from moejax.storage.paths import RunPath, in_bucket, run_path, write_bytes
 
 _MAX_JSON_BYTES = 1 << 28
 """Far more than any of our files: checkpoint metadata has some 200 bytes per array."""
@@ -34,12 +36,14 @@ def kind(mode: int) -> str:
   return _KINDS.get(stat.S_IFMT(mode), "")
 
 
-def open_regular(path: Path | str) -> io.BufferedReader:
+def open_regular(path: RunPath | str) -> io.BufferedReader:
   """Opens a regular file, or a link to one, for reading bytes; never blocks.
 
   Raises:
     OSError: as `open`, and for anything but a regular file.
   """
+  if in_bucket(path):
+    return io.BufferedReader(io.BytesIO(run_path(path).read_bytes()))
   _refuse(os.stat(path).st_mode)
   # Non-blocking, in case it has been replaced by a pipe since.
   descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
@@ -84,7 +88,7 @@ def _is_deeper(value: Any, depth: int) -> bool:
   return False
 
 
-def read_json(path: Path | str, limit: int = _MAX_JSON_BYTES) -> Any:
+def read_json(path: RunPath | str, limit: int = _MAX_JSON_BYTES) -> Any:
   """Returns the content of a JSON file.
 
   Raises:
@@ -99,17 +103,24 @@ def read_json(path: Path | str, limit: int = _MAX_JSON_BYTES) -> Any:
 
 
 @contextlib.contextmanager
-def replacing(path: Path | str) -> Iterator[Path]:
+def replacing(path: RunPath | str) -> Iterator[Path]:
   """Replaces a file atomically: readers see the old or the new one, even after a crash.
 
   A link is replaced, not followed.
 
   Args:
-    path: of the file, in an existing directory.
+    path: of the file, in an existing directory or a bucket.
 
   Yields:
-    A temporary file in the same directory, renamed to `path` unless the body raises.
+    A temporary file, in the same directory and renamed to `path` unless the body raises;
+    for a bucket on this machine, and uploaded.
   """
+  if in_bucket(path):
+    path = run_path(path)
+    with tempfile.TemporaryDirectory() as directory:
+      yield (temporary := Path(directory) / "file")
+      write_bytes(path, temporary.read_bytes())
+    return
   path = Path(path)
   descriptor, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
   os.close(descriptor)
@@ -126,13 +137,13 @@ def replacing(path: Path | str) -> Iterator[Path]:
     raise
 
 
-def write_text(path: Path | str, text: str) -> None:
+def write_text(path: RunPath | str, text: str) -> None:
   """Replaces a text file; see `replacing`."""
   with replacing(path) as temporary:
     temporary.write_text(text, encoding="utf-8")
 
 
-def write_json(path: Path | str, value: Any) -> None:
+def write_json(path: RunPath | str, value: Any) -> None:
   """Replaces a file by sorted JSON; see `replacing`."""
   write_text(path, json.dumps(value, indent=2, sort_keys=True) + "\n")
 

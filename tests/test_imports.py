@@ -15,7 +15,17 @@ import pytest
 ROOT = pathlib.Path(__file__).parents[1]
 
 FLOORS = (
-  ("types", "errors", "files", "options", "parts", "platform", "splitmix", "version"),
+  (
+    "types",
+    "errors",
+    "files",
+    "options",
+    "parts",
+    "platform",
+    "splitmix",
+    "storage",
+    "version",
+  ),
   ("routing", "config", "cost", "alarms"),
   ("experts", "sharding"),
   ("dispatch",),

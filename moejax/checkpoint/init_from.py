@@ -1,7 +1,6 @@
 """Checks --init_from before a new run writes anything, with its own error messages."""
 
 import fnmatch
-import pathlib
 from typing import Any
 
 import jax
@@ -15,6 +14,7 @@ from moejax.data.sentinels import with_sentinels
 from moejax.errors import ConfigError, UserError, program
 from moejax.models.make import make_model
 from moejax.run.files import CONFIG_FILE, DIRECTORY, list_steps
+from moejax.storage.paths import run_path
 
 _SHAPES = (
   *("model.*", "moe.*", "data.tokenizer", "data.vocab_size"),
@@ -60,7 +60,7 @@ def check(source: str, config: Config) -> None:
 
 
 def _newest_meta(source: str) -> dict[str, Any]:
-  root = pathlib.Path(source)
+  root = run_path(source, "--init_from")
   if not root.is_dir():
     what = "is a file" if root.exists() else "does not exist"
     raise UserError(
@@ -89,7 +89,7 @@ def _newest_meta(source: str) -> dict[str, Any]:
 
 def _vocab_size(source: str, config: Config) -> int:
   """Returns V of the new run, which reuses the source's tokenizer."""
-  if not (pathlib.Path(source) / CONFIG_FILE).exists():
+  if not (run_path(source) / CONFIG_FILE).exists():
     return resolve_vocab_size(config)
   try:
     stored = tokenizer.load_tokenizer(source)

@@ -5,7 +5,6 @@ longer fits any.
 """
 
 import hashlib
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -17,12 +16,13 @@ from moejax.checkpoint import params as checkpoint_params
 from moejax.checkpoint import read as checkpoint_read
 from moejax.errors import UserError
 from moejax.run.files import list_steps
+from moejax.storage.paths import RunPath
 
 HASHED = ("params", "opt_state")
 """What the SHA-256 covers: not the step, the random key or the counts of bad steps."""
 
 
-def inspect(workdir: Path | str, step: int | None = None) -> dict[str, Any]:
+def inspect(workdir: RunPath | str, step: int | None = None) -> dict[str, Any]:
   """Reads a checkpoint onto the host and describes it.
 
   Args:
@@ -94,7 +94,7 @@ def expert_fingerprints(arrays: dict[str, Any]) -> dict[str, list[str]]:
   return out
 
 
-def _read_arrays(path: Path) -> tuple[dict[str, Any], dict[str, str]]:
+def _read_arrays(path: RunPath) -> tuple[dict[str, Any], dict[str, str]]:
   """Reads all arrays as numpy, whatever devices saved them, and their shardings."""
   checkpoint_read.quiet()
   try:

@@ -14,10 +14,8 @@ evaluation; its functions are re-exported here.
 """
 
 import json
-import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from typing import Any, TypeVar
 
 import jax
@@ -42,7 +40,9 @@ from moejax.config import Config
 from moejax.config import text as config_text
 from moejax.errors import ConfigError, UserError
 from moejax.run import owner, provenance
-from moejax.run.files import DIRECTORY, list_steps
+from moejax.run.files import DIRECTORY, list_partial, list_steps, uncommit
+from moejax.storage import errors as storage_errors
+from moejax.storage.paths import RunPath, in_bucket, remove_tree, resolved
 
 __all__ = [
   "DIRECTORY",
@@ -54,8 +54,6 @@ __all__ = [
   "restore_params",
 ]
 
-_PARTIAL = "*.orbax-checkpoint-tmp*"
-"""Name pattern of an incomplete save."""
 _State = TypeVar("_State", bound=Mapping[str, Any])
 
 _POLL_SECONDS = 0.01
@@ -74,7 +72,7 @@ class Checkpointer:
 
   def __init__(
     self,
-    directory: Path | str,
+    directory: RunPath | str,
     *,
     keep_last: int,
     keep_best: int,
@@ -106,7 +104,7 @@ class Checkpointer:
         f"its newest checkpoint) and --config.train.keep_best={keep_best} at least 0."
       )
     quiet()
-    self.directory = Path(directory).resolve()
+    self.directory = resolved(directory)
     self.failures: list[tuple[int, str]] = []
     self.blocked_seconds = 0.0
     self._config = config_text.to_dict(config)
@@ -167,12 +165,14 @@ class Checkpointer:
     """
     start = time.monotonic()
     self.wait()
-    if self.failures:
-      self._clear_partial()
-    if step in self.steps():
-      if not force:
+    try:
+      if not self._makes_room(step, force):
         return False
-      self._manager.delete(step)
+    except Exception as e:
+      if not storage_errors.is_theirs(e):
+        raise
+      self._failed(step, e)
+      return False
     meta = self._metadata | {
       "format": FORMAT,
       "step": step,
@@ -205,14 +205,24 @@ class Checkpointer:
         ),
         force=True,
       )
-    except (OSError, ValueError, RuntimeError) as e:
-      if not is_refusal(e):
+    except Exception as e:
+      if not (is_refusal(e) or storage_errors.is_theirs(e)):
         raise
       self._failed(step, e)
       return False
     finally:
       self.blocked_seconds = time.monotonic() - start
     return True
+
+  def _makes_room(self, step: int, force: bool) -> bool:
+    """Removes what is in the way of a save; False if the step is there and stays."""
+    if self.failures:
+      self._clear_partial()
+    if step not in self.steps():
+      return True
+    if force:
+      self._manager.delete(step)
+    return force
 
   def poll(self) -> bool:
     """Reports a background save that failed meanwhile, without waiting for one.
@@ -328,6 +338,8 @@ class Checkpointer:
       number += 1
       aside = path.with_name(f"{step}.damaged.{number}")
     if jax.process_index() == 0:
+      if in_bucket(path):
+        uncommit(path)
       path.rename(aside)
     if jax.process_count() > 1:
       multihost_utils.sync_global_devices(f"set_aside_{step}")
@@ -347,8 +359,11 @@ class Checkpointer:
     """
     self._pending = None
     self._metrics.pop(step, None)
-    why = reason(error)
-    if not is_refusal(error):
+    why = (
+      storage_errors.refusal(error, self.directory) if in_bucket(self.directory) else ""
+    )
+    why = why.rstrip(".") or reason(error)
+    if not (is_refusal(error) or in_bucket(self.directory)):
       logging.warning("Unexpected error while saving:", exc_info=error)
     self.failures.append((step, why))
     what = f"checkpoint at step {step} could not be saved to {self.directory}"
@@ -358,15 +373,21 @@ class Checkpointer:
         f"{what} by process {jax.process_index()} ({why}). The job ends, since all its "
         "processes must save; started again, it goes on from the newest checkpoint."
       )
-    self._clear_partial()
-    self._manager.reload()
-    good = self.latest()
-    last = (
-      f"the last good checkpoint is step {good}"
-      if good is not None
-      else ("there is no checkpoint yet")
-    )
-    self._warn(f"{what} ({why}): the run goes on, {last}")
+    self._warn(f"{what} ({why}): the run goes on, {self._last_good()}")
+
+  def _last_good(self) -> str:
+    """Clears up after a failed save; returns, in words, which checkpoint is left."""
+    try:
+      self._clear_partial()
+      self._manager.reload()
+      good = self.latest()
+    except Exception as e:
+      if not storage_errors.is_theirs(e):
+        raise
+      return "and which checkpoints there are cannot be read now"
+    if good is None:
+      return "there is no checkpoint yet"
+    return f"the last good checkpoint is step {good}"
 
   def _clear_partial(self, patience: float = 2.0) -> None:
     """Removes unfinished saves. No save may be in progress."""
@@ -375,9 +396,9 @@ class Checkpointer:
     deadline = time.monotonic() + patience
     # After one part of a save failed, Orbax's threads may still write another into
     # the directory that is being removed.
-    while partial := list(self.directory.glob(_PARTIAL)):
+    while partial := list_partial(self.directory):
       for path in partial:
-        shutil.rmtree(path, ignore_errors=True)
+        remove_tree(path)
       if time.monotonic() > deadline:
         return
       time.sleep(0.05)

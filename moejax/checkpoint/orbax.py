@@ -3,8 +3,8 @@
 import asyncio
 import dataclasses
 import errno
+import os
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -13,6 +13,7 @@ import orbax.checkpoint as ocp
 from orbax.checkpoint import future as ocp_future
 
 from moejax.checkpoint.read import pack_meta, read_meta
+from moejax.storage.paths import in_bucket, run_path, write_bytes
 
 
 class _Told:
@@ -49,11 +50,15 @@ class _MetaHandler(ocp.AsyncCheckpointHandler):
     asyncio.run(self._write(directory, args))
 
   def restore(self, directory: Any, args: Any = None) -> dict[str, Any]:
-    return read_meta(Path(directory).parent)
+    return read_meta(run_path(os.fspath(directory)).parent)
 
   async def _write(self, directory: Any, args: "MetaSave") -> None:
     if jax.process_index() == 0:
-      (Path(directory) / "metadata").write_text(pack_meta(args.make()))
+      path = run_path(os.fspath(directory)) / "metadata"
+      if in_bucket(path):
+        write_bytes(path, pack_meta(args.make()).encode())
+      else:
+        path.write_text(pack_meta(args.make()))
 
 
 @ocp.args.register_with_handler(_MetaHandler, for_save=True, for_restore=True)

@@ -5,7 +5,6 @@ and logged.
 """
 
 import functools
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -25,11 +24,12 @@ from moejax.config.router import make_router
 from moejax.errors import ConfigError, UserError, program
 from moejax.models.decoder import TABLE
 from moejax.run.files import DIRECTORY, list_steps
+from moejax.storage.paths import RunPath, resolved, run_path
 from moejax.types import Params
 
 
 def peek(
-  workdir: Path | str, step: int | None = None
+  workdir: RunPath | str, step: int | None = None
 ) -> tuple[Params, Config, dict[str, Any]]:
   """Returns what `restore_params` would, with shapes in place of arrays.
 
@@ -51,7 +51,7 @@ def peek(
 
 
 def restore_params(
-  workdir: Path | str, step: int | None = None, shardings: Any = None
+  workdir: RunPath | str, step: int | None = None, shardings: Any = None
 ) -> tuple[Params, Config, dict[str, Any]]:
   """Restores the parameters of a run from its directory alone.
 
@@ -86,7 +86,7 @@ def restore_params(
   raise _none_whole(directory, reasons)
 
 
-def _candidates(workdir: Path | str, step: int | None) -> tuple[Path, list[int]]:
+def _candidates(workdir: RunPath | str, step: int | None) -> tuple[RunPath, list[int]]:
   """The steps to try, the best one first."""
   directory = checkpoint_directory(workdir)
   steps = list_steps(directory)
@@ -108,14 +108,14 @@ def damaged_table(params: Params, moe: MoEConfig) -> str | None:
   return make_router(moe).table_damage(table, moe.fine_experts)
 
 
-def _none_whole(directory: Path, reasons: list[str]) -> UserError:
+def _none_whole(directory: RunPath, reasons: list[str]) -> UserError:
   return UserError(
     f"{directory} has no checkpoint that is whole. {'. '.join(reasons)}. "
     "Choose another --step, or train again."
   )
 
 
-def checkpoint_directory(workdir: Path | str) -> Path:
+def checkpoint_directory(workdir: RunPath | str) -> RunPath:
   """Where a workdir's checkpoints are, which must exist.
 
   An absolute path, because Orbax takes no other, and a user types runs/default.
@@ -123,10 +123,10 @@ def checkpoint_directory(workdir: Path | str) -> Path:
   Raises:
     UserError: there are none; lists what is there instead.
   """
-  workdir = Path(workdir)
+  workdir = run_path(workdir)
   for directory in (workdir / DIRECTORY, workdir):
     if list_steps(directory):
-      return directory.resolve()
+      return resolved(directory)
   if not workdir.is_dir():
     raise UserError(f"--workdir={workdir} is not a directory.")
   found = sorted(p.name for p in workdir.iterdir())
@@ -178,7 +178,7 @@ def _shapes(meta: dict[str, Any]) -> Params:
   return target
 
 
-def init_from(source: Path | str, target: Params, step: int | None = None) -> Params:
+def init_from(source: RunPath | str, target: Params, step: int | None = None) -> Params:
   """Parameters of another run, to start a new one from.
 
   Args:

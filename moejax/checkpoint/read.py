@@ -17,7 +17,6 @@ import json
 import logging
 import zlib
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -28,6 +27,8 @@ from jax.experimental import multihost_utils
 from moejax import files
 from moejax.checkpoint import fingerprint, orbax_loop
 from moejax.errors import ConfigError, UserError
+from moejax.storage import errors as storage_errors
+from moejax.storage.paths import RunPath, in_bucket
 
 FORMAT = 1
 """Incremented when `meta` changes so that an older reader would misread it."""
@@ -75,7 +76,7 @@ def pack_meta(meta: dict[str, Any]) -> str:
   return f'{{"crc32": {zlib.crc32(body.encode())}, "meta": {body}}}\n'
 
 
-def read_meta(step_directory: Path) -> dict[str, Any]:
+def read_meta(step_directory: RunPath) -> dict[str, Any]:
   """Reads the `meta` of a step.
 
   Raises:
@@ -85,7 +86,8 @@ def read_meta(step_directory: Path) -> dict[str, Any]:
   """
   path = step_directory / "meta" / "metadata"
   try:
-    stored = files.read_json(path)
+    with storage_errors.explained(path, flag=""):
+      stored = files.read_json(path)
     meta = stored["meta"]
     body = json.dumps(meta, sort_keys=True)
     if stored["crc32"] != zlib.crc32(body.encode()):
@@ -168,7 +170,7 @@ def mismatches(saved: dict[str, Any], target: Any, *, prefix: str = "") -> list[
 
 
 def read_step(
-  step_directory: Path,
+  step_directory: RunPath,
   target_of: Callable[[dict[str, Any]], Any],
   untrained: Sequence[str] = (),
 ) -> tuple[Any, dict[str, Any]]:
@@ -195,7 +197,7 @@ def read_step(
 
 
 def read_state(
-  step_directory: Path,
+  step_directory: RunPath,
   meta: dict[str, Any],
   target: Any,
   untrained: Sequence[str] = (),
@@ -240,6 +242,9 @@ def read_state(
       raise _not_permitted(step_directory) from e
     if _is_memory(e):
       raise
+    # What does not answer is not damaged.
+    if in_bucket(step_directory) and (why := storage_errors.refusal(e, step_directory)):
+      raise UserError(f"{step_directory}: {why}") from e
     damage = DamagedCheckpointError(f"its arrays cannot be read: {_one_line(e)}")
     damage.__cause__ = e
   agree(damage)
@@ -284,7 +289,7 @@ def _is_refused(error: Exception) -> bool:
   return isinstance(error, PermissionError) or "PERMISSION_DENIED" in str(error)
 
 
-def _not_permitted(path: Path) -> UserError:
+def _not_permitted(path: RunPath) -> UserError:
   return UserError(f"{path} may not be read by this user. Change its permissions.")
 
 

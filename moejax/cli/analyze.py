@@ -24,6 +24,7 @@ from moejax.cli.restored import Asked
 from moejax.config import text as config_text
 from moejax.errors import UserError
 from moejax.run import compilation_cache
+from moejax.storage.paths import RunPath
 
 _LISTS = {
   "capacity_factor": "Capacity factors, e.g. 0.5,1,1.25,none.",
@@ -139,7 +140,7 @@ def main() -> None:
   # jax is imported after the flags are checked.
   from moejax.launch import distributed
 
-  workdir = cli.run_directory()
+  workdir = cli.run_location()
   asked = _asked(workdir)
   facts = {f"--{name}": str(value) for name, value in _facts(asked).items()}
   with distributed.joined(facts=facts):
@@ -161,7 +162,7 @@ def _facts(asked: Asked) -> dict[str, Any]:
   return dataclasses.asdict(asked) | given | cli.overrides()
 
 
-def _asked(workdir: pathlib.Path) -> Asked:
+def _asked(workdir: RunPath) -> Asked:
   """Returns what is asked for.
 
   Raises:
@@ -180,10 +181,13 @@ def _asked(workdir: pathlib.Path) -> Asked:
       "--from_trace runs no model, and --trace, --knockout, --steps and --confirm need "
       "one. Leave them out."
     )
+  out = pathlib.Path(_OUT.value) if _OUT.value else workdir / restored.ANALYSIS
+  if not isinstance(out, pathlib.Path):
+    raise UserError(
+      f"--workdir={workdir}: results are not written to a bucket. Give --out=DIR."
+    )
   return Asked(
-    out=_writable(
-      pathlib.Path(_OUT.value) if _OUT.value else workdir / restored.ANALYSIS
-    ),
+    out=_writable(out),
     steps=_STEPS.value,
     limit=_LIMIT.value,
     replay=_values() if _REPLAY.value else None,
@@ -242,7 +246,7 @@ def run() -> None:
   """Runs the program."""
   cli.define_config(default=None)
   compilation_cache.define_flag()
-  cli.run(main)
+  cli.run(main, buckets=("workdir",))
 
 
 if __name__ == "__main__":

@@ -21,6 +21,7 @@ from moejax.cli import flags as cli
 from moejax.config import text as config_text
 from moejax.errors import UserError
 from moejax.run.files import CONFIG_FILE
+from moejax.storage.paths import is_url, refuse_url
 from moejax.sweep.execution.directory import TIMING_FILE
 from moejax.sweep.spec import RUNS, SPEC_FILE
 
@@ -69,6 +70,8 @@ def find(given: Sequence[str]) -> list[pathlib.Path]:
   """
   found: list[pathlib.Path] = []
   for word in given:
+    if is_url(word):
+      refuse_url(word)
     path = pathlib.Path(word)
     if not path.is_dir():
       what = "is a file" if path.exists() else "does not exist"

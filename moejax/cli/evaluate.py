@@ -36,6 +36,7 @@ from moejax.cli import flags as cli
 from moejax.cli import restored
 from moejax.errors import UserError
 from moejax.run import compilation_cache
+from moejax.storage.paths import RunPath, in_bucket
 
 _TRAINING_ONLY = (
   "optimizer.*",
@@ -98,12 +99,17 @@ def main() -> None:
   from moejax.launch import distributed
 
   _refuse_unread(cli.overrides())
-  workdir = cli.run_directory()
-  output = _writable(pathlib.Path(_OUTPUT.value or workdir))
+  workdir = cli.run_location()
+  output = _writable(pathlib.Path(_OUTPUT.value) if _OUTPUT.value else workdir)
   factors = perplexity.parse_capacity_factors(_FACTORS.value) if _FACTORS.value else None
+  if _ROUTING.value:
+    _local(output, "--routing")
   facts = {f"--{name}": str(value) for name, value in _asked().items()}
   if _TASKS.value:
     from moejax.cli import harness
+
+    # The harness takes a run by the name of its directory.
+    workdir, output = cli.run_directory(), _local(output, "--tasks")
 
     if cli.overrides():
       raise UserError(
@@ -141,7 +147,7 @@ def _asked() -> dict[str, Any]:
 
 
 def evaluate(
-  workdir: pathlib.Path, output: pathlib.Path, factors: tuple[float | None, ...] | None
+  workdir: RunPath, output: RunPath, factors: tuple[float | None, ...] | None
 ) -> None:
   """Restores, evaluates and reports; called in every process of a job."""
   import jax
@@ -183,7 +189,8 @@ def evaluate(
   if tells:
     _tell(evaluation, workdir, output, changes, _own_factors(model))
   if _ROUTING.value:
-    _analyse_routing(what, evaluation, output, changes, tells)
+    local = _local(output, "--routing")
+    _analyse_routing(what, evaluation, local, changes, tells)
 
 
 def _check(model: Any, dataset: Any, factors: tuple[float | None, ...]) -> None:
@@ -262,8 +269,8 @@ def _watched(what: dict[str, Any], tells: bool) -> Iterator[Callable[[int], None
 
 def _tell(
   evaluation: dict[str, Any],
-  workdir: pathlib.Path,
-  output: pathlib.Path,
+  workdir: RunPath,
+  output: RunPath,
   changes: list[tuple[str, Any, Any]],
   own_factors: tuple[float | None, ...],
 ) -> None:
@@ -308,8 +315,18 @@ def _analyse_routing(
   print(picture)
 
 
-def _writable(directory: pathlib.Path) -> pathlib.Path:
+def _local(output: RunPath, flag: str) -> pathlib.Path:
+  """Refuses to write what a flag asks for to a bucket."""
+  if not isinstance(output, pathlib.Path):
+    raise UserError(f"{flag}: its files are not written to {output}. Give --output=DIR.")
+  return output
+
+
+def _writable(directory: RunPath) -> RunPath:
   """Rejects a directory that is not writable, before the evaluation starts."""
+  if in_bucket(directory):
+    # Where its own run wrote; a bucket says no more before the file is there.
+    return directory
   if not directory.is_dir() or not os.access(directory, os.W_OK):
     raise UserError(
       f"{directory} is not a directory one can write to. Give another with --output=DIR."
@@ -321,7 +338,7 @@ def run() -> None:
   """Runs the program."""
   cli.define_config(default=None)
   compilation_cache.define_flag()
-  cli.run(main)
+  cli.run(main, buckets=("workdir",))
 
 
 if __name__ == "__main__":

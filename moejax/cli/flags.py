@@ -22,7 +22,7 @@ import signal
 import sys
 import textwrap
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any, NoReturn, TypeVar
 
 from absl import app, command_name, flags
@@ -36,6 +36,8 @@ from moejax.config import text as config_text
 from moejax.config.check import refuse_unread, validate, validate_fields
 from moejax.errors import ConfigError, UserError, did_you_mean, nearest, program
 from moejax.routing.registry import ROUTERS
+from moejax.storage import errors as storage_errors
+from moejax.storage.paths import RunPath, is_url, refuse_url, run_path
 
 # Flags defined by `define_config` belong to the program that called it.
 flags.disclaim_key_flags()
@@ -140,16 +142,25 @@ def given_by(config: Config) -> list[str]:
 
 
 def run_directory() -> pathlib.Path:
-  """Returns --workdir of a program that reads a run.
+  """Returns --workdir of a program that reads a run on a disk; see `run_location`."""
+  found = run_location()
+  if not isinstance(found, pathlib.Path):
+    refuse_url(found, "--workdir")
+  return found
+
+
+def run_location() -> RunPath:
+  """Returns --workdir of a program that reads a run, which may be in a bucket.
 
   Raises:
-    UserError: it is missing or not a directory.
+    UserError: it is missing or not a directory, or the bucket refuses.
   """
   given = flags.FLAGS["workdir"].value
   remedy = "Give the directory that experiments.train was given as --workdir."
   if not given:
     raise UserError(f"--workdir=DIR is missing. {remedy}")
-  path = pathlib.Path(given)
+  path = run_path(given)
+  storage_errors.reach(path)
   if not path.is_dir():
     what = "is a file" if path.exists() else "does not exist"
     raise UserError(f"--workdir={given} {what}. {remedy}")
@@ -219,14 +230,18 @@ def _find_config(path: str) -> pathlib.Path:
   )
 
 
-def run(main: Callable[[], int | None]) -> None:
+def run(main: Callable[[], int | None], buckets: Collection[str] = ()) -> None:
   """Parses the command line, calls `main` and exits with what it returns.
 
   Any `UserError`, including a mistake on the command line, becomes one line on stderr
   and the error's exit code (default 2).
+
+  Args:
+    main: the program.
+    buckets: flags that may name a folder of a bucket; any other that does is refused.
   """
   app.run(
-    lambda _: _guarded(functools.partial(_main_or_list, main)),
+    lambda _: _guarded(functools.partial(_main_or_list, main, buckets)),
     flags_parser=lambda argv: _guarded(functools.partial(parse, argv, main.__module__)),
   )
 
@@ -280,6 +295,14 @@ class Parser(argparse.ArgumentParser):
       **options,
     )
 
+  def parse_args(self, *args: Any, **kwargs: Any) -> Any:
+    """As usual, and refuses bucket URLs, but for the words of another command."""
+    found = super().parse_args(*args, **kwargs)
+    for name, value in vars(found).items():
+      if is_url(value):
+        refuse_url(value, f"--{name}")
+    return found
+
   def error(self, message: str) -> NoReturn:
     print(f"error: {message.rstrip('.')}. --help lists what there is.", file=sys.stderr)
     sys.exit(UserError.exit_code)
@@ -295,7 +318,7 @@ class _OursOrWarning(logging.Filter):
     return ours or record.levelno >= logging.WARNING
 
 
-def _main_or_list(main: Callable[[], int | None]) -> int | None:
+def _main_or_list(main: Callable[[], int | None], buckets: Collection[str]) -> int | None:
   absl_logging.get_absl_handler().addFilter(_OursOrWarning())
   # absl names the process after argv[0]; Slurm loses processes whose name has a space.
   name = os.path.basename(sys.argv[0]).replace(" ", "-")
@@ -304,7 +327,18 @@ def _main_or_list(main: Callable[[], int | None]) -> int | None:
   if what:
     print(listing.describe(what), end="")
     return None
+  _refuse_buckets(buckets)
   return main()
+
+
+def _refuse_buckets(allowed: Collection[str]) -> None:
+  """Refuses bucket URLs in all flags and fields but those allowed."""
+  given = {f"config.{name}": value for name, value in _overrides.items()}
+  given |= flags.FLAGS.flag_values_dict()
+  for name, value in given.items():
+    # A prompt is text, and may be about buckets.
+    if name not in (*allowed, "prompt") and is_url(value):
+      refuse_url(value, f"--{name}")
 
 
 def parse(argv: list[str], program: str = "__main__") -> list[str]:

@@ -46,7 +46,7 @@ _NUM_SAMPLES = flags.DEFINE_integer(
 
 
 def main() -> None:
-  workdir, prompts = cli.run_directory(), _prompts()
+  workdir, prompts = cli.run_location(), _prompts()
   # jax is imported after the flags are checked.
   from moejax.checkpoint.manager import peek, restore_params
   from moejax.data.sentinels import with_sentinels
@@ -110,7 +110,7 @@ def run() -> None:
   """Runs the program."""
   cli.define_config(default=None)
   compilation_cache.define_flag()
-  cli.run(main)
+  cli.run(main, buckets=("workdir",))
 
 
 if __name__ == "__main__":

@@ -26,7 +26,7 @@ def define_flags() -> None:
 
 def main() -> int:
   values = flags.FLAGS.flag_values_dict()
-  cli.run_directory()
+  cli.run_location()
   from moejax.checkpoint.inspect import inspect, render
 
   report = inspect(values["workdir"], values["step"])
@@ -37,7 +37,7 @@ def main() -> int:
 def run() -> None:
   """Runs the program."""
   define_flags()
-  cli.run(main)
+  cli.run(main, buckets=("workdir",))
 
 
 if __name__ == "__main__":

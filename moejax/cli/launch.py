@@ -21,6 +21,7 @@ from absl import flags
 from moejax import files
 from moejax.cli import flags as cli
 from moejax.errors import UserError
+from moejax.storage.paths import check_url, is_url
 
 if TYPE_CHECKING:
   from moejax.deploy.job import Fit, Job
@@ -119,6 +120,8 @@ def main() -> int:
     raise UserError(f"--target is missing: one of {', '.join(_TARGETS)}.")
   if not given.workdir:
     raise UserError("--workdir=DIR is missing: where the run's files go, on the machine.")
+  if is_url(given.workdir):
+    check_url(given.workdir)
   stem = pathlib.Path(given.config).stem
   name = given["name"].value or job_lib.name_of(f"moejax-{stem}")
   job = make_job(_command(), given.workdir, name)
@@ -176,7 +179,7 @@ def run() -> None:
   slurm_options.define_flags()
   flags.DEFINE_string("output", None, "Write the text to this file.")
   flags.DEFINE_bool("submit", False, "Give the text to kubectl, sbatch or bash.")
-  cli.run(main)
+  cli.run(main, buckets=("workdir",))
 
 
 if __name__ == "__main__":

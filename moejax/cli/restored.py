@@ -11,6 +11,7 @@ from typing import Any
 from moejax.cli import flags as cli
 from moejax.errors import UserError
 from moejax.run import compilation_cache
+from moejax.storage.paths import RunPath
 
 EXPLORE_TOKENS = 20_000
 """Of text on the page: with 16 layers, 8 choices and 64 experts it has 8 MB."""
@@ -23,7 +24,7 @@ ANALYSIS = "analysis"
 class Request:
   """What the command line asks for."""
 
-  workdir: pathlib.Path
+  workdir: RunPath
   steps: str | None
   """all, or numbers separated by commas; None is the newest."""
   split: str
@@ -93,7 +94,7 @@ class Run:
 class Opened:
   """A run without its parameters, as this command line wants it."""
 
-  workdir: pathlib.Path
+  workdir: RunPath
   config: Any
   model: Any
   dataset: Any
@@ -126,7 +127,7 @@ class Opened:
 
 
 def opened(
-  workdir: pathlib.Path,
+  workdir: RunPath,
   step: int | None,
   check: Callable[[Any, Any], None],
   text: str | None = None,

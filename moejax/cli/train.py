@@ -24,6 +24,8 @@ from moejax.config import Config
 from moejax.errors import UserError
 from moejax.launch import meeting
 from moejax.run import compilation_cache
+from moejax.storage import errors as storage_errors
+from moejax.storage.paths import RunPath, in_bucket, run_path
 
 _SHOWN = 5
 """Number of overrides named in the first line."""
@@ -76,8 +78,15 @@ def main() -> int:
   # ------------------------------------------------------------------ configuration
   if not flags.FLAGS.workdir:
     raise UserError("--workdir=DIR is missing: give the directory of the run.")
-  workdir = pathlib.Path(flags.FLAGS.workdir)
+  workdir = run_path(flags.FLAGS.workdir)
   config = cli.get_config(announce=_announce)
+  storage_errors.reach(workdir)
+  if in_bucket(_INIT_FROM.value):
+    storage_errors.reach(run_path(_INIT_FROM.value, "--init_from"), "--init_from")
+  if _ANALYZE.value and in_bucket(workdir):
+    raise UserError(
+      f"--analyze: results are not written to a bucket ({workdir}). Leave it out."
+    )
 
   # ------------------------------------------------------------------------ devices
   # After the configuration, so that a mistake there does not cost the import of jax.
@@ -102,7 +111,7 @@ def _announce() -> None:
   )
 
 
-def train(config: Config, workdir: pathlib.Path) -> int:
+def train(config: Config, workdir: RunPath) -> int:
   import jax
 
   from moejax.launch import hang, host_memory
@@ -150,7 +159,7 @@ def _check_analysis(config: Config) -> None:
     raise UserError("--analyze: this model has no MoE layer. Leave it out.")
 
 
-def _analyze(config: Config, workdir: pathlib.Path, result: dict[str, Any]) -> None:
+def _analyze(config: Config, workdir: RunPath, result: dict[str, Any]) -> None:
   """Analyzes the last checkpoint on about as much text as the final evaluation read."""
   from moejax.cli import analysis_passes, restored
 
@@ -165,7 +174,7 @@ def _analyze(config: Config, workdir: pathlib.Path, result: dict[str, Any]) -> N
     batch_size=config.train.batch_size,
   )
   analysis_passes.analyze(
-    request, restored.Asked(out=workdir / restored.ANALYSIS, limit=limit)
+    request, restored.Asked(out=pathlib.Path(workdir) / restored.ANALYSIS, limit=limit)
   )
 
 
@@ -173,7 +182,7 @@ def run() -> None:
   """Runs the program."""
   cli.define_config()
   compilation_cache.define_flag()
-  cli.run(main)
+  cli.run(main, buckets=("workdir", "init_from"))
 
 
 if __name__ == "__main__":

@@ -25,6 +25,7 @@ from typing import Any
 from absl import logging
 
 from moejax.errors import ConfigError, UserError
+from moejax.storage.paths import is_url, refuse_url
 
 ENV = "MOEJAX_CACHE"
 
@@ -41,6 +42,8 @@ def cache_root(cache_dir: str) -> Path:
     ConfigError: the directory cannot be created.
   """
   chosen = cache_dir or os.environ.get(ENV, "") or "~/.cache/moejax"
+  if is_url(chosen):
+    refuse_url(chosen, "--config.data.cache_dir" if cache_dir else ENV)
   root = Path(chosen).expanduser().absolute()
   try:
     root.mkdir(parents=True, exist_ok=True)

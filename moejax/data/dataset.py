@@ -19,6 +19,7 @@ from moejax.data.span_rows import Cut, SpanPacker, cut
 from moejax.data.tokenizer import BPETokenizer, ByteTokenizer, Tokenizer
 from moejax.data.types import SPLITS, Document, Skipped, Source
 from moejax.errors import ConfigError, UserError, did_you_mean
+from moejax.storage.paths import RunPath, run_path
 
 _BPE_BYTES = 32 << 20
 """A BPE tokenizer learns from the first train documents that reach this many bytes."""
@@ -249,8 +250,8 @@ class Dataset:
 def load(
   config: DataConfig,
   *,
-  workdir: Path | str | None = None,
-  like: Path | str | None = None,
+  workdir: RunPath | str | None = None,
+  like: RunPath | str | None = None,
   store: bool = True,
   check_corpus: Callable[[str], None] | None = None,
 ) -> Dataset:
@@ -293,7 +294,7 @@ def load(
       "; ".join(named + more),
     )
   if workdir is not None and store:
-    chosen.save(Path(workdir))
+    chosen.save(run_path(workdir))
   return dataset
 
 
@@ -316,11 +317,11 @@ def _check(config: DataConfig) -> None:
 
 
 def _stored_tokenizer(
-  config: DataConfig, workdir: Path | str | None, flag: str
+  config: DataConfig, workdir: RunPath | str | None, flag: str
 ) -> Tokenizer | None:
   # Without config.json no run has begun, and a tokenizer there may come from a run
   # that was refused.
-  if workdir is None or not Path(workdir, "config.json").exists():
+  if workdir is None or not (run_path(workdir) / "config.json").exists():
     return None
   stored = tokenizer.load_tokenizer(workdir)
   if stored.kind != config.tokenizer:

@@ -9,13 +9,13 @@ sentinels there are is in its configuration.
 import functools
 import re
 from collections.abc import Sequence
-from pathlib import Path
 
 import numpy as np
 from jaxtyping import Int
 
 from moejax.config import DataConfig
 from moejax.data.tokenizer import Ids, ImportedTokenizer, Tokenizer
+from moejax.storage.paths import RunPath
 
 _MARK = re.compile(rb"<extra_id_(\d+)>")
 """How a sentinel is written in a prompt and shown in a completion."""
@@ -101,7 +101,7 @@ class SentinelTokenizer(Tokenizer):
       filled += spans.get(int(token), [int(token)])
     return self.decode(filled)
 
-  def save(self, workdir: Path) -> None:
+  def save(self, workdir: RunPath) -> None:
     """Stores the tokenizer without sentinels."""
     self.base.save(workdir)
 

@@ -17,7 +17,6 @@ import functools
 import json
 import re
 from collections.abc import Iterable, Sequence
-from pathlib import Path
 
 import numpy as np
 import tokenizers
@@ -27,6 +26,7 @@ from tokenizers import decoders, models, pre_tokenizers, trainers
 from moejax import files
 from moejax.data import cache
 from moejax.errors import ConfigError, UserError, did_you_mean
+from moejax.storage.paths import RunPath, make_directory, run_path
 
 TOKENIZERS = ("bytes", "bpe", "hf")
 
@@ -116,14 +116,14 @@ class Tokenizer(abc.ABC):
     }
     return json.dumps(fields, indent=1)
 
-  def save(self, workdir: Path) -> None:
+  def save(self, workdir: RunPath) -> None:
     """Stores the tokenizer with a run, unless the same one is already there."""
-    path = Path(workdir) / FILE
+    path = run_path(workdir) / FILE
     text = self.to_json()
     try:
       if path.exists() and path.read_text("utf-8") == text:
         return
-      path.parent.mkdir(parents=True, exist_ok=True)
+      make_directory(path.parent)
       files.write_text(path, text)
     except OSError as e:
       raise ConfigError(
@@ -362,13 +362,13 @@ def from_json(text: str | bytes) -> Tokenizer:
   return loaded
 
 
-def load_tokenizer(workdir: Path | str) -> Tokenizer:
+def load_tokenizer(workdir: RunPath | str) -> Tokenizer:
   """Returns a run's tokenizer, from nothing but its directory.
 
   Raises:
     UserError: the directory holds no tokenizer, or a damaged one.
   """
-  path = Path(workdir) / FILE
+  path = run_path(workdir) / FILE
   try:
     with files.open_regular(path) as file:
       return from_json(file.read(_MAX_BYTES))

@@ -87,10 +87,12 @@ def _check(job: Job, family: str, known: Any) -> None:
       f"--target=gke-{family}: --image=IMAGE is missing; docs/launching/Dockerfile "
       "builds one."
     )
-  if not job.workdir.startswith("/") or job.workdir.rstrip("/").count("/") < 2:
+  absolute = job.workdir.startswith("/") and job.workdir.rstrip("/").count("/") > 1
+  if job.needs_disk and not absolute:
     raise UserError(
       f"--workdir={job.workdir}: on Kubernetes, give an absolute path below the place "
-      "where the shared disk is mounted, such as /runs/first (mounted at /runs)."
+      "where the shared disk is mounted, such as /runs/first (mounted at /runs), or "
+      "gs://BUCKET/RUN."
     )
 
 
@@ -134,16 +136,19 @@ def _jobset(
 def _job_spec(
   job: Job, pods: int, selector: dict[str, str], limits: dict[str, int]
 ) -> dict[str, Any]:
+  mounts: list[dict[str, Any]] = []
+  volumes: list[dict[str, Any]] = []
+  if job.needs_disk:
+    mounts.append({"name": "runs", "mountPath": job.mount})
+    claim = {"claimName": job.claim}
+    volumes.append({"name": "runs", "persistentVolumeClaim": claim})
   codes = {"containerName": "train", "operator": "In", "values": list(HOPELESS)}
   container = {
     "name": "train",
     "image": job.image,
     "command": list(job.command),
     "resources": {"limits": limits},
-    "volumeMounts": [
-      {"name": "runs", "mountPath": job.mount},
-      {"name": "cache", "mountPath": _CACHE},
-    ],
+    "volumeMounts": [*mounts, {"name": "cache", "mountPath": _CACHE}],
   }
   if job.secret:
     source = {"secretKeyRef": {"name": job.secret, "key": "secret"}}
@@ -160,10 +165,7 @@ def _job_spec(
         "terminationGracePeriodSeconds": job.grace_seconds,
         "nodeSelector": selector,
         "containers": [container],
-        "volumes": [
-          {"name": "runs", "persistentVolumeClaim": {"claimName": job.claim}},
-          {"name": "cache", "emptyDir": {}},
-        ],
+        "volumes": [*volumes, {"name": "cache", "emptyDir": {}}],
       }
     },
   }

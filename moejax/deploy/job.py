@@ -12,6 +12,7 @@ from moejax.deploy import machines
 from moejax.errors import UserError
 from moejax.models.frozen_count import count_frozen
 from moejax.plan.topology import Topology
+from moejax.storage.paths import in_bucket
 from moejax.sweep.execution.slurm_options import SlurmOptions
 
 PYTHON = "python"
@@ -38,7 +39,7 @@ class Job:
   """Words, the same for every process; `PYTHON` stands for the interpreter."""
   topology: Topology
   workdir: str
-  """Of the run: on a disk that all processes share."""
+  """Of the run: on a disk that all processes share, or in a bucket."""
   image: str = ""
   """Kubernetes: the container image."""
   claim: str = "moejax-runs"
@@ -64,6 +65,11 @@ class Job:
   def in_venv(self) -> list[str]:
     """The command with the interpreter of a virtual environment beside it."""
     return [".venv/bin/python" if word == PYTHON else word for word in self.command]
+
+  @property
+  def needs_disk(self) -> bool:
+    """Whether the run is kept on a shared disk, and not in a bucket."""
+    return not in_bucket(self.workdir)
 
   @property
   def mount(self) -> str:

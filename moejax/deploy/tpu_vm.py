@@ -27,10 +27,11 @@ def script(job: Job) -> str:
   if not job.zone:
     raise UserError("--target=tpu-vm: --zone=ZONE is missing, such as us-east5-a.")
   hosts = machines.num_chips(topology) // machines.chips_per_host(topology)
-  if hosts > 1 and not job.share:
+  if hosts > 1 and job.needs_disk and not job.share:
     raise UserError(
       f"--target=tpu-vm --topology={topology}: {hosts} machines need one disk for "
-      "--workdir. Give its NFS export, such as --share=10.0.0.2:/share."
+      "--workdir. Give its NFS export, such as --share=10.0.0.2:/share, or "
+      "--workdir=gs://BUCKET/RUN."
     )
   name, zone = job.name, job.zone
   kind = machines.accelerator_type(topology)
@@ -65,15 +66,16 @@ gcloud compute tpus tpu-vm scp moejax.tar.gz {name}: --worker=all --zone={zone}
 
 
 def _install(job: Job) -> str:
+  extras = "tpu" if job.needs_disk else "tpu,gcs"
   lines = ["set -e", "sudo apt-get -qq install -y python3-venv nfs-common"]
-  if job.share:
+  if job.share and job.needs_disk:
     lines.append(
       f"sudo mkdir -p {shlex.quote(job.mount)}; mountpoint -q {shlex.quote(job.mount)} "
       f"|| sudo mount {shlex.quote(job.share)} {shlex.quote(job.mount)}"
     )
   lines += [
     "tar xzf moejax.tar.gz && cd moejax && python3 -m venv .venv",
-    '.venv/bin/pip install -q -c constraints.txt ".[tpu]"',
+    f'.venv/bin/pip install -q -c constraints.txt ".[{extras}]"',
   ]
   return "\n".join(lines)
 

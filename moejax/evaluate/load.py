@@ -3,7 +3,6 @@
 import dataclasses
 import functools
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -20,6 +19,7 @@ from moejax.data.tokenizer import Tokenizer, load_tokenizer
 from moejax.errors import UserError
 from moejax.evaluate import groups
 from moejax.models.decoder import Decoder
+from moejax.storage.paths import RunPath, run_path
 from moejax.types import Params
 
 Tokens = Int[np.ndarray | Array, "..."] | Sequence[Sequence[int]]
@@ -105,7 +105,7 @@ class LoadedRun:
 
 
 def load_run(
-  workdir: Path | str, step: int | None = None, *, dtype: str | None = None
+  workdir: RunPath | str, step: int | None = None, *, dtype: str | None = None
 ) -> LoadedRun:
   """Restores a run's model from its directory alone.
 
@@ -124,7 +124,7 @@ def load_run(
   params, config, meta = restore_params(workdir, step)
   config.model.dtype = dtype or config.model.dtype
   tokenizer = None
-  if (Path(workdir) / TOKENIZER_FILE).exists():
+  if (run_path(workdir) / TOKENIZER_FILE).exists():
     tokenizer = with_sentinels(load_tokenizer(workdir), config.data)
   # The stored embedding has a row for every id, regardless of the tokenizer.
   vocab_size = int(params["embedding"]["table"].shape[0])

@@ -8,7 +8,6 @@ Letters: L MoE layers, E experts, R logged steps.
 
 import logging
 import math
-import pathlib
 from typing import Any
 
 import numpy as np
@@ -17,6 +16,7 @@ from jaxtyping import Float
 from moejax import files
 from moejax.alarms import history
 from moejax.run import results, writers
+from moejax.storage.paths import RunPath, run_path
 
 FILE = "report.png"
 
@@ -29,7 +29,7 @@ _HATCHES = ("//", "\\\\", "--", "||", "..", "xx")
 _NAMED_LOADS = (0.25, 0.5, 1.0, 2.0, 4.0)
 
 
-def draw(workdir: pathlib.Path | str) -> pathlib.Path | None:
+def draw(workdir: RunPath | str) -> RunPath | None:
   """Draws the report of a run.
 
   Args:
@@ -38,7 +38,7 @@ def draw(workdir: pathlib.Path | str) -> pathlib.Path | None:
   Returns:
     Path of the PNG; None if no step has been logged.
   """
-  workdir = pathlib.Path(workdir)
+  workdir = run_path(workdir)
   lines = writers.read(workdir / writers.METRICS_FILE)
   if not lines:
     return None

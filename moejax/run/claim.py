@@ -1,7 +1,8 @@
 """Claiming a directory: it is writable, and locked against other processes.
 
 The lock is on the directory itself: no lock file is left behind, and the end of the
-process unlocks it, kill -9 included. Nothing here imports jax.
+process unlocks it, kill -9 included. In a bucket the lock is a lease, which ends some
+time after its holder. Nothing here imports jax.
 """
 
 import contextlib
@@ -10,11 +11,13 @@ import fcntl
 import os
 import tempfile
 import time
-from pathlib import Path
 
 from absl import logging
 
 from moejax.errors import UserError
+from moejax.storage import errors as storage_errors
+from moejax.storage import lease
+from moejax.storage.paths import RunPath, in_bucket, resolved
 
 LOCK_WAIT_SECONDS = 5.0
 """A killed run's worker processes may hold its lock a moment longer."""
@@ -24,13 +27,21 @@ _BUSY = (errno.EWOULDBLOCK, errno.EACCES)
 _locks: dict[str, int] = {}
 """Directories this process has locked, with the descriptor that holds each lock."""
 
+_leases: dict[str, lease.Lease] = {}
+"""The same for folders of buckets."""
 
-def make_writable(path: Path) -> None:
+
+def make_writable(path: RunPath) -> None:
   """Creates the directory, and checks that it is writable by writing to it.
+
+  A bucket is only listed here; that it can be written to, `lock` shows.
 
   Raises:
     UserError: it is no directory, or cannot be written to.
   """
+  if in_bucket(path):
+    storage_errors.reach(path)
+    return
   try:
     path.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryFile(dir=path):
@@ -46,7 +57,7 @@ def make_writable(path: Path) -> None:
     ) from e
 
 
-def lock(path: Path, holder: str = "run", wait_seconds: float | None = None) -> None:
+def lock(path: RunPath, holder: str = "run", wait_seconds: float | None = None) -> None:
   """Locks a directory until `unlock` or until this process ends, however it ends.
 
   Args:
@@ -57,8 +68,11 @@ def lock(path: Path, holder: str = "run", wait_seconds: float | None = None) -> 
   Raises:
     UserError: another process holds the lock.
   """
-  key = str(path.resolve())
-  if key in _locks:
+  key = str(resolved(path))
+  if key in _locks or key in _leases:
+    return
+  if in_bucket(path):
+    _leases[key] = lease.acquire(path, holder)
     return
   descriptor = os.open(path, os.O_RDONLY)
   wait = LOCK_WAIT_SECONDS if wait_seconds is None else wait_seconds
@@ -84,14 +98,17 @@ def lock(path: Path, holder: str = "run", wait_seconds: float | None = None) -> 
   _locks[key] = descriptor
 
 
-def unlock(path: Path | str) -> None:
+def unlock(path: RunPath | str) -> None:
   """Unlocks the directory for other processes. No error if it was not locked."""
-  descriptor = _locks.pop(str(Path(path).resolve()), None)
+  key = str(resolved(path))
+  if held := _leases.pop(key, None):
+    held.release()
+  descriptor = _locks.pop(key, None)
   if descriptor is not None:
     os.close(descriptor)
 
 
-def is_locked(path: Path) -> bool:
+def is_locked(path: RunPath) -> bool:
   """Returns whether a live process, this one included, has locked the directory.
 
   The probe takes a shared lock for an instant; `lock` waits longer than that.

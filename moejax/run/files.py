@@ -1,7 +1,8 @@
 """Names of a run's files, and which of its checkpoints are complete."""
 
 import re
-from pathlib import Path
+
+from moejax.storage.paths import RunPath, in_bucket
 
 CONFIG_FILE = "config.json"
 """A run's resolved config; a directory without one belongs to no run."""
@@ -10,16 +11,40 @@ DIRECTORY = "checkpoints"
 """Where a workdir keeps its checkpoints."""
 
 
+_PARTIAL = "*.orbax-checkpoint-tmp*"
+"""Name pattern of an incomplete save on a disk."""
+
+_COMMITTED = "commit_success.txt"
+"""What Orbax writes last into a checkpoint in a bucket."""
+
 _STEP = re.compile("0|[1-9][0-9]{0,17}")
 
 
-def list_steps(directory: Path) -> list[int]:
+def list_steps(directory: RunPath) -> list[int]:
   """Returns the steps with a complete checkpoint, ascending.
 
   A save gets its number as a name only when it is complete; what a killed process
-  leaves has a longer name.
+  leaves has a longer name. In a bucket, which cannot rename, a marker makes it complete.
   """
   if not directory.is_dir():
     return []
   # "007" and non-ASCII digits are not steps.
-  return sorted(int(p.name) for p in directory.iterdir() if _STEP.fullmatch(p.name))
+  numbered = [p for p in directory.iterdir() if _STEP.fullmatch(p.name)]
+  if in_bucket(directory):
+    numbered = [p for p in numbered if (p / _COMMITTED).exists()]
+  return sorted(int(p.name) for p in numbered)
+
+
+def list_partial(directory: RunPath) -> list[RunPath]:
+  """Returns what unfinished saves left, and in a bucket unfinished removals."""
+  if not in_bucket(directory):
+    return list(directory.glob(_PARTIAL))
+  if not directory.is_dir():
+    return []
+  numbered = [p for p in directory.iterdir() if _STEP.fullmatch(p.name)]
+  return [p for p in numbered if not (p / _COMMITTED).exists()]
+
+
+def uncommit(step_directory: RunPath) -> None:
+  """Makes a checkpoint in a bucket incomplete at once, before its many objects move."""
+  (step_directory / _COMMITTED).unlink()

@@ -22,6 +22,7 @@ from absl import logging
 
 from moejax.config import Config
 from moejax.errors import UserError
+from moejax.storage.paths import RunPath
 
 _KEY_BYTES = 32
 
@@ -51,7 +52,7 @@ def is_own(config: Config, found: object) -> bool:
 
 
 def own_paths(
-  config: Config, found: object, given: Collection[str], workdir: Path | str
+  config: Config, found: object, given: Collection[str], workdir: RunPath | str
 ) -> Config:
   """Returns the config of a run, without paths that this user did not choose.
 

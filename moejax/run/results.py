@@ -9,12 +9,12 @@ A file is written whole or not at all, and only `train.finish` writes eval.json.
 
 import hashlib
 import json
-import pathlib
 from collections.abc import Callable, Sequence
 from typing import Any
 
 from moejax import files
 from moejax.run import writers
+from moejax.storage.paths import RunPath
 
 EVAL_FILE = "eval.json"
 
@@ -23,13 +23,13 @@ _SAME_LOSS = 1e-4
 experts."""
 
 
-def write(path: pathlib.Path, values: dict[str, Any]) -> None:
+def write(path: RunPath, values: dict[str, Any]) -> None:
   """Replaces a JSON file atomically; NaN and infinities become null."""
   text = json.dumps(writers.finite(values), indent=2, ensure_ascii=False)
   files.write_text(path, text + "\n")
 
 
-def read(path: pathlib.Path) -> dict[str, Any]:
+def read(path: RunPath) -> dict[str, Any]:
   """Returns the content of an evaluation's file; empty if missing or unreadable."""
   try:
     found = json.loads(path.read_text(encoding="utf-8"))

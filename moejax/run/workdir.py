@@ -13,7 +13,6 @@ be started again with other flags.
 import dataclasses
 import fnmatch
 from collections.abc import Iterable, Mapping
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -24,6 +23,8 @@ from moejax.config import text as config_text
 from moejax.errors import ConfigError, UserError, program
 from moejax.run import claim, provenance
 from moejax.run.files import CONFIG_FILE, DIRECTORY, list_steps
+from moejax.storage import parts
+from moejax.storage.paths import RunPath, in_bucket, resolved, run_path
 
 RUN_FILE = "run.json"
 RECORDS = "surgery"
@@ -83,14 +84,14 @@ _BUFFERED = ("moe.exchange", "moe.exchange_chunks", "moe.dispatcher", "mesh.*")
 class New:
   """A directory in which nothing has been trained yet."""
 
-  path: Path
+  path: RunPath
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Resume:
   """A directory with a run to resume."""
 
-  path: Path
+  path: RunPath
   changed: list[tuple[str, Any, Any]]
   """Allowed differences from its last start: (dotted field, before, now)."""
   step: int | None
@@ -98,7 +99,7 @@ class Resume:
 
 
 def prepare(
-  workdir: Path | str,
+  workdir: RunPath | str,
   config: Config,
   dataset_fingerprint: str | None = None,
   mesh: Mapping[str, int] | None = None,
@@ -124,7 +125,7 @@ def prepare(
       corpus or, with moe.exchange_buffer, mesh.
     UserError: not writable, in use, or holding unrelated files.
   """
-  path = Path(workdir)
+  path = run_path(workdir)
   claim.make_writable(path)
   if jax.process_index() == 0:
     claim.lock(path)
@@ -151,12 +152,12 @@ def _origin(init_from: str) -> dict[str, Any]:
   """Returns what run.json says of the run that a new one starts from."""
   if not init_from:
     return {}
-  source = Path(init_from).resolve()
+  source = resolved(init_from)
   records = _begun_with(source).get(RECORDS)
   return {"init_from": str(source)} | ({RECORDS: records} if records else {})
 
 
-def check_corpus(workdir: Path | str, fingerprint: str) -> None:
+def check_corpus(workdir: RunPath | str, fingerprint: str) -> None:
   """Refuses text other than the run's own, before it is tokenized.
 
   Args:
@@ -166,23 +167,23 @@ def check_corpus(workdir: Path | str, fingerprint: str) -> None:
   Raises:
     ConfigError: the run in the directory was started on another text.
   """
-  path = Path(workdir)
+  path = run_path(workdir)
   if (path / CONFIG_FILE).exists():
     _refuse_data(path, "corpus_fingerprint", fingerprint)
 
 
-def release(workdir: Path | str) -> None:
+def release(workdir: RunPath | str) -> None:
   """Unlocks the directory for other processes. No error if it was not locked."""
   claim.unlock(workdir)
 
 
-def read_config(workdir: Path | str) -> Config:
+def read_config(workdir: RunPath | str) -> Config:
   """Returns the config of the run's last start, migrated to the current schema.
 
   Raises:
     UserError: there is none, or it cannot be read.
   """
-  path = Path(workdir) / CONFIG_FILE
+  path = run_path(workdir) / CONFIG_FILE
   try:
     return config_text.from_dict(files.read_json(path))
   except FileNotFoundError as e:
@@ -211,7 +212,7 @@ def refused_changes(old: Config, new: Config) -> list[tuple[str, Any, Any]]:
 
 
 def _examine(
-  path: Path,
+  path: RunPath,
   config: Config,
   fingerprint: str | None,
   mesh: Mapping[str, int] | None,
@@ -220,8 +221,7 @@ def _examine(
     _refuse_foreign(path)
     return New(path=path)
   steps = list_steps(path / DIRECTORY)
-  metrics = path / METRICS_FILE
-  begun = bool(steps) or (metrics.exists() and metrics.stat().st_size > 0)
+  begun = bool(steps) or _has_metrics(path / METRICS_FILE)
   if not begun:
     # Refused or killed before its first step. Its files bind no later run, and a
     # tokenizer next to a config.json would be taken for a run's.
@@ -240,9 +240,16 @@ def _examine(
   )
 
 
-def _refuse_foreign(path: Path) -> None:
+def _has_metrics(path: RunPath) -> bool:
+  if in_bucket(path):
+    return bool(parts.parts(path))
+  return path.exists() and path.stat().st_size > 0  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def _refuse_foreign(path: RunPath) -> None:
   names = sorted(p.name for p in path.iterdir())
-  foreign = [n for n in names if not any(fnmatch.fnmatch(n, p) for p in OURS)]
+  ours = (*OURS, parts.folder(path / METRICS_FILE).name) if in_bucket(path) else OURS
+  foreign = [n for n in names if not any(fnmatch.fnmatch(n, p) for p in ours)]
   if foreign:
     more = f" and {len(foreign) - 5} more" if len(foreign) > 5 else ""
     raise UserError(
@@ -258,7 +265,7 @@ def _refuse_foreign(path: Path) -> None:
     )
 
 
-def _refuse_config(path: Path, old: Config, new: Config) -> None:
+def _refuse_config(path: RunPath, old: Config, new: Config) -> None:
   refused = refused_changes(old, new)
   if not refused:
     return
@@ -279,7 +286,7 @@ def _matches(name: str, patterns: Iterable[str]) -> bool:
   return any(fnmatch.fnmatch(name, pattern) for pattern in patterns)
 
 
-def _begun_with(path: Path) -> dict[str, Any]:
+def _begun_with(path: RunPath) -> dict[str, Any]:
   """Returns run.json; empty if unreadable, since nothing in it is vital."""
   try:
     found = files.read_json(path / RUN_FILE)
@@ -288,7 +295,7 @@ def _begun_with(path: Path) -> dict[str, Any]:
   return found if isinstance(found, dict) else {}
 
 
-def _refuse_mesh(path: Path, config: Config, mesh: Mapping[str, int] | None) -> None:
+def _refuse_mesh(path: RunPath, config: Config, mesh: Mapping[str, int] | None) -> None:
   """Refuses another mesh with a bounded exchange: it changes which tokens are lost."""
   begun_with = _begun_with(path).get("mesh")
   if config.moe.exchange_buffer is None or mesh is None or begun_with is None:
@@ -305,7 +312,7 @@ def _refuse_mesh(path: Path, config: Config, mesh: Mapping[str, int] | None) -> 
     )
 
 
-def _refuse_data(path: Path, name: str, fingerprint: str | None) -> None:
+def _refuse_data(path: RunPath, name: str, fingerprint: str | None) -> None:
   begun_with = _begun_with(path).get(name)
   if fingerprint is not None and begun_with not in (None, fingerprint):
     raise ConfigError(

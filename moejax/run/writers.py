@@ -5,19 +5,31 @@ optimizer steps done. A crash may tear the last line; opening the file for a run
 that resumes at step n drops it and every line after step n, so that no step
 occurs twice. TensorBoard gets a bounded number of series whatever the number of
 layers and experts: scalars over all layers, and histograms of up to 16 layers.
+
+In a bucket, metrics.jsonl is a folder of parts (`storage.parts`), and TensorBoard's files
+are made on this machine and copied with each checkpoint.
 """
 
 import json
 import math
 import os
 import pathlib
+import tempfile
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 
 from moejax import files
+from moejax.storage import parts
+from moejax.storage.errors import explained
+from moejax.storage.paths import RunPath, in_bucket, write_bytes
 
 METRICS_FILE = "metrics.jsonl"
+TENSORBOARD = "tensorboard"
+"""A run's directory of event files."""
+
+_EVENTS_BYTES = 4 << 20
+"""Size at which TensorBoard's file in a bucket is followed by another."""
 
 MAX_HISTOGRAMS = 16
 """Most layers that get a histogram; evenly spaced if there are more."""
@@ -41,14 +53,14 @@ class Writer(Protocol):
 class JsonlWriter:
   """Appends to metrics.jsonl, one write per line."""
 
-  def __init__(self, workdir: pathlib.Path, *, resume_step: int):
+  def __init__(self, workdir: RunPath, *, resume_step: int):
     """Opens the file and drops the steps that a resumed run will repeat."""
     self.path = pathlib.Path(workdir) / METRICS_FILE
     cut(self.path, resume_step)
     self._file = self.path.open("a", encoding="utf-8")
 
   def write(self, step: int, values: dict[str, Any]) -> None:
-    self._file.write(json.dumps(finite({"step": step, **values})) + "\n")
+    self._file.write(_line(step, values))
     self._file.flush()
 
   def flush(self) -> None:
@@ -58,6 +70,30 @@ class JsonlWriter:
   def close(self) -> None:
     self.flush()
     self._file.close()
+
+
+class BucketJsonlWriter:
+  """Appends to the parts of metrics.jsonl in a bucket, several lines at a time."""
+
+  def __init__(self, workdir: RunPath, *, resume_step: int):
+    """Opens the newest part and drops the steps that a resumed run will repeat."""
+    path = workdir / METRICS_FILE
+    with explained(workdir):
+      parts.cut(path, lambda line: bool(_parsed(line, resume_step)))
+      self._file = parts.PartsFile(path)
+
+  def write(self, step: int, values: dict[str, Any]) -> None:
+    self._file.append(_line(step, values))
+
+  def flush(self) -> None:
+    self._file.flush()
+
+  def close(self) -> None:
+    self.flush()
+
+
+def _line(step: int, values: dict[str, Any]) -> str:
+  return json.dumps(finite({"step": step, **values})) + "\n"
 
 
 def finite(value: Any) -> Any:
@@ -71,18 +107,33 @@ def finite(value: Any) -> Any:
   return value
 
 
-def read(path: pathlib.Path) -> list[dict[str, Any]]:
+def read(path: RunPath) -> list[dict[str, Any]]:
   """Returns the lines of a metrics file, without any that a crash tore."""
-  lines = []
-  if path.exists():
-    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
-      try:
-        entry = json.loads(line)
-      except json.JSONDecodeError:
-        continue
-      if isinstance(entry, dict) and isinstance(entry.get("step"), int):
-        lines.append(entry)
-  return lines
+  if in_bucket(path):
+    text = parts.read_text(path)
+  elif path.exists():
+    text = pathlib.Path(path).read_text(encoding="utf-8", errors="replace")
+  else:
+    return []
+  found = (_parsed(line) for line in text.splitlines())
+  return [entry for entry in found if entry]
+
+
+def location(workdir: RunPath) -> RunPath:
+  """Returns where a run's metrics are, for people."""
+  path = workdir / METRICS_FILE
+  return parts.folder(path) if in_bucket(path) else path
+
+
+def _parsed(line: str, last_step: int | None = None) -> dict[str, Any]:
+  """Returns a line's values; empty if it is torn or of a step after `last_step`."""
+  try:
+    entry = json.loads(line)
+  except json.JSONDecodeError:
+    return {}
+  if not isinstance(entry, dict) or not isinstance(entry.get("step"), int):
+    return {}
+  return entry if last_step is None or entry["step"] <= last_step else {}
 
 
 def cut(path: pathlib.Path, last_step: int) -> None:
@@ -96,15 +147,17 @@ def cut(path: pathlib.Path, last_step: int) -> None:
 class TensorBoardWriter:
   """Writes scalars, and per MoE layer a histogram whose buckets are the experts."""
 
-  def __init__(self, workdir: pathlib.Path, *, resume_step: int):
+  def __init__(self, workdir: RunPath, *, resume_step: int):
+    self._alarms: set[str] = set()
+    self._writer = self._open(
+      str(workdir / TENSORBOARD), purge_step=resume_step + 1 if resume_step else None
+    )
+
+  def _open(self, directory: str, **options: Any) -> Any:
     # Imported here: only needed with TensorBoard.
     import tensorboardX
 
-    self._alarms: set[str] = set()
-    self._writer = tensorboardX.SummaryWriter(
-      str(pathlib.Path(workdir) / "tensorboard"),
-      purge_step=resume_step + 1 if resume_step else None,
-    )
+    return tensorboardX.SummaryWriter(directory, **options)
 
   def write(self, step: int, values: dict[str, Any]) -> None:
     for name, value in values.items():
@@ -154,10 +207,55 @@ class TensorBoardWriter:
     self._writer.close()
 
 
+class BucketTensorBoardWriter(TensorBoardWriter):
+  """Writes event files on this machine, and copies them to a bucket at each flush.
+
+  A new file is begun when one reaches `_EVENTS_BYTES`, so that what is copied again at
+  each checkpoint stays small.
+  """
+
+  def __init__(self, workdir: RunPath, *, resume_step: int):
+    self._target = workdir / TENSORBOARD
+    self._local = tempfile.TemporaryDirectory(prefix="moejax_tensorboard_")
+    self._sizes: dict[str, int] = {}
+    """Bytes copied so far of each event file."""
+    self._count = 0
+    super().__init__(pathlib.Path(self._local.name), resume_step=resume_step)
+
+  def flush(self) -> None:
+    super().flush()
+    with explained(self._target.parent):
+      for file in sorted(pathlib.Path(self._local.name, TENSORBOARD).iterdir()):
+        if (size := file.stat().st_size) != self._sizes.get(file.name):
+          write_bytes(self._target / file.name, file.read_bytes())
+          self._sizes[file.name] = size
+    if max(self._sizes.values(), default=0) >= _EVENTS_BYTES:
+      self._begin_file()
+
+  def _begin_file(self) -> None:
+    super().close()
+    directory = pathlib.Path(self._local.name, TENSORBOARD)
+    for file in directory.iterdir():
+      file.unlink()
+    self._sizes.clear()
+    self._count += 1
+    self._writer = self._open(str(directory), filename_suffix=f".{self._count}")
+
+  def close(self) -> None:
+    self.flush()
+    super().close()
+    self._local.cleanup()
+
+
 def make_writers(
-  workdir: pathlib.Path, *, resume_step: int, tensorboard: bool
+  workdir: RunPath, *, resume_step: int, tensorboard: bool
 ) -> list[Writer]:
   """Returns the writers of process 0; other processes have none."""
+  if in_bucket(workdir):
+    found: list[Writer] = [BucketJsonlWriter(workdir, resume_step=resume_step)]
+    if tensorboard:
+      found.append(BucketTensorBoardWriter(workdir, resume_step=resume_step))
+    return found
   writers: list[Writer] = [JsonlWriter(workdir, resume_step=resume_step)]
   if tensorboard:
     writers.append(TensorBoardWriter(workdir, resume_step=resume_step))

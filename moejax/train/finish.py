@@ -1,7 +1,6 @@
 """The output of a finished run: eval.json, report.png and a printed summary."""
 
 import math
-import pathlib
 from typing import Any
 
 import jax
@@ -16,6 +15,7 @@ from moejax.evaluate import generation, groups, perplexity, report
 from moejax.run import results, writers
 from moejax.run.progress import Reporter, watched
 from moejax.run.results import EVAL_FILE
+from moejax.storage.paths import RunPath
 from moejax.train.setup import Run
 
 MAX_TOKENS = 4_000_000
@@ -72,7 +72,7 @@ def already_done(run: Run, reporter: Reporter) -> dict[str, Any]:
   return result | {"status": "already_done", "exit_code": 0}
 
 
-def _picture(run: Run) -> pathlib.Path | None:
+def _picture(run: Run) -> RunPath | None:
   return report.draw(run.workdir) if run.config.train.report else None
 
 
@@ -172,7 +172,7 @@ def sample(run: Run) -> dict[str, str] | None:
   return {"prompt": prompt, "continuation": generated.completions[0].text}
 
 
-def summary(run: Run, result: dict[str, Any], picture: pathlib.Path | None) -> str:
+def summary(run: Run, result: dict[str, Any], picture: RunPath | None) -> str:
   """Returns the lines printed at the end of a run."""
   lines = [""]
   if "loss" in result:
@@ -192,7 +192,7 @@ def summary(run: Run, result: dict[str, Any], picture: pathlib.Path | None) -> s
   saved = run.checkpointer.latest()
   paths = {
     "checkpoint": None if saved is None else workdir / checkpoint.DIRECTORY / str(saved),
-    "logs": workdir / writers.METRICS_FILE,
+    "logs": writers.location(workdir),
     "evaluation": workdir / EVAL_FILE,
     "picture": picture,
   }

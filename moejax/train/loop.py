@@ -12,7 +12,6 @@ depend on the end of the run (cosine, linear, constant_decay) then follow those 
 longer run: the learning rate jumps back up. With inverse_sqrt it does not.
 """
 
-import pathlib
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -28,6 +27,8 @@ from moejax.run import workdir as workdir_lib
 from moejax.run.progress import Reporter, first_call, make_reporter, watched
 from moejax.run.signals import StopRequest
 from moejax.sharding import rules
+from moejax.storage import errors as storage_errors
+from moejax.storage.paths import RunPath, run_path
 from moejax.train import finish, validation, wire
 from moejax.train import setup as setup_lib
 from moejax.train import step as step_lib
@@ -37,7 +38,7 @@ from moejax.train.step_log import StepLog
 
 def train(
   config: Config,
-  workdir: pathlib.Path,
+  workdir: RunPath,
   *,
   init_from: str = "",
   devices: Sequence[Any] | None = None,
@@ -64,12 +65,13 @@ def train(
     UserError: an error the user can fix, before the first step.
     TrainingStopped: `train.max_bad_steps` non-finite steps in a row.
   """
-  workdir = pathlib.Path(workdir)
+  workdir = run_path(workdir)
   index = jax.process_index()
   reporter = make_reporter(config.train.num_steps, process_index=index, stream=stream)
   try:
-    run = setup_lib.set_up(config, workdir, init_from, devices, reporter, ignore_memory)
-    return _train(run, reporter, config_flags)
+    with storage_errors.explained(workdir):
+      run = setup_lib.set_up(config, workdir, init_from, devices, reporter, ignore_memory)
+      return _train(run, reporter, config_flags)
   finally:
     reporter.close()
     workdir_lib.release(workdir)

@@ -6,7 +6,6 @@ then the data, then the model, and last the state, which takes memory.
 
 import dataclasses
 import functools
-import pathlib
 from collections.abc import Sequence
 from typing import Any
 
@@ -34,6 +33,7 @@ from moejax.run import workdir as workdir_lib
 from moejax.run.files import DIRECTORY, list_steps
 from moejax.run.progress import Reporter, Silent
 from moejax.sharding.mesh import make_mesh
+from moejax.storage.paths import RunPath
 from moejax.train import state as state_lib
 from moejax.train.optimizer import Optimizer, make_optimizer
 from moejax.train.state import State
@@ -44,7 +44,7 @@ class Run:
   """The input of `loop.fit`, which changes only `state`."""
 
   config: Config
-  workdir: pathlib.Path
+  workdir: RunPath
   mesh: Mesh
   dataset: Dataset
   token_bytes: Float[np.ndarray, "V"]
@@ -61,7 +61,7 @@ class Run:
 
 def set_up(
   config: Config,
-  workdir: pathlib.Path,
+  workdir: RunPath,
   init_from: str = "",
   devices: Sequence[Any] | None = None,
   reporter: Reporter | None = None,
@@ -143,7 +143,7 @@ def _check_frozen(config: Config, mesh: Mesh) -> dict[str, int]:
   return count_frozen(config)
 
 
-def _load_data(config: Config, workdir: pathlib.Path, init_from: str) -> Dataset:
+def _load_data(config: Config, workdir: RunPath, init_from: str) -> Dataset:
   """Loads the tokenized text; rejects text other than the one the run started with."""
   dataset = data.load(
     config.data,
@@ -182,7 +182,7 @@ def _model(config: Config, vocab_size: int, **others: Any) -> Decoder:
 
 
 def _open_checkpoints(
-  config: Config, workdir: pathlib.Path, dataset: Dataset, model: Decoder
+  config: Config, workdir: RunPath, dataset: Dataset, model: Decoder
 ) -> checkpoint.Checkpointer:
   return checkpoint.Checkpointer(
     workdir / DIRECTORY,

@@ -79,6 +79,19 @@ def test_every_volume_is_mounted_and_the_workdir_is_on_the_shared_one():
   assert container["command"] == list(job("h100:1x8").command)
 
 
+def test_a_run_in_a_bucket_needs_no_shared_disk():
+  """No claim, and nothing mounted that is not there; the schemas hold."""
+  for jobset in (
+    gke.tpu(job("v5p:2x2x4", workdir="gs://bucket/first")),
+    gke.gpu(job("h100:1x8", workdir="gs://bucket/first")),
+  ):
+    schemas.validate(jobset)
+    _, spec, container = parts(jobset)
+    names = {volume["name"] for volume in spec["template"]["spec"]["volumes"]}
+    assert names == {mount["name"] for mount in container["volumeMounts"]}
+    assert "runs" not in names and "persistentVolumeClaim" not in str(jobset)
+
+
 def test_only_what_another_start_cannot_mend_ends_the_set():
   """The codes are those of moejax's errors; every other failure starts all pods again."""
   _, spec, container = parts(gke.tpu(job("v5p:2x2x1")))

@@ -93,6 +93,13 @@ esac"""
   assert file.read_text().splitlines()[-1] == "--workdir=/runs/it's a"
 
 
+def test_tpu_vms_with_a_run_in_a_bucket_mount_nothing():
+  """Several machines need no shared disk then, but the extra for buckets."""
+  text = tpu_vm.script(job("v5p:2x2x4", workdir="gs://bucket/first", share=""))
+  assert ".[tpu,gcs]" in text and "mount" not in text
+  assert ".[tpu]" in tpu_vm.script(job("v5p:2x2x4"))
+
+
 @pytest.mark.parametrize(
   ("machine", "name"),
   [

@@ -27,6 +27,7 @@ from absl import logging
 from moejax import files as files_lib
 from moejax.data.types import EMPTY, Document, Skipped
 from moejax.errors import ConfigError, did_you_mean
+from moejax.storage.paths import is_url, refuse_url
 
 COMPRESSIONS = (".gz", ".xz", ".zst")
 
@@ -129,6 +130,8 @@ def local_corpus(path: str, text_field: str) -> Corpus:
     raise ConfigError(
       "--config.data.name=text needs --config.data.path=DIR: a folder of text, or a file."
     )
+  if is_url(path):
+    refuse_url(path, "--config.data.path")
   root = Path(path).expanduser().absolute()
   if not root.exists():
     raise ConfigError(f"--config.data.path={path!r} does not exist. Check the spelling.")

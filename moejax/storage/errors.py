@@ -1,0 +1,160 @@
+"""What a bucket refused, in one line with its remedy.
+
+Three libraries reach a bucket (gcsfs for files, TensorStore for arrays, Google's client
+for the lease), and each names the same refusal in its own way. Only their texts and
+status codes are looked at, so that none of them is imported for a local run.
+"""
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+from moejax.errors import UserError
+from moejax.storage.paths import RunPath, in_bucket, split
+
+_CREDENTIALS = (
+  "Anonymous caller",
+  "Anonymous credentials",
+  "DefaultCredentialsError",
+  "RefreshError",
+  "UNAUTHENTICATED",
+  "Invalid Credentials",
+)
+_FORBIDDEN = ("Forbidden", "PERMISSION_DENIED", "does not have storage.")
+_BUSY = ("RESOURCE_EXHAUSTED", "TooManyRequests", "rateLimitExceeded", "quota")
+_DOWN = (
+  "UNAVAILABLE",
+  "ServiceUnavailable",
+  "ConnectionError",
+  "ClientConnectorError",
+  "ClientOSError",
+  "ServerDisconnectedError",
+  "RetryError",
+  "Timeout",
+  "ProxyError",
+  "DEADLINE_EXCEEDED",
+  "out of retries",
+)
+
+
+@contextlib.contextmanager
+def explained(path: RunPath, flag: str = "--workdir") -> Iterator[None]:
+  """Turns what a bucket refuses in the body into a `UserError`; else does nothing.
+
+  Args:
+    path: in the bucket; for a local path, nothing is turned into anything.
+    flag: that named it. If empty, the bucket is known to be there, and what is missing
+      raises as it does: FileNotFoundError.
+  """
+  try:
+    yield
+  except UserError:
+    raise
+  except Exception as error:
+    reason = ""
+    if in_bucket(path) and is_theirs(error):
+      reason = refusal(error, path) or (_missing(error, path) if flag else "")
+    if not reason:
+      raise
+    named = f"{flag}={path}" if flag else str(path)
+    raise UserError(f"{named}: {reason}") from error
+
+
+def reach(path: RunPath, flag: str = "--workdir") -> None:
+  """Checks that the bucket of a path is there and may be listed; else does nothing.
+
+  Raises:
+    UserError: it is not there, or the bucket refuses.
+  """
+  if not in_bucket(path):
+    return
+  with explained(path, flag):
+    # Not through epath, for which a bucket that is missing is an empty one.
+    from google.cloud import storage
+
+    bucket, name = split(path)
+    client = storage.Client(project=None)
+    next(iter(client.list_blobs(bucket, prefix=f"{name}/", max_results=1)), None)
+
+
+def refusal(error: BaseException, path: RunPath) -> str:
+  """Returns why a bucket refused, and what to do; empty if it is another error."""
+  bucket, _ = split(path)
+  code, text = _code(error), _text(error)
+  if code == 401 or _has(text, _CREDENTIALS):
+    return (
+      "there are no valid credentials for Google Cloud. Run `gcloud auth "
+      "application-default login`, or set GOOGLE_APPLICATION_CREDENTIALS to the key of a "
+      "service account."
+    )
+  if code == 429 or _has(text, _BUSY):
+    return (
+      f"the bucket {bucket} refuses more requests, also after retries with growing waits "
+      "(429: rate or quota). Ask for more quota, or save and log less often; the same "
+      "command goes on from the newest checkpoint."
+    )
+  if code == 403 or _has(text, _FORBIDDEN):
+    return (
+      f"this account may not use the bucket {bucket} so (403). It needs to list, read, "
+      "write and delete objects: the role roles/storage.objectUser. Is billing on?"
+    )
+  if (code is not None and code >= 500) or _has(text, _DOWN):
+    return (
+      f"the bucket {bucket} does not answer, also after retries with growing waits "
+      f"({_short(error)}). Try again later; the same command goes on from the newest "
+      "checkpoint."
+    )
+  return ""
+
+
+def _missing(error: BaseException, path: RunPath) -> str:
+  bucket, _ = split(path)
+  if _code(error) != 404:
+    return ""
+  return (
+    f"there is no bucket {bucket}. Make it with `gcloud storage buckets create "
+    f"gs://{bucket}`, or give another."
+  )
+
+
+def is_theirs(error: BaseException) -> bool:
+  """Returns whether an error comes from a library that reaches buckets.
+
+  A word such as "unavailable" alone may also be said of another process of the job.
+  """
+  chain = _chain(error)
+  modules = {type(e).__module__.split(".")[0] for e in chain}
+  # gcsfs has no type of its own for 403.
+  forbidden = any(isinstance(e, OSError) and "Forbidden: " in str(e) for e in chain)
+  return forbidden or bool(modules & {"gcsfs", "aiohttp", "google", "requests"})
+
+
+def _chain(error: BaseException) -> list[BaseException]:
+  found: list[BaseException] = []
+  next_one: BaseException | None = error
+  while next_one is not None and next_one not in found:
+    found.append(next_one)
+    next_one = next_one.__cause__ or next_one.__context__
+  return found
+
+
+def _code(error: BaseException) -> int | None:
+  for one in _chain(error):
+    for name in ("code", "status"):
+      code: Any = getattr(one, name, None)
+      if isinstance(code, int) and 400 <= code < 600:
+        return int(code)
+  return None
+
+
+def _text(error: BaseException) -> str:
+  return " ".join(f"{type(e).__name__}: {e}" for e in _chain(error))
+
+
+def _has(text: str, words: tuple[str, ...]) -> bool:
+  return any(word in text for word in words)
+
+
+def _short(error: BaseException) -> str:
+  text = " ".join(f"{type(error).__name__}: {error}".split())
+  return text if len(text) <= 120 else text[:117] + "..."
