@@ -52,7 +52,7 @@ def open_run(workdir: Path | str, step: int | None = None, flag: str = "") -> Op
     raise UserError(f"--step={step} is not in {directory}: there are {known}.")
   step = steps[-1] if step is None else step
   try:
-    slices = Slices(directory / str(step))
+    slices = Slices(Path(directory) / str(step))
     config = config_text.from_dict(slices.meta["config"])
     rows = slices.shape("params.embedding.table")[0]
   except (DamagedCheckpointError, KeyError) as e:
