@@ -11,9 +11,9 @@ setting gets half as many steps as the twin or a third, and its own decay of the
 rate over them: it does not stop early.
 
 Each side is tuned with seed 0, and its best learning rate runs with three seeds, but for
-1024 experts, which have one. (The two with most experts, which take longest, have two rates
-instead of three, and the learned router is best at the highest: both can only count against
-the sparse side.)
+1024 experts, which have one. (The two with most experts, which take longest, have two
+rates instead of three, and the learned router is best at the highest: both can only count
+against the sparse side.)
 """
 
 from typing import Any

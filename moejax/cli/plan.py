@@ -13,6 +13,7 @@ that of the config. Exit code 2 if nothing fits, with the nearest and what it la
 import json
 import pathlib
 import shlex
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from absl import flags
@@ -26,47 +27,51 @@ if TYPE_CHECKING:
   from moejax.plan.candidates import Candidate
   from moejax.plan.topology import Topology
 
-_TOPOLOGY = flags.DEFINE_list(
-  "topology", None, "Machines to compare: v5p:4x4x8, h100:8x8 (nodes x GPUs), ..."
-)
-_SLICES = flags.DEFINE_integer(
-  "slices", 1, "TPU slices of that shape.", lower_bound=1, upper_bound=4096
-)
-_TOKENS = flags.DEFINE_float(
-  "tokens", None, "Training tokens; default those of the config's steps.", lower_bound=1
-)
-_OBJECTIVE = flags.DEFINE_enum(
-  "objective", "throughput", ("throughput", "cost"), "What the best plan is best at."
-)
-_PRICE = flags.DEFINE_list(
-  "price", [], "Dollars of a chip hour by kind of chip: v5p:4.2,h100:3."
-)
-_TOP = flags.DEFINE_integer("top", 10, "Plans to print, one per mesh.", lower_bound=1)
-_CONFIRM = flags.DEFINE_integer(
-  "confirm", 0, "Compile so many of the best plans, and compare.", lower_bound=0
-)
-_MARGIN = flags.DEFINE_float(
-  "margin", 0.1, "Fraction of memory that must stay free.", 0.0, 0.9
-)
-_EFFICIENCY = flags.DEFINE_float(
-  "efficiency", 0.6, "Fraction of a chip's peak at which products run.", 0.01, 1.0
-)
-_JSON = flags.DEFINE_string("json", None, "Write everything to this file.")
-_MAP = flags.DEFINE_string("map", None, "Draw throughput over meshes: a .png or .html.")
-
 _WIDTH = 150
 _MAP_ENDINGS = (".png", ".html")
 
 
-def machines() -> "list[Topology]":
+def define_flags() -> None:
+  flags.DEFINE_list(
+    "topology", None, "Machines to compare: v5p:4x4x8, h100:8x8 (nodes x GPUs), ..."
+  )
+  flags.DEFINE_integer(
+    "slices", 1, "TPU slices of that shape.", lower_bound=1, upper_bound=4096
+  )
+  flags.DEFINE_float(
+    "tokens", None, "Training tokens; default those of the config's steps.", lower_bound=1
+  )
+  flags.DEFINE_enum(
+    "objective", "throughput", ("throughput", "cost"), "What the best plan is best at."
+  )
+  flags.DEFINE_list(
+    "price", [], "Dollars of a chip hour by kind of chip: v5p:4.2,h100:3."
+  )
+  flags.DEFINE_integer("top", 10, "Plans to print, one per mesh.", lower_bound=1)
+  flags.DEFINE_integer(
+    "confirm", 0, "Compile so many of the best plans, and compare.", lower_bound=0
+  )
+  flags.DEFINE_float("margin", 0.1, "Fraction of memory that must stay free.", 0.0, 0.9)
+  flags.DEFINE_float(
+    "efficiency", 0.6, "Fraction of a chip's peak at which products run.", 0.01, 1.0
+  )
+  flags.DEFINE_string("json", None, "Write everything to this file.")
+  flags.DEFINE_string("map", None, "Draw throughput over meshes: a .png or .html.")
+
+
+def machines(given: Sequence[str], slices: int = 1) -> "list[Topology]":
   """Returns the machines of --topology.
+
+  Args:
+    given: such as v5p:4x4x8 and h100:8x8.
+    slices: of each TPU topology.
 
   Raises:
     UserError: none is given, or one is unknown.
   """
   from moejax.plan import topology as topology_lib
 
-  names = [name.strip() for name in _TOPOLOGY.value or () if name.strip()]
+  names = [name.strip() for name in given if name.strip()]
   if not names:
     raise UserError(
       "--topology is missing: the machines to compare, such as v5p:4x4x8,h100:8x8."
@@ -74,19 +79,26 @@ def machines() -> "list[Topology]":
   found = []
   for name in dict.fromkeys(names):
     is_gpu = name.partition(":")[0] in ("h100", "h200")
-    found.append(topology_lib.parse(name, 1 if is_gpu else _SLICES.value))
+    found.append(topology_lib.parse(name, 1 if is_gpu else slices))
   return found
 
 
-def prices(topologies: "list[Topology]") -> dict[str, float]:
+def prices(
+  topologies: "list[Topology]", given: Sequence[str], *, needed: bool
+) -> dict[str, float]:
   """Returns dollars of a chip hour by kind of chip.
+
+  Args:
+    topologies: the machines.
+    given: such as v5p:4.2.
+    needed: whether cost is compared.
 
   Raises:
     UserError: a price that is none, of no machine, or missing where cost is compared.
   """
   kinds = {topology.kind for topology in topologies}
   found = {}
-  for item in _PRICE.value:
+  for item in given:
     kind, _, text = item.strip().partition(":")
     if kind not in kinds:
       raise UserError(f"--price={item}: {did_you_mean(kind, kinds)}")
@@ -97,12 +109,18 @@ def prices(topologies: "list[Topology]") -> dict[str, float]:
     if not 0 < found[kind] < float("inf"):
       raise UserError(f"--price={item}: give dollars of a chip hour, such as {kind}:4.2.")
   missing = sorted(kinds - found.keys())
-  if _OBJECTIVE.value == "cost" and missing:
+  if needed and missing:
     raise UserError(
       f"--objective=cost needs a price of {', '.join(missing)}: "
       f"--price={missing[0]}:DOLLARS_PER_CHIP_HOUR."
     )
   return found
+
+
+def check_map(path: str | None) -> None:
+  """Rejects a --map that is no picture."""
+  if path and pathlib.Path(path).suffix not in _MAP_ENDINGS:
+    raise ConfigError(f"--map={path}: give a file that ends in .png or .html.")
 
 
 def command(candidate: "Candidate") -> str:
@@ -118,15 +136,15 @@ def command(candidate: "Candidate") -> str:
 
 
 def main() -> int:
-  topologies = machines()
-  costs = prices(topologies)
-  if _MAP.value and pathlib.Path(_MAP.value).suffix not in _MAP_ENDINGS:
-    raise ConfigError(f"--map={_MAP.value}: give a file that ends in .png or .html.")
+  given = flags.FLAGS
+  topologies = machines(given.topology or (), given.slices)
+  costs = prices(topologies, given.price, needed=given.objective == "cost")
+  check_map(given.map)
   from moejax.plan import topology as topology_lib
 
   # Before anything imports jax. Only --confirm needs the compilers.
   topology_lib.use_no_device()
-  if _CONFIRM.value:
+  if given.confirm:
     for topology in topologies:
       topology_lib.prepare(topology)
   config = cli.get_config()
@@ -135,13 +153,13 @@ def main() -> int:
   found = search.search(
     config,
     topologies,
-    prices=costs if _OBJECTIVE.value == "cost" else None,
-    margin=_MARGIN.value,
-    efficiency=_EFFICIENCY.value,
+    prices=costs if given.objective == "cost" else None,
+    margin=given.margin,
+    efficiency=given.efficiency,
   )
-  tokens = _TOKENS.value or float(config.train.num_steps * found.plans[0].tokens)
-  view = report.View(tokens=tokens, prices=costs, margin=_MARGIN.value)
-  plans = found.plans[: _TOP.value]
+  tokens = given.tokens or float(config.train.num_steps * found.plans[0].tokens)
+  view = report.View(tokens=tokens, prices=costs, margin=given.margin)
+  plans = found.plans[: given.top]
   console = Console()
   console = console if console.is_terminal else Console(width=_WIDTH)
   report.show(found, plans, view, console)
@@ -150,16 +168,16 @@ def main() -> int:
   values: dict[str, Any] = report.as_json(found, plans, view)
   for value, plan in zip(values["plans"], plans, strict=True):
     value["command"] = command(plan.candidate)
-  if _MAP.value:
+  if given.map:
     from moejax.plan import throughput_map
 
-    throughput_map.draw(found, _MAP.value)
-    console.print(f"Wrote {_MAP.value}.", markup=False)
-  if _CONFIRM.value:
-    values["confirmed"] = _confirm(config, plans[: _CONFIRM.value], console)
-  if _JSON.value:
-    files.write_text(_JSON.value, json.dumps(values, indent=1) + "\n")
-    console.print(f"Wrote {_JSON.value}.", markup=False)
+    throughput_map.draw(found, given.map)
+    console.print(f"Wrote {given.map}.", markup=False)
+  if given.confirm:
+    values["confirmed"] = _confirm(config, plans[: given.confirm], console)
+  if given.json:
+    files.write_text(given.json, json.dumps(values, indent=1) + "\n")
+    console.print(f"Wrote {given.json}.", markup=False)
   return 0
 
 
@@ -177,6 +195,7 @@ def _confirm(config: Any, plans: list[Any], console: Console) -> list[dict[str, 
 def run() -> None:
   """Runs the program."""
   cli.define_config(workdir=False)
+  define_flags()
   cli.run(main)
 
 

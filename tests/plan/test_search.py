@@ -6,8 +6,6 @@ import subprocess
 import sys
 
 import pytest
-from absl import flags
-from absl.testing import flagsaver
 
 from moejax.cli import flags as cli
 from moejax.cli import plan as plan_cli
@@ -193,29 +191,28 @@ def _config_of(words: list[str]) -> Config:
 
 
 @pytest.mark.parametrize(
-  ("given", "message"),
+  ("topology", "price", "needed", "message"),
   [
-    ({}, "--topology is missing"),
-    ({"topology": ["v5q:4x4"]}, "Did you mean v5"),
+    ([], [], False, "--topology is missing"),
+    (["v5q:4x4"], [], False, "Did you mean v5"),
     (
-      {"topology": ["h100:1x8"], "objective": "cost"},
+      *(["h100:1x8"], [], True),
       "--objective=cost needs a price of h100: --price=h100:DOLLARS",
     ),
-    (
-      {"topology": ["h100:1x8"], "price": ["h200:3"]},
-      "--price=h200:3: Did you mean h100",
-    ),
-    ({"topology": ["h100:1x8"], "price": ["h100:free"]}, "give dollars of a chip hour"),
-    ({"topology": ["h100:1x8"], "map": "map.pdf"}, "ends in .png or .html"),
+    (["h100:1x8"], ["h200:3"], False, "--price=h200:3: Did you mean h100"),
+    (["h100:1x8"], ["h100:free"], False, "give dollars of a chip hour"),
   ],
 )
-def test_bad_input(given, message):
+def test_bad_input(topology, price, needed, message):
   """One line that names flag, value and remedy, before anything is searched."""
-  if not flags.FLAGS.is_parsed():
-    flags.FLAGS(["plan"])
-  with flagsaver.flagsaver(**given), pytest.raises(UserError, match=message) as error:
-    plan_cli.main()
+  with pytest.raises(UserError, match=message) as error:
+    plan_cli.prices(plan_cli.machines(topology), price, needed=needed)
   assert "\n" not in str(error.value)
+
+
+def test_a_map_is_a_picture():
+  with pytest.raises(UserError, match=r"--map=map.pdf: .* ends in .png or .html"):
+    plan_cli.check_map("map.pdf")
 
 
 def test_bad_input_ends_with_exit_code_2():
