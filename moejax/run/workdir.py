@@ -247,7 +247,10 @@ def _has_metrics(path: RunPath) -> bool:
 
 
 def _refuse_foreign(path: RunPath) -> None:
-  names = sorted(p.name for p in path.iterdir())
+  try:
+    names = sorted(p.name for p in path.iterdir())
+  except FileNotFoundError:  # A bucket has no empty folder.
+    names = []
   ours = (*OURS, parts.folder(path / METRICS_FILE).name) if in_bucket(path) else OURS
   foreign = [n for n in names if not any(fnmatch.fnmatch(n, p) for p in ours)]
   if foreign:

@@ -128,7 +128,8 @@ def command(name, *flags):
   [
     ("train", ["--workdir=gs://missing/run"], "there is no bucket missing"),
     ("train", ["--workdir=s3://bucket/run"], "only gs:// is supported"),
-    ("analyze", ["--workdir=gs://bucket/run"], "only a path on a disk"),
+    ("analyze", ["--workdir=gs://bucket/nothing", "--out=o"], "does not exist"),
+    ("profile", ["--workdir=gs://bucket/run"], "only a path on a disk"),
     ("generate", ["--workdir=gs://bucket/nothing"], "does not exist"),
     (
       "train",
