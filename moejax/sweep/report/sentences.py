@@ -84,17 +84,15 @@ def _pareto(found: Sequence[Setting]) -> list[Finding]:
   units = {"step_ms_p50": "{:,.4g} ms", "training_flops": "{:.3g} FLOP"}
   for cost in summary.costs(found):
     front, title = summary.pareto(found, cost), summary.COSTS[cost]
-    listed = "; ".join(
-      f"{s.label} ({units[cost].format(s.of(cost))}, {words.spread(s)})"
-      for s in front[: words.MOST]
+    listed = words.listed(
+      [f"{s.label} ({units[cost].format(s.of(cost))}, {words.spread(s)})" for s in front]
     )
-    more = f"; and {len(front) - words.MOST} more" if len(front) > words.MOST else ""
     only = "1 is" if len(front) == 1 else f"{len(front)} are"
     out.append(
       Finding(
         topic=f"Loss against {title}",
         text=f"Of {len(summary.ranked(found))} settings, {only} not beaten in mean loss "
-        f"at equal or lower {title}, from the cheapest: {listed}{more}.",
+        f"at equal or lower {title}, from the cheapest: {listed}.",
       )
     )
   return out

@@ -99,11 +99,10 @@ def _unranked(found: Sequence[Setting]) -> list[str]:
       "No setting has all seeds: means over different seeds compare only roughly, since "
       "a seed orders the text for every setting alike."
     ]
-  named = "; ".join(f"{s.label} ({words.seeds_of(s)})" for s in short[: words.MOST])
-  more = f"; and {len(short) - words.MOST} more" if len(short) > words.MOST else ""
+  named = words.listed([f"{s.label} ({words.seeds_of(s)})" for s in short])
   return [
     f"How settings with fewer than {len(seeds)} seeds rank, since a mean over other "
-    f"seeds is of another draw: {named}{more}. Differences are taken over common seeds."
+    f"seeds is of another draw: {named}. Differences are taken over common seeds."
   ]
 
 
@@ -117,12 +116,11 @@ def _close(found: Sequence[Setting]) -> list[str]:
     return []
   near.sort(key=lambda setting: setting.mean)
   gaps = []
-  for setting in near[: words.MOST]:
+  for setting in near:
     gap = summary.paired(best, setting)
     assert gap is not None
     gaps.append(f"{setting.label} ({words.difference(gap)})")
-  more = f"; and {len(near) - words.MOST} more" if len(near) > words.MOST else ""
-  return [f"Whether {best.label} is better than {'; '.join(gaps)}{more}."]
+  return [f"Whether {best.label} is better than {words.listed(gaps)}."]
 
 
 def _uncertain_doublings(
@@ -151,10 +149,9 @@ def _curves(found: Sequence[Setting]) -> list[str]:
   out = quality.left_out(found)
   if not out:
     return []
-  named = "; ".join(s.label for s in out[: words.MOST])
-  more = f"; and {len(out) - words.MOST} more" if len(out) > words.MOST else ""
+  named = words.listed([s.label for s in out])
   return [
-    f"Speed to quality of {named}{more}: its seeds were evaluated at different steps, or "
+    f"Speed to quality of {named}: its seeds were evaluated at different steps, or "
     "only once."
   ]
 

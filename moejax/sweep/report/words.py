@@ -1,13 +1,19 @@
 """Numbers of a report in words, as its sentences share them."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from moejax.sweep.report import analyses, summary
 from moejax.sweep.report.summary import Interval, Setting
 
-MOST = 8
+_MOST = 8
 """Settings named in one sentence; the figures and tables have all."""
+
+
+def listed(items: Sequence[str]) -> str:
+  """Returns the first of some words or settings, and how many more there are."""
+  more = f"; and {len(items) - _MOST} more" if len(items) > _MOST else ""
+  return "; ".join(items[:_MOST]) + more
 
 
 def spread(setting: Setting) -> str:
