@@ -30,6 +30,8 @@ def count_frozen(config: Config) -> dict[str, int]:
   Raises:
     ConfigError: a selector of `train.frozen` does not fit the model.
   """
+  if not config.train.frozen:
+    return {}
   vocab_size = resolve_vocab_size(config)
   model = make_model(
     config.model, config.moe, vocab_size=vocab_size, frozen=config.train.frozen

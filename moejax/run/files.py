@@ -20,6 +20,11 @@ _COMMITTED = "commit_success.txt"
 _STEP = re.compile("0|[1-9][0-9]{0,17}")
 
 
+def _numbered(directory: RunPath) -> list[RunPath]:
+  """Returns what is named like a step; "007" and non-ASCII digits are not."""
+  return [p for p in directory.iterdir() if _STEP.fullmatch(p.name)]
+
+
 def list_steps(directory: RunPath) -> list[int]:
   """Returns the steps with a complete checkpoint, ascending.
 
@@ -28,8 +33,7 @@ def list_steps(directory: RunPath) -> list[int]:
   """
   if not directory.is_dir():
     return []
-  # "007" and non-ASCII digits are not steps.
-  numbered = [p for p in directory.iterdir() if _STEP.fullmatch(p.name)]
+  numbered = _numbered(directory)
   if in_bucket(directory):
     numbered = [p for p in numbered if (p / _COMMITTED).exists()]
   return sorted(int(p.name) for p in numbered)
@@ -41,8 +45,7 @@ def list_partial(directory: RunPath) -> list[RunPath]:
     return list(directory.glob(_PARTIAL))
   if not directory.is_dir():
     return []
-  numbered = [p for p in directory.iterdir() if _STEP.fullmatch(p.name)]
-  return [p for p in numbered if not (p / _COMMITTED).exists()]
+  return [p for p in _numbered(directory) if not (p / _COMMITTED).exists()]
 
 
 def uncommit(step_directory: RunPath) -> None:

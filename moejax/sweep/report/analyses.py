@@ -198,7 +198,7 @@ def doublings(found: Sequence[Setting], axes: Sequence[str]) -> list[Doubling]:
   """
   if EXPERTS not in axes:
     return []
-  timed = summary.unsteadiness(found) <= summary.STEADY
+  timed = summary.is_steady(found)
   curves: dict[Any, dict[int, list[Setting]]] = {}
   for setting in found:
     if EXPERTS in setting.values and setting.of("step_ms_p50") is not None:

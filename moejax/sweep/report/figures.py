@@ -136,7 +136,7 @@ def heat_maps(
     suffix = f"_{i + 1}" if len(groups) > 1 else ""
     with_others = f", {summary.label(dict(key), names)}" if key else ""
     for column, stem, title, legend, digits in _HEAT:
-      if column == summary.STEP_TIME and summary.unsteadiness(found) > summary.STEADY:
+      if column == summary.STEP_TIME and not summary.is_steady(found):
         continue
       chart = _heat_map(group, (down, across), names, column, legend, digits)
       if chart is None:

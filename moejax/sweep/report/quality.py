@@ -42,7 +42,7 @@ def speedups(found: Sequence[Setting]) -> list[Answer]:
   baseline = best_twin(found)
   if baseline is None:
     return []
-  out = []
+  is_steady, out = summary.is_steady(found), []
   for setting in comparable(found, baseline):
     # By common seeds, which `to_quality` takes as pairs.
     seeds = baseline.losses.keys() & setting.losses.keys() or None
@@ -50,8 +50,7 @@ def speedups(found: Sequence[Setting]) -> list[Answer]:
     steps = laws.to_quality(slow, fast, level=summary.LEVEL)
     # A cost per step is a constant of a setting, so that it scales ratio and interval.
     flops = _scaled(steps, _per_step(baseline, setting, "training_flops", "steps"))
-    ratio = _per_step(baseline, setting, summary.STEP_TIME, None)
-    ratio = ratio if summary.unsteadiness(found) <= summary.STEADY else None
+    ratio = _per_step(baseline, setting, summary.STEP_TIME, None) if is_steady else None
     time = None if ratio is None else _scaled(steps, ratio)
     if flops is not None:
       out.append(

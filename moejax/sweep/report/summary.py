@@ -30,7 +30,7 @@ STEP_TIME = "step_ms_p50"
 COSTS = {STEP_TIME: "step time", "training_flops": "training FLOPs"}
 """Columns that a loss is weighed against."""
 
-STEADY = 1.5
+_STEADY = 1.5
 """Seeds of one setting do the same work: step times further apart are of a machine that
 was busy with something else, and settings are not compared by them."""
 
@@ -195,8 +195,7 @@ def ranked(found: Sequence[Setting]) -> Sequence[Setting]:
   """Returns the settings that have every seed which any of them has.
 
   A mean over fewer seeds is a mean over another draw of the data: the spread between
-  seeds can exceed what settings differ by. If no setting has all seeds, all are returned
-  (`partial` then names none).
+  seeds can exceed what settings differ by. If no setting has all seeds, all are returned.
   """
   seeds = frozenset[int]().union(*(setting.losses for setting in found))
   return [s for s in found if seeds == s.losses.keys()] or found
@@ -212,7 +211,7 @@ def costs(found: Sequence[Setting]) -> list[str]:
   return [
     cost
     for cost in COSTS
-    if varies(found, cost) and (cost != STEP_TIME or unsteadiness(found) <= STEADY)
+    if varies(found, cost) and (cost != STEP_TIME or is_steady(found))
   ]
 
 
@@ -230,6 +229,11 @@ def varies(found: Iterable[Setting], cost: str) -> bool:
   """Returns whether settings differ in a cost by more than 1%."""
   prices = [price for s in found if (price := s.of(cost)) is not None]
   return len(prices) > 1 and max(prices) > _SAME_COST * min(prices)
+
+
+def is_steady(found: Iterable[Setting]) -> bool:
+  """Returns whether step times can be compared between settings."""
+  return unsteadiness(found) <= _STEADY
 
 
 def unsteadiness(found: Iterable[Setting]) -> float:

@@ -157,7 +157,8 @@ def _curves(found: Sequence[Setting]) -> list[str]:
 
 
 def _step_times(records: Records, found: Sequence[Setting]) -> list[str]:
-  if (ratio := summary.unsteadiness(found)) > summary.STEADY:
+  if not summary.is_steady(found):
+    ratio = summary.unsteadiness(found)
     return [
       f"Step times: those of one setting differ {ratio:.1f}-fold between its seeds, "
       "which do the same work, so no settings are compared by time. Time each shape "
