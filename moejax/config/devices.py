@@ -17,7 +17,7 @@ from typing import Any
 from moejax.config import text as config_text
 from moejax.config.check import validate
 from moejax.config.exchange_rule import choose
-from moejax.config.mesh import AXES, mesh_shape
+from moejax.config.mesh import AXES, mesh_shape, token_shards
 from moejax.config.schema import Config
 from moejax.config.spans import target_length
 from moejax.config.text import named
@@ -98,13 +98,13 @@ def _check_dispatcher(config: Config, num_devices: int) -> None:
     config.moe.exchange,
     config.moe.dispatcher,
     devices=size["expert"],
-    token_shards=_shards(size),
+    token_shards=token_shards(size),
     num_groups=groups,
     num_selected=num_selected(config.moe),
     capacity=config.moe.capacity_factor is not None,
     mixes=make_router(config.moe).mixes,
   )
-  own, parts = groups // _shards(size), config.moe.exchange_chunks
+  own, parts = groups // token_shards(size), config.moe.exchange_chunks
   if kind == "ragged" and own % parts:
     raise ConfigError(
       f"{named(config, 'moe.exchange_chunks')} does not divide the {own} routing "
@@ -143,13 +143,8 @@ def _misfit(config: Config, num_devices: int) -> str | None:
   )
 
 
-def _shards(size: dict[str, int]) -> int:
-  """Returns the number of devices that the batch is sharded over."""
-  return size["data"] * size["fsdp"] * size["expert"]
-
-
 def _undivided_batch(config: Config, size: dict[str, int]) -> str | None:
-  shards = _shards(size)
+  shards = token_shards(size)
   micro = config.train.batch_size // config.train.accumulation
   if micro % shards:
     return (
@@ -169,7 +164,7 @@ def _undivided_groups(config: Config, size: dict[str, int]) -> str | None:
   """Checks that groups divide over devices; exempt: dense twins and exchange gspmd."""
   if config.moe.dense_twin or config.moe.exchange == "gspmd":
     return None
-  shards = _shards(size)
+  shards = token_shards(size)
   for length in sorted({config.data.sequence_length, target_length(config.data)}):
     groups = _num_groups(config, length)
     if groups % shards:

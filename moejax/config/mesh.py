@@ -1,11 +1,17 @@
 """The axes of a mesh and their sizes; needs no devices."""
 
 import math
+from collections.abc import Mapping
 
 from moejax.config import MeshConfig
 from moejax.errors import ConfigError
 
 AXES = ("data", "fsdp", "expert", "tensor")
+
+
+def token_shards(sizes: Mapping[str, int]) -> int:
+  """Returns the number of devices that the tokens of a batch are sharded over."""
+  return sizes["data"] * sizes["fsdp"] * sizes["expert"]
 
 
 def mesh_shape(config: MeshConfig, num_devices: int) -> tuple[int, ...]:

@@ -13,6 +13,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from moejax.config import Config
+from moejax.config.mesh import token_shards
 from moejax.config.spans import target_length
 from moejax.cost import parameters
 from moejax.errors import UserError
@@ -59,7 +60,7 @@ def least_bytes(
     moments -= on_device(trained["experts"], matrices - trained["experts"])
   stored, computed = _BYTES[config.model.param_dtype], _BYTES[config.model.dtype]
   micro = config.train.batch_size // config.train.accumulation
-  shards = mesh["data"] * mesh["fsdp"] * mesh["expert"]
+  shards = token_shards(mesh)
   tokens = micro * target_length(config.data) // shards
   # With recomputation, only the input of a repeated unit (`every` layers) is kept.
   width, layers = config.model.width, config.model.num_layers // config.moe.every

@@ -21,7 +21,7 @@ from moejax.config import Config
 from moejax.config import devices as config_devices
 from moejax.config import text as config_text
 from moejax.config.check import validate
-from moejax.config.mesh import AXES
+from moejax.config.mesh import AXES, token_shards
 from moejax.cost.chips import CHIPS, Chip
 from moejax.errors import ConfigError
 from moejax.plan.predict.load import Load, load_of
@@ -128,7 +128,7 @@ def placements(
     if problem:
       refused.add(problem)
       continue
-    shards = mesh["data"] * mesh["fsdp"] * mesh["expert"]
+    shards = token_shards(mesh)
     for accumulation in divisors(config.train.batch_size // shards):
       yield Candidate(topology, settings | {"train.accumulation": accumulation})
 
@@ -176,7 +176,7 @@ class Variants:
   def of(self, placement: Candidate) -> Iterator[tuple[Candidate, Load]]:
     """Yields each way once, with a device's load."""
     mesh = placement.mesh
-    shards = mesh["data"] * mesh["fsdp"] * mesh["expert"]
+    shards = token_shards(mesh)
     key = (shards, mesh["expert"], placement.settings["train.accumulation"])
     if key not in self._known:
       refused = Refusals()

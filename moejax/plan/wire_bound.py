@@ -15,6 +15,7 @@ import jax
 from moejax.config import Config
 from moejax.config.encoder import encoder_config
 from moejax.config.exchange_rule import choose
+from moejax.config.mesh import token_shards
 from moejax.config.pattern import layer_pattern
 from moejax.config.router import make_router, num_selected
 from moejax.config.spans import target_length
@@ -77,7 +78,7 @@ def exchange_bound(config: Config, mesh: dict[str, int]) -> float:
     devices=devices,
   )
   layers = sum(layer_pattern(config.model.num_layers, moe).is_moe)
-  shards = mesh["data"] * mesh["fsdp"] * devices
+  shards = token_shards(mesh)
   tokens = config.train.batch_size * config.data.sequence_length
   size = moe.group_size or config.data.sequence_length
   size = tokens if size == -1 else size

@@ -6,7 +6,6 @@ hidden widths).
 """
 
 import functools
-import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -17,7 +16,7 @@ from jax.sharding import AbstractMesh, AxisType, Mesh, PartitionSpec
 from jaxtyping import Array, Float
 
 from moejax.config import MeshConfig
-from moejax.config.mesh import AXES, mesh_shape
+from moejax.config.mesh import AXES, mesh_shape, token_shards
 from moejax.errors import ConfigError
 
 TOKEN_AXES = ("data", "fsdp", "expert")
@@ -139,7 +138,7 @@ def over_groups(
 
 def num_token_shards(mesh: Mesh | AbstractMesh) -> int:
   """Returns the number of devices that the tokens of a batch are sharded over."""
-  return math.prod(mesh.shape[axis] for axis in TOKEN_AXES)
+  return token_shards(mesh.shape)
 
 
 def is_cut_over(name: str) -> bool:

@@ -10,6 +10,7 @@ from collections.abc import Mapping
 
 from moejax.config import Config
 from moejax.config.exchange_rule import buffer_factor, choose
+from moejax.config.mesh import token_shards
 from moejax.config.router import capacity, make_router, num_selected
 from moejax.cost.flops import forward_flops_per_token
 from moejax.cost.parameters import Dimensions, dimensions, resolve_vocab_size
@@ -65,7 +66,7 @@ def load_of(
   """
   moe, train = config.moe, config.train
   length, devices = config.data.sequence_length, mesh["expert"]
-  shards = mesh["data"] * mesh["fsdp"] * devices
+  shards = token_shards(mesh)
   sequences = train.batch_size // train.accumulation // shards
   tokens = sequences * length
   selected, router = num_selected(moe), make_router(moe)
