@@ -9,7 +9,6 @@ Nothing here imports jax, so a program that imports heavy modules inside `main` 
 misspelt flag in a fraction of a second.
 """
 
-import _thread
 import argparse
 import copy
 import functools
@@ -18,19 +17,16 @@ import os
 import pathlib
 import re
 import shlex
-import signal
 import sys
-import textwrap
-import threading
 from collections.abc import Callable, Collection
-from typing import Any, NoReturn, TypeVar
+from typing import Any, NoReturn
 
 from absl import app, command_name, flags
 from absl import logging as absl_logging
 
 from moejax import files
 from moejax.cli import dotted as dotted_flags
-from moejax.cli import listing, python_file
+from moejax.cli import guard, help, listing, python_file
 from moejax.config import Config
 from moejax.config import text as config_text
 from moejax.config.check import refuse_unread, validate, validate_fields
@@ -44,12 +40,6 @@ flags.disclaim_key_flags()
 
 DEFAULT_CONFIG = "configs/default.py"
 _HELP = ("help", "h", "helpshort", "helpfull")
-_INTERRUPTED = 130
-_BROKEN_PIPE = 141
-_T = TypeVar("_T")
-
-_pressed: list[int] = []
-"""One entry per Ctrl-C so far."""
 
 _overrides: dict[str, Any] = {}
 """Dotted name to value, from the last parsed command line."""
@@ -241,47 +231,11 @@ def run(main: Callable[[], int | None], buckets: Collection[str] = ()) -> None:
     buckets: flags that may name a folder of a bucket; any other that does is refused.
   """
   app.run(
-    lambda _: _guarded(functools.partial(_main_or_list, main, buckets)),
-    flags_parser=lambda argv: _guarded(functools.partial(parse, argv, main.__module__)),
+    lambda _: guard.guarded(functools.partial(_main_or_list, main, buckets)),
+    flags_parser=lambda argv: guard.guarded(
+      functools.partial(parse, argv, main.__module__)
+    ),
   )
-
-
-def _guarded(function: Callable[[], _T]) -> _T:
-  _listen()
-  try:
-    return function()
-  except UserError as error:
-    print(f"error: {error}", file=sys.stderr)
-    sys.exit(error.exit_code)
-  except BrokenPipeError:
-    # The reader of the output, such as head, has closed it: flush to /dev/null.
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    sys.exit(_BROKEN_PIPE)
-  except (KeyboardInterrupt, Exception) as error:
-    # A library interrupted during import may turn Ctrl-C into another exception.
-    if not (_pressed or isinstance(error, KeyboardInterrupt)):
-      raise
-    print("interrupted", file=sys.stderr)
-    sys.exit(_INTERRUPTED)
-
-
-def _listen() -> None:
-  """Records each Ctrl-C, and repeats one that was lost in a library's callback."""
-  if signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
-    return  # Ignored (a background job), or another handler is installed.
-
-  def interrupt(number: int, frame: Any) -> None:
-    _pressed.append(number)
-    signal.default_int_handler(number, frame)
-
-  def lost(unraisable: Any) -> None:
-    if unraisable.exc_type is KeyboardInterrupt:
-      threading.Timer(0.1, _thread.interrupt_main).start()
-    else:
-      sys.__unraisablehook__(unraisable)
-
-  signal.signal(signal.SIGINT, interrupt)
-  sys.unraisablehook = lost
 
 
 class Parser(argparse.ArgumentParser):
@@ -355,7 +309,7 @@ def parse(argv: list[str], program: str = "__main__") -> list[str]:
     UserError: an unknown flag or field (names the closest one), or a bad value.
   """
   if any(a.lstrip("-") in _HELP and a.startswith("-") for a in argv[1:]):
-    print(_help(argv[0], program))
+    print(help.describe(argv[0], program))
     sys.exit(0)
   try:
     argv = flags.FLAGS.read_flags_from_files(argv, force_gnu=True)
@@ -411,33 +365,3 @@ def _unknown_flag(name: str) -> str:
   near = nearest(name, names)
   remedy = f"Did you mean --{near}?" if near else "--help lists what there is."
   return f"--{name}: there is no such flag. {remedy}"
-
-
-def _help(name: str, program: str) -> str:
-  """Returns the program's docstring, its flags, and the names of all config fields."""
-  doc = sys.modules[program].__doc__ or ""
-  # absl knows flags of the main module by the program's name.
-  owner = name if program == "__main__" else program
-  lines = [doc.strip(), "", "Flags:"]
-  for flag in flags.FLAGS.get_key_flags_for_module(owner):
-    default = "" if flag.default is None else f" (default: {flag.default})"
-    lines.append(f"  --{flag.name}: {flag.help}{default}")
-  if "config" in flags.FLAGS:
-    lines.append("")
-    lines += [f"--{p}.SECTION.{text}" for p, text in dotted_flags.prefixes().items()]
-    lines.append("--config.SECTION.FIELD=VALUE overrides one field of the config:")
-    sections: dict[str, list[str]] = {}
-    for dotted in config_text.field_types():
-      section, _, leaf = dotted.rpartition(".")
-      sections.setdefault(section, []).append(leaf)
-    for section, leaves in sections.items():
-      if section:
-        text = f"{section}: " + " ".join(leaves)
-        lines.append(
-          textwrap.indent(textwrap.fill(text, 84, subsequent_indent="  "), "  ")
-        )
-    lines += [
-      "moejax/config/schema.py says what each does. --list=routers shows each router's",
-      "own options, --config.moe.ROUTER.OPTION=VALUE.",
-    ]
-  return "\n".join(lines)
