@@ -5,7 +5,7 @@ from typing import Any
 
 from moejax.cli import flags as cli
 from moejax.errors import ConfigError
-from moejax.sweep.spec import Axis, Spec
+from moejax.sweep.spec import TOKENS_FIELD, Axis, Spec
 
 
 def joined(
@@ -50,12 +50,15 @@ def refuse_overridden(spec: Spec, overrides: Mapping[str, Any]) -> None:
   Raises:
     ConfigError: names the flag and the remedy.
   """
-  if spec.match:
-    return
-  by_axis = {field for axis in spec.axes for field in axis.fields}
+  by_axis = {field for axis in spec.axes for field in axis.fields if not spec.match}
   settings = [set(fields) for fields in spec.variants.values()]
-  by_variants = set.intersection(*settings) if settings else set()
+  by_variants = set.intersection(*settings) if settings and not spec.match else set()
   for field, value in overrides.items():
+    if spec.isoflop and field == TOKENS_FIELD:
+      raise ConfigError(
+        f"--config.{field}={cli.spelled(value)} changes nothing: --isoflop solves this "
+        "field for each budget. Drop one of them."
+      )
     if field in by_axis:
       who, remedy = "an axis", "replace the axis"
     elif field in by_variants:

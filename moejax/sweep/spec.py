@@ -17,6 +17,8 @@ from moejax.config import Config
 
 SPEC_FILE = "spec.json"
 RUNS = "runs"
+TOKENS_FIELD = "train.num_steps"
+"""The field that is solved for a training budget."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

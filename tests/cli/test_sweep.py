@@ -211,6 +211,12 @@ def test_a_base_that_no_point_keeps_is_refused(spec_file, line, part):
   spec_of(f"--spec={spec_file}", line, "--match=active_flops")
 
 
+def test_steps_beside_a_budget_are_refused():
+  """The budget sets them, so the flag would be lost without a word."""
+  words = refused(AXIS, "--isoflop=1e12", "--dry_run", "--config.train.num_steps=20")
+  assert words.startswith("--config.train.num_steps=20 changes nothing: --isoflop")
+
+
 def test_status_beside_flags_of_another_sweep_is_refused(tmp_path, capsys):
   """Beside its own flags it prints the table, whatever the code's revision."""
   spec = spec_of(AXIS)

@@ -22,6 +22,7 @@ from moejax.cost.parameters import resolve_vocab_size
 from moejax.errors import ConfigError, did_you_mean
 from moejax.options import show
 from moejax.sweep.points.axes import number
+from moejax.sweep.spec import TOKENS_FIELD
 
 TOLERANCE = 0.01
 """Relative distance from a target within which it counts as met."""
@@ -39,9 +40,6 @@ SCALED_FIELDS = (
   "moe.shared_hidden",
 )
 """Fields that the ladder sets in proportion, or keeps."""
-
-TOKENS_FIELD = "train.num_steps"
-"""The field that is solved for a training budget."""
 
 _SHAPES = ("model", "moe", "data")
 """Sections whose fields can change the FLOPs of a token."""

@@ -8,7 +8,7 @@ from moejax.sweep.points import axes as axes_lib
 from moejax.sweep.points import budget
 from moejax.sweep.points.axes import SEED
 from moejax.sweep.points.combine import varied
-from moejax.sweep.spec import Axis, Spec
+from moejax.sweep.spec import TOKENS_FIELD, Axis, Spec
 
 MAX_POINTS = 100_000
 """More is a mistake in the command line."""
@@ -95,7 +95,7 @@ def _check_solved(spec: Spec) -> None:
     budget.check_match(spec.match, spec.match_by)
     solved[spec.match_by] = f"--match={spec.match}"
   if spec.isoflop:
-    solved[budget.TOKENS_FIELD] = "--isoflop"
+    solved[TOKENS_FIELD] = "--isoflop"
     if not varied(spec) & set(budget.SIZE_FIELDS):
       budget.refuse_scaled(varied(spec))
   for field in sorted(solved.keys() & varied(spec)):
