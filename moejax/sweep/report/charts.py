@@ -27,6 +27,8 @@ _SCALE = 2
 """Pixels of a PNG per pixel of its chart."""
 
 HEIGHT = 300
+SUFFIXES = (".png", ".pdf")
+"""Each figure is written with both."""
 FILE_WIDTH = 520
 """Width of the plot in PNG and PDF, in pixels at scale 1."""
 
@@ -120,7 +122,7 @@ def save(figure: Figure, directory: pathlib.Path) -> None:
   spec |= {"config": config}
   png = vl_convert.vegalite_to_png(spec, vl_version=_VEGA_LITE, scale=_SCALE)
   pdf = vl_convert.vegalite_to_pdf(spec, vl_version=_VEGA_LITE)
-  for suffix, content in ((".png", png), (".pdf", pdf)):
+  for suffix, content in zip(SUFFIXES, (png, pdf), strict=True):
     with files.replacing(directory / (figure.name + suffix)) as temporary:
       temporary.write_bytes(content)
 

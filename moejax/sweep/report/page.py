@@ -6,13 +6,15 @@
     figures/captions.md            what each shows, and what its bars are
     tables/NAME.csv, .tex          each table
 
-Equal runs give an equal page, byte for byte: it holds no date and no random name. The
-libraries that draw it are bundled inside: Vega-Lite for figures, DataTables for tables.
+What an earlier report wrote there and this one does not make is removed; other files
+stay. Equal runs give an equal page, byte for byte: it holds no date and no random name.
+The libraries that draw it are inside: Vega-Lite for figures, DataTables for tables.
 """
 
 import importlib.util
 import itertools
 import pathlib
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -118,11 +120,23 @@ def draw(
   for name in (FIGURES, TABLES):
     (workdir / name).mkdir(exist_ok=True)
   tables.write(workdir / TABLES, sheets)
+  tables.remove_others(workdir / TABLES, sheets)
+  captions = workdir / FIGURES / CAPTIONS_FILE
+  before = _captioned(captions)
   for figure in drawn:
     charts.save(figure, workdir / FIGURES)
-  files.write_text(workdir / FIGURES / CAPTIONS_FILE, _captions(records, drawn))
+  files.write_text(captions, _captions(records, drawn))
+  for name in before - {figure.name for figure in drawn}:
+    for suffix in charts.SUFFIXES:
+      (workdir / FIGURES / (name + suffix)).unlink(missing_ok=True)
   text = page(records, said, drawn, sheets, title, notes)
   files.write_text(workdir / PAGE_FILE, text)
+
+
+def _captioned(captions: pathlib.Path) -> set[str]:
+  """Returns the names of the figures that an earlier report wrote beside its captions."""
+  text = captions.read_text(encoding="utf-8") if captions.is_file() else ""
+  return set(re.findall(r"^\*\*(\w+)\*\*: ", text, re.MULTILINE))
 
 
 def _captions(records: Records, drawn: Sequence[Any]) -> str:

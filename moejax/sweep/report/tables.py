@@ -214,6 +214,19 @@ def frame(table: Table) -> Any:
   return pandas.DataFrame(rows, columns=list(table.columns), dtype=object)
 
 
+def remove_others(directory: pathlib.Path, tables: Sequence[Table]) -> None:
+  """Removes the tables of earlier reports, which are known by their label."""
+  names = {table.name for table in tables}
+  for latex in directory.glob("*.tex"):
+    if latex.stem not in names and _label(latex.stem) in latex.read_text("utf-8"):
+      latex.unlink()
+      latex.with_suffix(".csv").unlink(missing_ok=True)
+
+
+def _label(name: str) -> str:
+  return rf"\label{{tab:{name}}}"
+
+
 def write(directory: pathlib.Path, tables: Sequence[Table]) -> list[pathlib.Path]:
   """Writes NAME.csv and NAME.tex of each table into an existing directory."""
   written = []

@@ -118,6 +118,28 @@ def test_a_name_of_a_run_cannot_leave_the_script_it_is_data_of():
   assert "</script>0<b>" not in text and "u003c/script" in text
 
 
+def test_what_only_an_earlier_report_made_is_removed(tmp_path):
+  """A figure of runs that have gone would be read as one of these; others' files stay."""
+  wide = [cases.record(3.0), cases.record(2.0, step_ms=20, moe__router="top2")]
+  report.draw(tmp_path, *_with_axes(wide), title="T")
+  before = {p.name for p in tmp_path.rglob("*.*")}
+  assert {"loss_vs_step_time.pdf", "main_effects.tex", "main_effects.csv"} <= before
+  for mine in ("figures/mine.png", "tables/mine.tex", "tables/mine.csv"):
+    (tmp_path / mine).write_text("mine")
+  report.draw(tmp_path, *_with_axes(wide[:1]), title="T")
+  after = {p.name for p in tmp_path.rglob("*.*")}
+  assert not {"loss_vs_step_time.png", "loss_vs_step_time.pdf"} & after
+  assert not {"main_effects.tex", "main_effects.csv"} & after
+  assert {"mine.png", "mine.tex", "mine.csv", "runs.tex", "captions.md"} <= after
+
+
+def _with_axes(runs):
+  found = cases.of(runs)
+  settings = summary.settings(found)
+  axes = summary.axes(settings, found.fields)
+  return found, settings, axes, sentences.write(found, settings, axes)
+
+
 def test_the_page_names_what_is_unknown():
   """Under a heading of its own, and findings with the command to copy."""
   text = page(cases.grid((4, 8), (1.0, None), 1))
