@@ -1,8 +1,8 @@
 # Two commands do everything: `make train` and `make test`. Each sets up .venv itself.
 #
 #   make train [ARGS="--config.moe.num_experts=16"] [WORKDIR=runs/mine]
-#   make test | test-core | test-all | test-browser | test-slurm | test-lm-eval |
-#     test-matrix | lint | docs | benchmark | clean
+#   make test | test-thorough | test-core | test-all | test-browser | test-slurm |
+#     test-lm-eval | test-matrix | lint | docs | benchmark | clean
 #
 # PYTHON=3.12, or the path of an interpreter, says what to make .venv with; without it,
 # the newest one that is supported and found on the PATH. VENV=.venv-3.12 puts it
@@ -29,12 +29,12 @@ CORE := tests/routing tests/experts tests/dispatch tests/layers tests/models \
   tests/cli tests/config/test_check.py tests/config/test_text.py \
   tests/test_packaging.py
 ANYWHERE := not browser and not slurm and not lm_eval
-FAST := not slow and $(ANYWHERE)
+FAST := not slow and not thorough and $(ANYWHERE)
+THOROUGH := thorough and not slow and $(ANYWHERE)
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help setup train test test-core test-all test-browser test-slurm test-lm-eval \
-  test-matrix lint format \
-  docs benchmark clean
+.PHONY: help setup train test test-thorough test-core test-all test-browser test-slurm \
+  test-lm-eval test-matrix lint format docs benchmark clean
 
 help:
 	@sed -n '3,5s/^# *//p' Makefile
@@ -62,6 +62,10 @@ train: $(STAMP)
 
 test: $(STAMP)
 	$(BIN)/python -m pytest -q $(SPREAD) -m "$(FAST)" $(ARGS)
+
+# What CI runs besides.
+test-thorough: $(STAMP)
+	$(BIN)/python -m pytest -q $(SPREAD) -m "$(THOROUGH)" $(ARGS)
 
 test-core: $(STAMP)
 	$(BIN)/python -m pytest -q $(SPREAD) -m "$(FAST)" $(CORE) $(ARGS)

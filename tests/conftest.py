@@ -27,8 +27,11 @@ if importlib.metadata.version("jaxlib").startswith("0.10."):
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", "")
 
 import jax
+import pytest
 from absl import flags
 from jaxtyping import install_import_hook
+
+from tests import thorough
 
 NUM_DEVICES = 8
 
@@ -43,3 +46,10 @@ install_import_hook("moejax", TYPE_CHECKER)
 
 # Grain's worker processes refuse to start while absl's flags are unparsed.
 flags.FLAGS.mark_as_parsed()
+
+
+# Before pytest selects by markers.
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(config, items):
+  whole_files = not any("::" in argument for argument in config.args)
+  thorough.mark(items, whole_files=whole_files)

@@ -34,6 +34,9 @@ LINES = (
 says how the work was cut: `validation_balance_loss` is a mean over routing groups, of
 which a dropless evaluation has one per device."""
 
+COUNTS = ("alarms_active", "alarms_raised")
+"""Of alarms, which see the whole batch in every process."""
+
 UNEQUAL = (
   *("tokens_per_second", "model_flops_per_second", "validation_balance_loss"),
   "validation_exchange_lost_fraction",
@@ -131,13 +134,14 @@ def assert_same_lines(have: list[dict], want: list[dict]) -> None:
   """Metrics of the whole batch: sums to rounding, counts and loads exactly."""
   assert [line["step"] for line in have] == [line["step"] for line in want]
   for a, b in zip(have, want, strict=True):
-    assert (a.keys() | b.keys()) - set(LINES) <= {"step", "moe", *UNEQUAL}
+    assert (a.keys() | b.keys()) - set(LINES) <= {"step", "moe", *COUNTS, *UNEQUAL}
     for name in LINES:
       assert (name in a) == (name in b)
       if name in a:
         tolerance = 1e-5 if "loss" in name else 1e-4
         assert a[name] == pytest.approx(b[name], rel=tolerance), name
     assert a["dropped_fraction"] == b["dropped_fraction"]
+    assert all(a[name] == b[name] for name in COUNTS)
     assert a["moe"].keys() == b["moe"].keys()
     for name in ("load", "drop_fraction", "dropped_tokens", "max_load_ratio"):
       assert a["moe"][name] == b["moe"][name]

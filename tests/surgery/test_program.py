@@ -265,7 +265,7 @@ def test_experts_of_another_run_are_added_if_they_fit(
     operate(Add(number=1, init="run", from_run=str(late)), source, tmp_path / "no")
   other = Add(number=2, init="run", from_run=str(source), of="3,1", row="zero")
   with monkeypatch.context() as changed:
-    changed.setattr(add, "_tokenizer", str)
+    changed.setattr(add, "tokenizer_of", str)
     with pytest.raises(UserError, match="has another tokenizer"):
       operate(other, cloned[0], tmp_path / "no")
   operate(

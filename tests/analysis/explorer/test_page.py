@@ -11,17 +11,13 @@ from tests.analysis.explorer import cases
 
 
 @pytest.fixture(scope="module")
-def rendered(module_monkeypatch):
-  module_monkeypatch.setattr(page, "library", lambda: None)
+def rendered():
+  """Without the library of plots."""
   found, tokens, names = cases.attack()
   pictures = {"load": '<figure id="picture"></figure>'}
-  return found, tokens, names, page.render(found, ["<i>1"], tokens, names, pictures)
-
-
-@pytest.fixture(scope="module")
-def module_monkeypatch():
   with pytest.MonkeyPatch.context() as patch:
-    yield patch
+    patch.setattr(page, "library", lambda: None)
+    return found, tokens, names, page.render(found, ["<i>1"], tokens, names, pictures)
 
 
 def _block(text: str, name: str) -> str:
