@@ -199,13 +199,12 @@ def trace_steps(stepper: Stepper, text: str) -> dict[str, float]:
   """Returns the milliseconds of each part in a step."""
   import jax
 
-  from moejax.analysis import step_profile
+  from moejax.hlo import timeline
 
   with tempfile.TemporaryDirectory() as directory:
-    with jax.profiler.trace(directory, profiler_options=step_profile.trace_options()):
+    with jax.profiler.trace(directory, profiler_options=timeline.trace_options()):
       stepper()
-    [file] = pathlib.Path(directory).rglob("*.xplane.pb")
-    [device] = step_profile.read_devices(text, file, 1, 0.0)
+    [device] = timeline.of_steps(text, pathlib.Path(directory), num_steps=1, step_ms=0.0)
   return {part.name: part.total for part in device.parts}
 
 

@@ -22,7 +22,8 @@ import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Int
 
-from moejax.analysis import decide, streaks
+from moejax.analysis import decide, sides, streaks
+from moejax.analysis.sides import ENCODER, Routing, Side
 from moejax.analysis.sums import add
 from moejax.errors import UserError
 from moejax.evaluate import groups, perplexity
@@ -110,6 +111,7 @@ def collect(
   words: Vocabulary,
   limit: int = 0,
   tables: Sequence[str] = TABLES,
+  side: Side | None = None,
   progress: Callable[[int], None] | None = None,
   visit: Visit | None = None,
 ) -> Arrays:
@@ -125,6 +127,7 @@ def collect(
     words: from `vocabulary`.
     limit: maximum number of batches; 0 is all.
     tables: by which ids experts are counted, some of `TABLES`.
+    side: the stack of an encoder-decoder that is looked at; None for a decoder.
     progress: called with the number of tokens seen so far.
     visit: called with each batch, still on the devices.
 
@@ -132,8 +135,12 @@ def collect(
     UserError: the split has no text.
   """
   num_domains = max(len(dataset.domains), 1)
-  step = make_step(model, mesh, num_domains, words, with_routes=visit is not None)
-  shapes = table_shapes(model, words, tables)
+  step = make_step(
+    model, mesh, num_domains, words, side=side, with_routes=visit is not None
+  )
+  if side is not None and side.name == ENCODER:
+    tables = [name for name in tables if name == "input"]
+  shapes = table_shapes(side or model, words, tables)
   params = jax.device_put(params, param_shardings(model, mesh))
   empty = {name: np.zeros(shape, np.int32) for name, shape in shapes.items()}
   held = jax.device_put(empty, rules.replicated(mesh))
@@ -166,7 +173,7 @@ def collect(
 
 
 def table_shapes(
-  model: Decoder, words: Vocabulary, tables: Sequence[str] = TABLES
+  model: Routing, words: Vocabulary, tables: Sequence[str] = TABLES
 ) -> dict[str, tuple[int, ...]]:
   """Returns the tables by id that a step adds to: assignments, and tokens.
 
@@ -204,21 +211,24 @@ def make_step(
   num_domains: int,
   words: Vocabulary,
   *,
+  side: Side | None = None,
   with_routes: bool = False,
 ) -> Callable[..., tuple[Arrays, Arrays, tuple[Routes, Array | None] | None]]:
   """Returns a jitted (params, tables, batch) -> (tables, sums, what a visit gets)."""
-  moe, factor = model.moe, groups.least_factor(model)
-  can_replay = decide.undecidable(model) is None
+  own: Routing = side or model
+  moe, factor = own.moe, groups.least_factor(model)
+  can_replay = decide.undecidable(own) is None
   row, of_class = jnp.asarray(words.row), jnp.asarray(words.frequency_class)
 
   def step(params: Params, tables: Arrays, batch: Any) -> Any:
     losses, out = token_losses(
       model, params, batch, capacity_factor=factor, return_routes=True
     )
-    routes, valid = out.routes, batch["segment_ids"] > 0
-    assert routes is not None
-    predicted = _argmax(out.logits[..., : model.vocab_size])
-    ids = {"input": batch["inputs"], "target": batch["targets"], "predicted": predicted}
+    routes, batch = sides.routes_of(side, out), sides.rows_of(side, batch)
+    valid, ids = batch["segment_ids"] > 0, {"input": batch["inputs"]}
+    if "targets" in batch:
+      ids["target"] = batch["targets"]
+      ids["predicted"] = _argmax(out.logits[..., : model.vocab_size])
     served = _by_token(routes.served)
     counted, added = valid.astype(jnp.int32).reshape(-1), {}
     for name, of in ids.items():
@@ -234,13 +244,14 @@ def make_step(
       "place": (_place(valid.shape, moe.group_size or valid.shape[1]), PLACE_BINS),
       "position": (_log_bin(batch["positions"]), POSITION_BINS),
     }
-    sums = _sums(routes, valid, losses)
+    sums = _sums(routes, valid, losses if "targets" in batch else None)
     sums["by_domain"] = _by_row(served, *where["domain"])
     trained = routes
     if can_replay and moe.capacity_factor is not None:
-      recorded = decide.recorded(model, params, routes, batch)
-      own = decide.router_params(model, params)
-      trained = decide.decide(moe, recorded, own, moe.capacity_factor)
+      below = sides.params_of(side, params)
+      recorded = decide.recorded(own, below, routes, batch)
+      routers = decide.router_params(own, below)
+      trained = decide.decide(moe, recorded, routers, moe.capacity_factor)
     sums |= _drops(trained, valid, where)
     sums |= streaks.sums(routes.served, valid)
     return tables, sums, ((routes, trained.kept) if with_routes else None)
@@ -290,24 +301,25 @@ def _log_bin(position: Int[Array, "B S"]) -> Int[Array, "B S"]:
 
 
 def _sums(
-  routes: Routes, valid: Bool[Array, "B S"], losses: Float[Array, "B S"]
+  routes: Routes, valid: Bool[Array, "B S"], losses: Float[Array, "B S"] | None
 ) -> dict[str, Array]:
-  """Returns loads, choices, pairs and flow of one batch."""
+  """Returns loads, choices, pairs and flow of one batch; losses if there are any."""
   counted = valid.astype(jnp.float32)
   num_experts = routes.probs.shape[-1]
   served = routes.served.astype(jnp.float32)
   certainty = entropy(routes.probs)
   sums = {
     "tokens": jnp.sum(valid, dtype=jnp.int32),
-    "loss": jnp.sum(losses),
     "load": jnp.sum(routes.served, axis=(1, 2), dtype=jnp.int32),
     "importance": jnp.einsum("bs,lbse->le", counted, routes.probs),
-    "loss_by_expert": jnp.einsum("bs,lbse->le", losses, served),
     "entropy": jnp.einsum("bs,lbs->l", counted, certainty),
     "entropy_bins": _histogram(certainty / np.log(max(num_experts, 2)), valid),
     "pairs": jnp.einsum("lbsi,lbsj->lij", served, served),
     "flow": jnp.einsum("lbsi,lbsj->lij", served[:-1], served[1:]),
   }
+  if losses is not None:
+    sums["loss"] = jnp.sum(losses)
+    sums["loss_by_expert"] = jnp.einsum("bs,lbse->le", losses, served)
   if routes.expert is None:
     return sums
   choices = routes.expert.shape[-1]

@@ -18,10 +18,11 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from moejax.analysis.sides import Routing
 from moejax.config import MoEConfig
 from moejax.config.router import capacity, make_router, sizes, slot_policy
 from moejax.layers.routes import Routes, routes_of
-from moejax.models.decoder import TABLE, Decoder
+from moejax.models.decoder import TABLE
 from moejax.models.per_layer import PARTS
 from moejax.routing.base import RouterInputs
 from moejax.types import Params, pytree
@@ -39,7 +40,7 @@ class Recorded:
   """The experts of each token, if given by a table."""
 
 
-def undecidable(model: Decoder) -> str | None:
+def undecidable(model: Routing) -> str | None:
   """Returns why decisions cannot be made from logits, in a sentence; None if they can."""
   router, name = model.router, model.moe.router
   if router.mixes:
@@ -52,7 +53,7 @@ def undecidable(model: Decoder) -> str | None:
   return None
 
 
-def router_params(model: Decoder, params: Params) -> dict[str, Float[Array, "L ..."]]:
+def router_params(model: Routing, params: Params) -> dict[str, Float[Array, "L ..."]]:
   """Returns the router's own parameters of all MoE layers, such as its bias."""
   names = model.router.parameters(sizes(model.moe, model.config.width, 1))
   found: dict[str, list[Array]] = {name: [] for name in names}
@@ -72,7 +73,7 @@ def router_params(model: Decoder, params: Params) -> dict[str, Float[Array, "L .
 
 
 def assigned_experts(
-  model: Decoder, params: Params, token_ids: Int[Array, "B S"]
+  model: Routing, params: Params, token_ids: Int[Array, "B S"]
 ) -> Int[Array, "B S K"] | None:
   """Returns the experts that the router's table gives each token, if it has one."""
   if TABLE not in params or not model.router.has_table:
@@ -80,7 +81,7 @@ def assigned_experts(
   return params[TABLE][token_ids].astype(jnp.int32)
 
 
-def recorded(model: Decoder, params: Params, routes: Routes, batch: Any) -> Recorded:
+def recorded(model: Routing, params: Params, routes: Routes, batch: Any) -> Recorded:
   """Returns what decisions depend on, from the routes of a batch."""
   return Recorded(
     logits=routes.logits,

@@ -158,8 +158,12 @@ def specialisation(found: dict[str, Any]) -> Any:
   figure, panels = _panels(1 + has_domains, 5, 3.4)
   index = [layer["layer"] for layer in layers]
   for name, marker in (("input", "o"), ("target", "s"), ("predicted", "^")):
-    values = [layer["words"][name]["favourite"] for layer in layers]
-    panels[0].plot(index, values, marker=marker, label=f"{name} id")
+    # An encoder has only ids that it reads.
+    known = [layer for layer in layers if name in layer["words"]]
+    values = [layer["words"][name]["favourite"] for layer in known]
+    panels[0].plot(
+      [layer["layer"] for layer in known], values, marker=marker, label=f"{name} id"
+    )
   chance = [layer["words"]["input"]["chance"] for layer in layers]
   panels[0].plot(index, chance, label="shuffled", **_CHANCE)
   panels[0].set(
@@ -296,7 +300,7 @@ def replayed(found: dict[str, Any]) -> Any:
   return _finished(figure, panels[:1])
 
 
-def _finished(figure: Any, panels: list[Any], layers: list[int] | None = None) -> Any:
+def _finished(figure: Any, panels: list[Any], layers: list[Any] | None = None) -> Any:
   for panel in figure.axes:
     panel.grid(alpha=0.25)
     if layers is not None and len(layers) <= 24:

@@ -15,14 +15,12 @@ from typing import Any
 
 import jax
 
-from moejax import data, parts
-from moejax.analysis import timeline
+from moejax import data
 from moejax.checkpoint.manager import restore_params
 from moejax.config import Config
 from moejax.config import devices as config_devices
 from moejax.errors import UserError
-from moejax.hlo import parts as hlo_parts
-from moejax.hlo.parse import Program
+from moejax.hlo import timeline
 from moejax.models.loss import to_devices
 from moejax.models.make import make_model
 from moejax.models.placement import param_shardings
@@ -36,7 +34,6 @@ from moejax.train.step import make_train_step
 TRACE = "trace"
 """Directory of the trace, below that of the results."""
 
-_MODULE = "jit_step"
 _WARM_UP = 2
 
 
@@ -102,12 +99,13 @@ def profile(
     for _ in range(_WARM_UP):
       stepper()
     untraced = [sum(stepper()) for _ in range(num_steps)]
-    with jax.profiler.trace(str(out / TRACE), profiler_options=trace_options()):
+    with jax.profiler.trace(str(out / TRACE), profiler_options=timeline.trace_options()):
       hosts = [stepper() for _ in range(num_steps)]
-  file = max((out / TRACE).rglob("*.xplane.pb"), key=lambda path: path.stat().st_mtime)
   with reporter.working("adding up the trace"):
     step_ms = 1e3 * sum(map(sum, hosts)) / num_steps
-    devices = read_devices(stepper.text, file, num_steps, step_ms)
+    devices = timeline.of_steps(
+      stepper.text, out / TRACE, num_steps=num_steps, step_ms=step_ms
+    )
   means = [1e3 * statistics.mean(column) for column in zip(*hosts, strict=True)]
   return Profile(
     platform=mesh.devices.flat[0].platform,
@@ -116,7 +114,7 @@ def profile(
     untraced_ms=1e3 * statistics.median(untraced),
     host=Host(**dict(zip(("data", "placing", "calling", "waiting"), means, strict=True))),
     devices=devices,
-    trace=file,
+    trace=timeline.newest(out / TRACE),
   )
 
 
@@ -186,33 +184,6 @@ def _batches(config: Config, dataset: data.Dataset, mesh: Any) -> Iterator[Any]:
       config.train.seed,
       start_step=0,
       rows=rules.local_rows(mesh, config.train.batch_size),
-    )
-  )
-
-
-def trace_options() -> Any:
-  options = jax.profiler.ProfileOptions()
-  # Every Python call would slow the host down several times.
-  options.python_tracer_level = 0
-  options.host_tracer_level = 2
-  return options
-
-
-def read_devices(
-  text: str, file: pathlib.Path, num_steps: int, step_ms: float
-) -> tuple[timeline.Device, ...]:
-  program = Program(text)
-  events = timeline.read(file, _MODULE)
-  spent = timeline.busy(events, hlo_parts.control(program))
-  found = hlo_parts.labels(program)
-  return tuple(
-    timeline.by_part(
-      spent,
-      found,
-      parts.PARTS,
-      collectives=hlo_parts.collectives(program),
-      num_steps=num_steps,
-      step_ms=step_ms,
     )
   )
 

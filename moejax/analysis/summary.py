@@ -3,12 +3,13 @@
 Letters: L MoE layers, E experts, K choices per token, M vocabulary ids.
 """
 
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 
 from moejax.analysis import decide, streaks
-from moejax.analysis.collect import NUM_CLASSES, Arrays, Vocabulary
+from moejax.analysis.collect import NUM_CLASSES, TABLES, Arrays, Vocabulary
 from moejax.analysis.measures import (
   choices,
   coactivation,
@@ -18,7 +19,7 @@ from moejax.analysis.measures import (
   load,
   specialisation,
 )
-from moejax.models.decoder import Decoder
+from moejax.analysis.sides import DECODER, Routing
 
 FORMAT = 1
 """Incremented when a field of analysis.json is renamed or changes meaning."""
@@ -28,7 +29,7 @@ KINDS = ("domain", "class", "place", "position")
 routing group, and position in the document by powers of two."""
 
 
-def undefined(model: Decoder) -> dict[str, str]:
+def undefined(model: Routing) -> dict[str, str]:
   """Returns the measures that a model's router has not, with the reason of each."""
   found, name = {}, model.moe.router
   chosen = decide.undecidable(model)
@@ -47,13 +48,13 @@ def undefined(model: Decoder) -> dict[str, str]:
   return found
 
 
-def _selected(model: Decoder) -> int:
+def _selected(model: Routing) -> int:
   moe = model.moe
   return model.router.selected(moe.fine_experts, moe.fine_selected)
 
 
 def summarise(
-  sums: Arrays, model: Decoder, words: Vocabulary, domains: list[str], pieces: list[bytes]
+  sums: Arrays, model: Routing, words: Vocabulary, domains: list[str], pieces: list[bytes]
 ) -> dict[str, Any]:
   """Returns the measures, JSON-ready.
 
@@ -76,7 +77,7 @@ def summarise(
   found: dict[str, Any] = {
     "format": FORMAT,
     "tokens": tokens,
-    "loss": float(sums["loss"]) / tokens,
+    "loss": float(sums["loss"]) / tokens if "loss" in sums else None,
     "router": model.moe.router,
     "num_experts": model.moe.fine_experts,
     "num_selected": _selected(model),
@@ -98,10 +99,47 @@ def summarise(
   return found
 
 
+NOT_OF_AN_ENCODER_DECODER = {
+  "experts": "outputs of experts are compared for decoder-only models alone",
+  "text": "the page shows the text of decoder-only models alone",
+}
+"""What is missing from the summary of an encoder-decoder, with the reason."""
+
+
+def joined(found: Mapping[str, dict[str, Any]]) -> dict[str, Any]:
+  """Returns one summary of the stacks of an encoder-decoder, the encoder's layers first.
+
+  Args:
+    found: the summary of each stack that has MoE layers, by its name.
+
+  Returns:
+    That of the decoder (of the encoder, if it alone has MoE layers) with the layers of
+    both, and what differs between them under `stacks`.
+  """
+  parts = list(found.values())
+  first = DECODER if DECODER in found else next(iter(found))
+  whole = dict(found[first])
+  named = ("router", "num_experts", "num_selected", "tokens", "capacity_factor")
+  whole["layers"] = [layer for part in parts for layer in part["layers"]]
+  whole["stacks"] = {
+    name: {key: part[key] for key in named} for name, part in found.items()
+  }
+  if flows := [row for part in parts for row in part.get("flow", [])]:
+    whole["flow"] = flows
+  whole["undefined"] = dict(whole["undefined"])
+  for name, part in found.items():
+    if name != first:
+      whole["undefined"] |= {
+        f"{measure} of the {name}": why for measure, why in part["undefined"].items()
+      }
+  whole["undefined"] |= NOT_OF_AN_ENCODER_DECODER
+  return whole
+
+
 def _layer(
   sums: Arrays,
   index: int,
-  model: Decoder,
+  model: Routing,
   missing: dict[str, str],
   present: np.ndarray,
 ) -> dict[str, Any]:
@@ -117,8 +155,9 @@ def _layer(
     "choices": choices.certainty(
       float(of("entropy")), of("entropy_bins"), tokens, len(counts)
     ),
-    "loss_by_expert": (of("loss_by_expert") / np.maximum(counts, 1)).tolist(),
   }
+  if "loss_by_expert" in sums:
+    found["loss_by_expert"] = (of("loss_by_expert") / np.maximum(counts, 1)).tolist()
   if "margin" in sums:
     found["choices"] |= choices.margin(
       float(of("margin")), of("margin_bins"), int(of("ties")), tokens
@@ -177,7 +216,7 @@ def _words(
 ) -> dict[str, Any]:
   """Returns specialisation by input id, target and predicted id, and top words."""
   tokens, found = int(sums["tokens"]), {}
-  for name in ("input", "target", "predicted"):
+  for name in (name for name in TABLES if f"by_{name}" in sums):
     # The last row holds many ids, and none of them alone.
     served = sums[f"by_{name}"][index][:, :-1]
     seen = sums[f"seen_{name}"][:-1]

@@ -20,6 +20,7 @@ from moejax.analysis import (
   report,
   saturation,
   sentences,
+  sides,
   summary,
   trace,
 )
@@ -27,6 +28,7 @@ from moejax.analysis.explorer.facts import Names
 from moejax.analysis.explorer.sample import Sample, Sampler
 from moejax.checkpoint.manager import restore_params
 from moejax.cli import restored
+from moejax.config.spans import target_length
 from moejax.errors import UserError
 from moejax.models.placement import param_shardings
 from moejax.run import progress as progress_lib
@@ -50,7 +52,8 @@ def analyze(request: restored.Request, asked: restored.Asked) -> None:
     _from_trace(run, asked, settings)
     return
   found, replayer, sample = _collected(run, asked, settings)
-  _merge(found, probe.probe(**run.arguments()))
+  if "stacks" not in found:
+    _merge(found, probe.probe(**run.arguments()))
   if len(run.steps) > 1:
     found["saturation"] = _saturation(run, request, asked.limit)
   if replayer is not None:
@@ -68,6 +71,8 @@ def analyze(request: restored.Request, asked: restored.Asked) -> None:
 def _check(run: restored.Run, asked: restored.Asked, settings: list[Any]) -> None:
   """Rejects, before anything is compiled, what would fail later."""
   model = run.model
+  if run.config.model.kind == "encoder_decoder":
+    _check_encoder(asked, len(run.steps))
   if settings:
     replay.check(model)
     for setting in settings:
@@ -96,6 +101,24 @@ def _check(run: restored.Run, asked: restored.Asked, settings: list[Any]) -> Non
       print(f"{asked.trace}: at most {size:,.1f} MiB before compression")
 
 
+def _check_encoder(asked: restored.Asked, num_steps: int) -> None:
+  """Rejects what is measured for decoder-only models alone."""
+  given = {
+    "replay": asked.replay,
+    "knockout": asked.knockout,
+    "trace": asked.trace,
+    "from_trace": asked.from_trace,
+    "steps": num_steps > 1,
+  }
+  for name, value in given.items():
+    if value not in (None, False):
+      what = "more than one checkpoint" if name == "steps" else "that"
+      raise UserError(
+        f"--{name}: {what} is not analyzed for an encoder-decoder. Leave it out: loads, "
+        "choices, preferences, drops and consistency of both stacks are."
+      )
+
+
 def _with_whole_groups(run: restored.Run, settings: list[Any]) -> restored.Run:
   """Returns the run with batches that hold whole groups of every setting."""
   if not settings:
@@ -109,6 +132,8 @@ def _collected(
 ) -> tuple[dict[str, Any], replay.Replay | None, Sample | None]:
   """Returns facts and measures of one pass, which a trace and a replay see too."""
   words = collect.vocabulary(run.token_counts())
+  if run.config.model.kind == "encoder_decoder":
+    return run.facts | _both_stacks(run, words, asked.limit), None, None
   replayer, sampler = None, None
   visits: list[collect.Visit] = []
   with contextlib.ExitStack() as stack:
@@ -137,6 +162,22 @@ def _collected(
   domains, pieces = list(run.dataset.domains), run.dataset.tokenizer.pieces
   found = run.facts | summary.summarise(sums, run.model, words, domains, pieces)
   return found, replayer, None if sampler is None else sampler.result()
+
+
+def _both_stacks(
+  run: restored.Run, words: collect.Vocabulary, limit: int
+) -> dict[str, Any]:
+  """Returns the measures of an encoder-decoder, from a pass for each stack."""
+  domains, pieces = list(run.dataset.domains), run.dataset.tokenizer.pieces
+  found = {}
+  for side in sides.sides(run.model):
+    # An encoder reads more tokens than the targets that are counted: it is done earlier.
+    with _watched(run, f"routes of the {side.name}", limit) as progress:
+      sums = collect.collect(
+        words=words, limit=limit, side=side, progress=progress, **run.arguments()
+      )
+    found[side.name] = summary.summarise(sums, side, words, domains, pieces)
+  return summary.joined(found)
 
 
 def _sampler(run: restored.Run, asked: restored.Asked) -> Sampler:
@@ -266,9 +307,9 @@ def _knockout(run: restored.Run, asked: restored.Asked) -> dict[str, Any]:
 
 
 def _covered(run: restored.Run, limit: int) -> int:
-  """Returns the number of tokens that are read."""
+  """Returns the number of tokens that are read: of an encoder-decoder, targets."""
   total = run.dataset.num_tokens(run.split)
-  length = run.config.data.sequence_length
+  length = target_length(run.config.data)
   return min(limit * run.batch_size * length or total, total)
 
 

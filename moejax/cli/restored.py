@@ -156,6 +156,7 @@ def opened(
   trained = owner.own_paths(trained, meta.get("owner"), cli.overrides(), workdir)
   config = cli.get_config(base=_over(trained, text))
   compilation_cache.enable(config.data.cache_dir)
+  check_tokenizer(config.data.tokenizer, workdir)
   try:
     dataset = data.load(config.data, workdir=workdir, store=False)
   except UserError as error:
@@ -177,6 +178,25 @@ def opened(
   )
 
 
+def check_tokenizer(kind: str, workdir: RunPath) -> None:
+  """Rejects a run that cannot read text.
+
+  Args:
+    kind: `config.data.tokenizer`.
+    workdir: of the run.
+
+  Raises:
+    UserError: it was converted from a folder without a tokenizer.
+  """
+  from moejax.data.tokenizer import FILE
+
+  if kind == "hf" and not (workdir / FILE).exists():
+    raise UserError(
+      f"--workdir={workdir} has no tokenizer, which text is read with. Convert the model "
+      "to a new --workdir from a folder with a tokenizer.json."
+    )
+
+
 def restore(request: Request, prepare: Callable[[Run], Run]) -> Run:
   """Restores a run that can be analyzed; called in every process of a job.
 
@@ -186,7 +206,7 @@ def restore(request: Request, prepare: Callable[[Run], Run]) -> Run:
       may change the batch size.
 
   Raises:
-    UserError: no MoE layer, an encoder, no text, or no such checkpoint.
+    UserError: no MoE layer, no text, or no such checkpoint.
   """
   import jax
 
@@ -274,12 +294,6 @@ def _check(model: Any, dataset: Any, split: str, request: Request) -> None:
   if not model.moe_layers:
     raise UserError(
       f"--workdir={request.workdir}: this model has no MoE layer, so nothing is routed."
-    )
-  if model.config.kind == "encoder_decoder":
-    raise UserError(
-      f"--workdir={request.workdir} is an encoder-decoder, which routes two texts, and "
-      "only a decoder can be analyzed yet. The loads of all its layers are in what "
-      "experiments.evaluate writes."
     )
   if not dataset.num_tokens(split):
     what = f"--text={request.text}" if request.text else f"--split={split}"

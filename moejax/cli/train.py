@@ -148,24 +148,23 @@ def _check_analysis(config: Config) -> None:
   """Refuses, before training, what could not be analyzed after it.
 
   Raises:
-    UserError: an encoder, or no MoE layer.
+    UserError: no MoE layer.
   """
-  from moejax.models.decoder import Decoder
+  from moejax.models.make import make_model
 
-  if config.model.kind == "encoder_decoder":
-    raise UserError("--analyze: an encoder-decoder cannot be analyzed. Leave it out.")
   # Which layers have experts does not depend on the vocabulary.
-  if not Decoder(config.model, config.moe, vocab_size=1).moe_layers:
+  if not make_model(config.model, config.moe, vocab_size=1).moe_layers:
     raise UserError("--analyze: this model has no MoE layer. Leave it out.")
 
 
 def _analyze(config: Config, workdir: RunPath, result: dict[str, Any]) -> None:
   """Analyzes the last checkpoint on about as much text as the final evaluation read."""
   from moejax.cli import analysis_passes, restored
+  from moejax.config.spans import target_length
 
   evaluated, limit = result.get("tokens", 0), 0
   if evaluated < result.get("split_tokens", 0):
-    limit = -(-evaluated // (config.train.batch_size * config.data.sequence_length))
+    limit = -(-evaluated // (config.train.batch_size * target_length(config.data)))
   request = restored.Request(
     workdir=workdir,
     steps=None,

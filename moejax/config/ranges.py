@@ -199,6 +199,7 @@ RANGES: dict[str, Range] = {
   "train.eval_every": _count(0, "0 is only at the end"),
   "train.eval_batches": _count(0, "0 is the whole validation split"),
   "train.final_eval_tokens": _count(-1, "0 is all, -1 a quarter of those trained on"),
+  "train.trace_steps": count(0, 100, "a trace holds every operation", "0 is no trace"),
   "train.checkpoint_every": _count(0, "0 is only at the end"),
   "train.keep_last": _count(1, "a run resumes from its newest checkpoint"),
   "train.keep_best": _count(0),

@@ -402,6 +402,9 @@ class TrainConfig:
   """After the last step, generate from the beginning of a held-out document."""
   report: bool = True
   """After the last step, draw report.png."""
+  trace_steps: int = 3
+  """Steps near the end that are traced, for the bar in report.png of where time goes;
+  0 traces none."""
   checkpoint_every: int = 250
   keep_last: int = 2
   keep_best: int = 1

@@ -1,13 +1,15 @@
-"""Draws report.png, an overview of a run: loss curves and expert load.
+"""Draws report.png, an overview of a run: loss, expert load, and where time goes.
 
-All data is read from the run's directory (metrics.jsonl, eval.json), so it can be
-redrawn at any time, even during the run.
+All data is read from the run's directory (metrics.jsonl, eval.json, step_time.json), so
+it can be redrawn at any time, even during the run.
 
 Letters: L MoE layers, E experts, R logged steps.
 """
 
+import collections
 import logging
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -25,6 +27,12 @@ MAX_ROWS = 64
 
 _HATCHES = ("//", "\\\\", "--", "||", "..", "xx")
 """So that overlapping alarms can be told apart without colour."""
+
+_BAR_INCHES = 1.3
+"""Height of the bar of where time goes."""
+
+_LEAST_SHARE = 0.04
+"""Of a step: smaller parts are drawn as one, since their names would not fit."""
 
 _NAMED_LOADS = (0.25, 0.5, 1.0, 2.0, 4.0)
 
@@ -47,17 +55,24 @@ def draw(workdir: RunPath | str) -> RunPath | None:
   from matplotlib.backends.backend_agg import FigureCanvasAgg
   from matplotlib.figure import Figure
 
-  has_load = any("load" in line.get("moe", {}) for line in lines)
   # Hides matplotlib's message about its font cache.
   logging.getLogger("matplotlib").setLevel(logging.WARNING)
-  figure = Figure(figsize=(13, 5) if has_load else (7, 5), layout="constrained")
+  has_load = any("load" in line.get("moe", {}) for line in lines)
+  spent = results.read(workdir / results.STEP_TIME_FILE)
+  width, extra = (13 if has_load else 7), (_BAR_INCHES if spent else 0.0)
+  figure = Figure(figsize=(width, 5 + extra), layout="constrained")
   FigureCanvasAgg(figure)
-  axes = figure.subplots(1, 2 if has_load else 1, squeeze=False)[0]
+  upper: Any = figure
+  if spent:
+    halves: Any = figure.subfigures(2, 1, height_ratios=(5, extra))
+    upper, lower = halves
+    draw_time(lower.subplots(), spent)
+  axes = upper.subplots(1, 2 if has_load else 1, squeeze=False)[0]
   draw_loss(axes[0], lines, final)
   draw_alarms(axes[0], lines)
   if has_load:
     image = draw_load(axes[1], lines)
-    bar = figure.colorbar(image, ax=axes[1], pad=0.02)
+    bar = upper.colorbar(image, ax=axes[1], pad=0.02)
     bar.set_label("load / mean load of the layer")
     bar.set_ticks(
       list(_NAMED_LOADS), labels=["1/4 or less", "1/2", "1", "2", "4 or more"]
@@ -138,6 +153,60 @@ def draw_load(axes: Any, lines: list[dict[str, Any]]) -> Any:
   label = "expert" if num_layers == 1 else "expert, by MoE layer (first on top)"
   axes.set(xlabel="step", ylabel=label, title="Expert load while training")
   return image
+
+
+def time_shares(spent: Mapping[str, Any]) -> dict[str, float]:
+  """Returns which share of a step each part takes, mean over devices; the sum is 1.
+
+  Args:
+    spent: content of step_time.json.
+
+  Returns:
+    Parts from the largest on; those below `_LEAST_SHARE` together as `other`, then
+    `waiting`, of a device for the host or for other devices.
+  """
+  devices, shares = spent["devices"], collections.defaultdict[str, float](float)
+  whole = sum(device["busy"] + device["waiting"] for device in devices)
+  for device in devices:
+    for part in device["parts"]:
+      shares[part["name"]] += (part["forward"] + part["backward"]) / whole
+  waiting = sum(device["waiting"] for device in devices) / whole
+  drawn = {
+    name: share
+    for name, share in sorted(shares.items(), key=lambda item: -item[1])
+    if share >= _LEAST_SHARE
+  }
+  return drawn | {"other": 1 - waiting - sum(drawn.values()), "waiting": waiting}
+
+
+def draw_time(axes: Any, spent: Mapping[str, Any]) -> None:
+  """Draws one bar: the parts of a step by their share of its time."""
+  left = 0.0
+  for number, (name, share) in enumerate(time_shares(spent).items()):
+    grey = name in ("other", "waiting")
+    axes.barh(
+      0,
+      share,
+      left=left,
+      color="0.9" if grey else f"C{number % 10}",
+      alpha=1.0 if grey else 0.45,
+      hatch="//" if name == "waiting" else None,
+      edgecolor="white",
+    )
+    if share >= _LEAST_SHARE:
+      text = f"{name}\n{100 * share:.0f}%".replace("_", "\n")
+      axes.text(left + share / 2, 0, text, ha="center", va="center", fontsize=8)
+    left += share
+  first, count = spent["first_step"], spent["num_steps"]
+  many = len(spent["devices"])
+  mean = f", mean of {many} devices" if many > 1 else ""
+  title = (
+    f"Where a step's {spent['step_ms']:,.0f} ms go (trace of steps {first} to "
+    f"{first + count - 1}{mean}; hatched: waiting)"
+  )
+  axes.set_title(title, fontsize=10)
+  axes.set(xlim=(0, 1), ylim=(-0.4, 0.4))
+  axes.set_axis_off()
 
 
 def smooth(values: Float[np.ndarray, "R"]) -> Float[np.ndarray, "R"]:

@@ -175,7 +175,8 @@ def _inherit(instructions: Sequence[Instruction], found: dict[str, Shares]) -> N
   for around, names in passes:
     for _ in range(_ROUNDS):
       new: dict[str, Shares] = {}
-      for name in names - found.keys():
+      # Not `names - found.keys()`, which goes through all that was found.
+      for name in [n for n in names if n not in found]:
         near = next((found[n] for n in around.get(name, ()) if n in found), None)
         if near:
           new[name] = {max(near, key=near.__getitem__): 1.0}

@@ -104,7 +104,7 @@ class EncoderDecoder(Decoder):
       cache: from `start`.
       last_only: as in `Decoder`.
       return_served: as in `Decoder`, of the decoder's MoE layers only.
-      return_routes: likewise.
+      return_routes: of both stacks, as `routes` and `encoder_routes`.
       batch_chosen: as in `Decoder`.
       present: as in `Decoder`.
       step: as in `Decoder`.
@@ -221,9 +221,7 @@ class EncoderDecoder(Decoder):
       own = self.encoder.moe.eval_capacity_factor
       fixed = self.encoder.router.fixed_slots
       factor = own if factor is None or fixed else factor
-    options = dataclasses.replace(
-      options, capacity_factor=factor, return_served=False, return_routes=False
-    )
+    options = dataclasses.replace(options, capacity_factor=factor, return_served=False)
     length = tokens.shape[1]
     if positions is None:
       row = jnp.arange(length, dtype=jnp.int32)
@@ -265,9 +263,10 @@ def _joined(
   encoder: list[MoEAux], decoder: list[MoEAux], weight: Float[Array, ""] | float
 ) -> tuple[dict[str, Float[Array, ""]], RouterStats | None, dict[str, Any]]:
   """Joins what both stacks report, the encoder's MoE layers first."""
-  losses, stats, _ = collect(encoder)
+  losses, stats, read = collect(encoder)
   losses = {name: value * weight for name, value in losses.items()}
   own, own_stats, asked = collect(decoder)
+  asked["encoder_routes"] = read.get("routes")
   for name, value in own.items():
     losses[name] = losses[name] + value if name in losses else value
   if stats is None or own_stats is None:

@@ -68,3 +68,5 @@ class DecoderOutput:
   routes: Routes | None = None
   """What the routers decided for each token, with a leading axis of MoE layers; only on
   request."""
+  encoder_routes: Routes | None = None
+  """The same of an encoder, whose tokens are others."""

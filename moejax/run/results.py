@@ -3,6 +3,7 @@
   eval.json              the run's own, written by the run after its last step
   eval_STEP_SPLIT.json   from `moejax.cli.evaluate` with the run's settings; with others,
                          the name says what differs, so that none replaces another
+  step_time.json         where the time of some steps went, from a trace of the run
 
 A file is written whole or not at all, and only `train.finish` writes eval.json.
 """
@@ -17,6 +18,7 @@ from moejax.run import writers
 from moejax.storage.paths import RunPath
 
 EVAL_FILE = "eval.json"
+STEP_TIME_FILE = "step_time.json"
 
 _SAME_LOSS = 1e-4
 """Relative tolerance: another mesh sums in another order, and may break ties between

@@ -2,7 +2,8 @@
 
     config.json     the resolved config, sorted; rewritten at each start
     run.json        fingerprints, mesh, versions and git revision at the first start
-    tokenizer/  metrics.jsonl  checkpoints/  tensorboard/  eval*.json  report.png
+    tokenizer/  metrics.jsonl  checkpoints/  tensorboard/  eval*.json
+    step_time.json  report.png
 
 A directory belongs to one run. It is refused if its run was started with another
 config or corpus, if it holds unrelated files, and while another process trains in
@@ -39,6 +40,7 @@ OURS = (
   "tokenizer*",
   "tensorboard",
   "eval*.json",
+  "step_time.json",
   "report*",
   ".*",
   "*.log",
@@ -63,6 +65,7 @@ MAY_CHANGE = (
   "train.final_eval_tokens",
   "train.sample",
   "train.report",
+  "train.trace_steps",
   "train.tensorboard",
   "train.checkpoint_every",
   "train.keep_last",

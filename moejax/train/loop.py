@@ -29,7 +29,7 @@ from moejax.run.signals import StopRequest
 from moejax.sharding import rules
 from moejax.storage import errors as storage_errors
 from moejax.storage.paths import RunPath, run_path
-from moejax.train import finish, validation, wire
+from moejax.train import finish, step_trace, validation, wire
 from moejax.train import setup as setup_lib
 from moejax.train import step as step_lib
 from moejax.train.setup import Run
@@ -115,6 +115,7 @@ def fit(run: Run, reporter: Reporter, stop: StopRequest, config_flags: str = "")
   train_step = step_lib.make_train_step(
     run.model, run.optimizer, run.config, run.mesh, token_bytes=run.token_bytes
   )
+  trace = step_trace.StepTrace(run, train_step, reporter)
   train_step = wire.watched(train_step, run.config, run.mesh, config_flags)
   train_step = first_call(train_step, "compiling the train step", reporter)
   evaluate = make_evaluate(run, reporter)
@@ -126,6 +127,10 @@ def fit(run: Run, reporter: Reporter, stop: StopRequest, config_flags: str = "")
   try:
     while step < end:
       batch = to_devices(next(batches), run.mesh)
+      if trace.due(step):
+        log.settle(keep=False)
+        trace.take(step, batch)
+        log.resume()
       run.state, device_metrics = train_step(run.state, batch)
       step += 1
       # The metrics of step n-1 are read after step n has started, so that the
@@ -148,6 +153,7 @@ def fit(run: Run, reporter: Reporter, stop: StopRequest, config_flags: str = "")
         break
       log.resume()
   finally:
+    trace.close()
     log.close()
     _close(batches)
   return step

@@ -5,14 +5,16 @@ import pathlib
 import re
 import subprocess
 import sys
+from typing import Any
 
 import pytest
 
 from moejax.analysis.explorer import pack
-from moejax.cli import train
+from moejax.cli import analysis_passes, restored, train
 from moejax.config import Config
 from moejax.errors import UserError
 from tests.experiments.test_command_lines import TINY, call
+from tests.models.test_encoder_decoder import small
 
 ROOT = pathlib.Path(__file__).parents[2]
 
@@ -67,15 +69,41 @@ def test_flags_that_do_nothing_or_contradict_are_refused(tmp_path):
   assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
 
-@pytest.mark.parametrize("name", ["moe.dense_twin", "model.kind"])
-def test_training_refuses_at_once_what_cannot_be_analyzed_after_it(name):
-  """A dense model and an encoder-decoder, before a step is taken."""
+def test_training_refuses_at_once_what_cannot_be_analyzed_after_it():
+  """A dense model, before a step is taken; not one with experts, of either kind."""
   config = Config()
-  config.moe.dense_twin = name == "moe.dense_twin"
-  config.model.kind = "encoder_decoder" if name == "model.kind" else "decoder"
+  train._check_analysis(config)
+  config.moe.dense_twin = True
   with pytest.raises(UserError, match="--analyze: .*Leave it out"):
     train._check_analysis(config)
-  train._check_analysis(Config())
+  train._check_analysis(small())
+
+
+@pytest.mark.parametrize(("read", "limit"), [(100, 2), (64, 1), (1000, 0)])
+def test_training_analyzes_about_as_much_as_it_evaluated(monkeypatch, read, limit):
+  """In batches of 8 rows of 8 targets, of 1000: the encoder's 16 tokens a row count
+  nothing. 0 is all."""
+  asked = []
+  monkeypatch.setattr(analysis_passes, "analyze", lambda _, asked_: asked.append(asked_))
+  result = {"tokens": read, "split_tokens": 1000}
+  train._analyze(small(), pathlib.Path("run"), result)
+  assert [each.limit for each in asked] == [limit]
+
+
+def test_what_an_encoder_decoder_has_not_is_refused_by_the_flag():
+  """Each by its name, with what there is instead; loads and checkpoints pass."""
+
+  def check(steps: int = 0, **asked: Any) -> None:
+    given = restored.Asked(out=pathlib.Path("out"), **asked)
+    analysis_passes._check_encoder(given, steps)
+
+  check()
+  check(steps=1)
+  for name, value in {"replay": {}, "knockout": (), "trace": pathlib.Path("x")}.items():
+    with pytest.raises(UserError, match=f"--{name}: .*encoder-decoder. Leave it out"):
+      check(**{name: value})
+  with pytest.raises(UserError, match="--steps: more than one"):
+    check(steps=2)
 
 
 @pytest.fixture(scope="module")

@@ -14,6 +14,7 @@ import pytest
 from moejax import load_run
 from moejax.checkpoint import lazy
 from moejax.checkpoint.manager import restore_params
+from moejax.cli import restored
 from moejax.config import MeshConfig
 from moejax.data.tokenizer import load_tokenizer
 from moejax.errors import UserError
@@ -51,6 +52,17 @@ def test_a_converted_run_loads_by_its_directory_alone(run):
   whole = flatten(opened("gpt_oss").loader.params())
   for name, leaf in flatten(loaded.params).items():
     np.testing.assert_array_equal(leaf, whole[name], strict=True)
+
+
+def test_a_run_without_a_tokenizer_reads_no_text_and_says_so(run, tmp_path):
+  """One line, before the dataset is looked at; not for a tokenizer that needs no file."""
+  with pytest.raises(UserError, match="has no tokenizer.*with a tokenizer.json") as error:
+    restored.check_tokenizer("hf", run)
+  assert "\n" not in str(error.value) and error.value.exit_code == 2
+  restored.check_tokenizer("bytes", run)
+  (tmp_path / "tokenizer").mkdir()
+  (tmp_path / "tokenizer" / "tokenizer.json").write_text("{}")
+  restored.check_tokenizer("hf", tmp_path)
 
 
 def test_a_converted_run_restores_onto_a_mesh(run):

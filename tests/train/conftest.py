@@ -42,6 +42,7 @@ def tiny_config(**train) -> Config:
     "checkpoint_every": 0,
     "tensorboard": False,
     "max_bad_steps": 3,
+    "trace_steps": 0,
   }
   return Config(
     data=DataConfig(name="text", path=str(CORPUS), sequence_length=32, prefetch=1),

@@ -121,7 +121,7 @@ class Charts {
       wide = facts.num_experts > 32;
     const spec = heat(rows, {
       x: ordinal("expert", "expert", { axis: { labelAngle: 0, orient: "bottom" } }),
-      y: ordinal("layer", "layer"),
+      y: ordinal("layer", "layer", { sort: null }),
       value: "load",
       title: "load / even load",
       digits: ".1f",
@@ -131,7 +131,7 @@ class Charts {
         clamp: true,
         light: "datum.load < 0.3 || datum.load > 1.7",
       },
-      picked: `datum.layer === ${number} && datum.expert === ${expert}`,
+      picked: `datum.layer === ${JSON.stringify(number)} && datum.expert === ${expert}`,
       height: Math.max(facts.layers.length * (wide ? 14 : 24), 60),
     });
     return {

@@ -111,8 +111,9 @@ def matrices(found: dict[str, Any]) -> pack.Columns:
       columns[f"lift{index}"] = layer["coactivation"]["lift"]
     if "cka" in layer.get("experts", {}):
       columns[f"cka{index}"] = layer["experts"]["cka"]
-  for index, row in enumerate(found.get("flow", [])):
-    columns[f"flow{index}"] = row["conditional"]
+  place = {layer["layer"]: index for index, layer in enumerate(found["layers"])}
+  for row in found.get("flow", []):
+    columns[f"flow{place[row['from']]}"] = row["conditional"]
   return {
     name: pack.rounded(np.asarray(value, np.float32)) for name, value in columns.items()
   }

@@ -58,6 +58,8 @@ function heat(rows, { x, y, value, title, scale, digits, picked, height }) {
 function lines(rows, x, y, { point = false, whole = true } = {}) {
   const names = [...new Set(rows.map((row) => row.name))],
     places = [...new Set(rows.map((row) => row.x))];
+  // Layers of an encoder-decoder are named, and stay in the order of their stacks.
+  const named = typeof places[0] === "string";
   const ticks = whole && places.length <= 24 ? { values: places, format: "d" } : {};
   return {
     data: { values: rows },
@@ -69,10 +71,12 @@ function lines(rows, x, y, { point = false, whole = true } = {}) {
       tooltip: true,
     },
     encoding: {
-      x: axis("x", x, {
-        scale: { zero: false, nice: false },
-        axis: { grid: false, ...ticks },
-      }),
+      x: named
+        ? ordinal("x", x, { sort: null, axis: { grid: false, labelAngle: 0 } })
+        : axis("x", x, {
+            scale: { zero: false, nice: false },
+            axis: { grid: false, ...ticks },
+          }),
       y: axis("y", y, { scale: { zero: true } }),
       strokeDash: {
         field: "name",

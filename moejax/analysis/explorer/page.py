@@ -97,10 +97,16 @@ def _read(name: str) -> str:
 
 
 def _about(found: dict[str, Any]) -> str:
+  stacks = found.get("stacks", {"": found})
+  routers = "; ".join(
+    f"{name + ': ' if name else ''}{own['router']}, {own['num_selected']} of "
+    f"{own['num_experts']} experts, {own['tokens']:,} tokens"
+    for name, own in stacks.items()
+  )
+  loss = "" if found["loss"] is None else f", loss {found['loss']:.4f} nats/token"
   return (
-    f"{found['router']}, {found['num_selected']} of {found['num_experts']} experts, "
-    f"{len(found['layers'])} MoE layers; {found['tokens']:,} tokens of "
-    f"{found['text'] or found['split']}, loss {found['loss']:.4f} nats/token."
+    f"{routers} of {found['text'] or found['split']}; {len(found['layers'])} MoE layers"
+    f"{loss}."
   )
 
 

@@ -68,7 +68,7 @@ class State {
     const found = { ...INITIAL };
     for (const name of Object.keys(INITIAL)) if (name in given) found[name] = given[name];
     if ("layer" in given)
-      found.layer = Math.max(this.numbers.indexOf(Number(given.layer)), 0);
+      found.layer = Math.max(this.numbers.map(String).indexOf(given.layer), 0);
     return found;
   }
 

@@ -23,6 +23,7 @@ _OUTSIDE_THE_STEP = (
   "train.final_eval_tokens",
   "train.sample",
   "train.report",
+  "train.trace_steps",
   "train.checkpoint_every",
   "train.keep_last",
   "train.keep_best",

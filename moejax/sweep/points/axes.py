@@ -44,6 +44,7 @@ FIXED: Mapping[str, str] = {
   "train.final_eval_tokens": _MEASURES,
   "train.sample": _WRITES,
   "train.report": _WRITES,
+  "train.trace_steps": _WRITES,
   "train.checkpoint_every": _WRITES,
   "train.keep_last": _WRITES,
   "train.keep_best": _WRITES,

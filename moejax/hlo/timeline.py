@@ -14,11 +14,18 @@ import heapq
 import pathlib
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
+from moejax import parts as parts_lib
 from moejax.errors import UserError
+from moejax.hlo import parts as hlo_parts
+from moejax.hlo.parse import Program
 from moejax.hlo.parts import Label, Shares, is_mixed
 
 UNKNOWN = Label("unattributed", False)
+
+TRAIN_STEP = "jit_step"
+"""Name of the compiled train step in a trace."""
 
 _DEVICE = re.compile(r"/device:\w+:(\d+)")
 
@@ -34,6 +41,50 @@ class Event:
   start: float
   """Nanoseconds."""
   end: float
+
+
+def trace_options() -> Any:
+  """Returns options of `jax.profiler.trace` that record operations and little else."""
+  import jax
+
+  options = jax.profiler.ProfileOptions()
+  # Every Python call would slow the host down several times.
+  options.python_tracer_level = 0
+  options.host_tracer_level = 2
+  return options
+
+
+def of_steps(
+  text: str, directory: pathlib.Path, *, num_steps: int, step_ms: float
+) -> tuple["Device", ...]:
+  """Returns where the time of traced train steps went, for each device.
+
+  Args:
+    text: of the compiled train step.
+    directory: that `jax.profiler.trace` wrote to; its newest trace is read.
+    num_steps: number of steps in the trace.
+    step_ms: wall time of a step.
+
+  Raises:
+    UserError: the profiler recorded none of the step's operations.
+  """
+  program = Program(text)
+  spent = busy(read(newest(directory), TRAIN_STEP), hlo_parts.control(program))
+  return tuple(
+    by_part(
+      spent,
+      hlo_parts.labels(program),
+      parts_lib.PARTS,
+      collectives=hlo_parts.collectives(program),
+      num_steps=num_steps,
+      step_ms=step_ms,
+    )
+  )
+
+
+def newest(directory: pathlib.Path) -> pathlib.Path:
+  """Returns the newest `.xplane.pb` below a directory."""
+  return max(directory.rglob("*.xplane.pb"), key=lambda path: path.stat().st_mtime)
 
 
 def read(file: pathlib.Path, module: str) -> list[Event]:

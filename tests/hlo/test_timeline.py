@@ -2,8 +2,8 @@
 
 import pytest
 
-from moejax.analysis.timeline import UNKNOWN, Event, busy, by_part
 from moejax.hlo.parts import Label
+from moejax.hlo.timeline import UNKNOWN, Event, busy, by_part
 
 MS = 1_000_000
 
