@@ -29,8 +29,8 @@ ENCODER, DECODER = "encoder", "decoder"
 class Routing(Protocol):
   """What a measure asks of a model: a `Decoder`, or a `Side` of an encoder-decoder."""
 
-  vocab_size: int
-
+  @property
+  def vocab_size(self) -> int: ...
   @property
   def config(self) -> ModelConfig: ...
   @property

@@ -2,9 +2,11 @@
 
 The steps are those of training: the same compiled function, batches of the real text, the
 parameters of a run or new ones. A few steps are timed without the profiler first, since
-recording costs time too.
+recording costs time too. With several processes all take the steps, and the first one
+traces its own devices.
 """
 
+import contextlib
 import dataclasses
 import itertools
 import pathlib
@@ -74,16 +76,19 @@ def profile(
   num_steps: int,
   reporter: Reporter,
   workdir: pathlib.Path | None = None,
-) -> Profile:
-  """Compiles the train step of a config, runs and traces it.
+) -> Profile | None:
+  """Compiles the train step of a config, runs and traces it; every process calls it.
 
   Args:
     config: validated.
-    out: existing directory, where `TRACE` is written.
+    out: existing directory, where the first process writes `TRACE`.
     num_steps: steps to trace, and to time before.
     reporter: says what is being done.
     workdir: run whose newest parameters and tokenizer are used; nothing is written there.
       None makes new parameters, of the config's seed.
+
+  Returns:
+    The profile of the first process's devices; None in other processes.
 
   Raises:
     UserError: no text, no checkpoint, or a platform whose profiler records nothing.
@@ -95,12 +100,19 @@ def profile(
   dataset = data.load(config.data, workdir=workdir, store=False)
   dataset.check_batch_size(config.train.batch_size)
   stepper = _Stepper(config, dataset, mesh, workdir, reporter)
+  recording: Any = contextlib.nullcontext()
+  tells = jax.process_index() == 0
+  if tells:
+    options = timeline.trace_options()
+    recording = jax.profiler.trace(str(out / TRACE), profiler_options=options)
   with jax.set_mesh(mesh):
     for _ in range(_WARM_UP):
       stepper()
     untraced = [sum(stepper()) for _ in range(num_steps)]
-    with jax.profiler.trace(str(out / TRACE), profiler_options=timeline.trace_options()):
+    with recording:
       hosts = [stepper() for _ in range(num_steps)]
+  if not tells:
+    return None
   with reporter.working("adding up the trace"):
     step_ms = 1e3 * sum(map(sum, hosts)) / num_steps
     devices = timeline.of_steps(

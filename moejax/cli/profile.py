@@ -8,7 +8,8 @@ jax.profiler. With --workdir the run's config and newest parameters are used, an
 of the run is changed. Prints a table for each device: milliseconds of a step in each
 part, forward and backward, and waiting. --out (default RUN/profile; without --workdir
 nothing is kept) gets profile.json and the trace, for Perfetto (trace.json.gz) or XProf
-(xplane.pb). docs/profile.md says how it is counted. One process only.
+(xplane.pb). docs/profile.md says how it is counted. Several processes can step together,
+started as for experiments.train; the first one profiles its own devices.
 """
 
 import contextlib
@@ -39,23 +40,38 @@ def main() -> None:
   workdir = cli.run_directory() if flags.FLAGS["workdir"].value else None
   config = _config(workdir)
   # After the configuration, so that a mistake there does not cost the import of jax.
+  from moejax.launch import distributed
+  from moejax.run import provenance
+
+  flags_given = {"--workdir": str(workdir), "--steps": _STEPS.value, "--out": _OUT.value}
+  with distributed.joined(facts=provenance.facts(config) | flags_given):
+    profile(config, workdir)
+
+
+def profile(config: Config, workdir: pathlib.Path | None) -> None:
+  """Profiles a step; called in every process of a job."""
+  import jax
+
   from moejax.analysis import step_profile
   from moejax.launch import host_memory
   from moejax.run import progress, results
 
   host_memory.keep_freed_pages()
+  index = jax.process_index()
   with _directory(workdir) as (out, kept):
-    reporter = progress.make_reporter(_STEPS.value)
+    reporter = progress.make_reporter(_STEPS.value, process_index=index)
     try:
       found = step_profile.profile(
         config,
-        step_profile.check_out(out),
+        out if index else step_profile.check_out(out),
         num_steps=_STEPS.value,
         reporter=reporter,
         workdir=workdir,
       )
     finally:
       reporter.close()
+    if found is None:
+      return
     if kept:
       results.write(out / _FILE, step_profile.as_json(found))
     show(found)

@@ -31,8 +31,8 @@ _HATCHES = ("//", "\\\\", "--", "||", "..", "xx")
 _BAR_INCHES = 1.3
 """Height of the bar of where time goes."""
 
-_LEAST_SHARE = 0.04
-"""Of a step: smaller parts are drawn as one, since their names would not fit."""
+_NAME_INCHES = 0.52
+"""Narrower parts of the bar are drawn as one, since their names would not fit."""
 
 _NAMED_LOADS = (0.25, 0.5, 1.0, 2.0, 4.0)
 
@@ -66,7 +66,7 @@ def draw(workdir: RunPath | str) -> RunPath | None:
   if spent:
     halves: Any = figure.subfigures(2, 1, height_ratios=(5, extra))
     upper, lower = halves
-    draw_time(lower.subplots(), spent)
+    draw_time(lower.subplots(), spent, least=_NAME_INCHES / width)
   axes = upper.subplots(1, 2 if has_load else 1, squeeze=False)[0]
   draw_loss(axes[0], lines, final)
   draw_alarms(axes[0], lines)
@@ -155,14 +155,15 @@ def draw_load(axes: Any, lines: list[dict[str, Any]]) -> Any:
   return image
 
 
-def time_shares(spent: Mapping[str, Any]) -> dict[str, float]:
+def time_shares(spent: Mapping[str, Any], least: float) -> dict[str, float]:
   """Returns which share of a step each part takes, mean over devices; the sum is 1.
 
   Args:
     spent: content of step_time.json.
+    least: share of a part that is named.
 
   Returns:
-    Parts from the largest on; those below `_LEAST_SHARE` together as `other`, then
+    Parts from the largest on; smaller ones than `least` together as `other`, then
     `waiting`, of a device for the host or for other devices.
   """
   devices, shares = spent["devices"], collections.defaultdict[str, float](float)
@@ -174,15 +175,15 @@ def time_shares(spent: Mapping[str, Any]) -> dict[str, float]:
   drawn = {
     name: share
     for name, share in sorted(shares.items(), key=lambda item: -item[1])
-    if share >= _LEAST_SHARE
+    if share >= least
   }
   return drawn | {"other": 1 - waiting - sum(drawn.values()), "waiting": waiting}
 
 
-def draw_time(axes: Any, spent: Mapping[str, Any]) -> None:
-  """Draws one bar: the parts of a step by their share of its time."""
+def draw_time(axes: Any, spent: Mapping[str, Any], least: float) -> None:
+  """Draws one bar: the parts of a step by their share of its time, see `time_shares`."""
   left = 0.0
-  for number, (name, share) in enumerate(time_shares(spent).items()):
+  for number, (name, share) in enumerate(time_shares(spent, least).items()):
     grey = name in ("other", "waiting")
     axes.barh(
       0,
@@ -193,7 +194,7 @@ def draw_time(axes: Any, spent: Mapping[str, Any]) -> None:
       hatch="//" if name == "waiting" else None,
       edgecolor="white",
     )
-    if share >= _LEAST_SHARE:
+    if share >= least:
       text = f"{name}\n{100 * share:.0f}%".replace("_", "\n")
       axes.text(left + share / 2, 0, text, ha="center", va="center", fontsize=8)
     left += share

@@ -26,16 +26,20 @@ ROOT = pathlib.Path(__file__).parents[2]
 SETTINGS = (*TINY, "train.log_every=1", "optimizer.schedule=inverse_sqrt")
 LINES = (
   *("loss", "bits_per_byte", "balance_loss", "z_loss", "grad_norm", "learning_rate"),
-  *("dropped_fraction", "skipped_steps", "validation_loss", "validation_num_tokens"),
+  *(
+    "dropped_fraction",
+    "skipped_steps",
+    "alarms_active",
+    "alarms_raised",
+    "validation_loss",
+    "validation_num_tokens",
+  ),
   *("validation_bits_per_byte", "validation_z_loss", "validation_dropped_fraction"),
   "validation_split_tokens",
 )
 """What a line of metrics.jsonl has, besides speed, `moe` (compared apart), and what
 says how the work was cut: `validation_balance_loss` is a mean over routing groups, of
 which a dropless evaluation has one per device."""
-
-COUNTS = ("alarms_active", "alarms_raised")
-"""Of alarms, which see the whole batch in every process."""
 
 UNEQUAL = (
   *("tokens_per_second", "model_flops_per_second", "validation_balance_loss"),
@@ -134,14 +138,14 @@ def assert_same_lines(have: list[dict], want: list[dict]) -> None:
   """Metrics of the whole batch: sums to rounding, counts and loads exactly."""
   assert [line["step"] for line in have] == [line["step"] for line in want]
   for a, b in zip(have, want, strict=True):
-    assert (a.keys() | b.keys()) - set(LINES) <= {"step", "moe", *COUNTS, *UNEQUAL}
+    assert (a.keys() | b.keys()) - set(LINES) <= {"step", "moe", "alarms", *UNEQUAL}
     for name in LINES:
       assert (name in a) == (name in b)
       if name in a:
         tolerance = 1e-5 if "loss" in name else 1e-4
         assert a[name] == pytest.approx(b[name], rel=tolerance), name
     assert a["dropped_fraction"] == b["dropped_fraction"]
-    assert all(a[name] == b[name] for name in COUNTS)
+    assert a.get("alarms") == b.get("alarms")
     assert a["moe"].keys() == b["moe"].keys()
     for name in ("load", "drop_fraction", "dropped_tokens", "max_load_ratio"):
       assert a["moe"][name] == b["moe"][name]
@@ -204,6 +208,46 @@ def test_two_processes_that_share_sequences_go_on_where_one_stopped(machine):
   assert "Already done" in out
   written = [p for p in machine.notes(1) if p.startswith(str(machine.root / "two" / "r"))]
   assert not written
+
+
+def test_alarms_are_those_of_one_process(machine):
+  """A router with logits of hundreds, a bound that its gates are above and one that its
+  loads are below: each process sees half of the tokens, and the same alarms begin at the
+  same steps, with the same numbers of each layer."""
+  ill = ("moe.router_init_scale=100", "alarms.patience=1", "alarms.max_load=0.99")
+  quick = ("train.eval_every=0", "train.checkpoint_every=0", "train.sample=false")
+  settings = (*ill, *quick, "train.report=false", "train.final_eval_tokens=100")
+  machine.train("ill", 4, *settings)
+  out, _, logs = machine.train("ill_two", 4, *settings, "mesh.data=2", count=2)
+  one, two = machine.lines("ill"), machine.lines("ill_two")
+  assert [line["step"] for line in two] == [1, 2, 3, 4]
+  for a, b in zip(one, two, strict=True):
+    for name in ("alarms", "alarms_active", "alarms_raised"):
+      assert a.get(name) == b.get(name), name
+    for name in ("top_gate", "top_logit", "router_gradient"):
+      np.testing.assert_allclose(b["moe"][name], a["moe"][name], rtol=1e-4, err_msg=name)
+  assert "max_gate" in one[-1]["alarms"] and "max_load" not in one[-1]["alarms"]
+  # Told once, by the first process.
+  assert out.count("max_gate") >= 1 and ours(logs[0]) == []
+
+
+def test_two_processes_are_profiled_by_the_first(machine, four):
+  """Half the experts in each: the table is of the first one's device, with what it sends,
+  and the other process writes and prints nothing."""
+  del four
+  run, out = machine.root / "four", machine.root / "profiled"
+  flags = (f"--workdir={run}", f"--out={out}", "--steps=2")
+  mesh = [f"--config.mesh.{axis}" for axis in ("data=1", "expert=2", "fsdp=1")]
+  printed, _, logs = machine.run("experiments.profile", *flags, *mesh, count=2)
+  found = json.loads((out / "profile.json").read_text())
+  [device] = found["devices"]
+  names = {part["name"] for part in device["parts"]}
+  assert {"attention", "experts", "exchange", "optimizer"} <= names
+  assert device["collectives"] > 0 and device["unattributed_share"] <= 0.1
+  assert device["busy"] + device["waiting"] == pytest.approx(found["step_ms"], rel=1e-6)
+  assert "device 0" in printed and "attention" in printed
+  assert ours(logs[0]) == []
+  assert not [path for path in machine.notes(1) if path.startswith(str(out))]
 
 
 def test_processes_evaluate_together(machine, four):
