@@ -212,8 +212,7 @@ def test_two_processes_that_share_sequences_go_on_where_one_stopped(machine):
 
 def test_alarms_are_those_of_one_process(machine):
   """A router with logits of hundreds and loads below their bound: each process sees half
-  of the tokens, and the same alarms begin at the same steps, with the same numbers of each
-  layer."""
+  of the tokens, and the same alarms begin at the same steps, with the same numbers."""
   ill = ("moe.router_init_scale=100", "alarms.patience=1", "alarms.max_load=0.99")
   quick = ("train.eval_every=0", "train.checkpoint_every=0", "train.sample=false")
   settings = (*ill, *quick, "train.report=false", "train.final_eval_tokens=100")
