@@ -32,14 +32,17 @@ def _loads(found: dict[str, Any]) -> str:
     f"The busiest expert has {load['max_ratio']:.2f} times an even load (expert "
     f"{int(np.argmax(load['share']))} of layer {worst['layer']}), and {used}"
   )
-  dropping = [(_drop_rate(layer), layer["layer"]) for layer in layers if "drops" in layer]
+  dropping = [
+    (_drop_rate(layer), index) for index, layer in enumerate(layers) if "drops" in layer
+  ]
   if not dropping or found.get("capacity_factor") is None:
     return text + "."
-  rate, layer = max(dropping)
+  rate, index = max(dropping)
+  layer = layers[index]["layer"]
   capacity = f"the training capacity of {found['capacity_factor']:g}"
   if rate == 0:
     return f"{text}; {capacity} drops nothing."
-  if "dropped" not in layers[0]["drops"]["place"]:
+  if "dropped" not in layers[index]["drops"]["place"]:
     missed = f"up to {rate:.1%} of the tokens without an expert"
     return f"{text}; {capacity} leaves {missed} (layer {layer})."
   return f"{text}; {capacity} drops up to {rate:.1%} of the choices (layer {layer})."
@@ -81,6 +84,11 @@ def _above(own: dict[str, Any], name: str) -> float:
 
 def _importance(found: dict[str, Any]) -> str:
   rows = found.get("knockout")
+  if not rows and "knockout" in found["undefined"]:
+    return (
+      "Which experts matter is not visible here: no measure of a router is known to "
+      "predict it."
+    )
   if not rows:
     return (
       "Which experts matter is not visible here: no measure of a router is known to "

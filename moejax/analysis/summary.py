@@ -101,6 +101,7 @@ def summarise(
 
 NOT_OF_AN_ENCODER_DECODER = {
   "experts": "outputs of experts are compared for decoder-only models alone",
+  "knockout": "experts are removed from decoder-only models alone",
   "text": "the page shows the text of decoder-only models alone",
 }
 """What is missing from the summary of an encoder-decoder, with the reason."""

@@ -164,7 +164,7 @@ class EncoderDecoder(Decoder):
     if last_only:
       x = x[:, -1:]
     return DecoderOutput(
-      logits=embedding.logits(x), aux=aux, stats=stats, cache=cache, **asked
+      logits=self.finish(params, x), aux=aux, stats=stats, cache=cache, **asked
     )
 
   def start(

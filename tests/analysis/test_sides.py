@@ -109,9 +109,9 @@ def test_the_summary_names_layers_by_their_stacks_and_can_be_drawn(collected):
   assert [(row["from"], row["to"]) for row in found["flow"]] == [tuple(names[1:])]
   assert [name for name in facts.matrices(found) if "flow" in name] == ["flow1"]
   assert found["stacks"]["encoder"]["tokens"] == sums["encoder"]["tokens"]
-  assert {"experts", "text"} <= set(found["undefined"])
+  assert {"experts", "knockout", "text"} <= set(found["undefined"])
   said = sentences.sentences(found)
-  assert "coder." in said[0]
+  assert "coder." in said[0] and "--knockout" not in said[2]
   assert {"load", "specialisation"} <= set(figures.draw(found))
   text = page.render(found, said, None, Names(pieces=pieces, domains=domains), {})
   assert "encoder: switch" in text and "decoder: switch" in text

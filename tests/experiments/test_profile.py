@@ -2,12 +2,15 @@
 
 import json
 import pathlib
+import types
 
 import pytest
 
 from moejax.analysis import step_profile
+from moejax.config import Config
 from moejax.errors import UserError
 from moejax.parts import PARTS
+from moejax.run import progress
 from tests.experiments.test_command_lines import TINY, call
 
 
@@ -16,6 +19,29 @@ def test_a_directory_that_cannot_be_written_is_one_line(tmp_path):
   with pytest.raises(UserError, match=r"--out=.*file/x cannot be written .*another") as e:
     step_profile.check_out(tmp_path / "file" / "x")
   assert "\n" not in str(e.value) and e.value.exit_code == 2
+
+
+def test_a_process_that_is_not_the_first_steps_and_records_nothing(monkeypatch, tmp_path):
+  """It must take every step, since the others wait for it: two to warm up, three timed,
+  three in the trace of the first."""
+  steps = []
+
+  class Stepper:
+    def __init__(self, *_: object):
+      pass
+
+    def __call__(self) -> tuple[float, ...]:
+      steps.append(1)
+      return 0.0, 0.0, 0.0, 0.0
+
+  dataset = types.SimpleNamespace(check_batch_size=lambda _: None)
+  monkeypatch.setattr(step_profile, "_Stepper", Stepper)
+  monkeypatch.setattr(step_profile.data, "load", lambda *_, **__: dataset)
+  monkeypatch.setattr(step_profile.jax, "process_index", lambda: 1)
+  config = Config()
+  said = progress.Silent()
+  assert step_profile.profile(config, tmp_path, num_steps=3, reporter=said) is None
+  assert len(steps) == 2 + 3 + 3 and not list(tmp_path.iterdir())
 
 
 @pytest.fixture(scope="module")

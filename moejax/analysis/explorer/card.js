@@ -52,7 +52,8 @@ class ExpertCard {
     const cost =
       removed &&
       `${shown(removed.delta[expert])} ± ${shown(removed.error[expert], 2)} nats`;
-    add("loss without it", cost || "not measured (--knockout)");
+    const how = facts.undefined.knockout ? "" : " (--knockout)";
+    add("loss without it", cost || `not measured${how}`);
     return make("div", {}, make("h3", {}, "Numbers"), table, this.history(layer, expert));
   }
 

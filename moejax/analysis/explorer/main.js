@@ -195,8 +195,10 @@ async function main() {
   else {
     for (const element of document.querySelectorAll(".of-text")) element.hidden = true;
     byId("no-text").hidden = false;
-    byId("no-text").textContent =
-      "No tokens are here: the analysis was made with --explore_tokens=0.";
+    const why = data.facts.undefined.text;
+    byId("no-text").textContent = why
+      ? `No tokens are here: ${why}.`
+      : "No tokens are here: the analysis was made with --explore_tokens=0.";
   }
   if (data.facts.note) {
     byId("notice").hidden = false;
