@@ -4,13 +4,13 @@
 
 Sparse Upcycling (arXiv:2212.05055) starts the experts as copies of a trained dense layer.
 Here every side gets the same training FLOPs, and those of the dense model are on
-upcycle's side: a run that upcycles a dense model of 400 steps within the FLOPs of 1,600
-dense steps trains with what is left. Beside it are the sparse model from scratch and the
-dense model, both with all of it. Each run has its own warmup and cosine decay over its own
+upcycle's side: what upcycles a dense model of 400 steps within the FLOPs of 1,600 dense
+steps is trained with the rest. Beside it are the sparse model from scratch and the dense
+model, both with all of it. Each run has its own warmup and cosine decay over its own
 steps; so had the dense models that are upcycled.
 
 Copies are cut into four parts with equal router rows (virtual groups, arXiv:2410.07524),
-so the first loss is the dense model's. Their text has another order than that of the dense
+so the first loss is the dense model's. They read the text in another order than the dense
 model before (`base.FIRST_DENSE_SEED`).
 
 Each side's learning rate is tuned with seed 0 at 800 steps.
@@ -37,7 +37,9 @@ def flops_per_step(sparse: bool) -> float:
   config = common.base()
   for name, value in (common.SPARSE if sparse else common.DENSE).items():
     config_text.set_field(config, name, value)
-  return flops.flops_per_token(config, VOCABULARY)["total"] * flops.tokens_per_step(config)
+  return flops.flops_per_token(config, VOCABULARY)["total"] * flops.tokens_per_step(
+    config
+  )
 
 
 def sparse_steps(total: int, age: int = 0) -> int:
@@ -66,6 +68,11 @@ def sides(total: int) -> dict[str, dict[str, Any]]:
   return found
 
 
+def best_name(side: str) -> str:
+  """Returns the variant of a side, such as `scratch, 800`, at its best rate."""
+  return f"{side}, rate {common.RATES[side.partition(',')[0].partition(' ')[0]]:g}"
+
+
 def side_of(config: Config) -> str:
   if config.moe.dense_twin:
     return "dense"
@@ -90,7 +97,7 @@ def variants() -> dict[str, dict[str, Any]]:
     for total in common.TOTALS
     for name, settings in sides(total).items()
     for rate in common.TRIED
-    if rate == common.RATES[name.split(",")[0].split()[0]]
+    if best_name(name).endswith(f"rate {rate:g}")
     or name in (f"dense, {TUNED}", f"scratch, {TUNED}", f"upcycle {TUNED // 2}, {TUNED}")
   }
 

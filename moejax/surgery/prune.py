@@ -136,7 +136,9 @@ class Prune(Operation):
       removal = source.measured.removal()
       return {n: removal[n] for n in source.layers}
     if self.by == "random":
-      return {n: la.random().random(la.old.fine_experts) for n, la in source.layers.items()}
+      return {
+        n: la.random().random(la.old.fine_experts) for n, la in source.layers.items()
+      }
     if self.by == "weights":
       return {n: -concentration(layer) for n, layer in source.layers.items()}
     sums = source.measured.sums

@@ -1,0 +1,33 @@
+#!/usr/bin/env bash
+# The whole study, from the repository's root. It can be stopped and started again.
+set -euo pipefail
+runs=runs/apart
+sparse=(--config.moe.router=top_k --config.moe.num_selected=2
+  --config.moe.renormalize=before_drop)
+
+python -m experiments.sweep --spec=experiments/apart/seeds.py --workdir=$runs/seeds "$@"
+mkdir -p $runs/starts
+for path in $runs/seeds/runs/*; do
+  [[ $path =~ seed=([0-9]+)- ]]
+  ln -sfn "$PWD/$path" "$runs/starts/seed=$((BASH_REMATCH[1] - 10))"
+done
+
+python -m experiments.sweep --spec=experiments/apart/branches.py \
+  --workdir=$runs/branches "$@"
+for path in $runs/starts/seed=*; do
+  seed=${path##*=}
+  # 256 batches of the validation split are the tokens of the final evaluation.
+  if [[ ! -d $runs/starts/joined=$seed ]]; then
+    branches=("$runs"/branches/runs/domains=*,seed="$seed"-*)
+    python -m tools.surgery btx --workdir="${branches[0]}" \
+      --runs="$(IFS=,; echo "${branches[*]:1}")" --output="$runs/starts/joined=$seed" \
+      --seed="$seed" --max_batches=256 "${sparse[@]}"
+  fi
+  if [[ ! -d $runs/starts/upcycled=$seed ]]; then
+    python -m tools.surgery upcycle --workdir="$path" \
+      --output="$runs/starts/upcycled=$seed" --seed="$seed" --evaluate=false \
+      --config.moe.num_experts=4 "${sparse[@]}"
+  fi
+done
+
+python -m experiments.sweep --spec=experiments/apart/spec.py --workdir=$runs/sweep "$@"

@@ -1,0 +1,55 @@
+"""Are experts that were trained apart worth as much as one model trained on everything?
+
+  bash experiments/apart/run.sh
+
+Branch-Train-MiX (arXiv:2403.07816): a dense seed model is copied, each copy is trained on
+one of four domains without any communication, their feed-forwards become the experts of
+one model, and that is trained a little on all domains. Against it, with the same total
+of training FLOPs: the seed model trained on all domains, dense or upcycled first, and
+the sparse model from scratch. FLOPs of the seed model and of all branches count.
+"""
+
+from typing import Any
+
+from experiments.apart import base as common
+from moejax.config import Config
+from moejax.sweep.spec import Spec
+
+STARTS = "runs/apart/starts"
+
+
+def total_flops(config: Config) -> float:
+  """Returns the training FLOPs of a run and of all that it starts from."""
+  dense = common.flops_per_step(common.DENSE)
+  own = dense if config.moe.dense_twin else common.flops_per_step(common.SPARSE)
+  before = common.SEED_STEPS if config.train.init_from else 0
+  if "joined" in config.train.init_from:
+    before += common.BRANCH_STEPS * len(common.DOMAINS)
+  return config.train.num_steps * own + before * dense
+
+
+def sides() -> dict[str, dict[str, Any]]:
+  dense = common.flops_per_step(common.DENSE)
+  sparse = common.flops_per_step(common.SPARSE)
+  branches = common.BRANCH_STEPS * len(common.DOMAINS)
+  mixed = common.MIXED_STEPS * sparse / dense  # In dense steps, as all else here.
+
+  def after(start: str, steps: float) -> dict[str, Any]:
+    return {
+      "train.init_from": f"{STARTS}/{start}={{seed}}",
+      "train.num_steps": round(steps),
+      "optimizer.learning_rate": common.AFTER,
+    }
+
+  whole = common.SEED_STEPS + branches + mixed
+  return {
+    "joined": common.SPARSE | after("joined", common.MIXED_STEPS),
+    "seed on all, dense": common.DENSE | after("seed", branches + mixed),
+    "seed on all, upcycled": common.SPARSE
+    | after("upcycled", (branches + mixed) * dense / sparse),
+    "scratch, sparse": common.SPARSE | {"train.num_steps": round(whole * dense / sparse)},
+  }
+
+
+def get_sweep() -> Spec:
+  return Spec(base=common.base(), variants=sides(), seeds=tuple(range(common.SEEDS)))

@@ -1,0 +1,246 @@
+"""Tables and figures of the studies of expert surgery, which no sweep's report has.
+
+  python -m tools.surgery_studies upcycle runs/upcycle
+
+Takes results.csv of the study's sweep, and what other runs of the study say, to
+experiments/STUDY, with tables and figures made of them. Without the last argument it only
+makes those anew. In a sweep's own results a run begins at its first step, whatever was
+spent on its start.
+
+Intervals are 90%, of Student's t over seeds; differences are paired by seed.
+"""
+
+import collections
+import csv
+import pathlib
+import shutil
+import sys
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+import altair as alt
+
+import experiments
+from experiments.apart import base as apart_base
+from experiments.prune import base as prune_base
+from experiments.upcycle import base as upcycle_base
+from experiments.upcycle import spec as upcycle_spec
+from moejax import files
+from moejax.errors import UserError
+from moejax.sweep.report import charts, summary, tables
+
+ROOT = pathlib.Path(experiments.__file__).parent
+
+Rows = list[dict[str, Any]]
+BySeed = Mapping[int, float]
+"""A loss by seed, nats per token."""
+
+
+def read(study: str, name: str = "results.csv") -> Rows:
+  with open(ROOT / study / name) as file:
+    return list(csv.DictReader(file))
+
+
+def by_seed(rows: Iterable[Mapping[str, Any]], column: str, *keys: str) -> dict[Any, Any]:
+  """Returns a column by the cells of some others, and then by seed."""
+  found: dict[Any, dict[int, float]] = collections.defaultdict(dict)
+  for row in rows:
+    key = tuple(row[name] for name in keys)
+    found[key if len(keys) > 1 else key[0]][int(row["seed"])] = float(row[column])
+  return found
+
+
+def mean(name: str, losses: BySeed, less: BySeed | None = None) -> dict[str, Any]:
+  """Returns cells of a mean over seeds, or of that of differences, with its interval."""
+  values = [losses[s] - (less[s] if less else 0.0) for s in sorted(losses)]
+  found = summary.student(values)
+  return {name: found.estimate, f"{name}, low": found.low, f"{name}, high": found.high}
+
+
+# ------------------------------------------------------------------------- figures
+
+
+def point(
+  x: Any, colour: str, losses: BySeed, less: BySeed | None = None
+) -> dict[str, Any]:
+  """Returns a point of a figure: a mean with its interval."""
+  cells = mean("loss", losses, less)
+  return {"x": x, "colour": colour, **{n.rpartition(" ")[2]: v for n, v in cells.items()}}
+
+
+def chart(rows: Rows, x: Any, title: str = charts.LOSS, *, lines: bool = False) -> Any:
+  """Returns points with intervals, joined by lines or side by side."""
+  levels = list(dict.fromkeys(row["colour"] for row in rows))
+  colour = charts.colour("colour", levels, {"colour": ""})
+  base = alt.Chart(charts.data(rows)).encode(x=x, color=colour)
+  if not lines:
+    base = base.encode(xOffset=alt.XOffset("colour:N", sort=levels))
+  scale = alt.Scale(zero=False, padding=12)
+  y = alt.Y("loss:Q", title=title, scale=scale)
+  layers = [base.mark_point(size=60, filled=True, opacity=0.9).encode(y=y)]
+  layers += [base.mark_line().encode(y=y)] if lines else []
+  bars = base.transform_filter("isValid(datum.low)").mark_rule(opacity=0.6)
+  layers.append(bars.encode(y=alt.Y("low:Q", title=title, scale=scale), y2="high:Q"))
+  return alt.layer(*layers).properties(height=charts.HEIGHT)
+
+
+def figure(name: str, title: str, drawn: Any) -> charts.Figure:
+  return charts.Figure(name=name, title=title, caption="", chart=drawn)
+
+
+# ------------------------------------------------------------------------- upcycle
+
+
+def upcycle() -> tuple[tables.Table, charts.Figure]:
+  """Loss over all training FLOPs, those of dense models included."""
+  losses = by_seed(read("upcycle"), "loss", "variant")
+  cost = upcycle_spec.flops_per_step(sparse=False)
+  rows, points = [], []
+  for total in upcycle_base.TOTALS:
+    for side in upcycle_spec.sides(total):
+      words = side.partition(",")[0]
+      found = losses[upcycle_spec.best_name(side)]
+      scratch = losses[upcycle_spec.best_name(f"scratch, {total}")]
+      rows.append(
+        {"side": words, "budget, dense steps": total}
+        | mean("loss", found)
+        | mean("loss - scratch", found, scratch)
+      )
+      colour = words.replace("upcycle ", "upcycled at dense step ")
+      points.append(point(total * cost, colour, found))
+  x = alt.X(
+    "x:Q",
+    title="training FLOPs, those of the dense model included",
+    scale=charts.scale([p["x"] for p in points]),
+    axis=alt.Axis(format="~s"),
+  )
+  table = tables.Table(name="upcycle", title="Loss at equal FLOPs", rows=tuple(rows))
+  drawn = chart(points, x, lines=True)
+  return table, figure("upcycle", "Upcycled and from scratch", drawn)
+
+
+# --------------------------------------------------------------------------- prune
+
+_PRUNED, _TRAINED = "pruned", "and trained for 10% more"
+
+
+def gather_prune(workdir: pathlib.Path) -> Rows:
+  """Returns the losses that `tools.surgery` measured before and after pruning."""
+  rows = []
+  for path in sorted((workdir / "starts").glob("by=*")):
+    words = dict(word.split("=") for word in path.name.split(","))
+    loss = files.read_json(path / "run.json")["surgery"][-1]["loss"]
+    rows.append({**words, "whole": loss["before"], "pruned": loss["after"]})
+  return rows
+
+
+def prune() -> tuple[tables.Table, charts.Figure]:
+  """Rise of the loss by criterion, before and after more training."""
+  before = read("prune", "losses.csv")
+  whole = by_seed(before, "whole", "by", "experts")
+  pruned = by_seed(before, "pruned", "by", "experts")
+  trained = by_seed(read("prune"), "loss", "variant")
+  rate = f", rate {prune_base.BEST:g}"
+  rows, points = [], []
+  for experts in prune_base.LEFT:
+    for by in prune_base.CRITERIA:
+      key, after = (by, str(experts)), trained[f"{by}, {experts}{rate}"]
+      rows.append(
+        {"by": by, "experts": experts}
+        | mean(f"loss - whole, {_PRUNED}", pruned[key], whole[key])
+        | mean(f"loss - whole, {_TRAINED}", after, trained[f"whole{rate}"])
+      )
+      words = f"{experts} of {prune_base.EXPERTS} left, "
+      points.append(point(by, words + _PRUNED, pruned[key], whole[key]))
+      points.append(point(by, words + _TRAINED, after, trained[f"whole{rate}"]))
+  x = alt.X("x:N", title="", sort=list(prune_base.CRITERIA))
+  drawn = chart(points, x, "rise of the held-out loss, nats/token")
+  table = tables.Table(name="prune", title="Rise of the loss", rows=tuple(rows))
+  return table, figure("prune", "Loss of pruning", drawn)
+
+
+# --------------------------------------------------------------------------- apart
+
+_BRANCH = "branch, on its own domain"
+
+
+def gather_apart(workdir: pathlib.Path) -> Rows:
+  """Returns the losses of final evaluations by domain."""
+  rows = []
+  for folder in ("seeds", "branches", "sweep"):
+    names = {row["run"]: row for row in read_sweep(workdir / folder)}
+    for name, found in names.items():
+      path = workdir / folder / "runs" / name / "eval.json"
+      seed = int(found["seed"])
+      side = {"seeds": "seed model", "branches": _BRANCH}.get(folder)
+      if folder == "seeds":
+        seed -= apart_base.FIRST_SEED
+      domains = files.read_json(path)["results"][0]["domains"]
+      for domain, own in domains.items():
+        cells = {"loss": own["loss"], "tokens": own["tokens"]}
+        rows.append(
+          {"side": side or found["variant"], "seed": seed, "domain": domain} | cells
+        )
+  return rows
+
+
+def read_sweep(workdir: pathlib.Path) -> Rows:
+  with open(workdir / "results.csv") as file:
+    return list(csv.DictReader(file))
+
+
+def apart() -> tuple[tables.Table, charts.Figure]:
+  """Loss by domain of every side."""
+  found = by_seed(read("apart", "losses.csv"), "loss", "side", "domain")
+  sides = dict.fromkeys(side for side, _ in found)
+  rows, points = [], []
+  for side in sides:
+    own = [found[side, domain] for domain in apart_base.DOMAINS]
+    everywhere = {s: sum(f[s] for f in own) / len(own) for s in own[0]}
+    for domain, losses in (*zip(apart_base.DOMAINS, own), ("mean", everywhere)):
+      rows.append({"side": side, "domain": domain} | mean("loss", losses))
+      points.append(point(domain, side, losses))
+  x = alt.X("x:N", title="", sort=[*apart_base.DOMAINS, "mean"])
+  table = tables.Table(name="apart", title="Loss by domain", rows=tuple(rows))
+  return table, figure("apart", "Trained apart and joined", chart(points, x))
+
+
+# ---------------------------------------------------------------------------------
+
+DRAWN: dict[str, Callable[[], tuple[tables.Table, charts.Figure]]] = {
+  "upcycle": upcycle,
+  "prune": prune,
+  "apart": apart,
+}
+GATHERED = {"prune": gather_prune, "apart": gather_apart}
+
+
+def write_rows(path: pathlib.Path, rows: Sequence[Mapping[str, Any]]) -> None:
+  with files.replacing(path) as temporary, open(temporary, "w", newline="") as file:
+    sheet = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
+    sheet.writeheader()
+    sheet.writerows(rows)
+
+
+def main(study: str, workdir: str = "") -> None:
+  """Writes a study's tables and figures.
+
+  Raises:
+    UserError: there is no such study.
+  """
+  if study not in DRAWN:
+    raise UserError(f"{study}: there is no such study. Use {', '.join(DRAWN)}.")
+  if workdir:
+    shutil.copy(pathlib.Path(workdir) / "sweep" / "results.csv", ROOT / study)
+    if study in GATHERED:
+      rows = GATHERED[study](pathlib.Path(workdir))
+      write_rows(ROOT / study / "losses.csv", rows)
+  table, drawn = DRAWN[study]()
+  for name in ("tables", "figures"):
+    (ROOT / study / name).mkdir(exist_ok=True)
+  tables.write(ROOT / study / "tables", [table])
+  charts.save(drawn, ROOT / study / "figures")
+
+
+if __name__ == "__main__":
+  main(*sys.argv[1:])
