@@ -140,19 +140,20 @@ def prune() -> tuple[tables.Table, charts.Figure]:
   whole = by_seed(before, "whole", "by", "experts")
   pruned = by_seed(before, "pruned", "by", "experts")
   trained = by_seed(read("prune"), "loss", "variant")
-  rate = f", rate {prune_base.BEST:g}"
+  names = {e: f", rate {rate:g}" for e, rate in prune_base.BEST.items()}
+  base = trained[f"whole{names[prune_base.EXPERTS]}"]
   rows, points = [], []
   for experts in prune_base.LEFT:
     for by in prune_base.CRITERIA:
-      key, after = (by, str(experts)), trained[f"{by}, {experts}{rate}"]
+      key, after = (by, str(experts)), trained[f"{by}, {experts}{names[experts]}"]
       rows.append(
         {"by": by, "experts": experts}
         | mean(f"loss - whole, {_PRUNED}", pruned[key], whole[key])
-        | mean(f"loss - whole, {_TRAINED}", after, trained[f"whole{rate}"])
+        | mean(f"loss - whole, {_TRAINED}", after, base)
       )
       words = f"{experts} of {prune_base.EXPERTS} left, "
       points.append(point(by, words + _PRUNED, pruned[key], whole[key]))
-      points.append(point(by, words + _TRAINED, after, trained[f"whole{rate}"]))
+      points.append(point(by, words + _TRAINED, after, base))
   x = alt.X("x:N", title="", sort=list(prune_base.CRITERIA))
   drawn = chart(points, x, "rise of the held-out loss, nats/token")
   table = tables.Table(name="prune", title="Rise of the loss", rows=tuple(rows))

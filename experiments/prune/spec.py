@@ -8,8 +8,8 @@ trained for 10% of the steps that the whole model had, with its own warmup and d
 so is the whole model. Beside them is a model that had half of the experts from the start,
 with all the steps.
 
-The rate after pruning is tuned with seed 0 on the whole model and on half of it by
-`reap`; the model from the start has the rate that the whole model had.
+The rate after pruning is tuned with seed 0 on the whole model and on what `reap` leaves of
+it, for each number of experts; the model from the start has the rate that the whole model had.
 """
 
 from typing import Any
@@ -19,7 +19,7 @@ from moejax.config import Config
 from moejax.sweep.spec import Spec
 
 STARTS = "runs/prune/starts"
-TUNED = ("whole", "reap, 4")
+TUNED = ("whole", "reap, 6", "reap, 4")
 
 
 def sides() -> dict[str, dict[str, Any]]:
@@ -39,20 +39,25 @@ def sides() -> dict[str, dict[str, Any]]:
   return found
 
 
+def best_rate(experts: int, is_pruned: bool = True) -> float:
+  """Returns the rate of all seeds; `is_pruned` is False for the model from the start."""
+  return common.BEST[experts] if is_pruned else common.RATE
+
+
 def variants() -> dict[str, dict[str, Any]]:
   found = {}
   for name, settings in sides().items():
-    pruned = "train.init_from" in settings
-    for rate in common.TRIED if name in TUNED else [common.BEST]:
-      rate = rate if pruned else common.RATE
+    experts = settings.get("moe.num_experts", common.EXPERTS)
+    best = best_rate(experts, "train.init_from" in settings)
+    for rate in common.TRIED if name in TUNED else [best]:
       found[f"{name}, rate {rate:g}"] = settings | {"optimizer.learning_rate": rate}
   return found
 
 
 def is_wanted(config: Config) -> bool:
   """One seed tunes, all measure."""
-  best = config.optimizer.learning_rate in (common.BEST, common.RATE)
-  return config.train.seed == 0 or best
+  best = best_rate(config.moe.num_experts, bool(config.train.init_from))
+  return config.train.seed == 0 or config.optimizer.learning_rate == best
 
 
 def get_sweep() -> Spec:
