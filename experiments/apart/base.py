@@ -18,10 +18,16 @@ MIXED_STEPS = 100
 FIRST_SEED = 10
 """Seed models have seeds of their own: what starts from one reads other text."""
 SEEDS = 3
-RATE = 1.6e-2
-"""Of all that is trained from scratch; see experiments/upcycle."""
-AFTER = 8e-3
-"""Of all that starts from a trained model."""
+TRIED = (8e-3, 1.6e-2)
+"""Learning rates."""
+RATES = {
+  "branch": 1.6e-2,
+  "joined": 1.6e-2,
+  "seed on all, dense": 1.6e-2,
+  "seed on all, upcycled": 1.6e-2,
+  "scratch, sparse": 1.6e-2,
+}
+"""The best of them; seed models have that of dense models in experiments/upcycle."""
 
 DENSE: dict[str, Any] = {"moe.dense_twin": True}
 SPARSE: dict[str, Any] = {
@@ -36,7 +42,7 @@ SPARSE: dict[str, Any] = {
 def base() -> Config:
   config = upcycle.base()
   config.data.domains = ",".join(DOMAINS)
-  config.optimizer.learning_rate = RATE
+  config.optimizer.learning_rate = 1.6e-2
   config.train.eval_every = config.train.checkpoint_every = 10_000
   config.train.final_eval_tokens = 262_144
   return config

@@ -7,6 +7,8 @@ one of four domains without any communication, their feed-forwards become the ex
 one model, and that is trained a little on all domains. Against it, with the same total
 of training FLOPs: the seed model trained on all domains, dense or upcycled first, and
 the sparse model from scratch. FLOPs of the seed model and of all branches count.
+
+Learning rates are tuned with seed 0, those of the branches too.
 """
 
 from typing import Any
@@ -38,7 +40,6 @@ def sides() -> dict[str, dict[str, Any]]:
     return {
       "train.init_from": f"{STARTS}/{start}={{seed}}",
       "train.num_steps": round(steps),
-      "optimizer.learning_rate": common.AFTER,
     }
 
   whole = common.SEED_STEPS + branches + mixed
@@ -51,5 +52,28 @@ def sides() -> dict[str, dict[str, Any]]:
   }
 
 
+def variants() -> dict[str, dict[str, Any]]:
+  return {
+    f"{name}, rate {rate:g}": {**settings, "optimizer.learning_rate": rate}
+    for name, settings in sides().items()
+    for rate in common.TRIED
+  }
+
+
+def is_best(point: Config) -> bool:
+  """Whether a run has the best rate of its side."""
+  start = point.train.init_from.rpartition("/")[2].partition("=")[0]
+  side = {"joined": "joined", "upcycled": "seed on all, upcycled"}.get(
+    start, "seed on all, dense" if start else "scratch, sparse"
+  )
+  return point.optimizer.learning_rate == common.RATES[side]
+
+
 def get_sweep() -> Spec:
-  return Spec(base=common.base(), variants=sides(), seeds=tuple(range(common.SEEDS)))
+  return Spec(
+    base=common.base(),
+    variants=variants(),
+    seeds=tuple(range(common.SEEDS)),
+    # One seed tunes, all measure.
+    conditions=(lambda config: config.train.seed == 0 or is_best(config),),
+  )
