@@ -12,6 +12,7 @@ Intervals are 90%, of Student's t over seeds; differences are paired by seed.
 
 import collections
 import csv
+import math
 import pathlib
 import shutil
 import sys
@@ -19,6 +20,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import altair as alt
+import numpy as np
 
 import experiments
 from experiments.apart import base as apart_base
@@ -36,9 +38,13 @@ BySeed = Mapping[int, float]
 """A loss by seed, nats per token."""
 
 
-def read(study: str, name: str = "results.csv") -> Rows:
-  with open(ROOT / study / name) as file:
+def read_csv(path: pathlib.Path) -> Rows:
+  with open(path) as file:
     return list(csv.DictReader(file))
+
+
+def read(study: str, name: str = "results.csv") -> Rows:
+  return read_csv(ROOT / study / name)
 
 
 def by_seed(rows: Iterable[Mapping[str, Any]], column: str, *keys: str) -> dict[Any, Any]:
@@ -95,9 +101,13 @@ def upcycle() -> tuple[tables.Table, charts.Figure]:
   """Loss over all training FLOPs, those of dense models included."""
   losses = by_seed(read("upcycle"), "loss", "variant")
   cost = upcycle_spec.flops_per_step(sparse=False)
+  curve = {
+    upcycle_spec.sparse_steps(total): losses[upcycle_spec.best_name(f"scratch, {total}")]
+    for total in upcycle_base.TOTALS
+  }
   rows, points = [], []
   for total in upcycle_base.TOTALS:
-    for side in upcycle_spec.sides(total):
+    for side, settings in upcycle_spec.sides(total).items():
       words = side.partition(",")[0]
       found = losses[upcycle_spec.best_name(side)]
       scratch = losses[upcycle_spec.best_name(f"scratch, {total}")]
@@ -105,6 +115,7 @@ def upcycle() -> tuple[tables.Table, charts.Figure]:
         {"side": words, "budget, dense steps": total}
         | mean("loss", found)
         | mean("loss - scratch", found, scratch)
+        | _steps(settings, found, curve)
       )
       colour = words.replace("upcycle ", "upcycled at dense step ")
       points.append(point(total * cost, colour, found))
@@ -117,6 +128,25 @@ def upcycle() -> tuple[tables.Table, charts.Figure]:
   table = tables.Table(name="upcycle", title="Loss at equal FLOPs", rows=tuple(rows))
   drawn = chart(points, x, lines=True)
   return table, figure("upcycle", "Upcycled and from scratch", drawn)
+
+
+def _steps(
+  settings: Mapping[str, Any], found: BySeed, curve: Mapping[int, BySeed]
+) -> dict[str, Any]:
+  """Returns an upcycled run's sparse steps, and those from scratch to its mean loss.
+
+  Between the budgets, the loss from scratch is taken as linear in the logarithm of steps.
+  """
+  cells: dict[str, Any] = {"sparse steps": None, "as from scratch": None}
+  if "train.init_from" not in settings:
+    return cells
+  steps = list(curve)
+  losses = [float(np.mean(list(of.values()))) for of in curve.values()]
+  own = float(np.mean(list(found.values())))
+  if losses[-1] <= own <= losses[0]:
+    logs = np.log(steps)
+    cells["as from scratch"] = round(math.exp(np.interp(-own, -np.array(losses), logs)))
+  return cells | {"sparse steps": settings["train.num_steps"]}
 
 
 # --------------------------------------------------------------------------- prune
@@ -162,45 +192,47 @@ def prune() -> tuple[tables.Table, charts.Figure]:
 
 # --------------------------------------------------------------------------- apart
 
-_BRANCH = "branch, on its own domain"
+_SEEDS, _BRANCHES = "seed model", "branches, each on its own domain"
 
 
 def gather_apart(workdir: pathlib.Path) -> Rows:
-  """Returns the losses of final evaluations by domain."""
+  """Returns the losses of final evaluations by domain, of the best rate of each side."""
+  best = {f"{side}, rate {rate:g}": side for side, rate in apart_base.RATES.items()}
   rows = []
   for folder in ("seeds", "branches", "sweep"):
-    names = {row["run"]: row for row in read_sweep(workdir / folder)}
-    for name, found in names.items():
-      path = workdir / folder / "runs" / name / "eval.json"
-      seed = int(found["seed"])
-      side = {"seeds": "seed model", "branches": _BRANCH}.get(folder)
+    for run in read_csv(workdir / folder / "results.csv"):
+      seed = int(run["seed"])
       if folder == "seeds":
-        seed -= apart_base.FIRST_SEED
-      domains = files.read_json(path)["results"][0]["domains"]
+        side, seed = _SEEDS, seed - apart_base.FIRST_SEED
+      elif folder == "branches":
+        rate = float(run["optimizer.learning_rate"])
+        side = _BRANCHES if rate == apart_base.RATES["branch"] else ""
+      else:
+        side = best.get(run["variant"], "")
+      path = workdir / folder / "runs" / run["run"] / "eval.json"
+      domains = files.read_json(path)["results"][0]["domains"] if side else {}
       for domain, own in domains.items():
-        cells = {"loss": own["loss"], "tokens": own["tokens"]}
-        rows.append(
-          {"side": side or found["variant"], "seed": seed, "domain": domain} | cells
-        )
+        row = {"side": side, "seed": seed, "domain": domain}
+        rows.append(row | {"loss": own["loss"], "tokens": own["tokens"]})
   return rows
-
-
-def read_sweep(workdir: pathlib.Path) -> Rows:
-  with open(workdir / "results.csv") as file:
-    return list(csv.DictReader(file))
 
 
 def apart() -> tuple[tables.Table, charts.Figure]:
   """Loss by domain of every side."""
   found = by_seed(read("apart", "losses.csv"), "loss", "side", "domain")
-  sides = dict.fromkeys(side for side, _ in found)
+  own = {side: {d: found[side, d] for d in apart_base.DOMAINS} for side, _ in found}
+  for losses in own.values():
+    seeds = losses[apart_base.DOMAINS[0]]
+    losses["mean"] = {s: sum(f[s] for f in losses.values()) / len(losses) for s in seeds}
   rows, points = [], []
-  for side in sides:
-    own = [found[side, domain] for domain in apart_base.DOMAINS]
-    everywhere = {s: sum(f[s] for f in own) / len(own) for s in own[0]}
-    for domain, losses in (*zip(apart_base.DOMAINS, own), ("mean", everywhere)):
-      rows.append({"side": side, "domain": domain} | mean("loss", losses))
-      points.append(point(domain, side, losses))
+  for side, losses in own.items():
+    for domain, by in losses.items():
+      rows.append(
+        {"side": side, "domain": domain}
+        | mean("loss", by)
+        | mean("loss - joined", by, own["joined"][domain])
+      )
+      points.append(point(domain, side, by))
   x = alt.X("x:N", title="", sort=[*apart_base.DOMAINS, "mean"])
   table = tables.Table(name="apart", title="Loss by domain", rows=tuple(rows))
   return table, figure("apart", "Trained apart and joined", chart(points, x))

@@ -20,16 +20,6 @@ from moejax.sweep.spec import Spec
 STARTS = "runs/apart/starts"
 
 
-def total_flops(config: Config) -> float:
-  """Returns the training FLOPs of a run and of all that it starts from."""
-  dense = common.flops_per_step(common.DENSE)
-  own = dense if config.moe.dense_twin else common.flops_per_step(common.SPARSE)
-  before = common.SEED_STEPS if config.train.init_from else 0
-  if "joined" in config.train.init_from:
-    before += common.BRANCH_STEPS * len(common.DOMAINS)
-  return config.train.num_steps * own + before * dense
-
-
 def sides() -> dict[str, dict[str, Any]]:
   dense = common.flops_per_step(common.DENSE)
   sparse = common.flops_per_step(common.SPARSE)

@@ -85,12 +85,6 @@ def start_age(config: Config) -> int:
   return int(age.partition(",")[0]) if age else 0
 
 
-def total_flops(config: Config) -> float:
-  """Returns a run's training FLOPs and those of the dense model that it starts from."""
-  own = flops_per_step(not config.moe.dense_twin) * config.train.num_steps
-  return own + flops_per_step(False) * start_age(config)
-
-
 def variants() -> dict[str, dict[str, Any]]:
   return {
     f"{name}, rate {rate:g}": {**settings, "optimizer.learning_rate": rate}

@@ -81,14 +81,16 @@ def test_upcycled_runs_pay_for_their_dense_model():
 
 def test_joined_runs_pay_for_all_that_was_trained_apart():
   """All sides have the same total, the seed model and every branch included."""
-  from experiments.apart import branches, seeds, spec
+  from experiments.apart import base, branches, seeds, spec
 
-  def spent(sweep: Spec) -> float:
-    return sum(training_flops(p.config) for p in expand.points(sweep)) / len(sweep.seeds)
+  def spent(sweep: Spec, rate: float) -> float:
+    configs = [p.config for p in expand.points(sweep)]
+    kept = [c for c in configs if c.optimizer.learning_rate == rate]
+    return sum(training_flops(c) for c in kept) / len(sweep.seeds)
 
-  before = {"seed": spent(seeds.get_sweep())}
-  before["upcycled"] = before["seed"]
-  before["joined"] = before["seed"] + spent(branches.get_sweep())
+  seed = spent(seeds.get_sweep(), base.base().optimizer.learning_rate)
+  joined = seed + spent(branches.get_sweep(), base.RATES["branch"])
+  before = {"seed": seed, "upcycled": seed, "joined": joined}
   totals = []
   for point in expand.points(spec.get_sweep()):
     start = point.config.train.init_from.rpartition("/")[2].partition("=")[0]
