@@ -18,9 +18,11 @@ for path in $runs/starts/seed=*; do
   seed=${path##*=}
   # 256 batches of the validation split are the tokens of the final evaluation.
   if [[ ! -d $runs/starts/joined=$seed ]]; then
-    branches=("$runs"/branches/runs/learning_rate=0.016,*,seed="$seed"-*)
-    python -m tools.surgery btx --workdir="${branches[0]}" \
-      --runs="$(IFS=,; echo "${branches[*]:1}")" --output="$runs/starts/joined=$seed" \
+    # A comma would end a directory of --runs; --workdir is one of those that match.
+    branches=$runs/branches/runs/learning_rate=0.016?domains=*?seed=$seed-*
+    first=("$runs"/branches/runs/learning_rate=0.016,domains=fonttools,seed="$seed"-*)
+    python -m tools.surgery btx --workdir="${first[0]}" --runs="$branches" \
+      --output="$runs/starts/joined=$seed" \
       --seed="$seed" --max_batches=256 "${sparse[@]}"
   fi
   if [[ ! -d $runs/starts/upcycled=$seed ]]; then
