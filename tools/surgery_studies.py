@@ -174,16 +174,21 @@ def prune() -> tuple[tables.Table, charts.Figure]:
   base = trained[f"whole{names[prune_base.EXPERTS]}"]
   rows, points = [], []
   for experts in prune_base.LEFT:
+    after = {
+      by: trained[f"{by}, {experts}{names[experts]}"] for by in prune_base.CRITERIA
+    }
+    control = pruned["random", str(experts)]
     for by in prune_base.CRITERIA:
-      key, after = (by, str(experts)), trained[f"{by}, {experts}{names[experts]}"]
-      rows.append(
-        {"by": by, "experts": experts}
-        | mean(f"loss - whole, {_PRUNED}", pruned[key], whole[key])
-        | mean(f"loss - whole, {_TRAINED}", after, base)
-      )
+      key = (by, str(experts))
+      row = {"by": by, "experts": experts}
+      row |= mean(f"loss - whole, {_PRUNED}", pruned[key], whole[key])
+      row |= mean(f"loss - whole, {_TRAINED}", after[by], base)
+      row |= mean(f"loss - random, {_PRUNED}", pruned[key], control)
+      row |= mean(f"loss - random, {_TRAINED}", after[by], after["random"])
+      rows.append(row)
       words = f"{experts} of {prune_base.EXPERTS} left, "
       points.append(point(by, words + _PRUNED, pruned[key], whole[key]))
-      points.append(point(by, words + _TRAINED, after, base))
+      points.append(point(by, words + _TRAINED, after[by], base))
   x = alt.X("x:N", title="", sort=list(prune_base.CRITERIA))
   drawn = chart(points, x, "rise of the held-out loss, nats/token")
   table = tables.Table(name="prune", title="Rise of the loss", rows=tuple(rows))

@@ -46,7 +46,7 @@ def variants() -> dict[str, dict[str, Any]]:
   return {
     f"{name}, rate {rate:g}": {**settings, "optimizer.learning_rate": rate}
     for name, settings in sides().items()
-    for rate in common.TRIED
+    for rate in (*((2e-3, 4e-3) if name == "joined" else ()), *common.TRIED)
   }
 
 
