@@ -15,6 +15,8 @@ BRANCH_STEPS = 200
 """Of each branch, on its own."""
 MIXED_STEPS = 100
 """Of the joined model, on all domains again."""
+LONGER = 4
+"""How many times as long it is trained once more, beyond the others' FLOPs."""
 FIRST_SEED = 10
 """Seed models have seeds of their own: what starts from one reads other text."""
 SEEDS = 3
@@ -23,6 +25,7 @@ TRIED = (8e-3, 1.6e-2)
 RATES = {
   "branch": 1.6e-2,
   "joined": 8e-3,
+  "joined, longer": 1.6e-2,
   "seed on all, dense": 1.6e-2,
   "seed on all, upcycled": 1.6e-2,
   "scratch, sparse": 1.6e-2,

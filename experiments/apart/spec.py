@@ -6,7 +6,8 @@ Branch-Train-MiX (arXiv:2403.07816): a dense seed model is copied, each copy is 
 one of four domains without any communication, their feed-forwards become the experts of
 one model, and that is trained a little on all domains. Against it, with the same total
 of training FLOPs: the seed model trained on all domains, dense or upcycled first, and
-the sparse model from scratch. FLOPs of the seed model and of all branches count.
+the sparse model from scratch. FLOPs of the seed model and of all branches count. The
+joined model is also trained for four times as long, with more FLOPs than all others.
 
 Learning rates are tuned with seed 0, those of the branches too.
 """
@@ -35,6 +36,7 @@ def sides() -> dict[str, dict[str, Any]]:
   whole = common.SEED_STEPS + branches + mixed
   return {
     "joined": common.SPARSE | after("joined", common.MIXED_STEPS),
+    "joined, longer": common.SPARSE | after("joined", common.LONGER * common.MIXED_STEPS),
     "seed on all, dense": common.DENSE | after("seed", branches + mixed),
     "seed on all, upcycled": common.SPARSE
     | after("upcycled", (branches + mixed) * dense / sparse),
@@ -50,13 +52,22 @@ def variants() -> dict[str, dict[str, Any]]:
   }
 
 
-def is_best(point: Config) -> bool:
-  """Whether a run has the best rate of its side."""
-  start = point.train.init_from.rpartition("/")[2].partition("=")[0]
-  side = {"joined": "joined", "upcycled": "seed on all, upcycled"}.get(
-    start, "seed on all, dense" if start else "scratch, sparse"
-  )
-  return point.optimizer.learning_rate == common.RATES[side]
+def side_of(config: Config) -> str:
+  start = config.train.init_from.rpartition("/")[2].partition("=")[0]
+  if start == "joined":
+    is_short = config.train.num_steps == common.MIXED_STEPS
+    return start if is_short else f"{start}, longer"
+  return {
+    "": "scratch, sparse",
+    "seed": "seed on all, dense",
+    "upcycled": "seed on all, upcycled",
+  }[start]
+
+
+def is_wanted(config: Config) -> bool:
+  """One seed tunes, all measure."""
+  best = common.RATES[side_of(config)]
+  return config.train.seed == 0 or config.optimizer.learning_rate == best
 
 
 def get_sweep() -> Spec:
@@ -64,6 +75,5 @@ def get_sweep() -> Spec:
     base=common.base(),
     variants=variants(),
     seeds=tuple(range(common.SEEDS)),
-    # One seed tunes, all measure.
-    conditions=(lambda config: config.train.seed == 0 or is_best(config),),
+    conditions=(is_wanted,),
   )
