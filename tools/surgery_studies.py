@@ -10,12 +10,12 @@ spent on its start.
 Intervals are 90%, of Student's t over seeds; differences are paired by seed.
 """
 
+import argparse
 import collections
 import csv
 import math
 import pathlib
 import shutil
-import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -260,19 +260,23 @@ def write_rows(path: pathlib.Path, rows: Sequence[Mapping[str, Any]]) -> None:
     sheet.writerows(rows)
 
 
-def main(study: str, workdir: str = "") -> None:
+def main(study: str, workdir: pathlib.Path | None = None) -> None:
   """Writes a study's tables and figures.
 
+  Args:
+    study: one of `DRAWN`.
+    workdir: of the study's runs, whose results are taken over first.
+
   Raises:
-    UserError: there is no such study.
+    UserError: there is no finished sweep in it.
   """
-  if study not in DRAWN:
-    raise UserError(f"{study}: there is no such study. Use {', '.join(DRAWN)}.")
-  if workdir:
-    shutil.copy(pathlib.Path(workdir) / "sweep" / "results.csv", ROOT / study)
+  if workdir is not None:
+    results = workdir / "sweep" / "results.csv"
+    if not results.exists():
+      raise UserError(f"{results} does not exist. Run experiments/{study}/run.sh first.")
+    shutil.copy(results, ROOT / study)
     if study in GATHERED:
-      rows = GATHERED[study](pathlib.Path(workdir))
-      write_rows(ROOT / study / "losses.csv", rows)
+      write_rows(ROOT / study / "losses.csv", GATHERED[study](workdir))
   table, drawn = DRAWN[study]()
   for name in ("tables", "figures"):
     (ROOT / study / name).mkdir(exist_ok=True)
@@ -281,4 +285,13 @@ def main(study: str, workdir: str = "") -> None:
 
 
 if __name__ == "__main__":
-  main(*sys.argv[1:])
+  parser = argparse.ArgumentParser(
+    description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+  )
+  parser.add_argument("study", choices=list(DRAWN))
+  parser.add_argument("workdir", nargs="?", type=pathlib.Path, help="of its runs")
+  given = parser.parse_args()
+  try:
+    main(given.study, given.workdir)
+  except UserError as error:
+    parser.error(str(error))

@@ -80,7 +80,10 @@ def test_upcycled_runs_pay_for_their_dense_model():
 
 
 def test_joined_runs_pay_for_all_that_was_trained_apart():
-  """All sides have the same total, the seed model and every branch included."""
+  """All sides have the same total, the seed model and every branch included.
+
+  The joined model that is trained for longer has more than they.
+  """
   from experiments.apart import base, branches, seeds, spec
 
   def spent(sweep: Spec, rate: float) -> float:
@@ -91,11 +94,14 @@ def test_joined_runs_pay_for_all_that_was_trained_apart():
   seed = spent(seeds.get_sweep(), base.base().optimizer.learning_rate)
   joined = seed + spent(branches.get_sweep(), base.RATES["branch"])
   before = {"seed": seed, "upcycled": seed, "joined": joined}
-  totals = []
+  totals: dict[str, float] = {}
   for point in expand.points(spec.get_sweep()):
     start = point.config.train.init_from.rpartition("/")[2].partition("=")[0]
-    totals.append(training_flops(point.config) + before.get(start, 0.0))
-  assert max(totals) / min(totals) < 1.001
+    side = spec.side_of(point.config)
+    totals[side] = training_flops(point.config) + before.get(start, 0.0)
+  longer = totals.pop("joined, longer")
+  assert set(totals) | {"joined, longer"} == set(spec.sides())
+  assert max(totals.values()) / min(totals.values()) < 1.001 < longer / totals["joined"]
 
 
 @pytest.mark.parametrize("name", ["upcycle", "prune", "apart"])
