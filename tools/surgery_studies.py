@@ -214,11 +214,16 @@ def gather_apart(workdir: pathlib.Path) -> Rows:
         side = _BRANCHES if rate == apart_base.RATES["branch"] else ""
       else:
         side = best.get(run["variant"], "")
-      path = workdir / folder / "runs" / run["run"] / "eval.json"
-      domains = files.read_json(path)["results"][0]["domains"] if side else {}
+      if not side:
+        continue
+      path = workdir / folder / "runs" / run["run"]
+      # The own evaluation of a branch is of other text than the others'.
+      file = next(path.glob("eval_*_first_*.json")) if folder == "branches" else None
+      domains = files.read_json(file or path / "eval.json")["results"][0]["domains"]
       for domain, own in domains.items():
-        row = {"side": side, "seed": seed, "domain": domain}
-        rows.append(row | {"loss": own["loss"], "tokens": own["tokens"]})
+        if domain == run.get("data.domains", domain):
+          row = {"side": side, "seed": seed, "domain": domain}
+          rows.append(row | {"loss": own["loss"], "tokens": own["tokens"]})
   return rows
 
 

@@ -4,7 +4,8 @@
 
 Branch-Train-MiX (arXiv:2403.07816): a dense seed model is copied, each copy is trained on
 one of four domains without any communication, their feed-forwards become the experts of
-one model, and that is trained a little on all domains. Against it, with the same total
+one model, with a random router or one of domain means, and that is trained a little on
+all domains. Against it, with the same total
 of training FLOPs: the seed model trained on all domains, dense or upcycled first, and
 the sparse model from scratch. FLOPs of the seed model and of all branches count. The
 joined model is also trained for four times as long, with more FLOPs than all others.
@@ -36,6 +37,7 @@ def sides() -> dict[str, dict[str, Any]]:
   whole = common.SEED_STEPS + branches + mixed
   return {
     "joined": common.SPARSE | after("joined", common.MIXED_STEPS),
+    "joined, router of means": common.SPARSE | after("means", common.MIXED_STEPS),
     "joined, longer": common.SPARSE | after("joined", common.LONGER * common.MIXED_STEPS),
     "seed on all, dense": common.DENSE | after("seed", branches + mixed),
     "seed on all, upcycled": common.SPARSE
@@ -44,11 +46,17 @@ def sides() -> dict[str, dict[str, Any]]:
   }
 
 
+def rates(name: str) -> tuple[float, ...]:
+  if name == "joined, router of means":
+    return (common.RATES["joined"],)
+  return (2e-3, 4e-3, *common.TRIED) if name == "joined" else common.TRIED
+
+
 def variants() -> dict[str, dict[str, Any]]:
   return {
     f"{name}, rate {rate:g}": {**settings, "optimizer.learning_rate": rate}
     for name, settings in sides().items()
-    for rate in (*((2e-3, 4e-3) if name == "joined" else ()), *common.TRIED)
+    for rate in rates(name)
   }
 
 
@@ -59,6 +67,7 @@ def side_of(config: Config) -> str:
     return start if is_short else f"{start}, longer"
   return {
     "": "scratch, sparse",
+    "means": "joined, router of means",
     "seed": "seed on all, dense",
     "upcycled": "seed on all, upcycled",
   }[start]

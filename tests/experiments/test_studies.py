@@ -93,7 +93,7 @@ def test_joined_runs_pay_for_all_that_was_trained_apart():
 
   seed = spent(seeds.get_sweep(), base.base().optimizer.learning_rate)
   joined = seed + spent(branches.get_sweep(), base.RATES["branch"])
-  before = {"seed": seed, "upcycled": seed, "joined": joined}
+  before = {"seed": seed, "upcycled": seed, "joined": joined, "means": joined}
   totals: dict[str, float] = {}
   for point in expand.points(spec.get_sweep()):
     start = point.config.train.init_from.rpartition("/")[2].partition("=")[0]
