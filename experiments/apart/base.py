@@ -21,7 +21,7 @@ FIRST_SEED = 10
 """Seed models have seeds of their own: what starts from one reads other text."""
 SEEDS = 3
 TRIED = (8e-3, 1.6e-2)
-"""Learning rates; of the joined model also the next lower ones, and with a router of means its best."""
+"""Learning rates; of the joined model also lower ones."""
 RATES = {
   "branch": 1.6e-2,
   "joined": 8e-3,

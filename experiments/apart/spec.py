@@ -5,12 +5,13 @@
 Branch-Train-MiX (arXiv:2403.07816): a dense seed model is copied, each copy is trained on
 one of four domains without any communication, their feed-forwards become the experts of
 one model, with a random router or one of domain means, and that is trained a little on
-all domains. Against it, with the same total
-of training FLOPs: the seed model trained on all domains, dense or upcycled first, and
-the sparse model from scratch. FLOPs of the seed model and of all branches count. The
-joined model is also trained for four times as long, with more FLOPs than all others.
+all domains. Against it, with the same total of training FLOPs: the seed model trained on
+all domains, dense or upcycled first, and the sparse model from scratch. FLOPs of the seed
+model and of all branches count. The joined model is also trained for four times as long,
+with more FLOPs than all others.
 
-Learning rates are tuned with seed 0, those of the branches too.
+Learning rates are tuned with seed 0, those of the branches too; a router of means has the
+rate of a random one.
 """
 
 from typing import Any

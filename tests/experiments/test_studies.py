@@ -8,6 +8,7 @@ import pytest
 
 import experiments
 from moejax.cost import flops, parameters
+from moejax.options import show
 from moejax.sweep.points import expand
 from moejax.sweep.report import tables
 from moejax.sweep.spec import Point, Spec
@@ -102,6 +103,18 @@ def test_joined_runs_pay_for_all_that_was_trained_apart():
   longer = totals.pop("joined, longer")
   assert set(totals) | {"joined, longer"} == set(spec.sides())
   assert max(totals.values()) / min(totals.values()) < 1.001 < longer / totals["joined"]
+
+
+@pytest.mark.parametrize(
+  ("name", "fixed"),
+  [("upcycle", {}), ("apart", {"moe.num_experts": None})],
+)
+def test_surgery_makes_the_model_that_the_sweep_trains(name, fixed):
+  """The flags of run.sh are those of the spec; branches make the number of experts."""
+  base = importlib.import_module(f"experiments.{name}.base")
+  script = (ROOT / name / "run.sh").read_text()
+  for field, value in (base.SPARSE | fixed).items():
+    assert value is None or f"--config.{field}={show(value)}" in script
 
 
 @pytest.mark.parametrize("name", ["upcycle", "prune", "apart"])
