@@ -15,7 +15,7 @@ for dense in runs/upcycle/dense/runs/*; do
   python -m tools.surgery upcycle --workdir="$dense" --output="$start" --seed="$seed" \
     --config.moe.router=sigmoid_bias --config.moe.num_experts=16 \
     --config.moe.segments=4 --config.moe.renormalize=before_drop \
-    --config.moe.balance_weight=0 --config.moe.sigmoid_bias.bias_update_rate=0.01 \
+    --config.moe.balance_weight=0.0 --config.moe.sigmoid_bias.bias_update_rate=0.01 \
     --evaluate=false
 done
 
