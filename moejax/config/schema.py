@@ -386,7 +386,7 @@ class TrainConfig:
   seed: int = 0
   init_from: str = ""
   """Directory of a run whose parameters a new run starts from, as the flag --init_from,
-  which is used if both are given; for sweeps."""
+  which is used if both are given; for sweeps, where {seed} stands for a point's seed."""
   frozen: str = ""
   """Parameters that training leaves as they are: selectors over their dotted names,
   separated by commas (`embedding.*,*.moe.experts.*[0:4]`, `!*.moe.experts.*`); see

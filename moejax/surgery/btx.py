@@ -260,13 +260,18 @@ def _directories(text: str, first: Path | None) -> list[str]:
     first: left out of what a pattern matches.
 
   Raises:
-    UserError: a pattern matches none.
+    UserError: a name is no directory, or a pattern matches none.
   """
   if Path(text).is_dir() and text:
     return [text]
   found: list[str] = []
   for word in (word.strip() for word in text.split(",") if word.strip()):
     if not set(word) & set("*?["):
+      if not Path(word).is_dir():
+        raise UserError(
+          f"--runs={word} is not a directory. If the name of a run has commas, write ? "
+          "for each of them."
+        )
       found.append(word)
       continue
     paths = [path for path in sorted(glob.glob(word)) if Path(path).is_dir()]

@@ -11,6 +11,7 @@ Which ones, by one of these importances, of which the lowest go:
   weights    -mean|w| / rms(w) over the expert's matrices, without any text (AIMER,
              arXiv:2603.18492; its released code drops the highest ratio)
   loss       how much the loss rises without the expert alone, measured
+  random     by --seed, as a control: what the others must beat
   subset     the subset whose layer differs least from the whole one, by trying all
              (NAEE, arXiv:2402.14800); for few experts
 
@@ -67,8 +68,10 @@ class Prune(Operation):
   experts: int = option(
     0, "E afterwards, counting segments", count(0, 2**20, "fewer than there are")
   )
-  by: Literal["load", "reap", "norm", "mean_norm", "weights", "loss", "subset"] = option(
-    "reap", "importance: load, reap, norm, mean_norm, weights, loss or subset"
+  by: Literal[
+    "load", "reap", "norm", "mean_norm", "weights", "loss", "subset", "random"
+  ] = option(
+    "reap", "importance: load, reap, norm, mean_norm, weights, loss, subset or random"
   )
 
   denominator: bool = option(
@@ -77,7 +80,7 @@ class Prune(Operation):
 
   @property
   def reads_text(self) -> bool:
-    return self.by != "weights"
+    return self.by not in ("weights", "random")
 
   def check(self, old: Config) -> None:
     refuse_count(old, self.experts, self.name)
@@ -132,6 +135,10 @@ class Prune(Operation):
     if self.by == "loss":
       removal = source.measured.removal()
       return {n: removal[n] for n in source.layers}
+    if self.by == "random":
+      return {
+        n: la.random().random(la.old.fine_experts) for n, la in source.layers.items()
+      }
     if self.by == "weights":
       return {n: -concentration(layer) for n, layer in source.layers.items()}
     sums = source.measured.sums

@@ -8,12 +8,17 @@ import pytest
 
 import experiments
 from moejax.cost import flops, parameters
+from moejax.options import show
 from moejax.sweep.points import expand
+from moejax.sweep.report import tables
 from moejax.sweep.spec import Point, Spec
+from tools import surgery_studies
 
 ROOT = pathlib.Path(experiments.__file__).parent
 STUDIES = sorted(path.parent.name for path in ROOT.glob("*/spec.py"))
 VOCABULARY = 1024
+EQUAL_TOTALS = ("apart",)
+"""Dense and sparse sides differ per token."""
 
 
 @pytest.fixture(scope="module", params=STUDIES)
@@ -24,7 +29,9 @@ def study(request) -> tuple[str, Spec, list[Point]]:
 
 def test_all_settings_of_a_study_do_the_same_work(study):
   """Active FLOPs per token differ by at most 1%; outside the router, unless matched."""
-  _, spec, points = study
+  name, spec, points = study
+  if name in EQUAL_TOTALS:
+    pytest.skip("its sides do the same work in all")
   work = []
   for point in points:
     assert point.config.data.vocab_size == VOCABULARY
@@ -48,3 +55,68 @@ def test_committed_results_are_of_todays_spec(study):
     assert int(row["parameters"]) == total["total"]
     assert int(row["active_parameters"]) == active["total"]
     assert int(row["num_steps"]) == point.config.train.num_steps
+
+
+def training_flops(config) -> float:
+  count = flops.flops_per_token(config, VOCABULARY)["total"]
+  return count * flops.tokens_per_step(config) * config.train.num_steps
+
+
+def test_upcycled_runs_pay_for_their_dense_model():
+  """A budget is spent to half a step, with the dense steps that its start had."""
+  from experiments.upcycle import dense, spec
+
+  ages = {p.config.train.num_steps: p.config for p in expand.points(dense.get_sweep())}
+  sweep = spec.get_sweep()
+  points = expand.points(sweep)
+  twin = next(p for p in points if p.config.moe.dense_twin).config
+  step = training_flops(twin) / twin.train.num_steps
+  for point in points:
+    total = int(point.settings["variant"].split(",")[1])
+    spent = training_flops(point.config)
+    if age := spec.start_age(point.config):
+      assert point.config.train.init_from.endswith(f"seed={point.config.train.seed}")
+      spent += training_flops(ages[age])
+    assert spent == pytest.approx(total * step, abs=0.6 * step)
+
+
+def test_joined_runs_pay_for_all_that_was_trained_apart():
+  """All sides have the same total, the seed model and every branch included.
+
+  The joined model that is trained for longer has more than they.
+  """
+  from experiments.apart import base, branches, seeds, spec
+
+  def spent(sweep: Spec, rate: float) -> float:
+    configs = [p.config for p in expand.points(sweep)]
+    kept = [c for c in configs if c.optimizer.learning_rate == rate]
+    return sum(training_flops(c) for c in kept) / len(sweep.seeds)
+
+  seed = spent(seeds.get_sweep(), base.base().optimizer.learning_rate)
+  joined = seed + spent(branches.get_sweep(), base.RATES["branch"])
+  before = {"seed": seed, "upcycled": seed, "joined": joined, "means": joined}
+  totals: dict[str, float] = {}
+  for point in expand.points(spec.get_sweep()):
+    start = point.config.train.init_from.rpartition("/")[2].partition("=")[0]
+    side = spec.side_of(point.config)
+    totals[side] = training_flops(point.config) + before.get(start, 0.0)
+  longer = totals.pop("joined, longer")
+  assert set(totals) | {"joined, longer"} == set(spec.sides())
+  assert max(totals.values()) / min(totals.values()) < 1.001 < longer / totals["joined"]
+
+
+@pytest.mark.parametrize("name", ["upcycle", "apart"])
+def test_surgery_makes_the_model_that_the_sweep_trains(name):
+  """The flags of run.sh are those of the spec."""
+  base = importlib.import_module(f"experiments.{name}.base")
+  script = (ROOT / name / "run.sh").read_text()
+  for field, value in base.SPARSE.items():
+    assert f"--config.{field}={show(value)}" in script
+
+
+@pytest.mark.parametrize("name", ["upcycle", "prune", "apart"])
+def test_tables_of_surgery_are_of_the_committed_results(name):
+  """What the study's page shows is computed from the runs beside it."""
+  table, _ = surgery_studies.DRAWN[name]()
+  text = (ROOT / name / "tables" / f"{name}.csv").read_text()
+  assert tables.frame(table).to_csv(index=False) == text

@@ -155,6 +155,7 @@ def test_what_does_not_fit_is_named_before_anything_is_written(runs, source, tmp
     (Btx(), {}, "--runs=RUN_B,RUN_C is missing"),
     (Btx(runs=str(wide)), {}, r"--config\.model\.width is 16 there and 8 in --workdir"),
     (Btx(runs=f"{runs[0]}*"), {}, "matches no other directory"),
+    (Btx(runs="a=1,seed=0"), {}, "--runs=a=1 is not a directory. If .* commas, write ?"),
     (Btx(runs=str(source)), {}, "has MoE layers already"),
     (Btx(runs=str(same)), {}, "has another tokenizer"),
     (Btx(runs=str(other)), {}, "started from .*seed and .*other from .*elsewhere"),

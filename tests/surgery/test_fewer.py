@@ -74,6 +74,18 @@ def test_the_most_even_weights_go_without_any_text():
   np.testing.assert_allclose(concentration(layer)[[1, 2]], [wanted, 1.0], rtol=1e-6)
 
 
+def test_random_experts_go_by_the_seed_alone():
+  """The control: without text, the same for one seed, and every expert can go."""
+  old = config()
+  params, prune = draw(old), Prune(experts=2, by="random")
+  assert not prune.reads_text
+  plans = [make_plan(prune, old, seed=seed) for seed in (*range(8), 0)]
+  kept = [tuple(chosen(plan, params)[0].sources) for plan in plans]
+  assert kept[0] == kept[-1]
+  assert {e for pair in kept for e in pair} == {0, 1, 2, 3} and len(set(kept)) > 3
+  assert all(a < b for a, b in kept)
+
+
 def _layer(plan, params):
   from moejax.surgery.plan import InMemory
 

@@ -27,6 +27,9 @@ from moejax.sweep.spec import Point, Spec
 NOT_IN_DIGEST = ("schema_version", "data.cache_dir", "data.num_workers", "data.prefetch")
 """Fields that may differ between machines without making it another run."""
 
+SEED_MARK = "{seed}"
+"""In `train.init_from`: stands for the point's seed, so that each has its own start."""
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Skipped:
@@ -117,6 +120,7 @@ def _seeded(
   for seed in spec.seeds:
     own = copy.deepcopy(config)
     own.train.seed = seed
+    own.train.init_from = own.train.init_from.replace(SEED_MARK, str(seed))
     named = {**settings, SEED: seed}
     yield Point(
       name=axes_lib.name_of(named, among),

@@ -193,6 +193,18 @@ def test_a_condition_sees_the_seed():
   assert kept == [(8, 0), (8, 1), (16, 0)]
 
 
+def test_each_seed_can_have_its_own_start():
+  """`{seed}` in the directory that runs start from, so that both have one seed."""
+  starts = axes.product("train.init_from", "starts/{seed}", "one")
+  found = points(make(starts, seeds=(0, 3)))
+  assert [p.config.train.init_from for p in found] == [
+    "starts/0",
+    "starts/3",
+    *["one"] * 2,
+  ]
+  assert len({p.digest for p in found}) == 4
+
+
 def test_conditions_may_leave_none():
   assert "the conditions leave none" in refused(EXPERTS, conditions=(lambda c: False,))
 

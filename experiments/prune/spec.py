@@ -1,0 +1,70 @@
+"""Which experts can go, and what does a little training repair?
+
+  bash experiments/prune/run.sh
+
+Of a model of eight experts, of which a token visits two, a quarter or half are left out
+by each criterion that `tools.surgery prune` has; `random` is the control. Then each is
+trained for 10% of the steps that the whole model had, with its own warmup and decay, and
+so is the whole model. Beside them is a model that had half of the experts from the start,
+with all the steps.
+
+The rate after pruning is tuned with seed 0 on the whole model and on what `reap` leaves
+of it, for each number of experts. The model from the start has the rate that the whole
+model had.
+"""
+
+from typing import Any
+
+from experiments.prune import base as common
+from moejax.config import Config
+from moejax.sweep.spec import Spec
+
+STARTS = "runs/prune/starts"
+TUNED = ("whole", "reap, 6", "reap, 4")
+
+
+def sides() -> dict[str, dict[str, Any]]:
+  after = {"train.num_steps": common.MORE, "optimizer.warmup_steps": common.MORE // 10}
+  found: dict[str, dict[str, Any]] = {
+    "whole": after | {"train.init_from": f"{STARTS}/whole,seed={{seed}}"}
+  }
+  for left in common.LEFT:
+    for by in common.CRITERIA:
+      start = f"{STARTS}/by={by},experts={left},seed={{seed}}"
+      settings = {"moe.num_experts": left, "train.init_from": start}
+      found[f"{by}, {left}"] = after | settings
+  found[f"from the start, {min(common.LEFT)}"] = {
+    "moe.num_experts": min(common.LEFT),
+    "train.num_steps": common.STEPS + common.MORE,
+  }
+  return found
+
+
+def best_rate(experts: int, is_pruned: bool = True) -> float:
+  """Returns the rate of all seeds; `is_pruned` is False for the model from the start."""
+  return common.BEST[experts] if is_pruned else common.RATE
+
+
+def variants() -> dict[str, dict[str, Any]]:
+  found = {}
+  for name, settings in sides().items():
+    experts = settings.get("moe.num_experts", common.EXPERTS)
+    best = best_rate(experts, "train.init_from" in settings)
+    for rate in common.TRIED if name in TUNED else [best]:
+      found[f"{name}, rate {rate:g}"] = settings | {"optimizer.learning_rate": rate}
+  return found
+
+
+def is_wanted(config: Config) -> bool:
+  """One seed tunes, all measure."""
+  best = best_rate(config.moe.num_experts, bool(config.train.init_from))
+  return config.train.seed == 0 or config.optimizer.learning_rate == best
+
+
+def get_sweep() -> Spec:
+  return Spec(
+    base=common.base(),
+    variants=variants(),
+    seeds=tuple(range(common.SEEDS)),
+    conditions=(is_wanted,),
+  )
