@@ -112,8 +112,12 @@ def _cells(
 
 def key_without(setting: Setting, axes: Sequence[str], *left_out: str) -> tuple[Any, ...]:
   """Returns (axis, value) pairs of the other axes, for grouping."""
+  return _key(setting.values, axes, *left_out)
+
+
+def _key(values: Mapping[str, Any], axes: Sequence[str], *left_out: str) -> tuple:
   names = (axis for axis in axes if axis not in left_out)
-  return tuple((n, setting.values[n]) for n in names if n in setting.values)
+  return tuple((n, values[n]) for n in names if n in values)
 
 
 def _common_seeds(found: Iterable[Setting]) -> list[int]:
@@ -126,47 +130,95 @@ class Capacity:
   """The capacity factor that suffices, for one combination of the other axes."""
 
   others: Mapping[str, Any]
-  dropless: Setting
+  dropless: Setting | None
+  """None if none was tried."""
   sufficient: Setting | None
   """With the smallest factor that is within `margin` of dropless, as is every larger
   one tried; None if none is."""
   largest: float
   """The largest factor that was tried."""
   margin: float | None
-  """One standard error of the dropless loss; None with one seed."""
+  """One standard error of the dropless loss; None with one seed, or without one."""
+  refused: str = ""
+  """Why nothing is said of `sufficient`, or of factors below it; empty if all is."""
 
 
-def sufficient_capacity(found: Sequence[Setting], axes: Sequence[str]) -> list[Capacity]:
+def sufficient_capacity(
+  found: Sequence[Setting],
+  axes: Sequence[str],
+  diverged: Iterable[Mapping[str, Any]] = (),
+) -> list[Capacity]:
   """Returns the smallest capacity factor whose loss is within one standard error of
-  dropless over their common seeds, for each combination of the other axes with both.
+  dropless over their common seeds, for each combination of the other axes with one.
 
-  A larger factor that fails disqualifies the smaller ones: their loss is then luck.
+  A larger factor that fails disqualifies the smaller ones: their loss is then luck. A
+  factor fails too if a seed of it diverged.
+
+  Args:
+    found: settings.
+    axes: the fields that were varied.
+    diverged: the settings of each run that is done without a finite loss.
   """
   if CAPACITY not in axes:
     return []
+  bad: dict[Any, set[Any]] = {}
+  for values in diverged:
+    if CAPACITY in values:
+      bad.setdefault(_key(values, axes, CAPACITY), set()).add(values[CAPACITY])
   out = []
   for key, cell in _cells(found, axes, CAPACITY).items():
-    dropless = [s for s in cell if s.values[CAPACITY] is None]
-    bounded = [s for s in cell if s.values[CAPACITY] is not None]
-    if not dropless or not bounded:
-      continue
-    margin = dropless[0].se
-    sufficient = None
-    for setting in reversed(bounded):
-      gap = summary.paired(dropless[0], setting)
-      if margin is None or gap is None or gap.estimate > margin:
-        break
-      sufficient = setting
-    out.append(
-      Capacity(
-        others=dict(key),
-        dropless=dropless[0],
-        sufficient=sufficient,
-        largest=bounded[-1].values[CAPACITY],
-        margin=margin,
-      )
-    )
+    dropless = next((s for s in cell if s.values[CAPACITY] is None), None)
+    bounded = {s.values[CAPACITY]: s for s in cell if s.values[CAPACITY] is not None}
+    lost = bad.get(key, set())
+    if bounded or lost - {None}:
+      out.append(_sufficient(dict(key), dropless, bounded, lost))
   return out
+
+
+def _sufficient(
+  others: Mapping[str, Any],
+  dropless: Setting | None,
+  bounded: Mapping[float, Setting],
+  bad: set[float | None],
+) -> Capacity:
+  """Compares factors with dropless, from the largest down.
+
+  Args:
+    others: see `Capacity`.
+    dropless: None if no seed of it has a finite loss.
+    bounded: settings by factor.
+    bad: factors of which a seed diverged; None is dropless.
+  """
+  factors = sorted({*bounded, *(f for f in bad if f is not None)})
+  margin = None if dropless is None or None in bad else dropless.se
+  sufficient, refused = None, ""
+  if None in bad:
+    refused = "a dropless run diverged"
+  elif dropless is None:
+    refused = "no dropless run (capacity_factor none) is there to compare with"
+  elif margin is None:
+    refused = "dropless has one seed, and so no standard error"
+  for factor in reversed(factors) if dropless is not None and not refused else ():
+    if factor in bad:
+      # Below one that suffices it is an answer: this one does not.
+      refused = "" if sufficient else f"a run at {factor:g} diverged"
+      break
+    gap = summary.paired(dropless, bounded[factor])
+    if gap is None:
+      refused = f"{factor:g} and dropless have no seed in common"
+      break
+    assert margin is not None
+    if gap.estimate > margin:
+      break
+    sufficient = bounded[factor]
+  return Capacity(
+    others=others,
+    dropless=dropless,
+    sufficient=sufficient,
+    largest=factors[-1],
+    margin=margin,
+    refused=refused,
+  )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -198,10 +250,10 @@ def doublings(found: Sequence[Setting], axes: Sequence[str]) -> list[Doubling]:
   """
   if EXPERTS not in axes:
     return []
-  timed = summary.is_steady(found)
+  is_steady = summary.is_steady(found)
   curves: dict[Any, dict[int, list[Setting]]] = {}
   for setting in found:
-    if EXPERTS in setting.values and setting.of("step_ms_p50") is not None:
+    if EXPERTS in setting.values:
       key = key_without(setting, axes, EXPERTS, CAPACITY)
       curves.setdefault(key, {}).setdefault(setting.values[EXPERTS], []).append(setting)
   out = []
@@ -209,6 +261,7 @@ def doublings(found: Sequence[Setting], axes: Sequence[str]) -> list[Doubling]:
     for experts in sorted(by_experts):
       if 2 * experts in by_experts:
         pair = by_experts[experts], by_experts[2 * experts]
+        timed = is_steady and all(s.of("step_ms_p50") for side in pair for s in side)
         equal = _at_equal_time(dict(key), experts, *pair) if timed else []
         out += equal or _as_they_are(dict(key), experts, *pair, timed=timed)
   return out
