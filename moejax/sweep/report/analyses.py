@@ -61,7 +61,7 @@ def main_effects(found: Sequence[Setting], axes: Sequence[str]) -> list[Effect]:
   for axis in axes:
     levels = _levels(found, axis)
     complete = [
-      cell for cell in _cells(found, axes, axis).values() if len(cell) == len(levels)
+      cell for cell in cells(found, axes, axis).values() if len(cell) == len(levels)
     ]
     if len(levels) < 2 or not complete:
       continue
@@ -97,25 +97,26 @@ def _levels(found: Iterable[Setting], axis: str) -> list[Any]:
   return sorted(distinct, key=summary.order)
 
 
-def _cells(
+def cells(
   found: Iterable[Setting], axes: Sequence[str], axis: str
 ) -> dict[Any, list[Setting]]:
   """Groups settings by the other axes; each group ascends along `axis`."""
-  cells: dict[Any, list[Setting]] = {}
+  out: dict[Any, list[Setting]] = {}
   for setting in found:
     if axis in setting.values:
-      cells.setdefault(key_without(setting, axes, axis), []).append(setting)
-  for cell in cells.values():
+      out.setdefault(key_without(setting, axes, axis), []).append(setting)
+  for cell in out.values():
     cell.sort(key=lambda s: summary.order(s.values[axis]))
-  return cells
+  return out
 
 
 def key_without(setting: Setting, axes: Sequence[str], *left_out: str) -> tuple[Any, ...]:
   """Returns (axis, value) pairs of the other axes, for grouping."""
-  return _key(setting.values, axes, *left_out)
+  return key_of(setting.values, axes, *left_out)
 
 
-def _key(values: Mapping[str, Any], axes: Sequence[str], *left_out: str) -> tuple:
+def key_of(values: Mapping[str, Any], axes: Sequence[str], *left_out: str) -> tuple:
+  """Returns (axis, value) pairs of the other axes of a setting's values."""
   names = (axis for axis in axes if axis not in left_out)
   return tuple((n, values[n]) for n in names if n in values)
 
@@ -123,102 +124,6 @@ def _key(values: Mapping[str, Any], axes: Sequence[str], *left_out: str) -> tupl
 def _common_seeds(found: Iterable[Setting]) -> list[int]:
   seeds = [set(setting.losses) for setting in found]
   return sorted(set.intersection(*seeds)) if seeds else []
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Capacity:
-  """The capacity factor that suffices, for one combination of the other axes."""
-
-  others: Mapping[str, Any]
-  dropless: Setting | None
-  """None if none was tried."""
-  sufficient: Setting | None
-  """With the smallest factor that is within `margin` of dropless, as is every larger
-  one tried; None if none is."""
-  largest: float
-  """The largest factor that was tried."""
-  margin: float | None
-  """One standard error of the dropless loss; None with one seed, or without one."""
-  refused: str = ""
-  """Why nothing is said of `sufficient`, or of factors below it; empty if all is."""
-
-
-def sufficient_capacity(
-  found: Sequence[Setting],
-  axes: Sequence[str],
-  diverged: Iterable[Mapping[str, Any]] = (),
-) -> list[Capacity]:
-  """Returns the smallest capacity factor whose loss is within one standard error of
-  dropless over their common seeds, for each combination of the other axes with one.
-
-  A larger factor that fails disqualifies the smaller ones: their loss is then luck. A
-  factor fails too if a seed of it diverged.
-
-  Args:
-    found: settings.
-    axes: the fields that were varied.
-    diverged: the settings of each run that is done without a finite loss.
-  """
-  if CAPACITY not in axes:
-    return []
-  bad: dict[Any, set[Any]] = {}
-  for values in diverged:
-    if CAPACITY in values:
-      bad.setdefault(_key(values, axes, CAPACITY), set()).add(values[CAPACITY])
-  out = []
-  for key, cell in _cells(found, axes, CAPACITY).items():
-    dropless = next((s for s in cell if s.values[CAPACITY] is None), None)
-    bounded = {s.values[CAPACITY]: s for s in cell if s.values[CAPACITY] is not None}
-    lost = bad.get(key, set())
-    if bounded or lost - {None}:
-      out.append(_sufficient(dict(key), dropless, bounded, lost))
-  return out
-
-
-def _sufficient(
-  others: Mapping[str, Any],
-  dropless: Setting | None,
-  bounded: Mapping[float, Setting],
-  bad: set[float | None],
-) -> Capacity:
-  """Compares factors with dropless, from the largest down.
-
-  Args:
-    others: see `Capacity`.
-    dropless: None if no seed of it has a finite loss.
-    bounded: settings by factor.
-    bad: factors of which a seed diverged; None is dropless.
-  """
-  factors = sorted({*bounded, *(f for f in bad if f is not None)})
-  margin = None if dropless is None or None in bad else dropless.se
-  sufficient, refused = None, ""
-  if None in bad:
-    refused = "a dropless run diverged"
-  elif dropless is None:
-    refused = "no dropless run (capacity_factor none) is there to compare with"
-  elif margin is None:
-    refused = "dropless has one seed, and so no standard error"
-  for factor in reversed(factors) if dropless is not None and not refused else ():
-    if factor in bad:
-      # Below one that suffices it is an answer: this one does not.
-      refused = "" if sufficient else f"a run at {factor:g} diverged"
-      break
-    gap = summary.paired(dropless, bounded[factor])
-    if gap is None:
-      refused = f"{factor:g} and dropless have no seed in common"
-      break
-    assert margin is not None
-    if gap.estimate > margin:
-      break
-    sufficient = bounded[factor]
-  return Capacity(
-    others=others,
-    dropless=dropless,
-    sufficient=sufficient,
-    largest=factors[-1],
-    margin=margin,
-    refused=refused,
-  )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

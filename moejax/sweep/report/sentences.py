@@ -12,7 +12,7 @@ from moejax.config import Config
 from moejax.config import text as config_text
 from moejax.errors import program
 from moejax.options import show
-from moejax.sweep.report import analyses, evaluated, quality, summary, words
+from moejax.sweep.report import analyses, capacity, evaluated, quality, summary, words
 from moejax.sweep.report import unknown as unknown_lib
 from moejax.sweep.report.records import Records
 from moejax.sweep.report.summary import Setting
@@ -123,7 +123,7 @@ def _capacity(
 ) -> list[Finding]:
   out = []
   diverged = [run.settings for run in summary.diverged(records)]
-  for answer in analyses.sufficient_capacity(found, axes, diverged):
+  for answer in capacity.sufficient(found, axes, diverged):
     if answer.dropless is None or (answer.refused and answer.sufficient is None):
       continue
     than = (

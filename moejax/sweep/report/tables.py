@@ -11,7 +11,7 @@ from typing import Any
 
 from moejax import files
 from moejax.options import show
-from moejax.sweep.report import analyses, evaluated, quality, summary
+from moejax.sweep.report import analyses, capacity, evaluated, quality, summary
 from moejax.sweep.report.charts import word
 from moejax.sweep.report.records import Records
 from moejax.sweep.report.summary import Interval, Setting
@@ -204,7 +204,7 @@ def _capacity(
       "dropless loss": answer.dropless.mean,
       "standard error": answer.margin,
     }
-    for answer in analyses.sufficient_capacity(found, axes, diverged)
+    for answer in capacity.sufficient(found, axes, diverged)
     if answer.dropless is not None
     and (answer.sufficient is not None or not answer.refused)
   ]

@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from moejax.sweep.report import analyses, quality, summary, words
+from moejax.sweep.report import analyses, capacity, quality, summary, words
 from moejax.sweep.report.records import Records
 from moejax.sweep.report.summary import Setting
 
@@ -155,7 +155,7 @@ def _capacities(
   """Says why no capacity factor is said to suffice; one line for each reason."""
   diverged = [run.settings for run in summary.diverged(records)]
   reasons: dict[str, list[str]] = {}
-  for answer in analyses.sufficient_capacity(found, axes, diverged):
+  for answer in capacity.sufficient(found, axes, diverged):
     if answer.refused:
       which = "Which capacity factor suffices"
       if answer.sufficient is not None:
@@ -197,8 +197,8 @@ def _step_times(records: Records, found: Sequence[Setting]) -> list[str]:
   out = []
   if untimed and some_timed:
     out.append(
-      f"How {words.listed(untimed)} compare in step time: not every run has one there. "
-      "Time each shape alone, with --time_steps=20."
+      f"Step times of {words.listed(untimed)}: not every run has one. Time each shape "
+      "alone, with --time_steps=20."
     )
   return out + _sources(records, found)
 

@@ -2,8 +2,8 @@
 
 import dataclasses
 
+from moejax.sweep.report import capacity as capacity_lib
 from moejax.sweep.report import (
-  analyses,
   evaluated,
   quality,
   quality_curves,
@@ -52,7 +52,9 @@ def test_a_missing_step_time_is_not_0_ms():
   assert not any("100% less" in finding.text for finding in said.findings)
   (text,) = topic(said, "Loss against step time")
   assert text.startswith("Of 2 settings, 2 are not beaten")
-  assert any(t.startswith("How num_experts=8 compare in step time") for t in said.unknown)
+  assert any(
+    t.startswith("Step times of num_experts=8: not every run") for t in said.unknown
+  )
   (first, second) = topic(said, "Doubling the experts")
   assert first.startswith("Going from 4 to 8 experts changes the loss by +0.0010")
   assert second.startswith("Going from 8 to 16 experts") and "step time" not in second
@@ -224,5 +226,5 @@ def test_capacity_that_failed_in_all_seeds_is_still_an_answer_of_its_cell():
   found = cases.of(runs)
   diverged = [run.settings for run in summary.diverged(found)]
   axes = ("moe.capacity_factor",)
-  (answer,) = analyses.sufficient_capacity(summary.settings(found), axes, diverged)
+  (answer,) = capacity_lib.sufficient(summary.settings(found), axes, diverged)
   assert answer.sufficient is None and answer.refused == "a run at 1 diverged"
