@@ -1,7 +1,9 @@
 """How many experts, and how many slots for each?
 
   python -m experiments.sweep --spec=experiments/expert_count/spec.py \
-    --workdir=runs/expert_count --jobs=2 --time_steps=30
+    --workdir=runs/expert_count --jobs=2
+
+Step times: the same, afterwards, with --jobs=1 --time_steps=20: a step has all cores.
 
 Every setting has the same active FLOPs per token: a token visits one expert of the same
 width, whatever their number. Only the router, a matrix of D x E, grows with E.

@@ -1,7 +1,9 @@
 """Few large experts, or many small ones?
 
   python -m experiments.sweep --spec=experiments/granularity/spec.py \
-    --workdir=runs/granularity --jobs=2 --time_steps=20
+    --workdir=runs/granularity --jobs=2
+
+Step times: the same, afterwards, with --jobs=1 --time_steps=20: a step has all cores.
 
 Each of 8 experts is split into m of an m-th of its width, and a token visits m of the 8m
 (DeepSeekMoE, arXiv:2401.06066, section 3.1): parameters and FLOPs outside the router stay

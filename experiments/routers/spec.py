@@ -1,7 +1,9 @@
 """Which router learns best for the same work? All causal ones.
 
   python -m experiments.sweep --spec=experiments/routers/spec.py \
-    --workdir=runs/routers --jobs=2 --time_steps=30
+    --workdir=runs/routers --jobs=2
+
+Step times: the same, afterwards, with --jobs=1 --time_steps=20: a step has all cores.
 
 All variants have the same active FLOPs outside the router and, except for the dense twin,
 the same number of expert parameters, since K > 1 cuts each expert into K parts

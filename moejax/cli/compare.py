@@ -34,6 +34,7 @@ def main() -> int:
   run_dirs = find(options.runs)
   out = _writable(pathlib.Path(options.out))
   # jax is imported after the command line is checked.
+  from moejax.sweep.execution import identity, states, view
   from moejax.sweep.report import page as report
 
   said = report.write(
@@ -41,6 +42,11 @@ def main() -> int:
     run_dirs,
     options.title or f"Comparison of {len(run_dirs)} runs",
     timing=_timing(options.runs),
+    states={
+      path.name: view.state(states.examine(path))
+      for path in run_dirs
+      if (path / identity.RECORD_FILE).exists()
+    },
     variants=_variants(options.runs),
     axes=fields,
     base=cli.load_config(cli.DEFAULT_CONFIG),

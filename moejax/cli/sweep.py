@@ -25,7 +25,6 @@ import os
 import pathlib
 import shutil
 import sys
-from collections.abc import Callable
 
 from absl import flags
 
@@ -36,7 +35,6 @@ from moejax.errors import ConfigError, UserError
 from moejax.routing.registry import ENV, ROUTERS
 from moejax.run import compilation_cache
 from moejax.sweep.execution import slurm_options
-from moejax.sweep.execution.local import Job
 from moejax.sweep.execution.options import EXECUTORS
 from moejax.sweep.points.axes import FIXED
 
@@ -58,8 +56,8 @@ def define_flags() -> None:
 
 def _define_what() -> None:
   flags.DEFINE_string("spec", None, "Python file that describes the sweep.")
-  flags.DEFINE_integer(
-    "seeds", None, "Seeds 0 to N-1 of each point; default one.", 1, 100_000
+  flags.DEFINE_string(
+    "seeds", None, "N: seeds 0 to N-1 of each point; or a list, 0,1,5. Default one seed."
   )
   flags.DEFINE_string(
     "match", None, "active_flops: every point costs as much per token as the base config."
@@ -215,7 +213,7 @@ def get_spec():
   typed = {flag.name: f"--{flag.prefix}.{flag.name}" for flag in cli.given()}
   changes: dict = {"base": base, "axes": sweep_axes.joined(spec.axes, varied, typed)}
   if given.seeds is not None:
-    changes["seeds"] = tuple(range(given.seeds))
+    changes["seeds"] = sweep_axes.seeds(given.seeds)
   if given.match is not None:
     changes["match"] = given.match
   if given.match_by is not None:
@@ -301,6 +299,7 @@ def _status(workdir: pathlib.Path) -> int:
 
 
 def _run(points: list, values: dict) -> int:
+  from moejax.cli import sweep_print
   from moejax.sweep.execution import schedule
   from moejax.sweep.points import stored
 
@@ -308,7 +307,7 @@ def _run(points: list, values: dict) -> int:
   options = schedule.Options(
     jobs=given.jobs,
     executor=given.executor,
-    **({"text_of": _rendered(points)} if given.target else {}),
+    **({"text_of": sweep_print.renderer(points)} if given.target else {}),
     slurm=slurm_options.from_flags(),
     retry_failed=given.retry_failed,
     devices_per_run=given.devices_per_run,
@@ -328,29 +327,10 @@ def _run(points: list, values: dict) -> int:
   return code
 
 
-def _rendered(points: list) -> Callable[[Job], str]:
-  """Returns what renders a run for --target; every point fits there."""
-  from moejax.deploy import job as job_lib
-  from moejax.deploy.targets import TARGETS
-
-  target = TARGETS[flags.FLAGS.target]
-
-  def render(run: Job) -> str:
-    words = [job_lib.PYTHON if word == sys.executable else word for word in run.command]
-    name, _, digest = run.run.name.rpartition("-")
-    name = job_lib.name_of(flags.FLAGS["name"].value or name, digest)
-    made = launch.make_job(words, str(run.run), name)
-    return target.begins + target.render(made)
-
-  for point in points:
-    job_lib.fit(point.config, launch.machine())
-  return render
-
-
 def _report(points: list, values: dict) -> None:
   """Writes the results and the page, and prints what they say."""
   from moejax.run.files import CONFIG_FILE
-  from moejax.sweep.execution import timing
+  from moejax.sweep.execution import states, timing, view
   from moejax.sweep.points import stored
   from moejax.sweep.report import page as report
   from moejax.sweep.report import records
@@ -368,6 +348,7 @@ def _report(points: list, values: dict) -> None:
       values.get("title") or workdir.name,
       values.get("notes", ""),
       timing=timing.read(workdir),
+      states={path.name: view.state(states.examine(path)) for path in begun},
       variants=stored.variant_names(points),
       axes=list(dict.fromkeys(name for point in points for name in point.settings)),
       base=cli.load_config(cli.DEFAULT_CONFIG),

@@ -7,6 +7,8 @@ from moejax.cli import flags as cli
 from moejax.errors import ConfigError
 from moejax.sweep.spec import TOKENS_FIELD, Axis, Spec
 
+_MOST_SEEDS = 100_000
+
 
 def joined(
   own: Sequence[Axis], given: Sequence[Axis], typed: Mapping[str, str]
@@ -36,6 +38,30 @@ def joined(
     axes[at : at + bool(old)] = [new]
     axes = [axis for axis in axes if axis not in old[1:]]
   return tuple(axes)
+
+
+def seeds(text: str) -> tuple[int, ...]:
+  """Returns the seeds of --seeds: `3` is 0, 1, 2, and `0,1,5` is those.
+
+  Args:
+    text: of the flag.
+
+  Raises:
+    ConfigError: it is neither.
+  """
+  words = text.split(",")
+  try:
+    found = tuple(int(word) for word in words)
+  except ValueError:
+    found = ()
+  if found and len(found) > 1 and min(found) >= 0:
+    return found
+  if len(found) == 1 and 1 <= found[0] <= _MOST_SEEDS:
+    return tuple(range(found[0]))
+  raise ConfigError(
+    f"--seeds={text}: give a number of seeds from 1 to {_MOST_SEEDS:,} (3 is 0, 1, "
+    "2), or a list of two or more, such as 0,1,5. One alone is --config.train.seed=5."
+  )
 
 
 def refuse_overridden(spec: Spec, overrides: Mapping[str, Any]) -> None:

@@ -23,6 +23,8 @@ class Target:
   """Command that reads that text and starts the job."""
   begins: str = ""
   """Line that separates the texts of several jobs."""
+  suffix: str = ""
+  """Of a file with one job; empty if the texts of several may follow each other."""
 
 
 def _manifest(make: Callable[[Job], dict[str, Any]]) -> Callable[[Job], str]:
@@ -40,8 +42,8 @@ _KUBECTL = ("kubectl", "apply", "-f", "-")
 TARGETS = {
   "gke-tpu": Target(render=_manifest(gke.tpu), submit=_KUBECTL, begins="---\n"),
   "gke-gpu": Target(render=_manifest(gke.gpu), submit=_KUBECTL, begins="---\n"),
-  "slurm": Target(render=slurm.script, submit=("sbatch",)),
-  "tpu-vm": Target(render=tpu_vm.script, submit=("bash", "-s")),
+  "slurm": Target(render=slurm.script, submit=("sbatch",), suffix=".sbatch"),
+  "tpu-vm": Target(render=tpu_vm.script, submit=("bash", "-s"), suffix=".sh"),
 }
 
 

@@ -13,11 +13,14 @@ from absl.testing import flagsaver
 from configs import default
 from moejax.cli import dotted, sweep, sweep_table
 from moejax.cli import flags as cli
+from moejax.config import text as config_text
 from moejax.errors import UserError
 from moejax.run import compilation_cache
 from moejax.sweep.points import axes, stored
 from moejax.sweep.points.expand import expand
+from moejax.sweep.report import page
 from moejax.sweep.spec import SPEC_FILE, Spec
+from tests.sweep.report import report_cases
 
 OWN: list[str] = []
 """Names of the program's flags."""
@@ -299,6 +302,11 @@ def test_a_dry_run_lists_what_it_leaves_out(capsys):
   assert "Left out, 1 impossible:" in out and "  num_selected=16: --config.moe" in out
 
 
+def test_seeds_are_a_number_or_a_list():
+  assert spec_of(AXIS, "--seeds=3").seeds == (0, 1, 2)
+  assert spec_of(AXIS, "--seeds=7,0,5").seeds == (7, 0, 5)
+
+
 def test_a_directory_alone_means_the_sweep_in_it(tmp_path, capsys):
   """So that --dry_run, --status and going on need no flags again."""
   spec = spec_of("--sweep.moe.num_experts=8,16", "--seeds=2")
@@ -327,7 +335,10 @@ AXIS = "--sweep.moe.num_experts=8,16"
     ("--zip.moe.num_experts=8,16 --zip.moe.hidden=64", "has 2 values and"),
     ("--sweep.moe.num_selected=1,16", "point num_selected=16: --config.moe"),
     (f"{AXIS} --seeds=0", "--seeds"),
-    (f"{AXIS} --seeds=x", "--seeds"),
+    (f"{AXIS} --seeds=x", "--seeds=x: give a number of seeds"),
+    (f"{AXIS} --seeds=0,x", "--seeds=0,x: give a number of seeds"),
+    (f"{AXIS} --seeds=5,", "One alone is --config.train.seed=5"),
+    (f"{AXIS} --seeds=1,1", "one is there twice"),
     (f"{AXIS} --match=flops", "--match=flops is unknown. Choose from active_flops."),
     (f"{AXIS} --match_by=moe.hidden", "nothing is matched. Add --match=active_flops."),
     ("--sweep.moe.num_experts=9999 --match=active_flops", "The nearest reachable is 1"),
@@ -414,3 +425,44 @@ def test_a_wrong_axis_is_refused_before_jax_is_imported():
   command = [sys.executable, "-c", code]
   result = subprocess.run(command, capture_output=True, text=True, timeout=60)
   assert result.stdout == "False\n" * 3, result.stderr
+
+
+def test_scripts_are_files_and_manifests_follow_each_other(tmp_path, capsys):
+  """Two Slurm scripts in one text would be one job; kubectl reads many in one."""
+  words = (f"--workdir={tmp_path}", "--executor=print", AXIS)
+  fits = ("--config.mesh.data=-1", "--config.moe.group_size=0")
+  assert main(*words, *fits, "--target=slurm", "--topology=cpu:2") == 0
+  said = capsys.readouterr()
+  lines = said.out.splitlines()
+  assert len(lines) == 2
+  for line in lines:
+    program, _, path = line.partition(" ")
+    text = pathlib.Path(path).read_text()
+    assert program == "sbatch" and text.startswith("#!") and path.endswith(".sbatch")
+    assert text.count("#SBATCH --job-name") == 1 and pathlib.Path(path).stem in text
+  assert f"written below {tmp_path}/runs, under that path" in said.err
+  pods = ("--target=gke-gpu", "--topology=h100:1x2", "--image=IMAGE")
+  assert main(*words, *fits, *pods) == 0
+  said = capsys.readouterr()
+  assert said.out.count("---\n") == 2 and said.err.count("Note: ") == 1
+  assert f"at /{tmp_path.parts[1]}, or copy" in said.err
+
+
+def test_the_report_has_the_states_of_the_table(tmp_path, monkeypatch):
+  """A run that failed is not merely unfinished."""
+  parse(f"--workdir={tmp_path}", AXIS)
+  points, _, values = sweep._points()
+  run = report_cases.write_run(tmp_path / "runs" / points[0].directory, done=False)
+  (run / "config.json").write_text(json.dumps(config_text.to_dict(points[0].config)))
+  attempt = {"host": "a", "pid": 1, "born": "1", "exit_code": 1}
+  (run / ".sweep.json").write_text(json.dumps({"attempts": [attempt]}))
+  found = {}
+
+  def write(*args, states, **rest):
+    del args, rest
+    found.update(states)
+    raise page.MissingExtraError("not installed")
+
+  monkeypatch.setattr(page, "write", write)
+  sweep._report(points, values)
+  assert found == {points[0].directory: "failed (exit code 1)"}

@@ -51,7 +51,7 @@ def work_off(queue: Queue, pool: Pool) -> int | None:
     KeyboardInterrupt: at the further Ctrl-C.
   """
   told = False
-  with StopRequest("every run") as stop:
+  with StopRequest("every run (one that compiles does so first)") as stop:
     try:
       while True:
         _tell_of_ended(queue, pool)

@@ -243,10 +243,10 @@ def _is_wanted(found: Status, retry_failed: bool) -> bool:
 
 def _conclude(found: Mapping[str, Status], signal: int | None, options: Options) -> int:
   """Names the runs that are not done, and returns the exit code."""
+  for text in view_lib.failures(list(found.values())):
+    print(text, file=sys.stderr)
   for s in found.values():
-    if s.state is State.FAILED:
-      print(view_lib.failure(s), file=sys.stderr)
-    elif s.state is State.DAMAGED:
+    if s.state is State.DAMAGED:
       print(s.damage, file=sys.stderr)
   failed = sum(s.state is State.FAILED for s in found.values())
   if failed and not options.retry_failed:

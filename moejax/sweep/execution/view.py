@@ -34,6 +34,9 @@ _ON_TOP = "starts, compilation and evaluation on top"
 _REASON = 32
 """Most characters shown of why a job waits."""
 
+_WHOLE_TAILS = 3
+"""Failed runs of which more than the last line of the log is shown."""
+
 _WATCHED = (State.RUNNING, State.FAILED, State.INTERRUPTED, State.DAMAGED)
 
 
@@ -61,7 +64,7 @@ def table(statuses: Sequence[Status]) -> Table:
   for s in statuses:
     out.add_row(
       Text(s.name),
-      Text(_state(s), style=_STYLES[s.state]),
+      Text(state(s), style=_STYLES[s.state]),
       f"{s.step}/{s.num_steps}" if s.num_steps else "",
       _number(s.loss),
       _number(s.validation_loss),
@@ -71,9 +74,13 @@ def table(statuses: Sequence[Status]) -> Table:
   return out
 
 
-def _state(status: Status) -> str:
+def state(status: Status) -> str:
+  """Returns a run's state in words: `failed (exit code 1)`."""
   if status.state is State.FAILED and status.exit_code is not None:
     return f"{status.state} (exit code {status.exit_code})"
+  if status.state is State.RUNNING and not status.step:
+    # Nothing was logged yet: that takes a minute or more on a busy machine.
+    return f"{status.state} (starting, compiling)"
   if status.state is State.QUEUED:
     # Some of Slurm's reasons are whole sentences.
     reason = textwrap.shorten(status.reason, _REASON, placeholder=" ...")
@@ -137,7 +144,7 @@ def duration(seconds: float | None) -> str:
 
 def one_line(status: Status) -> str:
   """Returns a run's name, state and numbers."""
-  parts = [f"{status.name}: {_state(status)}"]
+  parts = [f"{status.name}: {state(status)}"]
   if status.state not in (State.WAITING, State.QUEUED) and status.num_steps:
     parts.append(f"step {status.step}/{status.num_steps}")
   if status.loss is not None:
@@ -225,20 +232,28 @@ def print_table(
   console = Console(file=stream, width=None if stream.isatty() else WIDTH)
   console.print(table(statuses))
   console.print(summary(statuses, num_jobs), markup=False, highlight=False)
-  for text in [*map(failure, _failed(statuses)), *remarks(statuses)]:
+  for text in [*failures(statuses), *remarks(statuses)]:
     console.print(text, markup=False, highlight=False, soft_wrap=True)
 
 
-def failure(status: Status) -> str:
-  """Returns a failed run's name, exit code, log and the last lines of that."""
+def failures(statuses: Sequence[Status]) -> list[str]:
+  """Returns each failed run's name, exit code, log and the last lines of that.
+
+  After the first few, a line each: fifty runs rarely fail for fifty reasons.
+  """
+  failed = [s for s in statuses if s.state is State.FAILED]
+  return [
+    _failure(s, s.tail if i < _WHOLE_TAILS else s.tail[-1:]) for i, s in enumerate(failed)
+  ]
+
+
+def _failure(status: Status, tail: Sequence[str]) -> str:
   code = status.exit_code
   how = f"exit code {code}" if code != 0 else "without its last checkpoint"
   head = f"{status.name} failed ({how}). The end of {status.path / 'train.log'}:"
-  return "\n".join([head, *(f"  {line}" for line in status.tail)])
-
-
-def _failed(statuses: Sequence[Status]) -> list[Status]:
-  return [s for s in statuses if s.state is State.FAILED]
+  if len(tail) == 1:
+    return f"{head} {tail[0].strip()}"
+  return "\n".join([head, *(f"  {line}" for line in tail)])
 
 
 def remarks(statuses: Sequence[Status]) -> list[str]:

@@ -37,7 +37,7 @@ FIXED: Mapping[str, str] = {
   "data.prefetch": _READS,
   "moe.allow_future_leak": "only generation reads it",
   "model.max_position": "only generation reads it",
-  "train.seed": "seeds are no axis; use --seeds=N",
+  "train.seed": "seeds are no axis; use --seeds=N, or --seeds=0,1,5 for a list",
   "train.log_every": _WRITES,
   "train.eval_every": _WRITES,
   "train.eval_batches": _MEASURES,

@@ -8,6 +8,7 @@ are not, since the points that they kept are there.
 
 import copy
 import inspect
+import os
 import textwrap
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
@@ -18,6 +19,8 @@ from moejax.config import Config
 from moejax.config import text as config_text
 from moejax.errors import ConfigError, UserError, program
 from moejax.options import show
+from moejax.routing import registry
+from moejax.routing.registry import ROUTERS
 from moejax.run import provenance
 from moejax.sweep.points.expand import Skipped, digest, given_fields
 from moejax.sweep.spec import SPEC_FILE, Axis, Point, Spec
@@ -43,6 +46,7 @@ def to_json(
     "title": spec.title,
     "notes": spec.notes,
     "revision": provenance.revision(),
+    "routers": ROUTERS.files(),
     "base": given_fields(spec.base) | _options(spec.base),
     "axes": [
       {"fields": list(axis.fields), "values": [list(row) for row in axis.values]}
@@ -104,6 +108,15 @@ def read(workdir: Path) -> tuple[Spec, list[Point]]:
     ) from None
   except (OSError, ValueError) as error:
     raise UserError(_damaged(path, error)) from error
+  _add_routers(path, values)
+  try:
+    if unknown := _unknown_routers(values):
+      # Nothing is wrong with the file: to move it away would lose the sweep.
+      raise UserError(
+        f"{path}: the router {unknown[0]} is unknown. {registry.OF_YOUR_OWN}"
+      )
+  except (LookupError, TypeError, AttributeError) as error:
+    raise UserError(_damaged(path, error)) from error
   try:
     return from_json(values)
   except (UserError, LookupError, TypeError, ValueError, AttributeError) as error:
@@ -116,6 +129,34 @@ def _damaged(path: Path, error: Exception) -> str:
     f"{path} cannot be read ({type(error).__name__}: {words}). Restore it, or move it "
     "away and give the sweep's flags again: finished runs are kept."
   )
+
+
+def _add_routers(path: Path, values: Any) -> None:
+  """Makes the routers of one's own known that the sweep was started with.
+
+  Raises:
+    UserError: one of their files is gone, or fails.
+  """
+  found = values.get("routers") if isinstance(values, dict) else None
+  known = [file for file in os.environ.get(registry.ENV, "").split(os.pathsep) if file]
+  added = [*known, *ROUTERS.files()]
+  for file in found if isinstance(found, list) else ():
+    if file in added:
+      continue
+    if not Path(str(file)).is_file():
+      raise UserError(
+        f"{path}: this sweep has a router of {file}, which is gone. Put it back, or give "
+        f"its new place as {registry.ENV}=FILE and the sweep's flags again."
+      )
+    known.append(str(file))
+  if known:
+    os.environ[registry.ENV] = os.pathsep.join(known)
+
+
+def _unknown_routers(values: Mapping[str, Any]) -> list[str]:
+  configs = [values["base"], *(point["config"] for point in values["points"])]
+  names = dict.fromkeys(c["moe.router"] for c in configs if "moe.router" in c)
+  return [name for name in names if name not in ROUTERS]
 
 
 def from_json(values: Mapping[str, Any]) -> tuple[Spec, list[Point]]:

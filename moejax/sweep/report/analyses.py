@@ -61,7 +61,7 @@ def main_effects(found: Sequence[Setting], axes: Sequence[str]) -> list[Effect]:
   for axis in axes:
     levels = _levels(found, axis)
     complete = [
-      cell for cell in _cells(found, axes, axis).values() if len(cell) == len(levels)
+      cell for cell in cells(found, axes, axis).values() if len(cell) == len(levels)
     ]
     if len(levels) < 2 or not complete:
       continue
@@ -97,76 +97,33 @@ def _levels(found: Iterable[Setting], axis: str) -> list[Any]:
   return sorted(distinct, key=summary.order)
 
 
-def _cells(
+def cells(
   found: Iterable[Setting], axes: Sequence[str], axis: str
 ) -> dict[Any, list[Setting]]:
   """Groups settings by the other axes; each group ascends along `axis`."""
-  cells: dict[Any, list[Setting]] = {}
+  out: dict[Any, list[Setting]] = {}
   for setting in found:
     if axis in setting.values:
-      cells.setdefault(key_without(setting, axes, axis), []).append(setting)
-  for cell in cells.values():
+      out.setdefault(key_without(setting, axes, axis), []).append(setting)
+  for cell in out.values():
     cell.sort(key=lambda s: summary.order(s.values[axis]))
-  return cells
+  return out
 
 
 def key_without(setting: Setting, axes: Sequence[str], *left_out: str) -> tuple[Any, ...]:
   """Returns (axis, value) pairs of the other axes, for grouping."""
+  return key_of(setting.values, axes, *left_out)
+
+
+def key_of(values: Mapping[str, Any], axes: Sequence[str], *left_out: str) -> tuple:
+  """Returns (axis, value) pairs of the other axes of a setting's values."""
   names = (axis for axis in axes if axis not in left_out)
-  return tuple((n, setting.values[n]) for n in names if n in setting.values)
+  return tuple((n, values[n]) for n in names if n in values)
 
 
 def _common_seeds(found: Iterable[Setting]) -> list[int]:
   seeds = [set(setting.losses) for setting in found]
   return sorted(set.intersection(*seeds)) if seeds else []
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Capacity:
-  """The capacity factor that suffices, for one combination of the other axes."""
-
-  others: Mapping[str, Any]
-  dropless: Setting
-  sufficient: Setting | None
-  """With the smallest factor that is within `margin` of dropless, as is every larger
-  one tried; None if none is."""
-  largest: float
-  """The largest factor that was tried."""
-  margin: float | None
-  """One standard error of the dropless loss; None with one seed."""
-
-
-def sufficient_capacity(found: Sequence[Setting], axes: Sequence[str]) -> list[Capacity]:
-  """Returns the smallest capacity factor whose loss is within one standard error of
-  dropless over their common seeds, for each combination of the other axes with both.
-
-  A larger factor that fails disqualifies the smaller ones: their loss is then luck.
-  """
-  if CAPACITY not in axes:
-    return []
-  out = []
-  for key, cell in _cells(found, axes, CAPACITY).items():
-    dropless = [s for s in cell if s.values[CAPACITY] is None]
-    bounded = [s for s in cell if s.values[CAPACITY] is not None]
-    if not dropless or not bounded:
-      continue
-    margin = dropless[0].se
-    sufficient = None
-    for setting in reversed(bounded):
-      gap = summary.paired(dropless[0], setting)
-      if margin is None or gap is None or gap.estimate > margin:
-        break
-      sufficient = setting
-    out.append(
-      Capacity(
-        others=dict(key),
-        dropless=dropless[0],
-        sufficient=sufficient,
-        largest=bounded[-1].values[CAPACITY],
-        margin=margin,
-      )
-    )
-  return out
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -198,10 +155,10 @@ def doublings(found: Sequence[Setting], axes: Sequence[str]) -> list[Doubling]:
   """
   if EXPERTS not in axes:
     return []
-  timed = summary.is_steady(found)
+  is_steady = summary.is_steady(found)
   curves: dict[Any, dict[int, list[Setting]]] = {}
   for setting in found:
-    if EXPERTS in setting.values and setting.of("step_ms_p50") is not None:
+    if EXPERTS in setting.values:
       key = key_without(setting, axes, EXPERTS, CAPACITY)
       curves.setdefault(key, {}).setdefault(setting.values[EXPERTS], []).append(setting)
   out = []
@@ -209,6 +166,7 @@ def doublings(found: Sequence[Setting], axes: Sequence[str]) -> list[Doubling]:
     for experts in sorted(by_experts):
       if 2 * experts in by_experts:
         pair = by_experts[experts], by_experts[2 * experts]
+        timed = is_steady and all(s.of("step_ms_p50") for side in pair for s in side)
         equal = _at_equal_time(dict(key), experts, *pair) if timed else []
         out += equal or _as_they_are(dict(key), experts, *pair, timed=timed)
   return out

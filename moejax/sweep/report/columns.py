@@ -28,7 +28,7 @@ def _table(*rows: tuple[str, str, str]) -> tuple[Column, ...]:
 
 COLUMNS = _table(
   ("run", "", "name of the run's directory"),
-  ("state", "", "done, unfinished, or what the scheduler says"),
+  ("state", "", "done, unfinished, or the sweep's word, as in --status"),
   ("seed", "", "train.seed"),
   ("steps", "", "optimizer steps taken: those logged, or all if done"),
   ("num_steps", "", "optimizer steps asked for"),

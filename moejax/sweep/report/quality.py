@@ -44,9 +44,7 @@ def speedups(found: Sequence[Setting]) -> list[Answer]:
     return []
   is_steady, out = summary.is_steady(found), []
   for setting in comparable(found, baseline):
-    # By common seeds, which `to_quality` takes as pairs.
-    seeds = baseline.losses.keys() & setting.losses.keys() or None
-    slow, fast = curves(baseline, seeds), curves(setting, seeds)
+    slow, fast = pair(baseline, setting)
     steps = laws.to_quality(slow, fast, level=summary.LEVEL)
     # A cost per step is a constant of a setting, so that it scales ratio and interval.
     flops = _scaled(steps, _per_step(baseline, setting, "training_flops", "steps"))
@@ -104,6 +102,12 @@ def curves(setting: Setting, seeds: Collection[int] | None = None) -> list[Curve
   return found if all(len(curve.cost) > 1 for curve in found) else []
 
 
+def pair(a: Setting, b: Setting) -> tuple[list[Curve], list[Curve]]:
+  """Returns the curves of both settings' common seeds; of all if they share none."""
+  seeds = a.losses.keys() & b.losses.keys() or None
+  return curves(a, seeds), curves(b, seeds)
+
+
 def in_words(answers: Sequence[Answer]) -> str:
   """Returns a sentence on the setting that is there in the fewest steps.
 
@@ -123,8 +127,14 @@ def in_words(answers: Sequence[Answer]) -> str:
     costs.append(f"{_ratio(best.time)} less time")
   return (
     f"{best.setting.label} reaches the held-out loss at which the best dense twin ends "
-    f"{target} with {', '.join(costs)} (below 1x is more)."
+    f"{target} with {', '.join(costs)} (below 1x is more).{_diverged(best)}"
   )
+
+
+def _diverged(answer: Answer) -> str:
+  sides = (answer.setting, answer.baseline)
+  lost = [f"{s.label} ({len(s.diverged)} diverged)" for s in sides if s.diverged]
+  return f" Seeds without a finite loss do not count: {'; '.join(lost)}." if lost else ""
 
 
 def _ratio(speedup: Speedup) -> str:

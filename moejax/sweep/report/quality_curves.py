@@ -23,12 +23,11 @@ def draw(found: Sequence[Setting]) -> list[Figure]:
   if twin is None or not sparse:
     return []
   sparse = sorted(sparse, key=lambda setting: setting.mean)[: _MOST - 1]
-  means = {s.label: mean_curve(s) for s in (twin, *sparse)}
+  means = {s.label: mean_curve(quality.curves(s)) for s in (twin, *sparse)}
   saved = [
-    {"setting": label, "step": step, "ratio": ratio}
-    for label, curve in means.items()
-    if label != twin.label
-    for step, ratio in saved_steps(means[twin.label], curve)
+    {"setting": setting.label, "step": step, "ratio": ratio}
+    for setting in sparse
+    for step, ratio in saved_steps(*map(mean_curve, quality.pair(twin, setting)))
   ]
   losses = [
     {"setting": label, "step": float(step), "loss": float(loss)}
@@ -47,8 +46,8 @@ def draw(found: Sequence[Setting]) -> list[Figure]:
     Figure(
       name="held_out_curves",
       title="Held-out loss while training",
-      caption="Mean over seeds; the dense twin, which has the same active FLOPs, has the "
-      f"thicker line.{most}",
+      caption="Mean over the seeds of each setting; the dense twin, which has the same "
+      f"active FLOPs, has the thicker line.{most}",
       chart=_thick(loss, losses, twin.label, colour),
     )
   ]
@@ -57,9 +56,12 @@ def draw(found: Sequence[Setting]) -> list[Figure]:
   return figures
 
 
-def mean_curve(setting: Setting) -> Curve:
-  """Returns the mean over seeds, smoothed so that it never rises."""
-  seeds = quality.curves(setting)
+def mean_curve(seeds: Sequence[Curve]) -> Curve:
+  """Returns the mean over seeds, smoothed so that it never rises.
+
+  Args:
+    seeds: at least one, all with the same steps.
+  """
   loss = np.mean([curve.loss for curve in seeds], axis=0)
   return Curve(cost=seeds[0].cost, loss=laws.smooth(loss))
 
@@ -107,8 +109,8 @@ def _saved(rows: charts.Rows, colour: alt.Color, most: str) -> Figure:
     name="steps_saved",
     title="Steps saved over training",
     caption="How many times fewer steps a sparse setting needs to the loss that the "
-    "dense twin has at a step; above the dashed line it learns in fewer steps. A line "
-    "ends where the setting does not reach the twin's loss. Both sides decay their "
-    f"learning rates over the whole run.{most}",
+    "dense twin has at a step, over the seeds that both have; above the dashed line it "
+    "learns in fewer steps. A line ends where the setting does not reach the twin's "
+    f"loss. Both sides decay their learning rates over the whole run.{most}",
     chart=alt.layer(lines, even.encode(y="ratio:Q")).properties(height=charts.HEIGHT),
   )

@@ -317,7 +317,7 @@ def _speed(
 
 
 def _wall_seconds(path: pathlib.Path) -> float | None:
-  """Returns the seconds of all recorded attempts; None if any is not recorded whole."""
+  """Returns the seconds of all recorded attempts; None if any cannot be known."""
   attempts = _json(path / _SCHEDULER_FILE, "Delete it.").get("attempts")
   if not isinstance(attempts, list) or not attempts:
     return None
@@ -327,4 +327,6 @@ def _wall_seconds(path: pathlib.Path) -> float | None:
     if isinstance(attempt, dict)
     and all(isinstance(attempt.get(k), int | float) for k in ("start", "end"))
   ]
-  return float(sum(spans)) if len(spans) == len(attempts) else None
+  # Below 0: the clock was set back meanwhile.
+  known = len(spans) == len(attempts) and min(spans) >= 0
+  return float(sum(spans)) if known else None

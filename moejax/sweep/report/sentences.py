@@ -12,7 +12,7 @@ from moejax.config import Config
 from moejax.config import text as config_text
 from moejax.errors import program
 from moejax.options import show
-from moejax.sweep.report import analyses, quality, summary, words
+from moejax.sweep.report import analyses, capacity, evaluated, quality, summary, words
 from moejax.sweep.report import unknown as unknown_lib
 from moejax.sweep.report.records import Records
 from moejax.sweep.report.summary import Setting
@@ -70,9 +70,10 @@ def write(
   findings = [
     *_pareto(found),
     *_doubling(found, axes, names),
-    *_capacity(found, axes, names),
+    *_capacity(records, found, axes, names),
     *_isoflop(found, records.fields, names),
     *_quality(found),
+    *_evaluated(found),
     *_best(found, base),
   ]
   unknown = unknown_lib.write(records, found, axes)
@@ -84,6 +85,9 @@ def _pareto(found: Sequence[Setting]) -> list[Finding]:
   units = {"step_ms_p50": "{:,.4g} ms", "training_flops": "{:.3g} FLOP"}
   for cost in summary.costs(found):
     front, title = summary.pareto(found, cost), summary.COSTS[cost]
+    ranked = [s for s in summary.with_all_seeds(found) if s.of(cost) is not None]
+    if len(ranked) < 2:
+      continue
     listed = words.listed(
       [f"{s.label} ({units[cost].format(s.of(cost))}, {words.spread(s)})" for s in front]
     )
@@ -91,8 +95,8 @@ def _pareto(found: Sequence[Setting]) -> list[Finding]:
     out.append(
       Finding(
         topic=f"Loss against {title}",
-        text=f"Of {len(summary.ranked(found))} settings, {only} not beaten in mean loss "
-        f"at equal or lower {title}, from the cheapest: {listed}.",
+        text=f"Of {len(ranked)} settings{words.all_seeds(found)}, {only} not beaten in "
+        f"mean loss at equal or lower {title}, from the cheapest: {listed}.",
       )
     )
   return out
@@ -112,11 +116,15 @@ def _doubling(
 
 
 def _capacity(
-  found: Sequence[Setting], axes: Sequence[str], names: Mapping[str, str]
+  records: Records,
+  found: Sequence[Setting],
+  axes: Sequence[str],
+  names: Mapping[str, str],
 ) -> list[Finding]:
   out = []
-  for answer in analyses.sufficient_capacity(found, axes):
-    if answer.margin is None:
+  diverged = [run.settings for run in summary.diverged(records)]
+  for answer in capacity.sufficient(found, axes, diverged):
+    if answer.dropless is None or (answer.refused and answer.sufficient is None):
       continue
     than = (
       f"dropless ({words.spread(answer.dropless)}){words.where(answer.others, names)}"
@@ -167,34 +175,63 @@ def _isoflop(
   return out
 
 
+def _evaluated(found: Sequence[Setting]) -> list[Finding]:
+  return [
+    Finding(topic=f"Evaluated on {name}", text=text)
+    for name in evaluated.names(found)
+    if (text := evaluated.in_words(found, name))
+  ]
+
+
 def _best(found: Sequence[Setting], base: Config | None) -> list[Finding]:
-  if len(found) < 2:
+  ranked = summary.with_all_seeds(found)
+  if len(found) < 2 or not ranked:
     return []
   best = summary.best(found)
-  text = (
-    f"{best.label} has the lowest mean loss: {words.spread(best)} nats/token "
-    f"({words.seeds_of(best)})."
-  )
-  cheaper = [
-    (cost, setting)
-    for setting in summary.indistinguishable(found, best)
-    if (cost := setting.of(summary.STEP_TIME) or 0.0) < _step_ms(best)
-  ]
-  if cheaper and summary.STEP_TIME in summary.costs(found):
-    cost, setting = min(cheaper, key=lambda pair: pair[0])
-    gap = summary.paired(best, setting)
-    assert gap is not None
-    share = 1 - cost / _step_ms(best)
-    text += (
-      f" {setting.label} cannot be told from it, {words.difference(gap)}, and takes "
-      f"{share:.0%} less time per step."
-    )
+  spread = f"{words.spread(best)} nats/token"
+  text = f"{best.label} has the lowest mean loss: {spread} ({words.seeds_of(best)})."
+  if all_seeds := words.all_seeds(found):
+    text = f"Of {len(ranked)} settings{all_seeds}, {text}"
+  if len(ranked) == 1:
+    seeds = words.count(best.n, "seed")
+    text = f"Only {best.label} has all {seeds}, with a mean loss of {spread}."
+  if lower := _lower(found, best):
+    return [Finding(topic="Lowest loss", text=f"{text} {lower}")]
+  text += _cheaper(found, best)
   config = best.runs[0].config
   return [Finding(topic="Lowest loss", text=text, command=command(config, base))]
 
 
-def _step_ms(setting: Setting) -> float:
-  return setting.of(summary.STEP_TIME) or 0.0
+def _lower(found: Sequence[Setting], best: Setting) -> str:
+  """Names the settings of fewer seeds that are below the best in those they share."""
+  gaps = []
+  for setting in found:
+    gap = summary.paired(best, setting)
+    if gap is not None and gap.estimate < 0 and setting.n < best.n:
+      gaps.append(f"{setting.label} by {words.difference(gap)}")
+  listed = words.listed(gaps)
+  return f"Lower in the seeds that it shares with it: {listed}." if gaps else ""
+
+
+def _cheaper(found: Sequence[Setting], best: Setting) -> str:
+  """Names the cheapest setting that may be as good as the best."""
+  own = best.of(summary.STEP_TIME)
+  if own is None or summary.STEP_TIME not in summary.costs(found):
+    return ""
+  cheaper = [
+    (cost, setting)
+    for setting in summary.indistinguishable(found, best)
+    if (cost := setting.of(summary.STEP_TIME)) is not None and cost < own
+  ]
+  if not cheaper:
+    return ""
+  cost, setting = min(cheaper, key=lambda pair: pair[0])
+  gap = summary.paired(best, setting)
+  assert gap is not None
+  return (
+    f" {setting.label} cannot be told from it, {words.difference(gap)}, and takes "
+    f"{1 - cost / own:.0%} less time per step."
+  )
 
 
 def command(config: Config, base: Config | None = None) -> str:

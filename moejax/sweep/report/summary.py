@@ -78,6 +78,8 @@ class Setting:
   """In order of their seeds; each has a loss."""
   label: str
   """Readable: `num_experts=8, capacity_factor=1.25`."""
+  diverged: tuple[int, ...] = ()
+  """Seeds whose run is done without a finite loss, ascending."""
 
   @functools.cached_property
   def losses(self) -> dict[int, float]:
@@ -119,17 +121,31 @@ def settings(records: Records) -> tuple[Setting, ...]:
   names = short_names(records.fields)
   groups: dict[Any, list[Record]] = {}
   for run in records.runs:
-    if run.done and isinstance(run.values.get("loss"), int | float):
+    if run.done and has_loss(run):
       groups.setdefault(tuple(run.settings.items()), []).append(run)
+  bad: dict[Any, list[int]] = {}
+  for run in diverged(records):
+    bad.setdefault(tuple(run.settings.items()), []).append(run.values["seed"])
   found = [
     Setting(
       values=dict(key),
       runs=tuple(sorted(runs, key=lambda run: run.values["seed"])),
       label=label(dict(key), names),
+      diverged=tuple(sorted(bad.get(key, ()))),
     )
     for key, runs in groups.items()
   ]
   return tuple(sorted(found, key=lambda s: position(s.values, records.fields)))
+
+
+def has_loss(run: Record) -> bool:
+  """Returns whether a run has a finite held-out loss."""
+  return isinstance(run.values.get("loss"), int | float)
+
+
+def diverged(records: Records) -> list[Record]:
+  """Returns the runs that are done without a finite held-out loss."""
+  return [run for run in records.runs if run.done and not has_loss(run)]
 
 
 def label(values: Mapping[str, Any], names: Mapping[str, str]) -> str:
@@ -197,8 +213,18 @@ def ranked(found: Sequence[Setting]) -> Sequence[Setting]:
   A mean over fewer seeds is a mean over another draw of the data: the spread between
   seeds can exceed what settings differ by. If no setting has all seeds, all are returned.
   """
-  seeds = frozenset[int]().union(*(setting.losses for setting in found))
-  return [s for s in found if seeds == s.losses.keys()] or found
+  return with_all_seeds(found) or found
+
+
+def with_all_seeds(found: Sequence[Setting]) -> list[Setting]:
+  """Returns the settings that have every seed which any of them has; maybe none."""
+  seeds = all_seeds(found)
+  return [s for s in found if seeds == s.losses.keys()]
+
+
+def all_seeds(found: Iterable[Setting]) -> frozenset[int]:
+  """Returns the seeds that any setting has a finite loss of."""
+  return frozenset[int]().union(*(setting.losses for setting in found))
 
 
 def best(found: Sequence[Setting]) -> Setting:
@@ -254,11 +280,12 @@ def pareto(found: Sequence[Setting], cost: str) -> list[Setting]:
     cost: a column, such as `step_ms_p50`.
 
   Returns:
-    Of those `ranked`, ascending in cost, descending in mean loss.
+    Of those `ranked`, ascending in cost, descending in mean loss; all of an exact tie.
   """
   priced = [(price, s) for s in ranked(found) if (price := s.of(cost)) is not None]
-  front: list[Setting] = []
-  for _, setting in sorted(priced, key=lambda pair: (pair[0], pair[1].mean)):
-    if not front or setting.mean < front[-1].mean:
-      front.append(setting)
-  return front
+  front: list[tuple[float, Setting]] = []
+  for price, setting in sorted(priced, key=lambda pair: (pair[0], pair[1].mean)):
+    last = (front[-1][0], front[-1][1].mean) if front else (price, math.inf)
+    if setting.mean < last[1] or (price, setting.mean) == last:
+      front.append((price, setting))
+  return [setting for _, setting in front]

@@ -11,7 +11,7 @@ from typing import Any
 
 from moejax import files
 from moejax.options import show
-from moejax.sweep.report import analyses, quality, summary
+from moejax.sweep.report import analyses, capacity, evaluated, quality, summary
 from moejax.sweep.report.charts import word
 from moejax.sweep.report.records import Records
 from moejax.sweep.report.summary import Interval, Setting
@@ -63,7 +63,8 @@ def make(records: Records, found: Sequence[Setting], axes: Sequence[str]) -> lis
     _settings(records, found, names),
     _runs(records, names),
     _effects(found, axes, names),
-    _capacity(found, axes, names),
+    _evaluated(found, records, names),
+    _capacity(records, found, axes, names),
     _isoflops(found, records.fields, names),
     _quality(found, records, names),
   ]
@@ -170,10 +171,29 @@ def _quality(
   )
 
 
+def _evaluated(
+  found: Sequence[Setting], records: Records, names: Mapping[str, str]
+) -> Table:
+  rows = [
+    _words(setting.values, names, records.fields)
+    | {"evaluation": name, "seeds": setting.n}
+    | {"loss": setting.mean, "sd": setting.sd, "se": setting.se}
+    | {"dropped": evaluated.drops(setting, name)}
+    for name in evaluated.names(found)
+    for setting in evaluated.settings(found, name)
+  ]
+  title = "Other evaluations, split@capacity factor, means over seeds"
+  return Table(name="evaluations", title=title, rows=tuple(rows))
+
+
 def _capacity(
-  found: Sequence[Setting], axes: Sequence[str], names: Mapping[str, str]
+  records: Records,
+  found: Sequence[Setting],
+  axes: Sequence[str],
+  names: Mapping[str, str],
 ) -> Table:
   others = [axis for axis in axes if axis != analyses.CAPACITY]
+  diverged = [run.settings for run in summary.diverged(records)]
   rows = [
     _words(answer.others, names, others)
     | {
@@ -184,8 +204,9 @@ def _capacity(
       "dropless loss": answer.dropless.mean,
       "standard error": answer.margin,
     }
-    for answer in analyses.sufficient_capacity(found, axes)
-    if answer.margin is not None
+    for answer in capacity.sufficient(found, axes, diverged)
+    if answer.dropless is not None
+    and (answer.sufficient is not None or not answer.refused)
   ]
   title = "Capacity factor from which on all are within one standard error of dropless"
   return Table(name="capacity", title=title, rows=tuple(rows))

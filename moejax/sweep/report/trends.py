@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 import altair as alt
 import numpy as np
 
-from moejax.sweep.report import analyses, charts, summary
+from moejax.sweep.report import analyses, charts, summary, words
 from moejax.sweep.report.charts import Figure
 from moejax.sweep.report.summary import Setting
 
@@ -189,7 +189,7 @@ def main_effects(
         name=f"main_effect_{names[axis].replace('.', '_')}",
         title=f"Main effect of {names[axis]}",
         caption=f"Loss at each level minus the mean over levels, averaged with equal "
-        f"weight over {own[0].cells} combination(s) of the other axes. "
+        f"weight over {words.count(own[0].cells, 'combination')} of the other axes. "
         + (
           f"Bars: {summary.LEVEL:.0%} intervals (Student's t, {seeds} seeds)."
           if seeds > 1

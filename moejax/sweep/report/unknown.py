@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from moejax.sweep.report import analyses, quality, summary, words
+from moejax.sweep.report import analyses, capacity, quality, summary, words
 from moejax.sweep.report.records import Records
 from moejax.sweep.report.summary import Setting
 
@@ -18,6 +18,7 @@ def write(records: Records, found: Sequence[Setting], axes: Sequence[str]) -> li
     *_unranked(found),
     *_close(found),
     *_uncertain_doublings(found, axes, names),
+    *_capacities(records, found, axes, names),
     *_refused(found, records.fields, names),
     *_curves(found),
     *_step_times(records, found),
@@ -34,17 +35,15 @@ def _unfinished(records: Records) -> list[str]:
       f"{len(open_runs)} of {len(records.runs)} runs are not finished and count in no "
       f"figure or sentence: {named}{more}."
     )
-  lost = [run.values["run"] for run in records.runs if run.done and not _has_loss(run)]
+  lost = [run.values["run"] for run in summary.diverged(records)]
   if lost:
+    have = "has" if len(lost) == 1 else "have"
+    are = "is" if len(lost) == 1 else "are"
     out.append(
-      f"{len(lost)} finished run(s) have no finite held-out loss and are left out: "
-      f"{', '.join(lost[:5])}{' and more' if len(lost) > 5 else ''}."
+      f"{words.count(len(lost), 'finished run')} {have} no finite held-out loss and "
+      f"{are} left out: {', '.join(lost[:5])}{' and more' if len(lost) > 5 else ''}."
     )
   return out
-
-
-def _has_loss(run: Any) -> bool:
-  return isinstance(run.values.get("loss"), int | float)
 
 
 def _incomparable(records: Records) -> list[str]:
@@ -96,8 +95,8 @@ def _unranked(found: Sequence[Setting]) -> list[str]:
     return []
   if len(short) == len(found):
     return [
-      "No setting has all seeds: means over different seeds compare only roughly, since "
-      "a seed orders the text for every setting alike."
+      f"Which setting is best: none has all {len(seeds)} seeds, and means over different "
+      "seeds compare only roughly, since a seed orders the text for every setting alike."
     ]
   named = words.listed([f"{s.label} ({words.seeds_of(s)})" for s in short])
   return [
@@ -108,7 +107,7 @@ def _unranked(found: Sequence[Setting]) -> list[str]:
 
 def _close(found: Sequence[Setting]) -> list[str]:
   """Says which settings cannot be told from the best."""
-  if len(found) < 2:
+  if len(found) < 2 or not summary.with_all_seeds(found):
     return []
   best = summary.best(found)
   near = summary.indistinguishable(found, best)
@@ -126,11 +125,47 @@ def _close(found: Sequence[Setting]) -> list[str]:
 def _uncertain_doublings(
   found: Sequence[Setting], axes: Sequence[str], names: Mapping[str, str]
 ) -> list[str]:
+  said = summary.best(found) if summary.with_all_seeds(found) else None
+  out, single = [], []
+  for doubling in analyses.doublings(found, axes):
+    what, gap = words.doubling(doubling, names)[0], doubling.difference
+    if gap.n == 1:
+      single.append(f"{what} ({gap.estimate:+.4f} nats/token)")
+    elif gap.low == gap.high == 0:
+      out.append(f"Whether going {what} changes the loss: {words.difference(gap)}.")
+    # With no other settings than these two, `_close` has said it.
+    elif not gap.certain and not (len(found) == 2 and said is not None):
+      out.append(
+        f"Whether going {what} changes the loss: {words.difference(gap)} includes 0."
+      )
+  if single:
+    out.append(
+      "Whether more experts change the loss, since one seed in common has no interval: "
+      f"going {words.listed(single)}."
+    )
+  return out
+
+
+def _capacities(
+  records: Records,
+  found: Sequence[Setting],
+  axes: Sequence[str],
+  names: Mapping[str, str],
+) -> list[str]:
+  """Says why no capacity factor is said to suffice; one line for each reason."""
+  diverged = [run.settings for run in summary.diverged(records)]
+  reasons: dict[str, list[str]] = {}
+  for answer in capacity.sufficient(found, axes, diverged):
+    if answer.refused:
+      which = "Which capacity factor suffices"
+      if answer.sufficient is not None:
+        factor = answer.sufficient.values[analyses.CAPACITY]
+        which = f"Whether a capacity factor below {factor:g} suffices"
+      where = summary.label(answer.others, names) if answer.others else ""
+      reasons.setdefault(f"{which}{{where}}: {answer.refused}.", []).append(where)
   return [
-    f"Whether going {words.doubling(doubling, names)[0]} changes the loss: "
-    f"{words.difference(doubling.difference)} includes 0."
-    for doubling in analyses.doublings(found, axes)
-    if doubling.difference.n > 1 and not doubling.difference.certain
+    text.format(where=f", with {words.listed(where)}" if where[0] else "")
+    for text, where in reasons.items()
   ]
 
 
@@ -157,6 +192,20 @@ def _curves(found: Sequence[Setting]) -> list[str]:
 
 
 def _step_times(records: Records, found: Sequence[Setting]) -> list[str]:
+  untimed = [s.label for s in found if s.of(summary.STEP_TIME) is None]
+  some_timed = len(untimed) < len(found)
+  out = []
+  if untimed and some_timed:
+    out.append(
+      f"Step times of {words.listed(untimed)}: not every run has one. Time each shape "
+      "alone, with --time_steps=20."
+    )
+  return out + _sources(records, found)
+
+
+def _sources(records: Records, found: Sequence[Setting]) -> list[str]:
+  if not found:
+    return []
   if not summary.is_steady(found):
     ratio = summary.unsteadiness(found)
     return [

@@ -20,7 +20,7 @@ def spread(setting: Setting) -> str:
   """Returns a mean loss with its standard error, if there is one."""
   if setting.se is None:
     return f"{setting.mean:.4f}"
-  return f"{setting.mean:.4f} +- {setting.se:.4f}"
+  return f"{setting.mean:.4f} ± {setting.se:.4f}"
 
 
 def difference(interval: Interval) -> str:
@@ -59,4 +59,18 @@ def doubling(doubling: analyses.Doubling, names: Mapping[str, str]) -> tuple[str
 
 
 def seeds_of(setting: Setting) -> str:
-  return "1 seed" if setting.n == 1 else f"{setting.n} seeds"
+  """Returns its number of seeds, and how many more ended without a finite loss."""
+  lost = f", {len(setting.diverged)} more diverged" if setting.diverged else ""
+  return count(setting.n, "seed") + lost
+
+
+def all_seeds(found: Sequence[Setting]) -> str:
+  """Returns ` with all 3 seeds` if some setting lacks one; empty if none does."""
+  if len(summary.with_all_seeds(found)) == len(found):
+    return ""
+  return f" with all {count(len(summary.all_seeds(found)), 'seed')}"
+
+
+def count(number: int, noun: str) -> str:
+  """Returns `1 run`, `2 runs`."""
+  return f"{number} {noun}{'' if number == 1 else 's'}"

@@ -83,3 +83,17 @@ def test_names_of_runs_are_not_read_as_markup():
   said = io.StringIO()
   view.print_table([status("[red]=1", State.WAITING)], stream=said)
   assert "[red]=1" in said.getvalue()
+
+
+def test_a_run_without_a_logged_step_says_why():
+  """A minute at step 0 looks like a hang."""
+  assert view.state(status("a", State.RUNNING)) == "running (starting, compiling)"
+  assert view.state(status("a", State.RUNNING, step=1)) == "running"
+
+
+def test_many_failures_do_not_fill_the_screen():
+  """The first three with the end of their logs, the others with its last line."""
+  runs = [status(f"r{i}", State.FAILED, exit_code=1, tail=("a", "b")) for i in range(5)]
+  said = view.failures(runs)
+  assert [len(text.splitlines()) for text in said] == [3, 3, 3, 1, 1]
+  assert said[4].endswith("train.log: b")

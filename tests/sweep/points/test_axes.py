@@ -82,7 +82,10 @@ def test_all_zips_are_one_axis_at_the_place_of_the_first():
       "sweep.moe.num_experts=8 zip.moe.num_experts=16",
       "--zip.moe.num_experts: the field is varied by --sweep.moe.num_experts already",
     ),
-    ("sweep.train.seed=1,2", "seeds are no axis; use --seeds=N."),
+    (
+      "sweep.train.seed=1,2",
+      "seeds are no axis; use --seeds=N, or --seeds=0,1,5 for a list.",
+    ),
     ("sweep.data.cache_dir=a,b", "may not vary within a sweep: it is a place for files"),
     ("sweep.schema_version=1,2", "it is no setting."),
   ],

@@ -2,12 +2,16 @@
 
 import copy
 import functools
+import importlib.util
 import json
+import sys
 
 import pytest
 
 from configs import default
+from moejax.config import Config
 from moejax.errors import UserError
+from moejax.routing import registry
 from moejax.run import provenance
 from moejax.sweep.points import axes, stored
 from moejax.sweep.points.expand import expand
@@ -163,3 +167,52 @@ def test_a_damaged_file_is_one_line(tmp_path, damage):
 def test_a_directory_without_a_sweep_is_one_line(tmp_path):
   with pytest.raises(UserError, match=f"holds no sweep .it has no {SPEC_FILE}"):
     stored.read(tmp_path)
+
+
+OWN_ROUTER = """
+import dataclasses
+from moejax.routing import registry
+from moejax.routing.token_choice import TopK
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Mine(TopK):
+  name = "mine"
+
+registry.ROUTERS["mine"] = Mine
+"""
+
+
+def test_a_router_of_ones_own_is_found_again(tmp_path, monkeypatch):
+  """spec.json names its file; if that is gone, spec.json is not called damaged."""
+  monkeypatch.setenv(registry.ENV, "")
+  file = tmp_path / "mine.py"
+  file.write_text(OWN_ROUTER)
+  made = importlib.util.spec_from_file_location("tests_mine", file)
+  assert made is not None and made.loader is not None
+  module = importlib.util.module_from_spec(made)
+  monkeypatch.setitem(sys.modules, "tests_mine", module)
+  try:
+    made.loader.exec_module(module)
+    base = Config()
+    base.moe.router = "mine"
+    spec = Spec(base=base)
+    values = stored.to_json(spec, expand(spec).points)
+    assert values["routers"] == [str(file)]
+    (tmp_path / SPEC_FILE).write_text(json.dumps(values))
+    del registry.ROUTERS["mine"]  # As in a new process.
+    _, (point,) = stored.read(tmp_path)
+    assert point.config.moe.router == "mine" and "mine" in registry.ROUTERS
+    del registry.ROUTERS["mine"]
+    monkeypatch.setenv(registry.ENV, "")
+    file.unlink()
+    with pytest.raises(UserError, match=r"has a router of .*mine\.py, which is gone"):
+      stored.read(tmp_path)
+    # Written before such files were stored.
+    (tmp_path / SPEC_FILE).write_text(json.dumps(values | {"routers": []}))
+    with pytest.raises(UserError) as caught:
+      stored.read(tmp_path)
+    assert "MOEJAX_ROUTERS=FILE" in str(caught.value)
+    assert "move it away" not in str(caught.value)
+  finally:
+    if "mine" in registry.ROUTERS:
+      del registry.ROUTERS["mine"]

@@ -105,6 +105,9 @@ def test_wall_clock_is_that_of_all_attempts(tmp_path):
   attempts = [{"start": 10.0, "end": 25.0}, {"start": 100.0, "end": 101.0}]
   (path / ".sweep.json").write_text(json.dumps({"attempts": attempts}))
   assert records.read([path]).runs[0].values["wall_seconds"] == 16.0
+  back = [*attempts, {"start": 3700.0, "end": 100.0}]  # The clock was set back.
+  (path / ".sweep.json").write_text(json.dumps({"attempts": back}))
+  assert "wall_seconds" not in records.read([path]).runs[0].values
   (path / ".sweep.json").write_text(json.dumps({"attempts": [{"start": 1.0}]}))
   assert "wall_seconds" not in records.read([path]).runs[0].values
 

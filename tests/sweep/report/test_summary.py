@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from moejax.sweep.report import analyses, summary
+from moejax.sweep.report import analyses, capacity, summary
 from tests.sweep.report import report_cases as cases
 
 EXPERTS, CAPACITY = "moe.num_experts", "moe.capacity_factor"
@@ -139,7 +139,7 @@ def test_sufficient_capacity_is_no_luck(losses, expected):
   runs = cases.seeds(2.0, (-0.1, 0.1), moe__capacity_factor=None)
   for factor, loss in losses.items():
     runs += cases.seeds(loss, (-0.1, 0.1), moe__capacity_factor=factor)
-  (answer,) = analyses.sufficient_capacity(settings(runs), (CAPACITY,))
+  (answer,) = capacity.sufficient(settings(runs), (CAPACITY,))
   assert answer.margin == pytest.approx(0.1)
   found = answer.sufficient
   assert (found and found.values[CAPACITY]) == expected

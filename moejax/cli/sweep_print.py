@@ -1,0 +1,75 @@
+"""`--executor=print --target=...`: the job of each run, for machines of others.
+
+Manifests follow each other on standard output, as kubectl reads them. A script has to be
+a file of its own: those are written to WORKDIR/jobs, and the commands that start them are
+printed.
+"""
+
+import shlex
+import sys
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
+
+from absl import flags
+
+from moejax import files
+from moejax.cli import launch
+from moejax.sweep.execution.local import Job
+from moejax.sweep.spec import Point
+
+if TYPE_CHECKING:
+  from moejax.deploy.job import Job as Rendered
+
+JOBS = "jobs"
+"""Directory of the scripts, in that of the sweep."""
+
+
+def renderer(points: Sequence[Point]) -> Callable[[Job], str]:
+  """Returns what renders a run for --target; says once where the runs' files must be.
+
+  Args:
+    points: of the sweep; every one must fit the machine.
+
+  Raises:
+    UserError: a point does not fit, or a flag is missing.
+  """
+  from moejax.deploy import job as job_lib
+  from moejax.deploy.targets import TARGETS
+
+  name_of_target = flags.FLAGS.target
+  target, warned = TARGETS[name_of_target], []
+
+  def render(run: Job) -> str:
+    words = [job_lib.PYTHON if word == sys.executable else word for word in run.command]
+    name, _, digest = run.run.name.rpartition("-")
+    name = job_lib.name_of(flags.FLAGS["name"].value or name, digest)
+    made = launch.make_job(words, str(run.run), name)
+    if not warned:
+      warned.append(print(f"Note: {_place(name_of_target, made)}", file=sys.stderr))
+    text = target.render(made)
+    if not target.suffix:
+      return target.begins + text
+    path = run.run.parent.parent / JOBS / (run.run.name + target.suffix)
+    path.parent.mkdir(exist_ok=True)
+    files.write_text(path, text)
+    return shlex.join([target.submit[0], str(path)])
+
+  for point in points:
+    job_lib.fit(point.config, launch.machine())
+  return render
+
+
+def _place(target: str, job: "Rendered") -> str:
+  """Returns where the jobs look for their configs, which were written here."""
+  text = (
+    f"the jobs read the configs that this command has just written below "
+    f"{job.workdir.rpartition('/')[0]}, under that path."
+  )
+  if target.startswith("gke"):
+    return (
+      f"{text} They mount the claim {job.claim} at {job.mount}: run this on a machine "
+      f"that has that disk at {job.mount}, or copy the directory to it first."
+    )
+  if target == "tpu-vm" and not job.share:
+    return f"{text} A TPU VM has no such files: give --share, and run this on that disk."
+  return f"{text} It must be on a disk that they share with this machine."

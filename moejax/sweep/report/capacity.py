@@ -1,0 +1,105 @@
+"""Which capacity factor suffices: as good as dropless, for fewer slots."""
+
+import dataclasses
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from moejax.sweep.report import analyses, summary
+from moejax.sweep.report.analyses import CAPACITY
+from moejax.sweep.report.summary import Setting
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Capacity:
+  """The capacity factor that suffices, for one combination of the other axes."""
+
+  others: Mapping[str, Any]
+  dropless: Setting | None
+  """None if none was tried."""
+  sufficient: Setting | None
+  """With the smallest factor that is within `margin` of dropless, as is every larger
+  one tried; None if none is."""
+  largest: float
+  """The largest factor that was tried."""
+  margin: float | None
+  """One standard error of the dropless loss; None with one seed, or without one."""
+  refused: str = ""
+  """Why nothing is said of `sufficient`, or of factors below it; empty if all is."""
+
+
+def sufficient(
+  found: Sequence[Setting],
+  axes: Sequence[str],
+  diverged: Iterable[Mapping[str, Any]] = (),
+) -> list[Capacity]:
+  """Returns the smallest capacity factor whose loss is within one standard error of
+  dropless over their common seeds, for each combination of the other axes with one.
+
+  A larger factor that fails disqualifies the smaller ones: their loss is then luck. A
+  factor fails too if a seed of it diverged.
+
+  Args:
+    found: settings.
+    axes: the fields that were varied.
+    diverged: the settings of each run that is done without a finite loss.
+  """
+  if CAPACITY not in axes:
+    return []
+  bad: dict[Any, set[Any]] = {}
+  for values in diverged:
+    if CAPACITY in values:
+      bad.setdefault(analyses.key_of(values, axes, CAPACITY), set()).add(values[CAPACITY])
+  out = []
+  for key, cell in analyses.cells(found, axes, CAPACITY).items():
+    dropless = next((s for s in cell if s.values[CAPACITY] is None), None)
+    bounded = {s.values[CAPACITY]: s for s in cell if s.values[CAPACITY] is not None}
+    lost = bad.get(key, set())
+    if bounded or lost - {None}:
+      out.append(_sufficient(dict(key), dropless, bounded, lost))
+  return out
+
+
+def _sufficient(
+  others: Mapping[str, Any],
+  dropless: Setting | None,
+  bounded: Mapping[float, Setting],
+  bad: set[float | None],
+) -> Capacity:
+  """Compares factors with dropless, from the largest down.
+
+  Args:
+    others: see `Capacity`.
+    dropless: None if no seed of it has a finite loss.
+    bounded: settings by factor.
+    bad: factors of which a seed diverged; None is dropless.
+  """
+  factors = sorted({*bounded, *(f for f in bad if f is not None)})
+  margin = None if dropless is None or None in bad else dropless.se
+  sufficient, refused = None, ""
+  if None in bad:
+    refused = "a dropless run diverged"
+  elif dropless is None:
+    refused = "no dropless run (capacity_factor none) is there to compare with"
+  elif margin is None:
+    refused = "dropless has one seed, and so no standard error"
+  for factor in reversed(factors) if dropless is not None and not refused else ():
+    if factor in bad:
+      # Below one that suffices it is an answer: this one does not.
+      refused = "" if sufficient else f"a run at {factor:g} diverged"
+      break
+    gap = summary.paired(dropless, bounded[factor])
+    if gap is None:
+      refused = f"{factor:g} and dropless have no seed in common"
+      break
+    assert margin is not None
+    if gap.estimate > margin:
+      break
+    sufficient = bounded[factor]
+  return Capacity(
+    others=others,
+    dropless=dropless,
+    sufficient=sufficient,
+    largest=factors[-1],
+    margin=margin,
+    refused=refused,
+  )
