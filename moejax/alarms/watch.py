@@ -8,7 +8,7 @@ raises an alarm that still holds anew, after `patience` logged steps.
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -47,7 +47,19 @@ class Watch:
     self._states = {name: _State() for name in self._limits}
     self._deaths = Deaths()
     self.raised = 0
-    """Alarms raised so far."""
+    """Alarms raised so far, over all starts of the run once `go_on` was called."""
+    self._counted: set[str] = set()
+
+  def go_on(self, line: Mapping[str, Any]) -> None:
+    """Counts on from the last logged line of the run's earlier starts.
+
+    An alarm raised there is raised anew if it still holds, and not counted again.
+
+    Args:
+      line: of metrics.jsonl.
+    """
+    self.raised = int(line.get("alarms_raised", 0))
+    self._counted = set(line.get("alarms", {}))
 
   @property
   def active(self) -> dict[str, dict[str, Any]]:
@@ -108,9 +120,13 @@ class Watch:
     state.streak = state.streak + 1 if bad else 0
     if not state.active and state.streak >= patience:
       state.active = True
-      self.raised += 1
+      self.raised += rule.name not in self._counted
+      self._counted.discard(rule.name)
       return [self._raised(rule, step, state, self.routers[worst])]
-    if state.active and rule.is_good(state.value, limit, self._config.alarms.release):
+    is_good = rule.is_good(state.value, limit, self._config.alarms.release)
+    if is_good:
+      self._counted.discard(rule.name)
+    if state.active and is_good:
       state.active = False
       return [f"Alarm {rule.name} cleared at step {step}: {self._says(rule, state)}."]
     return []

@@ -62,7 +62,13 @@ class StepLog:
   def _watch(self) -> Watch:
     stacks = self._run.model.stacks.values()
     routers = [stack.router for stack in stacks for _ in stack.moe_layers]
-    return Watch(self._run.config, routers, self._run.model.moe_layers)
+    watch = Watch(self._run.config, routers, self._run.model.moe_layers)
+    if self._run.start_step:
+      lines = writers.read(self._run.workdir / writers.METRICS_FILE)
+      # Another process may not yet have cut the lines after the step of the checkpoint.
+      before = [line for line in lines if line["step"] <= self._run.start_step]
+      watch.go_on(next((l for l in reversed(before) if "alarms_raised" in l), {}))
+    return watch
 
   def add(self, step: int, device_metrics: StepMetrics) -> None:
     """Takes the metrics of the step just started; reads those of the previous one."""

@@ -92,6 +92,21 @@ def test_while_raised_the_number_and_layer_of_the_worst_layer_are_kept():
   assert watch.active == {"max_load": {"value": 0.9, "layer": 3}}
 
 
+def test_a_resumed_run_counts_on_and_no_alarm_twice():
+  """Three before, max_load among them: raised anew it is the same, later another one."""
+  watch = make_watch()
+  watch.go_on({"alarms_raised": 3, "alarms": {"max_load": {"value": 0.9, "layer": 3}}})
+  assert watch.raised == 3 and not watch.active
+  feed(watch, "max_load", [0.9] * 5)
+  assert watch.raised == 3 and list(watch.active) == ["max_load"]
+  feed(watch, "max_load", [0.0, *[0.9] * 5])
+  assert watch.raised == 4
+  watch = make_watch()
+  watch.go_on({"alarms_raised": 4, "alarms": {"max_load": {}}})
+  feed(watch, "max_load", [0.0, *[0.9] * 5])  # Over before the alarm of the next one.
+  assert watch.raised == 5
+
+
 def test_none_turns_an_alarm_off_and_nan_raises_none():
   config = Config()
   config.alarms.max_load = None

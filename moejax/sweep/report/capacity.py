@@ -75,26 +75,15 @@ def _sufficient(
   """
   factors = sorted({*bounded, *(f for f in bad if f is not None)})
   margin = None if dropless is None or None in bad else dropless.se
-  sufficient, refused = None, ""
+  sufficient = None
   if None in bad:
     refused = "a dropless run diverged"
   elif dropless is None:
     refused = "no dropless run (capacity_factor none) is there to compare with"
   elif margin is None:
     refused = "dropless has one seed, and so no standard error"
-  for factor in reversed(factors) if dropless is not None and not refused else ():
-    if factor in bad:
-      # Below one that suffices it is an answer: this one does not.
-      refused = "" if sufficient else f"a run at {factor:g} diverged"
-      break
-    gap = summary.paired(dropless, bounded[factor])
-    if gap is None:
-      refused = f"{factor:g} and dropless have no seed in common"
-      break
-    assert margin is not None
-    if gap.estimate > margin:
-      break
-    sufficient = bounded[factor]
+  else:
+    sufficient, refused = _smallest(dropless, margin, bounded, bad)
   return Capacity(
     others=others,
     dropless=dropless,
@@ -103,3 +92,25 @@ def _sufficient(
     margin=margin,
     refused=refused,
   )
+
+
+def _smallest(
+  dropless: Setting,
+  margin: float,
+  bounded: Mapping[float, Setting],
+  bad: Iterable[float | None],
+) -> tuple[Setting | None, str]:
+  """Returns the setting that suffices, and `Capacity.refused`."""
+  sufficient = None
+  diverged = [factor for factor in bad if factor is not None]
+  for factor in sorted({*bounded, *diverged}, reverse=True):
+    if factor in diverged:
+      # Below one that suffices it is an answer: this one does not.
+      return sufficient, "" if sufficient else f"a run at {factor:g} diverged"
+    gap = summary.paired(dropless, bounded[factor])
+    if gap is None:
+      return sufficient, f"{factor:g} and dropless have no seed in common"
+    if gap.estimate > margin:
+      break
+    sufficient = bounded[factor]
+  return sufficient, ""

@@ -176,8 +176,11 @@ def main_effects(
       y=alt.Y("level:O", sort=[row["level"] for row in rows], title=names[axis])
     )
     title = "effect on the loss, nats/token"
+    # Every label or every second one: a greedy choice leaves uneven steps.
+    axis_of_x = alt.Axis(labelOverlap="parity")
     points = base.mark_point(filled=True, size=70).encode(
-      x=alt.X("effect:Q", title=title), tooltip=["level:O", "effect:Q", "low:Q", "high:Q"]
+      x=alt.X("effect:Q", title=title, axis=axis_of_x),
+      tooltip=["level:O", "effect:Q", "low:Q", "high:Q"],
     )
     bars = base.transform_filter("isValid(datum.low)").mark_rule()
     bars = bars.encode(x=alt.X("low:Q", title=title), x2="high:Q")

@@ -14,7 +14,6 @@ from moejax.sweep.report import (
 )
 from tests.sweep.report import report_cases as cases
 
-E, CAPACITY = "moe__num_experts", "moe__capacity_factor"
 SPREAD = (0.0, 0.1, 0.2)
 
 
@@ -34,11 +33,11 @@ def lost(seed, **fields):
 
 
 def experts(e, mean, spread=SPREAD, **kwargs):
-  return cases.seeds(mean, spread, **{E: e}, **kwargs)
+  return cases.seeds(mean, spread, moe__num_experts=e, **kwargs)
 
 
 def capacity(factor, mean, spread=SPREAD, **kwargs):
-  return cases.seeds(mean, spread, **{CAPACITY: factor}, **kwargs)
+  return cases.seeds(mean, spread, moe__capacity_factor=factor, **kwargs)
 
 
 def test_a_missing_step_time_is_not_0_ms():
@@ -62,7 +61,7 @@ def test_a_missing_step_time_is_not_0_ms():
 
 def test_factors_without_a_common_seed_are_not_compared():
   """Dropless has seeds 0 and 1, the largest factor only seed 2."""
-  largest = cases.record(3.2, seed=2, **{CAPACITY: 2.0})
+  largest = cases.record(3.2, seed=2, moe__capacity_factor=2.0)
   runs = [*capacity(1.0, 3.0), largest, *capacity(None, 2.99, (0.0, 0.1))]
   said = write(runs)
   assert topic(said, "Capacity that suffices") == []
@@ -74,13 +73,15 @@ def test_a_factor_that_diverged_does_not_suffice():
   """In every seed or in one of three: smaller factors are not taken to suffice either."""
   rest = [*capacity(1.0, 3.0), *capacity(None, 3.0)]
   for bad in (
-    [lost(s, **{CAPACITY: 2.0}) for s in range(3)],
-    [*capacity(2.0, 2.9, (0.0, 0.1)), lost(2, **{CAPACITY: 2.0})],
+    [lost(s, moe__capacity_factor=2.0) for s in range(3)],
+    [*capacity(2.0, 2.9, (0.0, 0.1)), lost(2, moe__capacity_factor=2.0)],
   ):
     said = write([*rest, *bad])
     assert topic(said, "Capacity that suffices") == []
     assert "Which capacity factor suffices: a run at 2 diverged." in said.unknown
-  said = write([*capacity(2.0, 3.0), *capacity(None, 3.0), lost(0, **{CAPACITY: 1.0})])
+  said = write(
+    [*capacity(2.0, 3.0), *capacity(None, 3.0), lost(0, moe__capacity_factor=1.0)]
+  )
   (text,) = topic(said, "Capacity that suffices")
   assert text.startswith("From 2 on")
 
@@ -91,13 +92,15 @@ def test_without_dropless_or_its_error_no_factor_suffices():
   assert any(
     "no dropless run (capacity_factor none)" in t for t in write(bounded).unknown
   )
-  said = write([*bounded, cases.record(2.9, **{CAPACITY: None})])
+  said = write([*bounded, cases.record(2.9, moe__capacity_factor=None)])
   assert any("dropless has one seed" in text for text in said.unknown)
   assert topic(said, "Capacity that suffices") == []
 
 
 def test_a_doubling_with_one_seed_is_unknown():
-  said = write([*experts(4, 3.0, (0.0, 0.1)), cases.record(2.9, seed=1, **{E: 8})])
+  said = write(
+    [*experts(4, 3.0, (0.0, 0.1)), cases.record(2.9, seed=1, moe__num_experts=8)]
+  )
   assert any("going from 4 to 8 experts (-0.2000 nats/token)" in t for t in said.unknown)
 
 
@@ -216,13 +219,15 @@ def test_the_runs_own_evaluation_is_no_other():
     with_evaluation(r, "validation@dropless", r.values["loss"]) for r in experts(4, 3.0)
   ]
   assert evaluated.names(summary.settings(cases.of(runs))) == []
-  one = [with_evaluation(cases.record(3.0, **{E: e}), "test@1", 2.0) for e in (4, 8)]
+  one = [
+    with_evaluation(cases.record(3.0, moe__num_experts=e), "test@1", 2.0) for e in (4, 8)
+  ]
   assert topic(write(one), "Evaluated on test@1") == []
 
 
 def test_capacity_that_failed_in_all_seeds_is_still_an_answer_of_its_cell():
   """Only dropless has finite losses."""
-  runs = [*capacity(None, 3.0), *(lost(s, **{CAPACITY: 1.0}) for s in range(3))]
+  runs = [*capacity(None, 3.0), *(lost(s, moe__capacity_factor=1.0) for s in range(3))]
   found = cases.of(runs)
   diverged = [run.settings for run in summary.diverged(found)]
   axes = ("moe.capacity_factor",)
