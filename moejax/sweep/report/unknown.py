@@ -95,8 +95,9 @@ def _unranked(found: Sequence[Setting]) -> list[str]:
     return []
   if len(short) == len(found):
     return [
-      f"Which setting is best: none has {words.whole(len(seeds))}, and means over different "
-      "seeds compare only roughly, since a seed orders the text for every setting alike."
+      f"Which setting is best: none has {words.whole(len(seeds))}, and means over "
+      "different seeds compare only roughly, since a seed orders the text for every "
+      "setting alike."
     ]
   named = words.listed([f"{s.label} ({words.seeds_of(s)})" for s in short])
   return [
