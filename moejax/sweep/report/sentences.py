@@ -193,8 +193,8 @@ def _best(found: Sequence[Setting], base: Config | None) -> list[Finding]:
   if all_seeds := words.all_seeds(found):
     text = f"Of {len(ranked)} settings{all_seeds}, {text}"
   if len(ranked) == 1:
-    seeds = words.count(best.n, "seed")
-    text = f"Only {best.label} has all {seeds}, with a mean loss of {spread}."
+    seeds = words.whole(best.n)
+    text = f"Only {best.label} has {seeds}, with a mean loss of {spread}."
   if lower := _lower(found, best):
     return [Finding(topic="Lowest loss", text=f"{text} {lower}")]
   text += _cheaper(found, best)

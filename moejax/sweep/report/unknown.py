@@ -29,11 +29,11 @@ def _unfinished(records: Records) -> list[str]:
   out = []
   open_runs = [run for run in records.runs if not run.done]
   if open_runs:
-    named = ", ".join(f"{r.values['run']} ({r.values['state']})" for r in open_runs[:5])
-    more = f" and {len(open_runs) - 5} more" if len(open_runs) > 5 else ""
+    named = "; ".join(f"{r.values['run']}: {r.values['state']}" for r in open_runs[:5])
+    more = f"; and {len(open_runs) - 5} more" if len(open_runs) > 5 else ""
     out.append(
       f"{len(open_runs)} of {len(records.runs)} runs are not finished and count in no "
-      f"figure or sentence: {named}{more}."
+      f"figure or sentence. {named}{more}."
     )
   lost = [run.values["run"] for run in summary.diverged(records)]
   if lost:
@@ -95,8 +95,9 @@ def _unranked(found: Sequence[Setting]) -> list[str]:
     return []
   if len(short) == len(found):
     return [
-      f"Which setting is best: none has all {len(seeds)} seeds, and means over different "
-      "seeds compare only roughly, since a seed orders the text for every setting alike."
+      f"Which setting is best: none has {words.whole(len(seeds))}, and means over "
+      "different seeds compare only roughly, since a seed orders the text for every "
+      "setting alike."
     ]
   named = words.listed([f"{s.label} ({words.seeds_of(s)})" for s in short])
   return [

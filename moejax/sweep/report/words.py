@@ -68,7 +68,12 @@ def all_seeds(found: Sequence[Setting]) -> str:
   """Returns ` with all 3 seeds` if some setting lacks one; empty if none does."""
   if len(summary.with_all_seeds(found)) == len(found):
     return ""
-  return f" with all {count(len(summary.all_seeds(found)), 'seed')}"
+  return f" with {whole(len(summary.all_seeds(found)))}"
+
+
+def whole(number: int) -> str:
+  """Returns `all 3 seeds`, `both seeds`."""
+  return "both seeds" if number == 2 else f"all {count(number, 'seed')}"
 
 
 def count(number: int, noun: str) -> str:
