@@ -127,7 +127,7 @@ def test_a_layer_alone_is_the_formula_in_value_and_gradient():
 @pytest.mark.parametrize("router", [n for n, r in ROUTERS.items() if not r.has_table])
 def test_every_router_works_in_a_layer_alone(router):
   """Under nnx.jit and nnx.grad; what is not trained has no gradient there."""
-  slots: dict[str, Any] = {"group_size": S, "eval_capacity_factor": 1.0}
+  slots: dict[str, Any] = {"group_size": S}
   chosen = ROUTERS[router]
   layer = moejax.MoE(
     width=D,
@@ -159,6 +159,70 @@ def test_every_router_works_in_a_layer_alone(router):
   if "bias" in own:
     moved = nnx.to_pure_dict(nnx.state(layer))["layer"]["router"]["bias"]
     assert np.any(np.asarray(moved) != 0)
+
+
+def test_a_key_is_asked_for_where_training_would_be_evaluation(monkeypatch):
+  """By the routers that say so, and by all that compute something else with a key."""
+  x = jax.random.normal(jax.random.key(1), (2, S, D))
+  for name, router in ROUTERS.items():
+    if router.has_table or router.needs_capacity:
+      continue
+    make: Any = dict(width=D, num_experts=E, hidden=F, router=name, rngs=nnx.Rngs(0))
+    layer = moejax.MoE(num_selected=router.fixed_selected or 2, **make)
+    if router.needs_key:
+      with pytest.raises(ValueError, match=f"needs key=.* for router {name}:"):
+        layer(x, train=True)
+      continue
+    with_key, _ = layer(x, train=True, key=jax.random.key(2))
+    np.testing.assert_array_equal(with_key, layer(x, train=True)[0])
+  make = dict(width=D, num_experts=E, hidden=F, rngs=nnx.Rngs(0))
+  for option in ({"jitter": 0.1}, {"expert_dropout": 0.2}, {"priority": "random"}):
+    with pytest.raises(ValueError, match=f"for {next(iter(option))}"):
+      moejax.MoE(capacity_factor=1.0, **option, **make)(x, train=True)
+
+
+def test_evaluation_has_a_capacity_of_its_own():
+  """That of training, if none is given; a call's own comes first. x may be numpy's."""
+  x = np.broadcast_to(np.random.default_rng(1).normal(size=D), (1, S, D))
+  x = x.astype(np.float32)
+  make: Any = dict(width=D, num_experts=E, hidden=F, rngs=nnx.Rngs(0))
+
+  def served(layer, **call):
+    return float(layer(x, **call)[1].stats.load.sum())
+
+  slots = S // E
+  assert served(moejax.MoE(capacity_factor=1.0, **make)) == slots
+  layer = moejax.MoE(capacity_factor=1.0, eval_capacity_factor=2.0, **make)
+  assert served(layer) == 2 * slots and served(layer, train=True) == slots
+  assert served(layer, capacity_factor=None) == S
+
+
+@pytest.mark.parametrize(
+  ("x", "call", "part"),
+  [
+    (np.zeros((2, 3, D + 1), np.float32), {}, rf"expected \[B, S, {D}\]"),
+    (np.zeros(D, np.float32), {}, rf"expected \[B, S, {D}\]"),
+    (np.zeros((0, 3, D), np.float32), {}, "not empty"),
+    (np.zeros((2, 3, D), np.int32), {}, "floating-point"),
+    (np.zeros((2, 3, D), np.float32), {"valid": np.ones((2, 4), bool)}, r"bool\[2, 3\]"),
+    (np.zeros((2, 3, D), np.float32), {"valid": np.ones((2, 3))}, r"bool\[2, 3\]"),
+  ],
+)
+def test_what_a_layer_cannot_read_is_one_line(x, call, part):
+  """Asked of the check itself, before which the tests' own check of types would speak."""
+  layer = moejax.MoE(width=D, num_experts=E, hidden=F, rngs=nnx.Rngs(0))
+  with pytest.raises(ValueError, match=part):
+    layer._check(jnp.asarray(x), call.get("valid"))
+
+
+def test_arguments_that_do_not_exist_name_the_nearest():
+  make: Any = dict(width=D, num_experts=E, hidden=F, rngs=nnx.Rngs(0))
+  with pytest.raises(TypeError, match="num_slected. Did you mean num_selected"):
+    moejax.MoE(num_slected=2, **make)
+  with pytest.raises(TypeError, match="go into router_options"):
+    moejax.MoE(router="sigmoid_bias", bias_update_rate=0.1, **make)
+  with pytest.raises(TypeError, match="dense_twin is for whole models"):
+    moejax.MoE(dense_twin=True, **make)
 
 
 def test_what_makes_no_sense_is_refused_by_name():

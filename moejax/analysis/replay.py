@@ -24,7 +24,7 @@ from moejax.analysis import decide
 from moejax.analysis.sums import add
 from moejax.config import Config, MoEConfig
 from moejax.config.check import validate
-from moejax.errors import ConfigError, UserError
+from moejax.errors import ConfigError, UserError, program
 from moejax.evaluate import groups, perplexity
 from moejax.layers.routes import Routes
 from moejax.models.decoder import Decoder
@@ -85,7 +85,8 @@ def check(model: Decoder) -> None:
   """Raises UserError for a router whose logits do not decide."""
   if reason := decide.undecidable(model):
     raise UserError(
-      f"--replay: {reason}. Run experiments.evaluate under each option instead."
+      f"--replay: {reason}. Run {program('evaluate', 'experiments.evaluate')} under each "
+      "option instead."
     )
 
 

@@ -141,7 +141,7 @@ def checkpoint_directory(workdir: RunPath | str) -> RunPath:
     inside += f" and {len(found) - 10} more"
   raise UserError(
     f"--workdir={workdir} has no checkpoint: {inside}. Give the directory that "
-    "experiments.train was given, after its first checkpoint."
+    f"{program('train', 'experiments.train')} was given, after its first checkpoint."
   )
 
 

@@ -146,7 +146,8 @@ def run_location() -> RunPath:
     UserError: it is missing or not a directory, or the bucket refuses.
   """
   given = flags.FLAGS["workdir"].value
-  remedy = "Give the directory that experiments.train was given as --workdir."
+  train = program("train", "experiments.train")
+  remedy = f"Give the directory that {train} was given as --workdir."
   if not given:
     raise UserError(f"--workdir=DIR is missing. {remedy}")
   path = run_path(given)
@@ -243,7 +244,7 @@ class Parser(argparse.ArgumentParser):
 
   def __init__(self, description: str | None, **options: Any):
     super().__init__(
-      description=description,
+      description=description and help.as_called_here(description),
       formatter_class=argparse.RawDescriptionHelpFormatter,
       allow_abbrev=False,
       **options,

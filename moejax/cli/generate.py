@@ -58,8 +58,8 @@ def main() -> None:
   place = distributed.find_place()
   if place is not None and place.count > 1:
     raise UserError(
-      f"experiments.generate samples in one process, and this is one of "
-      f"{place.count}: start it by itself, without a launcher."
+      f"Text is sampled in one process, and this is one of {place.count}: start it by "
+      "itself, without a launcher."
     )
   host_memory.keep_freed_pages()
   _, config, meta = peek(workdir, _STEP.value)

@@ -1,17 +1,19 @@
 """What --help prints."""
 
+import re
 import sys
 import textwrap
 
 from absl import flags
 
-from moejax.cli import dotted
+from moejax.cli import dotted, main
 from moejax.config import text as config_text
+from moejax.errors import program as name_of
 
 
 def describe(name: str, program: str) -> str:
   """Returns the program's docstring, its flags, and the names of all config fields."""
-  doc = sys.modules[program].__doc__ or ""
+  doc = as_called_here(sys.modules[program].__doc__ or "")
   # absl knows flags of the main module by the program's name.
   owner = name if program == "__main__" else program
   lines = [doc.strip(), "", "Flags:"]
@@ -37,3 +39,14 @@ def describe(name: str, program: str) -> str:
       "own options, --config.moe.ROUTER.OPTION=VALUE.",
     ]
   return "\n".join(lines)
+
+
+def as_called_here(text: str) -> str:
+  """Returns a docstring whose commands are those of this process: a clone's, or the
+  wheel's, which has no `experiments` and `tools`."""
+
+  def called(found: re.Match[str]) -> str:
+    name = found[2].replace("_", "-")
+    return name_of(name, f"{found[1]}.{found[2]}") if name in main.PROGRAMS else found[0]
+
+  return re.sub(r"python -m (experiments|tools)\.(\w+)", called, text)

@@ -20,7 +20,7 @@ from absl import flags
 
 from moejax import files
 from moejax.cli import flags as cli
-from moejax.errors import UserError
+from moejax.errors import UserError, program
 from moejax.storage.paths import check_url, is_url
 
 if TYPE_CHECKING:
@@ -164,9 +164,10 @@ def _summary(job: Job, fit: Fit) -> str:
   said = f"{job.name}: {job.topology}{slices}, {fit.devices} devices as {mesh or 'one'}."
   if not fit.device_bytes:
     return said
+  ask = program("compile-for", "tools.compile_for")
   return (
     f"{said} Each needs at least {fit.least_bytes / 1e9:.2f} of its "
-    f"{fit.device_bytes / 1e9:.1f} GB; tools.compile_for asks the compiler."
+    f"{fit.device_bytes / 1e9:.1f} GB; {ask} asks the compiler."
   )
 
 

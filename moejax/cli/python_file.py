@@ -4,6 +4,8 @@ A file may import what it likes and fail in any way; the error is one line that 
 file and the line in it.
 """
 
+import contextlib
+import importlib
 import importlib.util
 import pathlib
 import sys
@@ -35,6 +37,7 @@ def load(
   spec = importlib.util.spec_from_file_location(name, file)
   if spec is None or spec.loader is None:
     raise ConfigError(f"{flag}: not a Python file (its name must end in .py).")
+  _find_configs()
   module = importlib.util.module_from_spec(spec)
   sys.modules[name] = module  # Where a class finds the file that it comes from.
   try:
@@ -54,6 +57,16 @@ def load(
       + f". See {example}."
     )
   return found, module
+
+
+def _find_configs() -> None:
+  """Makes `from configs import default` work where only the wheel is installed.
+
+  It ships configs/ as data of moejax, by another name.
+  """
+  if importlib.util.find_spec("configs") is None:
+    with contextlib.suppress(ModuleNotFoundError):
+      sys.modules["configs"] = importlib.import_module("moejax.shipped_configs")
 
 
 def _public_name(kind: type) -> str:

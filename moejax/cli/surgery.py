@@ -24,6 +24,7 @@ from typing import Any
 from absl import flags
 
 from moejax.cli import flags as cli
+from moejax.cli import help
 from moejax.config import Config
 from moejax.config import text as config_text
 from moejax.errors import ConfigError, UserError, did_you_mean
@@ -164,7 +165,8 @@ def overview() -> str:
   for name in registry.OPERATIONS:
     rows.append(f"  {name:10}{registry.operation(name).summary}")
   rows.append(f"  {LINEAGE:10}print where the experts of a run come from")
-  return "\n".join([(__doc__ or "").strip(), "", "Operations:", *rows])
+  about = help.as_called_here((__doc__ or "").strip())
+  return "\n".join([about, "", "Operations:", *rows])
 
 
 def _operation() -> str:

@@ -233,14 +233,17 @@ def _as_flags(change: dict[str, Any]) -> str:
 def _fits_all(config: Config, change: dict[str, Any], num_devices: int) -> bool:
   """Returns whether a change makes the config run on all devices."""
   changed = _changed(config, change)
-  return changed is not None and _misfit(changed, num_devices) is None
+  return changed is not None and misfit(changed, num_devices) is None
 
 
 def _runs(config: Config, change: dict[str, Any], counts: Sequence[int]) -> bool:
   changed = _changed(config, change)
   if changed is None:
     return False
-  return _misfit(changed, sum(counts)) is None or _share(changed, counts) is not None
+  if misfit(changed, sum(counts)) is None:
+    return True
+  share = _share(changed, counts)
+  return share is not None and misfit(changed, share * len(counts)) is None
 
 
 def _changed(config: Config, change: dict[str, Any]) -> Config | None:

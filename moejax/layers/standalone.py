@@ -5,23 +5,31 @@
   loss = your_loss(y) + aux.loss
 
 Letters: B batch, S sequence, D width, E experts, K choices per token, F hidden width.
+Errors name values by the flags of the programs: `--config.moe.num_selected` is the
+argument `num_selected`.
 """
 
+import dataclasses
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int, Key
 
 from moejax.config import Config, ModelConfig, MoEConfig
 from moejax.config.check import validate
-from moejax.errors import ConfigError
+from moejax.errors import ConfigError, did_you_mean
 from moejax.layers import moe as moe_lib
 from moejax.routing.base import RouterStats
 from moejax.types import pytree
 
-_TRAINED: Any = object()
+_CONFIGURED: Any = "the layer's own"
+"""Default of a call's `capacity_factor`; a word, so that help() shows one."""
+
+_SET_HERE = ("every", "offset", "dense_prefix", "dense_layers", "dense_twin", "router")
+"""Fields that say which layers of a model have experts, or that have another argument."""
 
 
 @pytree
@@ -67,10 +75,14 @@ class MoE(nnx.Module):
       rngs: for the initial parameters.
       **moe: other fields of `moejax.config.MoEConfig`, such as num_shared=1,
         group_size=512, renormalize="before_drop" or dispatcher="gather".
+        eval_capacity_factor is that of calls without `train`; default capacity_factor.
 
     Raises:
       ConfigError: an invalid value, named by its experiment flag.
+      TypeError: an argument that does not exist; names the nearest.
     """
+    _check_names(moe)
+    moe.setdefault("eval_capacity_factor", capacity_factor)
     config = Config(
       model=ModelConfig(num_layers=1, width=width, head_dim=2, activation=activation),
       moe=MoEConfig(
@@ -95,34 +107,72 @@ class MoE(nnx.Module):
         "has (moejax.Decoder) and a layer has not. Use another router."
       )
 
+  def _check(self, x: Array, valid: Array | np.ndarray | None) -> None:
+    """Rejects what the layer cannot be called with, before a library does."""
+    width = self.layer.router.weight.shape[0]
+    said = f"x is {x.dtype}{list(x.shape)}"
+    if x.ndim < 2 or x.shape[-1] != width or not x.size:
+      raise ValueError(f"{said}: expected [B, S, {width}] or [S, {width}], not empty.")
+    if not jnp.issubdtype(x.dtype, jnp.floating):
+      raise ValueError(f"{said}: expected a floating-point dtype, such as float32.")
+    if valid is not None and (valid.shape != x.shape[:-1] or valid.dtype != jnp.bool_):
+      raise ValueError(
+        f"valid is {valid.dtype}{list(valid.shape)}: expected bool{list(x.shape[:-1])}, "
+        "one for each token of x."
+      )
+
+  def _check_key(self) -> None:
+    moe, router = self.layer.config, self.layer.router.router
+    users = {
+      f"router {moe.router}": router.needs_key,
+      "jitter": moe.jitter,
+      "expert_dropout": moe.expert_dropout,
+      "priority random": moe.priority == "random",
+    }
+    if found := [name for name, is_user in users.items() if is_user]:
+      raise ValueError(
+        f"train=True needs key=..., a PRNG key of this step, for {', '.join(found)}: "
+        "without one the layer would choose as in evaluation."
+      )
+
   def __call__(
     self,
-    x: Float[Array, "... S D"],
-    valid: Bool[Array, "... S"] | None = None,
+    x: Float[Array | np.ndarray, "... S D"],
+    valid: Bool[Array | np.ndarray, "... S"] | None = None,
     *,
     train: bool = False,
     key: Key[Array, ""] | None = None,
-    capacity_factor: float | None = _TRAINED,
+    capacity_factor: float | None = _CONFIGURED,
     step: Int[Array, ""] | None = None,
   ) -> tuple[Float[Array, "... S D"], Aux]:
     """Returns the layer's output, losses and router statistics.
 
     Args:
-      x: activations, [S, D] or [B, S, D]; by default a sequence is a routing group.
+      x: floating-point activations, [S, D] or [B, S, D]; by default a sequence is a
+        routing group.
       valid: False for padding, which no expert sees; None means no padding.
       train: whether the router may use randomness, and tokens may be lost in the
         exchange between devices.
-      key: PRNG key of this step, for routers that are random in training.
+      key: PRNG key of this step; with `train` required by what is random, or otherwise
+        different, in training: some routers, jitter, expert dropout, random priority.
       capacity_factor: overrides the layer's; None means dropless.
       step: optimizer steps taken, for routers that anneal.
+
+    Raises:
+      ValueError: x or valid has the wrong shape or dtype, or the key is missing.
     """
+    x = jnp.asarray(x)
+    self._check(x, valid)
+    if train and key is None:
+      self._check_key()
     shape = x.shape
     x = x.reshape(-1, *shape[-2:])
     if valid is None:
       valid = jnp.ones(shape[:-1], bool)
-    valid = valid.reshape(x.shape[:-1])
-    if capacity_factor is _TRAINED:
-      capacity_factor = self.layer.config.capacity_factor
+    valid = jnp.asarray(valid).reshape(x.shape[:-1])
+    if capacity_factor is _CONFIGURED:
+      moe = self.layer.config
+      capacity_factor = moe.capacity_factor if train else moe.eval_capacity_factor
     y, aux = self.layer(
       x,
       valid,
@@ -159,3 +209,17 @@ def is_trained(path: Any, value: Any) -> bool:
   del path
   is_param = isinstance(value, nnx.Param)
   return is_param and value.get_metadata().get("trained", True)
+
+
+def _check_names(moe: dict[str, Any]) -> None:
+  """Rejects arguments that are no field of `MoEConfig`, or that a layer does not have."""
+  known = {f.name for f in dataclasses.fields(MoEConfig)} - set(_SET_HERE)
+  for name in moe:
+    if name in _SET_HERE:
+      raise TypeError(f"MoE(): {name} is for whole models; a layer alone has none.")
+    if name not in known:
+      own = ("width", "num_experts", "num_selected", "hidden", "router_options")
+      raise TypeError(
+        f"MoE(): there is no argument {name}. {did_you_mean(name, [*own, *known])} A "
+        "router's own options go into router_options."
+      )

@@ -63,6 +63,7 @@ class Base(Router):
 
   name = "base"
   summary = "balanced assignment by Sinkhorn in training, greedy at test (BASE)"
+  needs_key = True
   causal = False
   by_logits = False
 

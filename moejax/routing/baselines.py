@@ -47,6 +47,7 @@ class Random(Router):
 
   name = "random"
   summary = "K experts at random, for benchmarks"
+  needs_key = True
   by_logits = False
 
   def __call__(self, inputs: RouterInputs, policy: SlotPolicy) -> Routing:
@@ -74,6 +75,7 @@ class ForcedBalance(Router):
 
   name = "forced_balance"
   summary = "experts in turn, perfectly balanced, for benchmarks"
+  needs_key = True
   by_logits = False
 
   def __call__(self, inputs: RouterInputs, policy: SlotPolicy) -> Routing:

@@ -34,6 +34,7 @@ class NoisyTopK(Router):
 
   name = "noisy_top_k"
   summary = "K best of noisy logits, noise scale learned (Shazeer) or fixed (V-MoE)"
+  needs_key = True
 
   noise: Literal["learned", "fixed"] = option(
     "learned", "a learned scale (Shazeer), or one fixed at noise_std / E (V-MoE)"

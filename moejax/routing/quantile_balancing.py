@@ -36,6 +36,7 @@ class QuantileBalancing(Router):
 
   name = "quantile_balancing"
   summary = "sigmoid_bias whose bias is the quantile that balances the last batch (Su)"
+  needs_key = True
   by_sigmoid = True
 
   def parameters(self, sizes: Sizes) -> dict[str, Parameter]:

@@ -111,6 +111,9 @@ class Router(abc.ABC):
   gates_are_probabilities: ClassVar[bool] = False
   """Whether raw gates are a softmax over all experts, so that a router row without an
   expert (`moe.pruned_rows`) takes a part of them."""
+  needs_key: ClassVar[bool] = False
+  """Whether it does something else in training, which it knows by `RouterInputs.key`;
+  without a key it chooses as in evaluation."""
   by_sigmoid: ClassVar[bool] = False
   """Whether a token's scores are sigmoids of its logits, not their softmax."""
   balancer: ClassVar[str] = ""

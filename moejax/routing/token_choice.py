@@ -66,6 +66,7 @@ class Top2(Router):
 
   name = "top2"
   summary = "best expert and a second one: always, at random or sampled (GShard)"
+  needs_key = True
   gates_are_probabilities = True
   fixed_selected = 2
 

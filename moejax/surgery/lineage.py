@@ -13,7 +13,7 @@ from typing import Any
 
 from moejax import files
 from moejax.checkpoint.inspect import expert_fingerprints
-from moejax.errors import UserError
+from moejax.errors import UserError, program
 from moejax.run import provenance
 from moejax.run import workdir as workdir_lib
 from moejax.surgery.operation import Choice
@@ -157,7 +157,8 @@ def render(
   if not records:
     raise UserError(
       f"--workdir={workdir} records no operation: it was trained or converted as it is. "
-      "Give a run that tools.surgery made, or one that started from such a run."
+      f"Give a run that {program('surgery', 'tools.surgery')} made, or one that started "
+      "from such a run."
     )
   lines = []
   for number, prints in sorted(now.items()):

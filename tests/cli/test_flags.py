@@ -234,7 +234,7 @@ def test_the_directory_of_a_run_must_be_one(tmp_path, monkeypatch, given):
   monkeypatch.chdir(tmp_path)
   (tmp_path / "file").write_text("")
   cli.parse(["program", *([] if given is None else [f"--workdir={given}"])])
-  with pytest.raises(UserError, match="that experiments.train was given") as caught:
+  with pytest.raises(UserError, match="experiments.train was given") as caught:
     cli.run_directory()
   assert f"--workdir={given or 'DIR'} " in str(caught.value)
 

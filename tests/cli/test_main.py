@@ -1,6 +1,7 @@
 """The `moejax` command: every program by one name, the same as in a clone."""
 
 import importlib.util
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -55,11 +56,15 @@ def test_an_unknown_program_is_one_line():
 
 @pytest.mark.parametrize("name", PROGRAMS)
 def test_a_program_takes_the_same_flags_in_a_clone(name):
-  """The thin file there runs the same module, and --help says the same."""
+  """The thin file there runs the same module, and --help says the same, but for the names
+  of programs."""
   thin = (ROOT / (IN_A_CLONE[name].replace(".", "/") + ".py")).read_text()
   assert len(thin.splitlines()) == 6 and ".run()" in thin
   out = call("moejax.cli.main", name, "--help").stdout
   there = call(IN_A_CLONE[name], "--help").stdout
+  for other, module in IN_A_CLONE.items():
+    assert f"python -m {module} " not in out
+    there = re.sub(rf"python -m {module}\b", f"moejax {other}", there)
   # argparse begins with the program's name, wrapped by its length.
   if name in ("launch-local", "fit-law", "compare", "check-device"):
     out, there = (text.partition("\n\n")[2] for text in (out, there))

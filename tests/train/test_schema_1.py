@@ -78,7 +78,7 @@ def test_the_checkpoint_restores_to_the_bit(run):
   indirect=True,
 )
 def test_the_run_goes_on_as_the_code_of_its_day_did(run, tmp_path, compilation_cache):
-  """Two more steps: losses and final parameters as recorded."""
+  """Two more steps: losses as recorded, to the rounding that another compiler has."""
   router, path = run
   config = workdir.read_config(path)
   config.data.cache_dir = str(tmp_path / "cache")
