@@ -38,7 +38,6 @@ from moejax.sharding import rules
 from moejax.types import Params
 
 FORMAT = 1
-WHAT = ("choices", "logits")
 
 _PLAIN = ("sequence", "index", "document", "position", "token", "target", "domain")
 _KEY = b"moejax"

@@ -51,7 +51,10 @@ _MOVED_TO_ROUTERS = {
 
 def _options_to_routers(values: dict[str, Any]) -> dict[str, Any]:
   """Migrates schema 1 to 2; drops options that the chosen router did not read."""
-  moe = dict(values.get("moe", {}))
+  moe = values.get("moe", {})
+  if not isinstance(moe, Mapping):
+    raise ConfigError(f"the config's moe is {moe!r}, and must be a group of fields.")
+  moe = dict(moe)
   router, options = moe.get("router", "switch"), {}
   for old, (new, routers) in _MOVED_TO_ROUTERS.items():
     if old in moe:

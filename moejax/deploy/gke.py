@@ -23,7 +23,7 @@ def tpu(job: Job) -> dict[str, Any]:
   """
   _check(job, "tpu", machines.TPUS)
   here = machines.chips_per_host(job.topology)
-  hosts = machines.num_chips(job.topology) // job.topology.slices // here
+  hosts = job.topology.num_chips // job.topology.slices // here
   shape = "x".join(map(str, job.topology.shape))
   selector = {
     "cloud.google.com/gke-tpu-accelerator": machines.TPUS[job.topology.kind].label,

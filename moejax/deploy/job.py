@@ -8,7 +8,6 @@ from moejax.config.devices import validate_devices
 from moejax.config.mesh import AXES, mesh_shape
 from moejax.cost import memory, parameters
 from moejax.cost.chips import CHIPS
-from moejax.deploy import machines
 from moejax.errors import UserError
 from moejax.models.frozen_count import count_frozen
 from moejax.plan.topology import Topology
@@ -101,7 +100,7 @@ def fit(config: Config, topology: Topology) -> Fit:
     ConfigError: the mesh, or a size it cuts, does not divide over the devices.
     UserError: the least that a device needs is more than it has.
   """
-  devices, chip = machines.num_devices(topology), CHIPS[topology.kind]
+  devices, chip = topology.num_devices, CHIPS[topology.kind]
   validate_devices(config, devices)
   shape = mesh_shape(config.mesh, devices)
   mesh: dict[str, int] = dict(zip(AXES, shape, strict=True))

@@ -8,7 +8,6 @@ Read in November 2026; a cloud's names change without notice.
 import dataclasses
 import math
 
-from moejax.cost.chips import CHIPS
 from moejax.errors import UserError
 from moejax.plan.topology import Topology
 
@@ -67,16 +66,6 @@ GPU_LABELS = {"h100": "nvidia-h100-80gb", "h200": "nvidia-h200-141gb"}
 """Of GKE nodes: cloud.google.com/gke-accelerator."""
 
 _CHIPS_PER_HOST = 4
-
-
-def num_chips(topology: Topology) -> int:
-  """Returns the chips of all slices."""
-  return math.prod(topology.shape) * topology.slices
-
-
-def num_devices(topology: Topology) -> int:
-  """Returns jax's devices, of which a chip may have two."""
-  return num_chips(topology) * CHIPS[topology.kind].devices
 
 
 def chips_per_host(topology: Topology) -> int:

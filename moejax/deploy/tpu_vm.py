@@ -26,7 +26,7 @@ def script(job: Job) -> str:
     )
   if not job.zone:
     raise UserError("--target=tpu-vm: --zone=ZONE is missing, such as us-east5-a.")
-  hosts = machines.num_chips(topology) // machines.chips_per_host(topology)
+  hosts = topology.num_chips // machines.chips_per_host(topology)
   if hosts > 1 and job.needs_disk and not job.share:
     raise UserError(
       f"--target=tpu-vm --topology={topology}: {hosts} machines need one disk for "

@@ -80,12 +80,6 @@ def chip_of(topology: Topology) -> Chip:
   return chip.divided(chip.devices)
 
 
-def num_devices(topology: Topology) -> int:
-  """Returns jax's devices, of which a chip may have two."""
-  chips = math.prod(topology.shape) * topology.slices
-  return chips * CHIPS[topology.kind].devices
-
-
 def meshes(devices: int) -> Iterator[dict[str, int]]:
   """Yields every mesh of so many devices, sizes in the order of `AXES`."""
 
@@ -118,7 +112,7 @@ def placements(
     weights: of the model.
     refused: gets what is left out.
   """
-  trial, devices = copy.deepcopy(config), num_devices(topology)
+  trial, devices = copy.deepcopy(config), topology.num_devices
   slice_axes = AXES if topology.slices > 1 else (config.mesh.slice_axis,)
   for mesh, across in itertools.product(meshes(devices), slice_axes):
     settings: Settings = {f"mesh.{axis}": size for axis, size in mesh.items()}
@@ -140,7 +134,7 @@ def _mesh_problem(
   # A setting of the exchange is chosen later, so the mesh is tried under the widest.
   trial.moe.exchange, trial.moe.dispatcher = "auto", "auto"
   trial.moe.exchange_chunks = 1
-  problem = config_devices.misfit(trial, num_devices(topology))
+  problem = config_devices.misfit(trial, topology.num_devices)
   if problem:
     return problem
   try:
@@ -191,7 +185,7 @@ class Variants:
   def _ways(
     self, placement: Candidate, refused: Refusals
   ) -> Iterator[tuple[Settings, Load]]:
-    trial, devices = self._trial, num_devices(placement.topology)
+    trial, devices = self._trial, placement.topology.num_devices
     seen = set()
     for exchange, dispatcher in itertools.product(_EXCHANGES, _DISPATCHERS):
       for chunks in _CHUNKS["ragged"]:

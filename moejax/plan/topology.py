@@ -35,6 +35,16 @@ class Topology:
   def __str__(self) -> str:
     return f"{self.kind}:{'x'.join(map(str, self.shape))}"
 
+  @property
+  def num_chips(self) -> int:
+    """Of all slices."""
+    return math.prod(self.shape) * self.slices
+
+  @property
+  def num_devices(self) -> int:
+    """Devices of jax, of which a chip may have two."""
+    return self.num_chips * CHIPS[self.kind].devices
+
 
 def parse(text: str, slices: int = 1) -> Topology:
   """Parses a name such as `v5p:4x4x8`.

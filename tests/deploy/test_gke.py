@@ -5,7 +5,7 @@ import copy
 import pytest
 
 from moejax import errors
-from moejax.deploy import gke, machines, schemas
+from moejax.deploy import gke, schemas
 from moejax.deploy.job import HOPELESS, RESTARTABLE
 from moejax.errors import UserError
 from tests.deploy.jobs import job
@@ -46,7 +46,7 @@ def test_a_slice_has_a_pod_for_each_host(machine, slices, hosts, chips, devices)
   assert container["resources"]["limits"] == {"google.com/tpu": chips}
   selector = spec["template"]["spec"]["nodeSelector"]
   assert selector["cloud.google.com/gke-tpu-topology"] == machine.split(":")[1]
-  assert machines.num_devices(made.topology) == devices
+  assert made.topology.num_devices == devices
 
 
 def test_pods_of_gpus_know_their_places():

@@ -53,11 +53,6 @@ class SlurmOptions:
     return minutes(self.time)
 
   @property
-  def num_tasks(self) -> int:
-    """Processes of each run."""
-    return self.nodes * self.tasks_per_node
-
-  @property
   def warning_seconds(self) -> int:
     """Seconds before the time limit at which a run is asked to save."""
     if self.signal_seconds is not None:

@@ -43,7 +43,6 @@ class Minimum:
   """Second derivative of the loss in ln N."""
   coefficients: tuple[float, float, float]
   """Of 1, x and x^2, x = ln N: to draw the curve."""
-  num_runs: int
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -233,7 +232,6 @@ def _minimum(budget: float, x: Floats, y: Floats) -> Minimum | Refused:
       c1 - 2 * c2 * centre,
       c2,
     ),
-    num_runs=len(x),
   )
 
 

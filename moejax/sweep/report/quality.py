@@ -22,8 +22,6 @@ from moejax.sweep.laws.speedup import Curve, Speedup
 from moejax.sweep.report import summary
 from moejax.sweep.report.summary import Setting
 
-TWIN = "moe.dense_twin"
-
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Answer:
