@@ -121,6 +121,8 @@ def load_run(
   if dtype not in (None, *CHOICES["model.dtype"]):
     known = " or ".join(CHOICES["model.dtype"])
     raise UserError(f"load_run: dtype={dtype}: give {known}, or none for the run's own.")
+  if step is not None and (isinstance(step, bool) or not isinstance(step, int)):
+    raise UserError(f"load_run: step={step!r}: give a whole number, or None.")
   params, config, meta = restore_params(workdir, step)
   config.model.dtype = dtype or config.model.dtype
   tokenizer = None
