@@ -114,5 +114,7 @@ def test_the_wheel_is_moejax_alone_and_works_outside_the_checkout(tmp_path):
   assert "mixtral_8x7b" in call("train", "--list=configs")
   # 46.7B: the published number of parameters. A config of one's own may import one.
   mine = tmp_path / "mine.py"
-  mine.write_text("from configs import mixtral_8x7b\nget_config = mixtral_8x7b.get_config")
+  mine.write_text(
+    "from configs import mixtral_8x7b\nget_config = mixtral_8x7b.get_config"
+  )
   assert "46,70" in call("count", f"--config={mine}")

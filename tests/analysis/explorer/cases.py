@@ -89,7 +89,14 @@ def _found(
     "frequency_classes": 5,
     "undefined": {"nothing": "everything is there"},
     "layers": rows,
-    "flow": [{"conditional": _matrix(experts, rng)} for _ in range(layers - 1)],
+    "flow": [
+      {
+        "from": rows[i]["layer"],
+        "to": rows[i + 1]["layer"],
+        "conditional": _matrix(experts, rng),
+      }
+      for i in range(layers - 1)
+    ],
     "saturation": [
       {"step": step, "layers": [row] * layers}
       for step, row in zip(steps, history, strict=True)
