@@ -14,7 +14,7 @@ from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 from moejax.config.schema import SCHEMA_VERSION, Config
-from moejax.errors import ConfigError, did_you_mean
+from moejax.errors import ConfigError, did_you_mean, nearest
 from moejax.options import WORDS, Option, parse_plain, show
 from moejax.routing.registry import OF_YOUR_OWN, ROUTERS, options_by_name
 
@@ -142,10 +142,12 @@ def check_name(dotted: str, prefix: str = FLAG, without: Collection[str] = ()) -
     remedy = f"It is a group of fields; set one, for example {prefix}{under[0]}."
   elif not section and not any(name.endswith(f".{leaf}") for name in known):
     remedy = f"Write SECTION.FIELD, such as {prefix}moe.num_experts."
+  elif section.startswith("moe.") and section[4:] not in ROUTERS:
+    near = nearest(section[4:], ROUTERS)
+    remedy = f"Did you mean {prefix}moe.{near}.{leaf}? " if near else ""
+    remedy = f"There is no router {section[4:]}. {remedy}{OF_YOUR_OWN}"
   else:
     remedy = did_you_mean(prefix + dotted, _flags_near(dotted, known, prefix))
-    if section.startswith("moe."):
-      remedy = f"{remedy} {OF_YOUR_OWN}"
   raise ConfigError(f"{prefix}{dotted}: there is no such field. {remedy}")
 
 

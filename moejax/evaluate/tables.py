@@ -70,8 +70,8 @@ def _loads(evaluation: dict[str, Any]) -> Table:
   """Returns a table of drops and expert load spread, per capacity factor and layer."""
   title = "Load per expert: its share of the layer's computed assignments"
   table = Table(title=title, box=box.SIMPLE_HEAD, title_justify="left")
-  headers = ("eval capacity", "layer", "dropped", "least", "most", "even", "entropy")
-  for header in headers:
+  headers = ("eval capacity", "layer", "dropped", "least", "most", "even")
+  for header in (*headers, "token entropy"):
     table.add_column(header, justify="right")
   for result in evaluation["results"]:
     for layer in result.get("layers", []):
