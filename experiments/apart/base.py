@@ -4,8 +4,6 @@ from typing import Any
 
 from experiments.upcycle import base as upcycle
 from moejax.config import Config
-from moejax.config import text as config_text
-from moejax.cost import flops
 
 DOMAINS = ("fonttools", "matplotlib", "pygments", "tensorflow-datasets")
 """Of 1.8M to 2.4M training tokens each."""
@@ -54,7 +52,4 @@ def base() -> Config:
 
 def flops_per_step(settings: dict[str, Any]) -> float:
   """Returns the training FLOPs of a step of the dense model or the sparse one."""
-  config = base()
-  for name, value in settings.items():
-    config_text.set_field(config, name, value)
-  return flops.flops_per_token(config, 1024)["total"] * flops.tokens_per_step(config)
+  return upcycle.flops_per_step(base(), settings)

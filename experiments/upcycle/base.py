@@ -4,6 +4,8 @@ from typing import Any
 
 from configs import default
 from moejax.config import Config
+from moejax.config import text as config_text
+from moejax.cost import flops
 
 TOTALS = (400, 800, 1600)
 """Budgets, in FLOPs of so many steps of the dense model."""
@@ -16,6 +18,8 @@ TRIED = (8e-3, 1.6e-2, 3.2e-2)
 """Learning rates."""
 RATES = {"dense": 1.6e-2, "scratch": 1.6e-2, "upcycle": 1.6e-2}
 """The best of each side."""
+
+VOCABULARY = 1024
 
 DENSE: dict[str, Any] = {"moe.dense_twin": True}
 SPARSE: dict[str, Any] = {
@@ -43,3 +47,12 @@ def base() -> Config:
   config.train.final_eval_tokens = 65_536
   config.train.sample = config.train.report = config.train.tensorboard = False
   return config
+
+
+def flops_per_step(config: Config, settings: dict[str, Any]) -> float:
+  """Returns the training FLOPs of a step under some settings, which `config` gets."""
+  for name, value in settings.items():
+    config_text.set_field(config, name, value)
+  return flops.flops_per_token(config, VOCABULARY)["total"] * flops.tokens_per_step(
+    config
+  )

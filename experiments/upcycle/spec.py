@@ -21,12 +21,9 @@ from typing import Any
 
 from experiments.upcycle import base as common
 from moejax.config import Config
-from moejax.config import text as config_text
-from moejax.cost import flops
 from moejax.sweep.spec import Spec
 
 STARTS = "runs/upcycle/starts"
-VOCABULARY = 1024
 TUNED = 800
 """The budget at which all rates are tried; upcycle's dense model has half of it."""
 
@@ -34,12 +31,8 @@ TUNED = 800
 @functools.cache
 def flops_per_step(sparse: bool) -> float:
   """Returns the training FLOPs of a step of the sparse model or the dense one."""
-  config = common.base()
-  for name, value in (common.SPARSE if sparse else common.DENSE).items():
-    config_text.set_field(config, name, value)
-  return flops.flops_per_token(config, VOCABULARY)["total"] * flops.tokens_per_step(
-    config
-  )
+  settings = common.SPARSE if sparse else common.DENSE
+  return common.flops_per_step(common.base(), settings)
 
 
 def sparse_steps(total: int, age: int = 0) -> int:

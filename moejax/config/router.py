@@ -4,12 +4,16 @@ Shared by the layer, the check of the config and the parameter count.
 """
 
 import dataclasses
+from typing import Any
 
 from moejax.config.schema import MoEConfig
 from moejax.routing import registry
 from moejax.routing.base import SlotPolicy
 from moejax.routing.capacity import capacity_of
 from moejax.routing.router import Router, Sizes
+
+CONFIGURED: Any = "configured"
+"""Of a call: the capacity factor of the configuration. A word, which help() shows."""
 
 
 def make_router(moe: MoEConfig) -> Router:
@@ -45,6 +49,13 @@ def capacity(
     convention=moe.capacity_convention,
     min_capacity=moe.min_capacity,
   )
+
+
+def factor_of(moe: MoEConfig, asked: Any, *, train: bool) -> float | None:
+  """Returns the capacity factor of a call: the one asked for, or if `CONFIGURED` that."""
+  if asked is not CONFIGURED:
+    return asked
+  return moe.capacity_factor if train else moe.eval_capacity_factor
 
 
 def slot_policy(moe: MoEConfig, capacity: int | None) -> SlotPolicy:

@@ -20,13 +20,11 @@ from jaxtyping import Array, Bool, Float, Int, Key
 
 from moejax.config import Config, ModelConfig, MoEConfig
 from moejax.config.check import validate
+from moejax.config.router import CONFIGURED, factor_of
 from moejax.errors import ConfigError, did_you_mean
 from moejax.layers import moe as moe_lib
 from moejax.routing.base import RouterStats
 from moejax.types import pytree
-
-_CONFIGURED: Any = "the layer's own"
-"""Default of a call's `capacity_factor`; a word, so that help() shows one."""
 
 _SET_HERE = ("every", "offset", "dense_prefix", "dense_layers", "dense_twin", "router")
 """Fields that say which layers of a model have experts, or that have another argument."""
@@ -142,7 +140,7 @@ class MoE(nnx.Module):
     *,
     train: bool = False,
     key: Key[Array, ""] | None = None,
-    capacity_factor: float | None = _CONFIGURED,
+    capacity_factor: float | None = CONFIGURED,
     step: Int[Array, ""] | None = None,
   ) -> tuple[Float[Array, "... S D"], Aux]:
     """Returns the layer's output, losses and router statistics.
@@ -170,16 +168,13 @@ class MoE(nnx.Module):
     if valid is None:
       valid = jnp.ones(shape[:-1], bool)
     valid = jnp.asarray(valid).reshape(x.shape[:-1])
-    if capacity_factor is _CONFIGURED:
-      moe = self.layer.config
-      capacity_factor = moe.capacity_factor if train else moe.eval_capacity_factor
     y, aux = self.layer(
       x,
       valid,
       jnp.zeros(valid.shape, jnp.int32),
       key=key,
       train=train,
-      capacity_factor=capacity_factor,
+      capacity_factor=factor_of(self.layer.config, capacity_factor, train=train),
       step=step,
     )
     tokens = jnp.maximum(jnp.sum(aux.stats.num_valid), 1.0)

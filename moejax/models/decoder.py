@@ -25,6 +25,7 @@ from jaxtyping import Array, Bool, Float, Int, Key
 from moejax import parts
 from moejax.config import ModelConfig, MoEConfig
 from moejax.config.pattern import Pattern
+from moejax.config.router import CONFIGURED, factor_of
 from moejax.layers.attend import Context, attention_masks
 from moejax.layers.block import BlockInputs, CallOptions
 from moejax.layers.embedding import Embedding
@@ -38,9 +39,6 @@ from moejax.routing.base import RouterStats
 from moejax.routing.router import Router
 from moejax.sharding.mesh import on_tokens
 from moejax.types import Params
-
-CONFIGURED: Any = object()
-"""The capacity factor of the configuration."""
 
 TABLE = "hash_table"
 """Parameter name of a router's table, after the first router that had one."""
@@ -390,13 +388,6 @@ class Decoder:
       num_keys = cache.segment_ids.shape[1]
       bias = self.stack.bias(below, num_queries, num_keys, context.index)
     return context if bias is None else dataclasses.replace(context, bias=bias)
-
-
-def factor_of(moe: MoEConfig, asked: Any, *, train: bool) -> float | None:
-  """Returns the capacity factor of a call: the one asked for, or if `CONFIGURED` that."""
-  if asked is not CONFIGURED:
-    return asked
-  return moe.capacity_factor if train else moe.eval_capacity_factor
 
 
 def _under(name: str, params: Params) -> Params:

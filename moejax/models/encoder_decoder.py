@@ -29,10 +29,11 @@ from jaxtyping import Array, Bool, Float, Int, Key
 
 from moejax import parts
 from moejax.config.encoder import encoder_model, encoder_moe
+from moejax.config.router import CONFIGURED, factor_of
 from moejax.layers.attend import Context, attend_to_all
 from moejax.layers.block import BlockInputs, CallOptions
 from moejax.layers.moe import LayerInputs, MoEAux
-from moejax.models.decoder import CONFIGURED, Decoder, collect, factor_of
+from moejax.models.decoder import Decoder, collect
 from moejax.models.output import Cache, DecoderOutput, Memory
 from moejax.models.stack import Stack
 from moejax.routing.base import RouterStats

@@ -83,7 +83,7 @@ def _sufficient(
   elif margin is None:
     refused = "dropless has one seed, and so no standard error"
   else:
-    sufficient, refused = _smallest(dropless, margin, bounded, bad)
+    sufficient, refused = _smallest(dropless, margin, bounded, factors, bad)
   return Capacity(
     others=others,
     dropless=dropless,
@@ -98,13 +98,13 @@ def _smallest(
   dropless: Setting,
   margin: float,
   bounded: Mapping[float, Setting],
-  bad: Iterable[float | None],
+  factors: Sequence[float],
+  bad: set[float | None],
 ) -> tuple[Setting | None, str]:
-  """Returns the setting that suffices, and `Capacity.refused`."""
+  """Returns the setting that suffices, and `Capacity.refused`; `factors` ascend."""
   sufficient = None
-  diverged = [factor for factor in bad if factor is not None]
-  for factor in sorted({*bounded, *diverged}, reverse=True):
-    if factor in diverged:
+  for factor in reversed(factors):
+    if factor in bad:
       # Below one that suffices it is an answer: this one does not.
       return sufficient, "" if sufficient else f"a run at {factor:g} diverged"
     gap = summary.paired(dropless, bounded[factor])
