@@ -78,6 +78,11 @@ def test_a_run_gives_the_logits_of_its_own_model(
       run._checked(wrong)  # Past the check of types that tests have.
   with pytest.raises(UserError, match="vocabulary has ids from 0"):
     run.logits(tokens + 10_000)
+  longer = np.zeros((1, 2 * config.data.sequence_length), np.int32)
+  with pytest.raises(UserError, match="Rows of .* tokens: the context of this run holds"):
+    run.logits(longer)
+  run.config.model.max_position = longer.size
+  assert run.logits(longer).shape[1] == longer.size
   with pytest.raises(UserError, match="step=7"):
     moejax.load_run(tmp_path, step=7)
   with pytest.raises(UserError, match="dtype=half: give float32 or bfloat16"):

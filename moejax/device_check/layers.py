@@ -50,8 +50,6 @@ from moejax.train.optimizer import make_optimizer
 
 GROUPS, TOKENS, WIDTH, EXPERTS = 2, 64, 32, 16
 VOCAB = 64
-DRAWS = ("top2", "noisy_top_k", "base", "random")
-"""Routers that do something else in training than in evaluation."""
 
 
 def router_inputs() -> tuple[Any, Any, Any]:
@@ -143,7 +141,7 @@ def check_router(name: str, training: bool, dtype: str) -> Outcome:
 
 def router_checks() -> Iterator[Check]:
   for name in ROUTERS:
-    for training in (False, True) if name in DRAWS else (False,):
+    for training in (False, True) if ROUTERS[name].needs_key else (False,):
       for dtype in DTYPES:
         run = functools.partial(check_router, name, training, dtype)
         label = f"{name}{', training' if training else ''}, {dtype} tokens"

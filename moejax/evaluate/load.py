@@ -18,6 +18,7 @@ from moejax.data.tokenizer import FILE as TOKENIZER_FILE
 from moejax.data.tokenizer import Tokenizer, load_tokenizer
 from moejax.errors import UserError
 from moejax.evaluate import groups
+from moejax.evaluate.generation import context_length
 from moejax.models.decoder import Decoder
 from moejax.storage.paths import RunPath, run_path
 from moejax.types import Params
@@ -47,8 +48,9 @@ class LoadedRun:
   ) -> Float[Array, "B S V"]:
     """Returns next-token logits at every position, at the run's eval_capacity_factor.
 
-    Each row is one document from its start. With a finite capacity, B*S must be a
-    multiple of the routing groups' size, which is that of training.
+    Each row is one document from its start, and of a decoder no longer than the context;
+    raise `config.model.max_position` to see how it extrapolates. With a finite capacity,
+    B*S must be a multiple of the routing groups' size, which is that of training.
 
     Args:
       tokens: vocabulary ids; of an encoder-decoder, those of the encoder.
@@ -56,15 +58,22 @@ class LoadedRun:
         logits are wanted.
 
     Raises:
-      UserError: no integers [B, S], an id outside the vocabulary, groups that do not
-        fit, or decoder_tokens of a decoder or none of an encoder-decoder.
+      UserError: no integers [B, S], an id outside the vocabulary, rows beyond the
+        context, groups that do not fit, or decoder_tokens of a decoder or none of an
+        encoder-decoder.
     """
     has_encoder = self.model.config.kind == "encoder_decoder"
     if has_encoder != (decoder_tokens is not None):
       what = "needs decoder_tokens too" if has_encoder else "takes no decoder_tokens"
       raise UserError(f"--config.model.kind={self.model.config.kind} {what}.")
     if decoder_tokens is None:
-      return self._apply(self.params, self._checked(tokens))
+      ids, most = self._checked(tokens), context_length(self.config)
+      if ids.shape[1] > most:
+        raise UserError(
+          f"Rows of {ids.shape[1]} tokens: the context of this run holds {most}. To "
+          "extrapolate, first set run.config.model.max_position to as many."
+        )
+      return self._apply(self.params, ids)
     read = self._checked(tokens)
     return self._apply(self.params, self._checked(decoder_tokens), encoder_tokens=read)
 

@@ -6,6 +6,7 @@ mean is decided on the host (`moejax.alarms`).
 Letters: L MoE layers, R repeats of a unit, E experts.
 """
 
+import functools
 from collections.abc import Callable
 
 import jax
@@ -15,13 +16,11 @@ from jaxtyping import Array, Float
 from moejax.config.pattern import Pattern
 from moejax.models.decoder import Decoder
 from moejax.models.per_layer import PARTS
+from moejax.routing.router import Router
 from moejax.types import Params, pytree
 
-_BIAS = "bias"
-"""Name of the parameter that routers balanced by a selection bias declare."""
-
-Measure = Callable[[Params], Float[Array, "R"]]
-"""A router's parameters, with a leading axis R -> one number for each repeat."""
+Measure = Callable[[Router, Params], Float[Array, "R"]]
+"""A router, its parameters with a leading axis R -> one number for each repeat."""
 
 
 @pytree
@@ -80,12 +79,13 @@ def of_routers(model: Decoder, params: Params, measure: Measure) -> Float[Array,
   for name, stack in model.stacks.items():
     if stack.moe_layers:
       below = params.get(name, {}) if name else params
-      found += _of_stack(stack.pattern, below, measure)
+      own = functools.partial(measure, stack.router)
+      found += _of_stack(stack.pattern, below, own)
   return jnp.concatenate(found)
 
 
 def _of_stack(
-  pattern: Pattern, params: Params, measure: Measure
+  pattern: Pattern, params: Params, measure: Callable[[Params], Float[Array, "R"]]
 ) -> list[Float[Array, "l"]]:
   """Returns the numbers of each part of a stack, its layers in order."""
   found = []
@@ -104,21 +104,23 @@ def _of_stack(
   return found
 
 
-def _square(router: Params) -> Float[Array, "R"]:
+def _square(router: Router, params: Params) -> Float[Array, "R"]:
+  del router
   sums = [
-    jnp.sum(jnp.square(g), axis=tuple(range(1, g.ndim))) for g in jax.tree.leaves(router)
+    jnp.sum(jnp.square(g), axis=tuple(range(1, g.ndim))) for g in jax.tree.leaves(params)
   ]
   return jnp.sum(jnp.stack(sums), axis=0)
 
 
-def _size(router: Params) -> Float[Array, "R"]:
-  leaves = jax.tree.leaves(router)
+def _size(router: Router, params: Params) -> Float[Array, "R"]:
+  del router
+  leaves = jax.tree.leaves(params)
   repeats = leaves[0].shape[0]
   return jnp.full(repeats, sum(g.size for g in leaves) / repeats, jnp.float32)
 
 
-def _span(router: Params) -> Float[Array, "R"]:
-  if _BIAS not in router:
-    return jnp.zeros(jax.tree.leaves(router)[0].shape[0], jnp.float32)
-  bias = router[_BIAS].astype(jnp.float32)
+def _span(router: Router, params: Params) -> Float[Array, "R"]:
+  if router.selection_bias not in params:
+    return jnp.zeros(jax.tree.leaves(params)[0].shape[0], jnp.float32)
+  bias = params[router.selection_bias].astype(jnp.float32)
   return jnp.max(bias, axis=-1) - jnp.min(bias, axis=-1)

@@ -28,10 +28,14 @@ _LEAST_SPREAD = 1e-4
 """Least std of an expert's scores over tokens: keeps a router of equal scores moving."""
 
 
+BIAS = "bias"
+"""Name of the parameter of `bias_parameter`."""
+
+
 def bias_parameter(sizes: Sizes) -> dict[str, Parameter]:
   """Declares one number per expert, updated by the train step, not by the optimizer."""
   shape = (sizes.num_experts,)
-  return {"bias": Parameter(shape=shape, axes=("router_expert",), trained=False)}
+  return {BIAS: Parameter(shape=shape, axes=("router_expert",), trained=False)}
 
 
 def biased_scores(
@@ -40,8 +44,8 @@ def biased_scores(
   """Returns sigmoid scores, and selection scores: biased, -inf for absent experts."""
   scores = jax.nn.sigmoid(inputs.logits.astype(jnp.float32))
   biased = present(inputs.logits, scores)
-  if "bias" in inputs.params:
-    biased = biased + jax.lax.stop_gradient(inputs.params["bias"])[None, :]
+  if BIAS in inputs.params:
+    biased = biased + jax.lax.stop_gradient(inputs.params[BIAS])[None, :]
   return scores, biased
 
 
@@ -84,6 +88,7 @@ class SigmoidBias(GroupedRouter):
   summary = "sigmoid scores balanced by a bias that only choosing sees (DeepSeek-V3)"
   by_sigmoid = True
   balancer = "bias_update_rate"
+  selection_bias = BIAS
 
   bias_update_rate: float = option(
     0.001,
@@ -99,8 +104,8 @@ class SigmoidBias(GroupedRouter):
     return route_biased(inputs, policy, scores, self.limited(biased))
 
   def update(self, params: Params, stats: RouterStats) -> dict[str, Float[Array, "..."]]:
-    bias, rate = params["bias"], self.bias_update_rate
-    return {"bias": updated_bias(bias, stats.chosen, rate, _present(stats))}
+    bias, rate = params[BIAS], self.bias_update_rate
+    return {BIAS: updated_bias(bias, stats.chosen, rate, _present(stats))}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -115,6 +120,7 @@ class QuantileBias(GroupedRouter):
   summary = "sigmoid_bias whose bias steps towards a quantile's estimate, which balances"
   by_sigmoid = True
   balancer = "quantile_rate"
+  selection_bias = BIAS
 
   quantile_rate: float = option(
     0.2,
@@ -134,7 +140,7 @@ class QuantileBias(GroupedRouter):
     return dataclasses.replace(routing, stats=stats)
 
   def update(self, params: Params, stats: RouterStats) -> dict[str, Float[Array, "..."]]:
-    return {"bias": quantile_step(params["bias"], stats, self.quantile_rate)}
+    return {BIAS: quantile_step(params[BIAS], stats, self.quantile_rate)}
 
 
 def _present(stats: RouterStats) -> Bool[Array, "*l E"] | None:

@@ -13,6 +13,7 @@ from jaxtyping import Array, Bool, Float
 
 from moejax.routing.base import RouterInputs, RouterStats, Routing, SlotPolicy
 from moejax.routing.bias import (
+  BIAS,
   bias_parameter,
   biased_scores,
   route_biased,
@@ -38,6 +39,7 @@ class QuantileBalancing(Router):
   summary = "sigmoid_bias whose bias is the quantile that balances the last batch (Su)"
   needs_key = True
   by_sigmoid = True
+  selection_bias = BIAS
 
   def parameters(self, sizes: Sizes) -> dict[str, Parameter]:
     return bias_parameter(sizes)
@@ -52,7 +54,7 @@ class QuantileBalancing(Router):
     return dataclasses.replace(routing, stats=stats)
 
   def update(self, params: Params, stats: RouterStats) -> dict[str, Float[Array, "..."]]:
-    return {"bias": quantile_balance(params["bias"], stats)}
+    return {BIAS: quantile_balance(params[BIAS], stats)}
 
 
 def margins(

@@ -114,6 +114,9 @@ class Router(abc.ABC):
   needs_key: ClassVar[bool] = False
   """Whether it does something else in training, which it knows by `RouterInputs.key`;
   without a key it chooses as in evaluation."""
+  selection_bias: ClassVar[str] = ""
+  """Its parameter [E] that is added to the scores for choosing alone; empty is none. An
+  alarm watches how far it spans."""
   by_sigmoid: ClassVar[bool] = False
   """Whether a token's scores are sigmoids of its logits, not their softmax."""
   balancer: ClassVar[str] = ""

@@ -141,7 +141,7 @@ def test_rounding_changes_no_decision_of_the_inputs_chosen(name):
   tie, the check would fail on a device that is right: ten times as much turns none."""
   tokens = device_layers.router_inputs()[0]
   noise = np.random.default_rng(1).uniform(-1e-5, 1e-5, tokens.shape)
-  for training in (False, True) if name in device_layers.DRAWS else (False,):
+  for training in (False, True) if ROUTERS[name].needs_key else (False,):
     run, params = device_layers.routed(name, training)
     run = jax.jit(run)
     plain, moved = (
