@@ -55,7 +55,7 @@ class Alone:
     self._x, self._inputs, _ = jax.jit(
       lambda p: self._model.begin(p, self._tokens, self._options)
     )(self._params)
-    self._places = self._model.stack.places
+    self._paths = self._model.stack.paths
 
   def functions(self) -> dict[tuple[str, ...], Callable[[], Any]]:
     """Returns each group of parts with a function that does its work of one step."""
@@ -76,17 +76,17 @@ class Alone:
 
   def _blocks(self, name: str, call: Callable[[Any, Any, Any], Any]) -> Callable:
     """Runs one module of every block that has it."""
-    having = [p for p in self._places if name in self._params[p.part][p.name]]
+    having = [p for p in self._paths if name in self._params[p.part][p.name]]
     own = {p: self._params[p.part][p.name][name] for p in having}
     xs = {p: self._x * (1 + index / 8) for index, p in enumerate(having)}
 
     def run(own: Any, xs: Any, params: Any) -> Any:
       found = []
-      for place in having:
-        block = params[place.part][place.name] | {name: own[place]}
-        whole = params | {place.part: params[place.part] | {place.name: block}}
-        module, inputs = self._model.stack.block(whole, self._inputs, place)
-        found.append(call(module, inputs, xs[place]))
+      for path in having:
+        block = params[path.part][path.name] | {name: own[path]}
+        whole = params | {path.part: params[path.part] | {path.name: block}}
+        module, inputs = self._model.stack.block(whole, self._inputs, path)
+        found.append(call(module, inputs, xs[path]))
       return found
 
     back = [self._x] * len(having)
@@ -98,19 +98,19 @@ class Alone:
 
     from moejax.exchange import run as exchange
 
-    having = [p for p in self._places if "moe" in self._params[p.part][p.name]]
+    having = [p for p in self._paths if "moe" in self._params[p.part][p.name]]
     size = self._config.moe.group_size or self._x.shape[1]
     tokens = self._x.reshape(-1, size, self._x.shape[-1])
     valid = jnp.ones(tokens.shape[:2], bool)
     ids = self._tokens.reshape(valid.shape)
 
-    def layer(place: Any, params: Any) -> Any:
-      return self._model.stack.block(params, self._inputs, place)[0].moe
+    def layer(path: Any, params: Any) -> Any:
+      return self._model.stack.block(params, self._inputs, path)[0].moe
 
     def place_all(params: Any) -> Any:
       factor = self._options.capacity_factor
       same = {"key": jax.random.key(0), "capacity_factor": factor}
-      routers = [layer(place, params).router for place in having]
+      routers = [layer(path, params).router for path in having]
       return [router(tokens, valid, ids, None, **same)[1].placement for router in routers]
 
     placements = jax.jit(place_all)(self._params)

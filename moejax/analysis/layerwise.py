@@ -23,7 +23,7 @@ from moejax.layers.routes import Routes
 from moejax.models.decoder import Decoder
 from moejax.models.loss import cross_entropy
 from moejax.models.placement import param_shardings
-from moejax.models.stack import Place
+from moejax.models.stack import LayerPath
 from moejax.sharding import rules
 from moejax.types import Params, pytree
 
@@ -59,7 +59,7 @@ class Layerwise:
   ):
     """Puts the parameters on the mesh; calls must be in the scope of that mesh."""
     self.model = model
-    self.places = model.stack.places
+    self.paths = model.stack.paths
     self._params = jax.device_put(params, param_shardings(model, mesh))
     self._options = CallOptions(
       train=False, capacity_factor=capacity_factor, return_routes=True
@@ -81,7 +81,7 @@ class Layerwise:
     self, layer: int, x: Float[Array, "B S D"], inputs: BlockInputs
   ) -> Float[Array, "B S D"]:
     """Runs a block's attention."""
-    return self._attend(self._params, x, inputs, **self._place(layer))
+    return self._attend(self._params, x, inputs, **self._path(layer))
 
   def feed(
     self,
@@ -92,19 +92,19 @@ class Layerwise:
   ) -> tuple[Float[Array, "B S D"], Routes | None]:
     """Runs a block's feed-forward, and returns the routes of an MoE layer."""
     removed = removed or Removed()
-    return self._feed(self._params, x, inputs, removed, **self._place(layer))
+    return self._feed(self._params, x, inputs, removed, **self._path(layer))
 
   def read(
     self, layer: int, x: Float[Array, "B S D"], inputs: BlockInputs
   ) -> tuple[Float[Array, "B S D"], Any]:
     """Returns what an MoE layer reads, and its experts' weights."""
-    return self._read(self._params, x, inputs, **self._place(layer))
+    return self._read(self._params, x, inputs, **self._path(layer))
 
   def normed(
     self, layer: int, x: Float[Array, "B S D"], inputs: BlockInputs
   ) -> Float[Array, "B S D"]:
     """Returns what a block's feed-forward reads, dense or MoE."""
-    return self._normed(self._params, x, inputs, **self._place(layer))
+    return self._normed(self._params, x, inputs, **self._path(layer))
 
   def losses(self, x: Float[Array, "B S D"], batch: Any) -> Float[Array, "B"]:
     """Returns the summed cross-entropy of each sequence, from the last block's output."""
@@ -114,7 +114,7 @@ class Layerwise:
     self, layer: int, x: Float[Array, "B S D"], inputs: BlockInputs
   ) -> Float[Array, "B S D"]:
     """Runs all blocks after `layer`."""
-    for later in range(layer + 1, len(self.places)):
+    for later in range(layer + 1, len(self.paths)):
       x, _ = self.feed(later, self.attend(later, x, inputs), inputs)
     return x
 
@@ -130,9 +130,9 @@ class Layerwise:
         yield layer, x, after, routes
       x = after
 
-  def _place(self, layer: int) -> dict[str, Any]:
-    place = self.places[layer]
-    return {"part": place.part, "name": place.name, "repeat": place.repeat}
+  def _path(self, layer: int) -> dict[str, Any]:
+    path = self.paths[layer]
+    return {"part": path.part, "name": path.name, "repeat": path.repeat}
 
   def _begin_(self, params: Params, tokens: Any, segment_ids: Any, positions: Any) -> Any:
     x, inputs, _ = self.model.begin(
@@ -141,13 +141,13 @@ class Layerwise:
     return x, inputs
 
   def _attend_(self, params: Params, x: Any, inputs: Any, repeat: Any, **where: Any):
-    block, own = self.model.stack.block(params, inputs, Place(**where, repeat=repeat))
+    block, own = self.model.stack.block(params, inputs, LayerPath(**where, repeat=repeat))
     return block.attend(x, own)[0]
 
   def _feed_(
     self, params: Params, x: Any, inputs: Any, removed: Removed, repeat: Any, **where: Any
   ) -> tuple[Float[Array, "B S D"], Routes | None]:
-    block, own = self.model.stack.block(params, inputs, Place(**where, repeat=repeat))
+    block, own = self.model.stack.block(params, inputs, LayerPath(**where, repeat=repeat))
     if removed.sounding is not None:
       silence(block.moe, jnp.asarray(removed.sounding))
     present = None if removed.present is None else jnp.asarray(removed.present)
@@ -155,12 +155,12 @@ class Layerwise:
     return x, None if aux is None else aux.routes
 
   def _read_(self, params: Params, x: Any, inputs: Any, repeat: Any, **where: Any):
-    block, _ = self.model.stack.block(params, inputs, Place(**where, repeat=repeat))
+    block, _ = self.model.stack.block(params, inputs, LayerPath(**where, repeat=repeat))
     normed = block.normed(x)
     return normed, block.moe.experts.weights(normed.dtype)
 
   def _normed_(self, params: Params, x: Any, inputs: Any, repeat: Any, **where: Any):
-    block, _ = self.model.stack.block(params, inputs, Place(**where, repeat=repeat))
+    block, _ = self.model.stack.block(params, inputs, LayerPath(**where, repeat=repeat))
     return block.normed(x)
 
   def _losses_(self, params: Params, x: Any, targets: Any, segment_ids: Any):

@@ -153,13 +153,13 @@ def _shardings(config: Config, model: Any) -> Any:
 
 def _print_rows(rows: Any) -> None:
   for row in rows:
-    places = ", ".join(
-      p.leaf if p.repeat is None else f"{p.leaf}[{p.repeat}]" for p in row.places
+    parts = ", ".join(
+      p.leaf if p.repeat is None else f"{p.leaf}[{p.repeat}]" for p in row.parts
     )
     for number, (name, shape) in enumerate(row.tensors()):
       expert = f" expert {number}" if "{expert}" in row.theirs else ""
       ours = " + ".join(str(list(shape)) for shape in row.own_shapes)
-      print(f"{name} {list(shape)} -> {places}{expert} {ours}")
+      print(f"{name} {list(shape)} -> {parts}{expert} {ours}")
 
 
 def _print_summary(architecture: str, config: Config) -> None:

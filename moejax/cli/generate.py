@@ -55,10 +55,10 @@ def main() -> None:
   from moejax.launch import distributed, host_memory
   from moejax.models.make import make_model
 
-  place = distributed.find_place()
-  if place is not None and place.count > 1:
+  rank = distributed.find_rank()
+  if rank is not None and rank.count > 1:
     raise UserError(
-      f"Text is sampled in one process, and this is one of {place.count}: start it by "
+      f"Text is sampled in one process, and this is one of {rank.count}: start it by "
       "itself, without a launcher."
     )
   host_memory.keep_freed_pages()

@@ -7,7 +7,7 @@
 Makes a new run's directory, which every other program takes; the source is only read.
 Prints, layer by layer, what the experts are made of, and the loss on the validation split
 before and after, with what is expected of it: equal, close, or lower performance until
-trained. --dry_run prints the plan and writes nothing.
+trained. --dry_run prints what would change and writes nothing.
 
 With --optimizer=reset the new run holds parameters only, and training starts with
 --init_from=NEW. With keep or broadcast, the optimizer's moments go through the same
@@ -48,7 +48,7 @@ def define_flags(name: str) -> None:
   if name == LINEAGE:
     return
   flags.DEFINE_string("output", None, "New directory of the new run.")
-  flags.DEFINE_bool("dry_run", False, "Print the plan and write nothing.")
+  flags.DEFINE_bool("dry_run", False, "Print what would change and write nothing.")
   flags.DEFINE_enum(
     "optimizer",
     "reset",
@@ -149,8 +149,8 @@ def _new_config(operation: Any, old: Config) -> Config:
 def lineage(workdir: pathlib.Path) -> int:
   """Prints where the experts of a run come from."""
   from moejax.surgery import lineage as lib
-  from moejax.surgery.places import layers_of
   from moejax.surgery.source import open_run
+  from moejax.surgery.where import layers_of
 
   source = open_run(workdir, flags.FLAGS.step)
   prints = lib.fingerprints(source.slices.leaves, layers_of(source.model))

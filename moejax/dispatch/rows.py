@@ -16,7 +16,7 @@ from jaxtyping import Array, Float, Int
 from moejax import parts
 from moejax.dispatch.base import Layout
 from moejax.experts import permute
-from moejax.experts.blocks import make_plan, sizes_for
+from moejax.experts.blocks import make_blocks, sizes_for
 from moejax.experts.expert_loop import Sorted, expert_loop
 from moejax.experts.grouped_matmul import apply_ragged_experts
 from moejax.experts.weights import ExpertWeights
@@ -108,8 +108,8 @@ class Rows(Layout):
     if implementation == LOOP:
       # Moves rows inside the loop, so that [A, D] is never written.
       num_rows, num_experts = moves.token.shape[0], self.load.shape[0]
-      plan = make_plan(self.load, num_rows, sizes_for(num_rows, num_experts))
-      arrays = Sorted(moves=moves, plan=plan, activation=activation)
+      blocks = make_blocks(self.load, num_rows, sizes_for(num_rows, num_experts))
+      arrays = Sorted(moves=moves, blocks=blocks, activation=activation)
       with parts.scope(parts.EXPERTS):
         return expert_loop(tokens, self.gate, weights, arrays).reshape(x.shape)
     out = apply_ragged_experts(

@@ -138,7 +138,7 @@ def device_batches(
   """Yields the batches of a split, each token once, on the devices of the mesh."""
   rows = rules.local_rows(mesh, batch_size)
   for batch in dataset.eval_batches(split, batch_size, limit, rows=rows):
-    domain = rules.place_rows(mesh, batch["domain"])
+    domain = rules.put_rows(mesh, batch["domain"])
     yield {**to_devices(batch, mesh), "domain": domain}
 
 

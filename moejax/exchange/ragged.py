@@ -67,13 +67,13 @@ def _at_once(
   mine = Rows.of(placement)
   rows = mine.to_experts(x)
   room = buffer_rows(rows.shape[0], options.exchange_buffer, mine)
-  plan = runs.make_plan(mine.load, AXIS, rows.shape[0], room)
-  received = checkpoint_name(runs.send(rows, plan), SAVED_NAME)
+  offsets = runs.make_offsets(mine.load, AXIS, rows.shape[0], room)
+  received = checkpoint_name(runs.send(rows, offsets), SAVED_NAME)
   # Gates travel with their rows, so that outputs come back weighted and the backward
   # pass needs no output: recomputing and resending it would serve only the gate.
-  gate = checkpoint_name(runs.send(mine.gates(), plan), SAVED_NAME)
-  total = jnp.sum(plan.received, axis=0)
-  if plan.received.shape[1] == 1 and target_platform() != "cpu":
+  gate = checkpoint_name(runs.send(mine.gates(), offsets), SAVED_NAME)
+  total = jnp.sum(offsets.received, axis=0)
+  if offsets.received.shape[1] == 1 and target_platform() != "cpu":
     # With a single local expert all rows are its own, and already contiguous.
     out = apply_ragged_experts(
       received,
@@ -84,13 +84,13 @@ def _at_once(
       chunks=options.expert_chunks,
     )
   else:
-    here = Rows(moves=_in_experts_order(plan, total), gate=gate, load=total)
+    here = Rows(moves=_in_experts_order(offsets, total), gate=gate, load=total)
     out = here.run(
       received, weights, activation=options.activation, chunks=options.expert_chunks
     )
-  back = runs.send_back(out, plan)
+  back = runs.send_back(out, offsets)
   y = mine.from_experts(back).reshape(x.shape)
-  return y, _count_lost(placement, mine, plan)
+  return y, _count_lost(placement, mine, offsets)
 
 
 def buffer_rows(num_rows: int, bound: float | None, mine: Rows) -> int:
@@ -110,25 +110,25 @@ def buffer_rows(num_rows: int, bound: float | None, mine: Rows) -> int:
   return max(1, round(factor * num_rows))
 
 
-def _in_experts_order(plan: runs.Plan, total: Int[Array, "L"]) -> permute.Moves:
+def _in_experts_order(offsets: runs.Offsets, total: Int[Array, "L"]) -> permute.Moves:
   """Returns the moves that sort received rows, ordered by sender, into expert order."""
-  place, row, used = runs.by_expert(plan)
-  index = jnp.arange(plan.num_received, dtype=jnp.int32)
+  place, row, used = runs.by_expert(offsets)
+  index = jnp.arange(offsets.num_received, dtype=jnp.int32)
   return permute.Moves(
     token=index,
     place=place,
     kept=used,
     assignment=row,
     used=index < jnp.sum(total),
-    num_tokens=plan.num_received,
+    num_tokens=offsets.num_received,
     num_selected=1,
   )
 
 
-def _count_lost(placement: Assignments, rows: Rows, plan: runs.Plan) -> Lost:
-  """Counts losses: the last `Plan.lost` rows of each expert's run."""
+def _count_lost(placement: Assignments, rows: Rows, offsets: runs.Offsets) -> Lost:
+  """Counts losses: the last `Offsets.lost` rows of each expert's run."""
   moves = rows.moves
-  fits = jnp.cumsum(rows.load) - plan.lost
+  fits = jnp.cumsum(rows.load) - offsets.lost
   sent = moves.kept & (moves.place < fits[placement.expert.reshape(-1)])
 
   def served(assignments: Bool[Array, "A"]) -> Bool[Array, "T"]:
@@ -137,6 +137,6 @@ def _count_lost(placement: Assignments, rows: Rows, plan: runs.Plan) -> Lost:
 
   tokens = served(moves.kept) & ~served(sent)
   return Lost(
-    assignments=plan.lost[None].astype(jnp.float32),
+    assignments=offsets.lost[None].astype(jnp.float32),
     tokens=jnp.sum(tokens.astype(jnp.float32))[None],
   )

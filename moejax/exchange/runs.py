@@ -23,7 +23,7 @@ from moejax.types import pytree, static_field
 
 
 @pytree
-class Plan:
+class Offsets:
   """The sends and receives of one device."""
 
   axis: str = static_field()
@@ -48,7 +48,9 @@ class Plan:
   """This device's rows that did not fit, by expert."""
 
 
-def make_plan(load: Int[Array, "E"], axis: str, num_rows: int, num_received: int) -> Plan:
+def make_offsets(
+  load: Int[Array, "E"], axis: str, num_rows: int, num_received: int
+) -> Offsets:
   """Exchanges loads over the axis and computes every offset.
 
   Args:
@@ -67,7 +69,7 @@ def make_plan(load: Int[Array, "E"], axis: str, num_rows: int, num_received: int
   source = jnp.cumsum(size, axis=1) - size
   before = jnp.cumsum(loads, axis=2) - loads
   kept = jnp.clip(fitting[:, :, None] - before, 0, loads)
-  return Plan(
+  return Offsets(
     axis=axis,
     num_rows=num_rows,
     num_received=num_received,
@@ -116,50 +118,52 @@ def _move(
 
 @jax.custom_vjp
 @parts.of_part(parts.EXCHANGE)
-def send(rows: Float[Array, "A *D"], plan: Plan) -> Float[Array, "R *D"]:
+def send(rows: Float[Array, "A *D"], offsets: Offsets) -> Float[Array, "R *D"]:
   """Sends each row to its expert's device; the rest of the buffer is zero."""
-  outgoing = (plan.send_start, plan.send_size, plan.send_target)
-  incoming = (plan.receive_start, plan.receive_size, plan.receive_source)
-  return _move(rows, plan.num_received, plan.axis, outgoing, incoming)
+  outgoing = (offsets.send_start, offsets.send_size, offsets.send_target)
+  incoming = (offsets.receive_start, offsets.receive_size, offsets.receive_source)
+  return _move(rows, offsets.num_received, offsets.axis, outgoing, incoming)
 
 
 @jax.custom_vjp
 @parts.of_part(parts.EXCHANGE)
-def send_back(rows: Float[Array, "R *D"], plan: Plan) -> Float[Array, "A *D"]:
+def send_back(rows: Float[Array, "R *D"], offsets: Offsets) -> Float[Array, "A *D"]:
   """Returns rows moved by `send` to their senders; lost rows are zero."""
-  outgoing = (plan.receive_start, plan.receive_size, plan.receive_source)
-  incoming = (plan.send_start, plan.send_size, plan.send_target)
-  return _move(rows, plan.num_rows, plan.axis, outgoing, incoming)
+  outgoing = (offsets.receive_start, offsets.receive_size, offsets.receive_source)
+  incoming = (offsets.send_start, offsets.send_size, offsets.send_target)
+  return _move(rows, offsets.num_rows, offsets.axis, outgoing, incoming)
 
 
 # Each is a partial permutation and the transpose of the other.
 send.defvjp(
-  lambda rows, plan: (send(rows, plan), plan),
-  lambda plan, grad: (send_back(grad, plan), None),
+  lambda rows, offsets: (send(rows, offsets), offsets),
+  lambda offsets, grad: (send_back(grad, offsets), None),
 )
 send_back.defvjp(
-  lambda rows, plan: (send_back(rows, plan), plan),
-  lambda plan, grad: (send(grad, plan), None),
+  lambda rows, offsets: (send_back(rows, offsets), offsets),
+  lambda offsets, grad: (send(grad, offsets), None),
 )
 
 
-def by_expert(plan: Plan) -> tuple[Int[Array, "R"], Int[Array, "R"], Bool[Array, "R"]]:
+def by_expert(
+  offsets: Offsets,
+) -> tuple[Int[Array, "R"], Int[Array, "R"], Bool[Array, "R"]]:
   """Sorts the received rows, ordered by sender, by local expert.
 
   Returns:
     Each row's place in expert order (arbitrary if unused), the row at each place, and
     which rows are used.
   """
-  index = jnp.arange(plan.num_received, dtype=jnp.int32)
-  sender, used = _run_of(index, plan.receive_start, plan.receive_size)
-  within = index - plan.receive_start[sender]
-  ends = jnp.cumsum(plan.received, axis=1)
+  index = jnp.arange(offsets.num_received, dtype=jnp.int32)
+  sender, used = _run_of(index, offsets.receive_start, offsets.receive_size)
+  within = index - offsets.receive_start[sender]
+  ends = jnp.cumsum(offsets.received, axis=1)
   expert = jnp.sum((ends[sender] <= within[:, None]).astype(jnp.int32), axis=1)
-  expert = jnp.minimum(expert, plan.received.shape[1] - 1)
-  total = jnp.sum(plan.received, axis=0)
+  expert = jnp.minimum(expert, offsets.received.shape[1] - 1)
+  total = jnp.sum(offsets.received, axis=0)
   start = (jnp.cumsum(total) - total)[None, :]
-  start = start + jnp.cumsum(plan.received, axis=0) - plan.received
-  place = start[sender, expert] + within - (ends - plan.received)[sender, expert]
-  target = jnp.where(used, place, plan.num_received)
+  start = start + jnp.cumsum(offsets.received, axis=0) - offsets.received
+  place = start[sender, expert] + within - (ends - offsets.received)[sender, expert]
+  target = jnp.where(used, place, offsets.num_received)
   row = jnp.zeros_like(place).at[target].set(index, mode="drop", unique_indices=True)
   return place, row, used

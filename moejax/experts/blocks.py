@@ -35,7 +35,7 @@ LARGEST = 512
 
 
 @pytree
-class Plan:
+class Blocks:
   """The blocks, sorted by size and then by expert."""
 
   expert: Int[Array, "M"]
@@ -90,9 +90,9 @@ def sizes_for(num_assignments: int, num_experts: int) -> tuple[int, ...]:
   )
 
 
-def make_plan(
+def make_blocks(
   load: Int[Array, "E"], num_assignments: int, sizes: tuple[int, ...]
-) -> Plan:
+) -> Blocks:
   """Covers every expert's load with blocks.
 
   Args:
@@ -119,7 +119,7 @@ def make_plan(
   bound = jnp.concatenate(
     [jnp.zeros((1,), jnp.int32), ends[num_experts - 1 :: num_experts]]
   )
-  return Plan(
+  return Blocks(
     expert=expert,
     position=start[expert] + offset,
     count=jnp.minimum(size[kind], load[expert] - offset),

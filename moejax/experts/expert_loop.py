@@ -24,7 +24,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from moejax import parts
 from moejax.experts import permute
-from moejax.experts.blocks import Plan
+from moejax.experts.blocks import Blocks
 from moejax.experts.weights import ExpertWeights, activate
 from moejax.types import pytree, static_field
 
@@ -35,7 +35,7 @@ class Sorted:
 
   moves: permute.Moves
   """Rows are assignments in expert order, kept ones first: R = N."""
-  plan: Plan
+  blocks: Blocks
   activation: str = static_field()
 
 
@@ -52,18 +52,18 @@ class _Block(NamedTuple):
   """Row indices. Padding repeats the last one, so that it stays within the expert."""
 
 
-def _over_blocks(plan: Plan, body: Callable[[_Block, Any], Any], carry: Any) -> Any:
+def _over_blocks(blocks: Blocks, body: Callable[[_Block, Any], Any], carry: Any) -> Any:
   """Runs body(block, carry) over all blocks, one loop per size."""
-  for z, size in enumerate(plan.sizes):
+  for z, size in enumerate(blocks.sizes):
     offset = jnp.arange(size, dtype=jnp.int32)
 
     def step(m: Array, carry: Any, offset: Array = offset) -> Any:
-      start, count = plan.position[m], plan.count[m]
+      start, count = blocks.position[m], blocks.count[m]
       row = start + jnp.minimum(offset, count - 1)
-      block = _Block(plan.expert[m], start, offset < count, plan.first[m], row)
+      block = _Block(blocks.expert[m], start, offset < count, blocks.first[m], row)
       return body(block, carry)
 
-    carry = jax.lax.fori_loop(plan.bound[z], plan.bound[z + 1], step, carry)
+    carry = jax.lax.fori_loop(blocks.bound[z], blocks.bound[z + 1], step, carry)
   return carry
 
 
@@ -81,7 +81,7 @@ def _zeros(shape: tuple[int, ...], dtype: Any, like: Array) -> Array:
 
 def _rows_buffer(arrays: Sorted, *shape: int, dtype: Any, like: Array) -> Array:
   """Returns a buffer of rows, with room for the padding of the last block."""
-  num_rows = arrays.moves.assignment.shape[0] + arrays.plan.sizes[0]
+  num_rows = arrays.moves.assignment.shape[0] + arrays.blocks.sizes[0]
   return _zeros((num_rows, *shape), dtype, like)
 
 
@@ -138,7 +138,7 @@ def expert_loop(
 def _forward(
   x: Array, gate: Array, weights: ExpertWeights, arrays: Sorted, keep_hidden: bool = True
 ) -> tuple[Array, Any]:
-  plan, moves = arrays.plan, arrays.moves
+  blocks, moves = arrays.blocks, arrays.moves
   token = permute.token_of_row(moves)
   stacks, biases = _stacks_in(weights), _biases_in(weights) or [None, None]
   buffer = functools.partial(_rows_buffer, arrays, dtype=x.dtype, like=x)
@@ -156,7 +156,7 @@ def _forward(
     hidden = [_write(h, p, block) for h, p in zip(hidden, pre)]
     return hidden, _write(out, y, block)
 
-  hidden, out = _over_blocks(plan, body, (hidden, buffer(x.shape[1])))
+  hidden, out = _over_blocks(blocks, body, (hidden, buffer(x.shape[1])))
   with parts.scope(parts.COMBINE):
     y = permute.sum_rows(out, gate, moves)
   return y, (x, gate, weights, arrays, hidden)
@@ -164,7 +164,7 @@ def _forward(
 
 def _backward(residuals: Any, dy: Array) -> tuple[Array, Array, ExpertWeights, Any]:
   x, gate, weights, arrays, hidden = residuals
-  plan, moves = arrays.plan, arrays.moves
+  blocks, moves = arrays.blocks, arrays.moves
   token = permute.token_of_row(moves)
   gate_of_row = permute.take_masked(gate, moves.assignment, moves.used).astype(x.dtype)
   stacks = _stacks_in(weights)
@@ -203,7 +203,7 @@ def _backward(residuals: Any, dy: Array) -> tuple[Array, Array, ExpertWeights, A
   if weights.b_out is not None:
     matrices += [weights.b_out, *_biases_in(weights)]
   d_weights = [_zeros(w.shape, w.dtype, dy) for w in matrices]
-  d_rows, d_gate, d_weights = _over_blocks(plan, body, (d_rows, d_gate, d_weights))
+  d_rows, d_gate, d_weights = _over_blocks(blocks, body, (d_rows, d_gate, d_weights))
   with parts.scope(parts.DISPATCH):
     dx = permute.sum_rows(d_rows, None, moves)
   return (

@@ -48,7 +48,7 @@ def stack_gradient(
     padding = ((0, -rows.shape[0] % tile), (0, 0))
     rows, grad = jnp.pad(rows, padding), jnp.pad(grad, padding)
   d_tile, f_tile = min(_D_TILE, rows.shape[1]), min(_F_TILE, grad.shape[1])
-  expert, row_tile, bounds, num_steps = plan_steps(sizes, rows.shape[0] // tile, tile)
+  expert, row_tile, bounds, num_steps = order_steps(sizes, rows.shape[0] // tile, tile)
   # Derived from the operands, so that it varies over the mesh as they do.
   shape = jax.eval_shape(
     lambda r, g, s: jnp.zeros_like(s, r.dtype)[:, None, None] + (r.T @ g)[None],
@@ -132,7 +132,7 @@ def _kernel(tile: int) -> Callable[..., None]:
   return kernel
 
 
-def plan_steps(
+def order_steps(
   sizes: Int[Array, "E"], num_tiles: int, tile: int
 ) -> tuple[Int[Array, "P"], Int[Array, "P"], Int[Array, "E+1"], Int[Array, ""]]:
   """Returns the (expert, tile of rows) pairs to visit, in expert order.

@@ -285,9 +285,9 @@ def _tensors(
 ) -> Iterator[tuple[str, Shaped[np.ndarray, "..."]]]:
   """Yields the tensors of a row, from the parameters of ours."""
   ours = []
-  for place in row.places:
-    leaf = params[place.leaf]
-    ours.append(np.asarray(leaf if place.repeat is None else leaf[place.repeat]))
+  for part in row.parts:
+    leaf = params[part.leaf]
+    ours.append(np.asarray(leaf if part.repeat is None else leaf[part.repeat]))
   form = row.entry.form
   if row.entry.stacked:
     yield row.theirs, np.stack([form.store(each) for each in zip(*ours)])

@@ -64,8 +64,8 @@ class Loader:
     self._shapes = flatten(model.shapes())
     self._by_leaf: dict[str, list[tuple[Row, int]]] = defaultdict(list)
     for row in self.rows:
-      for number, place in enumerate(row.places):
-        self._by_leaf[place.leaf].append((row, number))
+      for number, part in enumerate(row.parts):
+        self._by_leaf[part.leaf].append((row, number))
     self._check_names()
     self._check_tensors(dtype)
 
@@ -94,7 +94,7 @@ class Loader:
     def lazy(name: str) -> LazyArray:
       leaf = self._shapes[name]
       row, number = self._by_leaf[name][0]
-      stacked = int(row.places[number].repeat is not None) + int(row.entry.per_expert)
+      stacked = int(row.parts[number].repeat is not None) + int(row.entry.per_expert)
       return LazyArray(
         shape=tuple(leaf.shape),
         dtype=np.dtype(leaf.dtype),
@@ -133,11 +133,11 @@ class Loader:
     index = tuple(slice(*s.indices(n)) for s, n in zip(index, leaf.shape))
     result = np.empty([s.stop - s.start for s in index], leaf.dtype)
     own = self._by_leaf[name]
-    if own[0][0].places[own[0][1]].repeat is None:
+    if own[0][0].parts[own[0][1]].repeat is None:
       self._fill(result, *own[0], index)
       return result
     for row, number in own:
-      repeat = row.places[number].repeat
+      repeat = row.parts[number].repeat
       assert repeat is not None
       if index[0].start <= repeat < index[0].stop:
         self._fill(result[repeat - index[0].start], row, number, index[1:])
@@ -219,7 +219,7 @@ class Loader:
 
   def _check_tensors(self, dtype: str) -> None:
     for row in self.rows:
-      kept = [str(self._shapes[place.leaf].dtype) for place in row.places]
+      kept = [str(self._shapes[part.leaf].dtype) for part in row.parts]
       allowed = {dtype} | ({"F32"} if set(kept) == {"float32"} else set())
       for name, shape in row.tensors():
         tensor = self.source.tensors[name]

@@ -20,7 +20,7 @@ from moejax.types import Params
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Place:
+class LeafPart:
   """Where a parameter of one layer stands in the model's tree."""
 
   leaf: str
@@ -37,24 +37,24 @@ class Row:
 
   theirs: str
   """Its name; `{expert}` where each expert has its own."""
-  places: tuple[Place, ...]
+  parts: tuple[LeafPart, ...]
   entry: Entry
 
   @property
   def num_experts(self) -> int | None:
     """E where the row is per expert."""
-    return self.places[0].shape[0] if self.entry.per_expert else None
+    return self.parts[0].shape[0] if self.entry.per_expert else None
 
   @property
   def own_shapes(self) -> list[Shape]:
     """Shapes of ours as its form sees them: of one expert."""
-    return [p.shape[1:] if self.entry.per_expert else p.shape for p in self.places]
+    return [p.shape[1:] if self.entry.per_expert else p.shape for p in self.parts]
 
   def tensors(self) -> Iterator[tuple[str, Shape]]:
     """Yields name and shape of each tensor on disk."""
     shape = self.entry.form.shape(self.own_shapes)
     if self.entry.stacked:
-      yield self.theirs, (self.places[0].shape[0], *shape)
+      yield self.theirs, (self.parts[0].shape[0], *shape)
     elif self.num_experts is not None:
       for expert in range(self.num_experts):
         yield self.theirs.format(expert=expert), shape
@@ -103,17 +103,17 @@ def _rows_of(
     if not all(name in shapes for name in names):
       continue
     whole = [tuple(shapes[name].shape) for name in names]
-    places = [
-      Place(leaf=name, repeat=repeat, shape=shape if repeat is None else shape[1:])
+    parts = [
+      LeafPart(leaf=name, repeat=repeat, shape=shape if repeat is None else shape[1:])
       for name, shape in zip(names, whole)
     ]
-    yield Row(theirs=prefix + entry.theirs, places=tuple(places), entry=entry)
+    yield Row(theirs=prefix + entry.theirs, parts=tuple(parts), entry=entry)
 
 
 def _refuse_unnamed(
   architecture: Architecture, found: list[Row], shapes: dict[str, Any]
 ) -> None:
-  named = {place.leaf for row in found for place in row.places}
+  named = {part.leaf for row in found for part in row.parts}
   unnamed = sorted(set(shapes) - named)
   if unnamed:
     more = f" and {len(unnamed) - 3} more" if len(unnamed) > 3 else ""

@@ -1,6 +1,6 @@
 """Joins a process to the others of its job.
 
-Its place comes from flags (`--coordinator_address --num_processes --process_id`), from
+Its rank comes from flags (`--coordinator_address --num_processes --process_id`), from
 the environment (JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES, JAX_PROCESS_ID; set by
 `tools.launch_local`), or from a launcher that jax can query: Cloud TPU pods, Slurm, MPI
 and indexed Kubernetes jobs.
@@ -46,8 +46,8 @@ _TPU_HOSTS = (
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Place:
-  """The place of a process among those of its job."""
+class Rank:
+  """The rank of a process among those of its job."""
 
   address: str
   """host:port of process 0."""
@@ -80,42 +80,42 @@ def joined(
     timeout: seconds to wait for the others.
 
   Raises:
-    UserError: the place is incomplete or invalid, the job's secret is unusable, or
+    UserError: the rank is incomplete or invalid, the job's secret is unusable, or
       process 0 cannot listen at its address.
     PeerLostError: other processes did not connect in time.
     DisagreementError: they were started differently.
   """
-  place = find_place(coordinator_address, num_processes, process_id)
-  if place is None:
+  rank = find_rank(coordinator_address, num_processes, process_id)
+  if rank is None:
     yield
-  elif place.count < 2:
-    _start_runtime(place)
+  elif rank.count < 2:
+    _start_runtime(rank)
     yield
   else:
     links = meeting.meet(
-      place.address, place.count, place.index, facts or {}, timeout, secret.job_secret()
+      rank.address, rank.count, rank.index, facts or {}, timeout, secret.job_secret()
     )
-    with liveness.Watch(place.index, links):
-      _start_runtime(place, _HEARTBEAT_SECONDS)
+    with liveness.Watch(rank.index, links):
+      _start_runtime(rank, _HEARTBEAT_SECONDS)
       yield
 
 
-def find_place(
+def find_rank(
   coordinator_address: str = "",
   num_processes: int | None = None,
   process_id: int | None = None,
-) -> Place | None:
-  """Returns the place by flags, environment or launcher; None for a single process.
+) -> Rank | None:
+  """Returns the rank by flags, environment or launcher; None for a single process.
 
   Raises:
-    UserError: the place is incomplete or invalid.
+    UserError: the rank is incomplete or invalid.
   """
   given = (coordinator_address, num_processes, process_id)
   if any(value not in ("", None) for value in given):
     texts = ["" if value is None else str(value) for value in given]
-    return _place(texts, [f"--{name}" for name in _FLAGS])
+    return _rank(texts, [f"--{name}" for name in _FLAGS])
   if os.environ.get(_VARIABLES[0]):
-    return _place([os.environ.get(name, "") for name in _VARIABLES], list(_VARIABLES))
+    return _rank([os.environ.get(name, "") for name in _VARIABLES], list(_VARIABLES))
   return None if launcher() is None else _ask_launcher()
 
 
@@ -149,7 +149,7 @@ def _on_tpu_pod() -> bool:
     return False
 
 
-def _place(values: list[str], names: list[str]) -> Place:
+def _rank(values: list[str], names: list[str]) -> Rank:
   address, count, index = values
   missing = [n for n, v in zip(names, values, strict=True) if not v]
   missing += [
@@ -165,11 +165,11 @@ def _place(values: list[str], names: list[str]) -> Place:
       f"{names[2]}={index} is not below {names[1]}={count}: they are numbered from 0."
     )
   listening.split_address(address, names[0])
-  return Place(address=address, count=int(count), index=int(index))
+  return Rank(address=address, count=int(count), index=int(index))
 
 
-def _ask_launcher() -> Place:
-  """Returns the place that jax will find itself, before jax acts on it."""
+def _ask_launcher() -> Rank:
+  """Returns the rank that jax will find itself, before jax acts on it."""
   try:
     from jax._src import clusters
 
@@ -177,8 +177,8 @@ def _ask_launcher() -> Place:
       None, None, None, None, None, int(JOIN_SECONDS)
     )
     if address is None or count is None or index is None:
-      raise TypeError("it found no place")
-    return Place(address=address, count=count, index=index, by_launcher=True)
+      raise TypeError("it found no rank")
+    return Rank(address=address, count=count, index=index, by_launcher=True)
   except (ImportError, AttributeError, TypeError) as error:
     # Not a public part of jax. Training works without it, with worse errors.
     logging.warning(
@@ -188,20 +188,20 @@ def _ask_launcher() -> Place:
       launcher(),
       error,
     )
-    return Place(address="", count=0, index=0, by_launcher=True)
+    return Rank(address="", count=0, index=0, by_launcher=True)
 
 
-def _start_runtime(place: Place, heartbeat: int = 100) -> None:
+def _start_runtime(rank: Rank, heartbeat: int = 100) -> None:
   # For collectives between CPU processes; no effect elsewhere.
   jax.config.update("jax_cpu_collectives_implementation", "gloo")
   # A launcher also says which devices are ours, so jax queries it itself.
-  known = not place.by_launcher
+  known = not rank.by_launcher
   jax.distributed.initialize(
-    place.address if known else None,
-    place.count if known else None,
-    place.index if known else None,
+    rank.address if known else None,
+    rank.count if known else None,
+    rank.index if known else None,
     initialization_timeout=int(JOIN_SECONDS),
     heartbeat_timeout_seconds=heartbeat,
     # The runtime checks no secret, so it listens no more widely than it must.
-    coordinator_bind_address=listening.bind_address(place.address) if known else None,
+    coordinator_bind_address=listening.bind_address(rank.address) if known else None,
   )

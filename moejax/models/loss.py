@@ -56,7 +56,7 @@ def to_devices(batch: Mapping[str, Any], mesh: Mesh) -> Batch:
   The domain, which no model reads, stays on the host.
   """
   placed = {
-    name: rules.place_rows(mesh, rows) for name, rows in batch.items() if name != "domain"
+    name: rules.put_rows(mesh, rows) for name, rows in batch.items() if name != "domain"
   }
   return cast(Batch, placed)
 

@@ -43,7 +43,7 @@ Unit = Callable[..., Any]
 """One repeat of the stack: (x, layer) -> (x, output), a body for `jax.lax.scan`."""
 
 
-class Place(NamedTuple):
+class LayerPath(NamedTuple):
   """Where the parameters of a layer are."""
 
   part: str
@@ -156,30 +156,30 @@ class Stack:
     return tuple(i for i, is_moe in enumerate(self.pattern.is_moe) if is_moe)
 
   @property
-  def places(self) -> tuple[Place, ...]:
+  def paths(self) -> tuple[LayerPath, ...]:
     """Where the parameters of each layer are, in order."""
     found = []
     for part in PARTS:
       repeats = self.pattern.repeats if part == "unit" else 1
       names = range(len(getattr(self.pattern, part)))
-      found += [Place(part, str(name), r) for r in range(repeats) for name in names]
+      found += [LayerPath(part, str(name), r) for r in range(repeats) for name in names]
     return tuple(found)
 
   def block(
-    self, params: Params, inputs: BlockInputs, place: Place
+    self, params: Params, inputs: BlockInputs, path: LayerPath
   ) -> tuple[Block, BlockInputs]:
     """Returns one block with its parameters, and the inputs as this layer reads them.
 
     Args:
       params: of the stack.
       inputs: shared by all blocks.
-      place: of the layer; `repeat` may be traced, so that repeats share a program.
+      path: of the layer; `repeat` may be traced, so that repeats share a program.
     """
-    own = params[place.part][place.name]
-    windowed = windowed_by_part(self.config, self.pattern)[place.part].get(place.name)
-    if place.part == "unit":
-      own, windowed = jax.tree.map(lambda leaf: leaf[place.repeat], (own, windowed))
-    is_moe = getattr(self.pattern, place.part)[int(place.name)]
+    own = params[path.part][path.name]
+    windowed = windowed_by_part(self.config, self.pattern)[path.part].get(path.name)
+    if path.part == "unit":
+      own, windowed = jax.tree.map(lambda leaf: leaf[path.repeat], (own, windowed))
+    is_moe = getattr(self.pattern, path.part)[int(path.name)]
     return self._blocks[is_moe].merge(own), inputs.of_layer(windowed)
 
   def init(self, part_keys: Sequence[Key[Array, ""]]) -> Params:

@@ -144,7 +144,7 @@ def local_rows(mesh: Mesh, batch_size: int) -> Int[np.ndarray, "b"]:
   return np.concatenate([np.arange(*block) for block in sorted(blocks)])
 
 
-def place_rows(mesh: Mesh, rows: Shaped[np.ndarray, "b *rest"]) -> jax.Array:
+def put_rows(mesh: Mesh, rows: Shaped[np.ndarray, "b *rest"]) -> jax.Array:
   """Returns the global array [B, ...], to which this process gives its `local_rows`."""
   sharding = batch_sharding(mesh)
   if sharding.is_fully_addressable:

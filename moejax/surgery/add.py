@@ -22,6 +22,7 @@ from moejax.config import Config
 from moejax.config.router import make_router
 from moejax.errors import UserError
 from moejax.options import count, option
+from moejax.surgery.change import layer_arrays
 from moejax.surgery.operation import (
   EXPERTS,
   ROUTER,
@@ -33,10 +34,9 @@ from moejax.surgery.operation import (
   flat,
   taken,
 )
-from moejax.surgery.places import layers_of
-from moejax.surgery.plan import layer_arrays
 from moejax.surgery.scores import equal_groups
 from moejax.surgery.source import Opened, open_run, tokenizer_of
+from moejax.surgery.where import layers_of
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -41,6 +41,7 @@ from moejax.models.placement import param_shardings
 from moejax.options import Range, option, show
 from moejax.run import owner
 from moejax.run.workdir import RUN_FILE
+from moejax.surgery.change import layer_arrays
 from moejax.surgery.domain_means import means, router_rows
 from moejax.surgery.gates import Gates
 from moejax.surgery.measured import Text
@@ -54,10 +55,9 @@ from moejax.surgery.operation import (
   Operation,
   Source,
 )
-from moejax.surgery.places import layers_of
-from moejax.surgery.plan import layer_arrays
 from moejax.surgery.source import Opened, damaged, open_run, tokenizer_of
 from moejax.surgery.upcycle import DENSE, Upcycle, in_segments
+from moejax.surgery.where import layers_of
 
 _FREE = ("dtype", "remat", "scan_layers", "max_position", "param_dtype")
 """Fields of the model that do not change its function."""

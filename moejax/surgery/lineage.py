@@ -17,7 +17,7 @@ from moejax.errors import UserError, program
 from moejax.run import provenance
 from moejax.run import workdir as workdir_lib
 from moejax.surgery.operation import Choice
-from moejax.surgery.places import Where
+from moejax.surgery.where import Where
 
 KEY = workdir_lib.RECORDS
 """In run.json and in a checkpoint's meta: a list of records."""

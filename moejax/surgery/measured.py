@@ -34,7 +34,7 @@ from moejax.layers.routes import Routes
 from moejax.models import trained
 from moejax.models.decoder import Decoder
 from moejax.models.loss import token_losses
-from moejax.surgery.places import layers_of
+from moejax.surgery.where import layers_of
 from moejax.types import Params
 
 MOST_SUBSETS = 2000

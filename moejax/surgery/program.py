@@ -24,9 +24,9 @@ from moejax.run import compilation_cache, owner
 from moejax.sharding.mesh import make_mesh
 from moejax.surgery import lineage, state
 from moejax.surgery import run as run_lib
+from moejax.surgery.change import Change
 from moejax.surgery.measured import Measured, Text
 from moejax.surgery.operation import EQUAL, Choice, Operation
-from moejax.surgery.plan import Plan
 from moejax.surgery.source import Opened, open_run
 
 Say = Callable[[str], None]
@@ -60,7 +60,7 @@ class Asked:
 def run(
   asked: Asked, new_config: Callable[[Operation, Config], Config], say: Say
 ) -> lineage.Record | None:
-  """Runs an operation, or prints its plan.
+  """Runs an operation, or prints what it would change.
 
   Args:
     asked: from the command line.
@@ -77,29 +77,29 @@ def run(
     run_lib.refuse_output(asked.output)
   source = open_run(asked.workdir, asked.step)
   asked = dataclasses.replace(asked, operation=asked.operation.of_run(source))
-  plan = _plan(asked, source, new_config)
-  state.check(plan, source.slices, asked.optimizer)
-  for line in plan_lines(plan, asked.optimizer):
+  change = _change(asked, source, new_config)
+  state.check(change, source.slices, asked.optimizer)
+  for line in change_lines(change, asked.optimizer):
     say(line)
   if asked.dry_run or asked.output is None:
     return None
   run_lib.verify(source, asked.optimizer != state.RESET)
-  text = _text(asked, source, plan.new) if _needs_text(asked) else None
+  text = _text(asked, source, change.new) if _needs_text(asked) else None
   measured = _measured(asked, source, text)
   before = text.loss() if text is not None and asked.evaluate else None
-  choices = run_lib.choose(plan, source.slices, measured, source)
-  expected = run_lib.expectation(plan, source.slices, choices)
+  choices = run_lib.choose(change, source.slices, measured, source)
+  expected = run_lib.expectation(change, source.slices, choices)
   del measured
 
   def finish(directory: Path) -> dict[str, Any]:
     if before is None:
       return {"expected": expected}
-    after = _loss_of(asked, plan, source, directory)
+    after = _loss_of(asked, change, source, directory)
     loss = {"split": asked.split, "before": before, "after": after}
     return {"expected": expected, "loss": loss}
 
   record = run_lib.write(
-    *(plan, source, choices, asked.output),
+    *(change, source, choices, asked.output),
     record=lineage.record(
       *(asked.operation.name, asked.options, source.workdir, source.step, asked.seed),
       others=asked.operation.other_sources,
@@ -107,14 +107,14 @@ def run(
     optimizer=asked.optimizer,
     finish=finish,
   )
-  for line in result_lines(asked, plan, choices, record):
+  for line in result_lines(asked, change, choices, record):
     say(line)
   return record
 
 
-def _plan(
+def _change(
   asked: Asked, source: Opened, new_config: Callable[[Operation, Config], Config]
-) -> Plan:
+) -> Change:
   operation, old = asked.operation, source.config
   has_experts = bool(source.model.moe_layers)
   if operation.needs_moe and not has_experts:
@@ -128,7 +128,7 @@ def _plan(
   old.train.frozen = old.train.init_from = ""
   new = new_config(operation, old)
   refuse_shapes(operation, old, new, asked.given)
-  return run_lib.make_plan(source, operation, new, asked.seed)
+  return run_lib.make_change(source, operation, new, asked.seed)
 
 
 def refuse_shapes(
@@ -198,12 +198,12 @@ def _text(asked: Asked, source: Opened, new: Config) -> Text:
   return _restored(asked, config, source.model, dataset, asked.workdir, source.step)
 
 
-def _loss_of(asked: Asked, plan: Plan, source: Opened, directory: Path) -> float:
+def _loss_of(asked: Asked, change: Change, source: Opened, directory: Path) -> float:
   config = owner.own_paths(
-    plan.new, source.slices.meta.get("owner"), asked.given, asked.workdir
+    change.new, source.slices.meta.get("owner"), asked.given, asked.workdir
   )
   dataset = data.load(config.data, workdir=directory, store=False)
-  return _restored(asked, config, plan.new_model, dataset, directory, None).loss()
+  return _restored(asked, config, change.new_model, dataset, directory, None).loss()
 
 
 def _restored(
@@ -229,16 +229,16 @@ def _restored(
   )
 
 
-def plan_lines(plan: Plan, optimizer: str) -> list[str]:
+def change_lines(change: Change, optimizer: str) -> list[str]:
   """Returns what an operation would change, as lines."""
-  lines = [f"{plan.operation.name}: {plan.operation.summary}"]
-  fields = config_text.difference(plan.old, plan.new)
+  lines = [f"{change.operation.name}: {change.operation.summary}"]
+  fields = config_text.difference(change.old, change.new)
   lines += [f"  --config.{n}: {show(old)} -> {show(new)}" for n, old, new in fields]
-  for number in plan.changed:
-    lines.append(f"  layer {number}: {_sizes(plan, number)}")
+  for number in change.made:
+    lines.append(f"  layer {number}: {_sizes(change, number)}")
   counts = [
     count_parameters(config, model.vocab_size)
-    for config, model in ((plan.old, plan.old_model), (plan.new, plan.new_model))
+    for config, model in ((change.old, change.old_model), (change.new, change.new_model))
   ]
   (total, active), (new_total, new_active) = counts
   lines.append(
@@ -249,16 +249,16 @@ def plan_lines(plan: Plan, optimizer: str) -> list[str]:
   return lines
 
 
-def _sizes(plan: Plan, number: int) -> str:
+def _sizes(change: Change, number: int) -> str:
   """Returns E, K and F of a layer before and after."""
-  where = plan.new_layers[number]
-  new = plan.new_model.stacks[where.stack].moe
+  where = change.new_layers[number]
+  new = change.new_model.stacks[where.stack].moe
   after = f"E {new.fine_experts}, K {new.fine_selected}, F {new.fine_hidden}"
   if new.shared_width:
     after += f", shared {new.shared_width}"
-  if number not in plan.old_model.moe_layers:
+  if number not in change.old_model.moe_layers:
     return f"dense -> {after}"
-  old = plan.old_model.stacks[plan.old_layers[number].stack].moe
+  old = change.old_model.stacks[change.old_layers[number].stack].moe
   before = f"E {old.fine_experts}, K {old.fine_selected}, F {old.fine_hidden}"
   if old.shared_width:
     before += f", shared {old.shared_width}"
@@ -266,7 +266,7 @@ def _sizes(plan: Plan, number: int) -> str:
 
 
 def result_lines(
-  asked: Asked, plan: Plan, choices: Mapping[int, Choice], record: lineage.Record
+  asked: Asked, change: Change, choices: Mapping[int, Choice], record: lineage.Record
 ) -> list[str]:
   """Returns what was done, layer by layer, and what became of the loss."""
   lines = []

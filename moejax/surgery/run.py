@@ -1,4 +1,4 @@
-"""From one run's directory to another: plan, choose, write, and say where it came from.
+"""From one run's directory to another: check, choose, write, and say where it came from.
 
 The source is only read. The new directory is made beside its final place, under a name
 that no program takes for a run, and gets its own name when it is whole. Arrays are read
@@ -29,6 +29,7 @@ from moejax.run import owner, provenance
 from moejax.run import workdir as workdir_lib
 from moejax.run.files import CONFIG_FILE, DIRECTORY
 from moejax.surgery import lineage, state
+from moejax.surgery.change import Arrays, Change, new_table, router_arrays
 from moejax.surgery.gates import Gates, gates
 from moejax.surgery.measured import Measured
 from moejax.surgery.operation import (
@@ -40,7 +41,6 @@ from moejax.surgery.operation import (
   Operation,
   Source,
 )
-from moejax.surgery.plan import Arrays, Plan, new_table, router_arrays
 from moejax.surgery.source import Opened, damaged
 
 _PARTIAL = ".partial"
@@ -49,8 +49,10 @@ _CONVERTED = "converted_from"
 _ROUNDING = 1e-5
 
 
-def make_plan(source: Opened, operation: Operation, new: Config, seed: int = 0) -> Plan:
-  """Returns the plan of an operation.
+def make_change(
+  source: Opened, operation: Operation, new: Config, seed: int = 0
+) -> Change:
+  """Returns what an operation changes, after all checks.
 
   Args:
     source: of the old arrays.
@@ -61,7 +63,7 @@ def make_plan(source: Opened, operation: Operation, new: Config, seed: int = 0) 
   Raises:
     ConfigError: the flags change more than the operation does.
   """
-  plan = Plan(
+  change = Change(
     operation=operation,
     old=source.config,
     new=new,
@@ -69,38 +71,38 @@ def make_plan(source: Opened, operation: Operation, new: Config, seed: int = 0) 
     new_model=groups.make_model(new, source.vocab_size),
     seed=seed,
   )
-  plan.check()
-  return plan
+  change.check()
+  return change
 
 
 def choose(
-  plan: Plan, arrays: Arrays, measured: Measured, source: Opened | None = None
+  change: Change, arrays: Arrays, measured: Measured, source: Opened | None = None
 ) -> dict[int, Choice]:
   """Returns what the new experts of each layer are made of, with the scale of outputs.
 
   Args:
-    plan: of the operation.
+    change: of the operation.
     arrays: of the old run.
     measured: over a text, or nothing.
     source: the old run, for operations that compare it with another.
   """
-  layers = {n: plan.layer(n, arrays) for n in plan.changed}
-  has_table = bool(plan.old_model.moe_layers) and plan.old_model.router.has_table
+  layers = {n: change.layer(n, arrays) for n in change.made}
+  has_table = bool(change.old_model.moe_layers) and change.old_model.router.has_table
   place = {} if source is None else {"workdir": source.workdir, "step": source.step}
-  choices = plan.operation.choose(
+  choices = change.operation.choose(
     Source(
       layers=layers,
       measured=measured,
-      same_in_all=has_table or plan.new_model.router.has_table,
-      seed=plan.seed,
-      activation=plan.old.moe.activation or plan.old.model.activation,
+      same_in_all=has_table or change.new_model.router.has_table,
+      seed=change.seed,
+      activation=change.old.moe.activation or change.old.model.activation,
       **place,
     )
   )
   scaled = {}
   for number, choice in choices.items():
-    found = seen_gates(plan, arrays, number, choice)
-    scale = snapped(plan.operation.scale(found, choice))
+    found = seen_gates(change, arrays, number, choice)
+    scale = snapped(change.operation.scale(found, choice))
     scaled[number] = dataclasses.replace(choice, scale=scale)
   return scaled
 
@@ -113,9 +115,9 @@ def snapped(scale: float) -> float:
   return scale
 
 
-def seen_gates(plan: Plan, arrays: Arrays, number: int, choice: Choice) -> Gates:
+def seen_gates(change: Change, arrays: Arrays, number: int, choice: Choice) -> Gates:
   """Returns the gates of a layer's router on random tokens, before and after."""
-  layer = plan.layer(number, arrays, choice)
+  layer = change.layer(number, arrays, choice)
   old = {
     name.removeprefix(ROUTER): layer.arrays[name]
     for name in layer.arrays
@@ -128,22 +130,22 @@ def seen_gates(plan: Plan, arrays: Arrays, number: int, choice: Choice) -> Gates
     table = arrays.read(f"params.{TABLE}").astype(np.int32)
   if old:
     before = gates(layer.old, width, old, table)
-  if plan.new_model.router.has_table:
+  if change.new_model.router.has_table:
     selected = layer.new.fine_selected
     if table is None:
-      table = new_table(plan.new_model)
+      table = new_table(change.new_model)
     else:
-      table = plan.operation.table(table, choice, selected)
+      table = change.operation.table(table, choice, selected)
   else:
     table = None
-  after = gates(layer.new, width, router_arrays(plan.operation, layer), table)
+  after = gates(layer.new, width, router_arrays(change.operation, layer), table)
   return Gates(moe=layer.new, before=before, after=after)
 
 
-def expectation(plan: Plan, arrays: Arrays, choices: Mapping[int, Choice]) -> str:
+def expectation(change: Change, arrays: Arrays, choices: Mapping[int, Choice]) -> str:
   """Returns what the loss is expected to do: the worst of all layers."""
   found = {
-    plan.operation.expected(seen_gates(plan, arrays, number, choice), choice)
+    change.operation.expected(seen_gates(change, arrays, number, choice), choice)
     for number, choice in choices.items()
   }
   return next((worst for worst in (DROP, CLOSE) if worst in found), EQUAL)
@@ -182,7 +184,7 @@ def verify(source: Opened, with_moments: bool) -> None:
 
 
 def write(
-  plan: Plan,
+  change: Change,
   source: Opened,
   choices: Mapping[int, Choice],
   output: Path,
@@ -194,7 +196,7 @@ def write(
   """Writes the new run.
 
   Args:
-    plan: from `make_plan`.
+    change: from `make_change`.
     source: of the old arrays.
     choices: from `choose`.
     output: the new directory; must not exist.
@@ -218,8 +220,8 @@ def write(
     tokenizer = (source.workdir / TOKENIZER_FILE).parent
     if tokenizer.is_dir():
       shutil.copytree(tokenizer, (partial / TOKENIZER_FILE).parent)
-    files.write_json(partial / CONFIG_FILE, config_text.to_dict(plan.new))
-    record = _write_checkpoint(plan, source, choices, partial, record, optimizer)
+    files.write_json(partial / CONFIG_FILE, config_text.to_dict(change.new))
+    record = _write_checkpoint(change, source, choices, partial, record, optimizer)
     if finish is not None:
       record = record | dict(finish(partial))
     _write_run_file(source, partial, record)
@@ -235,7 +237,7 @@ def write(
 
 
 def _write_checkpoint(
-  plan: Plan,
+  change: Change,
   source: Opened,
   choices: Mapping[int, Choice],
   directory: Path,
@@ -243,10 +245,10 @@ def _write_checkpoint(
   optimizer: str,
 ) -> lineage.Record:
   meta, complete = source.slices.meta, dict(record)
-  before = lineage.fingerprints(source.slices.leaves, plan.old_layers)
+  before = lineage.fingerprints(source.slices.leaves, change.old_layers)
 
   def describe(leaves: dict[str, Any]) -> dict[str, Any]:
-    after = lineage.fingerprints(leaves, plan.new_layers)
+    after = lineage.fingerprints(leaves, change.new_layers)
     complete["layers"] = lineage.of_layers(choices, before, after)
     return {lineage.KEY: [*lineage.chain(source.workdir, meta), complete]}
 
@@ -257,17 +259,17 @@ def _write_checkpoint(
     # What an export needs; without the digest, it is no conversion of that model.
     kept = {n: converted[n] for n in ("folder", "kept") if n in converted}
     metadata[_CONVERTED] = kept
-  if owner.is_own(plan.old, meta.get("owner")):
-    metadata["owner"] = owner.mark(plan.new)
+  if owner.is_own(change.old, meta.get("owner")):
+    metadata["owner"] = owner.mark(change.new)
   goes_on = optimizer != state.RESET
-  others = state.others(plan, source.slices, choices, optimizer) if goes_on else None
+  others = state.others(change, source.slices, choices, optimizer) if goes_on else None
   lazy.save(
     (directory / DIRECTORY).resolve(),
     source.step if goes_on else 0,
-    plan.arrays(source.slices, choices),
-    config=plan.new,
+    change.arrays(source.slices, choices),
+    config=change.new,
     metadata=metadata,
-    logical_axes=plan.new_model.logical_axes(),
+    logical_axes=change.new_model.logical_axes(),
     others=others,
     position=meta.get("position") if goes_on else None,
     describe=describe,

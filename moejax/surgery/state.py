@@ -17,8 +17,8 @@ from moejax.checkpoint.lazy import LazyArray
 from moejax.checkpoint.read import DamagedCheckpointError, read_state
 from moejax.checkpoint.slices import Slices
 from moejax.errors import UserError
+from moejax.surgery.change import Change
 from moejax.surgery.operation import Choice, Kind
-from moejax.surgery.plan import Plan
 from moejax.train.optimizer import make_optimizer
 
 RESET, KEEP, BROADCAST = MODES = ("reset", "keep", "broadcast")
@@ -33,18 +33,18 @@ _KINDS = {
 _SMALL = ("step", "key", "bad_steps")
 
 
-def opt_state_shapes(plan: Plan) -> Any:
+def opt_state_shapes(change: Change) -> Any:
   """Returns the shapes of the new optimizer state."""
   optimizer = make_optimizer(
-    plan.new.optimizer,
-    num_steps=plan.new.train.num_steps,
-    axes=plan.new_model.logical_axes(),
-    trained=plan.new_model.trained(),
+    change.new.optimizer,
+    num_steps=change.new.train.num_steps,
+    axes=change.new_model.logical_axes(),
+    trained=change.new_model.trained(),
   )
-  return jax.eval_shape(optimizer.init, plan.shapes)
+  return jax.eval_shape(optimizer.init, change.shapes)
 
 
-def check(plan: Plan, slices: Slices, mode: str) -> None:
+def check(change: Change, slices: Slices, mode: str) -> None:
   """Rejects a state that does not go through the operation.
 
   Raises:
@@ -52,12 +52,12 @@ def check(plan: Plan, slices: Slices, mode: str) -> None:
   """
   if mode == RESET:
     return
-  if not plan.operation.keeps_moments:
+  if not change.operation.keeps_moments:
     raise UserError(
-      f"--optimizer={mode}: operation {plan.operation.name} joins several runs, and each "
-      "has a state of its own. Use --optimizer=reset."
+      f"--optimizer={mode}: operation {change.operation.name} joins several runs, and "
+      "each has a state of its own. Use --optimizer=reset."
     )
-  if frozen := plan.old.train.frozen or plan.new.train.frozen:
+  if frozen := change.old.train.frozen or change.new.train.frozen:
     raise UserError(
       f"--optimizer={mode}: with --config.train.frozen={frozen} some parameters have no "
       "moments. Use --optimizer=reset."
@@ -67,17 +67,17 @@ def check(plan: Plan, slices: Slices, mode: str) -> None:
       f"--optimizer={mode}: this checkpoint has no optimizer state. Use "
       "--optimizer=reset."
     )
-  for name, leaf in fingerprint.named_leaves(opt_state_shapes(plan)).items():
-    split(plan, slices, name, leaf.shape)
+  for name, leaf in fingerprint.named_leaves(opt_state_shapes(change)).items():
+    split(change, slices, name, leaf.shape)
 
 
 def split(
-  plan: Plan, slices: Slices, name: str, shape: tuple[int, ...]
+  change: Change, slices: Slices, name: str, shape: tuple[int, ...]
 ) -> tuple[str, str, Kind] | None:
   """Returns the prefix, the parameter and the kind of a moment; None for a count.
 
   Args:
-    plan: of the operation.
+    change: of the operation.
     slices: the source.
     name: of a new array, below `opt_state.`.
     shape: of that array.
@@ -87,7 +87,7 @@ def split(
   """
   if not shape and f"opt_state.{name}" in slices.leaves:
     return None
-  params = fingerprint.named_leaves(plan.shapes)
+  params = fingerprint.named_leaves(change.shapes)
   words = name.split(".")
   for cut in range(1, len(words)):
     param = ".".join(words[cut:])
@@ -97,43 +97,43 @@ def split(
       if slices.names(prefix):
         return prefix, param, kind
   raise UserError(
-    f"--optimizer=keep: the state of optimizer {plan.new.optimizer.name} is not a "
+    f"--optimizer=keep: the state of optimizer {change.new.optimizer.name} is not a "
     f"moment for each parameter ({name}), so the operation cannot change it. Use "
     "--optimizer=reset."
   )
 
 
 def others(
-  plan: Plan, slices: Slices, choices: Mapping[int, Choice], mode: str
+  change: Change, slices: Slices, choices: Mapping[int, Choice], mode: str
 ) -> dict[str, Any]:
   """Returns the rest of the new train state: step, key, counts and moments.
 
   Raises:
     UserError: as `check`; or the source is damaged.
   """
-  drops_new = mode == KEEP and not plan.operation.needs_moe
+  drops_new = mode == KEEP and not change.operation.needs_moe
   makers: dict[str, Any] = {}
 
   def leaf(path: Any, shape: Any) -> LazyArray:
     name = fingerprint.leaf_name(path)
-    found = split(plan, slices, name, shape.shape)
+    found = split(change, slices, name, shape.shape)
     if found is None:
       return _stored(slices, f"opt_state.{name}")
     prefix, param, kind = found
-    if drops_new and _is_new(plan, param):
+    if drops_new and _is_new(change, param):
       return _zeros(shape)
     if prefix not in makers:
-      makers[prefix] = plan.maker(slices, choices, prefix, kind)
+      makers[prefix] = change.maker(slices, choices, prefix, kind)
     return makers[prefix](param, shape)
 
   small = _small(slices)
-  shapes = opt_state_shapes(plan)
+  shapes = opt_state_shapes(change)
   return small | {"opt_state": jax.tree_util.tree_map_with_path(leaf, shapes)}
 
 
-def _is_new(plan: Plan, name: str) -> bool:
+def _is_new(change: Change, name: str) -> bool:
   """Returns whether a parameter belongs to a feed-forward that is made anew."""
-  blocks = {plan.new_layers[number].block for number in plan.changed}
+  blocks = {change.new_layers[number].block for number in change.made}
   return any(name.startswith(f"{block}.moe.") for block in blocks)
 
 

@@ -1,4 +1,4 @@
-"""The kernels below the dispatchers: plans of blocks, ragged products, both paths."""
+"""The kernels below the dispatchers: blocks, ragged products, both paths."""
 
 import functools
 import logging
@@ -12,10 +12,10 @@ from hypothesis import strategies as st
 
 from moejax.dispatch.registry import DISPATCHERS
 from moejax.experts import grouped_matmul as kernels
-from moejax.experts.blocks import SMALL_MEAN, cover, make_plan, sizes_for
+from moejax.experts.blocks import SMALL_MEAN, cover, make_blocks, sizes_for
 from tests.dispatch.suite import DispatcherSuite, make_weights, route, run_experts
 
-_plan = jax.jit(make_plan, static_argnums=(1, 2))
+_blocks = jax.jit(make_blocks, static_argnums=(1, 2))
 LOADS = st.lists(st.integers(0, 700), min_size=1, max_size=6)
 
 
@@ -28,19 +28,19 @@ def test_blocks_cover_every_row_exactly_once(loads):
   """
   sizes = (512, 128, 32)
   loads = [*loads, *([0] * (6 - len(loads)))]  # One shape, one compilation.
-  plan = _plan(jnp.asarray(loads, jnp.int32), 6 * 700, sizes)
-  plan = jax.tree.map(np.asarray, plan)
+  blocks = _blocks(jnp.asarray(loads, jnp.int32), 6 * 700, sizes)
+  blocks = jax.tree.map(np.asarray, blocks)
   seen = np.zeros(sum(loads), np.int32)
   owner = np.repeat(np.arange(len(loads)), loads)
   begun = set()
   for z, size in enumerate(sizes):
-    for m in range(int(plan.bound[z]), int(plan.bound[z + 1])):
-      start, count = int(plan.position[m]), int(plan.count[m])
+    for m in range(int(blocks.bound[z]), int(blocks.bound[z + 1])):
+      start, count = int(blocks.position[m]), int(blocks.count[m])
       assert 0 < count <= size
-      assert np.all(owner[start : start + count] == int(plan.expert[m]))
+      assert np.all(owner[start : start + count] == int(blocks.expert[m]))
       seen[start : start + count] += 1
-      assert bool(plan.first[m]) == (int(plan.expert[m]) not in begun)
-      begun.add(int(plan.expert[m]))
+      assert bool(blocks.first[m]) == (int(blocks.expert[m]) not in begun)
+      begun.add(int(blocks.expert[m]))
   assert np.all(seen == 1)
 
 

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from moejax.experts.stack_gradient import plan_steps, stack_gradient
+from moejax.experts.stack_gradient import order_steps, stack_gradient
 from moejax.layers.attend import attention_mask
 from moejax.layers.tpu_attention import block_size, tpu_attention
 
@@ -35,7 +35,7 @@ def test_stack_gradient(sizes):
 def test_steps_visit_every_row_once(sizes):
   """Each (expert, tile) pair that shares a row is visited once, experts in order."""
   tile, num_tiles = 128, max(1, -(-sum(sizes) // 128))
-  expert, row_tile, bounds, count = plan_steps(jnp.asarray(sizes), num_tiles, tile)
+  expert, row_tile, bounds, count = order_steps(jnp.asarray(sizes), num_tiles, tile)
   steps = list(zip(np.asarray(expert), np.asarray(row_tile), strict=True))[: int(count)]
   assert len(set(steps)) == len(steps) and steps == sorted(steps, key=lambda s: s[0])
   for number, (start, end) in enumerate(itertools.pairwise(bounds)):

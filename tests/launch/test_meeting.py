@@ -46,7 +46,7 @@ def test_a_run_states_its_config_revision_versions_and_files():
   assert "--config.data.cache_dir" not in facts
 
 
-# ----------------------------------------------------------------------------- place
+# ----------------------------------------------------------------------------- rank
 
 
 def test_a_single_process_opens_nothing_and_starts_nothing(monkeypatch):
@@ -60,7 +60,7 @@ def test_a_single_process_opens_nothing_and_starts_nothing(monkeypatch):
 
 
 @pytest.mark.parametrize(
-  ("place", "words"),
+  ("rank", "words"),
   [
     (("", 2, None), "--coordinator_address --process_id: missing or no number"),
     (("a:1", -2, 0), "--num_processes: missing or no number"),
@@ -69,10 +69,10 @@ def test_a_single_process_opens_nothing_and_starts_nothing(monkeypatch):
     (("a", 2, 0), "--coordinator_address=a: not of the form HOST:PORT"),
   ],
 )
-def test_half_a_place_is_refused(place, words):
+def test_half_a_rank_is_refused(rank, words):
   """Code 2 with the flag, before anything is tried."""
   with pytest.raises(UserError, match=words):
-    distributed.find_place(*place)
+    distributed.find_rank(*rank)
 
 
 # --------------------------------------------------------------------------- meeting

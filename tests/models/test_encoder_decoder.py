@@ -226,7 +226,7 @@ def test_on_eight_devices_it_is_the_same_model(model, params, batch, expected, a
   """Loss, router statistics and gradients do not depend on the mesh."""
   mesh = make_mesh(MeshConfig(**({"data": 1} | axes)))
   placed = jax.device_put(params, param_shardings(model, mesh))
-  rows = {name: rules.place_rows(mesh, np.asarray(a)) for name, a in batch.items()}
+  rows = {name: rules.put_rows(mesh, np.asarray(a)) for name, a in batch.items()}
   with jax.set_mesh(mesh):
     found = jax.jit(lambda p, b: loss_gradients(model, p, b, jax.random.key(2)))(
       placed, rows

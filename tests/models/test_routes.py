@@ -121,12 +121,12 @@ def test_blocks_one_by_one_are_the_model():
   def by_hand(params):
     options = CallOptions(train=False, capacity_factor=None)
     x, inputs, _ = model.begin(params, tokens, options)
-    for place in model.stack.places:
-      block, own = model.stack.block(params, inputs, place)
+    for path in model.stack.paths:
+      block, own = model.stack.block(params, inputs, path)
       x, _ = block.attend(x, own)
       x, _ = block.feed(x, own)
     return model.finish(params, x)
 
   want = jax.jit(lambda p: model(p, tokens).logits)(params)
-  assert [place.part for place in model.stack.places] == 2 * ["prefix"] + 2 * ["unit"]
+  assert [path.part for path in model.stack.paths] == 2 * ["prefix"] + 2 * ["unit"]
   np.testing.assert_allclose(by_hand(params), want, rtol=1e-5, atol=1e-5)

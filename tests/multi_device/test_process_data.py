@@ -33,7 +33,7 @@ def read(shape, order):
   seen = []
   for _ in range(steps):
     rows, everything = next(mine), next(whole)
-    placed = rules.place_rows(mesh, rows["inputs"])
+    placed = rules.put_rows(mesh, rows["inputs"])
     assert placed.shape == everything["inputs"].shape
     for shard in placed.addressable_shards:
       np.testing.assert_array_equal(shard.data, everything["inputs"][shard.index])

@@ -17,9 +17,9 @@ from moejax.layers.moe import MoE
 from moejax.models.make import make_model
 from moejax.models.stack import Shell
 from moejax.surgery import run
+from moejax.surgery.change import Change, InMemory
 from moejax.surgery.measured import Measured
 from moejax.surgery.operation import Choice, Kind, Operation, Source
-from moejax.surgery.plan import InMemory, Plan
 from moejax.types import Params
 
 VOCAB = 11
@@ -68,7 +68,7 @@ def draw(config: Config, seed: int = 0) -> Params:
 class Result:
   """An operation done in memory."""
 
-  plan: Plan
+  change: Change
   choices: dict[int, Choice]
   expected: str
   params: Params
@@ -76,10 +76,10 @@ class Result:
 
   def moments(self, tree: Params, kind: Kind) -> Params:
     """The same operation on moments like the old parameters, or on gradients."""
-    make = self.plan.maker(InMemory({"m": tree}), self.choices, "m.", kind)
+    make = self.change.maker(InMemory({"m": tree}), self.choices, "m.", kind)
     return jax.tree_util.tree_map_with_path(
       lambda path, shape: np.asarray(make(fingerprint.leaf_name(path), shape)),
-      self.plan.shapes,
+      self.change.shapes,
     )
 
 
@@ -93,26 +93,26 @@ def operate(
   seed: int = 0,
 ) -> Result:
   """Does an operation on parameters in memory; `asked` has the user's own fields."""
-  plan = make_plan(operation, old, asked, seed)
+  change = make_change(operation, old, asked, seed)
   arrays = InMemory({"params": params})
-  choices = run.choose(plan, arrays, Measured(sums=sums))
+  choices = run.choose(change, arrays, Measured(sums=sums))
   return Result(
-    plan=plan,
+    change=change,
     choices=choices,
-    expected=run.expectation(plan, arrays, choices),
-    params=jax.tree.map(np.asarray, plan.arrays(arrays, choices)),
+    expected=run.expectation(change, arrays, choices),
+    params=jax.tree.map(np.asarray, change.arrays(arrays, choices)),
   )
 
 
-def make_plan(
+def make_change(
   operation: Operation, old: Config, asked: Config | None = None, seed: int = 0
-) -> Plan:
-  """The plan of an operation, after all checks."""
+) -> Change:
+  """The change of an operation, after all checks."""
   operation.check(old)
   new = operation.new_config(old, old if asked is None else asked)
   validate(new)
   models = [make_model(c.model, c.moe, vocab_size=VOCAB) for c in (old, new)]
-  plan = Plan(
+  change = Change(
     operation=operation,
     old=old,
     new=new,
@@ -120,24 +120,28 @@ def make_plan(
     new_model=models[1],
     seed=seed,
   )
-  plan.check()
-  return plan
+  change.check()
+  return change
 
 
 def chosen(
-  plan: Plan, params: Params, sums: dict[int, Any] | None = None
+  change: Change, params: Params, sums: dict[int, Any] | None = None
 ) -> dict[int, Choice]:
   """The choices alone, without the scale of outputs: nothing is compiled."""
   arrays = InMemory({"params": params})
-  layers = {n: plan.layer(n, arrays) for n in plan.changed}
+  layers = {n: change.layer(n, arrays) for n in change.made}
   measured = Measured(sums=sums)
-  same = plan.new_model.router.has_table
-  return plan.operation.choose(Source(layers=layers, measured=measured, same_in_all=same))
+  same = change.new_model.router.has_table
+  return change.operation.choose(
+    Source(layers=layers, measured=measured, same_in_all=same)
+  )
 
 
-def unscaled(plan: Plan, params: Params, sums: dict[int, Any] | None = None) -> Params:
+def unscaled(
+  change: Change, params: Params, sums: dict[int, Any] | None = None
+) -> Params:
   """The new parameters, without the scale of outputs: nothing is compiled."""
-  arrays = plan.arrays(InMemory({"params": params}), chosen(plan, params, sums))
+  arrays = change.arrays(InMemory({"params": params}), chosen(change, params, sums))
   return jax.tree.map(np.asarray, arrays)
 
 

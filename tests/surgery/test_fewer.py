@@ -19,7 +19,7 @@ from tests.surgery.common import (
   config,
   draw,
   layer_of,
-  make_plan,
+  make_change,
   operate,
   run_layer,
   unscaled,
@@ -53,8 +53,8 @@ SUMS = {
 def test_the_least_important_experts_go(by, kept):
   """By each measure the two lowest of four are left out; ties go by index."""
   old = config()
-  plan = make_plan(Prune(experts=2, by=by), old)
-  choice = chosen(plan, draw(old), SUMS)[0]
+  change = make_change(Prune(experts=2, by=by), old)
+  choice = chosen(change, draw(old), SUMS)[0]
   assert tuple(choice.sources) == kept
   assert not choice.exact
 
@@ -65,11 +65,11 @@ def test_the_most_even_weights_go_without_any_text():
   params = draw(old)
   for leaf in layer_of(params)["experts"].values():
     leaf[2] = np.sign(leaf[2])
-  plan = make_plan(Prune(experts=3, by="weights"), old)
-  assert chosen(plan, params)[0].sources == [0, 1, 3]
+  change = make_change(Prune(experts=3, by="weights"), old)
+  assert chosen(change, params)[0].sources == [0, 1, 3]
   arrays = layer_of(params)["experts"]
   both = np.concatenate([arrays[n][1].reshape(-1) for n in ("w_in", "w_out")])
-  layer = _layer(plan, params)
+  layer = _layer(change, params)
   wanted = np.abs(both).mean() / np.sqrt(np.square(both).mean())
   np.testing.assert_allclose(concentration(layer)[[1, 2]], [wanted, 1.0], rtol=1e-6)
 
@@ -79,25 +79,25 @@ def test_random_experts_go_by_the_seed_alone():
   old = config()
   params, prune = draw(old), Prune(experts=2, by="random")
   assert not prune.reads_text
-  plans = [make_plan(prune, old, seed=seed) for seed in (*range(8), 0)]
-  kept = [tuple(chosen(plan, params)[0].sources) for plan in plans]
+  changes = [make_change(prune, old, seed=seed) for seed in (*range(8), 0)]
+  kept = [tuple(chosen(change, params)[0].sources) for change in changes]
   assert kept[0] == kept[-1]
   assert {e for pair in kept for e in pair} == {0, 1, 2, 3} and len(set(kept)) > 3
   assert all(a < b for a, b in kept)
 
 
-def _layer(plan, params):
-  from moejax.surgery.plan import InMemory
+def _layer(change, params):
+  from moejax.surgery.change import InMemory
 
-  return plan.layer(0, InMemory({"params": params}))
+  return change.layer(0, InMemory({"params": params}))
 
 
 def test_groups_of_a_router_lose_equally_many():
   """Of two groups of two, each keeps its best, though both best are in the first."""
   groups = {"num_expert_groups": 2, "num_selected_groups": 2}
   old = config(router="sigmoid_bias", options={"sigmoid_bias": groups})
-  plan = make_plan(Prune(experts=2, by="load"), old)
-  assert chosen(plan, draw(old), SUMS)[0].sources == [0, 2]
+  change = make_change(Prune(experts=2, by="load"), old)
+  assert chosen(change, draw(old), SUMS)[0].sources == [0, 2]
   with pytest.raises(UserError, match="multiple of 2"):
     Prune(experts=3).check(old)
 
@@ -123,7 +123,7 @@ def test_an_expert_that_nobody_visits_can_go(renormalize):
   done = operate(Prune(experts=3, by="load"), old, params, sums=sums)
   assert done.choices[0].sources == [0, 1, 3]
   y = run_layer(old, params)[0]
-  new_y = run_layer(done.plan.new, done.params)[0]
+  new_y = run_layer(done.change.new, done.params)[0]
   difference = np.abs(new_y - y).max() / np.abs(y).max()
   if renormalize == "none":
     assert done.expected == CLOSE
@@ -144,7 +144,7 @@ def test_an_expert_that_nobody_visits_can_go_if_its_logit_stays(router):
   assert done.expected == EQUAL
   assert layer_of(done.params)["router"]["pruned"].shape == (D, 1)
   y, grads, dx = run_layer(old, params)
-  new_y, new_grads, new_dx = run_layer(done.plan.new, done.params)
+  new_y, new_grads, new_dx = run_layer(done.change.new, done.params)
   np.testing.assert_allclose(new_y, y, atol=1e-5 * np.abs(y).max())
   np.testing.assert_allclose(new_dx, dx, atol=1e-5 * np.abs(dx).max())
   # The row without an expert still learns, as it did.
@@ -166,7 +166,7 @@ def test_an_expert_that_nobody_visits_can_go_under_sigmoid_scores():
   old, params, sums = unvisited(router="sigmoid_bias")
   done = operate(Prune(experts=3, by="load"), old, params, sums=sums)
   assert done.expected == EQUAL
-  y, new_y = run_layer(old, params)[0], run_layer(done.plan.new, done.params)[0]
+  y, new_y = run_layer(old, params)[0], run_layer(done.change.new, done.params)[0]
   np.testing.assert_allclose(new_y, y, atol=1e-5 * np.abs(y).max())
 
 
@@ -181,10 +181,10 @@ def test_clone_then_merge_gives_the_original_parameters(activation):
     model__activation=activation, expert_bias=True, num_shared=1, router="sigmoid_bias"
   )
   params = draw(old)
-  first = make_plan(Clone(factor=3), old)
+  first = make_change(Clone(factor=3), old)
   cloned = unscaled(first, params)
   merge = Merge(experts=4, group_by="order", weigh="even")
-  second = make_plan(merge, first.new)
+  second = make_change(merge, first.new)
   tree_equal(unscaled(second, cloned), params)
   choices = chosen(second, cloned)
   assert choices[0].exact
@@ -195,13 +195,14 @@ def test_clone_then_merge_gives_the_original_parameters(activation):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5), back, tree)
 
 
-def _moments(plan, choices, tree, kind):
+def _moments(change, choices, tree, kind):
   from moejax.checkpoint import fingerprint
-  from moejax.surgery.plan import InMemory
+  from moejax.surgery.change import InMemory
 
-  make = plan.maker(InMemory({"m": tree}), choices, "m.", kind)
+  make = change.maker(InMemory({"m": tree}), choices, "m.", kind)
   return jax.tree_util.tree_map_with_path(
-    lambda path, shape: np.asarray(make(fingerprint.leaf_name(path), shape)), plan.shapes
+    lambda path, shape: np.asarray(make(fingerprint.leaf_name(path), shape)),
+    change.shapes,
   )
 
 
@@ -209,9 +210,9 @@ def test_split_then_join_gives_the_original_parameters():
   """Values, and gradients: a split only cuts, and a join only concatenates."""
   old = config(model__activation="swiglu", expert_bias=True)
   params = draw(old)
-  first = make_plan(Split(pieces=3), old)
+  first = make_change(Split(pieces=3), old)
   pieces = unscaled(first, params)
-  second = make_plan(Join(pieces=3), first.new)
+  second = make_change(Join(pieces=3), first.new)
   back = unscaled(second, pieces)
   jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), back, params)
   assert second.new.moe == old.moe
@@ -246,7 +247,7 @@ def test_two_equal_experts_become_one(rows):
   sums = {0: SUMS[0] | {"outputs": np.array([[1.0, 0], [0, 1], [1, -1], [1, 0]])}}
   done = operate(merge, old, params, sums=sums)
   assert done.choices[0].exact
-  y, new_y = run_layer(old, params)[0], run_layer(done.plan.new, done.params)[0]
+  y, new_y = run_layer(old, params)[0], run_layer(done.change.new, done.params)[0]
   difference = np.abs(new_y - y).max() / np.abs(y).max()
   if rows == "alias":
     assert done.expected == EQUAL
@@ -260,13 +261,13 @@ def test_groups_and_weights_of_a_merge():
   """The two used most stay; each other joins the most similar; use weighs the mean."""
   old = config(model__activation="swiglu")
   params = draw(old)
-  plan = make_plan(Merge(experts=2, align=False), old)
-  choice = chosen(plan, params, SUMS)[0]
+  change = make_change(Merge(experts=2, align=False), old)
+  choice = chosen(change, params, SUMS)[0]
   assert list(choice.parents) == [(0, 2), (1, 3)]
   assert choice.weights is not None
   np.testing.assert_allclose(choice.weights, [[70 / 110, 40 / 110], [60 / 90, 30 / 90]])
   before = layer_of(params)
-  after = layer_of(unscaled(plan, params, SUMS))
+  after = layer_of(unscaled(change, params, SUMS))
   wanted = (70 * before["experts"]["w_in"][0] + 40 * before["experts"]["w_in"][2]) / 110
   np.testing.assert_allclose(after["experts"]["w_in"][0], wanted, atol=1e-6)
   tree_equal(after["router"]["weight"], before["router"]["weight"][:, :2])
@@ -279,11 +280,11 @@ def test_the_most_used_expert_becomes_shared():
   sums = {
     0: {"tokens": np.array(100.0), "load": np.arange(8.0), "gate": np.full(8, 40.0)}
   }
-  plan = make_plan(Share(), old)
-  assert (plan.new.moe.fine_experts, plan.new.moe.fine_selected) == (7, 1)
-  assert plan.new.moe.shared_width == 12
+  change = make_change(Share(), old)
+  assert (change.new.moe.fine_experts, change.new.moe.fine_selected) == (7, 1)
+  assert change.new.moe.shared_width == 12
   before = layer_of(params)
-  after = layer_of(unscaled(plan, params, sums))
+  after = layer_of(unscaled(change, params, sums))
   for name in ("w_in", "w_gate"):
     tree_equal(after["shared"][name][:, 6:], before["experts"][name][7])
   tree_equal(after["shared"]["w_in"][:, :6], before["shared"]["w_in"])
@@ -338,17 +339,17 @@ def test_what_cannot_be_done_is_told_with_a_remedy(operation, fields, words):
 def test_widths_stay_those_of_one_layer():
   """After any operation all experts of the layer are D x F; D never changes."""
   for operation in (Clone(), Split(pieces=4), Prune(experts=2, by="weights")):
-    plan = make_plan(operation, config())
-    shapes = layer_of(unscaled(plan, draw(config())))["experts"]["w_in"].shape
-    assert shapes == (plan.new.moe.fine_experts, D, plan.new.moe.fine_hidden)
+    change = make_change(operation, config())
+    shapes = layer_of(unscaled(change, draw(config())))["experts"]["w_in"].shape
+    assert shapes == (change.new.moe.fine_experts, D, change.new.moe.fine_hidden)
 
 
 def test_gradients_of_a_merged_expert_are_the_sum_of_its_members():
   """Momentum of two experts that become one adds up, as their gradients would."""
   old = config()
   params = draw(old)
-  plan = make_plan(Merge(experts=2, group_by="order", weigh="even", align=False), old)
+  change = make_change(Merge(experts=2, group_by="order", weigh="even", align=False), old)
   grads = with_layer(params, layer_of(params))
-  found = layer_of(_moments(plan, chosen(plan, params), grads, Kind.GRADIENT))
+  found = layer_of(_moments(change, chosen(change, params), grads, Kind.GRADIENT))
   w_in = layer_of(params)["experts"]["w_in"]
   np.testing.assert_allclose(found["experts"]["w_in"][0], w_in[0] + w_in[1], rtol=1e-5)

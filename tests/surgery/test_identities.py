@@ -94,7 +94,7 @@ def test_output_gradients_and_moments_stay(name, operation):
   assert done.expected == EQUAL
   y, grads, dx = run_layer(old, params, params.get("hash_table"))
   new_y, new_grads, new_dx = run_layer(
-    done.plan.new, done.params, done.params.get("hash_table")
+    done.change.new, done.params, done.params.get("hash_table")
   )
   close(new_y, y, "output")
   close(new_dx, dx, "gradient of the input")
@@ -135,7 +135,7 @@ def test_every_learned_router_can_have_its_experts_in_another_order(router):
   params = draw(old)
   done = operate(Permute(by="order", order="1,0,3,2"), old, params)
   assert done.expected == EQUAL
-  y, new_y = run_layer(old, params)[0], run_layer(done.plan.new, done.params)[0]
+  y, new_y = run_layer(old, params)[0], run_layer(done.change.new, done.params)[0]
   close(new_y, y)
 
 

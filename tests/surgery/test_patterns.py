@@ -9,12 +9,12 @@ import pytest
 from moejax.surgery.add import Add
 from moejax.surgery.clone import Clone
 from moejax.surgery.merge import Merge
-from moejax.surgery.places import layers_of
 from moejax.surgery.prune import Prune
 from moejax.surgery.share import Share
 from moejax.surgery.split import Split
 from moejax.surgery.upcycle import Upcycle
-from tests.surgery.common import chosen, config, draw, make_plan, unscaled
+from moejax.surgery.where import layers_of
+from tests.surgery.common import chosen, config, draw, make_change, unscaled
 
 PATTERNS = {
   "every_second": {"every": 2, "offset": 1, "model__num_layers": 4},
@@ -50,12 +50,12 @@ def blocks(model, params):
 def test_each_moe_layer_is_cloned_and_each_other_layer_is_copied(name):
   old = config(**PATTERNS[name])
   params = draw(old)
-  plan = make_plan(Clone(), old)
-  before = blocks(plan.old_model, params)
-  after = blocks(plan.new_model, unscaled(plan, params))
-  assert len(before) == len(after) > len(plan.changed) > 0
+  change = make_change(Clone(), old)
+  before = blocks(change.old_model, params)
+  after = blocks(change.new_model, unscaled(change, params))
+  assert len(before) == len(after) > len(change.made) > 0
   for number, (was, now) in enumerate(zip(before, after, strict=True)):
-    if number in plan.changed:
+    if number in change.made:
       for leaf, x in was["moe"]["experts"].items():
         np.testing.assert_array_equal(now["moe"]["experts"][leaf], np.repeat(x, 2, 0))
       was, now = ({k: v for k, v in b.items() if k != "moe"} for b in (was, now))
@@ -72,12 +72,12 @@ def test_layers_change_their_place_in_the_checkpoint_when_some_become_moe(name):
   for field, value in fields.items():
     setattr(asked.moe, field, value)
   params = draw(old)
-  plan = make_plan(Upcycle(), old, asked)
-  before = blocks(plan.old_model, params)
-  after = blocks(plan.new_model, unscaled(plan, params))
+  change = make_change(Upcycle(), old, asked)
+  before = blocks(change.old_model, params)
+  after = blocks(change.new_model, unscaled(change, params))
   for number, (was, now) in enumerate(zip(before, after, strict=True)):
     x = was["feed_forward"]["w_in"]
-    if number in plan.changed:
+    if number in change.made:
       np.testing.assert_array_equal(
         now["moe"]["experts"]["w_in"], np.broadcast_to(x, (4, *x.shape))
       )
@@ -95,8 +95,8 @@ def test_layers_choose_for_themselves_unless_a_table_serves_them_all():
   }
   for router, kept in (("top_k", ([0, 2, 3], [0, 1, 3])), ("hash", ([0, 1, 3],) * 2)):
     old = config(router=router, **fields)
-    plan = make_plan(Prune(experts=3, by="load"), old)
-    choices = chosen(plan, draw(old), sums)
+    change = make_change(Prune(experts=3, by="load"), old)
+    choices = chosen(change, draw(old), sums)
     assert tuple(choices[n].sources for n in (0, 1)) == kept
 
 
@@ -115,9 +115,9 @@ def test_parameters_in_bfloat16_stay_so(operation):
   old = config(model__param_dtype="bfloat16", num_shared=1)
   params = draw(old)
   sums = {0: {"load": np.arange(4.0), "gate": np.ones(4), "tokens": np.array(9.0)}}
-  plan = make_plan(operation, old)
-  new = unscaled(plan, params, sums)
-  types = jax.tree.map(lambda x, shape: x.dtype == shape.dtype, new, plan.shapes)
+  change = make_change(operation, old)
+  new = unscaled(change, params, sums)
+  types = jax.tree.map(lambda x, shape: x.dtype == shape.dtype, new, change.shapes)
   assert all(jax.tree.leaves(types))
   experts = new["unit"]["0"]["moe"]["experts"]
   assert experts["w_in"].dtype.name == "bfloat16"

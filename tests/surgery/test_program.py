@@ -23,12 +23,12 @@ from moejax.surgery.clone import Clone
 from moejax.surgery.merge import Merge
 from moejax.surgery.operation import EQUAL
 from moejax.surgery.permute import Permute
-from moejax.surgery.places import layers_of
 from moejax.surgery.prune import Prune
 from moejax.surgery.reroute import Reroute
 from moejax.surgery.select import Select
 from moejax.surgery.source import open_run
 from moejax.surgery.split import Split
+from moejax.surgery.where import layers_of
 from moejax.train import state as state_lib
 from moejax.train.optimizer import make_optimizer
 from tests.surgery.conftest import make_run, mesh, run_config

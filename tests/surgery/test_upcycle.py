@@ -15,7 +15,7 @@ from tests.surgery.common import (
   config,
   draw,
   layer_of,
-  make_plan,
+  make_change,
   operate,
   run_dense,
   run_layer,
@@ -79,14 +79,14 @@ def test_the_layer_computes_what_the_dense_one_did(name):
   done = operate(operation, old, params, asked=asked(old, **fields))
   assert done.expected == EQUAL
   y, grads, dx = run_dense(old, params)
-  new_y, new_grads, new_dx = run_layer(done.plan.new, done.params)
+  new_y, new_grads, new_dx = run_layer(done.change.new, done.params)
   scale = np.abs(y).max()
   np.testing.assert_allclose(new_y, y, atol=1e-5 * scale, rtol=0)
   np.testing.assert_allclose(new_dx, dx, atol=1e-5 * np.abs(dx).max(), rtol=0)
   moments = layer_of(
     done.moments(with_layer(params, grads, "feed_forward"), Kind.GRADIENT)
   )
-  coarse, m = done.plan.new.moe.num_experts, done.plan.new.moe.segments
+  coarse, m = done.change.new.moe.num_experts, done.change.new.moe.segments
   for leaf in grads:
     found, wanted = (
       tree["experts"][leaf].reshape(coarse, m, *tree["experts"][leaf].shape[1:]).sum(0)
@@ -108,13 +108,13 @@ def test_a_whole_model_keeps_its_logits_where_every_second_layer_becomes_moe():
   params = draw(old)
   new = asked(old, **RENORMALISED, every=2, offset=1)
   done = operate(Upcycle(), old, params, asked=new)
-  assert done.plan.changed == (1, 3)
+  assert done.change.made == (1, 3)
   tokens = jnp.asarray(np.random.default_rng(1).integers(VOCAB, size=(2, 8)), jnp.int32)
   logits = [
     jax.jit(lambda p, model=model: model(p, tokens).logits)(jax.tree.map(jnp.asarray, p))
     for model, p in (
-      (done.plan.old_model, params),
-      (done.plan.new_model, done.params),
+      (done.change.old_model, params),
+      (done.change.new_model, done.params),
     )
   ]
   np.testing.assert_allclose(logits[1], logits[0], atol=1e-5)
@@ -144,8 +144,10 @@ def test_drop_upcycling_draws_half_of_the_neurons_anew(neurons, whole):
   """
   old = dense(model__activation="swiglu")
   params = draw(old)
-  plan = make_plan(Upcycle(init="drop", neurons=neurons), old, asked(old, **RENORMALISED))
-  experts = layer_of(unscaled(plan, params))["experts"]
+  change = make_change(
+    Upcycle(init="drop", neurons=neurons), old, asked(old, **RENORMALISED)
+  )
+  experts = layer_of(unscaled(change, params))["experts"]
   source = layer_of(params, "feed_forward")
   kept = [
     (experts[n] == source[n]).all(axis=2 if n == "w_out" else 1)
@@ -166,8 +168,8 @@ def test_new_neurons_have_the_statistics_of_those_they_replace():
   params = draw(old)
   source = layer_of(params, "feed_forward")
   source["w_in"][...] = 3.0 + 0.1 * source["w_in"]
-  plan = make_plan(Upcycle(init="drop"), old, asked(old, **RENORMALISED))
-  made = layer_of(unscaled(plan, params))["experts"]["w_in"][0]
+  change = make_change(Upcycle(init="drop"), old, asked(old, **RENORMALISED))
+  made = layer_of(unscaled(change, params))["experts"]["w_in"][0]
   new = made[:, (made != source["w_in"]).any(axis=0)]
   assert abs(new.mean() - 3.0) < 0.01
   assert abs(new.std() - 0.05) < 0.005
@@ -179,12 +181,12 @@ def test_entries_and_noise_are_drawn_per_expert():
   params = draw(old)
   source = layer_of(params, "feed_forward")["w_in"]
   new = asked(old, **RENORMALISED)
-  entries = make_plan(Upcycle(init="entries"), old, new)
+  entries = make_change(Upcycle(init="entries"), old, new)
   made = layer_of(unscaled(entries, params))["experts"]["w_in"]
   anew = made != source
   assert abs(anew.mean() - 0.5) < 0.03
   assert abs(made[anew].std() - 0.02) < 0.001
-  noisy = make_plan(Upcycle(init="noise", noise=0.1), old, new)
+  noisy = make_change(Upcycle(init="noise", noise=0.1), old, new)
   noise = layer_of(unscaled(noisy, params))["experts"]["w_in"] - source
   assert abs(noise.std() - 0.1) < 0.005
   assert not np.allclose(noise[0], noise[1])

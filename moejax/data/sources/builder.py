@@ -9,7 +9,7 @@ from typing import Any
 import tensorflow_datasets as tfds
 
 from moejax.data.sources.corpus import Corpus
-from moejax.data.sources.plan import Plan, content_hash, planned_documents
+from moejax.data.sources.scan import Scan, content_hash, documents_of
 from moejax.data.types import SPLITS, Skipped
 
 
@@ -19,10 +19,10 @@ class LocalText(tfds.core.GeneratorBasedBuilder, skip_registration=True):
   name = "moejax_text"
   VERSION = tfds.core.Version("1.0.0")
 
-  def __init__(self, *, corpus: Corpus, plan: Plan, **kwargs: Any):
+  def __init__(self, *, corpus: Corpus, scan: Scan, **kwargs: Any):
     """See `tfds.core.GeneratorBasedBuilder` for the rest."""
     self._corpus = corpus
-    self._plan = plan
+    self._scan = scan
     super().__init__(**kwargs)
 
   def _info(self) -> tfds.core.DatasetInfo:
@@ -32,26 +32,26 @@ class LocalText(tfds.core.GeneratorBasedBuilder, skip_registration=True):
 
   def _split_generators(self, dl_manager: Any) -> dict[str, Any]:
     del dl_manager
-    present = set(self._plan.splits.values())
+    present = set(self._scan.splits.values())
     return {s: self._generate_examples(s) for s in SPLITS if s in present}
 
   def _generate_examples(self, split: str) -> Iterator[tuple[str, dict[str, Any]]]:  # pyright: ignore[reportIncompatibleMethodOverride]
     seen: set[bytes] = set()
-    for item in planned_documents(self._corpus, self._plan.is_cut):
+    for item in documents_of(self._corpus, self._scan.is_cut):
       if isinstance(item, Skipped):
         continue
       content = content_hash(item.text)
-      if content in seen or self._plan.splits.get(content) != split:
+      if content in seen or self._scan.splits.get(content) != split:
         continue
       seen.add(content)
       example = {"text": item.text, "path": item.name, "domain": item.domain}
       yield content.hex(), example
 
 
-def prepare(corpus: Corpus, plan: Plan, directory: Path) -> Path:
+def prepare(corpus: Corpus, scan: Scan, directory: Path) -> Path:
   """Writes the dataset below `directory`; returns its own directory."""
   builder = LocalText(
-    corpus=corpus, plan=plan, data_dir=str(directory), file_format="array_record"
+    corpus=corpus, scan=scan, data_dir=str(directory), file_format="array_record"
   )
   tfds.disable_progress_bar()
   # The builder prints two lines about downloads of unknown size.

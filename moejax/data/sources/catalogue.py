@@ -18,7 +18,7 @@ from typing import Any
 from moejax.config import DataConfig
 from moejax.data import cache
 from moejax.data.sources.corpus import check_text
-from moejax.data.sources.plan import content_hash, split_of
+from moejax.data.sources.scan import content_hash, split_of
 from moejax.data.types import LOCAL, Document, Skipped
 from moejax.errors import ConfigError, did_you_mean, nearest
 

@@ -13,7 +13,7 @@ from absl import logging
 from moejax import files
 from moejax.data import cache
 from moejax.data.sources.corpus import Corpus
-from moejax.data.sources.plan import Plan, make_plan
+from moejax.data.sources.scan import Scan, scan_corpus
 from moejax.data.types import Document, Skipped
 from moejax.errors import ConfigError
 
@@ -75,46 +75,46 @@ class LocalSource:
       self.root / "datasets" / self._key, self._build, what=f"dataset {self.name}"
     )
 
-  def _report(self) -> Plan:
+  def _report(self) -> Scan:
     try:
       report = files.read_json(self._directory / "report.json")
     except (OSError, ValueError) as e:
       raise cache.damaged(self._directory, e) from e
     skipped = [Skipped(**s) for s in report["skipped"]]
     unnamed = report["num_skipped"] - len(skipped)
-    return Plan({}, report["is_cut"], skipped, report["num_duplicates"], unnamed)
+    return Scan({}, report["is_cut"], skipped, report["num_duplicates"], unnamed)
 
   def _build(self, directory: Path) -> None:
-    plan = make_plan(self.corpus, self.validation, self.test)
-    self._check(plan)
+    scan = scan_corpus(self.corpus, self.validation, self.test)
+    self._check(scan)
     from moejax.data.sources import builder
 
-    written = builder.prepare(self.corpus, plan, directory / "work")
+    written = builder.prepare(self.corpus, scan, directory / "work")
     written.rename(directory / "dataset")
     shutil.rmtree(directory / "work")
     report = {
       "source": self.flag,
-      "is_cut": plan.is_cut,
-      "num_duplicates": plan.num_duplicates,
-      "num_skipped": len(plan.skipped),
-      "skipped": [dataclasses.asdict(s) for s in plan.skipped[:_MAX_NAMED]],
+      "is_cut": scan.is_cut,
+      "num_duplicates": scan.num_duplicates,
+      "num_skipped": len(scan.skipped),
+      "skipped": [dataclasses.asdict(s) for s in scan.skipped[:_MAX_NAMED]],
     }
     (directory / "report.json").write_text(json.dumps(report, indent=1), "utf-8")
     # `dataset.load` logs what was left out, at every load.
-    logging.info("%s: %d documents prepared.", self.name, len(plan.splits))
+    logging.info("%s: %d documents prepared.", self.name, len(scan.splits))
 
-  def _check(self, plan: Plan) -> None:
-    if not plan.splits:
-      first = plan.skipped[0]
-      fields = all("no text field" in s.reason for s in plan.skipped)
+  def _check(self, scan: Scan) -> None:
+    if not scan.splits:
+      first = scan.skipped[0]
+      fields = all("no text field" in s.reason for s in scan.skipped)
       remedy = "Name the field with --config.data.text_field." if fields else ""
       raise ConfigError(
-        f"{self.flag} holds no text: {len(plan.skipped)} documents skipped, the first"
+        f"{self.flag} holds no text: {len(scan.skipped)} documents skipped, the first"
         f" is {first.document}: {first.reason}. {remedy}".rstrip()
       )
     wanted = 1 + bool(self.validation) + bool(self.test)
-    if len(plan.splits) < wanted:
+    if len(scan.splits) < wanted:
       raise ConfigError(
-        f"{self.flag} holds {len(plan.splits)} distinct document(s), too few for"
+        f"{self.flag} holds {len(scan.splits)} distinct document(s), too few for"
         f" {wanted} splits. Add text, or set --config.data.test_fraction=0."
       )

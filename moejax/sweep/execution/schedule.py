@@ -153,7 +153,7 @@ def _check(points: Sequence[Point], options: Options) -> None:
 
 
 def _refuse_damaged(found: Sequence[Status]) -> None:
-  # A running run may be writing; that of another config must not get this point's plan.
+  # A running run may be writing; another config's must not get this point's workload.
   damages = [
     s.damage
     for s in found
@@ -165,20 +165,20 @@ def _refuse_damaged(found: Sequence[Status]) -> None:
 
 
 def _prepare(path: Path, point: Point) -> None:
-  """Makes a run's directory with its config and plan, unless it is there already."""
+  """Makes a run's directory with its config and workload, unless it is there already."""
   directory.write_config(path, point.name, point.config)
   if states.read_record(path).get("plan", {}).get("digest") == point.digest:
     return
   config = point.config
   vocab_size = parameters.resolve_vocab_size(config)
-  plan = states.Plan(
+  workload = states.Workload(
     name=point.name,
     digest=point.digest,
     num_steps=config.train.num_steps,
     tokens_per_step=flops.tokens_per_step(config),
     flops_per_token=flops.flops_per_token(config, vocab_size)["total"],
   )
-  states.write_plan(path, plan)
+  states.write_workload(path, workload)
 
 
 def train_job(path: Path, point: Point, options: Options) -> local.Job:

@@ -96,7 +96,7 @@ class Status:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Plan:
+class Workload:
   """Numbers of a run that its status needs, known before it starts."""
 
   name: str
@@ -127,17 +127,17 @@ def examine(path: Path) -> Status:
     final = _read_final(path)
   except DamagedError as error:
     final, unknown = {}, unknown or str(error)
-  plan = record.get("plan", {})
-  name = str(plan.get("name") or path.name)
+  workload = record.get("plan", {})
+  name = str(workload.get("name") or path.name)
   if is_strange:  # The record may have come with the other run.
     name = path.name.rpartition("-")[0]
-  num_steps = int(plan.get("num_steps") or _num_steps(path))
+  num_steps = int(workload.get("num_steps") or _num_steps(path))
   attempts = record.get("attempts", [])
   last = attempts[-1] if attempts else {}
   state = _state(path, final, num_steps, last)
   if unknown and state is not State.RUNNING:
     state = State.DAMAGED
-  shown = _progress(path, plan, num_steps, state)
+  shown = _progress(path, workload, num_steps, state)
   note = ""
   if state is State.DONE:
     if shown["step"] < num_steps:
@@ -179,14 +179,14 @@ def _state(path: Path, final: dict[str, Any], num_steps: int, last: Any) -> Stat
 
 
 def _progress(
-  path: Path, plan: dict[str, Any], num_steps: int, state: State
+  path: Path, workload: dict[str, Any], num_steps: int, state: State
 ) -> dict[str, Any]:
   """Returns the fields of `Status` that come from metrics.jsonl."""
   newest: dict[str, Any] = {}
   for line in _last_metrics(path / METRICS_FILE):
     newest = line | newest  # Going backwards: what is newer stays.
   step = min(int(newest.get("step", 0)), num_steps) if num_steps else 0
-  tokens_left = max(num_steps - step, 0) * float(plan.get("tokens_per_step") or 0)
+  tokens_left = max(num_steps - step, 0) * float(workload.get("tokens_per_step") or 0)
   rate = _number(newest.get("tokens_per_second"))
   running = state is State.RUNNING
   return {
@@ -195,7 +195,7 @@ def _progress(
     "validation_loss": _number(newest.get("validation_loss")),
     "dropped": _number(newest.get("dropped_fraction")),
     "seconds_left": tokens_left / rate if running and rate else None,
-    "flops_left": tokens_left * float(plan.get("flops_per_token") or 0),
+    "flops_left": tokens_left * float(workload.get("flops_per_token") or 0),
     "flops_per_second": _number(newest.get("model_flops_per_second")),
   }
 
@@ -245,16 +245,18 @@ def read_record(path: Path) -> dict[str, Any]:
   """
   remedy = "Delete it: the run's own files say how far it came."
   found = _read(path / RECORD_FILE, remedy)
-  plan, attempts = found.get("plan", {}), found.get("attempts", [])
-  if not (_is_plan(plan) and isinstance(attempts, list) and all(map(_is_try, attempts))):
+  workload, attempts = found.get("plan", {}), found.get("attempts", [])
+  if not (
+    _is_workload(workload) and isinstance(attempts, list) and all(map(_is_try, attempts))
+  ):
     raise DamagedError(f"{path / RECORD_FILE} is no record of a sweep's run. {remedy}")
   return found
 
 
-def _is_plan(plan: Any) -> bool:
+def _is_workload(workload: Any) -> bool:
   numbers = ("num_steps", "tokens_per_step", "flops_per_token")
-  return isinstance(plan, dict) and all(
-    _number(plan.get(name, 0)) is not None for name in numbers
+  return isinstance(workload, dict) and all(
+    _number(workload.get(name, 0)) is not None for name in numbers
   )
 
 
@@ -264,9 +266,9 @@ def _is_try(attempt: Any) -> bool:
   )
 
 
-def write_plan(path: Path, plan: Plan) -> None:
-  """Stores a run's plan, and keeps its attempts."""
-  record, values = read_record(path), dataclasses.asdict(plan)
+def write_workload(path: Path, workload: Workload) -> None:
+  """Stores a run's workload, and keeps its attempts."""
+  record, values = read_record(path), dataclasses.asdict(workload)
   if record.get("plan") != values:
     files.write_json(path / RECORD_FILE, {"attempts": [], **record, "plan": values})
 

@@ -10,7 +10,7 @@ import zstandard
 
 from moejax.config import DataConfig
 from moejax.data import Dataset, cache, load
-from moejax.data.sources.plan import assign_splits, content_hash, cut
+from moejax.data.sources.scan import assign_splits, content_hash, cut
 from moejax.data.types import Document
 from moejax.errors import ConfigError
 from tests.data import make_corpus

@@ -17,7 +17,7 @@ from moejax.sweep.points.expand import digest
 from tests.sweep.execution import runs
 
 CONFIG = runs.config()
-PLAN = states.Plan(
+WORKLOAD = states.Workload(
   name="a=1",
   digest=digest(CONFIG),
   num_steps=6,
@@ -29,9 +29,9 @@ PLAN = states.Plan(
 @pytest.fixture
 def run(tmp_path):
   """A run's directory as the scheduler prepares it."""
-  path = tmp_path / f"a=1-{PLAN.digest}"
+  path = tmp_path / f"a=1-{WORKLOAD.digest}"
   path.mkdir()
-  states.write_plan(path, PLAN)
+  states.write_workload(path, WORKLOAD)
   return path
 
 
@@ -249,7 +249,7 @@ def test_a_run_from_before_a_default_changed_is_still_the_points(run):
   (run / "config.json").write_text(json.dumps(config_text.to_dict(CONFIG)))
   old = run.rename(run.with_name("a=1-01234567"))
   assert states.examine(old).state is State.DAMAGED
-  states.write_plan(old, states.Plan(**{**vars(PLAN), "digest": "01234567"}))
+  states.write_workload(old, states.Workload(**{**vars(WORKLOAD), "digest": "01234567"}))
   assert states.examine(old).state is State.DONE
 
 
@@ -270,9 +270,9 @@ def test_a_run_may_resume_with_other_logging_but_not_end_later(run):
   assert f"{run / 'config.json'} cannot be read" in states.examine(run).damage
 
 
-def test_attempts_are_kept_when_the_plan_changes(run):
+def test_attempts_are_kept_when_the_workload_changes(run):
   attempt(run, 1)
-  states.write_plan(run, states.Plan(**{**vars(PLAN), "num_steps": 12}))
+  states.write_workload(run, states.Workload(**{**vars(WORKLOAD), "num_steps": 12}))
   assert states.num_attempts(run) == 1
   assert states.examine(run).num_steps == 12
   [stored] = states.read_record(run)["attempts"]

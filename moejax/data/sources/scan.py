@@ -74,7 +74,7 @@ def cut(document: Document) -> Iterator[Document]:
 
 
 @dataclasses.dataclass(frozen=True)
-class Plan:
+class Scan:
   """The result of a first pass over the corpus."""
 
   splits: dict[bytes, str]
@@ -87,7 +87,7 @@ class Plan:
   """Skipped documents that are not in `skipped`."""
 
 
-def planned_documents(corpus: Corpus, is_cut: bool) -> Iterator[Document | Skipped]:
+def documents_of(corpus: Corpus, is_cut: bool) -> Iterator[Document | Skipped]:
   """Yields the corpus, with its one document cut into pieces if `is_cut`."""
   for item in corpus.documents():
     if is_cut and isinstance(item, Document):
@@ -96,13 +96,13 @@ def planned_documents(corpus: Corpus, is_cut: bool) -> Iterator[Document | Skipp
       yield item
 
 
-def make_plan(corpus: Corpus, validation: float, test: float) -> Plan:
+def scan_corpus(corpus: Corpus, validation: float, test: float) -> Scan:
   """Plans splits and what to leave out; reads a one-document corpus twice."""
 
-  def scan(is_cut: bool) -> tuple[dict[bytes, None], list[Skipped], int]:
+  def read(is_cut: bool) -> tuple[dict[bytes, None], list[Skipped], int]:
     contents: dict[bytes, None] = {}
     skipped, duplicates = [], 0
-    for item in planned_documents(corpus, is_cut):
+    for item in documents_of(corpus, is_cut):
       if isinstance(item, Skipped):
         skipped.append(item)
         continue
@@ -111,9 +111,9 @@ def make_plan(corpus: Corpus, validation: float, test: float) -> Plan:
       contents[content] = None
     return contents, skipped, duplicates
 
-  contents, skipped, duplicates = scan(is_cut=False)
+  contents, skipped, duplicates = read(is_cut=False)
   is_cut = len(contents) == 1
   if is_cut:
-    contents, skipped, duplicates = scan(is_cut=True)
+    contents, skipped, duplicates = read(is_cut=True)
   splits = assign_splits(list(contents), validation, test)
-  return Plan(splits, is_cut, skipped, duplicates)
+  return Scan(splits, is_cut, skipped, duplicates)

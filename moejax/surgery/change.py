@@ -1,6 +1,6 @@
 """What an operation changes: for every new array, which old ones it is made of.
 
-A plan goes from a source of arrays to the tree of a new run, as arrays that are made
+A change goes from a source of arrays to the tree of a new run, as arrays that are made
 layer by layer when they are written. Layers keep their number; where they are in the
 checkpoint may change, since another pattern of layers stacks them otherwise. What is not
 part of a feed-forward is copied.
@@ -24,7 +24,7 @@ from moejax.errors import ConfigError
 from moejax.models.decoder import TABLE, Decoder
 from moejax.surgery.gates import initial_router
 from moejax.surgery.operation import ROUTER, Choice, Kind, Layer, Operation
-from moejax.surgery.places import Where, layers_of
+from moejax.surgery.where import Where, layers_of
 from moejax.types import Params
 
 FEED_FORWARD = ("moe.", "feed_forward.")
@@ -86,7 +86,7 @@ def layer_arrays(
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Plan:
+class Change:
   """An operation on a run, before anything is read."""
 
   operation: Operation
@@ -110,7 +110,7 @@ class Plan:
     return self.new_model.shapes()
 
   @functools.cached_property
-  def changed(self) -> tuple[int, ...]:
+  def made(self) -> tuple[int, ...]:
     """Numbers of the layers whose feed-forward the operation makes."""
     return self.new_model.moe_layers
 
@@ -141,7 +141,7 @@ class Plan:
       source = self.old_layers[number]
       for name in self._below(new, where):
         was, now = old.get(f"{source.block}.{name}"), new[f"{where.block}.{name}"]
-        if name.startswith(FEED_FORWARD) and number in self.changed:
+        if name.startswith(FEED_FORWARD) and number in self.made:
           continue
         self._same(name, was, now, source, where)
 
@@ -233,7 +233,7 @@ class Plan:
     """
     made = {
       number: self.layer(number, source, choices[number], prefix, kind)
-      for number in self.changed
+      for number in self.made
     }
     by_block: dict[str, list[int]] = {}
     for number, where in enumerate(self.new_layers):

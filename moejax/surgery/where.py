@@ -3,7 +3,7 @@
 import dataclasses
 
 from moejax.models.decoder import Decoder
-from moejax.models.stack import Place
+from moejax.models.stack import LayerPath
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -12,24 +12,24 @@ class Where:
 
   stack: str
   """Name of the stack in the parameters; empty is the decoder."""
-  place: Place
+  path: LayerPath
 
   @property
   def block(self) -> str:
     """The dotted name of its block."""
-    parts = (self.stack, self.place.part, self.place.name)
+    parts = (self.stack, self.path.part, self.path.name)
     return ".".join(part for part in parts if part)
 
   @property
   def repeat(self) -> int | None:
     """Index along the first axis of its arrays; None if they are not stacked."""
-    return self.place.repeat if self.place.part == "unit" else None
+    return self.path.repeat if self.path.part == "unit" else None
 
 
 def layers_of(model: Decoder) -> list[Where]:
   """Returns where each layer is, in the order of their numbers."""
   return [
-    Where(stack=name, place=place)
+    Where(stack=name, path=path)
     for name, stack in model.stacks.items()
-    for place in stack.places
+    for path in stack.paths
   ]
