@@ -74,18 +74,7 @@ def read(
       f"{keys.path}: partial_rotary_factor={model.rope_fraction} has no effect in this "
       "architecture, whose heads rotate as a whole. Remove it."
     )
-  kind = rope.take("rope_type", str, rope.take("type", str, "default"))
-  if kind not in _READ:
-    raise UserError(
-      f"{keys.path}: rope_scaling of type {kind!r} changes the computation and is not "
-      f"supported; {', '.join(_READ)} are."
-    )
-  unknown = sorted(set(rope.values) - set(_READ[kind]) - set(_ANY))
-  if unknown:
-    raise UserError(
-      f"{rope.path}: {', '.join(unknown)} is not understood for type {kind!r} and may "
-      "change the computation. Remove it if it does not."
-    )
+  kind = _read_type(keys, rope)
   # Beside the dict it wins, unlike the other keys.
   original = keys.take("original_max_position_embeddings", int, 0)
   if kind == "default":
@@ -118,6 +107,23 @@ def read(
     )
   if kind == "yarn":
     _read_yarn(rope, model, scales_logits)
+
+
+def _read_type(keys: Keys, rope: Keys) -> str:
+  """Returns the type of scaling; refuses one, or a key of it, that is not understood."""
+  kind = rope.take("rope_type", str, rope.take("type", str, "default"))
+  if kind not in _READ:
+    raise UserError(
+      f"{keys.path}: rope_scaling of type {kind!r} changes the computation and is not "
+      f"supported; {', '.join(_READ)} are."
+    )
+  unknown = sorted(set(rope.values) - set(_READ[kind]) - set(_ANY))
+  if unknown:
+    raise UserError(
+      f"{rope.path}: {', '.join(unknown)} is not understood for type {kind!r} and may "
+      "change the computation. Remove it if it does not."
+    )
+  return kind
 
 
 def _read_yarn(rope: Keys, model: ModelConfig, scales_logits: bool) -> None:

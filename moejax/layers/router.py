@@ -21,7 +21,7 @@ from moejax.config.router import capacity, make_router, num_present, sizes, slot
 from moejax.layers import parameter
 from moejax.platform import target_platform
 from moejax.routing import scores
-from moejax.routing.base import RouterInputs, Routing
+from moejax.routing.base import RouterInputs, Routing, SlotPolicy
 from moejax.routing.placement import Assignments
 from moejax.routing.router import Parameter, Tokens
 from moejax.sharding.mesh import on_tokens, over_groups
@@ -138,23 +138,26 @@ class RouterLayer(nnx.Module):
 
     def route_all(mapped: Any, same: dict[str, Any]) -> Routing:
       def route(group: RouterInputs, mass: Any) -> Routing:
-        routing = self.router(dataclasses.replace(group, **same), policy)
-        if mass is not None:
-          routing = _weighted(routing, mass)
-        if group.key is not None:
-          seen = _confidence(group.logits, group.valid, self.router.by_sigmoid)
-          routing = dataclasses.replace(
-            routing, stats=dataclasses.replace(routing.stats, **seen)
-          )
-        if same["present"] is None:
-          return routing
-        here = same["present"].astype(jnp.float32)
-        stats = dataclasses.replace(routing.stats, present=here)
-        return dataclasses.replace(routing, stats=stats)
+        return self._route(dataclasses.replace(group, **same), policy, mass)
 
       return jax.vmap(route)(*mapped)
 
     return logits, over_groups(route_all, (inputs, mass), same, tokens.shape[0])
+
+  def _route(
+    self, group: RouterInputs, policy: SlotPolicy, mass: Float[Array, "T"] | None
+  ) -> Routing:
+    """Routes one group, and adds what is counted for every router."""
+    routing = self.router(group, policy)
+    if mass is not None:
+      routing = _weighted(routing, mass)
+    counted = {}
+    if group.key is not None:
+      counted = _confidence(group.logits, group.valid, self.router.by_sigmoid)
+    if group.present is not None:
+      counted["present"] = group.present.astype(jnp.float32)
+    stats = dataclasses.replace(routing.stats, **counted)
+    return dataclasses.replace(routing, stats=stats)
 
   def _mass(
     self, seen: Float[Array, "G T D"], logits: Float[Array, "G T E"]

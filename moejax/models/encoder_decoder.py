@@ -122,23 +122,23 @@ class EncoderDecoder(Decoder):
       return_served=return_served,
       return_routes=return_routes,
     )
-    memory, read, auxes, seen = None, None, [], None
+    memory, auxes = None, []
     if cache is None:
       assert encoder_tokens is not None
-      if encoder_segment_ids is None:
-        encoder_segment_ids = jnp.ones_like(encoder_tokens)
+      seen = encoder_segment_ids
+      if seen is None:
+        seen = jnp.ones_like(encoder_tokens)
       memory, auxes = self._encode(
-        *(params, encoder_tokens, encoder_segment_ids, encoder_positions),
+        *(params, encoder_tokens, seen, encoder_positions),
         key=key,
         told=jax.tree.map(lambda leaf: leaf[:used], told),
         step=step,
         options=options,
         capacity_factor=capacity_factor,
       )
-      seen = encoder_segment_ids
     else:
       assert cache.memory is not None
-      read, seen = cache.memory.layers, cache.memory.segment_ids
+      seen = cache.memory.segment_ids
     context, cache = self._context(segment_ids, positions, cache)
     own = params["decoder"]
     inputs = self._inputs(
@@ -154,13 +154,12 @@ class EncoderDecoder(Decoder):
     x, mine, layers = self.stack.run(
       *(own, x, inputs, key, jax.tree.map(lambda leaf: leaf[used:], told)),
       cache=None if cache is None else cache.layers,
-      remembered=read,
+      remembered=None if cache is None or cache.memory is None else cache.memory.layers,
     )
     if cache is not None:
       cache = dataclasses.replace(cache, layers=layers)
     if encoder_weight is None:
-      counts = [jnp.sum(s > 0, dtype=jnp.float32) for s in (segment_ids, seen)]
-      encoder_weight = counts[0] / jnp.maximum(counts[1], 1.0)
+      encoder_weight = _targets_per_token(segment_ids, seen)
     aux, stats, asked = _joined(auxes, mine, encoder_weight)
     if last_only:
       x = x[:, -1:]
@@ -258,6 +257,14 @@ def _across(context: Context, seen: Int[Array, "B M"]) -> Context:
     index=context.index,
     is_causal=False,
   )
+
+
+def _targets_per_token(
+  segment_ids: Int[Array, "B S"], seen: Int[Array, "B M"]
+) -> Float[Array, ""]:
+  """Returns targets over encoder tokens of this call, padding left out."""
+  targets, tokens = (jnp.sum(s > 0, dtype=jnp.float32) for s in (segment_ids, seen))
+  return targets / jnp.maximum(tokens, 1.0)
 
 
 def _joined(
