@@ -1,9 +1,10 @@
-"""What follows from the attention fields: widths of heads, which layers have a window.
+"""What follows from the attention fields: widths of heads, windows, YaRN's temperature.
 
 Letters: A width of a query or key head, Z width of a value head.
 """
 
 import dataclasses
+import math
 
 from moejax.config.schema import ModelConfig
 
@@ -32,6 +33,20 @@ def head_widths(model: ModelConfig) -> HeadWidths:
     )
   size = model.head_dim or model.width // model.num_heads
   return HeadWidths(query=size, value=size, rotated=int(size * model.rope_fraction))
+
+
+def yarn_temperature(factor: float, mscale: float) -> float:
+  """Returns 0.1 * mscale * ln(factor) + 1 (arXiv:2309.00071, section 3.4).
+
+  1 for a factor below 1, as in the authors' code.
+  """
+  return 1.0 if factor <= 1 else 0.1 * mscale * math.log(factor) + 1.0
+
+
+def yarn_factor(model: ModelConfig) -> float:
+  """Returns what multiplies entries that rotate, by the two mscales."""
+  rotated = yarn_temperature(model.rope_factor, model.rope_mscale)
+  return rotated / yarn_temperature(model.rope_factor, model.rope_mscale_all_dim)
 
 
 def layer_windows(model: ModelConfig) -> tuple[int, ...]:

@@ -9,6 +9,7 @@ import math
 from typing import Any
 
 from moejax.config import Config, ModelConfig
+from moejax.config.attention import yarn_factor, yarn_temperature
 from moejax.errors import UserError
 from moejax.interop.keys import Keys
 
@@ -138,29 +139,17 @@ def _read_yarn(rope: Keys, model: ModelConfig, scales_logits: bool) -> None:
   )
   given = rope.take("attention_factor", float, None)
   model.rope_mscale, model.rope_mscale_all_dim = 1.0, 0.0
-  rotated = temperature(model.rope_factor, 1.0)
+  rotated = yarn_temperature(model.rope_factor, 1.0)
   if mscale and all_dim:
-    rotated = temperature(model.rope_factor, mscale)
-    rotated /= temperature(model.rope_factor, all_dim)
+    rotated = yarn_temperature(model.rope_factor, mscale)
+    rotated /= yarn_temperature(model.rope_factor, all_dim)
   if scales_logits:
     model.rope_mscale_all_dim = all_dim
     if mscale and all_dim:
       model.rope_mscale = mscale
   model.rope_attention_factor = given
-  if given is None and not math.isclose(rotated, rotated_factor(model), rel_tol=1e-9):
+  if given is None and not math.isclose(rotated, yarn_factor(model), rel_tol=1e-9):
     model.rope_attention_factor = rotated
-
-
-def temperature(factor: float, mscale: float) -> float:
-  """Returns 0.1 * mscale * ln(factor) + 1 (YaRN, arXiv:2309.00071, section 3.4)."""
-  return 1.0 if factor <= 1 else 0.1 * mscale * math.log(factor) + 1.0
-
-
-def rotated_factor(model: ModelConfig) -> float:
-  """Returns what multiplies rotated entries, by the two mscales."""
-  return temperature(model.rope_factor, model.rope_mscale) / temperature(
-    model.rope_factor, model.rope_mscale_all_dim
-  )
 
 
 def write(config: Config) -> dict[str, Any]:

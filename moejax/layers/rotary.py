@@ -16,7 +16,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from moejax.config import ModelConfig
-from moejax.config.attention import head_widths
+from moejax.config.attention import head_widths, yarn_factor, yarn_temperature
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -89,9 +89,7 @@ def make_rotary(config: ModelConfig) -> Rotary:
   if config.rope_scaling == "yarn":
     factor = config.rope_attention_factor
     if factor is None:
-      factor = _temperature(config.rope_factor, config.rope_mscale) / _temperature(
-        config.rope_factor, config.rope_mscale_all_dim
-      )
+      factor = yarn_factor(config)
   return Rotary(
     size=size,
     theta=config.rope_theta,
@@ -109,7 +107,7 @@ def logit_scale(config: ModelConfig) -> float | None:
   """
   moved = 1.0
   if config.rope_scaling == "yarn":
-    moved = _temperature(config.rope_factor, config.rope_mscale_all_dim) ** 2
+    moved = yarn_temperature(config.rope_factor, config.rope_mscale_all_dim) ** 2
   if not config.attention_scale and moved == 1.0:
     return None
   scale = config.attention_scale or head_widths(config).query ** -0.5
@@ -158,11 +156,3 @@ def _ramp(config: ModelConfig, size: int) -> tuple[float, float]:
   low, high = max(low, 0), min(high, size - 1)
   # A ramp without width is a step; the authors' code uses the same width.
   return low, high if high != low else high + 0.001
-
-
-def _temperature(factor: float, mscale: float) -> float:
-  """Returns 0.1 * mscale * ln(factor) + 1 (arXiv:2309.00071, section 3.4).
-
-  1 for a factor below 1, as in the authors' code.
-  """
-  return 1.0 if factor <= 1 else 0.1 * mscale * math.log(factor) + 1.0
