@@ -24,7 +24,7 @@ from jax.sharding import Mesh
 from moejax.config import MeshConfig, ModelConfig, MoEConfig
 from moejax.config.mesh import AXES
 from moejax.layers.moe import MoE
-from moejax.models.stack import Shell
+from moejax.models.shell import Shell
 from moejax.sharding import rules
 from moejax.sharding.mesh import make_mesh, num_token_shards
 

@@ -63,7 +63,7 @@ def token() -> Files:
 
   from moejax.config import MeshConfig, ModelConfig, MoEConfig
   from moejax.layers.moe import MoE
-  from moejax.models.stack import Shell
+  from moejax.models.shell import Shell
   from moejax.sharding.mesh import make_mesh
 
   model = ModelConfig(num_layers=1, width=8, num_heads=2)

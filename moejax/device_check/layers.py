@@ -37,7 +37,7 @@ from moejax.layers.moe import MoE
 from moejax.layers.router import RouterLayer
 from moejax.models.decoder import Decoder
 from moejax.models.loss import to_devices
-from moejax.models.stack import Shell
+from moejax.models.shell import Shell
 from moejax.routing.placement import Mixture, Placement
 from moejax.routing.registry import ROUTERS
 from moejax.sharding import rules

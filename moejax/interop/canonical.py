@@ -12,9 +12,8 @@ from typing import Any
 
 from moejax.config import Config, ModelConfig, MoEConfig
 from moejax.config import text as config_text
-from moejax.config.attention import layer_windows
+from moejax.config.attention import layer_windows, yarn_factor
 from moejax.config.pattern import layer_pattern
-from moejax.interop import rope
 
 _UNREAD = (
   "schema_version",
@@ -152,7 +151,7 @@ def _canonical_attention(model: ModelConfig) -> None:
     model.rope_factor, model.rope_original = plain.rope_factor, plain.rope_original
   if model.rope_scaling == "yarn":
     factor = model.rope_attention_factor
-    factor = rope.rotated_factor(model) if factor is None else factor
+    factor = yarn_factor(model) if factor is None else factor
     model.rope_attention_factor = round(factor, 12)
     model.rope_mscale = plain.rope_mscale
 

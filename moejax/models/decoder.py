@@ -29,12 +29,13 @@ from moejax.config.router import CONFIGURED, factor_of
 from moejax.layers.attend import Context, attention_masks
 from moejax.layers.block import BlockInputs, CallOptions
 from moejax.layers.embedding import Embedding
-from moejax.layers.moe import LayerInputs, MoEAux, loss_weights
+from moejax.layers.moe import LayerInputs, loss_weights
 from moejax.models import trained as trained_lib
 from moejax.models.frozen import Masks, masks
-from moejax.models.output import Cache, DecoderOutput
+from moejax.models.output import Cache, DecoderOutput, collect
 from moejax.models.per_layer import PARTS
-from moejax.models.stack import Shell, Stack
+from moejax.models.shell import Shell
+from moejax.models.stack import Stack
 from moejax.routing.base import RouterStats
 from moejax.routing.router import Router
 from moejax.sharding.mesh import on_tokens
@@ -393,18 +394,3 @@ class Decoder:
 def _under(name: str, params: Params) -> Params:
   """Returns parameters below a name, or as they are where it is empty."""
   return {name: params} if name else params
-
-
-def collect(
-  auxes: list[MoEAux],
-) -> tuple[dict[str, Float[Array, ""]], RouterStats | None, dict[str, Any]]:
-  """Concatenates the MoE layers of all parts in order and sums their losses.
-
-  Returns:
-    Losses, statistics, and the fields of `DecoderOutput` that are returned on request.
-  """
-  if not auxes:
-    return {}, None, {}
-  joined = jax.tree.map(lambda *a: jnp.concatenate(a), *auxes)
-  losses = {name: jnp.sum(value) for name, value in joined.losses.items()}
-  return losses, joined.stats, {"served": joined.served, "routes": joined.routes}

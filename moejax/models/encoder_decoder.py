@@ -33,8 +33,8 @@ from moejax.config.router import CONFIGURED, factor_of
 from moejax.layers.attend import Context, attend_to_all
 from moejax.layers.block import BlockInputs, CallOptions
 from moejax.layers.moe import LayerInputs, MoEAux
-from moejax.models.decoder import Decoder, collect
-from moejax.models.output import Cache, DecoderOutput, Memory
+from moejax.models.decoder import Decoder
+from moejax.models.output import Cache, DecoderOutput, Memory, collect
 from moejax.models.stack import Stack
 from moejax.routing.base import RouterStats
 from moejax.sharding.mesh import on_tokens

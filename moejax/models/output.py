@@ -4,12 +4,14 @@ Letters: B batch, S sequence, M tokens that a cache holds, V vocabulary, L layer
 """
 
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from moejax.layers.cache import KeyValueCache, LayerCache
+from moejax.layers.moe import MoEAux
 from moejax.layers.routes import Routes
 from moejax.routing.base import RouterStats
 from moejax.types import pytree
@@ -70,3 +72,18 @@ class DecoderOutput:
   request."""
   encoder_routes: Routes | None = None
   """The same of an encoder, whose tokens are others."""
+
+
+def collect(
+  auxes: list[MoEAux],
+) -> tuple[dict[str, Float[Array, ""]], RouterStats | None, dict[str, Any]]:
+  """Concatenates the MoE layers of all parts in order and sums their losses.
+
+  Returns:
+    Losses, statistics, and the fields of `DecoderOutput` that are returned on request.
+  """
+  if not auxes:
+    return {}, None, {}
+  joined = jax.tree.map(lambda *a: jnp.concatenate(a), *auxes)
+  losses = {name: jnp.sum(value) for name, value in joined.losses.items()}
+  return losses, joined.stats, {"served": joined.served, "routes": joined.routes}

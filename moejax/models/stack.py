@@ -15,7 +15,7 @@ Letters: B batch, S sequence, D width, H heads, R repeats, E experts, L layers.
 """
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -26,8 +26,6 @@ from jaxtyping import Array, Bool, Float, Int, Key
 from moejax.config import ModelConfig, MoEConfig
 from moejax.config.pattern import Pattern, layer_pattern
 from moejax.config.router import make_router
-from moejax.exchange.base import SAVED_NAME
-from moejax.layers import parameter
 from moejax.layers.block import Block, BlockInputs
 from moejax.layers.cache import KeyValueCache, LayerCache, empty_cache
 from moejax.layers.embedding import TokenTable
@@ -36,11 +34,10 @@ from moejax.layers.norm import RMSNorm
 from moejax.layers.relative_bias import RelativeBias
 from moejax.layers.router import present_experts
 from moejax.models.per_layer import PARTS, by_part, windowed_by_part
+from moejax.models.shell import Shell
+from moejax.models.unit import remat, unrolled
 from moejax.routing.base import RouterStats
 from moejax.types import Params
-
-Unit = Callable[..., Any]
-"""One repeat of the stack: (x, layer) -> (x, output), a body for `jax.lax.scan`."""
 
 
 class LayerPath(NamedTuple):
@@ -53,53 +50,8 @@ class LayerPath(NamedTuple):
   """Of the unit; 0 in the other parts."""
 
 
-class Shell:
-  """A module's structure without its parameters."""
-
-  def __init__(self, make: Callable[[Key[Array, ""]], Any]):
-    self._make = make
-    abstract = nnx.eval_shape(lambda: make(jax.random.key(0)))
-    self._graphdef = nnx.graphdef(abstract)
-    self.axes = parameter.logical_axes(abstract)
-    self.trained = parameter.trained(abstract)
-
-  def init(self, key: Key[Array, ""]) -> Params:
-    return nnx.to_pure_dict(nnx.state(self._make(key)))
-
-  def merge(self, params: Params) -> Any:
-    return nnx.merge(self._graphdef, params)
-
-
 def split_key(key: Key[Array, ""] | None, count: int) -> Key[Array, "R"] | None:
   return None if key is None else jax.random.split(key, count)
-
-
-def remat(function: Unit, policy: str, *, in_scan: bool) -> Unit:
-  """Applies `jax.checkpoint` to a unit under one of the `model.remat` policies."""
-  match policy:
-    case "none":
-      return function
-    case "all":
-      return jax.checkpoint(function, prevent_cse=not in_scan)
-    case "full":
-      keep = jax.checkpoint_policies.save_only_these_names(SAVED_NAME)
-      return jax.checkpoint(function, policy=keep, prevent_cse=not in_scan)
-    case "dots":
-      keep = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
-      return jax.checkpoint(function, policy=keep, prevent_cse=not in_scan)
-    case _:
-      raise ValueError(
-        f"--config.model.remat={policy!r} is none of none, full, all, dots"
-      )
-
-
-def unrolled(unit: Unit, x: Any, stacked: Any, repeats: int) -> Any:
-  """Does what `jax.lax.scan` does, without a loop in the program."""
-  outputs = []
-  for index in range(repeats):
-    x, output = unit(x, jax.tree.map(lambda leaf, i=index: leaf[i], stacked))
-    outputs.append(output)
-  return x, jax.tree.map(lambda *a: jnp.stack(a), *outputs)
 
 
 class Stack:

@@ -21,7 +21,7 @@ from jaxtyping import Float, Int, Shaped
 from moejax.config import MoEConfig
 from moejax.config.router import make_router
 from moejax.layers.router import RouterLayer
-from moejax.models.stack import Shell
+from moejax.models.shell import Shell
 from moejax.routing.placement import Assignments
 
 NUM_TOKENS = 64

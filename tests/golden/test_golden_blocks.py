@@ -9,7 +9,7 @@ from moejax.config import ModelConfig, MoEConfig
 from moejax.dispatch.mix import Mix
 from moejax.experts.weights import ExpertWeights
 from moejax.layers.moe import MoE
-from moejax.models.stack import Shell
+from moejax.models.shell import Shell
 from tests.golden.common import Golden, cotangent, mask, names, options_of, run, z
 
 HF = {

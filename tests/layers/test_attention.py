@@ -9,7 +9,7 @@ from flax import nnx
 from moejax.config import ModelConfig
 from moejax.layers.attend import Context, attention_mask
 from moejax.layers.attention import Attention
-from moejax.models.stack import Shell
+from moejax.models.shell import Shell
 from tests.layers.test_attend import reference
 
 B, S, D, H, J, A = 2, 5, 12, 4, 2, 3

@@ -11,7 +11,7 @@ from flax import nnx
 from moejax.config import MeshConfig, ModelConfig, MoEConfig
 from moejax.experts.weights import activate
 from moejax.layers.moe import MoE
-from moejax.models.stack import Shell
+from moejax.models.shell import Shell
 from moejax.routing.base import SlotPolicy
 from moejax.sharding import rules
 from moejax.sharding.mesh import make_mesh

@@ -12,7 +12,7 @@ from moejax.config import ModelConfig
 from moejax.layers.attend import Context, attention_mask
 from moejax.layers.cache import empty_cache
 from moejax.layers.latent_attention import LatentAttention
-from moejax.models.stack import Shell
+from moejax.models.shell import Shell
 from tests.layers.test_attend import reference
 
 B, S, H = 2, 5, 3

@@ -10,7 +10,7 @@ from flax import nnx
 
 from moejax.config import ModelConfig, MoEConfig
 from moejax.layers.moe import MoE
-from moejax.models.stack import Shell
+from moejax.models.shell import Shell
 from moejax.routing.base import SlotPolicy
 from moejax.routing.capacity import capacity_of
 from tests import reference

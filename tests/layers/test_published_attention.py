@@ -7,7 +7,7 @@ import pytest
 from flax import nnx
 
 from moejax.layers.block import make_attention
-from moejax.models.stack import Shell
+from moejax.models.shell import Shell
 from tests.layers import published
 
 MODELS = (

@@ -12,7 +12,7 @@ from moejax.config import ModelConfig, MoEConfig
 from moejax.errors import ConfigError
 from moejax.layers.moe import MoE
 from moejax.layers.router import RouterLayer
-from moejax.models.stack import Shell
+from moejax.models.shell import Shell
 from moejax.routing.base import RouterInputs, SlotPolicy
 from moejax.routing.registry import ROUTERS
 

@@ -22,7 +22,7 @@ from moejax.dispatch.registry import DISPATCHERS
 from moejax.errors import ConfigError
 from moejax.exchange.run import EXCHANGES
 from moejax.layers.moe import MoE
-from moejax.models.stack import Shell
+from moejax.models.shell import Shell
 from moejax.sharding import rules
 from moejax.sharding.mesh import make_mesh
 

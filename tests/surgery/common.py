@@ -15,7 +15,7 @@ from moejax.config.check import validate
 from moejax.layers.feed_forward import FeedForward
 from moejax.layers.moe import MoE
 from moejax.models.make import make_model
-from moejax.models.stack import Shell
+from moejax.models.shell import Shell
 from moejax.surgery import run
 from moejax.surgery.change import Change, InMemory
 from moejax.surgery.measured import Measured
