@@ -98,14 +98,11 @@ def load(found: dict[str, Any]) -> Any:
 
 
 def coactivation(found: dict[str, Any]) -> Any:
-  """Lift of every pair, over the lift of chance."""
+  """Tokens that two experts share, over what chance gives at their loads."""
   rows = [
-    (
-      f"layer {layer['layer']}",
-      np.array(layer["coactivation"]["lift"]) / layer["coactivation"]["chance_lift"],
-    )
+    (f"layer {layer['layer']}", np.array(layer["coactivation"]["over_chance"]))
     for layer in found["layers"]
-    if "coactivation" in layer and layer["coactivation"]["chance_lift"] > 0
+    if "coactivation" in layer
   ]
   if not rows:
     return None
@@ -113,7 +110,7 @@ def coactivation(found: dict[str, Any]) -> Any:
     np.fill_diagonal(matrix, np.nan)
   return _matrices(
     _some(rows),
-    label="lift / chance",
+    label="together / by chance",
     axes=("expert", "expert"),
     cmap="RdBu_r",
     vmin=0,

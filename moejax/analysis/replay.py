@@ -82,11 +82,17 @@ def show(setting: Setting) -> str:
 
 
 def check(model: Decoder) -> None:
-  """Raises UserError for a router whose logits do not decide."""
+  """Raises UserError for a model whose logits do not decide all of a layer's routing."""
   if reason := decide.undecidable(model):
     raise UserError(
       f"--replay: {reason}. Run {program('evaluate', 'experiments.evaluate')} under each "
       "option instead."
+    )
+  if rows := model.moe.pruned_rows:
+    raise UserError(
+      f"--replay: this run's gates also depend on {rows} router rows without an expert "
+      "(moe.pruned_rows), which logits do not show. Run "
+      f"{program('evaluate', 'experiments.evaluate')} under each option instead."
     )
 
 

@@ -18,10 +18,11 @@ from moejax.analysis.measures import (
   flow,
   load,
   specialisation,
+  subsets,
 )
 from moejax.analysis.sides import DECODER, Routing
 
-FORMAT = 1
+FORMAT = 2
 """Incremented when a field of analysis.json is renamed or changes meaning."""
 
 KINDS = ("domain", "class", "place", "position")
@@ -53,6 +54,13 @@ def _selected(model: Routing) -> int:
   return model.router.selected(moe.fine_experts, moe.fine_selected)
 
 
+def _per_token(sums: Arrays, index: int, model: Routing) -> int | None:
+  """Returns K of a layer; None if a token may have any number of experts."""
+  if not model.router.token_choice:
+    return None
+  return subsets.per_token(sums["load"][index], int(sums["tokens"]))
+
+
 def summarise(
   sums: Arrays, model: Routing, words: Vocabulary, domains: list[str], pieces: list[bytes]
 ) -> dict[str, Any]:
@@ -73,7 +81,7 @@ def summarise(
   ]
   if "words" not in missing:
     for index, layer in enumerate(layers):
-      layer["words"] = _words(sums, index, words, pieces)
+      layer["words"] = _words(sums, index, model, words, pieces)
   found: dict[str, Any] = {
     "format": FORMAT,
     "tokens": tokens,
@@ -91,7 +99,10 @@ def summarise(
   if "flow" not in missing:
     found["flow"] = [
       {"from": here, "to": there}
-      | flow.flow(sums["flow"][i], sums["load"][i], sums["load"][i + 1], tokens)
+      | flow.flow(
+        *(sums["flow"][i], sums["load"][i], sums["load"][i + 1], tokens),
+        _per_token(sums, i, model),
+      )
       for i, (here, there) in enumerate(
         zip(model.moe_layers, model.moe_layers[1:], strict=False)
       )
@@ -150,7 +161,7 @@ def _layer(
     return sums[name][index]
 
   tokens, counts = int(sums["tokens"]), of("load")
-  selected = _selected(model)
+  selected, per_token = _selected(model), _per_token(sums, index, model)
   found = {
     "load": load.load(counts, of("importance"), tokens),
     "choices": choices.certainty(
@@ -167,19 +178,19 @@ def _layer(
     found["load"]["by_rank"] = load.by_rank(of("by_rank"))
     found["load"]["gate"] = (of("gate") / np.maximum(counts, 1)).tolist()
   if "coactivation" not in missing:
-    found["coactivation"] = coactivation.coactivation(of("pairs"), tokens)
+    found["coactivation"] = coactivation.coactivation(of("pairs"), tokens, per_token)
   if "domains" not in missing and len(present) > 1:
-    found["domains"] = specialisation.by_domain(of("by_domain")[:, present])
+    served = of("by_domain")[:, present]
+    found["domains"] = specialisation.by_domain(served, per_token)
   if "consistency" not in missing:
-    found["consistency"] = _consistency(sums, index, selected)
+    found["consistency"] = _consistency(sums, index, per_token)
   if "drops" not in missing:
     found["drops"] = _drops(sums, index, selected, present)
   return found
 
 
-def _consistency(sums: Arrays, index: int, selected: int) -> dict[str, Any]:
+def _consistency(sums: Arrays, index: int, per_token: int | None) -> dict[str, Any]:
   counts = sums["load"][index]
-  per_token = max(round(int(counts.sum()) / int(sums["tokens"])), 1)
   return {
     "segments": [
       consistency.best_set(
@@ -213,7 +224,7 @@ def _drops(
 
 
 def _words(
-  sums: Arrays, index: int, words: Vocabulary, pieces: list[bytes]
+  sums: Arrays, index: int, model: Routing, words: Vocabulary, pieces: list[bytes]
 ) -> dict[str, Any]:
   """Returns specialisation by input id, target and predicted id, and top words."""
   tokens, found = int(sums["tokens"]), {}
@@ -230,7 +241,7 @@ def _words(
         ]
         for row in best
       ]
-    found[name] = specialisation.by_word(served, seen)
+    found[name] = specialisation.by_word(served, seen, _per_token(sums, index, model))
   return found
 
 

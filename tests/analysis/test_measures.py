@@ -51,20 +51,27 @@ def test_certainty_and_ties_are_means_over_tokens():
 def test_coactivation_counts_all_pairs_by_hand():
   """Tokens {0,1}, {0,1}, {0,2}, {1,2}: N_01 = 2 of N_0 = 3 and N_1 = 3 in 4 tokens."""
   served = np.array([[1, 1, 0], [1, 1, 0], [1, 0, 1], [0, 1, 1]])
-  found = coactivation.coactivation(served.T @ served, tokens=4)
+  found = coactivation.coactivation(served.T @ served, 4, 2)
   assert found["conditional"][0] == [0, pytest.approx(2 / 3), pytest.approx(1 / 3)]
   assert found["lift"][0][1] == pytest.approx(2 * 4 / (3 * 3))
-  assert found["chance_lift"] == pytest.approx(1 * 3 / (2 * 2))
   assert {tuple(p["experts"]) for p in found["top_pairs"]} == {(0, 1), (0, 2), (1, 2)}
 
 
-def test_chance_lift_is_what_distinct_choices_give():
-  """All pairs of four experts equally often: every lift is the chance lift, below 1."""
+def test_all_pairs_equally_often_is_chance():
+  """Of four experts: every lift is (K-1) E / (K (E-1)), below 1, which is chance."""
   served = np.array([[i in pair for i in range(4)] for pair in _pairs(4)]) * 1
-  found = coactivation.coactivation(served.T @ served, tokens=6)
-  off = np.array(found["lift"])[~np.eye(4, dtype=bool)]
-  np.testing.assert_allclose(off, found["chance_lift"])
-  assert found["chance_lift"] == pytest.approx(2 / 3)
+  found = coactivation.coactivation(served.T @ served, 6, 2)
+  apart = ~np.eye(4, dtype=bool)
+  np.testing.assert_allclose(np.array(found["lift"])[apart], 2 / 3)
+  np.testing.assert_allclose(np.array(found["over_chance"])[apart], 1, rtol=1e-6)
+
+
+def test_an_expert_of_every_token_prefers_nobody():
+  """Expert 0 has all ten tokens, so each other shares all its tokens with it: chance."""
+  served = np.array([[1, i < 6, i >= 6] for i in range(10)]) * 1
+  found = coactivation.coactivation(served.T @ served, 10, 2)
+  np.testing.assert_allclose(found["over_chance"][0], [0, 1, 1], rtol=1e-6)
+  assert all(abs(pair["z"]) < 1e-3 for pair in found["top_pairs"])
 
 
 def _pairs(count: int) -> list[tuple[int, int]]:
@@ -92,11 +99,11 @@ def test_shuffled_tables_keep_their_sums():
 
 def test_domains_that_own_their_experts_stand_out_from_chance():
   """Each domain has its expert: information 1. One expert for all: 0, as by chance."""
-  found = specialisation.by_domain(np.array([[50, 0], [0, 50]]))
+  found = specialisation.by_domain(np.array([[50, 0], [0, 50]]), 1)
   assert found["information_fraction"] == pytest.approx(1)
   assert found["lift"] == [[2, 0], [0, 2]]
   assert found["chance"] < 0.05
-  idle = specialisation.by_domain(np.array([[30, 20], [0, 0]]))
+  idle = specialisation.by_domain(np.array([[30, 20], [0, 0]]), 1)
   assert idle["information_fraction"] == idle["chance"] == 0
 
 
@@ -107,7 +114,7 @@ def test_words_rank_by_lift_and_rare_ones_say_nothing():
   first = specialisation.top_words(served, seen, 85)[0]
   assert [(j, n) for j, _, n in first] == [(0, 40), (1, 20)]
   assert first[0][1] == pytest.approx(85 / 65)
-  found = specialisation.by_word(served, seen)
+  found = specialisation.by_word(served, seen, None)
   assert (found["words"], found["favourite"]) == (2, 0.75)
 
 

@@ -158,3 +158,12 @@ def test_a_router_without_its_own_queue_is_refused():
   )
   with pytest.raises(UserError, match="experts choose tokens"):
     replay.check(model)
+
+
+def test_gates_that_logits_do_not_decide_are_refused():
+  """Rows of pruned experts take a part of the gates, and have no logits here."""
+  model, _ = tiny.model_and_params(
+    moe__router="top_k", moe__renormalize="none", moe__pruned_rows=2
+  )
+  with pytest.raises(UserError, match="2 router rows without an expert"):
+    replay.check(model)

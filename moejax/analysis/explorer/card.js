@@ -143,13 +143,12 @@ class ExpertCard {
   }
 
   neighbours(layer, expert) {
-    const chance = this.data.facts.layers[layer].chanceLift || 1,
-      next = this.state.numbers[layer + 1];
+    const next = this.state.numbers[layer + 1];
     const kinds = [
       [
         `lift${layer}`,
         "computes the same tokens as",
-        (v) => `${shown(v / chance)}× chance`,
+        (v) => `${shown(v)}× chance`,
         false,
         null,
       ],

@@ -157,14 +157,13 @@ class Charts {
       matrix = this.data.matrices?.[kind + layer];
     if (!matrix) return null;
     const size = matrix.shape[1],
-      rows = [],
-      over = kind === "lift" ? this.data.facts.layers[layer].chanceLift || 1 : 1;
+      rows = [];
     const from = this.largest(layer),
       to = kind === "flow" ? this.largest(layer + 1) : from;
     for (const i of from)
       for (const j of to) {
         if (kind !== "flow" && i === j) continue;
-        rows.push({ expert: i, other: j, value: matrix.values[i * size + j] / over });
+        rows.push({ expert: i, other: j, value: matrix.values[i * size + j] });
       }
     if (!rows.length) return null;
     const light =

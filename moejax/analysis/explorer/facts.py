@@ -81,8 +81,6 @@ def _layer(layer: dict[str, Any], domains: list[int]) -> dict[str, Any]:
   """Returns a layer without its matrices, which `matrices` has."""
   names = ("layer", "load", "choices", "drops", "consistency", "loss_by_expert")
   known = {name: layer[name] for name in names if name in layer}
-  if "coactivation" in layer:
-    known["chanceLift"] = layer["coactivation"]["chance_lift"]
   if "words" in layer:
     own = layer["words"]
     known["words"] = {
@@ -108,7 +106,7 @@ def matrices(found: dict[str, Any]) -> pack.Columns:
   columns = {}
   for index, layer in enumerate(found["layers"]):
     if "coactivation" in layer:
-      columns[f"lift{index}"] = layer["coactivation"]["lift"]
+      columns[f"lift{index}"] = layer["coactivation"]["over_chance"]
     if "cka" in layer.get("experts", {}):
       columns[f"cka{index}"] = layer["experts"]["cka"]
   place = {layer["layer"]: index for index, layer in enumerate(found["layers"])}

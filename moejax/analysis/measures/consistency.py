@@ -10,6 +10,8 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float, Int
 
+from moejax.analysis.measures import subsets
+
 
 def best_set(
   covered: Int[np.ndarray, "E"],
@@ -17,32 +19,38 @@ def best_set(
   *,
   size: int,
   segments: int,
-  choices: int,
+  choices: int | None,
   seed: int = 0,
   draws: int = 20,
 ) -> dict[str, Any]:
   """Returns the share of assignments that a segment's s best experts cover, s = 1, 2, ...
 
-  Bounds: s/E to 1. Chance: segments of m K independent draws from the layer's loads,
-  whose best experts also cover more than s/E.
+  Bounds: s/E to 1. Chance: segments of m tokens with K distinct experts at the layer's
+  loads, whose best experts also cover more than s/E.
 
   Args:
     covered: summed over segments, for each s.
     counts: assignments of each expert.
     size: m.
     segments: their number.
-    choices: K.
+    choices: K; None if a token may have any number: then as many independent
+      assignments as a segment has on average.
     seed: of the draws.
     draws: segments drawn for chance, times 100.
   """
-  load = counts / max(counts.sum(), 1)
-  rng = np.random.default_rng(seed)
-  drawn = -np.sort(-rng.multinomial(size * choices, load, size=100 * draws), axis=1)
+  rng, drawn = np.random.default_rng(seed), 100 * draws
+  if choices is None or choices == 1:
+    per_segment = max(round(int(covered[-1]) / max(segments, 1)), 1)
+    load = counts / max(counts.sum(), 1)
+    table = rng.multinomial(per_segment, load, size=drawn)
+  else:
+    table = subsets.dealt(counts, np.full(drawn, size), choices, rng).T
+  best = np.cumsum(-np.sort(-table, axis=1), axis=1)
   return {
     "tokens": size,
     "segments": segments,
     "covered": (covered / max(int(covered[-1]), 1)).tolist(),
-    "chance": (np.cumsum(drawn, axis=1).mean(axis=0) / (size * choices)).tolist(),
+    "chance": (best / best[:, -1:]).mean(axis=0).tolist(),
   }
 
 

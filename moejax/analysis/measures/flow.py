@@ -16,28 +16,31 @@ def flow(
   here: Int[np.ndarray, "E"],
   there: Int[np.ndarray, "E"],
   tokens: int,
+  choices: int | None = 1,
 ) -> dict[str, Any]:
   """Returns how well a token's expert in one layer tells that of the next MoE layer.
 
   `conditional[i][j]` is N_ij / N_i. `information` is the mutual information of the table
   in nats, over all pairs of a token's choices: 0 to log E. Finite counts give more than
-  0 without any flow: `chance_information` is (E-1)^2 / (2 n), the mean under independence
-  for n counts (Miller 1955). With K > 1 the K^2 pairs of one token are not independent
-  and chance gives somewhat more.
+  0 without any flow: `chance_information` is (E-K)^2 / (2 N K^2), the mean where the two
+  sets of a token do not know of each other (Miller 1955 for K=1; a share of tokens p has
+  variance p (1-p) / N).
 
   Args:
     together: N_ij, tokens computed by i in this layer and by j in the next.
     here: tokens of each expert in this layer.
     there: tokens of each expert in the next.
     tokens: N, all tokens.
+    choices: K, in both layers; None if a token may have any number: then as for K=1 and
+      as many tokens as there are pairs.
   """
   count = max(int(together.sum()), 1)
-  free = (np.count_nonzero(here) - 1) * (np.count_nonzero(there) - 1)
+  free = np.prod([max(np.count_nonzero(n) - (choices or 1), 0) for n in (here, there)])
   information = tables.mutual_information(together)
   return {
     "conditional": (together / np.maximum(here, 1)[:, None]).tolist(),
     "lift": tables.lift(together, here, there, tokens).tolist(),
     "information": information,
     "information_fraction": information / max(tables.entropy(there), 1e-30),
-    "chance_information": max(free, 0) / (2 * count),
+    "chance_information": float(free) / (2 * count),
   }

@@ -1,7 +1,7 @@
 """Saturation: agreement of a checkpoint's choices with those of a later one.
 
 Letters: E experts, K choices per token.
-Source: OLMoE, arXiv:2409.02060, section 5.2: mean over tokens of |E_t(x) & E_T(x)| / K.
+Source: OLMoE, arXiv:2409.02060, section 5.1: mean over tokens of |E_t(x) & E_T(x)| / K.
 """
 
 from typing import Any

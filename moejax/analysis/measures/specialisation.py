@@ -1,7 +1,8 @@
 """Specialisation: whether experts prefer domains or words, beside what chance gives.
 
-Every measure comes with its value for shuffled assignments: the same loads and the same
-counts of words, dealt out at random. What is not clearly above it says nothing.
+Every measure comes with its value by chance: the same loads and the same counts of words,
+dealt out at random, to every token as many distinct experts as it has. What is not
+clearly above it says nothing.
 
 Letters: E experts, K choices per token, R domains, M vocabulary ids.
 """
@@ -12,28 +13,33 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float, Int
 
-from moejax.analysis.measures import tables
+from moejax.analysis.measures import subsets, tables
 
 DRAWS = 10
-"""Shuffled tables whose mean and standard deviation stand for chance."""
+"""Random tables whose mean and standard deviation stand for chance."""
 
 MIN_COUNT = 10
 """Least occurrences of an id for its share to say something (OLMoE, section 5.4)."""
 
 
 def by_domain(
-  served: Int[np.ndarray, "E R"], *, seed: int = 0, draws: int = DRAWS
+  served: Int[np.ndarray, "E R"],
+  choices: int | None,
+  *,
+  seed: int = 0,
+  draws: int = DRAWS,
 ) -> dict[str, Any]:
   """Returns each domain's shares over experts, and how much expert and domain tell.
 
   `share[d][e]` is the share of domain d's assignments that e computes; over the load of
   e it is the `lift`. `information_fraction` is I(expert; domain) / H(domain): 0 to 1.
-  (OLMoE, arXiv:2409.02060, section 5.4, compares shares with k/E; a busy expert is above
+  (OLMoE, arXiv:2409.02060, section 5.3, compares shares with k/E; a busy expert is above
   it in every domain, so here it is the expert's own load.)
 
   Args:
     served: assignments by expert and domain; domains without tokens are left out.
-    seed: of the shuffles.
+    choices: K; None if a token may have any number: then assignments are dealt out.
+    seed: of the draws.
     draws: their number.
   """
   load, domain = served.sum(axis=1), served.sum(axis=0)
@@ -42,16 +48,22 @@ def by_domain(
   def fraction(table: Int[np.ndarray, "E R"]) -> float:
     return tables.mutual_information(table) / max(tables.entropy(domain), 1e-30)
 
+  def draw(rng: np.random.Generator) -> Int[np.ndarray, "E R"]:
+    if choices is None or choices == 1:
+      return tables.shuffled(load, domain, rng)
+    return subsets.dealt(load, domain // choices, choices, rng)
+
   return {
     "share": (served / np.maximum(domain, 1)[None]).T.tolist(),
     "lift": tables.lift(served, load, domain, whole).T.tolist(),
     "information_fraction": fraction(served),
-  } | chance(served, fraction, seed, draws)
+  } | chance(draw, fraction, seed, draws)
 
 
 def by_word(
   served: Int[np.ndarray, "E M"],
   seen: Int[np.ndarray, "M"],
+  choices: int | None,
   *,
   seed: int = 0,
   draws: int = DRAWS,
@@ -59,14 +71,16 @@ def by_word(
   """Returns how much of a word's tokens its favourite expert computes.
 
   `favourite` is the mean, over ids seen at least `MIN_COUNT` times, of max_e N_te / N_t:
-  max(K/E, largest load) to 1 (OLMoE, section 5.4, for the first choice; here for all K).
+  K/E to 1 (OLMoE, section 5.4, for the first choice; here for all K).
   A maximum is above the mean load by chance alone, more so for rare words: compare it
   with `chance`.
 
   Args:
     served: assignments by expert and id.
     seen: tokens of each id.
-    seed: of the shuffles.
+    choices: K; None if a token may have any number: then each expert's tokens are dealt
+      out by themselves.
+    seed: of the draws.
     draws: their number.
   """
   often = seen >= MIN_COUNT
@@ -77,20 +91,29 @@ def by_word(
       return 0.0
     return float((table / seen[None]).max(axis=0).mean())
 
+  load = served.sum(axis=1)
+
+  def draw(rng: np.random.Generator) -> Int[np.ndarray, "E M"]:
+    if choices == 1:
+      return tables.shuffled(load, seen, rng)
+    if choices is not None:
+      return subsets.dealt(load, seen, choices, rng)
+    deal = rng.multivariate_hypergeometric
+    return np.stack([deal(seen, count, method="marginals") for count in load])
+
   found = {"words": len(seen), "favourite": favourite(served)}
-  return found | chance(served, favourite, seed, draws)
+  return found | chance(draw, favourite, seed, draws)
 
 
 def chance(
-  table: Int[np.ndarray, "E n"],
+  draw: Callable[[np.random.Generator], Int[np.ndarray, "E n"]],
   measure: Callable[[Int[np.ndarray, "E n"]], float],
   seed: int,
   draws: int,
 ) -> dict[str, float]:
-  """Returns mean and standard deviation of a measure over shuffled tables."""
+  """Returns mean and standard deviation of a measure over random tables."""
   rng = np.random.default_rng(seed)
-  rows, columns = table.sum(axis=1), table.sum(axis=0)
-  found = [measure(tables.shuffled(rows, columns, rng)) for _ in range(draws)]
+  found = [measure(draw(rng)) for _ in range(draws)]
   return {"chance": float(np.mean(found)), "chance_std": float(np.std(found))}
 
 

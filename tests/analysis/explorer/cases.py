@@ -149,7 +149,7 @@ def _layer(
     },
     "choices": {"entropy_fraction": 0.5, "margin": 0.1, "tied_fraction": 0.0},
     "loss_by_expert": [2.5] * experts,
-    "coactivation": {"lift": lift.tolist(), "chance_lift": 0.9},
+    "coactivation": {"over_chance": (lift / 0.9).tolist()},
     "words": dict.fromkeys(("input", "target", "predicted"), word)
     | {
       "top": [
