@@ -222,7 +222,7 @@ def run() -> None:
   """Runs the program."""
   cli.define_config()
   compilation_cache.define_flag()
-  cli.run(main, buckets=("workdir", "init_from"))
+  cli.run(main, buckets=("workdir", "init_from", "emergency_local_dir"))
 
 
 if __name__ == "__main__":

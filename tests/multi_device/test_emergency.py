@@ -113,7 +113,7 @@ def test_sigterm_to_one_of_two_stops_both_at_the_next_step(tmp_path):
 
 
 def test_one_process_killed_loses_at_most_the_steps_between(tmp_path):
-  """Three times, without other checkpoints; the end is the same, bit for bit."""
+  """Twice, without other checkpoints; the end is the same, bit for bit."""
   kill_loop.write_corpus(tmp_path / "corpus", random.Random(0))
   small = kill_loop.SMALL | {
     "data.path": tmp_path / "corpus",
@@ -130,7 +130,7 @@ def test_one_process_killed_loses_at_most_the_steps_between(tmp_path):
   run = trainer("run", f"--emergency_local_dir={disk}", f"--emergency_every={EVERY}")
   log = tmp_path / "run.log"
   seen = 0
-  for delay in (0.0, 0.02, 0.05):
+  for delay in (0.0, 0.05):
     run.start()
     goal = seen + 2 * EVERY
     assert run.wait_until(lambda goal=goal: max(local_steps(disk, 0), default=0) >= goal)
@@ -142,7 +142,7 @@ def test_one_process_killed_loses_at_most_the_steps_between(tmp_path):
     assert done - seen <= 2 * EVERY
   run.start()
   run.wait_until(lambda: False)
-  assert len(re.findall("Resuming", log.read_text())) == 3
+  assert len(re.findall("Resuming", log.read_text())) == 2
   calm = trainer("calm")
   calm.start()
   calm.wait_until(lambda: False)
