@@ -23,7 +23,7 @@ from moejax.cli import startup
 from moejax.config import Config
 from moejax.errors import UserError
 from moejax.launch import meeting
-from moejax.run import compilation_cache
+from moejax.run import compilation_cache, emergency_dir
 from moejax.storage import errors as storage_errors
 from moejax.storage.paths import RunPath, in_bucket, run_path
 
@@ -69,6 +69,20 @@ _HANG = flags.DEFINE_float(
 _IGNORE_MEMORY = flags.DEFINE_bool(
   "ignore_memory", False, "Start even if the run cannot fit into memory by its shapes."
 )
+_EMERGENCY_DIR = flags.DEFINE_string(
+  "emergency_local_dir",
+  "",
+  "Directory on a disk of this machine for frequent checkpoints between those of "
+  "--workdir; a restart takes the newest of both.",
+)
+_EMERGENCY_EVERY = flags.DEFINE_integer(
+  "emergency_every",
+  None,
+  "Steps between checkpoints in --emergency_local_dir; 0 writes none. Default: "
+  f"{emergency_dir.DEFAULT_EVERY}.",
+  lower_bound=0,
+  upper_bound=2**31 - 1,
+)
 _ANALYZE = flags.DEFINE_bool(
   "analyze", False, "After the last step, write DIR/analysis: what the routers do."
 )
@@ -87,6 +101,7 @@ def main() -> int:
     raise UserError(
       f"--analyze: results are not written to a bucket ({workdir}). Leave it out."
     )
+  emergency = _emergency(workdir)
 
   # ------------------------------------------------------------------------ devices
   # After the configuration, so that a mistake there does not cost the import of jax.
@@ -96,8 +111,31 @@ def main() -> int:
   place = (_ADDRESS.value, _COUNT.value, _INDEX.value)
   facts = provenance.facts(config)
   facts |= {"--workdir": str(workdir), "--init_from": _INIT_FROM.value}
+  if emergency is not None:  # Each machine may have a directory of its own.
+    facts["--emergency_every"] = emergency.every
   with distributed.joined(*place, facts=facts, timeout=_JOIN.value):
-    return train(config, workdir)
+    return train(config, workdir, emergency)
+
+
+def _emergency(workdir: RunPath) -> emergency_dir.Wish | None:
+  """Returns what the flags say of emergency checkpoints.
+
+  Raises:
+    UserError: the directory cannot be used, or is missing.
+  """
+  directory, every = _EMERGENCY_DIR.value, _EMERGENCY_EVERY.value
+  if not directory:
+    if every:
+      raise UserError(
+        f"--emergency_every={every} needs --emergency_local_dir=DIR, on a disk of this "
+        "machine. Give both or none."
+      )
+    return None
+  if every == 0:
+    return None
+  emergency_dir.check(directory, workdir)
+  every = every or emergency_dir.DEFAULT_EVERY
+  return emergency_dir.Wish(directory=directory, every=every)
 
 
 def _announce() -> None:
@@ -111,7 +149,9 @@ def _announce() -> None:
   )
 
 
-def train(config: Config, workdir: RunPath) -> int:
+def train(
+  config: Config, workdir: RunPath, emergency: emergency_dir.Wish | None = None
+) -> int:
   import jax
 
   from moejax.launch import hang, host_memory
@@ -135,6 +175,7 @@ def train(config: Config, workdir: RunPath) -> int:
         init_from=_INIT_FROM.value,
         ignore_memory=_IGNORE_MEMORY.value,
         config_flags=cli.config_flags(),
+        emergency=emergency,
       )
       if _ANALYZE.value and not result["exit_code"]:
         _analyze(config, workdir, result)
@@ -181,7 +222,7 @@ def run() -> None:
   """Runs the program."""
   cli.define_config()
   compilation_cache.define_flag()
-  cli.run(main, buckets=("workdir", "init_from"))
+  cli.run(main, buckets=("workdir", "init_from", "emergency_local_dir"))
 
 
 if __name__ == "__main__":

@@ -4,9 +4,18 @@ import os
 import signal
 import threading
 from types import FrameType
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
+
+
+@runtime_checkable
+class Notice(Protocol):
+  """What all processes of a job hear of a SIGTERM to one; see `launch.preemption`."""
+
+  def reached(self) -> bool:
+    """Returns whether all of them are to stop at this step."""
+    ...
 
 
 class StopRequest:
@@ -16,11 +25,13 @@ class StopRequest:
   handled, the flag stays unset.
   """
 
-  def __init__(self, when: str = "after this step") -> None:
+  def __init__(self, when: str = "after this step", notice: Notice | None = None) -> None:
     """Args:
     when: when the run stops, for the message.
+    notice: what listens for SIGTERM in place of this.
     """
     self._when = when
+    self.notice = notice
     self.signal: int | None = None
     self._before: dict[int, Any] = {}
 
@@ -32,7 +43,11 @@ class StopRequest:
   def __enter__(self) -> "StopRequest":
     if threading.current_thread() is threading.main_thread():
       for number in SIGNALS:
-        self._before[number] = signal.signal(number, self._handle)
+        if number == signal.SIGTERM and self.notice is not None:
+          # Restoring it removes the service's handler, of which Python does not know.
+          self._before[number] = signal.getsignal(number)
+        else:
+          self._before[number] = signal.signal(number, self._handle)
     return self
 
   def __exit__(self, *_: object) -> None:

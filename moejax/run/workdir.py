@@ -13,6 +13,7 @@ be started again with other flags.
 
 import dataclasses
 import fnmatch
+import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -30,6 +31,8 @@ from moejax.storage.paths import RunPath, in_bucket, resolved, run_path
 RUN_FILE = "run.json"
 RECORDS = "surgery"
 """In run.json: the operations on experts up to this run, the oldest first."""
+EMERGENCY = "emergency_id"
+"""In run.json: what the run's emergency checkpoints have as their `run`."""
 METRICS_FILE = "metrics.jsonl"
 
 OURS = (
@@ -78,6 +81,8 @@ logs, how often it evaluates and saves, when it gives up. None of them affects t
 arithmetic of a step, except that another mesh, exchange or dispatcher may sum in another
 order. With moe.exchange_buffer, these also decide which assignments are lost, and may not
 change. train.num_steps may grow."""
+
+_ID = re.compile("[0-9a-f]{16}")
 
 _BUFFERED = ("moe.exchange", "moe.exchange_chunks", "moe.dispatcher", "mesh.*")
 """The fields of MAY_CHANGE that may not change with moe.exchange_buffer."""
@@ -201,6 +206,19 @@ def read_config(workdir: RunPath | str) -> Config:
     ) from e
 
 
+def emergency_id(workdir: RunPath | str) -> str | None:
+  """Returns the id of the run's emergency checkpoints; None before the first."""
+  found = _begun_with(run_path(workdir)).get(EMERGENCY)
+  return found if isinstance(found, str) and _ID.fullmatch(found) else None
+
+
+def note_emergency(workdir: RunPath | str, found: str) -> None:
+  """Stores the id of the run's emergency checkpoints. From then on it has begun."""
+  path = run_path(workdir)
+  if emergency_id(path) != found:
+    files.write_json(path / RUN_FILE, _begun_with(path) | {EMERGENCY: found})
+
+
 def refused_changes(old: Config, new: Config) -> list[tuple[str, Any, Any]]:
   """Returns the differences that make it another run: (dotted field, old, new)."""
   refused = []
@@ -224,7 +242,7 @@ def _examine(
     _refuse_foreign(path)
     return New(path=path)
   steps = list_steps(path / DIRECTORY)
-  begun = bool(steps) or _has_metrics(path / METRICS_FILE)
+  begun = bool(steps) or _has_metrics(path / METRICS_FILE) or bool(emergency_id(path))
   if not begun:
     # Refused or killed before its first step. Its files bind no later run, and a
     # tokenizer next to a config.json would be taken for a run's.

@@ -12,6 +12,7 @@ depend on the end of the run (cosine, linear, constant_decay) then follow those 
 longer run: the learning rate jumps back up. With inverse_sqrt it does not.
 """
 
+import signal
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -22,8 +23,10 @@ from moejax.config import Config
 from moejax.config.spans import target_length
 from moejax.data.packing import Batch
 from moejax.evaluate import groups
+from moejax.launch import preemption
 from moejax.models.loss import to_devices
 from moejax.run import workdir as workdir_lib
+from moejax.run.emergency_dir import Wish
 from moejax.run.progress import Reporter, first_call, make_reporter, watched
 from moejax.run.signals import StopRequest
 from moejax.sharding import rules
@@ -45,6 +48,7 @@ def train(
   stream: Any = None,
   ignore_memory: bool = False,
   config_flags: str = "",
+  emergency: Wish | None = None,
 ) -> dict[str, Any]:
   """Starts or resumes the training run in a directory.
 
@@ -56,6 +60,7 @@ def train(
     stream: where progress is printed; None is standard output.
     ignore_memory: start even if the run cannot fit into memory; see `cost.memory`.
     config_flags: flags that give another program this config, for a warning.
+    emergency: checkpoints on this machine's own disk, between those of `workdir`.
 
   Returns:
     `step` (steps done), `status` (done, already_done or stopped) and `exit_code`
@@ -70,7 +75,9 @@ def train(
   reporter = make_reporter(config.train.num_steps, process_index=index, stream=stream)
   try:
     with storage_errors.explained(workdir):
-      run = setup_lib.set_up(config, workdir, init_from, devices, reporter, ignore_memory)
+      run = setup_lib.set_up(
+        *(config, workdir, init_from, devices, reporter, ignore_memory, emergency)
+      )
       return _train(run, reporter, config_flags)
   finally:
     reporter.close()
@@ -79,9 +86,12 @@ def train(
 
 def _train(run: Run, reporter: Reporter, config_flags: str) -> dict[str, Any]:
   config, workdir = run.config, run.workdir
-  stop = StopRequest(_leaving_time(config))
+  notice = preemption.notice()
+  stop = StopRequest(_leaving_time(config), notice)
   try:
     if run.start_step >= config.train.num_steps:
+      if run.emergency is not None:
+        run.emergency.clear()
       return finish.already_done(run, reporter)
     if run.model.moe_layers and not run.model.router.causal:
       reporter.message(
@@ -94,7 +104,9 @@ def _train(run: Run, reporter: Reporter, config_flags: str) -> dict[str, Any]:
       step = fit(run, reporter, stop, config_flags)
     run.checkpointer.wait()
     # Again, for a signal since the last step's check. From here on it ends the process.
-    if not _any_asked(stop):
+    if not (_noticed(stop) or _any_asked(stop)):
+      if run.emergency is not None and run.checkpointer.latest() == step:
+        run.emergency.clear()
       return finish.finish(run, reporter)
     saved = run.checkpointer.latest()
     reporter.message(
@@ -103,6 +115,8 @@ def _train(run: Run, reporter: Reporter, config_flags: str) -> dict[str, Any]:
     )
     return {"step": step, "status": "stopped", "exit_code": stop.exit_code}
   finally:
+    if run.emergency is not None:
+      run.emergency.wait()
     run.checkpointer.close()
 
 
@@ -142,13 +156,17 @@ def fit(run: Run, reporter: Reporter, stop: StopRequest, config_flags: str = "")
       # A run told to stop may have only seconds: it saves but does not evaluate.
       evaluates = not stopping and (step == end or _every(step, config.eval_every))
       saves = _every(step, config.checkpoint_every) or leaving
-      if not (evaluates or saves):
+      locally = _saves_locally(run, step, stopping=stopping)
+      if not (evaluates or saves or locally):
         continue
       log.settle(keep=evaluates)
       loss = log.evaluation(step, evaluate()) if evaluates else None
-      if saves:
+      if saves or locally:
         log.flush()
-        _save(run, step, loss)
+      if locally and run.emergency is not None:
+        run.emergency.save(step, run.state, _position(run, step))
+      if saves:
+        run.checkpointer.save(step, run.state, position=_position(run, step), metric=loss)
       if leaving:
         break
       log.resume()
@@ -196,9 +214,19 @@ def make_evaluate(run: Run, reporter: Reporter):
   return evaluate
 
 
-def _save(run: Run, step: int, loss: float | None) -> None:
-  position = {"step": step, "seed": run.config.train.seed}
-  run.checkpointer.save(step, run.state, position=position, metric=loss)
+def _position(run: Run, step: int) -> dict[str, Any]:
+  return {"step": step, "seed": run.config.train.seed}
+
+
+def _saves_locally(run: Run, step: int, *, stopping: bool) -> bool:
+  """Returns whether the disk of this machine gets a checkpoint of this step.
+
+  A run told to stop writes one too: a bucket may take longer than there is time. The
+  last step belongs in the run's directory, so that whoever has only that finds it.
+  """
+  if run.emergency is None or step == run.config.train.num_steps:
+    return False
+  return stopping or run.emergency.due(step)
 
 
 def _every(step: int, interval: int) -> bool:
@@ -217,12 +245,22 @@ def _leaving_time(config: Config) -> str:
 def _agreed(stop: StopRequest, step: int, interval: int, *, is_last: bool) -> bool:
   """Returns whether any process was asked to stop; all must stop at the same step.
 
-  The check synchronises the processes, so with several of them it is done only every
-  `interval` steps and after the last step.
+  Without a notice, the check synchronises the processes, so with several of them it is
+  done only every `interval` steps and after the last step.
   """
+  if _noticed(stop):
+    return True
   if jax.process_count() > 1 and not (is_last or _every(step, interval)):
     return False
   return _any_asked(stop)
+
+
+def _noticed(stop: StopRequest) -> bool:
+  """Returns whether jax's service says that all processes are to stop at this step."""
+  if stop.notice is None or not stop.notice.reached():
+    return False
+  stop.signal = stop.signal or signal.SIGTERM
+  return True
 
 
 def _any_asked(stop: StopRequest) -> bool:

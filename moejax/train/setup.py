@@ -18,6 +18,7 @@ from jaxtyping import Float
 from moejax import data
 from moejax.checkpoint import init_from as init_from_lib
 from moejax.checkpoint import manager as checkpoint
+from moejax.checkpoint.emergency import EmergencyCheckpoints
 from moejax.config import Config
 from moejax.config import devices as config_devices
 from moejax.config.spans import target_length
@@ -30,10 +31,12 @@ from moejax.models.frozen_count import count_frozen
 from moejax.models.make import make_model
 from moejax.models.placement import check_rows
 from moejax.run import workdir as workdir_lib
+from moejax.run.emergency_dir import Wish
 from moejax.run.files import DIRECTORY, list_steps
 from moejax.run.progress import Reporter, Silent
 from moejax.sharding.mesh import make_mesh
 from moejax.storage.paths import RunPath
+from moejax.train import restore
 from moejax.train import state as state_lib
 from moejax.train.optimizer import Optimizer, make_optimizer
 from moejax.train.state import State
@@ -57,6 +60,7 @@ class Run:
   resumed: bool
   flops_per_token: float
   """Model FLOPs of training one token, forward and backward."""
+  emergency: EmergencyCheckpoints | None = None
 
 
 def set_up(
@@ -66,6 +70,7 @@ def set_up(
   devices: Sequence[Any] | None = None,
   reporter: Reporter | None = None,
   ignore_memory: bool = False,
+  emergency: Wish | None = None,
 ) -> Run:
   """Builds or restores a run.
 
@@ -77,6 +82,7 @@ def set_up(
     devices: jax devices; None is all.
     reporter: reports what is being set up.
     ignore_memory: start even if the run cannot fit into memory.
+    emergency: checkpoints on this machine's own disk, between those of `workdir`.
 
   Raises:
     ConfigError, UserError: any error the user can fix; nothing is half-written.
@@ -111,13 +117,23 @@ def set_up(
   model, optimizer = _build(config, dataset)
   checkpointer = _open_checkpoints(config, workdir, dataset, model)
   try:
+    local = _open_emergency(emergency, config, workdir, dataset)
     found = checkpointer.latest()
     what = "making the parameters" if found is None else f"restoring checkpoint {found}"
     with reporter.working(what):
-      state, start = _state(config, model, optimizer, mesh, checkpointer, init_from)
+      restored = None
+      if found is not None or local is not None:
+        shapes = state_lib.state_shapes(model, optimizer, mesh)
+        restored = restore.newest(checkpointer, local, shapes, config.moe)
+      state = restored or _new_state(
+        config, model, optimizer, mesh, checkpointer, init_from
+      )
   except BaseException:
     checkpointer.close()
     raise
+  start = int(state["step"])
+  if local is not None and start > (found or 0):
+    reporter.message(f"Step {start} comes from {local.directory}.")
   return Run(
     config=config,
     workdir=workdir,
@@ -130,6 +146,7 @@ def set_up(
     state=state,
     start_step=start,
     resumed=start > 0,
+    emergency=local,
     flops_per_token=flops.flops_per_token(config, model.vocab_size)["total"],
   )
 
@@ -198,6 +215,19 @@ def _open_checkpoints(
   )
 
 
+def _open_emergency(
+  wish: Wish | None, config: Config, workdir: RunPath, dataset: Dataset
+) -> EmergencyCheckpoints | None:
+  if wish is None:
+    return None
+  return EmergencyCheckpoints(
+    wish,
+    workdir=workdir,
+    config=config,
+    metadata={"dataset_fingerprint": dataset.fingerprint},
+  )
+
+
 def describe(config: Config, mesh: Mesh, frozen: int = 0) -> str:
   """Describes a run's devices, model and batch in one line."""
   vocab_size = parameters.resolve_vocab_size(config)
@@ -217,20 +247,14 @@ def describe(config: Config, mesh: Mesh, frozen: int = 0) -> str:
   )
 
 
-def _state(
+def _new_state(
   config: Config,
   model: Decoder,
   optimizer: Optimizer,
   mesh: Mesh,
   checkpointer: checkpoint.Checkpointer,
   init_from: str,
-) -> tuple[State, int]:
-  if checkpointer.latest() is not None:
-    target = state_lib.state_shapes(model, optimizer, mesh)
-    state, _ = checkpointer.restore(target)
-    if problem := checkpoint.damaged_table(state["params"], config.moe):
-      raise UserError(f"{checkpointer.directory}: {problem}, in another --workdir.")
-    return state, int(state["step"])
+) -> State:
   params = None
   if init_from:
     # Before creating the state: a wrong directory should not cost a compilation.
@@ -245,4 +269,4 @@ def _state(
     state = state_lib.replace_params(state, optimizer, params)
     # So that resuming needs neither the other directory nor the flag.
     checkpointer.save(0, state, position={"step": 0, "seed": config.train.seed})
-  return state, 0
+  return state

@@ -26,7 +26,9 @@ _WARM_UP = 2
 """Steps of this process before a trace: the first one compiles."""
 
 
-def window(config: TrainConfig, start: int) -> tuple[int, int] | None:
+def window(
+  config: TrainConfig, start: int, emergency_every: int = 0
+) -> tuple[int, int] | None:
   """Returns (steps done when the trace begins, when it ends); None if none fits.
 
   The last steps of the run with no evaluation or checkpoint between them. The last step
@@ -35,9 +37,11 @@ def window(config: TrainConfig, start: int) -> tuple[int, int] | None:
   Args:
     config: of the run.
     start: steps done before this process began.
+    emergency_every: steps between emergency checkpoints; 0 is none.
   """
   length = config.trace_steps
-  pauses = [every for every in (config.eval_every, config.checkpoint_every) if every]
+  intervals = (config.eval_every, config.checkpoint_every, emergency_every)
+  pauses = [every for every in intervals if every]
   if not length or any(every < length for every in pauses):
     return None
   for first in range(config.num_steps - 1 - length, start + _WARM_UP - 1, -1):
@@ -54,7 +58,8 @@ class StepTrace:
     """Args: train_step: from `step.make_train_step`: the jitted function itself."""
     config = run.config.train
     writes = config.report and jax.process_index() == 0
-    self._window = window(config, run.start_step) if writes else None
+    local = 0 if run.emergency is None else run.emergency.every
+    self._window = window(config, run.start_step, local) if writes else None
     self._run, self._train_step, self._reporter = run, train_step, reporter
     # Set while our trace runs; not while another's does, which is not ours to stop.
     self._directory: tempfile.TemporaryDirectory[str] | None = None

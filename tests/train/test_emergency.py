@@ -1,0 +1,91 @@
+"""A run with emergency checkpoints goes on from the newest of both places."""
+
+import jax
+import numpy as np
+import pytest
+
+from moejax.run import writers
+from moejax.run.emergency_dir import Wish
+from moejax.train import finish, loop
+from tests.train.conftest import tiny_config
+
+
+class Killed(BaseException):
+  """As by a signal that nothing answers."""
+
+
+@pytest.fixture
+def config(cache_dir, compilation_cache):
+  config = tiny_config(num_steps=6)
+  config.data.cache_dir = cache_dir
+  return config
+
+
+@pytest.fixture
+def states(monkeypatch):
+  """The state of each run that ends, in place of its evaluation and sample."""
+  ended = []
+
+  def end(run, reporter):
+    ended.append(jax.device_get({k: run.state[k] for k in ("params", "opt_state")}))
+    return {"status": "done", "exit_code": 0, "start": run.start_step}
+
+  monkeypatch.setattr(finish, "finish", end)
+  return ended
+
+
+def train(config, workdir, local=None, every=2):
+  wish = None if local is None else Wish(directory=str(local), every=every)
+  return loop.train(config, workdir, devices=jax.devices()[:1], emergency=wish)
+
+
+def kill_at(monkeypatch, step: int) -> None:
+  """Ends a run after a step, before anything of that step is saved."""
+  agreed = loop._agreed
+
+  def check(stop, number, *arguments, **named):
+    if number == step:
+      raise Killed
+    return agreed(stop, number, *arguments, **named)
+
+  monkeypatch.setattr(loop, "_agreed", check)
+
+
+def test_a_killed_run_goes_on_from_this_machine_s_disk(
+  config, states, tmp_path, monkeypatch
+):
+  """Killed at step 5 of 6, with no checkpoint but the local ones of steps 2 and 4.
+
+  It goes on from 4, ends bit for bit like the run that was not killed, has each step
+  once in its log, and leaves nothing on the disk. Nothing was logged before the kill:
+  the local checkpoint alone makes it the same run.
+  """
+  config.train.log_every = 6
+  train(config, tmp_path / "whole")
+  with monkeypatch.context() as patch:
+    kill_at(patch, 5)
+    with pytest.raises(Killed):
+      train(config, tmp_path / "killed", tmp_path / "local")
+  assert len(list((tmp_path / "local").glob("killed-*/process_0/[24]"))) == 2
+  result = train(config, tmp_path / "killed", tmp_path / "local")
+  assert result["start"] == 4
+  jax.tree.map(np.testing.assert_array_equal, states[0], states[1])
+  whole, killed = (
+    writers.read(tmp_path / name / writers.METRICS_FILE) for name in ("whole", "killed")
+  )
+  assert [line["step"] for line in killed] == [line["step"] for line in whole] == [6]
+  assert killed[0]["loss"] == whole[0]["loss"]
+  assert list((tmp_path / "local").iterdir()) == []
+
+
+def test_the_newer_of_both_places_wins(config, states, tmp_path, monkeypatch, caplog):
+  """The run's own of step 3 against local ones of steps 2 and 4: one of them damaged."""
+  config.train.checkpoint_every = 3
+  with monkeypatch.context() as patch:
+    kill_at(patch, 5)
+    with pytest.raises(Killed):
+      train(config, tmp_path / "run", tmp_path / "local")
+  [newest] = (tmp_path / "local").glob("run-*/process_0/4")
+  (newest / "meta" / "metadata").write_text("{}")
+  assert train(config, tmp_path / "run", tmp_path / "local")["start"] == 3
+  assert sum("is passed over" in r.getMessage() for r in caplog.records) == 1
