@@ -128,6 +128,7 @@ def test_what_the_service_refuses_is_one_line(folder, faults, code, words):
   [
     (401, "no valid credentials"),
     (403, "may not use the bucket bucket"),
+    (507, "is full"),
     (429, "refuses more requests"),
     (503, "does not answer"),
   ],
