@@ -1,7 +1,7 @@
 """A campaign of kills and faults: whatever happens to a run, it ends with the same bits.
 
-  python -m tools.campaign [--faults=30] [--seed=0] [--where=disk,bucket,processes]
-    [--workdir=DIR] [--nosmall] [--config.SECTION.FIELD=VALUE ...]
+  python -m tools.campaign [--faults=30] [--minutes=M] [--seed=0] [--workdir=DIR]
+    [--where=disk,bucket,processes] [--nosmall] [--config.SECTION.FIELD=VALUE ...]
 
 Trains once undisturbed, by one process and, if asked for, by two. Then runs of the same
 config are disturbed, in turn on a disk, in an emulated bucket and by two processes, and
@@ -40,7 +40,12 @@ from tools.campaign_jobs import Bucket, Cloud, Job, Processes
 _PER_RUN = 8
 """Faults after which a run may go to its end; then the next place has its turn."""
 
-_QUIET = ("train.sample=false", "train.report=false", "train.trace_steps=0")
+_QUIET = (
+  "train.sample=false",
+  "train.report=false",
+  "train.trace_steps=0",
+  "train.final_eval_tokens=128",
+)
 """Parts of a run's end that take seconds and decide nothing here."""
 
 _TWO = "--config.mesh.expert=2"
@@ -60,15 +65,25 @@ class Tally:
 class Campaign:
   """Inflicts faults, and counts them."""
 
-  def __init__(self, rng: random.Random):
+  def __init__(self, rng: random.Random, faults: int, minutes: float):
+    """Args:
+    rng: of kinds and moments.
+    faults: to be inflicted in all.
+    minutes: after which no further one is.
+    """
     self._rng = rng
+    self._faults = faults
+    self._deadline = time.monotonic() + 60 * minutes
     self.done = 0
     self.tallies: dict[tuple[str, str], Tally] = {}
     """By place and the fault's name."""
     self._decks: dict[str, list[Fault]] = {}
     self._start_up: dict[str, float] = {}
 
-  def disturb(self, job: Job, faults: int) -> None:
+  def over(self) -> bool:
+    return self.done >= self._faults or time.monotonic() > self._deadline
+
+  def disturb(self, job: Job, faults: int = _PER_RUN) -> None:
     """Trains a run to its end, with up to so many faults on the way.
 
     Raises:
@@ -79,7 +94,7 @@ class Campaign:
     end = self.done + faults
     job.start()
     while True:
-      fault = self._draw(job) if self.done < end else None
+      fault = self._draw(job) if self.done < end and not self.over() else None
       arrived = self._arrive(job, fault, last)
       if arrived and fault is not None:
         # A run that the fault before ends, may still have to end.
@@ -163,14 +178,13 @@ def _answer(log: str) -> str:
   return lines[-1] if lines else ""
 
 
-def prove(root: pathlib.Path, faults: int, places: list[str], seed: int) -> list[str]:
+def prove(root: pathlib.Path, campaign: Campaign, places: list[str]) -> list[str]:
   """Runs a campaign; prints its course, and returns what is wrong.
 
   Args:
     root: an empty directory.
-    faults: to be inflicted.
+    campaign: not begun.
     places: where, in turn.
-    seed: of kinds and moments.
   """
   arguments = kill_loop.train_arguments(root)
   arguments += [f"--config.{field}" for field in _QUIET]
@@ -194,14 +208,13 @@ def prove(root: pathlib.Path, faults: int, places: list[str], seed: int) -> list
         else Job(root, name, arguments)
       )
 
-    campaign = Campaign(random.Random(seed))
     problems: list[str] = []
     for number, place in _turns(places):
-      if campaign.done >= faults:
+      if campaign.over():
         break
       job = make(place, f"{place}_{number}")
       stack.callback(job.close)
-      campaign.disturb(job, min(_PER_RUN, faults - campaign.done))
+      campaign.disturb(job)
       problems += _judge(calm["processes" if place == "processes" else "disk"], job)
     print(campaign.table())
     return problems
@@ -247,15 +260,17 @@ def main() -> int:
   if root.is_dir() and any(root.iterdir()):
     raise UserError(f"--workdir={root} is not empty. Choose a new directory.")
   root.mkdir(parents=True, exist_ok=True)
+  rng = random.Random(values["seed"])
+  campaign = Campaign(rng, values["faults"], values["minutes"])
   try:
-    problems = prove(root, values["faults"], places, values["seed"])
+    problems = prove(root, campaign, places)
   finally:
     if not given:
       shutil.rmtree(root, ignore_errors=True)
   for problem in problems:
     print(f"DIFFERENT: {problem}")
   if not problems:
-    print(f"identical after {values['faults']} faults")
+    print(f"identical after {campaign.done} faults")
   return 1 if problems else 0
 
 
@@ -263,6 +278,9 @@ def define_flags() -> None:
   cli.define_config()
   flags.DEFINE_integer(
     "faults", 30, "How many to inflict.", lower_bound=1, upper_bound=100_000
+  )
+  flags.DEFINE_float(
+    "minutes", 1e6, "After which no further fault is inflicted.", lower_bound=0
   )
   flags.DEFINE_integer("seed", 0, "Of the moments.", lower_bound=0, upper_bound=2**31 - 1)
   flags.DEFINE_list("where", list(FAULTS), "Places: disk, bucket, processes.")

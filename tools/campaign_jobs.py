@@ -22,7 +22,7 @@ from moejax.run.files import DIRECTORY
 from tests.buckets import emulator, proxy
 
 _POLL_SECONDS = 0.002
-_END_SECONDS = 180.0
+_END_SECONDS = 600.0
 """A run that has been told to end, or lost a process, has this long."""
 
 _SHIFTED_CLOCK = '''"""Shifts this process's wall clock by the seconds in a file."""
@@ -73,9 +73,10 @@ class Job:
     shifted.mkdir(exist_ok=True)
     (shifted / "sitecustomize.py").write_text(_SHIFTED_CLOCK)
     path = [str(shifted), os.getcwd(), os.environ.get("PYTHONPATH", "")]
+    cache = os.environ.get("JAX_COMPILATION_CACHE_DIR", str(root / "jax"))
     self._environment = {
       # The same compiled code for every start: faster, and one variable less.
-      "JAX_COMPILATION_CACHE_DIR": str(root / "jax"),
+      "JAX_COMPILATION_CACHE_DIR": cache,
       "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
       "PYTHONPATH": os.pathsep.join(filter(None, path)),
       "CAMPAIGN_CLOCK": str(self.clock),
@@ -129,7 +130,7 @@ class Job:
         ) from None
     return [process.returncode for process in self.processes]
 
-  def wait_until(self, condition: Callable[[], bool], seconds: float = 300.0) -> bool:
+  def wait_until(self, condition: Callable[[], bool], seconds: float = 900.0) -> bool:
     """Whether the condition came true before a process of the run ended.
 
     Raises:

@@ -13,6 +13,9 @@ from moejax.storage.paths import RunPath, in_bucket
 _COMPRESSED = 0.8
 """Orbax compresses what it writes, random numbers least: never refuse what may fit."""
 
+_OVERHEAD = 150_000
+"""Bytes of a checkpoint beside its arrays: our metadata and Orbax's."""
+
 
 def foresee(
   config: Config, workdir: RunPath, state_bytes: int, begun: Collection[int] = ()
@@ -28,6 +31,7 @@ def foresee(
   Raises:
     UserError: it will not fit on the disk.
   """
+  state_bytes += _OVERHEAD
   copies = num_copies(config, len(begun))
   logs = log_lines.num_bytes(config)
   need = copies * state_bytes + logs

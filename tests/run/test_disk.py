@@ -114,12 +114,12 @@ def test_a_run_that_will_not_fit_is_refused(tmp_path, monkeypatch):
   config = Config()
   config.train.num_steps, config.train.log_every = 1000, 100
   config.train.keep_last, config.train.keep_best = 2, 1
-  with pytest.raises(UserError, match="4 checkpoints of 1.0 MB.*keep_last=2") as error:
+  with pytest.raises(UserError, match="4 checkpoints of 1.1 MB.*keep_last=2") as error:
     disk.foresee(config, tmp_path, 1_000_000)
   assert "\n" not in str(error.value) and "2.0 MB are free" in str(error.value)
   (tmp_path / "held").write_bytes(b"x" * 3_000_000)
   text = disk.foresee(config, tmp_path, 1_000_000)
-  assert "4 checkpoints of 1.0 MB" in text and "2.0 MB are free" in text
+  assert "4 checkpoints of 1.1 MB" in text and "2.0 MB are free" in text
 
 
 def test_a_file_system_that_does_not_tell_refuses_nothing(tmp_path, monkeypatch):

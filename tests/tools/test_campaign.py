@@ -21,7 +21,7 @@ ROOT = pathlib.Path(__file__).parents[2]
 def test_each_kind_of_fault_comes_once_before_any_comes_again(place):
   """Those of the start-up only where nothing was done to the run since it started."""
   drawn = collections.Counter()
-  course = campaign.Campaign(random.Random(0))
+  course = campaign.Campaign(random.Random(0), 100, 60.0)
   job: Any = types.SimpleNamespace(place=place, fresh=True)
   kinds = campaign_faults.FAULTS[place]
   for _ in kinds:
@@ -66,7 +66,7 @@ class Scripted(campaign_jobs.Job):
 def test_an_exit_code_that_no_fault_explains_is_an_error(tmp_path):
   """With the end of the log."""
   job = Scripted(tmp_path, "print('the reason'); raise SystemExit(7)")
-  course = campaign.Campaign(random.Random(0))
+  course = campaign.Campaign(random.Random(0), 100, 60.0)
   with pytest.raises(UserError, match=r"(?s)exit codes \[7\].*the reason"):
     course.disturb(job, 1)
   assert course.done == 0
