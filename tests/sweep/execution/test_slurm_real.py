@@ -202,11 +202,17 @@ def test_a_preempted_run_is_requeued_and_ends_as_if_undisturbed(sweeps, calm, ho
 
 
 def is_told_to_stop(pid: int) -> bool:
-  """Whether SIGTERM waits for a process, which sleeps."""
-  status = pathlib.Path(f"/proc/{pid}/status").read_text()
+  """Whether SIGTERM waits for a process that sleeps, or woke it.
+
+  With a signal of `#SBATCH --signal`, Slurm also sends SIGCONT.
+  """
+  try:
+    status = pathlib.Path(f"/proc/{pid}/status").read_text()
+  except FileNotFoundError:
+    return True
   (mask,) = re.findall(r"^ShdPnd:\s*(\w+)", status, re.MULTILINE)
-  pending = int(mask, 16)
-  return bool(pending >> (signal.SIGTERM - 1) & 1)
+  (state,) = re.findall(r"^State:\s*(\w)", status, re.MULTILINE)
+  return state != "T" or bool(int(mask, 16) >> (signal.SIGTERM - 1) & 1)
 
 
 def test_a_run_longer_than_the_time_limit_goes_on_in_another_job(sweeps, calm):
@@ -220,8 +226,10 @@ def test_a_run_longer_than_the_time_limit_goes_on_in_another_job(sweeps, calm):
     until(lambda: has_logged(workdir, 60))
     pid = attempts(only_run(workdir))[-1]["pid"]
     os.kill(pid, signal.SIGSTOP)
+    time.sleep(1.0)  # It takes effect a moment later.
     until(lambda: is_told_to_stop(pid))
-    os.kill(pid, signal.SIGCONT)
+    with contextlib.suppress(ProcessLookupError):
+      os.kill(pid, signal.SIGCONT)
     _, err = process.communicate(timeout=SECONDS)
   assert process.returncode == 0, err
   run = only_run(workdir)
