@@ -22,7 +22,7 @@ from moejax.run.files import DIRECTORY
 from tests.buckets import emulator, proxy
 
 _POLL_SECONDS = 0.002
-_END_SECONDS = 600.0
+_END_SECONDS = 1800.0
 """A run that has been told to end, or lost a process, has this long."""
 
 _SHIFTED_CLOCK = '''"""Shifts this process's wall clock by the seconds in a file."""
@@ -130,7 +130,7 @@ class Job:
         ) from None
     return [process.returncode for process in self.processes]
 
-  def wait_until(self, condition: Callable[[], bool], seconds: float = 900.0) -> bool:
+  def wait_until(self, condition: Callable[[], bool], seconds: float = 1800.0) -> bool:
     """Whether the condition came true before a process of the run ended.
 
     Raises:

@@ -25,6 +25,7 @@ from moejax.config import text as config_text
 from moejax.errors import ConfigError, UserError, program
 from moejax.run import claim, provenance
 from moejax.run.files import CONFIG_FILE, DIRECTORY, list_steps
+from moejax.storage import errors as storage_errors
 from moejax.storage import parts
 from moejax.storage.paths import RunPath, in_bucket, resolved, run_path
 
@@ -184,13 +185,22 @@ def release(workdir: RunPath | str) -> None:
 def check_there(workdir: RunPath | str) -> None:
   """Refuses to go on in a directory that was removed while its run was training.
 
-  Only process 0, which holds the lock, looks.
+  Only process 0, which holds the lock, looks. A bucket that does not answer now decides
+  nothing.
 
   Raises:
     UserError: it was removed.
   """
   path = run_path(workdir)
-  if claim.is_held(path) and not (path / CONFIG_FILE).exists():
+  if not claim.is_held(path):
+    return
+  try:
+    there = (path / CONFIG_FILE).exists()
+  except Exception as error:
+    if not (in_bucket(path) and storage_errors.is_theirs(error)):
+      raise
+    return
+  if not there:
     raise _removed(path)
 
 

@@ -10,11 +10,13 @@ In a bucket, metrics.jsonl is a folder of parts (`storage.parts`), and TensorBoa
 are made on this machine and copied with each checkpoint.
 """
 
+import contextlib
 import json
 import math
 import os
 import pathlib
 import tempfile
+from collections.abc import Iterator
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
@@ -125,10 +127,20 @@ class BucketJsonlWriter:
     self._file.append(_line(step, values))
 
   def flush(self) -> None:
-    self._file.flush()
+    with _kept():
+      self._file.flush()
 
   def close(self) -> None:
-    self.flush()
+    self._file.flush()
+
+
+@contextlib.contextmanager
+def _kept() -> Iterator[None]:
+  """Says what a bucket refuses while a run trains; it is written with the next."""
+  try:
+    yield
+  except UserError as error:
+    logging.warning("Not written for now, and kept: %s", error)
 
 
 def _line(step: int, values: dict[str, Any]) -> str:
@@ -260,7 +272,7 @@ class BucketTensorBoardWriter(TensorBoardWriter):
 
   def flush(self) -> None:
     super().flush()
-    with explained(self._target.parent):
+    with _kept(), explained(self._target.parent):
       for file in sorted(pathlib.Path(self._local.name, TENSORBOARD).iterdir()):
         if (size := file.stat().st_size) != self._sizes.get(file.name):
           write_bytes(self._target / file.name, file.read_bytes())

@@ -247,6 +247,7 @@ def test_a_long_log_grows_more_slowly_and_keeps_what_is_notable(
   assert [line["step"] for line in _lines(tmp_path)] == [1, 2, 4, 7, 8, 16, 21]
 
 
+@pytest.mark.slow
 def test_a_run_whose_directory_is_removed_ends_with_one_line(config, tmp_path, states):
   """At the next line of its log; the same command then starts anew, to the same bits."""
   workdir = tmp_path / "run"
