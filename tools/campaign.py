@@ -104,6 +104,8 @@ class Campaign:
         if not fault.ends:
           job.mark()
           continue
+      elif fault is not None:
+        self._decks[job.place].insert(0, fault)
       codes = job.codes()
       if not set(codes) <= allowed | {0}:
         raise UserError(
@@ -113,7 +115,7 @@ class Campaign:
       if not any(codes):
         return
       assert last is not None
-      self._tally(job, last).said = _answer(job.log())
+      self._tally(job, last).said = _answer(job.log(of_last_start=True))
       if arrived and last.after:
         last.after(job, self._rng)
       job.start()

@@ -150,7 +150,8 @@ _EVERYWHERE = (
   ),
 )
 
-_LOST = frozenset({_KILLED, PEER_LOST})
+# SIGABRT: the runtime's own end, where it is quicker than ours to miss process 0.
+_LOST = frozenset({_KILLED, PEER_LOST, -signal.SIGABRT})
 _REFUSED = frozenset({UserError.exit_code})
 
 FAULTS: dict[str, tuple[Fault, ...]] = {

@@ -66,7 +66,7 @@ class Job:
     """Whether nothing was done to the run since it was started."""
     self.since = 0.0
     """Monotonic time of the last start, or of the end of the last fault."""
-    self._before = 0
+    self._before = self._begun = 0
     self.clock = root / f"{name}.clock"
     self._log = root / f"{name}.log"
     shifted = root / "clock"
@@ -85,6 +85,7 @@ class Job:
   def start(self) -> None:
     command = [sys.executable, "-m", "experiments.train", f"--workdir={self.workdir}"]
     with open(self._log, "ab") as log:
+      self._begun = log.tell()
       self.processes = [
         subprocess.Popen(
           command + self.arguments, stdout=log, stderr=subprocess.STDOUT, env=variables
@@ -153,8 +154,9 @@ class Job:
       process.kill()
       process.wait()
 
-  def log(self) -> str:
-    return self._log.read_text(errors="replace") if self._log.exists() else ""
+  def log(self, *, of_last_start: bool = False) -> str:
+    data = self._log.read_bytes() if self._log.exists() else b""
+    return data[self._begun if of_last_start else 0 :].decode(errors="replace")
 
   def numbered(self) -> list[pathlib.Path]:
     try:
