@@ -27,17 +27,17 @@ class EventFile:
     from tensorboardX import record_writer
     from tensorboardX.proto import event_pb2
 
-    self._proto = event_pb2
+    self._proto: Any = event_pb2
     self._directory = directory
     pathlib.Path(directory).mkdir(parents=True, exist_ok=True)
     # The process's number, since a clock that was set back may give a second again.
     place = f"{int(time.time())}.{socket.gethostname()}.{os.getpid()}{suffix}"
     path = os.path.join(directory, f"events.out.tfevents.{place}")
     self._file: Any = record_writer.RecordWriter(path)
-    self._add(event_pb2.Event(file_version="brain.Event:2"))
+    self._add(self._proto.Event(file_version="brain.Event:2"))
     if purge_step is not None:
-      start = event_pb2.SessionLog(status=event_pb2.SessionLog.START)
-      self._add(event_pb2.Event(step=purge_step, session_log=start))
+      start = self._proto.SessionLog(status=self._proto.SessionLog.START)
+      self._add(self._proto.Event(step=purge_step, session_log=start))
 
   def scalar(self, name: str, value: float, step: int) -> None:
     from tensorboardX import summary

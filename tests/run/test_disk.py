@@ -6,6 +6,7 @@ import shutil
 import signal
 import time
 import types
+from typing import Any
 
 import pytest
 from tensorboardX.proto import event_pb2
@@ -13,6 +14,8 @@ from tensorboardX.proto import event_pb2
 from moejax.config import Config
 from moejax.errors import UserError
 from moejax.run import disk, events, writers
+
+proto: Any = event_pb2
 
 
 @contextlib.contextmanager
@@ -67,13 +70,13 @@ def test_a_log_that_was_removed_ends_the_run(tmp_path):
     writer.close()
 
 
-def records(directory) -> list[event_pb2.Event]:
+def records(directory) -> list[Any]:
   """Events of the one file there: a length, its checksum, the event, its checksum."""
   (file,) = directory.iterdir()
   data, found = file.read_bytes(), []
   while data:
     size = int.from_bytes(data[:8], "little")
-    found.append(event_pb2.Event.FromString(data[12 : 12 + size]))
+    found.append(proto.Event.FromString(data[12 : 12 + size]))
     data = data[16 + size :]
   return found
 
@@ -89,7 +92,7 @@ def test_events_are_written_whatever_the_clock_does(tmp_path, monkeypatch):
   file.close()
   found = records(tmp_path)
   assert found[0].file_version == "brain.Event:2"
-  assert found[1].session_log.status == event_pb2.SessionLog.START
+  assert found[1].session_log.status == proto.SessionLog.START
   assert found[1].step == 3
   values = {e.step: e.summary.value[0].simple_value for e in found[2:]}
   assert values == {step: step / 2 for step in range(3, 33)}
