@@ -15,7 +15,6 @@ the command line says wins. --workdir keeps both runs for a closer look.
 """
 
 import dataclasses
-import json
 import os
 import random
 import shutil
@@ -30,6 +29,8 @@ from absl import flags
 
 from moejax.cli import flags as cli
 from moejax.errors import UserError
+from moejax.run import writers
+from moejax.storage.paths import RunPath
 
 SMALL = {
   "data.name": "text",
@@ -156,11 +157,10 @@ def disturb(trainer: Trainer, kills: int, rng: random.Random, start_up: float) -
   return done
 
 
-def losses(workdir: Path) -> dict[int, float]:
+def losses(workdir: RunPath) -> dict[int, float]:
   """Loss by logged step; a step logged twice must not differ from itself."""
   found: dict[int, float] = {}
-  for line in (workdir / "metrics.jsonl").read_text().splitlines():
-    record = json.loads(line)
+  for record in writers.read(workdir / writers.METRICS_FILE):
     if "loss" in record:
       step, loss = record["step"], record["loss"]
       if found.setdefault(step, loss) != loss:
@@ -168,7 +168,7 @@ def losses(workdir: Path) -> dict[int, float]:
   return found
 
 
-def compare(calm: Path, disturbed: Path) -> list[str]:
+def compare(calm: RunPath, disturbed: RunPath) -> list[str]:
   """What differs between two finished runs; empty if they are the same, bit for bit."""
   from moejax.checkpoint.inspect import inspect
 

@@ -108,11 +108,15 @@ class KeepBest:
 
 
 _FULL = ("No space left", "RESOURCE_EXHAUSTED", "File too large", "quota")
+_GONE = ("NOT_FOUND", "No such file or directory")
+"""TensorStore's words for a directory that was removed during a save."""
 
 
 def is_refusal(error: Exception) -> bool:
   """Whether the file system refused, as opposed to a mistake in the state itself."""
-  return isinstance(error, OSError) or any(word in str(error) for word in _FULL)
+  return isinstance(error, OSError) or any(
+    word in str(error) for word in (*_FULL, *_GONE)
+  )
 
 
 def reason(error: Exception) -> str:

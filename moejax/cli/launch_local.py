@@ -135,6 +135,9 @@ def _failed(processes: list[subprocess.Popen]) -> tuple[int, int] | None:
 def _report(failed: tuple[int, int], logs: pathlib.Path) -> None:
   index, code = failed
   how = f"exit code {code}" if code > 0 else f"signal {signal.Signals(-code).name}"
+  if -code == signal.SIGKILL:
+    # The kernel says it to nobody but its own log.
+    how += " (killed from outside; out of memory, if nobody did)"
   print(f"launch_local: process {index} ended with {how}.", file=sys.stderr)
   log = logs / f"process_{index}.log"
   if log.exists():

@@ -78,6 +78,21 @@ def least_bytes(
   }
 
 
+def state_bytes(
+  config: Config, vocab_size: int, frozen: Mapping[str, int] | None = None
+) -> int:
+  """Returns the minimum bytes of all devices' parameters and moments: a checkpoint.
+
+  Args:
+    config: validated.
+    vocab_size: V.
+    frozen: as for `least_bytes`.
+  """
+  one = dict.fromkeys(("data", "fsdp", "expert", "tensor"), 1)
+  need = least_bytes(config, one, vocab_size, frozen)
+  return need["parameters"] + need["moments"]
+
+
 def check(
   config: Config,
   mesh: Any,

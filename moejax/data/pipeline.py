@@ -5,6 +5,7 @@ prefetching; the position to save is the step, and nothing here has state.
 """
 
 import math
+import re
 import threading
 from collections.abc import Generator
 from typing import Any, Generic
@@ -17,10 +18,13 @@ from jaxtyping import Int
 from moejax.data.packing import AnyBatch, Batch, CausalPacker, EvalBatch, each
 from moejax.data.span_rows import SpanPacker
 from moejax.data.tokens import TokenCache, TokenSplit
-from moejax.errors import ConfigError
+from moejax.errors import ConfigError, PeerLostError
 
 _ENDLESS = 2**62
 """Length of a training source, as reported to Grain."""
+
+_LOST_WORKER = re.compile(r"Worker process was terminated .*(exit code -\d+)")
+"""What Grain says of a worker that a signal ended."""
 
 
 def process_rows(batch_size: int, index: int, count: int) -> Int[np.ndarray, "b"]:
@@ -139,7 +143,11 @@ class EvalSource(BatchSource[EvalBatch]):
 def iterate(
   source: BatchSource[AnyBatch], *, num_workers: int, prefetch: int, limit: int = 0
 ) -> Generator[AnyBatch, None, None]:
-  """Yields a source's batches by Grain; closing it ends its threads and workers."""
+  """Yields a source's batches by Grain; closing it ends its threads and workers.
+
+  Raises:
+    PeerLostError: a worker was killed from outside.
+  """
   dataset = grain.MapDataset.source(source)
   if limit:
     dataset = dataset[:limit]
@@ -159,5 +167,13 @@ def iterate(
   iterator = iter(batches)
   try:
     yield from iterator
+  except RuntimeError as error:
+    if found := _LOST_WORKER.search(str(error)):
+      raise PeerLostError(
+        f"a worker of --config.data.num_workers={num_workers} ended with {found[1]} "
+        "(killed from outside; out of memory, if nobody did). The same command goes on "
+        "from the newest checkpoint; fewer workers, or 0, need less memory."
+      ) from error
+    raise
   finally:
     iterator.close()

@@ -108,6 +108,28 @@ def unlock(path: RunPath | str) -> None:
     os.close(descriptor)
 
 
+def is_held(path: RunPath) -> bool:
+  """Returns whether this process has locked the directory."""
+  key = str(resolved(path))
+  return key in _locks or key in _leases
+
+
+def was_removed(path: RunPath) -> bool:
+  """Returns whether a directory that this process has locked is there no more.
+
+  Also if another was made, or mounted, in its place. In a bucket the lease tells.
+  """
+  descriptor = _locks.get(str(resolved(path)))
+  if descriptor is None:
+    return False
+  held = os.fstat(descriptor)
+  try:
+    found = os.stat(path)
+  except OSError:
+    return True
+  return (found.st_dev, found.st_ino) != (held.st_dev, held.st_ino)
+
+
 def is_locked(path: RunPath) -> bool:
   """Returns whether a live process, this one included, has locked the directory.
 

@@ -11,10 +11,11 @@ it. A run without any progress (no checkpoint, no logged step) claims nothing: i
 be started again with other flags.
 """
 
+import contextlib
 import dataclasses
 import fnmatch
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -25,6 +26,7 @@ from moejax.config import text as config_text
 from moejax.errors import ConfigError, UserError, program
 from moejax.run import claim, provenance
 from moejax.run.files import CONFIG_FILE, DIRECTORY, list_steps
+from moejax.storage import errors as storage_errors
 from moejax.storage import parts
 from moejax.storage.paths import RunPath, in_bucket, resolved, run_path
 
@@ -183,6 +185,54 @@ def check_corpus(workdir: RunPath | str, fingerprint: str) -> None:
 def release(workdir: RunPath | str) -> None:
   """Unlocks the directory for other processes. No error if it was not locked."""
   claim.unlock(workdir)
+
+
+def check_there(workdir: RunPath | str) -> None:
+  """Refuses to go on in a directory that was removed while its run was training.
+
+  Only process 0, which holds the lock, looks. A bucket that does not answer now decides
+  nothing.
+
+  Raises:
+    UserError: it was removed.
+  """
+  path = run_path(workdir)
+  if not claim.is_held(path):
+    return
+  try:
+    there = (path / CONFIG_FILE).exists()
+  except Exception as error:
+    if not (in_bucket(path) and storage_errors.is_theirs(error)):
+      raise
+    return
+  if not there:
+    raise _removed(path)
+
+
+@contextlib.contextmanager
+def still_there(workdir: RunPath | str) -> Iterator[None]:
+  """Turns an error of the body into one line if the cause is a directory that is gone.
+
+  Raises:
+    UserError: an error, and the directory was removed since `prepare`.
+  """
+  path = run_path(workdir)
+  try:
+    yield
+  except UserError:
+    raise
+  except Exception as error:
+    if not claim.was_removed(path):
+      raise
+    raise _removed(path) from error
+
+
+def _removed(path: RunPath) -> UserError:
+  return UserError(
+    f"--workdir={path} was removed, or is no longer reachable, while its run was "
+    f"training: there is no {CONFIG_FILE} any more. Put it back to go on; else the same "
+    "command starts anew, from step 0."
+  )
 
 
 def read_config(workdir: RunPath | str) -> Config:

@@ -10,16 +10,21 @@ In a bucket, metrics.jsonl is a folder of parts (`storage.parts`), and TensorBoa
 are made on this machine and copied with each checkpoint.
 """
 
+import contextlib
 import json
 import math
 import os
 import pathlib
 import tempfile
+from collections.abc import Iterator
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
+from absl import logging
 
 from moejax import files
+from moejax.errors import UserError
+from moejax.run import events
 from moejax.storage import parts
 from moejax.storage.errors import explained
 from moejax.storage.paths import RunPath, in_bucket, write_bytes
@@ -51,25 +56,61 @@ class Writer(Protocol):
 
 
 class JsonlWriter:
-  """Appends to metrics.jsonl, one write per line."""
+  """Appends to metrics.jsonl, one write per line.
+
+  Lines that a full disk refuses are kept, and written with the next.
+  """
 
   def __init__(self, workdir: RunPath, *, resume_step: int):
     """Opens the file and drops the steps that a resumed run will repeat."""
     self.path = pathlib.Path(workdir) / METRICS_FILE
     cut(self.path, resume_step)
-    self._file = self.path.open("a", encoding="utf-8")
+    self._file = self.path.open("ab", buffering=0)
+    self._late = b""
+    self._warned = False
 
   def write(self, step: int, values: dict[str, Any]) -> None:
-    self._file.write(_line(step, values))
-    self._file.flush()
+    """Stores a line.
+
+    Raises:
+      UserError: the file was removed.
+    """
+    self._late += _line(step, values).encode()
+    self._write()
+
+  def _write(self, *, sync: bool = False) -> None:
+    descriptor = self._file.fileno()
+    found = os.fstat(descriptor)
+    if not found.st_nlink:
+      raise UserError(
+        f"--workdir={self.path.parent}: {METRICS_FILE} was removed while the run was "
+        "writing it. The same command goes on from what is left."
+      )
+    rest = self._late
+    try:
+      while rest:
+        rest = rest[self._file.write(rest) :]
+      if sync:
+        os.fsync(descriptor)
+      self._late, self._warned = b"", False
+    except OSError as error:
+      # Else the next line would follow half of this one.
+      os.ftruncate(descriptor, found.st_size)
+      if not self._warned:
+        logging.warning(
+          "%s cannot be written for now (%s): its lines are kept, and the run goes on.",
+          *(self.path, error.strerror),
+        )
+        self._warned = True
 
   def flush(self) -> None:
-    self._file.flush()
-    os.fsync(self._file.fileno())
+    self._write(sync=True)
 
   def close(self) -> None:
-    self.flush()
-    self._file.close()
+    try:
+      self.flush()
+    finally:
+      self._file.close()
 
 
 class BucketJsonlWriter:
@@ -86,10 +127,20 @@ class BucketJsonlWriter:
     self._file.append(_line(step, values))
 
   def flush(self) -> None:
-    self._file.flush()
+    with _kept():
+      self._file.flush()
 
   def close(self) -> None:
-    self.flush()
+    self._file.flush()
+
+
+@contextlib.contextmanager
+def _kept() -> Iterator[None]:
+  """Says what a bucket refuses while a run trains; it is written with the next."""
+  try:
+    yield
+  except UserError as error:
+    logging.warning("Not written for now, and kept: %s", error)
 
 
 def _line(step: int, values: dict[str, Any]) -> str:
@@ -150,19 +201,16 @@ class TensorBoardWriter:
   def __init__(self, workdir: RunPath, *, resume_step: int):
     self._alarms: set[str] = set()
     self._writer = self._open(
-      str(workdir / TENSORBOARD), purge_step=resume_step + 1 if resume_step else None
+      str(workdir / TENSORBOARD), purge=resume_step + 1 if resume_step else None
     )
 
-  def _open(self, directory: str, **options: Any) -> Any:
-    # Imported here: only needed with TensorBoard.
-    import tensorboardX
-
-    return tensorboardX.SummaryWriter(directory, **options)
+  def _open(self, directory: str, suffix: str = "", purge: int | None = None) -> Any:
+    return events.EventFile(directory, suffix=suffix, purge_step=purge)
 
   def write(self, step: int, values: dict[str, Any]) -> None:
     for name, value in values.items():
       if isinstance(value, int | float) and not isinstance(value, bool):
-        self._writer.add_scalar(name, value, step)
+        self._writer.scalar(name, value, step)
     if "alarms_active" in values:
       self._write_alarms(step, values.get("alarms", {}))
     if layers := values.get("moe"):
@@ -172,13 +220,13 @@ class TensorBoardWriter:
     """Writes 1 while an alarm is raised, and 0 from then on."""
     self._alarms |= active.keys()
     for name in sorted(self._alarms):
-      self._writer.add_scalar(f"alarm/{name}", int(name in active), step)
+      self._writer.scalar(f"alarm/{name}", int(name in active), step)
 
   def _write_layers(self, step: int, layers: dict[str, Any]) -> None:
     for name, per_layer in layers.items():
       if not name.startswith("load"):
-        self._writer.add_scalar(f"moe_mean/{name}", float(np.mean(per_layer)), step)
-        self._writer.add_scalar(f"moe_max/{name}", float(np.max(per_layer)), step)
+        self._writer.scalar(f"moe_mean/{name}", float(np.mean(per_layer)), step)
+        self._writer.scalar(f"moe_max/{name}", float(np.max(per_layer)), step)
     load = layers.get("load", [])
     count = min(len(load), MAX_HISTOGRAMS)
     for layer in np.unique(np.linspace(0, len(load) - 1, count).round().astype(int)):
@@ -188,8 +236,9 @@ class TensorBoardWriter:
     """Adds a histogram whose bucket e is the load of expert e over the mean load."""
     experts = np.arange(len(load), dtype=np.float64)
     weight = load * len(load)
-    self._writer.add_histogram_raw(
+    self._writer.histogram(
       tag,
+      step,
       min=0.0,
       max=float(len(load)),
       num=float(weight.sum()),
@@ -197,7 +246,6 @@ class TensorBoardWriter:
       sum_squares=float((experts**2 * weight).sum()),
       bucket_limits=(experts + 1.0).tolist(),
       bucket_counts=weight.tolist(),
-      global_step=step,
     )
 
   def flush(self) -> None:
@@ -224,7 +272,7 @@ class BucketTensorBoardWriter(TensorBoardWriter):
 
   def flush(self) -> None:
     super().flush()
-    with explained(self._target.parent):
+    with _kept(), explained(self._target.parent):
       for file in sorted(pathlib.Path(self._local.name, TENSORBOARD).iterdir()):
         if (size := file.stat().st_size) != self._sizes.get(file.name):
           write_bytes(self._target / file.name, file.read_bytes())
@@ -239,7 +287,7 @@ class BucketTensorBoardWriter(TensorBoardWriter):
       file.unlink()
     self._sizes.clear()
     self._count += 1
-    self._writer = self._open(str(directory), filename_suffix=f".{self._count}")
+    self._writer = self._open(str(directory), suffix=f".{self._count}")
 
   def close(self) -> None:
     self.flush()

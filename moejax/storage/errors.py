@@ -22,6 +22,7 @@ _CREDENTIALS = (
 )
 _FORBIDDEN = ("Forbidden", "PERMISSION_DENIED", "does not have storage.")
 _BUSY = ("RESOURCE_EXHAUSTED", "TooManyRequests", "rateLimitExceeded", "quota")
+_FULL = ("storageQuotaExceeded", "Insufficient Storage", "InsufficientStorage")
 _DOWN = (
   "UNAVAILABLE",
   "ServiceUnavailable",
@@ -81,6 +82,11 @@ def refusal(error: BaseException, path: RunPath) -> str:
   """Returns why a bucket refused, and what to do; empty if it is another error."""
   bucket, _ = split(path)
   code, text = _code(error), _text(error)
+  if code == 507 or _has(text, _FULL):
+    return (
+      f"the bucket {bucket} is full (quota of storage). Free some or ask for more quota; "
+      "the same command goes on from the newest checkpoint."
+    )
   if code == 401 or _has(text, _CREDENTIALS):
     return (
       "there are no valid credentials for Google Cloud. Run `gcloud auth "

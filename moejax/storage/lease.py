@@ -91,15 +91,20 @@ class Lease:
     if generation:
       self._record, self._generation = record, generation
     else:
-      self._lost(_read(self._bucket, self._path).record)
+      self._lost(_read(self._bucket, self._path))
 
-  def _lost(self, other: dict[str, Any]) -> None:
-    print(
-      f"error: --workdir={self._path} was taken over by {_holder(other)}: its lease was "
-      f"not renewed here for {LEASE_SECONDS:.0f} s. This process ends at once.",
-      file=sys.stderr,
-      flush=True,
-    )
+  def _lost(self, found: _Found) -> None:
+    if found.generation:
+      what = (
+        f"was taken over by {_holder(found.record)}: its lease was not renewed here for "
+        f"{LEASE_SECONDS:.0f} s. This process ends at once."
+      )
+    else:
+      what = (
+        "was removed while its run was training: its lease is gone. The same command "
+        "starts anew, from step 0."
+      )
+    print(f"error: --workdir={self._path} {what}", file=sys.stderr, flush=True)
     os._exit(UserError.exit_code)
 
 

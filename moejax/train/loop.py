@@ -74,7 +74,7 @@ def train(
   index = jax.process_index()
   reporter = make_reporter(config.train.num_steps, process_index=index, stream=stream)
   try:
-    with storage_errors.explained(workdir):
+    with storage_errors.explained(workdir), workdir_lib.still_there(workdir):
       run = setup_lib.set_up(
         *(config, workdir, init_from, devices, reporter, ignore_memory, emergency)
       )

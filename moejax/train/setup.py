@@ -30,6 +30,7 @@ from moejax.models.decoder import Decoder
 from moejax.models.frozen_count import count_frozen
 from moejax.models.make import make_model
 from moejax.models.placement import check_rows
+from moejax.run import disk
 from moejax.run import workdir as workdir_lib
 from moejax.run.emergency_dir import Wish
 from moejax.run.files import DIRECTORY, list_steps
@@ -104,6 +105,9 @@ def set_up(
   if left_out:
     reporter.message(left_out)
   reporter.message(describe(config, mesh, frozen.get("total", 0)))
+  if not begun or begun[-1] < config.train.num_steps:
+    size = memory.state_bytes(config, parameters.resolve_vocab_size(config), frozen)
+    reporter.message(disk.foresee(config, workdir, size, begun))
   if init_from and begun:
     reporter.message(
       f"Note: --init_from={init_from} is not read, since {workdir} has parameters of its "

@@ -10,7 +10,8 @@ import jax
 from moejax.alarms.measures import Numbers, router_numbers
 from moejax.alarms.watch import Watch
 from moejax.launch import hang
-from moejax.run import metrics, writers
+from moejax.run import log_lines, metrics, writers
+from moejax.run import workdir as workdir_lib
 from moejax.run.progress import Reporter
 from moejax.train.setup import Run
 from moejax.train.step import StepMetrics
@@ -48,6 +49,7 @@ class StepLog:
     self._pending: tuple[int, StepMetrics] | None = None
     # Held back so that an evaluation of the same step can be added.
     self._line: tuple[int, dict[str, Any]] | None = None
+    self._alarms_changed = False
     self._speed = _Speed()
     self._device_kind = jax.devices()[0].device_kind
     self._writers: list[writers.Writer] = []
@@ -83,7 +85,12 @@ class StepLog:
       self._read(*pending, keep=keep)
 
   def flush(self) -> None:
-    """Makes every line durable, before a checkpoint of the same step is."""
+    """Makes every line durable, before a checkpoint of the same step is.
+
+    Raises:
+      UserError: the run's directory was removed.
+    """
+    workdir_lib.check_there(self._run.workdir)
     self._write_line()
     for writer in self._writers:
       writer.flush()
@@ -103,9 +110,11 @@ class StepLog:
     return None if values is None else values["loss"]
 
   def close(self) -> None:
-    self._write_line()
-    for writer in self._writers:
-      writer.close()
+    try:
+      self._write_line()
+    finally:
+      for writer in self._writers:
+        writer.close()
 
   def _read(self, step: int, device_metrics: StepMetrics, *, keep: bool = False) -> None:
     found = jax.device_get(device_metrics)
@@ -116,8 +125,10 @@ class StepLog:
     shown: dict[str, Any] = {}
     if keep or step % config.log_every == 0 or step == config.num_steps or in_a_row:
       shown = self._values(step, found)
-      self._line = (step, shown)
       self._speed.reset()
+      notable = keep or step == config.num_steps or in_a_row or self._alarms_changed
+      if notable or log_lines.is_due(step, config.log_every):
+        self._line = (step, shown)
       if not keep:
         self._write_line()
     self._reporter.update(step, shown)
@@ -150,8 +161,10 @@ class StepLog:
     numbers = router_numbers(stats, found.health, watch.routers)
     weights = self._run.model.aux_weights
     aux = {name: weight * values[name] for name, weight in weights.items()}
+    before = watch.raised, watch.active.keys()
     for line in watch.update(step, stats, numbers, aux=aux, loss=values["loss"]):
       self._reporter.message(line)
+    self._alarms_changed = before != (watch.raised, watch.active.keys())
     values["alarms_active"] = len(watch.active)
     values["alarms_raised"] = watch.raised
     if watch.active:

@@ -8,6 +8,7 @@ import pathlib
 import socket
 import subprocess
 import time
+import urllib.error
 import urllib.request
 from collections.abc import Iterator
 
@@ -25,17 +26,19 @@ def binary() -> pathlib.Path | None:
 
 
 @contextlib.contextmanager
-def started(root: pathlib.Path) -> Iterator[str]:
-  """Starts an emulator with one empty bucket; yields its URL.
+def started(root: pathlib.Path, port: int = 0) -> Iterator[str]:
+  """Starts an emulator with one bucket; yields its URL.
 
   Args:
-    root: an empty directory for the objects, where tests can look at them as files.
+    root: a directory for the objects, where tests can look at them as files.
+    port: to listen on; 0 is any. An emulator started again needs the same.
   """
   program = binary()
   assert program is not None
-  with socket.socket() as probe:
-    probe.bind(("127.0.0.1", 0))
-    port = probe.getsockname()[1]
+  if not port:
+    with socket.socket() as probe:
+      probe.bind(("127.0.0.1", 0))
+      port = probe.getsockname()[1]
   place = f"127.0.0.1:{port}"
   command = [str(program), "-scheme=http", "-host=127.0.0.1", f"-port={port}"]
   command += [f"-public-host={place}", "-backend=filesystem", f"-filesystem-root={root}"]
@@ -59,6 +62,10 @@ def _make_bucket(url: str, server: subprocess.Popen) -> None:
     try:
       with urllib.request.urlopen(request, timeout=10):
         return
+    except urllib.error.HTTPError as error:
+      if error.code == 409:  # there since an earlier start
+        return
+      time.sleep(0.1)
     except OSError:
       time.sleep(0.1)
   raise AssertionError("the emulator does not answer")

@@ -21,6 +21,8 @@ class Faults:
   refused: float = 0.0
   """Answered by one of `codes`, and not passed on."""
   codes: tuple[int, ...] = (429, 500, 503)
+  full: int = 0
+  """Code by which everything that would write is refused; 0 is none."""
   lost: float = 0.0
   """Passed on, and the connection closed in place of an answer."""
   cut: float = 0.0
@@ -72,6 +74,8 @@ def started(target: str, faults: Faults) -> Iterator[str]:
       if self.headers.get("Transfer-Encoding") == "chunked":
         body = b"".join(_chunks(self.rfile))
       fault, delay, code = faults.draw()
+      if faults.full and self.command in ("POST", "PUT", "PATCH"):
+        fault, code = "refused", faults.full
       time.sleep(delay)
       if fault == "refused":
         return self._send(code, [], b'{"error": {"code": %d, "message": "x"}}' % code)

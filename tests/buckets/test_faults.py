@@ -13,10 +13,11 @@ import pytest
 from moejax.checkpoint.inspect import inspect
 from moejax.checkpoint.manager import DIRECTORY
 from moejax.errors import UserError
-from moejax.run import writers
+from moejax.run import workdir, writers
 from moejax.run.files import list_steps
 from moejax.storage import errors as storage_errors
 from moejax.storage import parts
+from moejax.storage.paths import write_bytes
 from tests.buckets import emulator, proxy
 from tests.checkpoint.test_manager import (
   assert_identical,
@@ -79,6 +80,29 @@ def test_metrics_are_kept_while_the_service_is_down(folder, faults, monkeypatch)
   assert parts.read_text(path) == '{"step": 1}\n{"step": 2}\n'
 
 
+def test_a_bucket_that_is_full_for_a_while_does_not_end_the_run(folder, faults, caplog):
+  """Before a checkpoint: one line, nothing is lost, and nobody takes the run for gone."""
+  workdir.claim.lock(folder)
+  write_bytes(folder / "config.json", b"{}")
+  log = writers.BucketJsonlWriter(folder, resume_step=0)
+  log.write(1, {"loss": 1.0})
+  faults.full = 507
+  with caplog.at_level("WARNING", logger="absl"):
+    log.flush()
+  assert "the bucket bucket is full" in caplog.text
+  faults.full, faults.refused, faults.codes = 0, 1.0, (403,)
+  workdir.check_there(folder)
+  faults.refused = 0.0
+  log.write(2, {"loss": 1.0})
+  log.close()
+  found = writers.read(folder / writers.METRICS_FILE)
+  assert [line["step"] for line in found] == [1, 2]
+  (folder / "config.json").unlink()
+  with pytest.raises(UserError, match=f"--workdir={folder} was removed"):
+    workdir.check_there(folder)
+  workdir.release(folder)
+
+
 def test_a_save_that_is_refused_does_not_end_the_run(folder, faults):
   """One sentence says what is left; the next save works, and nothing partial stays."""
   said = []
@@ -128,6 +152,7 @@ def test_what_the_service_refuses_is_one_line(folder, faults, code, words):
   [
     (401, "no valid credentials"),
     (403, "may not use the bucket bucket"),
+    (507, "is full"),
     (429, "refuses more requests"),
     (503, "does not answer"),
   ],

@@ -84,8 +84,10 @@ def test_of_many_at_once_one_gets_the_lease(folder, monkeypatch):
   won[0].release()
 
 
-def test_a_holder_that_lost_its_lease_ends_at_once(folder, monkeypatch, capsys):
-  """A process that was suspended must not write into another's run."""
+@pytest.mark.parametrize("removed", [False, True])
+def test_a_holder_that_lost_its_lease_ends_at_once(folder, monkeypatch, capsys, removed):
+  """A process that was suspended must not write into another's run, nor one whose run
+  was removed go on in an empty folder."""
   ended = threading.Event()
   codes = []
 
@@ -96,10 +98,16 @@ def test_a_holder_that_lost_its_lease_ends_at_once(folder, monkeypatch, capsys):
 
   monkeypatch.setattr(lease.os, "_exit", end)
   held = lease.acquire(folder)
-  (folder / ".lease").write_text(json.dumps({"host": "other", "pid": 7}))
+  if removed:
+    (folder / ".lease").unlink()
+  else:
+    (folder / ".lease").write_text(json.dumps({"host": "other", "pid": 7}))
   assert ended.wait(60)
   assert codes == [2]
-  assert "taken over by process 7 on other" in capsys.readouterr().err
+  error = capsys.readouterr().err
+  assert error.count("\n") == 1
+  words = "was removed while" if removed else "taken over by process 7 on other"
+  assert words in error
 
 
 def test_an_answer_that_was_lost_is_no_other_holder(folder):

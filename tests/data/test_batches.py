@@ -1,6 +1,7 @@
 """Batches depend on (seed, step) alone; evaluation sees each token once."""
 
 import itertools
+import multiprocessing
 import threading
 import time
 from pathlib import Path
@@ -9,7 +10,7 @@ import numpy as np
 import pytest
 
 from moejax.data import Dataset, load
-from moejax.errors import ConfigError, UserError
+from moejax.errors import PEER_LOST, ConfigError, PeerLostError, UserError
 from tests.data.conftest import many, small_config
 
 
@@ -95,6 +96,19 @@ def test_worker_processes_change_nothing(session_cache, small: Dataset):
   workers = load(small_config(session_cache, num_workers=2))
   got = take(workers.train_batches(8, seed=0, start_step=5), 5)
   assert_same(take(small.train_batches(8, seed=0, start_step=5), 5), got)
+
+
+def test_a_killed_worker_is_one_line(session_cache):
+  """As by the kernel for want of memory: named, with the code that means `restart`."""
+  dataset = load(small_config(session_cache, num_workers=1, prefetch=1))
+  before = set(multiprocessing.active_children())
+  batches = dataset.train_batches(8, seed=0)
+  next(batches)
+  for worker in set(multiprocessing.active_children()) - before:
+    worker.kill()
+  with pytest.raises(PeerLostError, match=r"num_workers=1 ended with exit code -9"):
+    take(batches, 1000)
+  assert PeerLostError.exit_code == PEER_LOST
 
 
 @pytest.mark.parametrize("prefetch", [0, 1, 9])

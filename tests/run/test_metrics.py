@@ -168,10 +168,10 @@ def test_tensorboard_series_are_bounded_whatever_the_number_of_experts(tmp_path)
   tags: list[str] = []
 
   class Recorder:
-    def add_scalar(self, tag, value, step):
+    def scalar(self, tag, value, step):
       tags.append(tag)
 
-    def add_histogram_raw(self, tag, **_):
+    def histogram(self, tag, step, **_):
       tags.append(tag)
 
   writer = writers.TensorBoardWriter(tmp_path, resume_step=0)

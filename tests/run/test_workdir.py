@@ -3,6 +3,7 @@
 import functools
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -255,3 +256,18 @@ def test_a_run_whose_dispatcher_is_refused_now_can_go_on_under_another(tmp_path)
   found = workdir.prepare(tmp_path, changed(moe__dispatcher="auto"), "corpus-a")
   assert isinstance(found, workdir.Resume)
   assert found.changed == [("moe.dispatcher", "gather", "auto")]
+
+
+def test_a_directory_that_is_removed_under_its_run_is_one_line(tmp_path):
+  """At the next look; and whatever error it causes first."""
+  path = tmp_path / "run"
+  begin(path)
+  workdir.check_there(path)
+  with pytest.raises(OSError, match="a disk"), workdir.still_there(path):
+    raise OSError("a disk that is there")
+  shutil.rmtree(path)
+  with pytest.raises(UserError, match=f"^--workdir={path} was removed"):
+    workdir.check_there(path)
+  path.mkdir()  # as a save would, with its parents
+  with pytest.raises(UserError, match="was removed"), workdir.still_there(path):
+    (path / "metrics.jsonl").read_text()

@@ -4,6 +4,7 @@ import io
 import json
 import os
 import pathlib
+import shutil
 import signal
 import subprocess
 import sys
@@ -20,9 +21,10 @@ from jax.experimental import multihost_utils
 from moejax import data
 from moejax.cli import flags as cli
 from moejax.config import Config
+from moejax.errors import UserError
 from moejax.evaluate import report
 from moejax.models.loss import Sums
-from moejax.run import progress, results, writers
+from moejax.run import log_lines, progress, results, writers
 from moejax.run.signals import StopRequest
 from moejax.sharding.mesh import make_mesh
 from moejax.train import finish, loop, step_log
@@ -226,6 +228,43 @@ def test_every_evaluation_is_logged_whether_or_not_a_checkpoint_follows(
   assert [lines[n]["validation_loss"] for n in (2, 4)] == [1.0, 2.0]
   assert all(lines[n]["loss"] == 2.0 for n in (2, 4))
   assert set(lines) == ({1, 2, 3, 4} if log_every == 1 else {2, 4})
+
+
+def test_a_long_log_grows_more_slowly_and_keeps_what_is_notable(
+  config, tmp_path, monkeypatch
+):
+  """After two lines the interval doubles with the length; a skipped step and an
+  evaluation have their lines all the same."""
+  monkeypatch.setattr(log_lines, "FULL", 2)
+  config.train.log_every, config.train.num_steps = 1, 30
+  log = make_log(config, tmp_path)
+  for step in range(1, 30):
+    log.add(step, numbers(bad=int(step == 7)))
+    if step == 21:
+      log.settle(keep=True)
+      log.evaluation(step, {"loss": 1.0})
+  log.close()
+  assert [line["step"] for line in _lines(tmp_path)] == [1, 2, 4, 7, 8, 16, 21]
+
+
+@pytest.mark.slow
+def test_a_run_whose_directory_is_removed_ends_with_one_line(config, tmp_path, states):
+  """At the next line of its log; the same command then starts anew, to the same bits."""
+  workdir = tmp_path / "run"
+
+  class Remover(io.StringIO):
+    def write(self, text):
+      if text.startswith("step 2/") and workdir.exists():
+        shutil.rmtree(workdir)
+      return super().write(text)
+
+  with pytest.raises(UserError, match=f"--workdir={workdir}.* was removed"):
+    loop.train(config, workdir, devices=jax.devices()[:1], stream=Remover())
+  assert not states
+  for _ in range(2):
+    _train(config, workdir)
+    workdir = tmp_path / "calm"
+  jax.tree.map(np.testing.assert_array_equal, *states)
 
 
 def test_too_many_bad_steps_stop_the_run_and_name_the_last_good_checkpoint(
