@@ -125,12 +125,8 @@ def set_up(
     found = checkpointer.latest()
     what = "making the parameters" if found is None else f"restoring checkpoint {found}"
     with reporter.working(what):
-      restored = None
-      if found is not None or local is not None:
-        shapes = state_lib.state_shapes(model, optimizer, mesh)
-        restored = restore.newest(checkpointer, local, shapes, config.moe)
-      state = restored or _new_state(
-        config, model, optimizer, mesh, checkpointer, init_from
+      state = make_state(
+        config, model, optimizer, mesh, checkpointer, init_from, local=local
       )
   except BaseException:
     checkpointer.close()
@@ -251,14 +247,26 @@ def describe(config: Config, mesh: Mesh, frozen: int = 0) -> str:
   )
 
 
-def _new_state(
+def make_state(
   config: Config,
   model: Decoder,
   optimizer: Optimizer,
   mesh: Mesh,
   checkpointer: checkpoint.Checkpointer,
   init_from: str,
+  *,
+  local: EmergencyCheckpoints | None = None,
 ) -> State:
+  """Returns the newest state that was saved, or a new one.
+
+  Raises:
+    ConfigError, UserError: as `restore.newest`, or for the run of `init_from`.
+  """
+  if checkpointer.latest() is not None or local is not None:
+    shapes = state_lib.state_shapes(model, optimizer, mesh)
+    restored = restore.newest(checkpointer, local, shapes, config.moe)
+    if restored is not None:
+      return restored
   params = None
   if init_from:
     # Before creating the state: a wrong directory should not cost a compilation.

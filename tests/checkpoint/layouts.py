@@ -117,12 +117,12 @@ def restore(workdir: pathlib.Path, name: str, warn=None) -> state_lib.State:
     checkpoints.close()
 
 
-def resume(workdir: pathlib.Path, name: str, warn=None) -> tuple[state_lib.State, int]:
+def resume(workdir: pathlib.Path, name: str, warn=None) -> state_lib.State:
   """What training does when it starts in a directory that has checkpoints."""
   checkpoints = open_checkpoints(workdir, name, warn)
   model, optimizer = parts()
   try:
-    return setup_lib._state(
+    return setup_lib.make_state(
       layout_config(name), model, optimizer, mesh_of(name), checkpoints, ""
     )
   finally:

@@ -199,7 +199,7 @@ def test_a_table_that_weight_decay_has_moved_is_named(tmp_path, caplog):
       untrained=trained_lib.names(model.trained()),
     )
     with pytest.raises(UserError, match="hash table is damaged.*id"):
-      setup_lib._state(
+      setup_lib.make_state(
         config, model, optimizer, mesh, manager, "" if resumes else str(tmp_path)
       )
     manager.close()
