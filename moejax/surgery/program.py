@@ -87,7 +87,7 @@ def run(
   text = _text(asked, source, change.new) if _needs_text(asked) else None
   measured = _measured(asked, source, text)
   before = text.loss() if text is not None and asked.evaluate else None
-  choices = run_lib.choose(change, source.slices, measured, source)
+  choices = run_lib.choose(change, source.slices, measured)
   expected = run_lib.expectation(change, source.slices, choices)
   del measured
 

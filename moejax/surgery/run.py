@@ -75,28 +75,22 @@ def make_change(
   return change
 
 
-def choose(
-  change: Change, arrays: Arrays, measured: Measured, source: Opened | None = None
-) -> dict[int, Choice]:
+def choose(change: Change, arrays: Arrays, measured: Measured) -> dict[int, Choice]:
   """Returns what the new experts of each layer are made of, with the scale of outputs.
 
   Args:
     change: of the operation.
     arrays: of the old run.
     measured: over a text, or nothing.
-    source: the old run, for operations that compare it with another.
   """
   layers = {n: change.layer(n, arrays) for n in change.made}
   has_table = bool(change.old_model.moe_layers) and change.old_model.router.has_table
-  place = {} if source is None else {"workdir": source.workdir, "step": source.step}
   choices = change.operation.choose(
     Source(
       layers=layers,
       measured=measured,
       same_in_all=has_table or change.new_model.router.has_table,
       seed=change.seed,
-      activation=change.old.moe.activation or change.old.model.activation,
-      **place,
     )
   )
   scaled = {}
