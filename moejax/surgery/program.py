@@ -74,10 +74,13 @@ def run(
     UserError: anything in the way; nothing is half-written.
   """
   if asked.output is not None:
-    run_lib.refuse_output(asked.output)
+    run_lib.refuse_output(asked.output, [asked.workdir])
   source = open_run(asked.workdir, asked.step)
   asked = dataclasses.replace(asked, operation=asked.operation.of_run(source))
   change = _change(asked, source, new_config)
+  if asked.output is not None:
+    others = [workdir for workdir, _ in asked.operation.other_sources]
+    run_lib.refuse_output(asked.output, others)
   state.check(change, source.slices, asked.optimizer)
   for line in change_lines(change, asked.optimizer):
     say(line)

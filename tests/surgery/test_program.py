@@ -238,6 +238,35 @@ def test_an_output_that_is_there_stays(source, tmp_path):
   assert not list((tmp_path / "new").iterdir())
 
 
+def test_an_output_inside_a_source_is_refused(source, tmp_path):
+  """A source is only read: no part of it, nor of another run's, is a new run's place."""
+  before = digest(source)
+  other = tmp_path / "other"
+  shutil.copytree(source, other)
+  (tmp_path / "link").symlink_to(source)
+  take = Add(number=1, init="run", from_run=str(other))
+  for operation, output in (
+    (Clone(), source / "checkpoints" / "99"),
+    (Clone(), tmp_path / "link" / "new"),
+    (take, other / "new"),
+  ):
+    with pytest.raises(UserError, match="--output=.* is inside .* Choose"):
+      operate(operation, source, output)
+  assert digest(source) == digest(other) == before
+
+
+@pytest.mark.parametrize("output", ["/proc/x/y", "file/new", "dangling/new", "x" * 250])
+def test_an_output_that_cannot_be_made_is_refused_before_the_source_is_opened(
+  tmp_path, output
+):
+  """No parent, a file as one, a link to nothing, and a name that is too long."""
+  (tmp_path / "file").touch()
+  (tmp_path / "dangling").symlink_to("nowhere")
+  with pytest.raises(UserError, match="--output=.* cannot be made"):
+    operate(Clone(), tmp_path / "no_run", tmp_path / output)
+  assert len(list(tmp_path.iterdir())) == 2
+
+
 def spoil(run: pathlib.Path) -> None:
   """Changes one byte of every file of arrays."""
   # Orbax keeps arrays in one of these, and may leave others behind.
