@@ -28,6 +28,7 @@ from moejax.surgery.change import Change
 from moejax.surgery.measured import Measured, Text
 from moejax.surgery.operation import EQUAL, Choice, Operation
 from moejax.surgery.source import Opened, open_run
+from moejax.surgery.still_frozen import still_frozen
 
 Say = Callable[[str], None]
 
@@ -126,12 +127,19 @@ def _change(
       "experts of a dense model."
     )
   operation.check(old)
-  # They are of the old run: its experts, and where it came from.
+  # They are of the old run: what is frozen there, and where it came from.
   old = copy.deepcopy(old)
   old.train.frozen = old.train.init_from = ""
   new = new_config(operation, old)
   refuse_shapes(operation, old, new, asked.given)
-  return run_lib.make_change(source, operation, new, asked.seed)
+  change = run_lib.make_change(source, operation, new, asked.seed)
+  if new.train.frozen or "train.frozen" in asked.given:
+    return change
+  if frozen := still_frozen(change):
+    new = copy.deepcopy(new)
+    new.train.frozen = frozen
+    return run_lib.make_change(source, operation, new, asked.seed)
+  return change
 
 
 def refuse_shapes(
