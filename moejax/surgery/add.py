@@ -134,9 +134,8 @@ class Add(Operation):
     return new
 
   def choose(self, source: Source) -> dict[int, Choice]:
-    found, prints = {}, {}
-    if self.init == "run":
-      prints = self._verified()
+    found: dict[int, Choice] = {}
+    prints = self._verified() if self.init == "run" else {}
     for number, layer in source.layers.items():
       parents: list[tuple[int, ...]] = [(e,) for e in range(layer.old.fine_experts)]
       made = ["old"] * len(parents) + ["random"] * self.number
@@ -178,10 +177,9 @@ class Add(Operation):
     """
     other, flag = self._other, f"--from_run={self.from_run}"
     self._originals(other.config.moe.fine_experts)
+    both = zip(_SIZES, _sizes(other.config), _sizes(old), strict=True)
     differing = [
-      f"{name} is {was} there and {now} here"
-      for name, was, now in zip(*(_SIZES, _sizes(other.config), _sizes(old)), strict=True)
-      if was != now
+      f"{name} is {was} there and {now} here" for name, was, now in both if was != now
     ]
     if differing:
       raise UserError(f"{flag}: {'; '.join(differing)}. Give a run of the same sizes.")

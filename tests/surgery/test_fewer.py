@@ -225,6 +225,7 @@ def test_moments_of_an_alias_are_in_the_order_of_its_new_neurons():
   alias = Merge(experts=2, group_by="order", weigh="even", rows="alias")
   change = make_change(alias, old)
   choices = chosen(change, params)
+  assert choices[0].orders is not None
   order = choices[0].orders[1]
   found = layer_of(_moments(change, choices, params, Kind.GRADIENT))["experts"]
   w_in = layer_of(params)["experts"]["w_in"]
