@@ -11,6 +11,7 @@ experts keep theirs.
 
 import copy
 import dataclasses
+import functools
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
@@ -18,10 +19,12 @@ from typing import Literal
 import numpy as np
 from jaxtyping import Shaped
 
+from moejax.checkpoint.read import DamagedCheckpointError
 from moejax.config import Config
 from moejax.config.router import make_router
 from moejax.errors import UserError
 from moejax.options import count, option
+from moejax.surgery import lineage
 from moejax.surgery.change import layer_arrays
 from moejax.surgery.operation import (
   EXPERTS,
@@ -35,8 +38,15 @@ from moejax.surgery.operation import (
   taken,
 )
 from moejax.surgery.scores import equal_groups
-from moejax.surgery.source import Opened, open_run, tokenizer_of
+from moejax.surgery.source import Opened, damaged, open_run, tokenizer_of
 from moejax.surgery.where import layers_of
+
+_SIZES = (
+  "model.width",
+  "width of an expert (moe.hidden)",
+  "moe.expert_bias",
+  "the activation of experts",
+)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -58,6 +68,17 @@ class Add(Operation):
   row: Literal["random", "copy", "zero"] = option(
     "random", "their router rows: newly initialised, of their originals, or zero"
   )
+  first: Opened | None = None
+  """The run of --workdir."""
+
+  @property
+  def other_sources(self) -> Sequence[tuple[Path, int]]:
+    if self.init != "run":
+      return ()
+    return [(self._other.workdir, self._other.step)]
+
+  def of_run(self, run: Opened) -> "Add":
+    return dataclasses.replace(self, first=run)
 
   def check(self, old: Config) -> None:
     if not self.number:
@@ -84,6 +105,8 @@ class Add(Operation):
       raise UserError(f"--of={self.of}: random experts have no original. Leave it out.")
     if self.init != "random":
       self._originals(old.moe.fine_experts if self.init == "copy" else None)
+    if self.init == "run":
+      self._check_other(old)
 
   def _originals(self, experts: int | None) -> list[int]:
     """Returns the original of each new expert.
@@ -111,9 +134,8 @@ class Add(Operation):
     return new
 
   def choose(self, source: Source) -> dict[int, Choice]:
-    found = {}
-    if self.init == "run":
-      self._check_other(source)
+    found: dict[int, Choice] = {}
+    prints = self._verified() if self.init == "run" else {}
     for number, layer in source.layers.items():
       parents: list[tuple[int, ...]] = [(e,) for e in range(layer.old.fine_experts)]
       made = ["old"] * len(parents) + ["random"] * self.number
@@ -122,49 +144,56 @@ class Add(Operation):
       else:
         parents += [()] * self.number
       if self.init == "run":
-        other = f"of {Path(self.from_run).resolve()}"
-        own = [f"expert {e} {other}" for e in self._originals(None)]
+        other = f"of {self._other.workdir.resolve()}, step {self._other.step}"
+        theirs = prints[number]
+        own = [f"expert {e} ({theirs[e]}) {other}" for e in self._originals(None)]
         made = made[: -self.number] + own
       found[number] = Choice(parents=parents, made=made)
     return found
 
+  @functools.cached_property
   def _other(self) -> Opened:
     step = None if self.from_step < 0 else self.from_step
     return open_run(self.from_run, step, flag=f"--from_run={self.from_run}")
 
-  def _check_other(self, source: Source) -> None:
+  def _verified(self) -> dict[int, list[str]]:
+    """Returns the fingerprints of the other run's experts, by the number of their layer.
+
+    Raises:
+      UserError: an array of it is not as it was written.
+    """
+    other = self._other
+    try:
+      other.slices.verify("params.")
+    except DamagedCheckpointError as e:
+      raise damaged(f"--from_run={self.from_run}", other.step, e) from e
+    return lineage.fingerprints(other.slices.leaves, layers_of(other.model))
+
+  def _check_other(self, old: Config) -> None:
     """Rejects a run whose experts do not fit.
 
     Raises:
       UserError: naming what differs.
     """
-    other, layer = self._other(), next(iter(source.layers.values()))
-    flag, moe, mine = f"--from_run={self.from_run}", other.config.moe, layer.old
-    self._originals(moe.fine_experts)
-    if (step := source.step) is not None and other.step != step:
-      raise UserError(
-        f"{flag} is at step {other.step} and --workdir at {step}. Give the same with "
-        "--from_step and --step."
-      )
-    missing = [n for n in source.layers if n not in other.model.moe_layers]
-    if missing:
-      raise UserError(f"{flag} has no MoE layer {missing[0]}, as --workdir has.")
-    theirs = (other.config.model.width, moe.fine_hidden, moe.expert_bias)
-    ours = (layer.width, mine.fine_hidden, mine.expert_bias)
-    names = ("model.width", "width of an expert (moe.hidden)", "moe.expert_bias")
+    other, flag = self._other, f"--from_run={self.from_run}"
+    self._originals(other.config.moe.fine_experts)
+    both = zip(_SIZES, _sizes(other.config), _sizes(old), strict=True)
     differing = [
-      f"{name} is {was} there and {now} here"
-      for name, was, now in zip(names, theirs, ours, strict=True)
-      if was != now
+      f"{name} is {was} there and {now} here" for name, was, now in both if was != now
     ]
-    was = moe.activation or other.config.model.activation
-    if was != (now := source.activation):
-      differing.append(f"the activation of experts is {was} there and {now} here")
     if differing:
       raise UserError(f"{flag}: {'; '.join(differing)}. Give a run of the same sizes.")
-    if source.workdir is not None and tokenizer_of(self.from_run) != tokenizer_of(
-      source.workdir
-    ):
+    if (run := self.first) is None:
+      return
+    if other.step != run.step:
+      raise UserError(
+        f"{flag} is at step {other.step} and --workdir at {run.step}. Give the same with "
+        "--from_step and --step."
+      )
+    missing = [n for n in run.model.moe_layers if n not in other.model.moe_layers]
+    if missing:
+      raise UserError(f"{flag} has no MoE layer {missing[0]}, as --workdir has.")
+    if tokenizer_of(self.from_run) != tokenizer_of(run.workdir):
       raise UserError(
         f"{flag} has another tokenizer, so its experts have learned other ids. Give a "
         "run with the same one."
@@ -186,7 +215,7 @@ class Add(Operation):
     if layer.kind is not Kind.VALUE:
       new = np.zeros_like(np.take(old, [0] * self.number, axis))
     elif self.init == "run":
-      theirs = self._other()
+      theirs = self._other
       where = layers_of(theirs.model)[layer.number]
       arrays = layer_arrays(theirs.slices, "params.", where)
       new = np.take(arrays[name], self._originals(None), axis)
@@ -200,3 +229,10 @@ class Add(Operation):
     random = layer.random(sorted(layer.arrays).index(name))
     shape: Sequence[int] = (self.number, *old.shape[1:])
     return random.normal(exact.mean(), exact.std(), shape)
+
+
+def _sizes(config: Config) -> tuple[int | bool | str, ...]:
+  """Returns what must be equal in both runs, in the order of `_SIZES`."""
+  moe, model = config.moe, config.model
+  activation = moe.activation or model.activation
+  return model.width, moe.fine_hidden, moe.expert_bias, activation

@@ -19,6 +19,7 @@ first logits are those of the run.
 Letters: D width, R runs, m segments, E = R m experts, F = hidden / m.
 """
 
+import collections
 import copy
 import dataclasses
 import functools
@@ -173,6 +174,7 @@ class Btx(Operation):
             f"{flag}: {name} is {theirs}, and {list(mine)} in --workdir. Give runs of "
             "one model."
           )
+    _warn_of_repeats([one.workdir for one in (run, *self._others)])
     for one in (run, *self._others):
       seeds[one.workdir.resolve()] = _seed(one.workdir)
     _refuse_seeds(seeds)
@@ -281,6 +283,17 @@ def _directories(text: str, first: Path | None) -> list[str]:
       raise UserError(f"--runs={word} matches no other directory. Check the spelling.")
     found += paths
   return found
+
+
+def _warn_of_repeats(directories: Sequence[Path]) -> None:
+  """Warns of a run that is joined more than once, which may be meant or a slip."""
+  times = collections.Counter(path.resolve() for path in directories)
+  if repeated := [f"{path} {n} times" for path, n in times.items() if n > 1]:
+    logging.warning(
+      "--workdir and --runs name %s: each time makes an expert and counts in the "
+      "average. Name a run once if that is not meant.",
+      ", ".join(repeated),
+    )
 
 
 def _same(one: Opened, other: Opened) -> bool:

@@ -131,7 +131,7 @@ def ancestors(
     prints = of_layer["before"]
     words += [f"expert {p} ({prints[p]})" if prints else f"expert {p}" for p in before]
     source = f"{entry['source']['workdir']}, step {entry['source']['step']}"
-    if "sources" in entry:  # each expert names its own
+    if "sources" in entry and not before:  # each expert names its own
       source = f"{len(entry['sources'])} runs"
     out.append((f"{entry['operation']} of {source}", words))
     now = before

@@ -184,7 +184,11 @@ class Merge(Operation):
     x = np.moveaxis(np.asarray(x), axis, 0)
     hidden = layer.axis(name, "hidden")
     rows = []
-    for parents, weights in zip(choice.parents, choice.weights, strict=True):
+    of_each = choice.parents
+    if self.rows == "alias" and layer.kind is not Kind.VALUE:
+      # An alias gets the gradient of its own tokens alone, as before.
+      of_each = [(e,) for e in range(len(choice.parents))]
+    for parents, weights in zip(of_each, choice.weights, strict=True):
       parts = [x[e] for e in parents]
       if is_expert and hidden is not None and choice.orders:
         parts = [

@@ -175,10 +175,6 @@ class Source:
   same_in_all: bool = False
   """Whether all layers must choose the same: one table gives every layer's experts."""
   seed: int = 0
-  activation: str = ""
-  """Of the experts."""
-  workdir: Path | None = None
-  step: int | None = None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

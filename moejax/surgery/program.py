@@ -28,6 +28,7 @@ from moejax.surgery.change import Change
 from moejax.surgery.measured import Measured, Text
 from moejax.surgery.operation import EQUAL, Choice, Operation
 from moejax.surgery.source import Opened, open_run
+from moejax.surgery.still_frozen import still_frozen
 
 Say = Callable[[str], None]
 
@@ -74,10 +75,13 @@ def run(
     UserError: anything in the way; nothing is half-written.
   """
   if asked.output is not None:
-    run_lib.refuse_output(asked.output)
+    run_lib.refuse_output(asked.output, [asked.workdir])
   source = open_run(asked.workdir, asked.step)
   asked = dataclasses.replace(asked, operation=asked.operation.of_run(source))
   change = _change(asked, source, new_config)
+  if asked.output is not None:
+    others = [workdir for workdir, _ in asked.operation.other_sources]
+    run_lib.refuse_output(asked.output, others)
   state.check(change, source.slices, asked.optimizer)
   for line in change_lines(change, asked.optimizer):
     say(line)
@@ -87,7 +91,7 @@ def run(
   text = _text(asked, source, change.new) if _needs_text(asked) else None
   measured = _measured(asked, source, text)
   before = text.loss() if text is not None and asked.evaluate else None
-  choices = run_lib.choose(change, source.slices, measured, source)
+  choices = run_lib.choose(change, source.slices, measured)
   expected = run_lib.expectation(change, source.slices, choices)
   del measured
 
@@ -123,12 +127,19 @@ def _change(
       "experts of a dense model."
     )
   operation.check(old)
-  # They are of the old run: its experts, and where it came from.
+  # They are of the old run: what is frozen there, and where it came from.
   old = copy.deepcopy(old)
   old.train.frozen = old.train.init_from = ""
   new = new_config(operation, old)
   refuse_shapes(operation, old, new, asked.given)
-  return run_lib.make_change(source, operation, new, asked.seed)
+  change = run_lib.make_change(source, operation, new, asked.seed)
+  if new.train.frozen or "train.frozen" in asked.given:
+    return change
+  if frozen := still_frozen(change):
+    new = copy.deepcopy(new)
+    new.train.frozen = frozen
+    return run_lib.make_change(source, operation, new, asked.seed)
+  return change
 
 
 def refuse_shapes(

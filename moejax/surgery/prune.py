@@ -160,7 +160,10 @@ class Prune(Operation):
     there = np.isclose(kept.sum(1), gates.before.sum(1))
     if not there.any():
       return CLOSE
-    return EQUAL if is_close(gates.after[there], kept[there]) else CLOSE
+    after, kept = gates.after[there], kept[there]
+    if is_close(after, kept):
+      return EQUAL
+    return CLOSE if np.array_equal(after > 0, kept > 0) else DROP
 
 
 def importance(

@@ -17,18 +17,14 @@ from moejax.errors import UserError
 from moejax.options import option
 from moejax.surgery.gates import Gates
 from moejax.surgery.operation import (
-  CLOSE,
-  DROP,
-  EQUAL,
   ROUTER,
   Choice,
   Layer,
   Operation,
   Source,
-  is_close,
   taken,
 )
-from moejax.surgery.select import ratio, same_experts
+from moejax.surgery.select import by_choices, ratio, same_experts
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -73,9 +69,4 @@ class Reroute(Operation):
     return ratio(gates) if self.scale_out else 1.0
 
   def expected(self, gates: Gates, choice: Choice) -> str:
-    if gates.before is None or gates.after is None:
-      return DROP
-    if is_close(gates.after * choice.scale, gates.before):
-      return EQUAL
-    same = np.array_equal(gates.after > 0, gates.before > 0)
-    return CLOSE if same else DROP
+    return by_choices(gates, choice)

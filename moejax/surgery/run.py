@@ -8,9 +8,9 @@ any mesh.
 """
 
 import dataclasses
-import os
 import shutil
-from collections.abc import Callable, Mapping
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -75,28 +75,22 @@ def make_change(
   return change
 
 
-def choose(
-  change: Change, arrays: Arrays, measured: Measured, source: Opened | None = None
-) -> dict[int, Choice]:
+def choose(change: Change, arrays: Arrays, measured: Measured) -> dict[int, Choice]:
   """Returns what the new experts of each layer are made of, with the scale of outputs.
 
   Args:
     change: of the operation.
     arrays: of the old run.
     measured: over a text, or nothing.
-    source: the old run, for operations that compare it with another.
   """
   layers = {n: change.layer(n, arrays) for n in change.made}
   has_table = bool(change.old_model.moe_layers) and change.old_model.router.has_table
-  place = {} if source is None else {"workdir": source.workdir, "step": source.step}
   choices = change.operation.choose(
     Source(
       layers=layers,
       measured=measured,
       same_in_all=has_table or change.new_model.router.has_table,
       seed=change.seed,
-      activation=change.old.moe.activation or change.old.model.activation,
-      **place,
     )
   )
   scaled = {}
@@ -151,22 +145,41 @@ def expectation(change: Change, arrays: Arrays, choices: Mapping[int, Choice]) -
   return next((worst for worst in (DROP, CLOSE) if worst in found), EQUAL)
 
 
-def refuse_output(output: Path) -> None:
-  """Rejects a directory that is there already, or cannot be made.
+def refuse_output(output: Path, sources: Sequence[Path] = ()) -> None:
+  """Rejects a directory that is there already, is part of a source or cannot be made.
+
+  Args:
+    output: the new directory.
+    sources: directories of the runs that are read.
 
   Raises:
     UserError: naming it.
   """
-  if output.exists() or output.is_symlink():
-    raise UserError(f"--output={output} exists already. Choose a new directory.")
-  parent = output.absolute().parent
-  while not parent.exists():
-    parent = parent.parent
-  if not parent.is_dir() or not os.access(parent, os.W_OK):
+  for source in sources:
+    if output.resolve().is_relative_to(source.resolve()):
+      raise UserError(
+        f"--output={output} is inside {source}, which is only read. Choose a directory "
+        "outside it."
+      )
+  try:
+    if output.exists() or output.is_symlink():
+      raise UserError(f"--output={output} exists already. Choose a new directory.")
+    _partial(output).exists()  # An error if the name is too long.
+    parent = output.absolute().parent
+    while not (parent.exists() or parent.is_symlink()):
+      parent = parent.parent
+    # Permissions alone say nothing of file systems such as /proc.
+    Path(tempfile.mkdtemp(prefix=".", dir=parent)).rmdir()
+  except OSError as e:
     raise UserError(
-      f"--output={output}: {parent} is no directory that can be written to. Choose "
-      "another."
-    )
+      f"--output={output} cannot be made ({e.strerror or e}). Choose a directory whose "
+      "parent can be written to."
+    ) from e
+
+
+def _partial(output: Path) -> Path:
+  """Returns the directory's name until it is whole."""
+  return output.with_name(f".{output.name}{_PARTIAL}")
 
 
 def verify(source: Opened, with_moments: bool) -> None:
@@ -213,7 +226,7 @@ def write(
       operation cannot change.
   """
   refuse_output(output)
-  partial = output.with_name(f".{output.name}{_PARTIAL}")
+  partial = _partial(output)
   shutil.rmtree(partial, ignore_errors=True)
   try:
     partial.mkdir(parents=True)

@@ -56,6 +56,12 @@ class Share(Operation):
         "--config.moe.expert_bias=true: shared experts have no biases, so none of these "
         "experts can become one."
       )
+    if old.moe.shared_gate:
+      raise UserError(
+        "--config.moe.shared_gate=true: the output of the shared expert is multiplied by "
+        "a gate of the token, so an expert in it has no fixed weight. Use operation "
+        "merge or prune for fewer experts."
+      )
     router, flag = make_router(old.moe), f"--number={self.number}"
     left = old.moe.fine_experts - self.number
     equal_groups(old.moe, max(left, 0), flag)

@@ -49,7 +49,8 @@ def open_run(workdir: Path | str, step: int | None = None, flag: str = "") -> Op
   steps = list_steps(directory)
   if step is not None and step not in steps:
     known = ", ".join(map(str, steps))
-    raise UserError(f"--step={step} is not in {directory}: there are {known}.")
+    name = _step_flag(flag) or "step"
+    raise UserError(f"{name}={step} is not in {directory}: there are {known}.")
   step = steps[-1] if step is None else step
   try:
     slices = Slices(Path(directory) / str(step))
@@ -75,10 +76,17 @@ def tokenizer_of(workdir: Path | str) -> str | None:
 
 def damaged(flag: str, step: int, error: Exception) -> UserError:
   """Returns the error of a checkpoint that is not as it was written."""
+  name = _step_flag(flag)
+  remedy = f"Choose another {name}, or restore" if name else "Restore"
   return UserError(
-    f"{flag}: checkpoint {step} is damaged ({error}). Choose another --step, or restore "
-    "the files from a copy."
+    f"{flag}: checkpoint {step} is damaged ({error}). {remedy} the files from a copy."
   )
+
+
+def _step_flag(flag: str) -> str:
+  """Returns the flag that chooses a checkpoint of a flag's run; empty if none does."""
+  steps = {"--workdir": "--step", "--from_run": "--from_step"}
+  return steps.get(flag.partition("=")[0], "")
 
 
 def _vocab_size(workdir: Path, config: Config, rows: int) -> int:

@@ -179,6 +179,17 @@ def test_the_seed_may_be_joined_and_an_unknown_one_is_warned_of(runs, tmp_path, 
   assert "unknown does not record that it started from the same run" in caplog.text
 
 
+def test_a_run_that_is_joined_twice_is_warned_of_in_one_line(runs, tmp_path, caplog):
+  """By its place, whatever it is called; runs that are named once are not."""
+  operate(Btx(runs=str(runs[1])), runs[0], None, fields=NEW, dry_run=True)
+  assert "times" not in caplog.text
+  (tmp_path / "link").symlink_to(runs[1])
+  names = f"{runs[1]},{tmp_path}/link,{runs[0]}"
+  operate(Btx(runs=names), runs[0], None, fields=NEW, dry_run=True)
+  (line,) = [r.getMessage() for r in caplog.records if "times" in r.getMessage()]
+  assert f"name {runs[0]} 2 times, {runs[1]} 2 times: " in line
+
+
 def test_router_rows_are_centred_and_of_one_norm():
   """By hand: means (3, 0) and (0, 4) differ by (3, -4); equal means give zero rows."""
   one, other = {0: np.array([3.0, 0.0])}, {0: np.array([0.0, 4.0])}

@@ -195,6 +195,45 @@ def test_clone_then_merge_gives_the_original_parameters(activation):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5), back, tree)
 
 
+def test_aliases_keep_values_gradients_and_moments():
+  """Clone, then merge each pair of copies as aliases: the layer and its state stay.
+
+  An alias is reached by its own tokens alone, so its gradient is that of the copy.
+  """
+  old = config()
+  first = make_change(Clone(), old)
+  cloned = unscaled(first, draw(old))
+  alias = Merge(experts=4, group_by="order", weigh="even", rows="alias")
+  done = operate(alias, first.new, cloned)
+  tree_equal(done.params, cloned)
+  y, grads, dx = run_layer(first.new, cloned)
+  new_y, new_grads, new_dx = run_layer(done.change.new, done.params)
+  tree_equal((new_y, new_dx), (y, dx))
+  squares = jax.tree.map(np.square, grads)
+  for kind, tree, new in (
+    (Kind.GRADIENT, grads, new_grads),
+    (Kind.SQUARE, squares, jax.tree.map(np.square, new_grads)),
+  ):
+    tree_equal(layer_of(done.moments(with_layer(cloned, tree), kind)), new)
+
+
+def test_moments_of_an_alias_are_in_the_order_of_its_new_neurons():
+  """Its neurons are permuted to match the first member's, and their moments with them."""
+  old = config()
+  params = draw(old)
+  permuted_copy(params, 1, 0, np.random.default_rng(1))
+  alias = Merge(experts=2, group_by="order", weigh="even", rows="alias")
+  change = make_change(alias, old)
+  choices = chosen(change, params)
+  assert choices[0].orders is not None
+  order = choices[0].orders[1]
+  found = layer_of(_moments(change, choices, params, Kind.GRADIENT))["experts"]
+  w_in = layer_of(params)["experts"]["w_in"]
+  tree_equal(found["w_in"][0], w_in[0])
+  tree_equal(found["w_in"][1], w_in[1][:, order])
+  tree_equal(found["w_in"][1], w_in[0])
+
+
 def _moments(change, choices, tree, kind):
   from moejax.checkpoint import fingerprint
   from moejax.surgery.change import InMemory
@@ -316,6 +355,7 @@ def test_a_table_gives_ids_of_lost_experts_others():
     (Merge(experts=3, group_by="order"), {}, "Give a divisor"),
     (Share(number=3), {"num_selected": 1}, "--selected=same"),
     (Share(), {"expert_bias": True}, "no biases"),
+    (Share(), {"shared_gate": True}, "shared_gate=true: .* Use operation merge"),
     (Share(), {"router": "hash"}, "reroute"),
     (Split(pieces=5), {}, "does not divide the 12 neurons"),
     (Split(), {"router": "switch", "num_selected": 1}, "operation reroute"),

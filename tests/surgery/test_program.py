@@ -238,18 +238,85 @@ def test_an_output_that_is_there_stays(source, tmp_path):
   assert not list((tmp_path / "new").iterdir())
 
 
-def test_a_damaged_source_is_refused(source, tmp_path):
-  """One byte of one array, without which the result would be wrong in silence."""
-  run = tmp_path / "run"
-  shutil.copytree(source, run)
+def test_an_output_inside_a_source_is_refused(source, tmp_path):
+  """A source is only read: no part of it, nor of another run's, is a new run's place."""
+  before = digest(source)
+  other = tmp_path / "other"
+  shutil.copytree(source, other)
+  (tmp_path / "link").symlink_to(source)
+  take = Add(number=1, init="run", from_run=str(other))
+  for operation, output in (
+    (Clone(), source / "checkpoints" / "99"),
+    (Clone(), tmp_path / "link" / "new"),
+    (take, other / "new"),
+  ):
+    with pytest.raises(UserError, match="--output=.* is inside .* Choose"):
+      operate(operation, source, output)
+  assert digest(source) == digest(other) == before
+
+
+@pytest.mark.parametrize("output", ["/proc/x/y", "file/new", "dangling/new", "x" * 250])
+def test_an_output_that_cannot_be_made_is_refused_before_the_source_is_opened(
+  tmp_path, output
+):
+  """No parent, a file as one, a link to nothing, and a name that is too long."""
+  (tmp_path / "file").touch()
+  (tmp_path / "dangling").symlink_to("nowhere")
+  with pytest.raises(UserError, match="--output=.* cannot be made"):
+    operate(Clone(), tmp_path / "no_run", tmp_path / output)
+  assert len(list(tmp_path.iterdir())) == 2
+
+
+def spoil(run: pathlib.Path) -> None:
+  """Changes one byte of every file of arrays."""
   # Orbax keeps arrays in one of these, and may leave others behind.
   for data in run.rglob("d/*"):
     content = bytearray(data.read_bytes())
     content[len(content) // 2] ^= 1
     data.write_bytes(bytes(content))
+
+
+def test_a_damaged_source_is_refused(source, tmp_path):
+  """One byte of one array, without which the result would be wrong in silence."""
+  run = tmp_path / "run"
+  shutil.copytree(source, run)
+  spoil(run)
   with pytest.raises(UserError, match="checkpoint 7 is damaged"):
     operate(Clone(), run, tmp_path / "new", optimizer="keep")
   assert [p.name for p in tmp_path.iterdir()] == ["run"]
+
+
+def test_another_run_is_verified_before_its_experts_are_taken(source, tmp_path):
+  """One byte of the other run's arrays that is not as it was written is refused."""
+  other = tmp_path / "other"
+  shutil.copytree(source, other)
+  spoil(other)
+  operation = Add(number=1, init="run", from_run=str(other))
+  words = "--from_run=.*other: checkpoint 7 is damaged .* another --from_step,"
+  with pytest.raises(UserError, match=words):
+    operate(operation, source, tmp_path / "new")
+  assert [p.name for p in tmp_path.iterdir()] == ["other"]
+
+
+def test_the_record_names_the_other_run_with_step_and_fingerprint(source, tmp_path):
+  """A new expert's lineage is that expert of the other run; old ones keep theirs."""
+  other = make_run(tmp_path / "other", run_config(), seed=1)
+  record = operate(
+    Add(number=1, init="run", from_run=str(other), of="2"), source, tmp_path / "new"
+  )
+  assert record is not None
+  assert record["sources"] == [
+    {"workdir": str(path.resolve()), "step": 7} for path in (source, other)
+  ]
+  opened = open_run(other)
+  prints = lineage.fingerprints(opened.slices.leaves, layers_of(opened.model))
+  after = record["layers"]["3"]["after"]
+  assert after[4] == prints[3][2]
+  ((of, words),) = lineage.ancestors([record], 3, 4)
+  assert words == [f"expert 2 ({after[4]}) of {other.resolve()}, step 7"]
+  assert of == "add of 2 runs"
+  ((of, words),) = lineage.ancestors([record], 3, 1)
+  assert (of, words) == (f"add of {source.resolve()}, step 7", [f"expert 1 ({after[1]})"])
 
 
 @pytest.mark.slow
