@@ -231,6 +231,19 @@ def test_what_does_not_fit_is_refused_before_anything_is_written(
   assert not list(tmp_path.iterdir())
 
 
+def test_a_router_of_learned_slots_gets_the_group_that_it_needs(source):
+  """Reroute to soft takes the flags that its config check asks for; experts keep F."""
+  fields = {"router": "soft", "capacity_factor": 1.0, "eval_capacity_factor": 1.0}
+  fields["group_size"] = 8
+  said = []
+  given = tuple(f"moe.{name}" for name in fields)
+  operate(Reroute(), source, None, said, fields, given=given)
+  assert "  --config.moe.group_size: 0 -> 8" in said
+  given = (*given, "moe.hidden")
+  with pytest.raises(UserError, match="moe.hidden=6 changes the shapes"):
+    operate(Reroute(), source, None, [], fields | {"hidden": 6}, given=given)
+
+
 def test_an_output_that_is_there_stays(source, tmp_path):
   (tmp_path / "new").mkdir()
   with pytest.raises(UserError, match=r"--output=.*new exists already"):
