@@ -244,6 +244,32 @@ def test_a_router_of_learned_slots_gets_the_group_that_it_needs(source):
     operate(Reroute(), source, None, [], fields | {"hidden": 6}, given=given)
 
 
+def test_parameters_alone_are_no_run_to_go_on_with(source, tmp_path):
+  """Restoring a whole state of them says how to start a new run, not another model."""
+  output = tmp_path / "new"
+  operate(Permute(by="order", order="1,0,3,2"), source, output)
+  made = open_run(output)
+  optimizer = make_optimizer(
+    made.config.optimizer,
+    num_steps=20,
+    axes=made.model.logical_axes(),
+    trained=made.model.trained(),
+  )
+  target = state_lib.state_shapes(made.model, optimizer, mesh())
+  checkpointer = Checkpointer(
+    output / DIRECTORY,
+    keep_last=1,
+    keep_best=0,
+    config=made.config,
+    metadata={},
+    logical_axes=made.model.logical_axes(),
+  )
+  words = f"parameters only, .*--init_from={output} --workdir=NEXT"
+  with pytest.raises(UserError, match=words):
+    checkpointer.restore(target)
+  checkpointer.close()
+
+
 def test_an_output_that_is_there_stays(source, tmp_path):
   (tmp_path / "new").mkdir()
   with pytest.raises(UserError, match=r"--output=.*new exists already"):
