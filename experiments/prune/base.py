@@ -18,7 +18,8 @@ RATE = 1.6e-2
 TRIED = (1e-3, 2e-3, 4e-3, 8e-3)
 """Rates for the training after pruning."""
 BEST = {8: 2e-3, 6: 4e-3, 4: 8e-3}
-"""The best of them by experts: the more is missing, the higher."""
+"""Those used, by experts. With seed 0, 8 and 6 are within .0025 nats of the best of them;
+4 is the end of the grid, where the loss still falls."""
 
 
 def base() -> Config:

@@ -8,9 +8,9 @@ trained for 10% of the steps that the whole model had, with its own warmup and d
 so is the whole model. Beside them is a model that had half of the experts from the start,
 with all the steps.
 
-The rate after pruning is tuned with seed 0 on the whole model and on what `reap` leaves
-of it, for each number of experts. The model from the start has the rate that the whole
-model had.
+Rates after pruning are tried with seed 0 on the whole model and on what `reap` leaves of
+it, for each number of experts; README.md says how near the best they are. The model from
+the start has the rate that the whole model had.
 """
 
 from typing import Any

@@ -16,7 +16,7 @@ import contextlib
 import json
 import logging
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import jax
@@ -215,7 +215,8 @@ def read_state(
       stored unused moments for them.
 
   Raises:
-    ConfigError: the target is another model or optimizer; names the leaves.
+    ConfigError: the target is another model or optimizer; names the leaves. Or it
+      wants an optimizer's state of a checkpoint that holds parameters only.
     DamagedCheckpointError: the arrays cannot be read, or are not those written.
   """
   saved = meta["leaves"]
@@ -228,6 +229,12 @@ def read_state(
     and not (name.startswith("opt_state.") and name.endswith(unread))
   }
   problems = mismatches(wanted, target)
+  if problems and set(target) != {"params"} and _only_parameters(saved):
+    workdir = step_directory.parent.parent
+    raise ConfigError(
+      f"{step_directory} holds parameters only, no optimizer's state to go on with. "
+      f"Start a new run from them: --init_from={workdir} --workdir=NEXT."
+    )
   if problems:
     more = f" (and {len(problems) - 5} more)" if len(problems) > 5 else ""
     raise ConfigError(
@@ -254,6 +261,10 @@ def read_state(
     more = f" (and {len(changed) - 5} more)" if len(changed) > 5 else ""
     raise DamagedCheckpointError(f"{'; '.join(changed[:5])}{more}")
   return state
+
+
+def _only_parameters(leaves: Iterable[str]) -> bool:
+  return all(name.startswith("params.") for name in leaves)
 
 
 def _read_arrays(directory: Any, target: Any) -> Any:

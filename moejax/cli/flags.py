@@ -31,6 +31,7 @@ from moejax.config import Config
 from moejax.config import text as config_text
 from moejax.config.check import refuse_unread, validate, validate_fields
 from moejax.errors import ConfigError, UserError, did_you_mean, nearest, program
+from moejax.options import WORDS
 from moejax.routing.registry import ROUTERS
 from moejax.storage import errors as storage_errors
 from moejax.storage.paths import RunPath, is_url, refuse_url, run_path
@@ -40,6 +41,8 @@ flags.disclaim_key_flags()
 
 DEFAULT_CONFIG = "configs/default.py"
 _HELP = ("help", "h", "helpshort", "helpfull")
+_NO_NUMBER = {"invalid literal for int()": int, "could not convert string": float}
+"""How Python says that a flag is no number."""
 
 _overrides: dict[str, Any] = {}
 """Dotted name to value, from the last parsed command line."""
@@ -325,12 +328,21 @@ def parse(argv: list[str], program: str = "__main__") -> list[str]:
   except flags.UnrecognizedFlagError as error:
     raise UserError(_unknown_flag(error.flagname)) from None
   except flags.Error as error:
-    raise UserError(str(error)) from None
+    raise UserError(_plain(str(error))) from None
   if len(positional) > 1:
     raise UserError(
       f"{positional[1]!r} is no flag: every argument has the form --name=value."
     )
   return positional
+
+
+def _plain(error: str) -> str:
+  """Returns an error of absl without the words of Python's int() and float()."""
+  flag, _, why = error.removeprefix("flag ").partition(": ")
+  for start, kind in _NO_NUMBER.items():
+    if why.startswith(start):
+      return f"{flag}: expected {WORDS[kind]}."
+  return error
 
 
 def _add_routers(argv: list[str]) -> None:

@@ -1,11 +1,13 @@
 """The table of a sweep that is not started: `--dry_run`."""
 
+import pathlib
 from collections.abc import Sequence
 
 from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from moejax.storage.paths import is_url
 from moejax.sweep.points.expand import Skipped
 from moejax.sweep.points.predict import Prediction, Rate
 
@@ -100,7 +102,27 @@ def summary(
   if skipped:
     lines.append(f"Left out, {len(skipped)} impossible:")
     lines += [f"  {point.name}: {point.reason}" for point in skipped]
+  lines += missing_starts([p.point.config.train.init_from for p in predictions])
   return [*lines, "Nothing was written and nothing started (--dry_run)."]
+
+
+def missing_starts(starts: Sequence[str]) -> list[str]:
+  """Returns a line on runs to start from that are not there yet, if there are any.
+
+  Args:
+    starts: `train.init_from` of each run; those in buckets are not looked for.
+  """
+  local = [start for start in starts if start and not is_url(start)]
+  missing = [start for start in local if not pathlib.Path(start).exists()]
+  if not missing:
+    return []
+  others = len(set(missing)) - 1
+  more = f" and {others} more" if others else ""
+  return [
+    f"{len(missing)} of the runs start from directories that do not exist yet "
+    f"(--config.train.init_from={missing[0]}{more}). Make these first: until then such "
+    "a run fails."
+  ]
 
 
 def short(count: float) -> str:

@@ -56,7 +56,7 @@ class Add(Operation):
   name = "add"
   summary = "more experts: random ones, copies, or those of another run"
 
-  number: int = option(0, "how many", count(0, 65_536, "they must fit into memory"))
+  number: int = option(0, "how many", count(1, 65_536, "they must fit into memory"))
   init: Literal["random", "copy", "run"] = option(
     "random", "drawn at random, copies of experts there are, or of another run's"
   )

@@ -57,7 +57,7 @@ class Merge(Operation):
   summary = "fewer experts: similar ones become their average"
 
   experts: int = option(
-    0, "E afterwards, counting segments", count(0, 2**20, "fewer than there are")
+    0, "E afterwards, counting segments", count(1, 2**20, "fewer than there are")
   )
   group_by: Literal["logits", "outputs", "weights", "order"] = option(
     "logits", "similarity: of router logits, of mean outputs, of weights; or neighbours"

@@ -66,7 +66,7 @@ class Prune(Operation):
   summary = "fewer experts: the least important ones are left out"
 
   experts: int = option(
-    0, "E afterwards, counting segments", count(0, 2**20, "fewer than there are")
+    0, "E afterwards, counting segments", count(1, 2**20, "fewer than there are")
   )
   by: Literal[
     "load", "reap", "norm", "mean_norm", "weights", "loss", "subset", "random"

@@ -33,7 +33,12 @@ class Reroute(Operation):
 
   name = "reroute"
   summary = "another router, which keeps the weights that it can use"
-  reads = ("moe.router", "moe.router_bias", "moe.*.*", "moe.num_selected")
+  reads = (
+    *("moe.router", "moe.router_bias", "moe.*.*", "moe.num_selected"),
+    # The learned slots of a router that has them, such as soft.
+    *("moe.group_size", "moe.capacity_factor", "moe.eval_capacity_factor"),
+    *("moe.capacity_convention", "moe.min_capacity"),
+  )
 
   carry: bool = option(True, "keep the arrays that both routers have")
   scale_out: bool = option(

@@ -54,6 +54,11 @@ def equal_groups(moe: MoEConfig, experts: int, flag: str) -> int:
   return groups
 
 
+def in_words(experts: int) -> str:
+  """Returns "1 expert", "2 experts" and so on."""
+  return f"{experts} expert" + "s" * (experts != 1)
+
+
 def refuse_below(k: int, experts: int, flag: str) -> None:
   """Rejects fewer experts than a token chooses.
 
@@ -62,6 +67,6 @@ def refuse_below(k: int, experts: int, flag: str) -> None:
   """
   if experts < k:
     raise UserError(
-      f"{flag}: a token chooses {k} experts, and {experts} would be left. Keep at least "
-      f"{k}, or lower K first (operation select)."
+      f"{flag}: a token chooses {in_words(k)}, and {experts} would be left. Keep at "
+      f"least {k}, or lower K first (operation select)."
     )

@@ -27,7 +27,7 @@ from moejax.surgery.operation import (
   is_close,
   taken,
 )
-from moejax.surgery.scores import refuse_below
+from moejax.surgery.scores import in_words
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -38,7 +38,7 @@ class Select(Operation):
   summary = "another number of choices per token"
 
   num_selected: int = option(
-    0, "K, in whole experts before segmentation", count(0, 65_536, "at most E")
+    0, "K, in whole experts before segmentation", count(1, 65_536, "at most E")
   )
   scale_out: bool = option(
     False, "scale outputs so that gates sum to what they summed to on random tokens"
@@ -56,9 +56,11 @@ class Select(Operation):
         "the choices per token. Change the router first (operation reroute), for "
         "example to top_k."
       )
-    refuse_below(
-      self.num_selected, old.moe.num_experts, f"--num_selected={self.num_selected}"
-    )
+    if self.num_selected > (experts := old.moe.num_experts):
+      raise UserError(
+        f"--num_selected={self.num_selected} is more than the {in_words(experts)} that "
+        f"there {'is' if experts == 1 else 'are'}. Give at most {experts}."
+      )
 
   def new_config(self, old: Config, asked: Config) -> Config:
     new = copy.deepcopy(asked)

@@ -26,7 +26,7 @@ from moejax.surgery.operation import (
   flat,
   taken,
 )
-from moejax.surgery.scores import best, equal_groups, refuse_below
+from moejax.surgery.scores import best, equal_groups, in_words, refuse_below
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -78,7 +78,7 @@ class Share(Operation):
     selected = self._selected(old)
     if selected < 1:
       raise UserError(
-        f"{flag} --selected=less: a token chooses {old.moe.fine_selected} experts, and "
+        f"{flag} --selected=less: a token chooses {in_words(old.moe.fine_selected)}, and "
         "none would be left to choose. Use --selected=same."
       )
     refuse_below(selected, left, flag)
@@ -94,7 +94,21 @@ class Share(Operation):
     new.moe.num_selected = self._selected(old)
     new.moe.num_shared = old.moe.num_shared + self.number
     new.moe.shared_hidden = old.moe.shared_width + self.number * old.moe.fine_hidden
+    self._refuse_constant(new)
     return new
+
+  def _refuse_constant(self, new: Config) -> None:
+    """Rejects gates of 1 that come of the last choice; the config's check knows less."""
+    moe = new.moe
+    is_last = self.selected == "less" and moe.num_selected == 1
+    if moe.renormalize == "none" or moe.allow_constant_gates or not is_last:
+      return
+    if make_router(moe).token_choice:
+      raise UserError(
+        "--selected=less leaves one choice per token, and --config.moe.renormalize="
+        f"{moe.renormalize} makes its gate 1, which takes the router its gradient. Use "
+        "--selected=same, or --config.moe.renormalize=none."
+      )
 
   def choose(self, source: Source) -> dict[int, Choice]:
     found = {}

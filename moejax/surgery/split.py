@@ -5,6 +5,9 @@ the router row of the whole. K becomes m K, so that a token that chose the exper
 all its parts. Where gates are shares of a whole (softmax, 1/K) each part has a part of
 the gate, and `w_out` is scaled to make up for it. This is DeepSeekMoE's segmentation
 (arXiv:2401.06066, section 3.1) of a trained model.
+
+The parts have other outputs, so the gradients of their router rows are not 1/m of that of
+the whole row; only their sum is that gradient. Their second moments are an approximation.
 """
 
 import copy

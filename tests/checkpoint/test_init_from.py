@@ -124,3 +124,15 @@ def test_a_run_without_its_tokenizer_is_refused(source, tmp_path):
   for file in source.glob("tokenizer*"):
     file.rename(tmp_path / "elsewhere")
   assert "no tokenizer" in refusal(source, tiny_config(), tmp_path)
+
+
+def test_parameters_alone_are_no_run_to_go_on_with():
+  """A whole state asked of them is refused with the flags that start a new run."""
+  leaf = jax.ShapeDtypeStruct((2,), "float32")
+  meta = {"leaves": {"params.w": {"shape": [2], "dtype": "float32"}}}
+  step = pathlib.Path("/runs/a/checkpoints/0")
+  words = "parameters only, .* --init_from=/runs/a --workdir=NEXT"
+  with pytest.raises(UserError, match=words):
+    checkpoint_read.read_state(step, meta, {"params": {"w": leaf}, "step": leaf})
+  with pytest.raises(UserError, match="another model"):
+    checkpoint_read.read_state(step, meta, {"params": {"v": leaf}})

@@ -36,6 +36,19 @@ def refused(*arguments: str) -> str:
   return str(caught.value)
 
 
+def test_a_flag_that_is_no_number_is_told_so():
+  """In the words of all other flags, not in those of Python."""
+  flags.DEFINE_integer("a_step", None, "A step.", lower_bound=0)
+  flags.DEFINE_float("a_share", None, "A share.")
+  try:
+    assert refused("--a_step=last") == "--a_step=last: expected a whole number."
+    assert refused("--a_share=half") == "--a_share=half: expected a number."
+    assert "--a_step=-1: -1 is not" in refused("--a_step=-1")
+  finally:
+    for name in ("a_step", "a_share"):
+      delattr(flags.FLAGS, name)
+
+
 def test_an_option_of_another_router_is_refused_where_a_person_gave_it(tmp_path):
   """On the line and in a file; a config stored with a run is read as it is."""
   flag, chosen = "--config.moe.quantile_bias.quantile_rate=0.5", {"quantile_rate": 0.5}

@@ -302,6 +302,15 @@ def test_a_dry_run_lists_what_it_leaves_out(capsys):
   assert "Left out, 1 impossible:" in out and "  num_selected=16: --config.moe" in out
 
 
+def test_a_dry_run_says_which_starts_are_missing(tmp_path):
+  """Once however many runs have it; a bucket is not looked for."""
+  there, bucket = str(tmp_path), "gs://bucket/run"
+  assert not sweep_table.missing_starts(["", there, bucket])
+  (line,) = sweep_table.missing_starts(["", there, "no/a", "no/a", "no/b", bucket])
+  assert line.startswith("3 of the runs start from directories that do not exist yet")
+  assert "(--config.train.init_from=no/a and 1 more)" in line
+
+
 def test_seeds_are_a_number_or_a_list():
   assert spec_of(AXIS, "--seeds=3").seeds == (0, 1, 2)
   assert spec_of(AXIS, "--seeds=7,0,5").seeds == (7, 0, 5)

@@ -114,6 +114,26 @@ def test_surgery_makes_the_model_that_the_sweep_trains(name):
     assert f"--config.{field}={show(value)}" in script
 
 
+def test_the_page_on_pruning_shows_the_rates_that_were_tried():
+  """Its losses are the committed ones of seed 0, and the rate in bold is the one used."""
+  from experiments.prune import base
+
+  with open(ROOT / "prune" / "results.csv") as file:
+    losses = {r["variant"]: r["loss"] for r in csv.DictReader(file) if r["seed"] == "0"}
+  page = (ROOT / "prune" / "README.md").read_text()
+  sides = {
+    8: ("whole", "whole"),
+    6: ("6 experts", "reap, 6"),
+    4: ("4 experts", "reap, 4"),
+  }
+  for experts, (words, side) in sides.items():
+    cells = []
+    for rate in base.TRIED:
+      loss = f"{float(losses[f'{side}, rate {rate:g}']):.4f}"
+      cells.append(f"**{loss}**" if rate == base.BEST[experts] else loss)
+    assert f"| {words} | {' | '.join(cells)} |" in page
+
+
 @pytest.mark.parametrize("name", ["upcycle", "prune", "apart"])
 def test_tables_of_surgery_are_of_the_committed_results(name):
   """What the study's page shows is computed from the runs beside it."""

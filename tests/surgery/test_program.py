@@ -215,7 +215,11 @@ def test_a_dry_run_writes_nothing(source, tmp_path):
   ("operation", "fields", "words"),
   [
     (Prune(experts=1, by="weights"), {}, "2 experts, and 1 would be left"),
-    (Select(num_selected=5), {}, "chooses 5 experts, and 4 would be left"),
+    (
+      Select(num_selected=5),
+      {},
+      "more than the 4 experts that there are. Give at most 4",
+    ),
     (Reroute(), {}, "is the run's router"),
     (Permute(by="order", order="0,1"), {}, "name each of the experts 0 to 3 once"),
     (Clone(), {"expert_bias": True}, "expert_bias=true changes the shapes"),
