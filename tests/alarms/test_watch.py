@@ -134,6 +134,20 @@ def test_the_remedy_against_collapse_is_that_of_the_router(router, flag):
   assert flag in alarm
 
 
+@pytest.mark.parametrize(
+  ("router", "remedy"),
+  [
+    ("switch", "or raise --config.moe.balance_weight (now 0.01)."),
+    ("hash", "or use another --config.moe.router: hash does not learn."),
+  ],
+)
+def test_the_remedy_against_drops_is_one_sentence(router, remedy):
+  config = Config()
+  config.moe.use_router(router)
+  [alarm] = [text for _, text in feed(make_watch(config), "max_drops", [1.0] * 6)]
+  assert alarm.endswith(f"Raise --config.moe.capacity_factor (now 1.25), {remedy}")
+
+
 def test_a_small_capacity_makes_drops_unavoidable():
   """Half the slots hold half of the assignments; per token of two choices, a quarter."""
   config = Config()
