@@ -20,6 +20,25 @@ def sentences(found: dict[str, Any]) -> list[str]:
   return [_loads(found), _preferences(found), _importance(found)]
 
 
+def left_out(found: dict[str, Any]) -> str:
+  """Returns what of a text was not read, in one sentence; empty if all of it was.
+
+  Args:
+    found: what analysis.json says.
+  """
+  own = found.get("left_out", {})
+  words = []
+  if own.get("duplicates"):
+    what = "pieces" if own["is_cut"] else "documents"
+    words.append(
+      f"{own['duplicates']:,} {what} ({own['duplicate_bytes']:,} bytes) that equal "
+      "earlier ones"
+    )
+  if own.get("skipped"):
+    words.append(f"{own['skipped']:,} documents that are empty or no text")
+  return f"Left out of {found['text']}: {' and '.join(words)}." if words else ""
+
+
 def _loads(found: dict[str, Any]) -> str:
   layers, num_experts = found["layers"], found["num_experts"]
   worst = max(layers, key=lambda layer: layer["load"]["max_ratio"])

@@ -48,6 +48,8 @@ def analyze(request: restored.Request, asked: restored.Asked) -> None:
     return _with_whole_groups(run, settings)
 
   run = restored.restore(request, prepare)
+  if run.tells and (left_out := sentences.left_out(run.facts)):
+    print(left_out)
   if asked.from_trace:
     _from_trace(run, asked, settings)
     return

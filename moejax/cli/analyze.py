@@ -169,7 +169,7 @@ def _asked(workdir: RunPath) -> Asked:
     UserError: flags that contradict each other, or an invalid value.
   """
   if _TEXT.value and flags.FLAGS["split"].present:
-    raise UserError("--split: --text has no splits and is read whole. Leave one out.")
+    raise UserError("--split: --text has no splits. Leave one out.")
   _refuse_alone(_REPLAY.value, "--replay", [*_LISTS, "confirm", "from_trace"])
   knockout = _KNOCKOUT.value is not None
   _refuse_alone(knockout, "--knockout", ["knockout_tokens", "knockout_pairs"])

@@ -29,6 +29,18 @@ def test_loads_and_drops_are_those_of_the_worst_layer():
   assert "drops" not in _said(_layer(1), capacity_factor=None)[0]
 
 
+def test_what_is_not_read_of_a_text_is_said():
+  """Pieces of one document, or documents; nothing where nothing is left out."""
+  own = {"duplicates": 2, "duplicate_bytes": 1234, "skipped": 0, "is_cut": True}
+  said = sentences.left_out({"text": "a.txt", "left_out": own})
+  assert said == "Left out of a.txt: 2 pieces (1,234 bytes) that equal earlier ones."
+  own = {"duplicates": 0, "duplicate_bytes": 0, "skipped": 3, "is_cut": False}
+  said = sentences.left_out({"text": "a", "left_out": own})
+  assert said == "Left out of a: 3 documents that are empty or no text."
+  assert sentences.left_out({"text": "a", "left_out": own | {"skipped": 0}}) == ""
+  assert sentences.left_out({"text": None}) == ""
+
+
 def test_a_preference_is_one_only_above_chance():
   text = _said(_layer(1))[1]
   assert text.startswith("Experts follow words") and "70%" in text and "20%" in text
