@@ -5,8 +5,8 @@ model:
 
   sequence, index, document, position, token, target, domain
   expert_n    the K experts, best first    uint16 [K]
-  gate_n      their weights, 0 if dropped  float32 [K]
-  kept_n      whether each was computed    bool [K]
+  gate_n      their weights, without drops float32 [K]
+  kept_n      whether each was computed    bool [K], always True: the pass is dropless
   logits_n    of all experts               float32 [E], if asked for
 
 The file's metadata says which model and text it is of, under the key `moejax`. Any reader
