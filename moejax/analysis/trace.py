@@ -186,6 +186,13 @@ def read_meta(path: pathlib.Path) -> dict[str, Any]:
   return meta
 
 
+def num_tokens(path: pathlib.Path) -> int:
+  """Returns how many tokens a trace has."""
+  from pyarrow import parquet
+
+  return parquet.read_metadata(path).num_rows
+
+
 def check_meta(path: pathlib.Path, meta: dict[str, Any], run: dict[str, Any]) -> None:
   """Refuses a trace of another model, or one without logits.
 
