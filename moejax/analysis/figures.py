@@ -155,6 +155,16 @@ def similarity(found: dict[str, Any]) -> Any:
   )
 
 
+def _over_layers(
+  panel: Any, layers: list[Any], values: list[float], **style: Any
+) -> None:
+  """Draws a value of each layer: a line, and of an encoder-decoder one for each stack."""
+  points = zip([layer["layer"] for layer in layers], values, strict=True)
+  for _, own in itertools.groupby(points, lambda p: str(p[0]).rpartition(".")[0]):
+    (line,) = panel.plot(*zip(*own, strict=True), **style)
+    style |= {"color": line.get_color(), "label": "_"}  # Named once.
+
+
 def specialisation(found: dict[str, Any]) -> Any:
   """Preferences for words and domains, each beside its value by chance."""
   layers = [layer for layer in found["layers"] if "words" in layer]
@@ -167,11 +177,9 @@ def specialisation(found: dict[str, Any]) -> Any:
     # An encoder has only ids that it reads.
     known = [layer for layer in layers if name in layer["words"]]
     values = [layer["words"][name]["favourite"] for layer in known]
-    panels[0].plot(
-      [layer["layer"] for layer in known], values, marker=marker, label=f"{name} id"
-    )
+    _over_layers(panels[0], known, values, marker=marker, label=f"{name} id")
   chance = [layer["words"]["input"]["chance"] for layer in layers]
-  panels[0].plot(index, chance, label="shuffled", **_CHANCE)
+  _over_layers(panels[0], layers, chance, label="shuffled", **_CHANCE)
   panels[0].set(
     title="A word's favourite expert", xlabel="layer", ylabel="share of its tokens"
   )
@@ -180,7 +188,7 @@ def specialisation(found: dict[str, Any]) -> Any:
     for name, style in (("information_fraction", {"marker": "o"}), ("chance", _CHANCE)):
       label = "shuffled" if name == "chance" else "domain"
       values = [layer["domains"][name] for layer in here]
-      panels[1].plot([layer["layer"] for layer in here], values, label=label, **style)
+      _over_layers(panels[1], here, values, label=label, **style)
     panels[1].set(
       title="What an expert tells of the domain",
       xlabel="layer",
@@ -289,7 +297,7 @@ def knockout(found: dict[str, Any]) -> Any:
     panel.axhline(0, color="black", linewidth=0.8)
     _whole(panel.xaxis)
     panel.set(title=f"layer {row['layer']}", xlabel="expert removed")
-  panels[0].set_ylabel("change of the loss, nats/token")
+  panels[0].set_ylabel("change of the loss, nats/token\n± two standard errors")
   return _finished(figure, [])
 
 

@@ -47,9 +47,10 @@ def _loads(found: dict[str, Any]) -> str:
   used = "all experts are used"
   if dead:
     used = f"{dead} of {len(layers) * num_experts} experts never computed a token"
+  busiest = f"expert {int(np.argmax(load['share']))} of layer {worst['layer']}"
   text = (
-    f"The busiest expert has {load['max_ratio']:.2f} times an even load (expert "
-    f"{int(np.argmax(load['share']))} of layer {worst['layer']}), and {used}"
+    f"The busiest expert has {load['max_ratio']:.2f} times an even load"
+    f"{_most(found, worst)} ({busiest}), and {used}"
   )
   dropping = [
     (_drop_rate(layer), index) for index, layer in enumerate(layers) if "drops" in layer
@@ -65,6 +66,15 @@ def _loads(found: dict[str, Any]) -> str:
     missed = f"up to {rate:.1%} of the tokens without an expert"
     return f"{text}; {capacity} leaves {missed} (layer {layer})."
   return f"{text}; {capacity} drops up to {rate:.1%} of the choices (layer {layer})."
+
+
+def _most(found: dict[str, Any], layer: dict[str, Any]) -> str:
+  """Returns the largest load there can be: E/K even loads, where tokens choose K."""
+  if "ranks" in found["undefined"]:
+    return ""
+  stack = str(layer["layer"]).rpartition(".")[0]
+  own = found["stacks"][stack] if stack else found
+  return f", of at most {own['num_experts'] / own['num_selected']:.3g}"
 
 
 def _drop_rate(layer: dict[str, Any]) -> float:
@@ -122,5 +132,5 @@ def _importance(found: dict[str, Any]) -> str:
   times = f", {cost / middle:.1f} times the median expert" if middle > 0 else ""
   return (
     f"The expert whose removal costs most is {expert} of layer {layer}: {cost:+.4f} "
-    f"(± {error:.4f}) nats per token{times}."
+    f"(± {2 * error:.4f}, two standard errors) nats per token{times}."
   )

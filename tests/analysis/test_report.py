@@ -115,6 +115,19 @@ def test_each_layer_has_a_chance_of_its_own(draw, chances):
   assert names == ["layer 1", "layer 3", "chance, each layer's own"]
 
 
+def test_no_line_joins_encoder_and_decoder():
+  """One of each stack, in one colour and named once."""
+  word = {"favourite": 0.7, "chance": 0.2}
+  names = ("encoder.1", "encoder.3", "decoder.1", "decoder.3")
+  layers = [{"layer": name, "words": {"input": word}} for name in names]
+  panel = figures.specialisation({"layers": layers}).axes[0]
+  lines = [list(line.get_xdata()) for line in panel.lines if len(line.get_xdata())]
+  assert lines == [["encoder.1", "encoder.3"], ["decoder.1", "decoder.3"]] * 2
+  assert panel.lines[0].get_color() == panel.lines[1].get_color()
+  named = [text.get_text() for text in panel.get_legend().get_texts()]
+  assert named.count("input id") == named.count("shuffled") == 1
+
+
 @pytest.mark.parametrize("draw", [figures.load, figures.saturation, figures.consistency])
 def test_experts_and_steps_have_whole_ticks(draw):
   """Two experts, or steps 100 and 101, have nothing to be named between them."""
