@@ -160,6 +160,28 @@ def test_a_small_capacity_makes_drops_unavoidable():
   assert unavoidable_drops(config) == 0.0
 
 
+def test_an_alarm_over_a_resume_is_one_span():
+  """Not raised in the first line of a new start, and not counted when it is raised
+  anew; one that begins then is."""
+  lines = [
+    {"step": 1, "alarms_active": 1, "alarms_raised": 1, "alarms": {"max_load": {}}},
+    {"step": 2, "alarms_active": 0, "alarms_raised": 1},
+    {"step": 3, "alarms_active": 1, "alarms_raised": 2, "alarms": {"max_gate": {}}},
+    {"step": 4, "alarms_active": 0, "alarms_raised": 2},
+    {
+      "step": 5,
+      "alarms_active": 3,
+      "alarms_raised": 4,
+      "alarms": {"max_load": {}, "max_gate": {}, "max_drops": {}},
+    },
+  ]
+  assert history.spans(lines) == {
+    "max_load": [(1, 2), (5, None)],
+    "max_gate": [(3, None)],
+    "max_drops": [(5, None)],
+  }
+
+
 def test_history_reads_the_log_of_all_starts():
   """Raised twice, the second time to the end; lines of evaluations alone do not count."""
   lines = [
