@@ -30,13 +30,11 @@ def left_out(found: dict[str, Any]) -> str:
   words = []
   if own.get("duplicates"):
     what = "pieces" if own["is_cut"] else "documents"
-    words.append(
-      f"{own['duplicates']:,} {what} ({own['duplicate_bytes']:,} bytes) that equal "
-      "earlier ones"
-    )
+    many, size = own["duplicates"], own["duplicate_bytes"]
+    words.append(f"equal to earlier {what}: {many:,} ({size:,} bytes)")
   if own.get("skipped"):
-    words.append(f"{own['skipped']:,} documents that are empty or no text")
-  return f"Left out of {found['text']}: {' and '.join(words)}." if words else ""
+    words.append(f"empty or no text: {own['skipped']:,}")
+  return f"Left out of {found['text']}: {'; '.join(words)}." if words else ""
 
 
 def _loads(found: dict[str, Any]) -> str:

@@ -21,6 +21,7 @@ import importlib.util
 import json
 import pathlib
 import shutil
+import tempfile
 from collections.abc import Iterator
 from typing import Any
 
@@ -63,6 +64,13 @@ def check(model: Decoder, path: pathlib.Path, tokens: int, what: str) -> None:
   require()
   if not path.parent.is_dir():
     raise UserError(f"--trace={path}: {path.parent} is no directory. Make it first.")
+  try:
+    with tempfile.TemporaryFile(dir=path.parent):
+      pass
+  except OSError as error:
+    raise UserError(
+      f"--trace={path} cannot be written ({error.strerror}). Give another place."
+    ) from error
   free, size = shutil.disk_usage(path.parent).free, num_bytes(model, tokens, what)
   if size > free:
     raise UserError(

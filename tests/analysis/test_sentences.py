@@ -49,10 +49,10 @@ def test_what_is_not_read_of_a_text_is_said():
   """Pieces of one document, or documents; nothing where nothing is left out."""
   own = {"duplicates": 2, "duplicate_bytes": 1234, "skipped": 0, "is_cut": True}
   said = sentences.left_out({"text": "a.txt", "left_out": own})
-  assert said == "Left out of a.txt: 2 pieces (1,234 bytes) that equal earlier ones."
+  assert said == "Left out of a.txt: equal to earlier pieces: 2 (1,234 bytes)."
   own = {"duplicates": 0, "duplicate_bytes": 0, "skipped": 3, "is_cut": False}
   said = sentences.left_out({"text": "a", "left_out": own})
-  assert said == "Left out of a: 3 documents that are empty or no text."
+  assert said == "Left out of a: empty or no text: 3."
   assert sentences.left_out({"text": "a", "left_out": own | {"skipped": 0}}) == ""
   assert sentences.left_out({"text": None}) == ""
 

@@ -106,6 +106,8 @@ def test_what_cannot_be_written_is_refused_first(recorded, tmp_path):
   model = recorded[0]
   with pytest.raises(UserError, match="is no directory"):
     trace.check(model, tmp_path / "none" / "x.parquet", 10, "choices")
+  with pytest.raises(UserError, match="--trace=/proc/x cannot be written"):
+    trace.check(model, pathlib.Path("/proc/x"), 10, "choices")
   with pytest.raises(UserError, match="GiB are free"):
     trace.check(model, tmp_path / "x.parquet", 10**15, "logits")
 
