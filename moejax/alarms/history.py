@@ -10,6 +10,9 @@ Span = tuple[int, int | None]
 def spans(lines: Sequence[dict[str, Any]]) -> dict[str, list[Span]] | None:
   """Returns when each alarm was raised, over all starts of a run.
 
+  An alarm that holds over a resume is not counted twice, and is one span: the lines
+  without it are those that the new start needed to raise it anew.
+
   Args:
     lines: of metrics.jsonl.
 
@@ -22,16 +25,34 @@ def spans(lines: Sequence[dict[str, Any]]) -> dict[str, list[Span]] | None:
     return None
   found: dict[str, list[Span]] = {}
   begun: dict[str, int] = {}
+  raised = 0
   for line in watched:
     here = line.get("alarms", {})
-    for name in here:
-      begun.setdefault(name, line["step"])
+    new = [name for name in here if name not in begun]
+    again = _held(new, found, line.get("alarms_raised", raised + len(new)) - raised)
+    raised = line.get("alarms_raised", raised + len(new))
+    for name in new:
+      begun[name] = found[name].pop()[0] if name in again else line["step"]
       found.setdefault(name, [])
     for name in begun.keys() - here.keys():
       found[name].append((begun.pop(name), line["step"]))
   for name, step in begun.items():
     found[name].append((step, None))
   return found
+
+
+def _held(new: list[str], found: dict[str, list[Span]], counted: int) -> list[str]:
+  """Returns which alarms of a line were there before a resume: what is not counted.
+
+  Args:
+    new: alarms of the line that the one before has not.
+    found: spans so far.
+    counted: how many of them were counted as raised.
+  """
+  earlier = [name for name in new if found.get(name)]
+  # All that were there at the resume ended in the first line after it, the last to end.
+  earlier.sort(key=lambda name: -(found[name][-1][1] or 0))
+  return earlier[: max(len(new) - counted, 0)]
 
 
 def sentence(found: dict[str, list[Span]]) -> str:

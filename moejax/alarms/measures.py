@@ -68,7 +68,8 @@ def alarm_numbers(
     routers: of each MoE layer.
     aux: aux terms as they enter the loss: weighted, per token.
     loss: cross-entropy, nats per token.
-    unavoidable: fraction of the assignments that no balance would find slots for.
+    unavoidable: fraction of the assignments that no balance would find slots for; below
+      1.
 
   Returns:
     Arrays [L], for `max_aux_share` [1]; `max_dead_steps` is left to `Deaths`.
@@ -90,7 +91,8 @@ def alarm_numbers(
     "max_logit": numbers["top_logit"],
     "max_gate": np.where(several, numbers["top_gate"], math.nan),
     "max_bias_span": numbers.get("bias_span", unknown),
-    "max_drops": _ratio(dropped, total, total > 0) - unavoidable,
+    # Of what slots could hold, so that one expert with all is near 1 at any capacity.
+    "max_drops": (_ratio(dropped, total) - unavoidable) / (1.0 - unavoidable),
     "max_aux_share": _ratio(np.asarray([largest]), np.asarray([loss])),
     "min_gradient": numbers["router_gradient"],
     "max_gradient": numbers["router_gradient"],

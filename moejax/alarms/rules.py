@@ -51,7 +51,7 @@ def _flag(moe: MoEConfig, *names: str) -> str:
 
 def _balance(moe: MoEConfig, router: Router) -> str:
   if not router.learned:
-    return f"Router {router.name} does not learn: use another --config.moe.router."
+    return f"Use another --config.moe.router: {router.name} does not learn."
   if router.balancer:
     flag = f"--config.moe.{router.name}.{router.balancer}"
     return f"Raise {flag} (now {getattr(router, router.balancer)})."
@@ -61,7 +61,8 @@ def _balance(moe: MoEConfig, router: Router) -> str:
 
 
 def _capacity(moe: MoEConfig, router: Router) -> str:
-  return f"Raise {_flag(moe, 'capacity_factor')}. Or: {_balance(moe, router)}"
+  balance = _balance(moe, router)
+  return f"Raise {_flag(moe, 'capacity_factor')}, or {balance[0].lower()}{balance[1:]}"
 
 
 def _calm(moe: MoEConfig, router: Router) -> str:
@@ -120,7 +121,7 @@ RULES: tuple[Rule, ...] = (
   ),
   Rule(
     name="max_drops",
-    says="{:.0%} of the assignments are dropped, beyond what slots cannot hold anyway",
+    says="{:.0%} of the assignments that even loads would keep are dropped",
     remedy=_capacity,
   ),
   Rule(

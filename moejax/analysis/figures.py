@@ -77,10 +77,15 @@ def _matrices(
   for panel, (title, matrix) in zip(panels, rows, strict=True):
     image = panel.imshow(np.asarray(matrix), interpolation="nearest", **scale)
     panel.set(title=title, xlabel=axes[0], ylabel=axes[1])
-    for axis in (panel.xaxis, panel.yaxis):
-      axis.get_major_locator().set_params(integer=True)
+    _whole(panel.xaxis, panel.yaxis)
   figure.colorbar(image, ax=panels, label=label, shrink=0.8)
   return figure
+
+
+def _whole(*axes: Any) -> None:
+  """Ticks at whole numbers only: half an expert or half a step is none."""
+  for axis in axes:
+    axis.get_major_locator().set_params(integer=True)
 
 
 def load(found: dict[str, Any]) -> Any:
@@ -93,6 +98,7 @@ def load(found: dict[str, Any]) -> Any:
   )
   panel.set(title="Load of each expert", xlabel="expert", ylabel="layer")
   panel.set_yticks(range(len(layers)), [str(layer["layer"]) for layer in layers])
+  _whole(panel.xaxis)
   figure.colorbar(image, ax=panel, label="load / even load")
   return figure
 
@@ -146,6 +152,16 @@ def similarity(found: dict[str, Any]) -> Any:
   )
 
 
+def _over_layers(
+  panel: Any, layers: list[Any], values: list[float], **style: Any
+) -> None:
+  """Draws a value of each layer: a line, and of an encoder-decoder one for each stack."""
+  points = zip([layer["layer"] for layer in layers], values, strict=True)
+  for _, own in itertools.groupby(points, lambda p: str(p[0]).rpartition(".")[0]):
+    (line,) = panel.plot(*zip(*own, strict=True), **style)
+    style |= {"color": line.get_color(), "label": "_"}  # Named once.
+
+
 def specialisation(found: dict[str, Any]) -> Any:
   """Preferences for words and domains, each beside its value by chance."""
   layers = [layer for layer in found["layers"] if "words" in layer]
@@ -158,11 +174,9 @@ def specialisation(found: dict[str, Any]) -> Any:
     # An encoder has only ids that it reads.
     known = [layer for layer in layers if name in layer["words"]]
     values = [layer["words"][name]["favourite"] for layer in known]
-    panels[0].plot(
-      [layer["layer"] for layer in known], values, marker=marker, label=f"{name} id"
-    )
+    _over_layers(panels[0], known, values, marker=marker, label=f"{name} id")
   chance = [layer["words"]["input"]["chance"] for layer in layers]
-  panels[0].plot(index, chance, label="shuffled", **_CHANCE)
+  _over_layers(panels[0], layers, chance, label="shuffled", **_CHANCE)
   panels[0].set(
     title="A word's favourite expert", xlabel="layer", ylabel="share of its tokens"
   )
@@ -171,13 +185,25 @@ def specialisation(found: dict[str, Any]) -> Any:
     for name, style in (("information_fraction", {"marker": "o"}), ("chance", _CHANCE)):
       label = "shuffled" if name == "chance" else "domain"
       values = [layer["domains"][name] for layer in here]
-      panels[1].plot([layer["layer"] for layer in here], values, label=label, **style)
+      _over_layers(panels[1], here, values, label=label, **style)
     panels[1].set(
       title="What an expert tells of the domain",
       xlabel="layer",
       ylabel="information / entropy of domains",
     )
   return _finished(figure, panels, index)
+
+
+def _chance_of(line: Any, x: Any, chance: Any) -> None:
+  """Draws the value by chance of one layer, dashed, in the colour of its line."""
+  style = _CHANCE | {"color": line.get_color()}
+  line.axes.plot(x, chance, **style)
+
+
+def _name_chances(panel: Any) -> None:
+  """Says in the legend what the dashed lines are, if there are any."""
+  if any(line.get_linestyle() == "--" for line in panel.lines):
+    panel.plot([], [], label="chance, each layer's own", **_CHANCE)
 
 
 def saturation(found: dict[str, Any]) -> Any:
@@ -188,12 +214,14 @@ def saturation(found: dict[str, Any]) -> Any:
   figure, (panel,) = _panels(1, 5.5, 3.6)
   steps = [row["step"] for row in rows]
   for number, layer in enumerate(rows[0]["layers"]):
-    values = [row["layers"][number]["saturation"] for row in rows]
-    panel.plot(steps, values, "o-", label=f"layer {layer['layer']}")
-  chance = [np.mean([layer["chance"] for layer in row["layers"]]) for row in rows]
-  panel.plot(steps, chance, label="chance", **_CHANCE)
+    own = [row["layers"][number] for row in rows]
+    values = [row["saturation"] for row in own]
+    (line,) = panel.plot(steps, values, "o-", label=f"layer {layer['layer']}")
+    _chance_of(line, steps, [row["chance"] for row in own])
+  _name_chances(panel)
   panel.set(title="Saturation", xlabel="step", ylabel="choices made at the last step too")
   panel.set_ylim(0, 1.02)
+  _whole(panel.xaxis)
   return _finished(figure, [panel])
 
 
@@ -208,15 +236,16 @@ def consistency(found: dict[str, Any]) -> Any:
     if own["segments"]:
       segment = own["segments"][-1]
       size = np.arange(1, len(segment["covered"]) + 1)
-      panels[0].plot(size, segment["covered"], label=name)
+      (line,) = panels[0].plot(size, segment["covered"], label=name)
       panels[0].set_title(f"Best experts of {segment['tokens']} tokens")
-      if layer is layers[0]:
-        panels[0].plot(size, segment["chance"], label="chance", **_CHANCE)
+      _chance_of(line, size, segment["chance"])
     rate = own["lru_hit_rate"]
     panels[1].plot(np.arange(1, len(rate) + 1), rate, label=name)
+  _name_chances(panels[0])
   panels[0].set(xlabel="experts kept", ylabel="share of choices covered")
   panels[1].set(title="Cache of the latest experts", xlabel="experts kept")
   panels[1].set_ylabel("hit rate")
+  _whole(*(panel.xaxis for panel in panels))
   return _finished(figure, panels)
 
 
@@ -263,8 +292,9 @@ def knockout(found: dict[str, Any]) -> Any:
     index = np.arange(len(row["delta"]))
     panel.bar(index, row["delta"], yerr=2 * np.array(row["error"]), capsize=2)
     panel.axhline(0, color="black", linewidth=0.8)
+    _whole(panel.xaxis)
     panel.set(title=f"layer {row['layer']}", xlabel="expert removed")
-  panels[0].set_ylabel("change of the loss, nats/token")
+  panels[0].set_ylabel("change of the loss, nats/token\n± two standard errors")
   return _finished(figure, [])
 
 

@@ -81,6 +81,32 @@ def show(setting: Setting) -> str:
   return " ".join(words) or "the run's options"
 
 
+def table(found: Sequence[Mapping[str, Any]]) -> str:
+  """Returns what each setting would do, a line for each of its layers.
+
+  Args:
+    found: from `Replay.result`.
+  """
+  head = ("setting", "layer", "dropped", "lost", "busiest")
+  rows = [
+    (
+      show(entry["setting"]),
+      str(layer["layer"]),
+      f"{layer['drop_fraction']:.2%}",
+      f"{layer['dropped_tokens']:.2%}",
+      f"{layer['max_load_ratio']:.2f}x",
+    )
+    for entry in found
+    for layer in entry["layers"]
+  ]
+  wide = [max(map(len, column)) for column in zip(head, *rows, strict=True)]
+  return "\n".join(
+    f"{first:<{wide[0]}}  "
+    + "  ".join(f"{cell:>{n}}" for cell, n in zip(rest, wide[1:], strict=True))
+    for first, *rest in (head, *rows)
+  )
+
+
 def check(model: Decoder) -> None:
   """Raises UserError for a model whose logits do not decide all of a layer's routing."""
   if reason := decide.undecidable(model):

@@ -25,7 +25,7 @@ _CAPTIONS = {
   "saturation": "Choices that earlier checkpoints share with the last one.",
   "consistency": "How few experts would do for a stretch of text.",
   "similarity": "Similarity of what experts compute for the same tokens.",
-  "knockout": "Change of the loss when one expert is removed, with two standard errors.",
+  "knockout": "Change of the loss when one expert is removed, ± two standard errors.",
 }
 
 

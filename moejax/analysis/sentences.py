@@ -20,6 +20,23 @@ def sentences(found: dict[str, Any]) -> list[str]:
   return [_loads(found), _preferences(found), _importance(found)]
 
 
+def left_out(found: dict[str, Any]) -> str:
+  """Returns what of a text was not read, in one sentence; empty if all of it was.
+
+  Args:
+    found: what analysis.json says.
+  """
+  own = found.get("left_out", {})
+  words = []
+  if own.get("duplicates"):
+    what = "pieces" if own["is_cut"] else "documents"
+    many, size = own["duplicates"], own["duplicate_bytes"]
+    words.append(f"equal to earlier {what}: {many:,} ({size:,} bytes)")
+  if own.get("skipped"):
+    words.append(f"empty or no text: {own['skipped']:,}")
+  return f"Left out of {found['text']}: {'; '.join(words)}." if words else ""
+
+
 def _loads(found: dict[str, Any]) -> str:
   layers, num_experts = found["layers"], found["num_experts"]
   worst = max(layers, key=lambda layer: layer["load"]["max_ratio"])
@@ -28,9 +45,10 @@ def _loads(found: dict[str, Any]) -> str:
   used = "all experts are used"
   if dead:
     used = f"{dead} of {len(layers) * num_experts} experts never computed a token"
+  busiest = f"expert {int(np.argmax(load['share']))} of layer {worst['layer']}"
   text = (
-    f"The busiest expert has {load['max_ratio']:.2f} times an even load (expert "
-    f"{int(np.argmax(load['share']))} of layer {worst['layer']}), and {used}"
+    f"The busiest expert has {load['max_ratio']:.2f} times an even load"
+    f"{_most(found, worst)} ({busiest}), and {used}"
   )
   dropping = [
     (_drop_rate(layer), index) for index, layer in enumerate(layers) if "drops" in layer
@@ -46,6 +64,15 @@ def _loads(found: dict[str, Any]) -> str:
     missed = f"up to {rate:.1%} of the tokens without an expert"
     return f"{text}; {capacity} leaves {missed} (layer {layer})."
   return f"{text}; {capacity} drops up to {rate:.1%} of the choices (layer {layer})."
+
+
+def _most(found: dict[str, Any], layer: dict[str, Any]) -> str:
+  """Returns the largest load there can be: E/K even loads, where tokens choose K."""
+  if "ranks" in found["undefined"]:
+    return ""
+  stack = str(layer["layer"]).rpartition(".")[0]
+  own = found["stacks"][stack] if stack else found
+  return f", of at most {own['num_experts'] / own['num_selected']:.3g}"
 
 
 def _drop_rate(layer: dict[str, Any]) -> float:
@@ -103,5 +130,5 @@ def _importance(found: dict[str, Any]) -> str:
   times = f", {cost / middle:.1f} times the median expert" if middle > 0 else ""
   return (
     f"The expert whose removal costs most is {expert} of layer {layer}: {cost:+.4f} "
-    f"(± {error:.4f}) nats per token{times}."
+    f"(± {2 * error:.4f}, two standard errors) nats per token{times}."
   )

@@ -5,8 +5,8 @@ model:
 
   sequence, index, document, position, token, target, domain
   expert_n    the K experts, best first    uint16 [K]
-  gate_n      their weights, 0 if dropped  float32 [K]
-  kept_n      whether each was computed    bool [K]
+  gate_n      their weights, without drops float32 [K]
+  kept_n      whether each was computed    bool [K], always True: the pass is dropless
   logits_n    of all experts               float32 [E], if asked for
 
 The file's metadata says which model and text it is of, under the key `moejax`. Any reader
@@ -21,6 +21,7 @@ import importlib.util
 import json
 import pathlib
 import shutil
+import tempfile
 from collections.abc import Iterator
 from typing import Any
 
@@ -63,6 +64,13 @@ def check(model: Decoder, path: pathlib.Path, tokens: int, what: str) -> None:
   require()
   if not path.parent.is_dir():
     raise UserError(f"--trace={path}: {path.parent} is no directory. Make it first.")
+  try:
+    with tempfile.TemporaryFile(dir=path.parent):
+      pass
+  except OSError as error:
+    raise UserError(
+      f"--trace={path} cannot be written ({error.strerror}). Give another place."
+    ) from error
   free, size = shutil.disk_usage(path.parent).free, num_bytes(model, tokens, what)
   if size > free:
     raise UserError(
@@ -184,6 +192,13 @@ def read_meta(path: pathlib.Path) -> dict[str, Any]:
       f"--from_trace={path} is no trace ({words}). Give a file that --trace wrote."
     ) from None
   return meta
+
+
+def num_tokens(path: pathlib.Path) -> int:
+  """Returns how many tokens a trace has."""
+  from pyarrow import parquet
+
+  return parquet.read_metadata(path).num_rows
 
 
 def check_meta(path: pathlib.Path, meta: dict[str, Any], run: dict[str, Any]) -> None:

@@ -48,6 +48,8 @@ def analyze(request: restored.Request, asked: restored.Asked) -> None:
     return _with_whole_groups(run, settings)
 
   run = restored.restore(request, prepare)
+  if run.tells and (left_out := sentences.left_out(run.facts)):
+    print(left_out)
   if asked.from_trace:
     _from_trace(run, asked, settings)
     return
@@ -225,7 +227,7 @@ def _trace_meta(run: restored.Run) -> dict[str, Any]:
 
 
 def _from_trace(run: restored.Run, asked: restored.Asked, settings: list[Any]) -> None:
-  """Replays a trace, and writes replay.json."""
+  """Replays a trace, prints a table and writes replay.json."""
   assert asked.from_trace is not None
   if jax.process_count() > 1:
     raise UserError("--from_trace: a trace is replayed by one process. Start only one.")
@@ -236,8 +238,13 @@ def _from_trace(run: restored.Run, asked: restored.Asked, settings: list[Any]) -
   table = jax.jit(lambda p, ids: decide.assigned_experts(run.model, p, ids))
   length = run.config.data.sequence_length
   place = rules.batch_sharding(run.mesh)
-  with jax.set_mesh(run.mesh):
+  total, done = trace.num_tokens(path), 0
+  with (
+    jax.set_mesh(run.mesh),
+    _watched(run, f"tokens of {path.name}", 0, total) as progress,
+  ):
     for rows in trace.read(path, run.model, batch_size=run.batch_size, length=length):
+      done += int(rows["valid"].sum())
       logits = rows.pop("logits")
       batch = {name: jax.device_put(value, place) for name, value in rows.items()}
       recorded = decide.Recorded(
@@ -246,8 +253,11 @@ def _from_trace(run: restored.Run, asked: restored.Asked, settings: list[Any]) -
         **batch,
       )
       replayer.see(recorded, own)
+      progress(done)
+    found = replayer.result()
   asked.out.mkdir(parents=True, exist_ok=True)
-  results.write(asked.out / REPLAY_FILE, run.facts | {"replay": replayer.result()})
+  results.write(asked.out / REPLAY_FILE, run.facts | {"replay": found})
+  print(replay.table(found))
   print(asked.out / REPLAY_FILE)
 
 

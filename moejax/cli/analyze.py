@@ -12,8 +12,8 @@ it misleads. Several processes can analyze together, started as for experiments.
 """
 
 import dataclasses
-import os
 import pathlib
+import tempfile
 from typing import Any
 
 from absl import flags
@@ -22,7 +22,7 @@ from moejax.cli import flags as cli
 from moejax.cli import restored
 from moejax.cli.restored import Asked
 from moejax.config import text as config_text
-from moejax.errors import UserError
+from moejax.errors import ConfigError, UserError
 from moejax.run import compilation_cache
 from moejax.storage.paths import RunPath
 
@@ -169,7 +169,7 @@ def _asked(workdir: RunPath) -> Asked:
     UserError: flags that contradict each other, or an invalid value.
   """
   if _TEXT.value and flags.FLAGS["split"].present:
-    raise UserError("--split: --text has no splits and is read whole. Leave one out.")
+    raise UserError("--split: --text has no splits. Leave one out.")
   _refuse_alone(_REPLAY.value, "--replay", [*_LISTS, "confirm", "from_trace"])
   knockout = _KNOCKOUT.value is not None
   _refuse_alone(knockout, "--knockout", ["knockout_tokens", "knockout_pairs"])
@@ -216,9 +216,7 @@ def _values() -> dict[str, list[Any]]:
       continue
     words = [word.strip() for word in flag.value.split(",")]
     words = ["none" if word == "dropless" else word for word in words]
-    parse = config_text.parse_value
-    values = [parse(f"moe.{name}", word, "--") for word in dict.fromkeys(words)]
-    found[name] = values
+    found[name] = [_value(name, word) for word in dict.fromkeys(words)]
   if not found:
     raise UserError(
       "--replay: no option is given. Give values, such as --capacity_factor=0.5,1,2."
@@ -226,19 +224,35 @@ def _values() -> dict[str, list[Any]]:
   return found
 
 
+def _value(name: str, word: str) -> Any:
+  """Returns the value of a field of `config.moe`, by the name of its flag here."""
+  field = f"moe.{name}"
+  try:
+    return config_text.parse_value(field, word)
+  except ConfigError:
+    raise UserError(f"--{name}={word}: {config_text.expected(field)}.") from None
+
+
 def _writable(directory: pathlib.Path) -> pathlib.Path:
   """Refuses, before anything runs, a directory that cannot be made or written.
+
+  Nothing is left behind: what is missing is tried in the first directory that is there.
 
   Raises:
     UserError: it is a file, or below one, or not permitted.
   """
-  there = directory
-  while not there.exists() and there != there.parent:
-    there = there.parent
-  if not there.is_dir():
-    raise UserError(f"--out={directory}: {there} is a file. Give another directory.")
-  if not os.access(there, os.W_OK):
-    raise UserError(f"--out={directory} cannot be written. Give another directory.")
+  try:
+    there = directory
+    while not there.exists() and there != there.parent:
+      there = there.parent
+    if not there.is_dir():
+      raise UserError(f"--out={directory}: {there} is a file. Give another directory.")
+    with tempfile.TemporaryDirectory(dir=there):
+      pass
+  except OSError as error:
+    raise UserError(
+      f"--out={directory} cannot be written ({error.strerror}). Give another directory."
+    ) from error
   return directory
 
 

@@ -29,7 +29,7 @@ class Request:
   """all, or numbers separated by commas; None is the newest."""
   split: str
   text: str | None
-  """A file or folder that is read whole in place of the run's dataset."""
+  """A file or folder that is read in place of the run's dataset."""
   batch_size: int
   """At least; 0 is a microbatch of training."""
 
@@ -239,7 +239,8 @@ def restore(request: Request, prepare: Callable[[Run], Run]) -> Run:
       "dataset_fingerprint": dataset.fingerprint,
       "is_training_dataset": found.is_training_dataset,
       "changed": {field: now for field, _, now in found.changes},
-    },
+    }
+    | (_left_out(config.data) if request.text else {}),
     tells=jax.process_index() == 0,
   )
   run = prepare(run)
@@ -283,10 +284,22 @@ def _over(trained: Any, text: str | None) -> Any:
     trained.data,
     name="text",
     path=str(pathlib.Path(text).resolve()),
+    domains="",
+    max_documents=0,
     validation_fraction=0.0,
     test_fraction=0.0,
   )
   return dataclasses.replace(trained, data=data)
+
+
+def _left_out(config: Any) -> dict[str, Any]:
+  """Returns, as a fact, how much of a text is not read."""
+  from moejax.data import cache
+  from moejax.data.sources.local import LocalSource
+  from moejax.data.sources.registry import make_source
+
+  source = make_source(config, cache.cache_root(config.cache_dir))
+  return {"left_out": source.left_out()} if isinstance(source, LocalSource) else {}
 
 
 def _check(model: Any, dataset: Any, split: str, request: Request) -> None:

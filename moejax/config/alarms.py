@@ -33,8 +33,8 @@ class AlarmConfig:
   """Largest minus smallest selection bias of a layer. Sigmoid scores differ by less than
   1."""
   max_drops: float | None = 0.4
-  """Fraction of a layer's assignments that is dropped, beyond what its slots cannot hold
-  at any balance."""
+  """Fraction of a layer's assignments that is dropped, of those that its slots would hold
+  if loads were even."""
   max_aux_share: float | None = 0.5
   """Largest weighted aux term, as a fraction of the cross-entropy."""
   min_gradient: float | None = 1e-4

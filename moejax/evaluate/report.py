@@ -25,6 +25,9 @@ FILE = "report.png"
 MAX_ROWS = 64
 """Most (layer, expert) pairs drawn over time; with more, only the last step is drawn."""
 
+_LEGEND = {"framealpha": 0.9, "edgecolor": "none"}
+"""Readable over curves and hatching."""
+
 _HATCHES = ("//", "\\\\", "--", "||", "..", "xx")
 """So that overlapping alarms can be told apart without colour."""
 
@@ -103,7 +106,7 @@ def draw_loss(axes: Any, lines: list[dict[str, Any]], final: dict[str, Any]) -> 
   axes.set(xlabel="step", ylabel="cross-entropy, nats/token", title=_title(final))
   axes.set_xlim(left=0)
   axes.grid(alpha=0.25)
-  axes.legend(frameon=False)
+  axes.legend(**_LEGEND)
 
 
 def draw_alarms(axes: Any, lines: list[dict[str, Any]]) -> None:
@@ -121,7 +124,7 @@ def draw_alarms(axes: Any, lines: list[dict[str, Any]]) -> None:
         label=f"alarm: {name}" if not index else None,
       )
   if found:
-    axes.legend(frameon=False)
+    axes.legend(**_LEGEND)
 
 
 def draw_load(axes: Any, lines: list[dict[str, Any]]) -> Any:

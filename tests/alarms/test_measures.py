@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from moejax.alarms.measures import Deaths, alarm_numbers, router_numbers
-from moejax.config import MoEConfig
+from moejax.config import AlarmConfig, MoEConfig
 from moejax.config import router as config_router
 from moejax.routing.base import RouterStats
 
@@ -87,8 +87,25 @@ def test_gradients_scores_biases_drops_and_terms():
   np.testing.assert_allclose(found["max_gate"], 0.5)
   np.testing.assert_allclose(found["max_logit"], 3)
   np.testing.assert_allclose(found["max_bias_span"], [0, 0.3], rtol=1e-6)
-  np.testing.assert_allclose(found["max_drops"], 0.4 - 0.25)
+  np.testing.assert_allclose(found["max_drops"], (0.4 - 0.25) / 0.75)
   np.testing.assert_allclose(found["max_aux_share"], [0.4])
+
+
+@pytest.mark.parametrize("factor", [0.1, 0.4, 0.5, 1.0, 1.25])
+def test_a_collapse_is_seen_in_the_drops_at_any_capacity(factor):
+  """One expert of four with all tokens fills a quarter of the slots: of what even loads
+  would keep, 1 - factor / 4 / min(factor, 1) is lost, above the default threshold. Even
+  loads lose nothing."""
+  kept = 10 * min(factor, 1.0)
+  stats = make_stats(
+    [[2.5] * 4, [10, 0, 0, 0]],
+    load=[[kept / 4] * 4, [2.5 * factor, 0, 0, 0]],
+  )
+  even, collapsed = numbers_of(stats, unavoidable=np.full(2, 1 - kept / 10))["max_drops"]
+  assert even == pytest.approx(0, abs=1e-6)
+  assert collapsed == pytest.approx(1 - factor / 4 / min(factor, 1), abs=1e-6)
+  limit = AlarmConfig().max_drops
+  assert limit is not None and even < limit < collapsed
 
 
 def test_nothing_is_asked_of_a_router_that_does_not_learn():

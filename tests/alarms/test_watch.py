@@ -134,6 +134,20 @@ def test_the_remedy_against_collapse_is_that_of_the_router(router, flag):
   assert flag in alarm
 
 
+@pytest.mark.parametrize(
+  ("router", "remedy"),
+  [
+    ("switch", "or raise --config.moe.balance_weight (now 0.01)."),
+    ("hash", "or use another --config.moe.router: hash does not learn."),
+  ],
+)
+def test_the_remedy_against_drops_is_one_sentence(router, remedy):
+  config = Config()
+  config.moe.use_router(router)
+  [alarm] = [text for _, text in feed(make_watch(config), "max_drops", [1.0] * 6)]
+  assert alarm.endswith(f"Raise --config.moe.capacity_factor (now 1.25), {remedy}")
+
+
 def test_a_small_capacity_makes_drops_unavoidable():
   """Half the slots hold half of the assignments; per token of two choices, a quarter."""
   config = Config()
@@ -144,6 +158,28 @@ def test_a_small_capacity_makes_drops_unavoidable():
   assert unavoidable_drops(config) == 0.75
   config.moe.capacity_factor = None
   assert unavoidable_drops(config) == 0.0
+
+
+def test_an_alarm_over_a_resume_is_one_span():
+  """Not raised in the first line of a new start, and not counted when it is raised
+  anew; one that begins then is."""
+  lines = [
+    {"step": 1, "alarms_active": 1, "alarms_raised": 1, "alarms": {"max_load": {}}},
+    {"step": 2, "alarms_active": 0, "alarms_raised": 1},
+    {"step": 3, "alarms_active": 1, "alarms_raised": 2, "alarms": {"max_gate": {}}},
+    {"step": 4, "alarms_active": 0, "alarms_raised": 2},
+    {
+      "step": 5,
+      "alarms_active": 3,
+      "alarms_raised": 4,
+      "alarms": {"max_load": {}, "max_gate": {}, "max_drops": {}},
+    },
+  ]
+  assert history.spans(lines) == {
+    "max_load": [(1, 2), (5, None)],
+    "max_gate": [(3, None)],
+    "max_drops": [(5, None)],
+  }
 
 
 def test_history_reads_the_log_of_all_starts():

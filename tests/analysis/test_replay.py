@@ -57,6 +57,18 @@ def run():
   return model, params, _recorded(model, params, _batch())
 
 
+def test_the_table_has_a_line_for_each_setting_and_layer():
+  """With the words of the flags, and shares in percent."""
+  rates = {"drop_fraction": 0.125, "dropped_tokens": 0.1, "max_load_ratio": 1.5}
+  layers = [rates | {"layer": 1}, rates | {"layer": 3}]
+  settings = [{"capacity_factor": None}, {"capacity_factor": 2.0}]
+  found = [{"setting": setting, "layers": layers} for setting in settings]
+  head, *rows = replay.table(found).splitlines()
+  assert head.split() == ["setting", "layer", "dropped", "lost", "busiest"]
+  assert len(rows) == 4 and len({len(row) for row in (head, *rows)}) == 1
+  assert rows[0].split() == ["capacity_factor=none", "1", "12.50%", "10.00%", "1.50x"]
+
+
 @pytest.mark.parametrize("setting", _SETTINGS, ids=replay.show)
 def test_the_first_layer_is_decided_as_the_model_does(run, setting):
   """Experts, slots and gates of every token, against the model run with the option."""

@@ -1,6 +1,8 @@
 """The trace on disk: every token once, and enough to decide again."""
 
 import json
+import pathlib
+import re
 
 import jax
 import jax.numpy as jnp
@@ -53,6 +55,18 @@ def test_rows_are_the_tokens_in_stored_order(recorded):
   assert table["sequence"].to_pylist()[-1] == sum(v.any(axis=1).sum() for v in valid) - 1
 
 
+def test_the_page_on_analysis_defines_every_column(recorded):
+  """And what it says of `kept_n` holds: nothing is dropped where tokens are recorded."""
+  from pyarrow import parquet
+
+  table = parquet.read_table(recorded[2])
+  page = (pathlib.Path(__file__).parents[2] / "docs" / "analysis.md").read_text()
+  defined = re.findall(r"`(\w+)`", page.split("| column |")[1].split("```")[0])
+  columns = {name.replace("_0", "_n") for name in table.column_names}
+  assert columns <= set(defined)
+  assert np.all(table["kept_0"].to_pylist())
+
+
 def test_batches_come_back_in_any_size(recorded):
   """Recorded four sequences at a time, read eight at a time: the same logits."""
   model, _, path, kept = recorded
@@ -92,6 +106,8 @@ def test_what_cannot_be_written_is_refused_first(recorded, tmp_path):
   model = recorded[0]
   with pytest.raises(UserError, match="is no directory"):
     trace.check(model, tmp_path / "none" / "x.parquet", 10, "choices")
+  with pytest.raises(UserError, match="--trace=/proc/x cannot be written"):
+    trace.check(model, pathlib.Path("/proc/x"), 10, "choices")
   with pytest.raises(UserError, match="GiB are free"):
     trace.check(model, tmp_path / "x.parquet", 10**15, "logits")
 

@@ -9,6 +9,7 @@ import sys
 import jax
 import jax.numpy as jnp
 import pytest
+from matplotlib import figure
 
 from moejax.alarms import history
 from moejax.evaluate import report
@@ -126,6 +127,23 @@ def test_a_log_line_has_the_alarms_and_the_run_says_them(setup, tmp_path):
   ]
   assert history.spans(lines) == {"max_logit": [(4, 6)]}
   assert report.draw(tmp_path) == tmp_path / report.FILE
+
+
+def test_the_legend_is_readable_over_curves_and_hatching():
+  """It has a background, with alarms and without."""
+  axes = figure.Figure().subplots()
+  lines = [
+    {"step": step, "loss": 2.0, "alarms_active": 1, "alarms": {"max_load": {}}}
+    for step in (1, 2)
+  ]
+  for draw in (
+    lambda: report.draw_loss(axes, lines, {}),
+    lambda: report.draw_alarms(axes, lines),
+  ):
+    draw()
+    legend = axes.get_legend()
+    assert legend is not None and legend.get_frame_on()
+    assert (legend.get_frame().get_alpha() or 0) >= 0.8
 
 
 @pytest.mark.slow

@@ -51,10 +51,12 @@ class ExpertCard {
     const removed = (facts.knockout ?? []).find((row) => row.layer === number);
     const cost =
       removed &&
-      `${shown(removed.delta[expert])} ± ${shown(removed.error[expert], 2)} nats`;
+      `${shown(removed.delta[expert])} ± ${shown(2 * removed.error[expert], 2)} nats`;
     const how = facts.undefined.knockout ? "" : " (--knockout)";
-    add("loss without it", cost || `not measured${how}`);
-    return make("div", {}, make("h3", {}, "Numbers"), table, this.history(layer, expert));
+    add("loss without it rises by", cost || `not measured${how}`);
+    const error = cost && make("p", { cls: "faint" }, "± is two standard errors.");
+    const parts = [table, error, this.history(layer, expert)].filter(Boolean);
+    return make("div", {}, make("h3", {}, "Numbers"), ...parts);
   }
 
   /** Load at each checkpoint, if several were read. */

@@ -47,8 +47,8 @@ class Charts {
       },
       {
         name: "knockout",
-        title: "Loss without each expert",
-        caption: "Change in nats per token, with two standard errors.",
+        title: "Change of the loss without each expert",
+        caption: "In nats per token, ± two standard errors.",
         depends: ["layer", "expert"],
         spec: () => this.knockout(),
       },
@@ -85,7 +85,7 @@ class Charts {
       {
         name: "domain",
         title: "Lost tokens by domain",
-        caption: "The domains of the most tokens, with two standard errors.",
+        caption: "The domains of the most tokens, ± two standard errors.",
         depends: ["layer"],
         spec: () => this.domainDrops(),
       },

@@ -98,6 +98,8 @@ function searching(view, state) {
     clearTimeout(timer);
     state.change({ search: box.value });
     find(event.shiftKey ? -1 : 1);
+    // From here on n and N go on, and are not written into the box.
+    if (view.hits.length) byId("text").focus({ preventScroll: true });
   });
   byId("next").addEventListener("click", () => find(1));
   byId("previous").addEventListener("click", () => find(-1));

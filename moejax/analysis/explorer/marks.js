@@ -63,6 +63,10 @@ function lines(rows, x, y, { point = false, whole = true } = {}) {
   const ticks = whole && places.length <= 24 ? { values: places, format: "d" } : {};
   return {
     data: { values: rows },
+    // No line goes on from one stack to the other.
+    ...(named && {
+      transform: [{ calculate: "split(datum.x, '.')[0]", as: "stack" }],
+    }),
     height: 210,
     mark: {
       type: "line",
@@ -78,6 +82,7 @@ function lines(rows, x, y, { point = false, whole = true } = {}) {
             axis: { grid: false, ...ticks },
           }),
       y: axis("y", y, { scale: { zero: true } }),
+      ...(named && { detail: { field: "stack", type: "nominal" } }),
       strokeDash: {
         field: "name",
         type: "nominal",

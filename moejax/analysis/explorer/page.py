@@ -16,6 +16,7 @@ from typing import Any
 from moejax.analysis.explorer import facts, pack
 from moejax.analysis.explorer.facts import Names
 from moejax.analysis.explorer.sample import Sample
+from moejax.analysis.sentences import left_out
 
 SCRIPTS = ["data", "state", "text", "token", "card", "marks", "charts", "plots", "main"]
 """In this order they make one module; each says in its first lines what is in it."""
@@ -106,8 +107,8 @@ def _about(found: dict[str, Any]) -> str:
   loss = "" if found["loss"] is None else f", loss {found['loss']:.4f} nats/token"
   return (
     f"{routers} of {found['text'] or found['split']}; {len(found['layers'])} MoE layers"
-    f"{loss}."
-  )
+    f"{loss}. {left_out(found)}"
+  ).rstrip()
 
 
 def _undefined(found: dict[str, Any]) -> Iterator[str]:

@@ -7,13 +7,14 @@ import json
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from absl import logging
 
 from moejax import files
 from moejax.data import cache
 from moejax.data.sources.corpus import Corpus
-from moejax.data.sources.scan import Scan, scan_corpus
+from moejax.data.sources.scan import Scan, duplicate_bytes, scan_corpus
 from moejax.data.types import Document, Skipped
 from moejax.errors import ConfigError
 
@@ -67,6 +68,24 @@ class LocalSource:
   def num_duplicates(self) -> int:
     """Returns how many documents were left out as duplicates."""
     return self._report().num_duplicates
+
+  def left_out(self) -> dict[str, Any]:
+    """Returns what of the text is not read, JSON-ready; reads the text once more.
+
+    Returns:
+      `duplicates` and `skipped` documents, `duplicate_bytes`, and `is_cut`: whether they
+      are pieces of a single document.
+    """
+    report = self._report()
+    size = 0
+    if report.num_duplicates:
+      size = duplicate_bytes(self.corpus, report.is_cut)
+    return {
+      "duplicates": report.num_duplicates,
+      "duplicate_bytes": size,
+      "skipped": len(report.skipped) + report.num_unnamed,
+      "is_cut": report.is_cut,
+    }
 
   @functools.cached_property
   def _directory(self) -> Path:

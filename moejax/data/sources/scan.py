@@ -96,6 +96,18 @@ def documents_of(corpus: Corpus, is_cut: bool) -> Iterator[Document | Skipped]:
       yield item
 
 
+def duplicate_bytes(corpus: Corpus, is_cut: bool) -> int:
+  """Returns how long the documents are that are left out as duplicates, together."""
+  seen: set[bytes] = set()
+  total = 0
+  for item in documents_of(corpus, is_cut):
+    if isinstance(item, Document):
+      content = content_hash(item.text)
+      total += len(item.text) if content in seen else 0
+      seen.add(content)
+  return total
+
+
 def scan_corpus(corpus: Corpus, validation: float, test: float) -> Scan:
   """Plans splits and what to leave out; reads a one-document corpus twice."""
 

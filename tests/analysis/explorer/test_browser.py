@@ -200,6 +200,11 @@ def test_search_finds_every_place(opened, made):
   page.press("#search", "Enter")
   assert page.inner_text("#hits") == f"2 of {count}"
   assert "w12" in page.inner_text(".t.now.hit")
+  page.keyboard.press("n")
+  assert page.inner_text("#hits") == f"3 of {count}"
+  assert page.input_value("#search") == "w12"
+  page.keyboard.press("N")
+  assert page.inner_text("#hits") == f"2 of {count}"
   number = int(made[1].token[100])
   page.fill("#search", f"#{number}")
   page.press("#search", "Enter")
@@ -252,6 +257,36 @@ def test_an_expert_is_chosen_from_plot_and_text(opened, made):
   page.click("#card .context button >> nth=0")
   token = int(page.get_attribute("#token", "data-token"))
   assert made[1].expert[1, 9, 0] in made[1].expert[1, token]
+
+
+def test_the_card_says_by_how_much_the_loss_rises(opened, made):
+  """The change, and two standard errors as in the plot."""
+  page = opened()
+  row = page.locator("#card tr", has_text="loss without it rises by")
+  found = made[0]["knockout"][0]
+  change, error = row.locator("td").inner_text().split(" nats")[0].split(" ± ")
+  assert float(change) == pytest.approx(found["delta"][0], rel=0.01)
+  assert float(error) == pytest.approx(2 * found["error"][0], rel=0.05)
+  assert "± is two standard errors" in page.inner_text("#card")
+
+
+def test_no_line_of_a_plot_joins_encoder_and_decoder(opened, made, tmp_path):
+  """Of four kinds of lines, one for each stack."""
+  layers = [
+    layer | {"layer": name}
+    for layer, name in zip(
+      [*made[0]["layers"], made[0]["layers"][0]],
+      ("encoder.1", "encoder.3", "decoder.1", "decoder.3"),
+      strict=True,
+    )
+  ]
+  stack = {name: made[0][name] for name in ("router", "num_experts", "num_selected")}
+  stacks = dict.fromkeys(("encoder", "decoder"), stack | {"tokens": 9})
+  empty = {"flow": [], "knockout": [], "saturation": [], "replay": []}
+  found = made[0] | {"layers": layers, "stacks": stacks} | empty
+  page = opened(path=_written(tmp_path, (found, None, made[2])))
+  lines = page.locator("#plot-specialisation .mark-line path")
+  assert lines.count() == 2 * len({"favourite", "shuffled", "told", "by chance"})
 
 
 def test_print_is_black_on_white_and_short(opened):

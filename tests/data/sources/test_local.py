@@ -10,6 +10,7 @@ import zstandard
 
 from moejax.config import DataConfig
 from moejax.data import Dataset, cache, load
+from moejax.data.sources.registry import make_source
 from moejax.data.sources.scan import assign_splits, content_hash, cut
 from moejax.data.types import Document
 from moejax.errors import ConfigError
@@ -62,6 +63,23 @@ def test_every_suffix_and_compression_is_read(corpus_of):
   dataset = load(corpus_of(files))
   assert everything(dataset) == sorted(expected)
   assert dataset.domains == ("a", "b") and not dataset.skipped
+
+
+@pytest.mark.parametrize("is_cut", [False, True])
+def test_bytes_of_duplicates_are_counted(corpus_of, is_cut):
+  """What is read and what is left out are the whole text."""
+  if is_cut:
+    lines = [b"line number %03d\n" % i for i in range(9)]  # Two equal pieces of each.
+    files = {"book.txt": b"".join(line * 64 for line in lines)}
+  else:
+    files = many(20) | {"again.txt": many(20)["003.txt"]}
+  config = corpus_of(files)
+  dataset = load(config)
+  own = make_source(config, cache.cache_root(config.cache_dir)).left_out()
+  size = sum(len(text) for text in files.values())
+  read = sum(map(len, everything(dataset)))
+  assert own["is_cut"] == is_cut and own["duplicates"] == dataset.num_duplicates > 0
+  assert own["duplicate_bytes"] == size - read and own["skipped"] == 0
 
 
 def test_files_of_several_frames_are_read_whole(corpus_of):
