@@ -32,7 +32,7 @@ _MEMINFO = pathlib.Path("/proc/meminfo")
 
 def least_bytes(
   config: Config,
-  mesh: dict[str, int],
+  mesh: Mapping[str, int],
   vocab_size: int,
   frozen: Mapping[str, int] | None = None,
 ) -> dict[str, int]:
@@ -88,7 +88,7 @@ def state_bytes(
     vocab_size: V.
     frozen: as for `least_bytes`.
   """
-  one = dict.fromkeys(("data", "fsdp", "expert", "tensor"), 1)
+  one: dict[str, int] = dict.fromkeys(("data", "fsdp", "expert", "tensor"), 1)
   need = least_bytes(config, one, vocab_size, frozen)
   return need["parameters"] + need["moments"]
 

@@ -35,12 +35,14 @@ def flow(
       as many tokens as there are pairs.
   """
   count = max(int(together.sum()), 1)
-  free = np.prod([max(np.count_nonzero(n) - (choices or 1), 0) for n in (here, there)])
+  free = 1
+  for load in (here, there):
+    free *= max(int(np.count_nonzero(load)) - (choices or 1), 0)
   information = tables.mutual_information(together)
   return {
     "conditional": (together / np.maximum(here, 1)[:, None]).tolist(),
     "lift": tables.lift(together, here, there, tokens).tolist(),
     "information": information,
     "information_fraction": information / max(tables.entropy(there), 1e-30),
-    "chance_information": float(free) / (2 * count),
+    "chance_information": free / (2 * count),
   }

@@ -10,6 +10,7 @@ import zstandard
 
 from moejax.config import DataConfig
 from moejax.data import Dataset, cache, load
+from moejax.data.sources.local import LocalSource
 from moejax.data.sources.registry import make_source
 from moejax.data.sources.scan import assign_splits, content_hash, cut
 from moejax.data.types import Document
@@ -75,7 +76,9 @@ def test_bytes_of_duplicates_are_counted(corpus_of, is_cut):
     files = many(20) | {"again.txt": many(20)["003.txt"]}
   config = corpus_of(files)
   dataset = load(config)
-  own = make_source(config, cache.cache_root(config.cache_dir)).left_out()
+  source = make_source(config, cache.cache_root(config.cache_dir))
+  assert isinstance(source, LocalSource)
+  own = source.left_out()
   size = sum(len(text) for text in files.values())
   read = sum(map(len, everything(dataset)))
   assert own["is_cut"] == is_cut and own["duplicates"] == dataset.num_duplicates > 0
