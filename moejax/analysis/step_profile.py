@@ -21,7 +21,6 @@ from moejax import data
 from moejax.checkpoint.manager import restore_params
 from moejax.config import Config
 from moejax.config import devices as config_devices
-from moejax.errors import UserError
 from moejax.hlo import timeline
 from moejax.models.loss import to_devices
 from moejax.models.make import make_model
@@ -205,22 +204,4 @@ def as_json(found: Profile) -> dict[str, Any]:
   out: dict[str, Any] = dataclasses.asdict(found) | {"trace": str(found.trace)}
   for device, values in zip(found.devices, out["devices"], strict=True):
     values["unattributed_share"] = device.unattributed_share
-  return out
-
-
-def check_out(out: pathlib.Path) -> pathlib.Path:
-  """Makes the directory of the results.
-
-  Raises:
-    UserError: it cannot be written.
-  """
-  try:
-    (out / TRACE).mkdir(parents=True, exist_ok=True)
-    (out / ".probe").write_bytes(b"")
-    (out / ".probe").unlink()
-  except OSError as error:
-    why = error.strerror
-    raise UserError(
-      f"--out={out} cannot be written ({why}). Give another directory."
-    ) from error
   return out

@@ -13,13 +13,12 @@ it misleads. Several processes can analyze together, started as for experiments.
 
 import dataclasses
 import pathlib
-import tempfile
 from typing import Any
 
 from absl import flags
 
+from moejax.cli import arguments, restored
 from moejax.cli import flags as cli
-from moejax.cli import restored
 from moejax.cli.restored import Asked
 from moejax.config import text as config_text
 from moejax.errors import ConfigError, UserError
@@ -187,7 +186,7 @@ def _asked(workdir: RunPath) -> Asked:
       f"--workdir={workdir}: results are not written to a bucket. Give --out=DIR."
     )
   return Asked(
-    out=_writable(out),
+    out=arguments.writable(out),
     steps=_STEPS.value,
     limit=_LIMIT.value,
     replay=_values() if _REPLAY.value else None,
@@ -231,29 +230,6 @@ def _value(name: str, word: str) -> Any:
     return config_text.parse_value(field, word)
   except ConfigError:
     raise UserError(f"--{name}={word}: {config_text.expected(field)}.") from None
-
-
-def _writable(directory: pathlib.Path) -> pathlib.Path:
-  """Refuses, before anything runs, a directory that cannot be made or written.
-
-  Nothing is left behind: what is missing is tried in the first directory that is there.
-
-  Raises:
-    UserError: it is a file, or below one, or not permitted.
-  """
-  try:
-    there = directory
-    while not there.exists() and there != there.parent:
-      there = there.parent
-    if not there.is_dir():
-      raise UserError(f"--out={directory}: {there} is a file. Give another directory.")
-    with tempfile.TemporaryDirectory(dir=there):
-      pass
-  except OSError as error:
-    raise UserError(
-      f"--out={directory} cannot be written ({error.strerror}). Give another directory."
-    ) from error
-  return directory
 
 
 def run() -> None:

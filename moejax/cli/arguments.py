@@ -1,8 +1,12 @@
 """Kinds of arguments of the programs that have no config."""
 
 import argparse
+import pathlib
+import tempfile
 from collections.abc import Callable, Collection
 from typing import Any
+
+from moejax.errors import UserError
 
 _MOST = 1_000_000
 
@@ -30,3 +34,26 @@ def split_names(
       choices = f"choose from {sorted(names)}"
       parser.error(f"--{argument}: unknown {sorted(unknown)}; {choices}")
     setattr(args, argument, values)
+
+
+def writable(directory: pathlib.Path) -> pathlib.Path:
+  """Refuses, before anything runs, an --out that cannot be made or written.
+
+  Nothing is left behind: what is missing is tried in the first directory that is there.
+
+  Raises:
+    UserError: it is a file, or below one, or not permitted.
+  """
+  try:
+    there = directory
+    while not there.exists() and there != there.parent:
+      there = there.parent
+    if not there.is_dir():
+      raise UserError(f"--out={directory}: {there} is a file. Give another directory.")
+    with tempfile.TemporaryDirectory(dir=there):
+      pass
+  except OSError as error:
+    raise UserError(
+      f"--out={directory} cannot be written ({error.strerror}). Give another directory."
+    ) from error
+  return directory

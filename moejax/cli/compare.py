@@ -13,10 +13,10 @@ it, they are those in which the runs differ.
 
 import pathlib
 import sys
-import tempfile
 from collections.abc import Sequence
 from typing import Any
 
+from moejax.cli import arguments
 from moejax.cli import flags as cli
 from moejax.config import text as config_text
 from moejax.errors import UserError
@@ -32,11 +32,12 @@ def main() -> int:
   for name in fields:
     config_text.check_name(name)
   run_dirs = find(options.runs)
-  out = _writable(pathlib.Path(options.out))
+  out = arguments.writable(pathlib.Path(options.out))
   # jax is imported after the command line is checked.
   from moejax.sweep.execution import identity, states, view
   from moejax.sweep.report import page as report
 
+  out.mkdir(parents=True, exist_ok=True)
   said = report.write(
     out,
     run_dirs,
@@ -92,19 +93,6 @@ def find(given: Sequence[str]) -> list[pathlib.Path]:
     if path in whole[:i]:
       raise UserError(f"{found[i]} is given twice. Leave one out.")
   return found
-
-
-def _writable(out: pathlib.Path) -> pathlib.Path:
-  """Creates the directory for the files, and checks that it is writable."""
-  try:
-    out.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryFile(dir=out):
-      pass
-  except OSError as e:
-    raise UserError(
-      f"--out={out} is not a writable directory ({e.strerror}). Give another."
-    ) from e
-  return out
 
 
 def _variants(given: Sequence[str]) -> dict[str, str]:

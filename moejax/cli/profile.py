@@ -23,6 +23,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from moejax.cli import arguments
 from moejax.cli import flags as cli
 from moejax.config import Config
 from moejax.errors import ConfigError
@@ -59,11 +60,14 @@ def profile(config: Config, workdir: pathlib.Path | None) -> None:
   host_memory.keep_freed_pages()
   index = jax.process_index()
   with _directory(workdir) as (out, kept):
+    if index == 0:
+      trace = arguments.writable(out) / step_profile.TRACE
+      trace.mkdir(parents=True, exist_ok=True)
     reporter = progress.make_reporter(_STEPS.value, process_index=index)
     try:
       found = step_profile.profile(
         config,
-        out if index else step_profile.check_out(out),
+        out,
         num_steps=_STEPS.value,
         reporter=reporter,
         workdir=workdir,

@@ -7,6 +7,7 @@ import types
 import pytest
 
 from moejax.analysis import step_profile
+from moejax.cli import arguments
 from moejax.config import Config
 from moejax.errors import UserError
 from moejax.parts import PARTS
@@ -16,8 +17,8 @@ from tests.experiments.test_command_lines import TINY, call
 
 def test_a_directory_that_cannot_be_written_is_one_line(tmp_path):
   (tmp_path / "file").write_text("")
-  with pytest.raises(UserError, match=r"--out=.*file/x cannot be written .*another") as e:
-    step_profile.check_out(tmp_path / "file" / "x")
+  with pytest.raises(UserError, match=r"--out=.*file/x: .*file is a file.*another") as e:
+    arguments.writable(tmp_path / "file" / "x")
   assert "\n" not in str(e.value) and e.value.exit_code == 2
 
 

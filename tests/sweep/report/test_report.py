@@ -207,7 +207,7 @@ def test_variants_of_a_sweep_keep_their_names(tmp_path, monkeypatch, capsys):
     (["{tmp}"], "has no config.json"),
     (["{tmp}/a", "{tmp}/a"], "is given twice"),
     (["{tmp}/a", "--by=moe.experts"], "Did you mean --config.moe.num_experts"),
-    (["{tmp}/a", "--out={tmp}/a/eval.json"], "is not a writable directory"),
+    (["{tmp}/a", "--out={tmp}/a/eval.json"], "is a file. Give another directory"),
   ],
 )
 def test_bad_arguments_are_one_line(tmp_path, monkeypatch, arguments, says):
