@@ -23,6 +23,7 @@ from moejax.data.tokenizer import ByteTokenizer
 from moejax.models.decoder import Decoder
 from moejax.models.loss import to_devices
 from moejax.sharding.mesh import make_mesh
+from moejax.train import finish
 from moejax.train import state as state_lib
 from moejax.train import step as step_lib
 from moejax.train.optimizer import Optimizer, make_optimizer
@@ -153,6 +154,19 @@ def compilation_cache(tmp_path_factory):
 def cache_dir(tmp_path_factory) -> str:
   """Where the corpus is tokenized, once for all tests here."""
   return str(tmp_path_factory.mktemp("data_cache"))
+
+
+@pytest.fixture
+def states(monkeypatch):
+  """The state of each run that ends, in place of its evaluation and sample."""
+  ended = []
+
+  def end(run, reporter):
+    ended.append(jax.device_get({k: run.state[k] for k in ("params", "opt_state")}))
+    return {"status": "done", "exit_code": 0, "start": run.start_step}
+
+  monkeypatch.setattr(finish, "finish", end)
+  return ended
 
 
 def make_batch(seed: int, batch: int = 8, length: int = 32) -> dict[str, np.ndarray]:

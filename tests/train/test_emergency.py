@@ -6,7 +6,7 @@ import pytest
 
 from moejax.run import writers
 from moejax.run.emergency_dir import Wish
-from moejax.train import finish, loop
+from moejax.train import loop
 from tests.train.conftest import tiny_config
 
 
@@ -19,19 +19,6 @@ def config(cache_dir, compilation_cache):
   config = tiny_config(num_steps=6)
   config.data.cache_dir = cache_dir
   return config
-
-
-@pytest.fixture
-def states(monkeypatch):
-  """The state of each run that ends, in place of its evaluation and sample."""
-  ended = []
-
-  def end(run, reporter):
-    ended.append(jax.device_get({k: run.state[k] for k in ("params", "opt_state")}))
-    return {"status": "done", "exit_code": 0, "start": run.start_step}
-
-  monkeypatch.setattr(finish, "finish", end)
-  return ended
 
 
 def train(config, workdir, local=None, every=2):

@@ -27,7 +27,7 @@ from moejax.models.loss import Sums
 from moejax.run import log_lines, progress, results, writers
 from moejax.run.signals import StopRequest
 from moejax.sharding.mesh import make_mesh
-from moejax.train import finish, loop, step_log
+from moejax.train import loop, step_log
 from moejax.train import step as step_lib
 from moejax.train.setup import Run
 from tests.train.conftest import tiny_config
@@ -40,19 +40,6 @@ def config(cache_dir, compilation_cache):
   config = tiny_config(num_steps=6, eval_every=3, eval_batches=2, checkpoint_every=3)
   config.data.cache_dir = cache_dir
   return config
-
-
-@pytest.fixture
-def states(monkeypatch):
-  """The state of each run that ends, in place of its evaluation and sample."""
-  ended = []
-
-  def end(run, reporter):
-    ended.append(jax.device_get({k: run.state[k] for k in ("params", "opt_state")}))
-    return {"status": "done", "exit_code": 0}
-
-  monkeypatch.setattr(finish, "finish", end)
-  return ended
 
 
 def draw_everything(config: Config) -> None:
