@@ -103,7 +103,8 @@ from tests.checkpoint import layouts
 
 source, goal = map(Path, sys.argv[1:])
 for mesh in ("data 8", "expert 2 x fsdp 2 x tensor 2"):
-  state, step = layouts.resume(source, mesh)
+  state = layouts.resume(source, mesh)
+  step = int(state["step"])
   assert step == layouts.STEP
   layouts.assert_whole(state, mesh)
 checkpoints = layouts.open_checkpoints(goal, mesh)
