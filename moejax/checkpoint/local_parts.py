@@ -16,6 +16,7 @@ import numpy as np
 
 from moejax.checkpoint import fingerprint
 from moejax.checkpoint.read import DamagedCheckpointError
+from moejax.storage.full import save_array
 
 Index = list[list[int]]
 """Start and stop along each axis of an array's bits; see `fingerprint.raw`."""
@@ -44,7 +45,7 @@ def store(directory: Path, parts: Sequence[Part], first: int) -> list[Entry]:
   entries = []
   for number, (index, bits) in enumerate(parts, first):
     file = f"{number}.npy"
-    write_file(directory / file, lambda f, bits=bits: np.save(f, bits))
+    write_file(directory / file, lambda f, bits=bits: save_array(f, bits))
     entries.append({"file": file, "index": index, "sum": _sum(index, bits)})
   return entries
 

@@ -2,7 +2,6 @@
 
 import asyncio
 import dataclasses
-import errno
 import os
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -13,6 +12,7 @@ import orbax.checkpoint as ocp
 from orbax.checkpoint import future as ocp_future
 
 from moejax.checkpoint.read import pack_meta, read_meta
+from moejax.storage.full import is_full
 from moejax.storage.paths import in_bucket, run_path, write_bytes
 
 
@@ -121,8 +121,7 @@ def is_refusal(error: Exception) -> bool:
 
 def reason(error: Exception) -> str:
   """Why a write failed, in a few words."""
-  full = (errno.ENOSPC, errno.EDQUOT)
-  if (isinstance(error, OSError) and error.errno in full) or "No space" in str(error):
+  if is_full(error):
     return "the disk is full"
   text = " ".join(str(error).split()) or type(error).__name__
   return text if len(text) <= 200 else text[:197] + "..."

@@ -10,7 +10,6 @@ its holder dies, even by kill -9: a lock file that merely exists would outlive a
 crash and need manual removal.
 """
 
-import errno
 import fcntl
 import hashlib
 import json
@@ -25,6 +24,7 @@ from typing import Any
 from absl import logging
 
 from moejax.errors import ConfigError, UserError
+from moejax.storage.full import is_full
 from moejax.storage.paths import is_url, refuse_url
 
 ENV = "MOEJAX_CACHE"
@@ -127,7 +127,7 @@ def build_once(final: Path, build: Callable[[Path], None], *, what: str) -> Path
       os.replace(temporary, final)
     except BaseException as e:
       shutil.rmtree(temporary, ignore_errors=True)
-      if isinstance(e, OSError) and e.errno in (errno.ENOSPC, errno.EDQUOT):
+      if isinstance(e, Exception) and is_full(e):
         raise UserError(
           f"The disk is full: {what} does not fit below {final.parent}. Make room, or"
           " choose another disk with --config.data.cache_dir."

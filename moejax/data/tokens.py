@@ -28,6 +28,7 @@ from moejax.data import cache
 from moejax.data.tokenizer import Tokenizer
 from moejax.data.types import EMPTY, SPLITS, Document, Skipped, Source
 from moejax.errors import UserError
+from moejax.storage.full import save_array
 
 _FORMAT = 1
 """Incremented when the meaning of the files changes."""
@@ -159,8 +160,9 @@ class _Writer:
     np.cumsum(np.array(self.lengths), out=offsets[1:])
     renumber = np.array([index_of_domain[d] for d in self._names], np.int32)
     domains = renumber[np.array(self._domains)]
-    np.save(f"{self._stem}.offsets.npy", offsets)
-    np.save(f"{self._stem}.domains.npy", domains)
+    for name, array in (("offsets", offsets), ("domains", domains)):
+      with open(f"{self._stem}.{name}.npy", "wb") as file:
+        save_array(file, array)
     return {
       "num_documents": len(domains),
       "num_places": int(offsets[-1]),

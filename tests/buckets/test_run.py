@@ -12,6 +12,7 @@ import pytest
 
 from moejax.errors import UserError
 from moejax.run import claim, results, writers
+from moejax.run.emergency_dir import Wish
 from moejax.run.files import DIRECTORY, list_steps
 from moejax.storage import errors as storage_errors
 from moejax.storage import lease
@@ -146,3 +147,48 @@ def test_bad_input_is_one_line_and_exit_code_2(program, flags, words):
   assert "Traceback" not in done.stderr
   errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
   assert len(errors) == 1
+
+
+def test_emergency_checkpoints_stand_beside_a_bucket(
+  runs, tmp_path, cache_dir, monkeypatch
+):
+  """The bucket has step 4, this machine 3 and 6: the same machine goes on from 6.
+
+  Killed again, the run moves to a machine with an empty disk, and goes on from the
+  bucket's 4. It ends like the run on a disk, bit for bit, and leaves nothing local.
+  """
+  workdir = run_path("gs://bucket/runs/emergency")
+  ended = []
+
+  class Killed(BaseException):
+    """As by a signal that nothing answers."""
+
+  def end(run, reporter):
+    ended.append(jax.device_get({k: run.state[k] for k in ("params", "opt_state")}))
+    return {"status": "done", "exit_code": 0, "start": run.start_step}
+
+  agreed = loop._agreed
+
+  def kill_at_7(stop, number, *arguments, **named):
+    if number == 7:
+      raise Killed
+    return agreed(stop, number, *arguments, **named)
+
+  def go_on(machine: str):
+    wish = Wish(directory=str(tmp_path / machine), every=3)
+    return train(workdir, 8, cache_dir, emergency=wish)
+
+  def left(machine: str) -> list[str]:
+    return sorted(path.name for path in (tmp_path / machine).glob("*/process_0/[0-9]*"))
+
+  monkeypatch.setattr(finish, "finish", end)
+  with monkeypatch.context() as patch:
+    patch.setattr(loop, "_agreed", kill_at_7)
+    for _ in range(2):
+      with pytest.raises(Killed):
+        go_on("first")
+      assert list_steps(workdir / DIRECTORY) == [4]
+      assert left("first") == ["3", "6"]
+  assert go_on("second")["start"] == 4
+  jax.tree.map(np.testing.assert_array_equal, runs[2][0], ended[0])
+  assert left("second") == []

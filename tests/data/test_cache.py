@@ -8,10 +8,12 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from moejax.data import cache, load
 from moejax.errors import ConfigError, UserError
+from moejax.storage.full import save_array
 from tests.data.conftest import small_config
 
 ROOT = Path(__file__).parents[2]
@@ -97,11 +99,24 @@ def test_a_failed_build_leaves_nothing(tmp_path):
   cache.build_once(tmp_path / "thing", lambda d: None, what="a test")
 
 
-def test_a_full_disk_is_a_clear_error(tmp_path):
-  """It names what did not fit and the flag, and leaves nothing."""
+def of_the_system(directory: Path) -> None:
+  raise OSError(errno.ENOSPC, "No space left on device")
 
-  def fail(directory: Path) -> None:
-    raise OSError(errno.ENOSPC, "No space left on device")
+
+def of_a_library(directory: Path) -> None:
+  """As TFDS and its writer in C++ say it."""
+  raise RuntimeError(f"write() failed: No space left on device; writing {directory}/a")
+
+
+def of_an_array(directory: Path) -> None:
+  """numpy's own file would fail without a reason."""
+  with open("/dev/full", "wb") as file:
+    save_array(file, np.zeros(100_000))
+
+
+@pytest.mark.parametrize("fail", [of_the_system, of_a_library, of_an_array])
+def test_a_full_disk_is_a_clear_error(tmp_path, fail):
+  """It names what did not fit and the flag, and leaves nothing."""
 
   with pytest.raises(UserError, match=r"disk is full: a test .*cache_dir"):
     cache.build_once(tmp_path / "thing", fail, what="a test")
