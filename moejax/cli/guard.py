@@ -8,7 +8,8 @@ import threading
 from collections.abc import Callable
 from typing import Any, TypeVar
 
-from moejax.errors import UserError
+from moejax.errors import EXIT_CODE, UserError
+from moejax.storage.full import is_full
 
 _INTERRUPTED = 130
 _BROKEN_PIPE = 141
@@ -33,7 +34,14 @@ def guarded(function: Callable[[], _T]) -> _T:
   except (KeyboardInterrupt, Exception) as error:
     # A library interrupted during import may turn Ctrl-C into another exception.
     if not (_pressed or isinstance(error, KeyboardInterrupt)):
-      raise
+      if not is_full(error):
+        raise
+      said = " ".join(str(error).split())
+      print(
+        f"error: The disk is full ({said}). Make room, and give the same command again.",
+        file=sys.stderr,
+      )
+      sys.exit(EXIT_CODE)
     print("interrupted", file=sys.stderr)
     sys.exit(_INTERRUPTED)
 

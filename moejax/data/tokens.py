@@ -160,9 +160,9 @@ class _Writer:
     np.cumsum(np.array(self.lengths), out=offsets[1:])
     renumber = np.array([index_of_domain[d] for d in self._names], np.int32)
     domains = renumber[np.array(self._domains)]
-    for name, array in (("offsets", offsets), ("domains", domains)):
+    for name, values in (("offsets", offsets), ("domains", domains)):
       with open(f"{self._stem}.{name}.npy", "wb") as file:
-        save_array(file, array)
+        save_array(file, values)
     return {
       "num_documents": len(domains),
       "num_places": int(offsets[-1]),

@@ -1,9 +1,10 @@
 """A disk that is full: how to see it in an error, and arrays whose writing tells it."""
 
 import errno
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import numpy as np
+if TYPE_CHECKING:
+  import numpy as np
 
 _WORDS = ("No space left", "Disk quota exceeded")
 """What libraries in C++ leave of the system's error in theirs."""
@@ -32,10 +33,12 @@ class _Stream:
     self.write = file.write
 
 
-def save_array(file: Any, array: np.ndarray) -> None:
+def save_array(file: Any, array: "np.ndarray") -> None:
   """Writes an array to a file opened for bytes, in numpy's format.
 
   Raises:
     OSError: with the system's errno.
   """
+  import numpy as np  # Not before a program needs it.
+
   np.save(_Stream(file), array)

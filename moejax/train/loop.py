@@ -22,6 +22,7 @@ import numpy as np
 from moejax.config import Config
 from moejax.config.spans import target_length
 from moejax.data.packing import Batch
+from moejax.errors import UserError
 from moejax.evaluate import groups
 from moejax.launch import preemption
 from moejax.models.loss import to_devices
@@ -103,12 +104,13 @@ def _train(run: Run, reporter: Reporter, config_flags: str) -> dict[str, Any]:
     with stop, jax.set_mesh(run.mesh):
       step = fit(run, reporter, stop, config_flags)
     run.checkpointer.wait()
+    saved = run.checkpointer.latest()
     # Again, for a signal since the last step's check. From here on it ends the process.
     if not (_noticed(stop) or _any_asked(stop)):
-      if run.emergency is not None and run.checkpointer.latest() == step:
+      _check_saved(run, step, saved)
+      if run.emergency is not None:
         run.emergency.clear()
       return finish.finish(run, reporter)
-    saved = run.checkpointer.latest()
     reporter.message(
       f"Stopped at step {step} of {config.train.num_steps}. The same command goes on "
       + ("from the start." if saved is None else f"from checkpoint {saved} in {workdir}.")
@@ -118,6 +120,22 @@ def _train(run: Run, reporter: Reporter, config_flags: str) -> dict[str, Any]:
     if run.emergency is not None:
       run.emergency.wait()
     run.checkpointer.close()
+
+
+def _check_saved(run: Run, step: int, saved: int | None) -> None:
+  """Checks that the last step's checkpoint is there, without which a run is not done.
+
+  Raises:
+    UserError: its save failed, as on a full disk.
+  """
+  why = dict(run.checkpointer.failures).get(step)
+  if saved == step or why is None:
+    return
+  where = "the start" if saved is None else f"checkpoint {saved}"
+  raise UserError(
+    f"--workdir={run.workdir}: the last checkpoint, of step {step}, could not be saved "
+    f"({why}). Make room, and give the same command again: it goes on from {where}."
+  )
 
 
 def fit(run: Run, reporter: Reporter, stop: StopRequest, config_flags: str = "") -> int:

@@ -7,9 +7,9 @@ import pytest
 
 from moejax.storage.paths import run_path
 from tests.buckets import emulator
-from tests.train.conftest import cache_dir, compilation_cache
+from tests.train.conftest import cache_dir, compilation_cache, states
 
-__all__ = ["cache_dir", "compilation_cache"]
+__all__ = ["cache_dir", "compilation_cache", "states"]
 
 
 @pytest.fixture(scope="session")

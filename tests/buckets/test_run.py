@@ -18,7 +18,7 @@ from moejax.storage import errors as storage_errors
 from moejax.storage import lease
 from moejax.storage.paths import run_path
 from moejax.train import finish, loop
-from tests.train.conftest import tiny_config
+from tests.train.conftest import Killed, kill_at, tiny_config
 
 
 def train(workdir, num_steps, cache_dir, **kwargs):
@@ -150,7 +150,7 @@ def test_bad_input_is_one_line_and_exit_code_2(program, flags, words):
 
 
 def test_emergency_checkpoints_stand_beside_a_bucket(
-  runs, tmp_path, cache_dir, monkeypatch
+  runs, states, tmp_path, cache_dir, monkeypatch
 ):
   """The bucket has step 4, this machine 3 and 6: the same machine goes on from 6.
 
@@ -158,21 +158,6 @@ def test_emergency_checkpoints_stand_beside_a_bucket(
   bucket's 4. It ends like the run on a disk, bit for bit, and leaves nothing local.
   """
   workdir = run_path("gs://bucket/runs/emergency")
-  ended = []
-
-  class Killed(BaseException):
-    """As by a signal that nothing answers."""
-
-  def end(run, reporter):
-    ended.append(jax.device_get({k: run.state[k] for k in ("params", "opt_state")}))
-    return {"status": "done", "exit_code": 0, "start": run.start_step}
-
-  agreed = loop._agreed
-
-  def kill_at_7(stop, number, *arguments, **named):
-    if number == 7:
-      raise Killed
-    return agreed(stop, number, *arguments, **named)
 
   def go_on(machine: str):
     wish = Wish(directory=str(tmp_path / machine), every=3)
@@ -181,14 +166,13 @@ def test_emergency_checkpoints_stand_beside_a_bucket(
   def left(machine: str) -> list[str]:
     return sorted(path.name for path in (tmp_path / machine).glob("*/process_0/[0-9]*"))
 
-  monkeypatch.setattr(finish, "finish", end)
   with monkeypatch.context() as patch:
-    patch.setattr(loop, "_agreed", kill_at_7)
+    kill_at(patch, 7)
     for _ in range(2):
       with pytest.raises(Killed):
         go_on("first")
       assert list_steps(workdir / DIRECTORY) == [4]
       assert left("first") == ["3", "6"]
   assert go_on("second")["start"] == 4
-  jax.tree.map(np.testing.assert_array_equal, runs[2][0], ended[0])
+  jax.tree.map(np.testing.assert_array_equal, runs[2][0], states[0])
   assert left("second") == []

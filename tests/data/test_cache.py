@@ -109,7 +109,7 @@ def of_a_library(directory: Path) -> None:
 
 
 def of_an_array(directory: Path) -> None:
-  """numpy's own file would fail without a reason."""
+  """Numpy's own file would fail without a reason."""
   with open("/dev/full", "wb") as file:
     save_array(file, np.zeros(100_000))
 

@@ -23,7 +23,7 @@ from moejax.data.tokenizer import ByteTokenizer
 from moejax.models.decoder import Decoder
 from moejax.models.loss import to_devices
 from moejax.sharding.mesh import make_mesh
-from moejax.train import finish
+from moejax.train import finish, loop
 from moejax.train import state as state_lib
 from moejax.train import step as step_lib
 from moejax.train.optimizer import Optimizer, make_optimizer
@@ -167,6 +167,22 @@ def states(monkeypatch):
 
   monkeypatch.setattr(finish, "finish", end)
   return ended
+
+
+class Killed(BaseException):
+  """As by a signal that nothing answers."""
+
+
+def kill_at(monkeypatch, step: int) -> None:
+  """Ends a run after a step, before anything of that step is saved."""
+  agreed = loop._agreed
+
+  def check(stop, number, *arguments, **named):
+    if number == step:
+      raise Killed
+    return agreed(stop, number, *arguments, **named)
+
+  monkeypatch.setattr(loop, "_agreed", check)
 
 
 def make_batch(seed: int, batch: int = 8, length: int = 32) -> dict[str, np.ndarray]:

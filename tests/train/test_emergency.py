@@ -7,11 +7,7 @@ import pytest
 from moejax.run import writers
 from moejax.run.emergency_dir import Wish
 from moejax.train import loop
-from tests.train.conftest import tiny_config
-
-
-class Killed(BaseException):
-  """As by a signal that nothing answers."""
+from tests.train.conftest import Killed, kill_at, tiny_config
 
 
 @pytest.fixture
@@ -24,18 +20,6 @@ def config(cache_dir, compilation_cache):
 def train(config, workdir, local=None, every=2):
   wish = None if local is None else Wish(directory=str(local), every=every)
   return loop.train(config, workdir, devices=jax.devices()[:1], emergency=wish)
-
-
-def kill_at(monkeypatch, step: int) -> None:
-  """Ends a run after a step, before anything of that step is saved."""
-  agreed = loop._agreed
-
-  def check(stop, number, *arguments, **named):
-    if number == step:
-      raise Killed
-    return agreed(stop, number, *arguments, **named)
-
-  monkeypatch.setattr(loop, "_agreed", check)
 
 
 def test_a_killed_run_goes_on_from_this_machine_s_disk(

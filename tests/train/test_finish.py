@@ -1,14 +1,19 @@
 """The end of a run: bounded, visible, and honest about what it measured."""
 
+import errno
 import io
 import json
 import lzma
 
 import jax
+import numpy as np
 import pytest
 from rich.console import Console
 
 from moejax import data
+from moejax.checkpoint import orbax
+from moejax.checkpoint.read import pack_meta
+from moejax.errors import UserError
 from moejax.run import progress, writers
 from moejax.train import finish, loop
 from tests.train.conftest import tiny_config
@@ -145,3 +150,29 @@ def test_a_bar_shows_phases_beside_the_steps_and_drops_them_when_over():
   assert [task.description for task in bar._progress.tasks] == ["step 1/10"]
   bar.close()
   assert "validation" in out.getvalue()
+
+
+def test_a_run_whose_last_checkpoint_cannot_be_saved_is_not_done(
+  cache_dir, compilation_cache, states, tmp_path, monkeypatch
+):
+  """It says so, does not evaluate, and goes on from the checkpoint before, exactly."""
+  config = tiny_config(num_steps=4, checkpoint_every=2)
+  config.data.cache_dir = cache_dir
+
+  def train(name):
+    devices, out = jax.devices()[:1], io.StringIO()
+    return loop.train(config, tmp_path / name, devices=devices, stream=out)
+
+  def full_at_4(meta):
+    if meta["step"] == 4:
+      raise OSError(errno.ENOSPC, "No space left on device")
+    return pack_meta(meta)
+
+  with monkeypatch.context() as patch:
+    patch.setattr(orbax, "pack_meta", full_at_4)
+    with pytest.raises(UserError, match=r"of step 4, .*disk is full.* checkpoint 2\."):
+      train("full")
+  assert states == []
+  assert train("full")["start"] == 2
+  train("whole")
+  jax.tree.map(np.testing.assert_array_equal, *states)
