@@ -6,7 +6,7 @@ from moejax.cli import guard
 from moejax.errors import UserError
 
 
-def end(error: Exception, capsys) -> tuple[int, str]:
+def end(error: Exception, capsys) -> tuple[object, str]:
   def fail():
     raise error
 
@@ -17,14 +17,14 @@ def end(error: Exception, capsys) -> tuple[int, str]:
 
 def test_a_full_disk_is_one_line_wherever_it_is_met(capsys):
   """Also where a library hid the system's error."""
-  try:
-    with open("/dev/full", "wb", buffering=0) as file:
-      file.write(b"x")
-  except OSError as found:
-    full = found
+  with (
+    pytest.raises(OSError) as full,
+    open("/dev/full", "wb", buffering=0) as file,
+  ):
+    file.write(b"x")
   hidden = ValueError("write failed")
-  hidden.__cause__ = full
-  for error in (full, hidden):
+  hidden.__cause__ = full.value
+  for error in (full.value, hidden):
     code, said = end(error, capsys)
     assert code == 2
     assert said.startswith("error: The disk is full (") and said.count("\n") == 1
