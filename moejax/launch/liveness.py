@@ -13,6 +13,10 @@ exit at once, with code 3. A peer that exits because of an error sends it first;
 others get some time to reach and report the same error themselves. At the end of the
 body all wait for each other, as long as it takes. The exit is `os._exit`: the runtime's
 own exit waits up to five minutes for dead processes, and its abort has no message.
+
+After a bug of one, all end with code 1: srun returns the highest code of a job's tasks,
+and 3 would start a job again that ends in the same way. An error of jax's runtime counts
+as a loss for the others (code 3), since it may come from a network or device that failed.
 """
 
 import os
@@ -36,10 +40,12 @@ _CONSEQUENCE_SECONDS = 3.0
 _LAST_SECONDS = GRACE_SECONDS + 5
 """How long process 0 may stay after its error: it exits last, since the runtime aborts
 processes that outlive it."""
+_BUG = 1
 _INTERRUPTED = 130
 _LONGEST = 20_000
 """Most characters repeated from another process's error."""
 
+_RUNTIME_ERRORS = ("JaxRuntimeError", "XlaRuntimeError")
 _SAME_CODE = (EXIT_CODE, NOT_IN_AGREEMENT)
 """Exit codes of errors that all processes share."""
 
@@ -81,7 +87,7 @@ class Watch:
     traceback.print_exception(kind, error, trace)
     # A collective may have failed because of a peer: then that is the error.
     self._bad_news.wait(_CONSEQUENCE_SECONDS)
-    own = (1, f"{type(error).__name__}: {error}".splitlines()[0])
+    own = (_BUG, f"{type(error).__name__}: {error}".splitlines()[0])
     self._end(*(self._verdict or own))
 
   def _leave_together(self) -> None:
@@ -159,9 +165,10 @@ class Watch:
   def _farewell(self, code: int, text: str) -> Message:
     if code in _SAME_CODE:
       return _failed(code, text, at_once=False)
+    is_bug = code == _BUG and not text.startswith(_RUNTIME_ERRORS)
     who = f"process {self._index} ({socket.gethostname()})"
     text = f"{who} was lost: it left with exit code {code} ({text}). See its own output."
-    return _failed(PEER_LOST, text, at_once=False)
+    return _failed(_BUG if is_bug else PEER_LOST, text, at_once=False)
 
   def _tell(self, message: Message, but: Link | None = None) -> None:
     for link in self._links:

@@ -96,18 +96,27 @@ def test_the_death_of_a_process_ends_the_others_and_has_a_name(tmp_path, victim)
     assert f"error: process {victim} ({socket.gethostname()}) was lost" in job.log(index)
 
 
-def test_an_error_of_one_process_ends_the_others(tmp_path):
-  """A bug: its own traceback and code 1; the others name it, with code 3."""
-  body = """
+@pytest.mark.parametrize(
+  ("error", "others"), [("ValueError", 1), ("jax.errors.JaxRuntimeError", 3)]
+)
+def test_an_error_of_one_process_ends_the_others(tmp_path, error, others):
+  """A traceback and code 1 of its own; the others name it.
+
+  They have the code of a bug too, so that no launcher starts the job again; but an error
+  of the runtime may be of a network, and then they have lost a process.
+  """
+  body = f"""
     if index == 1:
-      raise ValueError("a bug")
+      import jax
+      raise {error}("a bug")
     time.sleep(300)
   """
   with watched(tmp_path, body) as job:
-    assert job.codes() == [3, 1, 3]
+    assert job.codes() == [others, 1, others]
   assert "Traceback" in job.log(1)
+  name = error.rpartition(".")[2]
   for index in (0, 2):
-    assert "process 1" in job.log(index) and "ValueError: a bug" in job.log(index)
+    assert "process 1" in job.log(index) and f"{name}: a bug" in job.log(index)
 
 
 def test_a_mistake_that_one_process_sees_is_everyone_s(tmp_path):
