@@ -54,7 +54,7 @@ def define_flags() -> None:
   text("claim", "moejax-runs", "Kubernetes: claim of the shared disk with --workdir.")
   text("namespace", "", "Kubernetes: namespace; default that of kubectl's context.")
   text("secret", "", "Kubernetes: Secret with the key `secret`, by which processes meet.")
-  number("max_restarts", 100, "Kubernetes: most restarts of a job.", 0, 1_000_000)
+  number("max_restarts", 100, "Kubernetes, Slurm: most restarts of a job.", 0, 1_000_000)
   number("grace_seconds", 300, "Kubernetes: time to save when preempted.", 1, 86_400)
   flags.DEFINE_bool("spot", False, "Use machines that may be taken away at any time.")
   text("zone", "", "tpu-vm: zone of Google Cloud.")

@@ -48,7 +48,7 @@ class Job:
   secret: str = ""
   """Kubernetes: the Secret whose key `secret` the job's processes know each other by."""
   max_restarts: int = 100
-  """Kubernetes: most restarts after a lost machine."""
+  """Kubernetes, Slurm: most restarts; Slurm counts those after a preemption too."""
   grace_seconds: int = 300
   """Kubernetes: time to save between the notice and the end."""
   spot: bool = False

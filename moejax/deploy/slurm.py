@@ -1,4 +1,7 @@
-"""A batch script for Slurm: a process for each GPU, requeued until the run is done."""
+"""A batch script for Slurm: a process for each GPU, requeued until the run is done.
+
+The script's exit code is that of srun: the highest of all tasks.
+"""
 
 import shlex
 
@@ -29,7 +32,8 @@ def script(job: Job) -> str:
   return "\n".join(
     [
       "#!/bin/bash",
-      "# Submit it from the directory that has .venv/bin/python.",
+      "# Submit it from the directory that has .venv/bin/python. Flags after its name",
+      "# are added to the command: sbatch [OPTIONS] FILE [FLAGS].",
       *asked,
       "#SBATCH --requeue",
       "#SBATCH --open-mode=append",
@@ -41,13 +45,10 @@ def script(job: Job) -> str:
       *job.slurm.setup,
       "",
       f"srun --kill-on-bad-exit=0{'' if is_cpu else ' --gpu-bind=none'} \\",
-      f"  {shlex.join(job.in_venv)}",
+      f'  {shlex.join(job.in_venv)} "$@"',
       "code=$?",
       "",
-      "case $code in",
-      f'  {" | ".join(map(str, RESTARTABLE))}) scontrol requeue "$SLURM_JOB_ID" ;; '
-      "# The run resumes.",
-      "esac",
+      *_requeue(job.max_restarts),
       "exit $code",
       "",
     ]
@@ -74,6 +75,22 @@ def _asked(job: Job, nodes: int, tasks: int, is_cpu: bool) -> list[tuple[str, ob
     ("output", f"{job.name}-%j.log"),
   ]
   return [(name, value) for name, value in given if value not in (None, "")]
+
+
+def _requeue(max_restarts: int) -> list[str]:
+  """Returns the lines that queue the job again after an exit code that allows it."""
+  codes = " | ".join(map(str, RESTARTABLE))
+  return [
+    "case $code in",
+    f"  {codes}) # The run resumes.",
+    f"    limit=${{MOEJAX_MAX_RESTARTS:-{max_restarts}}}",
+    '    if [ "${SLURM_RESTART_COUNT:-0}" -lt "$limit" ]; then',
+    '      scontrol requeue "$SLURM_JOB_ID"',
+    "    else",
+    '      echo "error: MOEJAX_MAX_RESTARTS=$limit: not queued again" >&2',
+    "    fi ;;",
+    "esac",
+  ]
 
 
 def _environment(job: Job, is_cpu: bool) -> list[str]:

@@ -1,6 +1,7 @@
 """Scripts for Slurm and for TPU VMs: sound shell, with every word kept."""
 
 import os
+import pathlib
 import re
 import subprocess
 import time
@@ -13,8 +14,12 @@ from moejax.plan import topology
 from moejax.sweep.execution.slurm_options import SlurmOptions
 from tests.deploy.jobs import job
 
+ROOT = pathlib.Path(__file__).parents[2]
 
-def call(text: str, tmp_path, programs: dict[str, str]) -> subprocess.CompletedProcess:
+
+def call(
+  text: str, tmp_path, programs: dict[str, str], *arguments: str, **variables: str
+) -> subprocess.CompletedProcess:
   """Runs a script with programs that are given as shell lines."""
   place = tmp_path / "bin"
   place.mkdir()
@@ -23,7 +28,11 @@ def call(text: str, tmp_path, programs: dict[str, str]) -> subprocess.CompletedP
     (place / name).chmod(0o755)
   env = os.environ | {"PATH": f"{place}:{os.environ['PATH']}", "SLURM_JOB_ID": "7"}
   return subprocess.run(
-    ["bash", "-c", text], env=env, cwd=tmp_path, capture_output=True, text=True
+    ["bash", "-c", text, "script", *arguments],
+    env=env | variables,
+    cwd=tmp_path,
+    capture_output=True,
+    text=True,
   )
 
 
@@ -49,22 +58,64 @@ def test_slurm_is_asked_for_a_task_for_each_gpu():
   assert "\necho hi\n" in text and "SRUN_CPUS_PER_TASK" in text
 
 
+def codes_in_docs() -> dict[int, bool]:
+  """The table of docs/launching.md: exit codes, and whether Slurm's job is requeued."""
+  text = (ROOT / "docs" / "launching.md").read_text(encoding="utf-8")
+  rows = re.findall(r"^\| ([\d, ]+) \|.*\| (requeued|ends) *\|$", text, re.MULTILINE)
+  return {int(code): said == "requeued" for row, said in rows for code in row.split(",")}
+
+
+SRUN = 'printf "%s\\n" "$@" > words; exit'
+SCONTROL = 'echo "$@" >> requeued'
+
+
 @pytest.mark.parametrize(
   ("code", "requeued"),
-  [(0, False), (1, False), (2, False), (3, True), (4, False), (137, True), (143, True)],
+  [
+    (0, False),
+    (1, False),
+    (2, False),
+    (3, True),
+    (4, False),
+    (130, True),
+    (134, False),
+    (137, True),
+    (143, True),
+  ],
 )
 def test_the_job_is_requeued_when_it_can_go_on(tmp_path, code, requeued):
-  """By the exit code of srun, which is also the script's; srun gets every word."""
-  srun = f'printf "%s\\n" "$@" > words; exit {code}'
-  done = call(
-    slurm.script(job("cpu:2")),
-    tmp_path,
-    {"srun": srun, "scontrol": 'echo "$@" > requeued'},
-  )
+  """By the exit code of srun, which is also the script's, as the docs have it."""
+  programs = {"srun": f"{SRUN} {code}", "scontrol": SCONTROL}
+  done = call(slurm.script(job("cpu:2")), tmp_path, programs)
   assert done.returncode == code, done.stderr
-  assert (tmp_path / "requeued").exists() == requeued
+  assert (tmp_path / "requeued").exists() == requeued == codes_in_docs()[code]
+  assert not requeued or (tmp_path / "requeued").read_text() == "requeue 7\n"
+
+
+def test_srun_gets_every_word(tmp_path):
+  """Of the job's command, and of the script's own arguments."""
+  programs = {"srun": f"{SRUN} 0", "scontrol": SCONTROL}
+  done = call(slurm.script(job("cpu:2")), tmp_path, programs, "--a=b c", "--workdir=/d")
+  assert done.returncode == 0, done.stderr
   words = (tmp_path / "words").read_text().splitlines()
-  assert words[-1] == "--workdir=/runs/it's a" and ".venv/bin/python" in words
+  assert words[-3:] == ["--workdir=/runs/it's a", "--a=b c", "--workdir=/d"]
+  assert ".venv/bin/python" in words
+
+
+@pytest.mark.parametrize(
+  ("restarts", "given", "requeued"),
+  [("", "", True), ("4", "", True), ("5", "", False), ("4", "4", False)],
+)
+def test_restarts_come_to_an_end(tmp_path, restarts, given, requeued):
+  """Slurm counts them, and does not set the variable in a job's first start."""
+  told = {"SLURM_RESTART_COUNT": restarts} if restarts else {}
+  told |= {"MOEJAX_MAX_RESTARTS": given} if given else {}
+  text = slurm.script(job("cpu:2", max_restarts=5))
+  programs = {"srun": f"{SRUN} 3", "scontrol": SCONTROL}
+  done = call(text, tmp_path, programs, **told)
+  assert done.returncode == 3
+  assert (tmp_path / "requeued").exists() == requeued
+  assert ("error: MOEJAX_MAX_RESTARTS=" in done.stderr) != requeued
 
 
 def test_tpu_vms_are_made_and_trained_on_in_order(tmp_path):
