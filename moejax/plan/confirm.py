@@ -2,6 +2,8 @@
 
 from typing import Any
 
+import jax
+
 from moejax.config import Config
 from moejax.config.mesh import AXES
 from moejax.plan import candidates, pod, topology
@@ -11,8 +13,6 @@ from moejax.plan.predict.flops import executed_flops
 from moejax.plan.predict.load import load_of
 from moejax.plan.predict.weights import Shares, weights_of
 from moejax.plan.search import Plan, mesh_text
-
-_OUT_OF_MEMORY = "RESOURCE_EXHAUSTED"
 
 
 def compare(config: Config, plan: Plan) -> dict[str, Any]:
@@ -46,9 +46,8 @@ def compare(config: Config, plan: Plan) -> dict[str, Any]:
   }
   try:
     step = compile_step(own, devices)
-  except Exception as error:
-    if _OUT_OF_MEMORY not in str(error):
-      raise
+  except jax.errors.JaxRuntimeError as error:
+    # Also a fault of the compiler's own: the next plan may not meet it.
     return result | {"refusal": str(error).strip().splitlines()[0]}
   found = pod.report(own, machine, step, chip)
   compiled = {

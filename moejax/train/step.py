@@ -106,6 +106,9 @@ def loss_gradients(
   def add(carry: Any, inputs: tuple[Int[Array, ""], Batch]):
     index, microbatch = inputs
     new = gradients_of(learned, microbatch, jax.random.fold_in(key, index))
+    # Where fsdp spans all devices, XLA for TPU else tries to move the exchange of these
+    # sums out of the loop, and fails (while_loop_all_reduce_code_motion, libtpu 0.0.42.1).
+    new = jax.tree.map(jax.lax.optimization_barrier, new)
     return jax.tree.map(lambda a, b: a + b.astype(a.dtype), carry, new), None
 
   first = jax.tree.map(lambda x: x[0], microbatches)

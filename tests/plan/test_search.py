@@ -5,6 +5,7 @@ import math
 import subprocess
 import sys
 
+import jax
 import pytest
 
 from moejax.cli import flags as cli
@@ -14,7 +15,7 @@ from moejax.config import text as config_text
 from moejax.config.devices import validate_devices
 from moejax.cost.chips import CHIPS
 from moejax.errors import ConfigError, UserError
-from moejax.plan import candidates, confirm, search, throughput_map
+from moejax.plan import candidates, confirm, search, throughput_map, topology
 from moejax.plan.topology import parse
 
 
@@ -155,6 +156,20 @@ def test_confirmed_in_one_line():
   assert refused == (
     "v5p:2x2x1 as fsdp 4: refused by the compiler: RESOURCE_EXHAUSTED: no room"
   )
+
+
+def test_a_plan_on_which_the_compiler_fails_is_named_and_the_next_goes_on(
+  found, monkeypatch
+):
+  """A fault of the compiler's own ends as a line of that plan."""
+
+  def fail(*_):
+    raise jax.errors.JaxRuntimeError("INTERNAL: RET_CHECK failure (a.cc:1)\nmore")
+
+  monkeypatch.setattr(confirm, "compile_step", fail)
+  monkeypatch.setattr(topology, "devices_of", lambda _: jax.devices()[:4])
+  said = confirm.line(confirm.compare(small(), found.plans[0]))
+  assert said.endswith("refused by the compiler: INTERNAL: RET_CHECK failure (a.cc:1)")
 
 
 def plan(*args: str) -> subprocess.CompletedProcess:

@@ -45,6 +45,18 @@ def test_accumulation_equals_the_large_batch(setup, gradients):
   _close(micro_sums, sums, rtol=1e-6, atol=1e-6)
 
 
+def test_microbatches_are_exchanged_within_the_loop(setup):
+  """XLA for TPU fails where it tries to add them up first; no test compiles for one."""
+  params, batch = setup.state()["params"], setup.place(make_batch(3))
+
+  def in_two(p):
+    key = jax.random.key(7)
+    return step_lib.loss_gradients(setup.model, p, batch, key, accumulation=2)
+
+  program = str(jax.make_jaxpr(in_two)(params))
+  assert program.count("optimization_barrier") >= len(jax.tree.leaves(params))
+
+
 def test_accumulation_equals_the_large_batch_when_it_is_balanced_as_a_whole(setup):
   """balance_scope=batch: each microbatch's loss needs the loads of all the others.
 
