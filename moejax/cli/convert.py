@@ -88,6 +88,11 @@ def import_(folder: str | None) -> None:
 
 def export(workdir: pathlib.Path, folder: pathlib.Path) -> None:
   """Exports a run's model."""
+  if folder.resolve().is_relative_to(workdir.resolve()):
+    raise UserError(
+      f"--to_hf={folder} is inside --workdir={workdir}, which is only read. Choose a "
+      "folder outside it."
+    )
   from moejax.checkpoint.manager import peek, restore_params
   from moejax.data.tokenizer import FILE, load_tokenizer
   from moejax.evaluate import groups

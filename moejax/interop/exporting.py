@@ -210,6 +210,7 @@ def _writing(folder: Path) -> Iterator[Path]:
     raise UserError(f"--to_hf={folder} is a file. Give a new folder.")
   if folder.exists() and any(folder.iterdir()):
     raise UserError(f"--to_hf={folder} is there and is not empty. Choose a new folder.")
+  folder = folder.resolve()  # "." has no name.
   temporary = folder.with_name(f".{folder.name}.partial")
   try:
     if temporary.exists():  # Of an export that was killed.

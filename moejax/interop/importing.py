@@ -65,11 +65,12 @@ def make_run(
     The fingerprint of each parameter, by dotted name.
 
   Raises:
-    UserError: the directory is in use or holds something else, a tensor is unreadable,
-      or the disk is full.
+    UserError: the directory is in use, holds something else, or lies in the model's or
+      around it; a tensor is unreadable, or the disk is full.
     ConfigError: it holds this conversion with another config.
   """
   path, origin = Path(workdir), source_digest(published)
+  _refuse_nested(path, published.folder)
   if (found := converted(path)) is not None:
     _refuse_other_source(path, found[SOURCE], origin)
     _refuse_other_config(path, config)
@@ -77,6 +78,7 @@ def make_run(
   if list_steps(path / DIRECTORY):
     raise UserError(f"--workdir={path} holds a run already. Choose another directory.")
   _refuse_other_source(path, _begun(path), origin)
+  _refuse_foreign(path)
   is_new = not path.exists()
   workdir_lib.prepare(path, config)
   try:
@@ -87,6 +89,35 @@ def make_run(
     raise
   finally:
     workdir_lib.release(path)
+
+
+def _refuse_nested(path: Path, source: Path) -> None:
+  """Refuses a run in its source, which is only read, or around it."""
+  run, model = path.resolve(), source.resolve()
+  if run.is_relative_to(model):
+    where = "is" if run == model else "is inside"
+  elif model.is_relative_to(run):
+    where = "contains"
+  else:
+    return
+  raise UserError(
+    f"--workdir={path} {where} --from_hf={source}, which is only read. Choose a "
+    "directory outside it."
+  )
+
+
+def _refuse_foreign(path: Path) -> None:
+  """Refuses folders named like ours that no conversion began: one that fails would remove
+  them."""
+  # `workdir_lib.prepare` looks whose config.json it is; run.json comes first of ours.
+  if any((path / name).exists() for name in (CONFIG_FILE, workdir_lib.RUN_FILE)):
+    return
+  for folder in (path / DIRECTORY, (path / TOKENIZER_FILE).parent):
+    if folder.is_dir() and any(folder.iterdir()):
+      raise UserError(
+        f"--workdir={path} has no {CONFIG_FILE}, and files in {folder.name}/ that are no "
+        "run's. Choose a new directory."
+      )
 
 
 def _begun(path: Path) -> dict[str, Any] | None:

@@ -6,9 +6,9 @@
     step_time.json  report.png
 
 A directory belongs to one run. It is refused if its run was started with another
-config or corpus, if it holds unrelated files, and while another process trains in
-it. A run without any progress (no checkpoint, no logged step) claims nothing: it may
-be started again with other flags.
+config or corpus, if it holds unrelated files or another project's config.json, and
+while another process trains in it. A run without any progress (no checkpoint, no
+logged step) claims nothing: it may be started again with other flags.
 """
 
 import contextlib
@@ -24,7 +24,7 @@ from moejax import files
 from moejax.config import Config
 from moejax.config import text as config_text
 from moejax.errors import ConfigError, UserError, program
-from moejax.run import claim, provenance
+from moejax.run import claim, foreign, provenance
 from moejax.run.files import CONFIG_FILE, DIRECTORY, list_steps
 from moejax.storage import errors as storage_errors
 from moejax.storage import parts
@@ -294,6 +294,7 @@ def _examine(
   steps = list_steps(path / DIRECTORY)
   begun = bool(steps) or _has_metrics(path / METRICS_FILE) or bool(emergency_id(path))
   if not begun:
+    foreign.refuse(path)
     # Refused or killed before its first step. Its files bind no later run, and a
     # tokenizer next to a config.json would be taken for a run's.
     if jax.process_index() == 0:
@@ -323,12 +324,12 @@ def _refuse_foreign(path: RunPath) -> None:
   except FileNotFoundError:  # A bucket has no empty folder.
     names = []
   ours = (*OURS, parts.folder(path / METRICS_FILE).name) if in_bucket(path) else OURS
-  foreign = [n for n in names if not any(fnmatch.fnmatch(n, p) for p in ours)]
-  if foreign:
-    more = f" and {len(foreign) - 5} more" if len(foreign) > 5 else ""
+  others = [n for n in names if not any(fnmatch.fnmatch(n, p) for p in ours)]
+  if others:
+    more = f" and {len(others) - 5} more" if len(others) > 5 else ""
     raise UserError(
       f"--workdir={path} is no run's directory (it has no {CONFIG_FILE}) and is not "
-      f"empty: it holds {', '.join(foreign[:5])}{more}. Choose a new directory."
+      f"empty: it holds {', '.join(others[:5])}{more}. Choose a new directory."
     )
   steps = list_steps(path / DIRECTORY)
   if steps:

@@ -177,6 +177,7 @@ def test_a_dry_run_prints_each_tensor_and_writes_nothing(tmp_path):
       (f"--from_hf={golden('mixtral')}", "--dry_run", "--config.moe.num_selected=3"),
       "--config.moe.num_selected",
     ),
+    ((f"--workdir={ROOT}/docs", f"--to_hf={ROOT}/docs/../docs/x"), "which is only read"),
   ],
 )
 def test_what_makes_no_sense_is_one_line(arguments, words):

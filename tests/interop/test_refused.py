@@ -246,3 +246,42 @@ def test_a_killed_import_is_resumed_by_its_own_source_only(tmp_path):
   with pytest.raises(UserError, match="another model"):
     importing.make_run(other, run, other.config)
   assert importing.make_run(published, run, published.config)
+
+
+def snapshot(folder):
+  """The files below a folder, with their bytes."""
+  files = sorted(p for p in folder.rglob("*") if p.is_file())
+  return {str(p.relative_to(folder)): p.read_bytes() for p in files}
+
+
+@pytest.mark.parametrize(
+  ("model", "run", "words"),
+  [
+    ("model", "model", "is --from_hf"),
+    ("model", "link", "is --from_hf"),
+    ("model", "model/run", "is inside --from_hf"),
+    ("checkpoints/model", ".", "contains --from_hf"),
+    ("model", "other", "holds a published model"),
+    ("model", "notes", r"files in checkpoints/ that are no run's"),
+    ("model", "words", r"files in tokenizer/ that are no run's"),
+  ],
+)
+def test_no_import_writes_over_a_model_or_removes_others_files(
+  model, run, words, tmp_path
+):
+  """In the source, below it, around it, in another model, among somebody's files.
+
+  The import would fail on a NaN, and a failed one removes what it wrote: not these.
+  """
+  copy("mixtral", tmp_path / model, tensors=spoil)
+  copy("olmoe", tmp_path / "other")
+  (tmp_path / "link").symlink_to(tmp_path / model)
+  for name in ("notes/checkpoints", "words/tokenizer"):
+    (tmp_path / name).mkdir(parents=True)
+    (tmp_path / name / "mine.txt").write_text("x")
+  before = snapshot(tmp_path)
+  published = open_folder(tmp_path / model)
+  with pytest.raises(UserError, match=words) as error:
+    importing.make_run(published, tmp_path / run, published.config)
+  assert "\n" not in str(error.value) and "Choose a" in str(error.value)
+  assert snapshot(tmp_path) == before and not (tmp_path / model / "run").exists()

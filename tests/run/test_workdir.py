@@ -150,6 +150,29 @@ def test_other_peoples_files_are_refused_and_left_alone(tmp_path):
   assert [p.name for p in tmp_path.iterdir()] == ["thesis.tex"]
 
 
+@pytest.mark.parametrize(
+  ("text", "more", "words"),
+  [
+    ('{"model_type": "mixtral"}', "x", "holds a published model"),
+    ("{}", "model.safetensors", "holds a published model"),
+    ('{"schema_version": 3}', "model-1.safetensors", "holds a published model"),
+    ('{"port": 80}', "x", "is not a run's"),
+    ("[]", "x", "is not a run's"),
+    ("port: 80", "x", "cannot be read"),
+  ],
+)
+def test_another_projects_config_json_is_never_written_over(tmp_path, text, more, words):
+  """A published model has one too, and nothing of a run stands beside it."""
+  (tmp_path / "config.json").write_text(text)
+  (tmp_path / more).write_text("")
+  for fingerprint in (None, "corpus-a"):
+    with pytest.raises(UserError, match=f"{words}.*Choose a new directory") as error:
+      workdir.prepare(tmp_path, Config(), fingerprint)
+    assert "\n" not in str(error.value)
+  assert (tmp_path / "config.json").read_text() == text
+  assert sorted(p.name for p in tmp_path.iterdir()) == sorted(["config.json", more])
+
+
 def test_checkpoints_without_a_config_are_not_trained_over(tmp_path):
   """Without config.json nobody knows what the checkpoints are of."""
   (tmp_path / "checkpoints" / "10").mkdir(parents=True)

@@ -1,0 +1,42 @@
+"""Directories in which no run is made, because their config.json is not a run's.
+
+Published models and many other projects have a file of that name too, and a run writes
+its own over it.
+"""
+
+from moejax import files
+from moejax.errors import UserError
+from moejax.run.files import CONFIG_FILE
+from moejax.storage.paths import RunPath
+
+
+def refuse(path: RunPath) -> None:
+  """Refuses a directory with a config.json that no run wrote, or with a model's weights.
+
+  Args:
+    path: --workdir, with a config.json.
+
+  Raises:
+    UserError: it is a published model, or the file is somebody else's or unreadable.
+  """
+  try:
+    values = files.read_json(path / CONFIG_FILE)
+  except FileNotFoundError:  # Another process of the job has removed it.
+    return
+  except (OSError, ValueError) as e:
+    raise UserError(
+      f"--workdir={path}: its {CONFIG_FILE} cannot be read ({e}) and would be "
+      "overwritten. Choose a new directory, or move the file away."
+    ) from e
+  is_object = isinstance(values, dict)
+  weights = any(p.name.endswith(".safetensors") for p in path.iterdir())
+  if weights or (is_object and "model_type" in values):
+    raise UserError(
+      f"--workdir={path} holds a published model, whose {CONFIG_FILE} would be "
+      "overwritten. Choose a new directory."
+    )
+  if not is_object or "schema_version" not in values:
+    raise UserError(
+      f"--workdir={path}: its {CONFIG_FILE} is not a run's and would be overwritten. "
+      "Choose a new directory."
+    )
