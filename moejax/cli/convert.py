@@ -180,7 +180,8 @@ def _print_summary(architecture: str, config: Config) -> None:
 def run() -> None:
   """Runs the program."""
   cli.define_config(default=None)
-  cli.run(main)
+  # hf:// is no bucket's, and `published` refuses the others.
+  cli.run(main, buckets=("from_hf",))
 
 
 if __name__ == "__main__":

@@ -19,6 +19,7 @@ from moejax.interop.load import Loader, known_dtype
 from moejax.interop.source import DTYPES, Source, has_weights
 from moejax.models.decoder import Decoder
 from moejax.models.make import make_model
+from moejax.storage.paths import is_url, refuse_url
 
 CONFIG = "config.json"
 TOKENIZER = "tokenizer.json"
@@ -30,7 +31,7 @@ TAKEN_ALONG = (
 )
 """Files that only the other side reads; kept with a run and written on export."""
 
-_HUB = "hf://"
+_HUB = "hf:"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -125,6 +126,8 @@ def _about(path: str) -> Iterator[None]:
 def _folder(given: str) -> Path:
   if given.startswith(_HUB):
     return _download(given)
+  if is_url(given):
+    refuse_url(given, "--from_hf")
   folder = Path(given)
   if not folder.is_dir():
     what = "is a file" if folder.exists() else "does not exist"
@@ -192,7 +195,7 @@ def _first(ids: Any) -> int | None:
 
 
 def _download(given: str) -> Path:
-  name = given.removeprefix(_HUB)
+  name = given.removeprefix(_HUB).strip("/")
   try:
     from huggingface_hub import snapshot_download
   except ImportError as e:
@@ -202,9 +205,10 @@ def _download(given: str) -> Path:
     ) from e
   try:
     wanted = ["*.json", "*.safetensors", "*.jinja"]
-    return Path(snapshot_download(name, allow_patterns=wanted))
+    # Folders below hold the same weights in other formats.
+    return Path(snapshot_download(name, allow_patterns=wanted, ignore_patterns="*/*"))
   except Exception as e:  # Network, permissions, names: no common class.
-    words = " ".join(str(e).split())[:200]
+    words = " ".join(str(e).split())[:300]
     raise UserError(
       f"--from_hf={given} cannot be downloaded: {words}. Check the name and the network, "
       "or give a folder."

@@ -1,7 +1,9 @@
 """The program `convert`, and runs that it makes."""
 
 import json
+import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -23,16 +25,27 @@ from moejax.interop.mapping import flatten
 from moejax.interop.published import open_folder
 from moejax.models.placement import param_shardings
 from moejax.sharding.mesh import make_mesh
+from tests.interop import hub
 from tests.interop.folders import copy, golden, opened, recorded
 
 ROOT = Path(__file__).parents[2]
 
 
 def convert(
-  *arguments: str, program: str = "convert", cwd: Path = ROOT
+  *arguments: str,
+  program: str = "convert",
+  cwd: Path = ROOT,
+  environment: dict[str, str] | None = None,
 ) -> subprocess.CompletedProcess[str]:
   command = [sys.executable, "-m", f"moejax.cli.{program}", *arguments]
-  return subprocess.run(command, capture_output=True, text=True, cwd=cwd, timeout=300)
+  return subprocess.run(
+    command,
+    capture_output=True,
+    text=True,
+    cwd=cwd,
+    timeout=300,
+    env=os.environ | (environment or {}),
+  )
 
 
 @pytest.fixture(scope="module")
@@ -185,6 +198,39 @@ def test_what_makes_no_sense_is_one_line(arguments, words):
   done = convert(*arguments)
   assert done.returncode == 2
   assert words in done.stderr and len(done.stderr.splitlines()) == 1
+
+
+def test_a_model_is_downloaded_by_its_name(tmp_path):
+  """From the command line to the run; no README, and no other format's weights."""
+  source, run = tmp_path / "model", tmp_path / "run"
+  shutil.copytree(golden("mixtral"), source)
+  (source / "README.md").write_text("x")
+  (source / "original").mkdir()
+  (source / "original" / "model.safetensors").write_text("the same, for others")
+  with hub.serving(source) as (environment, given):
+    environment["HF_HOME"] = str(tmp_path / "hub")
+    done = convert(
+      f"--from_hf=hf://{hub.NAME}", f"--workdir={run}", environment=environment
+    )
+  assert done.returncode == 0, done.stderr
+  assert sorted(given) == ["config.json", "model.safetensors"]
+  assert importing.converted(run)
+
+
+@pytest.mark.parametrize(
+  ("name", "words"),
+  [
+    ("hf://org/name", "cannot be downloaded"),
+    ("gs://bucket/model", "only a path on a disk of this machine"),
+  ],
+)
+def test_what_is_not_here_is_one_line(name, words, tmp_path):
+  """A model that is neither stored nor reachable, and one in a bucket."""
+  where = {"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path)}
+  done = convert(f"--from_hf={name}", f"--workdir={tmp_path / 'run'}", environment=where)
+  assert done.returncode == 2 and not (tmp_path / "run").exists()
+  assert done.stderr.startswith(f"error: --from_hf={name}") and words in done.stderr
+  assert len(done.stderr.splitlines()) == 1
 
 
 def test_the_tokenizer_goes_in_and_out(tmp_path):
