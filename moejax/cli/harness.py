@@ -9,6 +9,7 @@ import hashlib
 import json
 import os
 import pathlib
+import re
 from typing import Any
 
 from moejax import files
@@ -43,6 +44,7 @@ def evaluate(
     UserError: a task is not there or needs the network, the run has no tokenizer, or a
       request does not fit the context.
   """
+  _task_files(tasks)
   # Before the libraries are imported, which read them. A user who wants the network sets
   # them to 0.
   os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -60,7 +62,8 @@ def evaluate(
   if results is None:  # Only the first process has them.
     return
   print(utils.make_table(results))
-  file = output / f"{_file_name(model.run.step, tasks, limit)}.json"
+  stem = _file_name(model.run.step, tasks, limit, truncate, _digest(tasks, results))
+  file = output / f"{stem}.json"
   kept = {name: results[name] for name in ("results", "versions", "n-samples")}
   asked = {"tasks": tasks, "limit": limit, "truncate": truncate}
   text = json.dumps({"step": model.run.step} | asked | kept, indent=1, default=str)
@@ -68,14 +71,60 @@ def evaluate(
   print(file)
 
 
-def _file_name(step: int, tasks: str, limit: int | None) -> str:
+def _file_name(
+  step: int, tasks: str, limit: int | None, truncate: bool = False, digest: str = ""
+) -> str:
   """Returns a name without its suffix that says what was asked, so that the results of
-  other tasks stay."""
-  names = "_".join(pathlib.Path(name.strip()).stem for name in tasks.split(","))
+  other tasks and settings stay; see `_digest`."""
+  names = "_".join(pathlib.Path(name).stem for name in _names(tasks))
   if len(names) > _LONGEST:
     names = hashlib.sha256(names.encode()).hexdigest()[:8]
-  first = "" if limit is None else f"_first_{limit}"
-  return f"tasks_{step}_{names.replace(os.sep, '_')}{first}"
+  parts = ["tasks", str(step), names.replace(os.sep, "_")]
+  parts += [] if limit is None else ["first", str(limit)]
+  parts += ["truncate"] if truncate else []
+  return "_".join([*parts, digest] if digest else parts)
+
+
+def _digest(tasks: str, results: Any) -> str:
+  """Returns a digest of tasks and their texts where YAML files describe them; else "".
+
+  Two files may have one stem, and one file may be edited or read other data.
+
+  Args:
+    tasks: as given.
+    results: of the harness, with samples.
+  """
+  if not _task_files(tasks):
+    return ""
+  hashes = ("doc_hash", "prompt_hash", "target_hash")
+  texts = {
+    # Several processes give them in another order.
+    task: sorted(
+      [sample["doc_id"], *(sample[name] for name in hashes)] for sample in found
+    )
+    for task, found in results["samples"].items()
+  }
+  text = json.dumps([results["configs"], texts], sort_keys=True, default=str)
+  # Of functions in a task, other processes have other addresses.
+  text = re.sub(r" at 0x[0-9a-f]+", "", text)
+  return hashlib.sha256(text.encode()).hexdigest()[:8]
+
+
+def _names(tasks: str) -> list[str]:
+  return [name.strip() for name in tasks.split(",") if name.strip()]
+
+
+def _task_files(tasks: str) -> list[str]:
+  """Returns those tasks that are YAML files.
+
+  Raises:
+    UserError: one is not there.
+  """
+  paths = [name for name in _names(tasks) if name.endswith((".yaml", ".yml"))]
+  for path in paths:
+    if not pathlib.Path(path).is_file():
+      raise UserError(f"--tasks={path}: no such file.")
+  return paths
 
 
 def _load(tasks: str) -> Any:
@@ -86,11 +135,7 @@ def _load(tasks: str) -> Any:
   """
   from lm_eval.tasks import TaskManager  # pyright: ignore[reportMissingImports]
 
-  names = [name.strip() for name in tasks.split(",") if name.strip()]
-  paths = [name for name in names if name.endswith((".yaml", ".yml"))]
-  for name in paths:
-    if not pathlib.Path(name).is_file():
-      raise UserError(f"--tasks={name}: no such file.")
+  names, paths = _names(tasks), _task_files(tasks)
   # Reading all its own tasks takes the harness seconds.
   manager = TaskManager(include_defaults=len(paths) < len(names))
   known = set(manager.all_tasks)

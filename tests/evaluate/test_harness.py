@@ -1,6 +1,7 @@
 """The harness's three kinds of requests, against sums made by hand."""
 
 import dataclasses
+import sys
 import types
 
 import jax
@@ -167,3 +168,42 @@ def test_results_of_other_tasks_have_another_file():
   assert found == ["tasks_4_arc_easy", "tasks_4_choice", "tasks_4_arc_easy_choice"]
   assert cli._file_name(4, "arc_easy", 5) == "tasks_4_arc_easy_first_5"
   assert len(cli._file_name(4, ",".join(["mmlu"] * 60), None)) < 30
+  assert cli._file_name(4, "arc_easy", 5, True, "1f") == (
+    "tasks_4_arc_easy_first_5_truncate_1f"
+  )
+
+
+def _results(text="doc", metric="acc", function=None):
+  sample = {"doc_id": 0, "doc_hash": text, "prompt_hash": "b", "target_hash": "c"}
+  config = {"metric_list": [metric], "process_docs": function}
+  return {"samples": {"x": [sample, {**sample, "doc_id": 1}]}, "configs": {"x": config}}
+
+
+def test_equal_names_of_task_files_mean_equal_tasks(tmp_path):
+  """A digest of what a file describes and of its texts, whatever process makes it."""
+  file = tmp_path / "x.yaml"
+  file.write_text("")
+  assert cli._digest("arc_easy", {}) == ""
+  plain = cli._digest(str(file), _results())
+  assert len(plain) == 8
+  others = [_results("other"), _results(metric="f1")]
+  assert len({plain, *(cli._digest(str(file), found) for found in others)}) == 3
+  turned = _results()
+  turned["samples"]["x"].reverse()
+  assert cli._digest(f" arc_easy, {file} ", turned) == plain
+  one, two = (cli._digest(str(file), _results(function=object())) for _ in range(2))
+  assert one == two
+
+
+def test_a_task_file_that_is_not_there_is_said_without_the_harness(tmp_path, monkeypatch):
+  """The mistake that can be mended at once comes before the missing library."""
+  for name in ("lm_eval", "lm_eval.api.model"):
+    monkeypatch.setitem(sys.modules, name, None)
+  # Unlike the cached one.
+  monkeypatch.setattr(harness, "language_model", harness.language_model.__wrapped__)
+  monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+  monkeypatch.setenv("HF_DATASETS_OFFLINE", "1")
+  asked = {"step": None, "batch_size": 1, "truncate": False, "limit": None}
+  for name, words in (("nosuch.yaml", "no such file"), ("arc_easy", "lm-eval")):
+    with pytest.raises(UserError, match=words):
+      cli.evaluate(tmp_path, tmp_path, name, **asked)

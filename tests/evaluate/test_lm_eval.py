@@ -100,7 +100,7 @@ def test_two_processes_have_the_results_of_one(tmp_path):
   names = ("choice", "perplexity", "generation")
   asked = [f"--workdir={run}", "--batch_size=2", "--truncate"]
   asked += ["--tasks=" + ",".join(f"tests/evaluate/tasks/{name}.yaml" for name in names)]
-  found = []
+  found, files = [], set()
   for launcher in (
     [],
     ["tools.launch_local", "--processes=2", "--", sys.executable, "-m"],
@@ -109,9 +109,11 @@ def test_two_processes_have_the_results_of_one(tmp_path):
     output = tmp_path / str(len(found))
     output.mkdir()
     call(module, *rest, *asked, f"--output={output}")
-    [file] = output.glob("tasks_4_choice_perplexity_generation.json")
+    [file] = output.glob("tasks_4_choice_perplexity_generation_truncate_*.json")
+    files.add(file.name)
     found.append(json.loads(file.read_text()))
   one, two = found
+  assert len(files) == 1
   assert one["n-samples"] == two["n-samples"]
   assert one["results"].keys() == two["results"].keys() and len(one["results"]) == 3
   for name, values in one["results"].items():
