@@ -23,7 +23,7 @@ from absl import flags
 
 from moejax.cli import flags as cli
 from moejax.config import Config
-from moejax.errors import UserError
+from moejax.errors import ConfigError, UserError
 
 _FROM = flags.DEFINE_string(
   "from_hf", None, "Folder of a published model, or hf://org/name."
@@ -56,8 +56,7 @@ def import_(folder: str | None) -> None:
   from moejax.interop import importing, published
 
   found = published.open_folder(folder or "")
-  config = cli.get_config(base=found.config)
-  _refuse_other_models(found.config, config)
+  config = _config(found.config)
   if _DRY.value:
     _print_rows(found.loader.rows)
     for name, reason in found.loader.left_out.items():
@@ -100,8 +99,7 @@ def export(workdir: pathlib.Path, folder: pathlib.Path) -> None:
   from moejax.interop.mapping import rows
 
   shapes, stored, _ = peek(workdir, _STEP.value)
-  config = cli.get_config(base=stored)
-  _refuse_other_models(stored, config, allowed=("moe.eval_capacity_factor",))
+  config = _config(stored, allowed=("moe.eval_capacity_factor",))
   tokenizer = load_tokenizer(workdir) if (workdir / FILE).exists() else None
   vocab_size = config.model.vocab_size or int(shapes["embedding"]["table"].shape[0])
   if config.model.vocab_multiple > 1 and tokenizer and not config.model.vocab_size:
@@ -131,19 +129,39 @@ def export(workdir: pathlib.Path, folder: pathlib.Path) -> None:
   print(folder)
 
 
-def _refuse_other_models(
-  own: Config, given: Config, allowed: tuple[str, ...] = ()
-) -> None:
-  from moejax.interop.canonical import differences
+def _config(own: Config, allowed: tuple[str, ...] = ()) -> Config:
+  """Returns the config of the command line, which describes the same model.
 
-  changed = [name for name, _, _ in differences(own, given) if name not in allowed]
-  if own.model.vocab_multiple != given.model.vocab_multiple:
-    changed.append("model.vocab_multiple")
-  if changed:
-    raise UserError(
-      f"--config.{changed[0]}: the model is as it is stored. Leave it out; a conversion "
-      "changes where and how it runs, not what it computes."
-    )
+  Args:
+    own: of the model.
+    allowed: fields of a model that may change.
+
+  Raises:
+    ConfigError: another model.
+  """
+  from moejax.interop import canonical
+
+  try:
+    config = cli.get_config(base=own)
+  except ConfigError:
+    # How another model would have to be given does not help.
+    asked = cli.get_unchecked_config(base=own)
+    _refuse(canonical.changes(own, asked), allowed)
+    raise
+  found = canonical.differences(own, config)
+  if own.model.vocab_multiple != config.model.vocab_multiple:
+    found.append(("model.vocab_multiple", None, None))
+  _refuse(found, allowed)
+  return config
+
+
+def _refuse(changes: list[tuple[str, Any, Any]], allowed: tuple[str, ...]) -> None:
+  for name, _, _ in changes:
+    if name not in allowed:
+      raise ConfigError(
+        f"--config.{name}: the model is as it is stored. Leave it out; a conversion "
+        "changes where and how it runs, not what it computes."
+      )
 
 
 def _shardings(config: Config, model: Any) -> Any:

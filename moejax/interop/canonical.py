@@ -158,7 +158,11 @@ def _canonical_attention(model: ModelConfig) -> None:
 
 def differences(one: Config, other: Config) -> list[tuple[str, Any, Any]]:
   """Returns the fields in which two models differ: dotted name, one's value, other's."""
-  one, other = canonical(one), canonical(other)
+  return changes(canonical(one), canonical(other))
+
+
+def changes(one: Config, other: Config) -> list[tuple[str, Any, Any]]:
+  """Returns as `differences`, of configs as they are, which need not be valid."""
   return [
     difference
     for difference in config_text.difference(one, other)

@@ -16,7 +16,8 @@ import pytest
 from moejax import load_run
 from moejax.checkpoint import lazy
 from moejax.checkpoint.manager import restore_params
-from moejax.cli import restored
+from moejax.cli import convert as program
+from moejax.cli import flags, restored
 from moejax.config import MeshConfig
 from moejax.data.tokenizer import load_tokenizer
 from moejax.errors import UserError
@@ -165,6 +166,27 @@ def test_the_program_converts_there_and_back(tmp_path):
   assert same == (source / "model.safetensors").read_bytes()
   config = json.loads((back / "config.json").read_text())
   assert (config["eos_token_id"], config["architectures"]) == (2, ["MixtralForCausalLM"])
+
+
+@pytest.mark.parametrize(
+  ("field", "value"),
+  [("moe.router", "expert_choice"), ("moe.num_selected", 99), ("model.num_heads", 0)],
+)
+def test_another_model_is_refused_before_it_is_checked(run, monkeypatch, field, value):
+  """No advice on how to complete a model that would not be exported or imported."""
+  monkeypatch.setattr(flags, "_overrides", {field: value})
+  words = f"--config.{field}: the model is as it is stored"
+  with pytest.raises(UserError, match=words):
+    program.export(run, run.parent / "out")
+  with pytest.raises(UserError, match=words):
+    program.import_(str(golden("gpt_oss")))
+
+
+def test_a_field_of_the_conversion_is_still_checked(run, monkeypatch):
+  """What is wrong with it is said, not that it belongs to the model."""
+  monkeypatch.setattr(flags, "_overrides", {"train.batch_size": 0})
+  with pytest.raises(UserError, match=r"train\.batch_size=0"):
+    program.export(run, run.parent / "out")
 
 
 def test_a_dry_run_prints_each_tensor_and_writes_nothing(tmp_path):
