@@ -94,6 +94,11 @@ def known() -> tuple[str, ...]:
   return _KNOWN
 
 
+def names() -> tuple[str, ...]:
+  """Returns each model_type that is understood: `known`, and further names of these."""
+  return (*_KNOWN, *_ALIASES)
+
+
 def get(name: str, path: str) -> Architecture:
   """Returns an architecture by its model_type.
 
@@ -106,8 +111,9 @@ def get(name: str, path: str) -> Architecture:
   """
   name = _ALIASES.get(name, name)
   if name not in _KNOWN:
-    hint = did_you_mean(str(name), _KNOWN)
-    names = "" if _KNOWN[-1] in hint else f" Known are {', '.join(_KNOWN)}."
-    raise UserError(f"{path}={name} is unknown. {hint}{names}")
+    all_names = names()
+    hint = did_you_mean(str(name), all_names)
+    more = "" if all_names[-1] in hint else f" Known are {', '.join(all_names)}."
+    raise UserError(f"{path}={name} is unknown. {hint}{more}")
   module = importlib.import_module(f"moejax.interop.architectures.{name}")
   return module.ARCHITECTURE

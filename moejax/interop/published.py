@@ -9,6 +9,7 @@ from typing import Any
 from moejax import files
 from moejax.config import Config
 from moejax.config.check import validate
+from moejax.config.pattern import layer_pattern
 from moejax.data.tokenizer import ImportedTokenizer
 from moejax.errors import ConfigError, UserError
 from moejax.interop import architecture as architectures
@@ -62,12 +63,13 @@ def open_folder(folder: Path | str) -> Published:
   if kind is None:
     raise UserError(
       f"{path} has no model_type, which names the architecture. Known are "
-      f"{', '.join(architectures.known())}."
+      f"{', '.join(architectures.names())}."
     )
   architecture = architectures.get(str(kind), f"{path}: model_type")
   source = Source(folder, quantised.packing(values, path))
   values = _with_dtype(values, source, architecture.embedding)
   config = read_config(architecture, values, path)
+  _refuse_dense(config, path)
   with _about(path):
     validate(config)
     model = make_model(config.model, config.moe, vocab_size=config.model.vocab_size)
@@ -102,6 +104,20 @@ def read_config(architecture: Architecture, values: dict[str, Any], path: str) -
   moe = config.moe
   moe.allow_constant_gates = moe.num_selected == 1 and moe.renormalize != "none"
   return config
+
+
+def _refuse_dense(config: Config, path: str) -> None:
+  """Refuses a model without experts in the words of its config.json."""
+  try:
+    kinds = layer_pattern(config.model.num_layers, config.moe).is_moe
+  except (ValueError, ZeroDivisionError):  # `validate` says what is wrong.
+    return
+  if not any(kinds):
+    raise UserError(
+      f"{path}: this model has no MoE layer, as its number of layers and the keys that "
+      "make some of them dense (first_k_dense_replace, mlp_only_layers, "
+      "decoder_sparse_step or the like) have it. Only models with one are imported."
+    )
 
 
 def _with_dtype(values: dict[str, Any], source: Source, table: str) -> dict[str, Any]:

@@ -70,12 +70,18 @@ def read(
   own_fraction = keys.take("partial_rotary_factor", float, fraction or 1.0)
   model.rope_theta = rope.take("rope_theta", float, own_theta)
   model.rope_fraction = rope.take("partial_rotary_factor", float, own_fraction)
-  if fraction is None and model.rope_fraction != 1:
-    raise UserError(
-      f"{keys.path}: partial_rotary_factor={model.rope_fraction} has no effect in this "
-      "architecture, whose heads rotate as a whole. Remove it."
-    )
   kind = _read_type(keys, rope)
+  if fraction is None and model.rope_fraction != 1:
+    # Only the functions of scaled types read it, and then the class fails.
+    remedy = (
+      "has no effect. Remove it."
+      if kind == "default"
+      else f"does not go with {kind!r}. Give the config.json that belongs to the weights."
+    )
+    raise UserError(
+      f"{keys.path}: heads of this architecture rotate as a whole, so that "
+      f"partial_rotary_factor={model.rope_fraction} {remedy}"
+    )
   # Beside the dict it wins, unlike the other keys.
   original = keys.take("original_max_position_embeddings", int, 0)
   if kind == "default":

@@ -34,7 +34,17 @@ def refused(folder, *words, read=False):
   ("change", "words"),
   [
     (set_key("model_type", "mixtrall"), ("mixtrall", "Did you mean mixtral?")),
-    (set_key("model_type", "jamba"), ("jamba", "mixtral, olmoe")),
+    (set_key("model_type", "jamba"), ("jamba", "mixtral, olmoe", "kimi_k2")),
+    (set_key("model_type", "kimi"), ("Did you mean kimi_k2?",)),
+    (lambda c: c.pop("model_type"), ("has no model_type", "kimi_k2")),
+    (set_key("partial_rotary_factor", 0.5), ("0.5 has no effect. Remove it",)),
+    (
+      set_key(
+        "rope_parameters",
+        {"rope_type": "linear", "factor": 2.0, "partial_rotary_factor": 0.5},
+      ),
+      ("0.5 does not go with 'linear'",),
+    ),
     (set_key("hidden_act", "relu"), ("hidden_act='relu'",)),
     (set_key("logit_softcapping", 30.0), ("logit_softcapping=30.0", "not understood")),
     (set_key("hidden_size", "24"), ("hidden_size='24'", "int")),
@@ -54,6 +64,17 @@ def refused(folder, *words, read=False):
 def test_a_config_that_is_not_understood_is_named(change, words, tmp_path):
   """A key that changes the computation, a wrong size, an unknown architecture."""
   refused(copy("mixtral", tmp_path / "model", config=change), *words)
+
+
+@pytest.mark.parametrize("layers", [3, 7])
+def test_a_model_without_experts_is_refused_without_our_flags(layers, tmp_path):
+  """Who imports cannot set --config.moe.*, so the error is about config.json."""
+  folder = copy(
+    "deepseek_v3", tmp_path / "model", config=set_key("first_k_dense_replace", layers)
+  )
+  with pytest.raises(UserError, match="no MoE layer.*first_k_dense_replace") as error:
+    open_folder(folder)
+  assert "--" not in str(error.value)
 
 
 NAME = "model.layers.1.block_sparse_moe.experts.3.w2.weight"
