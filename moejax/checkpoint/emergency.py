@@ -20,7 +20,7 @@ import secrets
 import shutil
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -66,6 +66,8 @@ class EmergencyCheckpoints:
     every: steps between saves.
     directory: of this process's steps.
     failures: (step, reason) of every save that failed.
+    late_lines: of the log, stored with the step that was restored, which the run's
+      directory may lack.
     blocked_seconds: how long the last `save` blocked its caller.
   """
 
@@ -92,6 +94,7 @@ class EmergencyCheckpoints:
     """
     self.every = wish.every
     self.failures: list[tuple[int, str]] = []
+    self.late_lines: list[str] = []
     self.blocked_seconds = 0.0
     self._run = emergency_dir.of_run(wish.directory, workdir)
     self.directory = self._run / f"process_{jax.process_index()}"
@@ -129,7 +132,13 @@ class EmergencyCheckpoints:
     """Returns whether a step is to be saved."""
     return step % self.every == 0
 
-  def save(self, step: int, state: Mapping[str, Any], position: dict[str, Any]) -> None:
+  def save(
+    self,
+    step: int,
+    state: Mapping[str, Any],
+    position: dict[str, Any],
+    late_lines: Sequence[str] = (),
+  ) -> None:
     """Starts a save; the state may be donated as soon as this returns.
 
     Waits first for a save still being written. A failure is reported by `warn`, once
@@ -139,6 +148,7 @@ class EmergencyCheckpoints:
       step: names the checkpoint.
       state: plain dict of jax arrays and optax states.
       position: data position after this step: JSON.
+      late_lines: of the log, which the run's directory would not take yet.
     """
     start = time.monotonic()
     self.wait()
@@ -149,6 +159,7 @@ class EmergencyCheckpoints:
       "format": FORMAT,
       "step": step,
       "position": position,
+      "late_lines": list(late_lines),
       "run": self._id,
       "session": self._session,
       "config": config_text.to_dict(self._config),
@@ -274,6 +285,8 @@ class EmergencyCheckpoints:
       except DamagedCheckpointError as error:
         self._pass_over(str(error), [found[key][0]])
         continue
+      for path in found[key]:
+        self.late_lines += read_meta(path).get("late_lines", [])
       return jax.tree_util.tree_map_with_path(
         lambda path, leaf, bits=bits: local_parts.placed(
           leaf, bits[fingerprint.leaf_name(path)]

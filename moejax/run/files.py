@@ -1,5 +1,6 @@
 """Names of a run's files, and which of its checkpoints are complete."""
 
+import contextlib
 import re
 
 from moejax.storage.paths import RunPath, in_bucket
@@ -50,4 +51,6 @@ def list_partial(directory: RunPath) -> list[RunPath]:
 
 def uncommit(step_directory: RunPath) -> None:
   """Makes a checkpoint in a bucket incomplete at once, before its many objects move."""
-  (step_directory / _COMMITTED).unlink()
+  # A request that is repeated, since its answer was lost, finds nothing to remove.
+  with contextlib.suppress(FileNotFoundError):
+    (step_directory / _COMMITTED).unlink()

@@ -55,6 +55,19 @@ class Writer(Protocol):
   def close(self) -> None: ...
 
 
+@runtime_checkable
+class LineWriter(Writer, Protocol):
+  """Stores each step as a line, and keeps those that cannot be stored yet."""
+
+  def late(self) -> list[str]:
+    """Returns the lines that are kept."""
+    ...
+
+  def put_back(self, lines: list[str]) -> None:
+    """Stores lines that another process of this run kept until its end."""
+    ...
+
+
 class JsonlWriter:
   """Appends to metrics.jsonl, one write per line.
 
@@ -106,6 +119,13 @@ class JsonlWriter:
   def flush(self) -> None:
     self._write(sync=True)
 
+  def late(self) -> list[str]:
+    return self._late.decode().splitlines()
+
+  def put_back(self, lines: list[str]) -> None:
+    self._late += _missing(self.path, lines).encode()
+    self._write()
+
   def close(self) -> None:
     try:
       self.flush()
@@ -122,9 +142,18 @@ class BucketJsonlWriter:
     with explained(workdir):
       parts.cut(path, lambda line: bool(_parsed(line, resume_step)))
       self._file = parts.PartsFile(path)
+    self._path = path
 
   def write(self, step: int, values: dict[str, Any]) -> None:
     self._file.append(_line(step, values))
+
+  def late(self) -> list[str]:
+    return self._file.late.splitlines()
+
+  def put_back(self, lines: list[str]) -> None:
+    if text := _missing(self._path, lines):
+      self._file.append(text)
+      self.flush()
 
   def flush(self) -> None:
     with _kept():
@@ -141,6 +170,15 @@ def _kept() -> Iterator[None]:
     yield
   except UserError as error:
     logging.warning("Not written for now, and kept: %s", error)
+
+
+def _missing(path: RunPath, lines: list[str]) -> str:
+  """Returns the lines of steps after the last one in a metrics file."""
+  if not lines:
+    return ""
+  last = max((entry["step"] for entry in read(path)), default=-1)
+  wanted = [line for line in lines if _parsed(line).get("step", -1) > last]
+  return "".join(line + "\n" for line in wanted)
 
 
 def _line(step: int, values: dict[str, Any]) -> str:

@@ -43,6 +43,9 @@ _POLL_SECONDS = 2.0
 _REQUEST_SECONDS = 15.0
 """Limit for one request with its retries, so that several fit into a lease."""
 
+_FRESH_SECONDS = LEASE_SECONDS / 2
+"""Within this time of a renewal nobody can have taken over, however slow a write is."""
+
 _NAME = ".lease"
 _CLOCK = ".lease.clock"
 
@@ -63,14 +66,18 @@ class Lease:
   def __init__(self, path: RunPath, record: dict[str, Any], generation: int):
     self._path, self._record, self._generation = path, record, generation
     self._bucket = _bucket(path)
+    self._renewed = time.monotonic()
+    self._lock = threading.Lock()
     self._end = threading.Event()
     self._thread = threading.Thread(
       target=self._renew_until_end, name="lease", daemon=True
     )
     self._thread.start()
+    _held[os.fspath(path)] = self
 
   def release(self) -> None:
     """Gives the lease up; another process can take it at once."""
+    _held.pop(os.fspath(self._path), None)
     self._end.set()
     self._thread.join()
     record = self._record | {"released": True}
@@ -85,13 +92,20 @@ class Lease:
       except Exception as error:
         logging.warning("%s: the lease could not be renewed (%s).", self._path, error)
 
+  def confirm(self) -> None:
+    """Renews the lease first if it is not fresh; ends the process if it is lost."""
+    if time.monotonic() - self._renewed > _FRESH_SECONDS:
+      self._renew()
+
   def _renew(self) -> None:
-    record = self._record | {"renewals": self._record["renewals"] + 1, "time": _now()}
-    generation = _write(self._bucket, self._path, record, self._generation)
-    if generation:
+    with self._lock:
+      before = time.monotonic()
+      record = self._record | {"renewals": self._record["renewals"] + 1, "time": _now()}
+      generation = _write(self._bucket, self._path, record, self._generation)
+      if not generation:
+        return self._lost(_read(self._bucket, self._path))
       self._record, self._generation = record, generation
-    else:
-      self._lost(_read(self._bucket, self._path))
+      self._renewed = before
 
   def _lost(self, found: _Found) -> None:
     if found.generation:
@@ -106,6 +120,26 @@ class Lease:
       )
     print(f"error: --workdir={self._path} {what}", file=sys.stderr, flush=True)
     os._exit(UserError.exit_code)
+
+
+_held: dict[str, Lease] = {}
+"""Leases of this process, by the path of the run."""
+
+
+def confirm(path: RunPath) -> None:
+  """Ends this process if its lease of a run is lost; call it before writing there.
+
+  A process that was stopped for long wakes up anywhere. Does nothing where this process
+  holds no lease, and sends nothing while it is fresh.
+
+  Args:
+    path: of the run.
+
+  Raises:
+    Exception: of the client, if the bucket cannot be reached.
+  """
+  if held := _held.get(os.fspath(path)):
+    held.confirm()
 
 
 def acquire(path: RunPath, holder: str = "run") -> Lease:

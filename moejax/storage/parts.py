@@ -6,11 +6,13 @@ read as one text. Only the newest is ever rewritten, and it is at most `PART_BYT
 the cost of a line does not grow with the run.
 """
 
+import contextlib
 import time
 from collections.abc import Callable
 
 from absl import logging
 
+from moejax.storage import lease
 from moejax.storage.errors import explained, refusal
 from moejax.storage.paths import RunPath, write_bytes
 
@@ -56,7 +58,9 @@ def cut(path: RunPath, keep: Callable[[str], bool]) -> None:
     if kept:
       write_bytes(part, "".join(kept).encode())
       return
-    part.unlink()
+    # A request that is repeated, since its answer was lost, finds nothing to remove.
+    with contextlib.suppress(FileNotFoundError):
+      part.unlink()
 
 
 class PartsFile:
@@ -68,6 +72,8 @@ class PartsFile:
     found = parts(path)
     self._number = int(found[-1].stem) if found else 0
     self._text = found[-1].read_text() if found else ""
+    self._safe = len(self._text)
+    """Characters of the text that the bucket has."""
     self._changed = False
     self._written = time.monotonic()
     self._warned = False
@@ -79,11 +85,16 @@ class PartsFile:
       if self._changed:
         self._try_to_write()
       if not self._changed:
-        self._number, self._text = self._number + 1, ""
+        self._number, self._text, self._safe = self._number + 1, "", 0
     self._text += line
     self._changed = True
     if time.monotonic() - self._written >= WRITE_SECONDS:
       self._try_to_write()
+
+  @property
+  def late(self) -> str:
+    """Lines that the bucket does not have yet."""
+    return self._text[self._safe :]
 
   def flush(self) -> None:
     """Writes all lines.
@@ -110,6 +121,9 @@ class PartsFile:
         self._warned = True
 
   def _write(self) -> None:
+    # Another run may have written this part since: a stop of this process can be long.
+    lease.confirm(self._path.parent)
     part = folder(self._path) / f"{self._number:06d}.jsonl"
     write_bytes(part, self._text.encode())
     self._changed, self._written, self._warned = False, time.monotonic(), False
+    self._safe = len(self._text)

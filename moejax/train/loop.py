@@ -182,7 +182,8 @@ def fit(run: Run, reporter: Reporter, stop: StopRequest, config_flags: str = "")
       if saves or locally:
         log.flush()
       if locally and run.emergency is not None:
-        run.emergency.save(step, run.state, _position(run, step))
+        late = log.late()
+        run.emergency.save(step, run.state, _position(run, step), late)
       if saves:
         run.checkpointer.save(step, run.state, position=_position(run, step), metric=loss)
       if leaving:

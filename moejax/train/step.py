@@ -107,7 +107,8 @@ def loss_gradients(
     index, microbatch = inputs
     new = gradients_of(learned, microbatch, jax.random.fold_in(key, index))
     # Where fsdp spans all devices, XLA for TPU else tries to move the exchange of these
-    # sums out of the loop, and fails (while_loop_all_reduce_code_motion, libtpu 0.0.42.1).
+    # sums out of the loop and fails, in while_loop_all_reduce_code_motion (libtpu
+    # 0.0.42.1).
     new = jax.tree.map(jax.lax.optimization_barrier, new)
     return jax.tree.map(lambda a, b: a + b.astype(a.dtype), carry, new), None
 

@@ -59,6 +59,9 @@ class StepLog:
         resume_step=run.start_step,
         tensorboard=run.config.train.tensorboard,
       )
+    for writer in self._writers:
+      if run.emergency is not None and isinstance(writer, writers.LineWriter):
+        writer.put_back(run.emergency.late_lines)
 
   @functools.cached_property
   def _watch(self) -> Watch:
@@ -94,6 +97,11 @@ class StepLog:
     self._write_line()
     for writer in self._writers:
       writer.flush()
+
+  def late(self) -> list[str]:
+    """Returns lines that `flush` could not make durable, as on a full disk."""
+    kept = [w for w in self._writers if isinstance(w, writers.LineWriter)]
+    return [line for writer in kept for line in writer.late()]
 
   def resume(self) -> None:
     """Restarts the clock after an evaluation or a checkpoint."""

@@ -25,6 +25,8 @@ class Faults:
   """Code by which everything that would write is refused; 0 is none."""
   lost: float = 0.0
   """Passed on, and the connection closed in place of an answer."""
+  lost_deletes: int = 0
+  """How many of the next removals are passed on without an answer."""
   cut: float = 0.0
   """Answered with half of the body."""
   latency: float = 0.0
@@ -76,6 +78,10 @@ def started(target: str, faults: Faults) -> Iterator[str]:
       fault, delay, code = faults.draw()
       if faults.full and self.command in ("POST", "PUT", "PATCH"):
         fault, code = "refused", faults.full
+      if faults.lost_deletes and self.command == "DELETE":
+        faults.lost_deletes -= 1
+        faults.met["lost"] = faults.met.get("lost", 0) + 1
+        fault = "lost"
       time.sleep(delay)
       if fault == "refused":
         return self._send(code, [], b'{"error": {"code": %d, "message": "x"}}' % code)

@@ -66,6 +66,20 @@ def test_a_write_waits_out_faults_that_pass(folder, faults):
   assert faults.met == {"refused": 1, "lost": 1, "cut": 2}
 
 
+def test_a_removal_whose_answer_is_lost_is_a_removal(folder, faults):
+  """The library asks again, and is told that nothing is there."""
+  writer = writers.BucketJsonlWriter(folder, resume_step=0)
+  writer.write(5, {"loss": 1.0})
+  writer.close()
+  faults.lost_deletes = 1
+  again = writers.BucketJsonlWriter(folder, resume_step=0)
+  again.write(1, {"loss": 2.0})
+  again.close()
+  assert faults.met == {"lost": 1}
+  found = writers.read(folder / writers.METRICS_FILE)
+  assert [line["step"] for line in found] == [1]
+
+
 def test_metrics_are_kept_while_the_service_is_down(folder, faults, monkeypatch):
   """Lines that could not be written are said to be late, and written with the next."""
   monkeypatch.setattr(parts, "WRITE_SECONDS", 0.0)

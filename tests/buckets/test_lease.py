@@ -7,7 +7,7 @@ import time
 import pytest
 
 from moejax.errors import UserError
-from moejax.run import claim
+from moejax.run import claim, writers
 from moejax.storage import lease
 
 
@@ -129,3 +129,28 @@ def test_claims_lock_and_unlock_a_folder(folder, monkeypatch):
   claim.unlock(folder)
   assert stored(folder)["released"]
   claim.unlock(folder)
+
+
+def test_a_process_that_wakes_up_writes_no_metrics_into_another_s_run(
+  folder, monkeypatch
+):
+  """Before its thread has looked: the line asks for the lease first, if it is stale."""
+  elsewhere(monkeypatch)
+  monkeypatch.setattr(lease, "RENEW_SECONDS", 3600.0)
+
+  def end(code):
+    raise SystemExit(code)
+
+  monkeypatch.setattr(lease.os, "_exit", end)
+  held = lease.acquire(folder)
+  writer = writers.BucketJsonlWriter(folder, resume_step=0)
+  writer.write(1, {"loss": 1.0})
+  writer.flush()
+  (folder / ".lease").write_text(json.dumps(stored(folder) | {"id": "another"}))
+  (folder / "metrics" / "000000.jsonl").write_text("of another\n")
+  writer.write(2, {"loss": 1.0})
+  held._renewed -= lease.LEASE_SECONDS
+  with pytest.raises(SystemExit):
+    writer.flush()
+  assert (folder / "metrics" / "000000.jsonl").read_text() == "of another\n"
+  held.release()

@@ -72,3 +72,16 @@ def test_event_files_are_copied_and_bounded(folder, monkeypatch):
   writer.close()
   found = sorted(p.name for p in (folder / writers.TENSORBOARD).iterdir())
   assert len(found) >= 2 and all("tfevents" in name for name in found)
+
+
+def test_lines_that_another_process_kept_are_put_back_once(folder):
+  """Those after the last one that is there; the others are there already."""
+  write(folder, range(1, 9))
+  kept = lines(range(5, 13)).splitlines()
+  writer = writers.BucketJsonlWriter(folder, resume_step=12)
+  writer.put_back(kept)
+  assert writer.late() == []
+  writer.write(13, {"loss": 13 / 8})
+  assert writer.late() == lines([13]).splitlines()
+  writer.close()
+  assert parts.read_text(folder / writers.METRICS_FILE) == lines(range(1, 14))

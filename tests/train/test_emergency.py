@@ -60,3 +60,23 @@ def test_the_newer_of_both_places_wins(config, states, tmp_path, monkeypatch, ca
   (newest / "meta" / "metadata").write_text("{}")
   assert train(config, tmp_path / "run", tmp_path / "local")["start"] == 3
   assert sum("is passed over" in r.getMessage() for r in caplog.records) == 1
+
+
+def test_lines_that_a_full_disk_refused_come_back_with_the_state(
+  config, states, tmp_path, monkeypatch
+):
+  """Full from the start, killed at step 5: the next process logs steps 1 to 4."""
+  config.train.log_every = 1
+  train(config, tmp_path / "whole")
+  with monkeypatch.context() as patch:
+    patch.setattr(writers.JsonlWriter, "_write", lambda *_, **__: None)
+    kill_at(patch, 5)
+    with pytest.raises(Killed):
+      train(config, tmp_path / "killed", tmp_path / "local")
+  assert writers.read(tmp_path / "killed" / writers.METRICS_FILE) == []
+  assert train(config, tmp_path / "killed", tmp_path / "local")["start"] == 4
+  whole, killed = (
+    writers.read(tmp_path / name / writers.METRICS_FILE) for name in ("whole", "killed")
+  )
+  assert [line["step"] for line in killed] == [1, 2, 3, 4, 5, 6]
+  assert [line["loss"] for line in killed] == [line["loss"] for line in whole]
