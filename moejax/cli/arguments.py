@@ -36,10 +36,30 @@ def split_names(
     setattr(args, argument, values)
 
 
-def writable(directory: pathlib.Path) -> pathlib.Path:
+def writable_file(file: pathlib.Path, flag: str) -> pathlib.Path:
+  """Refuses a file that cannot be written because of its directory, or is one.
+
+  Raises:
+    UserError: it is a directory, or its directory is missing, a file, or not permitted.
+  """
+  if file.is_dir():
+    raise UserError(f"{flag}={file} is a directory. Give a file, such as {file / 'job'}.")
+  if not file.parent.exists():
+    raise UserError(
+      f"{flag}={file}: the directory {file.parent} does not exist. Make it first."
+    )
+  writable(file.parent, flag)
+  return file
+
+
+def writable(directory: pathlib.Path, flag: str = "--out") -> pathlib.Path:
   """Refuses, before anything runs, an --out that cannot be made or written.
 
   Nothing is left behind: what is missing is tried in the first directory that is there.
+
+  Args:
+    directory: need not exist.
+    flag: that names it, or a file in it.
 
   Raises:
     UserError: it is a file, or below one, or not permitted.
@@ -49,11 +69,11 @@ def writable(directory: pathlib.Path) -> pathlib.Path:
     while not there.exists() and there != there.parent:
       there = there.parent
     if not there.is_dir():
-      raise UserError(f"--out={directory}: {there} is a file. Give another directory.")
+      raise UserError(f"{flag}={directory}: {there} is a file. Give another directory.")
     with tempfile.TemporaryDirectory(dir=there):
       pass
   except OSError as error:
     raise UserError(
-      f"--out={directory} cannot be written ({error.strerror}). Give another directory."
+      f"{flag}={directory} cannot be written ({error.strerror}). Give another directory."
     ) from error
   return directory

@@ -12,6 +12,7 @@ docs/launching.md says what each target needs. On one machine: tools.launch_loca
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import pathlib
 import sys
 from typing import TYPE_CHECKING, Any
@@ -19,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 from absl import flags
 
 from moejax import files
+from moejax.cli import arguments
 from moejax.cli import flags as cli
 from moejax.errors import UserError, program
 from moejax.storage.paths import check_url, is_url
@@ -37,19 +39,40 @@ _NOT_READ = {
 }
 """Options of Slurm that no job here reads, and why."""
 
-flags.disclaim_key_flags()
+_GKE = ("gke-tpu", "gke-gpu")
+_READ_BY = {
+  "image": _GKE,
+  "claim": _GKE,
+  "namespace": _GKE,
+  "secret": _GKE,
+  "grace_seconds": _GKE,
+  "max_restarts": (*_GKE, "slurm"),
+  "spot": (*_GKE, "tpu-vm"),
+  "zone": ("tpu-vm",),
+  "share": ("tpu-vm",),
+}
+"""Flags that some targets do not read, and those that do."""
+
+_PASSED_ON = {
+  "emergency_local_dir": "directory of frequent checkpoints on each machine's own disk",
+  "emergency_every": "steps between those",
+  "join_timeout": "seconds to wait for the other processes",
+  "compilation_cache": "shared directory of compiled programs, or none",
+}
+"""Flags of train that depend on the machine."""
 
 
 def define_flags() -> None:
   """Defines what describes the machine; a sweep takes the same flags.
 
-  Those of Slurm are in `slurm_options`.
+  Those of Slurm are in `slurm_options`. --help of the caller's module lists them if it
+  adopts this module's key flags.
   """
   text, number = flags.DEFINE_string, flags.DEFINE_integer
   flags.DEFINE_enum("target", None, _TARGETS, "Where the job is to run.")
   text("topology", None, "The machine: v5p:4x4x8, v5e:4x4, h100:2x8 (nodes x GPUs).")
   number("slices", 1, "TPU slices of that shape.", 1, 4096)
-  text("name", None, "Name of the job; made of the config's, if not given.")
+  text("name", None, "Name of the job; made of --config and --workdir, if not given.")
   text("image", "", "Kubernetes: container image.")
   text("claim", "moejax-runs", "Kubernetes: claim of the shared disk with --workdir.")
   text("namespace", "", "Kubernetes: namespace; default that of kubectl's context.")
@@ -67,11 +90,14 @@ def machine() -> Topology:
   Raises:
     UserError: there is none of that name, or none is given.
   """
+  from moejax.deploy import machines
   from moejax.plan import topology
 
   if not flags.FLAGS.topology:
     raise UserError("--topology is missing: the machine, such as v5p:4x4x8 or h100:2x8.")
-  return topology.parse(flags.FLAGS.topology, flags.FLAGS.slices)
+  found = topology.parse(flags.FLAGS.topology, flags.FLAGS.slices)
+  machines.check_shape(found)
+  return found
 
 
 def make_job(command: list[str], workdir: str, name: str) -> Job:
@@ -95,6 +121,7 @@ def make_job(command: list[str], workdir: str, name: str) -> Job:
   for flag in slurm:
     if reason := _NOT_READ.get(flag.removeprefix("slurm.")):
       raise UserError(f"--{flag} is not read here: {reason}.")
+  _refuse_unread(given)
   options: dict[str, Any] = {
     field.name: given[field.name].value
     for field in dataclasses.fields(Job)
@@ -110,7 +137,17 @@ def make_job(command: list[str], workdir: str, name: str) -> Job:
   )
 
 
+def _refuse_unread(given: flags.FlagValues) -> None:
+  for flag, targets in _READ_BY.items():
+    if given[flag].present and given.target not in targets:
+      raise UserError(
+        f"--{flag} is not read with --target={given.target}, only with "
+        f"{', '.join(targets)}. Leave it out."
+      )
+
+
 def main() -> int:
+  from moejax.cli import launch_places
   from moejax.deploy import job as job_lib
   from moejax.deploy import schemas
   from moejax.deploy.targets import TARGETS, submit
@@ -122,12 +159,22 @@ def main() -> int:
     raise UserError("--workdir=DIR is missing: where the run's files go, on the machine.")
   if is_url(given.workdir):
     check_url(given.workdir)
-  stem = pathlib.Path(given.config).stem
-  name = given["name"].value or job_lib.name_of(f"moejax-{stem}")
-  job = make_job(_command(), given.workdir, name)
+  if given.emergency_every and not given.emergency_local_dir:
+    raise UserError(
+      f"--emergency_every={given.emergency_every} needs --emergency_local_dir=DIR."
+    )
+  if given.output:
+    arguments.writable_file(pathlib.Path(given.output), "--output")
+  name = given["name"].value or _name(given.config, given.workdir)
+  job = make_job([], given.workdir, name)
+  disk = launch_places.disk_of(job, given.target)
+  config, file = launch_places.config_there(given.config, given.target, disk)
+  job = dataclasses.replace(job, command=tuple(_command(config)), config_file=file)
   text = TARGETS[given.target].render(job)  # Refuses what the target does not have.
-  fit = job_lib.fit(cli.get_config(), job.topology)
-  print(_summary(job, fit), file=sys.stderr)
+  config = cli.get_config()
+  print(_summary(job, job_lib.fit(config, job.topology)), file=sys.stderr)
+  for note in launch_places.notes(job, config, given.target):
+    print(f"Note: {note}", file=sys.stderr)
   if given.target.startswith("gke") and not schemas.available():
     print(
       "Not checked against the schemas of Kubernetes: that needs the extra kubernetes.",
@@ -144,15 +191,30 @@ def main() -> int:
   return 0
 
 
-def _command() -> list[str]:
-  """Returns the words that train this command line's config."""
+def _name(config: str, workdir: str) -> str:
+  """Returns the name of the job of a run, other than those of its config's other runs."""
+  from moejax.deploy import job as job_lib
+
+  # Slurm numbers its jobs; elsewhere a second one of a name would replace the first.
+  is_unique = flags.FLAGS.target != "slurm"
+  digest = hashlib.sha256(workdir.encode()).hexdigest()[:6] if is_unique else ""
+  return job_lib.name_of(f"moejax-{pathlib.Path(config).stem}", digest)
+
+
+def _command(config: str) -> list[str]:
+  """Returns the words that train this command line's config.
+
+  Args:
+    config: value of --config where the job runs.
+  """
   from moejax.deploy.job import PYTHON
 
   given, settings = flags.FLAGS, cli.overrides()
   if given.target in ("gke-tpu", "gke-gpu"):
     settings = {"data.cache_dir": "/cache"} | settings
-  words = [PYTHON, "-m", "moejax.cli.main", "train", f"--config={given.config}"]
+  words = [PYTHON, "-m", "moejax.cli.main", "train", f"--config={config}"]
   words.append(f"--workdir={given.workdir}")
+  words += [f"--{name}={given[name].value}" for name in _PASSED_ON if given[name].present]
   return words + [
     f"--config.{name}={cli.spelled(value)}" for name, value in settings.items()
   ]
@@ -178,6 +240,8 @@ def run() -> None:
   cli.define_config()
   define_flags()
   slurm_options.define_flags()
+  for name, text in _PASSED_ON.items():
+    flags.DEFINE_string(name, "", f"Passed on to train: {text}.")
   flags.DEFINE_string("output", None, "Write the text to this file.")
   flags.DEFINE_bool("submit", False, "Give the text to kubectl, sbatch or bash.")
   cli.run(main, buckets=("workdir",))

@@ -103,6 +103,7 @@ def _define_how() -> None:
   )
   slurm_options.define_flags()
   launch.define_flags()
+  flags.adopt_module_key_flags(launch)
 
 
 def main() -> int:

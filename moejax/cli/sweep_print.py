@@ -14,6 +14,7 @@ from absl import flags
 
 from moejax import files
 from moejax.cli import launch
+from moejax.errors import UserError
 from moejax.sweep.execution.local import Job
 from moejax.sweep.spec import Point
 
@@ -33,19 +34,35 @@ def renderer(points: Sequence[Point]) -> Callable[[Job], str]:
   Raises:
     UserError: a point does not fit, or a flag is missing.
   """
+  from moejax.cli import launch_places
+  from moejax.deploy import gke
   from moejax.deploy import job as job_lib
   from moejax.deploy.targets import TARGETS
 
   name_of_target = flags.FLAGS.target
-  target, warned = TARGETS[name_of_target], []
+  target, warned, base = TARGETS[name_of_target], [], points[0].config
+  if name_of_target == "tpu-vm" and not flags.FLAGS.share:
+    raise UserError(
+      "--target=tpu-vm: the runs read their configs in --workdir, which the machines do "
+      "not have. Give its disk's NFS export, such as --share=10.0.0.2:/share, and run "
+      "this on that disk."
+    )
 
   def render(run: Job) -> str:
     words = [job_lib.PYTHON if word == sys.executable else word for word in run.command]
+    trains = "train" in words[:4]  # An evaluation reads its run's config as it is.
+    if name_of_target.startswith("gke") and trains and not base.data.cache_dir:
+      words.append(f"--config.data.cache_dir={gke.CACHE}")
     name, _, digest = run.run.name.rpartition("-")
     name = job_lib.name_of(flags.FLAGS["name"].value or name, digest)
     made = launch.make_job(words, str(run.run), name)
     if not warned:
-      warned.append(print(f"Note: {_place(name_of_target, made)}", file=sys.stderr))
+      warned.append(made)
+      for note in (
+        _place(name_of_target, made),
+        *launch_places.notes(made, base, name_of_target),
+      ):
+        print(f"Note: {note}", file=sys.stderr)
     text = target.render(made)
     if not target.suffix:
       return target.begins + text
@@ -70,6 +87,4 @@ def _place(target: str, job: "Rendered") -> str:
       f"{text} They mount the claim {job.claim} at {job.mount}: run this on a machine "
       f"that has that disk at {job.mount}, or copy the directory to it first."
     )
-  if target == "tpu-vm" and not job.share:
-    return f"{text} A TPU VM has no such files: give --share, and run this on that disk."
   return f"{text} It must be on a disk that they share with this machine."

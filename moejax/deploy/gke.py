@@ -6,13 +6,16 @@ checkpoint; exit codes that another start would give again end the set.
 Source: JobSet v1alpha2 (jobset.sigs.k8s.io) and the GKE pages on TPU and GPU workloads.
 """
 
+import re
 from typing import Any
 
 from moejax.deploy import machines
 from moejax.deploy.job import HOPELESS, Job
 from moejax.errors import UserError
 
-_CACHE = "/cache"
+CACHE = "/cache"
+"""Where a pod keeps its prepared data, on its own disk."""
+
 _PORT = 12345
 
 
@@ -87,6 +90,14 @@ def _check(job: Job, family: str, known: Any) -> None:
       f"--target=gke-{family}: --image=IMAGE is missing; docs/launching/Dockerfile "
       "builds one."
     )
+  if re.search(r"\s", job.image):
+    raise UserError(f"--image={job.image!r}: the name of an image has no spaces.")
+  local = job.emergency_local_dir
+  if local and (not local.startswith("/") or local.rstrip("/") in ("", CACHE, job.mount)):
+    raise UserError(
+      f"--emergency_local_dir={local}: on Kubernetes, give an absolute path on the "
+      "nodes' own disk, other than the mounts of the job, such as /mnt/disks/emergency."
+    )
   absolute = job.workdir.startswith("/") and job.workdir.rstrip("/").count("/") > 1
   if job.needs_disk and not absolute:
     raise UserError(
@@ -142,13 +153,18 @@ def _job_spec(
     mounts.append({"name": "runs", "mountPath": job.mount})
     claim = {"claimName": job.claim}
     volumes.append({"name": "runs", "persistentVolumeClaim": claim})
+  if job.emergency_local_dir:
+    # An emptyDir would go with its pod, and every restart makes new pods.
+    local = {"path": job.emergency_local_dir, "type": "DirectoryOrCreate"}
+    mounts.append({"name": "local", "mountPath": job.emergency_local_dir})
+    volumes.append({"name": "local", "hostPath": local})
   codes = {"containerName": "train", "operator": "In", "values": list(HOPELESS)}
   container = {
     "name": "train",
     "image": job.image,
     "command": list(job.command),
     "resources": {"limits": limits},
-    "volumeMounts": [*mounts, {"name": "cache", "mountPath": _CACHE}],
+    "volumeMounts": [*mounts, {"name": "cache", "mountPath": CACHE}],
   }
   if job.secret:
     source = {"secretKeyRef": {"name": job.secret, "key": "secret"}}

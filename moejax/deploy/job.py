@@ -57,6 +57,10 @@ class Job:
   """TPU VMs: of Google Cloud."""
   share: str = ""
   """TPU VMs: the NFS export with the shared disk, ADDRESS:/PATH."""
+  emergency_local_dir: str = ""
+  """Kubernetes: directory of a node's own disk that outlives the pod; as in `command`."""
+  config_file: str = ""
+  """TPU VMs: the config's path in the clone, if the clone has to bring it."""
   slurm: SlurmOptions = dataclasses.field(default_factory=SlurmOptions)
   """Slurm: its options, but for the numbers of nodes, tasks and GPUs."""
 

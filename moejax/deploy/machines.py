@@ -66,6 +66,43 @@ GPU_LABELS = {"h100": "nvidia-h100-80gb", "h200": "nvidia-h200-141gb"}
 """Of GKE nodes: cloud.google.com/gke-accelerator."""
 
 _CHIPS_PER_HOST = 4
+_GPUS_PER_NODE = 8
+
+_FLAT = ("1x1", "2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16")
+_SMALL = ("2x2x1", "2x2x2", "2x2x4", "2x4x4")
+"""Shapes of slices with three dimensions, but for those of which each is whole cubes of
+4x4x4."""
+
+
+def check_shape(topology: Topology) -> None:
+  """Refuses shapes that no cloud or vendor offers, though a compiler may know them.
+
+  Raises:
+    UserError: no slice or node of this kind has this shape.
+  """
+  kind, shape = topology.kind, topology.shape
+  if kind not in TPUS:
+    if len(shape) == 2 and shape[1] > _GPUS_PER_NODE:
+      raise UserError(
+        f"--topology={topology}: a node has at most {_GPUS_PER_NODE} GPUs (nodes x "
+        f"GPUs), such as {kind}:{-(-shape[0] * shape[1] // _GPUS_PER_NODE)}x"
+        f"{_GPUS_PER_NODE}."
+      )
+    return
+  chips_per_host(topology)
+  text = "x".join(map(str, shape))
+  if TPUS[kind].dimensions == 2 and text not in _FLAT:
+    raise UserError(
+      f"--topology={topology}: slices of {kind} are {', '.join(_FLAT)}. Give one of "
+      "them; --slices=N joins several."
+    )
+  cubes = all(side % 4 == 0 for side in shape)
+  in_order = list(shape) == sorted(shape)
+  if TPUS[kind].dimensions == 3 and text not in _SMALL and not (cubes and in_order):
+    raise UserError(
+      f"--topology={topology}: slices of {kind} are {', '.join(_SMALL)}, or have sides "
+      f"that 4 divides, the smallest first, such as {kind}:4x4x8."
+    )
 
 
 def chips_per_host(topology: Topology) -> int:

@@ -21,6 +21,8 @@ class Target:
   """Returns the text that describes the job there."""
   submit: tuple[str, ...]
   """Command that reads that text and starts the job."""
+  needs: tuple[str, ...] = ()
+  """Other programs that the text calls."""
   begins: str = ""
   """Line that separates the texts of several jobs."""
   suffix: str = ""
@@ -43,7 +45,9 @@ TARGETS = {
   "gke-tpu": Target(render=_manifest(gke.tpu), submit=_KUBECTL, begins="---\n"),
   "gke-gpu": Target(render=_manifest(gke.gpu), submit=_KUBECTL, begins="---\n"),
   "slurm": Target(render=slurm.script, submit=("sbatch",), suffix=".sbatch"),
-  "tpu-vm": Target(render=tpu_vm.script, submit=("bash", "-s"), suffix=".sh"),
+  "tpu-vm": Target(
+    render=tpu_vm.script, submit=("bash", "-s"), needs=("gcloud", "git"), suffix=".sh"
+  ),
 }
 
 
@@ -55,12 +59,13 @@ def submit(target: str, text: str) -> int:
     text: rendered.
 
   Raises:
-    UserError: the program is not installed.
+    UserError: a program is not installed.
   """
   command = TARGETS[target].submit
-  if shutil.which(command[0]) is None:
-    raise UserError(
-      f"--submit: {command[0]} is not on the PATH. Install it, or leave --submit out and "
-      f"give the text to {' '.join(command)} where it is."
-    )
+  for name in (*TARGETS[target].needs, command[0]):
+    if shutil.which(name) is None:
+      raise UserError(
+        f"--submit: {name} is not on the PATH. Install it, or leave --submit out and "
+        f"give the text to {' '.join(command)} where it is."
+      )
   return subprocess.run(command, input=text, text=True, check=False).returncode

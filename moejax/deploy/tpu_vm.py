@@ -6,6 +6,9 @@ from moejax.deploy import machines
 from moejax.deploy.job import Job
 from moejax.errors import UserError
 
+# A machine that has just started upgrades itself, and holds apt's lock meanwhile.
+_APT = 'apt="apt-get -qq -o DPkg::Lock::Timeout=300"'
+
 
 def script(job: Job) -> str:
   """Returns the script, to be run in a clone.
@@ -41,7 +44,9 @@ def script(job: Job) -> str:
   return f"""#!/bin/bash
 # {topology}: {kind}, {hosts} machine(s). Run it in a clone of moejax.
 set -euo pipefail
+{{ # Read to its end before it starts: ssh reads standard input, and so may bash, this.
 
+{_check_clone(job)}
 {queued} create {name} --node-id={name} --zone={zone} \\
   --accelerator-type={kind} --runtime-version={machines.TPUS[topology.kind].runtime}{spot}
 until state=$({queued} describe {name} --zone={zone} \\
@@ -50,8 +55,9 @@ until state=$({queued} describe {name} --zone={zone} \\
   sleep 30
 done
 
-git archive --format=tar.gz --prefix=moejax/ -o moejax.tar.gz HEAD
-gcloud compute tpus tpu-vm scp moejax.tar.gz {name}: --worker=all --zone={zone}
+# Before anything is sent: without a Python of its age moejax cannot be installed.
+{ssh} --worker=all --command={shlex.quote(_PYTHON)}
+gcloud compute tpus tpu-vm scp "$sent/moejax.tar.gz" {name}: --worker=all --zone={zone}
 {ssh} --worker=all --command={shlex.quote(_install(job))}
 
 # On every machine at once: each waits for the others.
@@ -62,19 +68,69 @@ gcloud compute tpus tpu-vm scp moejax.tar.gz {name}: --worker=all --zone={zone}
 #   {ssh} --worker=all --command='pkill -TERM -f moejax'
 # Give the machines back:
 #   {queued} delete {name} --zone={zone} --force
+}}
 """
+
+
+_PYTHON = f"""set -e
+{_APT}
+found() {{
+  for python in python3.13 python3.12 python3.11 python3; do
+    if "$python" -c "import sys, ensurepip, venv; sys.exit(sys.version_info < (3, 11))" \\
+      2> /dev/null; then echo "$python"; return; fi
+  done
+  return 1
+}}
+if ! python=$(found); then
+  sudo $apt update || true
+  for version in 3.12 3.11; do
+    if sudo $apt install -y "python$version-venv"; then break; fi
+  done
+  if ! python=$(found); then
+    echo "error: $(hostname) has $(python3 --version 2>&1), and no Python 3.11 or" \\
+      "later (with venv) could be installed. Nothing was sent. Install one on every" \\
+      "machine, and run this script again." >&2
+    exit 2
+  fi
+fi
+"$python" -m venv moejax/.venv"""
+"""Makes the environment of a machine with a Python that moejax takes; Ubuntu 22.04's own
+is 3.10, and its packages have 3.11."""
+
+
+def _check_clone(job: Job) -> str:
+  """Returns the lines that pack the clone's last commit, before any machine is made."""
+  lines = [
+    "sent=$(mktemp -d)",
+    "trap 'rm -rf \"$sent\"' EXIT",
+    'git archive --format=tar.gz --prefix=moejax/ -o "$sent/moejax.tar.gz" HEAD',
+    "changed=$(git status --porcelain | wc -l)",
+    'if [ "$changed" -gt 0 ]; then',
+    '  echo "Note: the last commit is sent; $changed changed or new file(s)" \\',
+    '    "are not." >&2',
+    "fi",
+  ]
+  if job.config_file:
+    lines += [
+      f"if ! git cat-file -e {shlex.quote(f'HEAD:{job.config_file}')} 2> /dev/null; then",
+      f"  echo {shlex.quote(f'error: --config={job.config_file} is not committed.')} >&2",
+      "  exit 2",
+      "fi",
+    ]
+  return "\n".join([*lines, ""])
 
 
 def _install(job: Job) -> str:
   extras = "tpu" if job.needs_disk else "tpu,gcs"
-  lines = ["set -e", "sudo apt-get -qq install -y python3-venv nfs-common"]
+  lines = ["set -e"]
   if job.share and job.needs_disk:
+    lines += [_APT, "sudo $apt update", "sudo $apt install -y nfs-common"]
     lines.append(
       f"sudo mkdir -p {shlex.quote(job.mount)}; mountpoint -q {shlex.quote(job.mount)} "
       f"|| sudo mount {shlex.quote(job.share)} {shlex.quote(job.mount)}"
     )
   lines += [
-    "tar xzf moejax.tar.gz && cd moejax && python3 -m venv .venv",
+    "tar xzf moejax.tar.gz && cd moejax",
     f'.venv/bin/pip install -q -c constraints.txt ".[{extras}]"',
   ]
   return "\n".join(lines)

@@ -455,6 +455,7 @@ def test_scripts_are_files_and_manifests_follow_each_other(tmp_path, capsys):
   said = capsys.readouterr()
   assert said.out.count("---\n") == 2 and said.err.count("Note: ") == 1
   assert f"at /{tmp_path.parts[1]}, or copy" in said.err
+  assert said.out.count("--config.data.cache_dir=/cache\n") == 2  # The pod's own disk.
 
 
 def test_the_report_has_the_states_of_the_table(tmp_path, monkeypatch):

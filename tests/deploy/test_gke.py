@@ -79,6 +79,20 @@ def test_every_volume_is_mounted_and_the_workdir_is_on_the_shared_one():
   assert container["command"] == list(job("h100:1x8").command)
 
 
+def test_emergency_checkpoints_outlive_their_pod():
+  """They are on the node's own disk, and mounted where the command has them."""
+  jobset = gke.tpu(job("v5p:2x2x4", emergency_local_dir="/mnt/disks/e"))
+  schemas.validate(jobset)
+  _, spec, container = parts(jobset)
+  [name] = [
+    mount["name"]
+    for mount in container["volumeMounts"]
+    if mount["mountPath"] == "/mnt/disks/e"
+  ]
+  [volume] = [v for v in spec["template"]["spec"]["volumes"] if v["name"] == name]
+  assert volume["hostPath"] == {"path": "/mnt/disks/e", "type": "DirectoryOrCreate"}
+
+
 def test_a_run_in_a_bucket_needs_no_shared_disk():
   """No claim, and nothing mounted that is not there; the schemas hold."""
   for jobset in (
@@ -136,6 +150,9 @@ def test_a_violation_of_a_schema_is_named(path, value, part):
     (gke.tpu, "v5p:2x4", {}, "3 dimensions"),
     (gke.tpu, "v5p:1x1x2", {}, "2 chips are not a whole number of machines"),
     (gke.tpu, "v5p:2x2x1", {"image": ""}, "--image=IMAGE is missing"),
+    (gke.tpu, "v5p:2x2x1", {"image": "I J"}, "--image='I J'"),
+    (gke.tpu, "v5p:2x2x1", {"emergency_local_dir": "a"}, "--emergency_local_dir=a"),
+    (gke.tpu, "v5p:2x2x1", {"emergency_local_dir": "/runs"}, "other than the mounts"),
     (gke.tpu, "v5p:2x2x1", {"workdir": "runs/a"}, "--workdir=runs/a"),
     (gke.tpu, "v5p:2x2x1", {"workdir": "/runs"}, "--workdir=/runs"),
   ],

@@ -6,14 +6,20 @@ import re
 import shlex
 import subprocess
 import sys
+import types
 
 import pytest
 import yaml
+from absl import flags
 
+from moejax.cli import arguments, launch
 from moejax.cli import flags as cli
 from moejax.config import devices as config_devices
 from moejax.config import text as config_text
 from moejax.config.check import validate
+from moejax.deploy import targets
+from moejax.deploy.targets import TARGETS
+from moejax.errors import UserError
 
 ROOT = pathlib.Path(__file__).parents[2]
 TPU = ("--target=gke-tpu", "--topology=v5p:2x2x4", "--image=IMAGE", "--workdir=/runs/a")
@@ -81,6 +87,15 @@ def test_only_submit_calls_the_program_that_starts_jobs(tmp_path):
   assert (tmp_path / "got").read_text() == shown.stdout
 
 
+def test_submitting_a_script_needs_the_programs_that_it_calls(tmp_path, monkeypatch):
+  """Bash is everywhere; without gcloud it would stop half way."""
+  (tmp_path / "bash").write_text("#!/bin/sh\nexit 0\n")
+  (tmp_path / "bash").chmod(0o755)
+  monkeypatch.setenv("PATH", str(tmp_path))
+  with pytest.raises(UserError, match="gcloud is not on the PATH"):
+    targets.submit("tpu-vm", "exit 0")
+
+
 @pytest.mark.parametrize(
   ("words", "part"),
   [
@@ -90,7 +105,7 @@ def test_only_submit_calls_the_program_that_starts_jobs(tmp_path):
     ((*TPU[:3],), "--workdir=DIR is missing"),
     (("--workdir=/a/b",), "--target is missing"),
     (("--target=slurm", "--workdir=/a/b"), "--topology is missing"),
-    (("--target=slurm", *TPU[1:]), "give GPUs"),
+    (("--target=slurm", TPU[1], TPU[3]), "give GPUs"),
     (
       ("--target=slurm", "--topology=cpu:2", "--workdir=a", "--slurm.nodes=2"),
       "--slurm.nodes is not read here: it comes from --topology",
@@ -101,6 +116,10 @@ def test_only_submit_calls_the_program_that_starts_jobs(tmp_path):
       "a device needs at least",
     ),
     ((*TPU, *FITS, "--submit"), "kubectl is not on the PATH"),
+    (
+      (*TPU, *FITS, "--zone=here"),
+      "--zone is not read with --target=gke-tpu, only with tpu-vm",
+    ),
   ],
 )
 def test_a_mistake_is_one_line_and_prints_no_manifest(tmp_path, words, part):
@@ -109,6 +128,47 @@ def test_a_mistake_is_one_line_and_prints_no_manifest(tmp_path, words, part):
   assert (done.returncode, done.stdout) == (2, ""), done.stderr
   error = done.stderr.splitlines()[-1]
   assert error.startswith("error: ") and part in error
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_what_a_target_does_not_read_is_refused(target):
+  """Each flag that is given, even with its default; the others are taken."""
+  given = flags.FlagValues()
+  for name in ("target", "slurm.setup", *launch._READ_BY):
+    flags.DEFINE_string(name, None, "", flag_values=given)
+  for name, readers in launch._READ_BY.items():
+    given(["launch", f"--target={target}", f"--{name}=1"])
+    if target in readers:
+      launch._refuse_unread(given)
+    else:
+      with pytest.raises(UserError, match=f"--{name} is not read with --target={target}"):
+        launch._refuse_unread(given)
+    given.unparse_flags()
+
+
+@pytest.mark.parametrize(
+  ("output", "part"), [("", "is a directory"), ("no/a.sh", "does not exist")]
+)
+def test_a_file_that_cannot_be_written_is_refused_first(tmp_path, output, part):
+  """One line, and nothing is made."""
+  with pytest.raises(UserError, match=part) as caught:
+    arguments.writable_file(tmp_path / output, "--output")
+  assert str(caught.value).startswith("--output=") and not any(tmp_path.iterdir())
+
+
+def test_help_lists_the_flags_of_the_program():
+  """Its own, with their texts, and those of Slurm."""
+  said = call("moejax.cli.main", "launch", "--help").stdout
+  names = set(re.findall(r"^  --([\w.]+): \S", said, re.MULTILINE))
+  assert {"target", "topology", "share", "submit", "output", "slurm.time"} <= names
+  assert {*launch._READ_BY} <= names
+
+
+def test_runs_of_one_config_have_jobs_of_different_names(monkeypatch):
+  """A second job of the same name would replace the first; the same run keeps its."""
+  monkeypatch.setattr(launch.flags, "FLAGS", types.SimpleNamespace(target="tpu-vm"))
+  first, second = (launch._name("default", f"/runs/{name}") for name in "ab")
+  assert first != second and first == launch._name("default", "/runs/a")
 
 
 def test_the_mesh_that_is_recommended_uses_all_devices():
@@ -135,3 +195,12 @@ def test_a_sweep_prints_one_manifest_for_each_run(tmp_path):
   assert not runs
   wrong = call(*sweep, *machine, "--sweep.moe.num_experts=8,9")
   assert (wrong.returncode, wrong.stdout) == (2, "")
+
+
+def test_a_sweep_for_tpu_vms_needs_the_disk_with_its_configs(tmp_path):
+  """Even for one machine: each run reads what the sweep has written here."""
+  sweep = ("experiments.sweep", f"--workdir={tmp_path / 'a'}", "--executor=print", *FITS)
+  machine = ("--target=tpu-vm", "--topology=v5p:2x2x1", "--zone=z")
+  done = call(*sweep, *machine, "--sweep.moe.num_experts=8,16")
+  assert (done.returncode, done.stdout) == (2, "") and "--share=" in done.stderr
+  assert not list(tmp_path.rglob("*.sh"))

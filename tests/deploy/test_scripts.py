@@ -3,6 +3,8 @@
 import os
 import pathlib
 import re
+import shlex
+import shutil
 import subprocess
 import time
 
@@ -28,7 +30,8 @@ def call(
     (place / name).chmod(0o755)
   env = os.environ | {"PATH": f"{place}:{os.environ['PATH']}", "SLURM_JOB_ID": "7"}
   return subprocess.run(
-    ["bash", "-c", text, "script", *arguments],
+    ["bash", "-s", "--", *arguments],
+    input=text,
     env=env | variables,
     cwd=tmp_path,
     capture_output=True,
@@ -120,7 +123,7 @@ def test_restarts_come_to_an_end(tmp_path, restarts, given, requeued):
 
 def test_tpu_vms_are_made_and_trained_on_in_order(tmp_path):
   """A clone is sent to all, which start the same command, quoted for each shell."""
-  gcloud = """echo "$@" >> calls
+  gcloud = """echo "$@" >> calls; cat > /dev/null
 case "$*" in
   *describe*) echo ACTIVE ;;
   *nohup*) command=${!#}; command=${command#--command=}
@@ -134,6 +137,7 @@ esac"""
   calls = (tmp_path / "calls").read_text()
   found = re.findall(r"create|describe|scp|nohup|tail", calls)
   assert found == ["create", "describe", "scp", "nohup", "tail"]
+  assert calls.index("found()") < calls.index("tpu-vm scp")  # Python before anything.
   assert "--accelerator-type=v5p-32 --runtime-version=v2-alpha-tpuv5" in calls
   assert "sudo mount 10.0.0.2:/share /runs" in calls
   file = tmp_path / "moejax" / "words"
@@ -144,10 +148,72 @@ esac"""
   assert file.read_text().splitlines()[-1] == "--workdir=/runs/it's a"
 
 
+@pytest.mark.parametrize(
+  ("own", "package", "code", "said"),
+  [
+    ("python3.12", "", 0, ""),  # It is there: nothing is installed.
+    ("python3", "", 2, "error: "),  # Too old, and no newer one can be had.
+    ("python3", "python3.11", 0, "install"),
+  ],
+)
+def test_a_python_that_moejax_takes_is_found_or_installed(
+  tmp_path, own, package, code, said
+):
+  """Or one line says that there is none; python3 here is as old as that of an image."""
+  place = tmp_path / "bin"
+  works = '#!/bin/bash\n[ "$1" = -c ] || echo "$0 $@" > made\n'
+  old = '#!/bin/bash\n[ "$1" = --version ] && echo Python 3.10.12 || exit 1\n'
+  apt = f"""#!/bin/bash
+case "$*" in *update) exit 1 ;; esac
+[ -n "{package}" ] && [[ "$*" = *"{package or "none"}-venv" ]] || exit 100
+printf '%s' {shlex.quote(works)} > {place}/{package}; chmod +x {place}/{package}
+echo installed >&2
+"""
+  programs = {"sudo": '#!/bin/bash\nexec "$@"\n', "apt-get": apt, "python3": old}
+  programs |= {own: works} if own != "python3" else {}
+  place.mkdir()
+  for name, text in programs.items():
+    (place / name).write_text(text)
+    (place / name).chmod(0o755)
+  for name in ("bash", "chmod", "hostname"):
+    (place / name).symlink_to(shutil.which(name) or "/bin/true")
+  done = subprocess.run(
+    ["bash", "-c", tpu_vm._PYTHON],
+    env={"PATH": str(place)},
+    cwd=tmp_path,
+    capture_output=True,
+    text=True,
+  )
+  assert done.returncode == code, done.stderr
+  assert said in done.stderr and len(done.stderr.splitlines()) == bool(said)
+  assert (tmp_path / "made").exists() == (code == 0)
+
+
+@pytest.mark.parametrize(("committed", "code"), [("exit 0", 0), ("exit 128", 2)])
+def test_what_a_clone_does_not_send_is_said_before_a_machine_is_made(
+  tmp_path, committed, code
+):
+  """Files that changed since the last commit, and a config that is not in it."""
+  git = f"""case "$1" in
+  status) echo " M a"; echo "?? b" ;;
+  cat-file) {committed} ;;
+  archive) echo "$@" > archived ;;
+esac"""
+  text = tpu_vm.script(job("v5p:2x2x1", config_file="configs/mine.py"))
+  gcloud = 'echo "$@" >> calls; case "$*" in *describe*) echo ACTIVE ;; esac'
+  done = call(text, tmp_path, {"gcloud": gcloud, "git": git})
+  assert done.returncode == code, done.stderr
+  assert "2 changed or new file(s) are not." in done.stderr
+  assert (tmp_path / "calls").exists() == (code == 0)
+  assert ("--config=configs/mine.py is not committed" in done.stderr) == (code == 2)
+  archive = re.findall(r"-o (\S+)", (tmp_path / "archived").read_text())[0]
+  assert not pathlib.Path(archive).parent.exists() and tmp_path.exists()
+
+
 def test_tpu_vms_with_a_run_in_a_bucket_mount_nothing():
   """Several machines need no shared disk then, but the extra for buckets."""
   text = tpu_vm.script(job("v5p:2x2x4", workdir="gs://bucket/first", share=""))
-  assert ".[tpu,gcs]" in text and "mount" not in text
+  assert ".[tpu,gcs]" in text and "mount" not in text and "nfs-common" not in text
   assert ".[tpu]" in tpu_vm.script(job("v5p:2x2x4"))
 
 
@@ -163,6 +229,32 @@ def test_tpu_vms_with_a_run_in_a_bucket_mount_nothing():
 def test_types_count_chips_or_cores_as_the_cloud_does(machine, name):
   """Two cores to a chip of v4 and v5p, chips of the others."""
   assert machines.accelerator_type(topology.parse(machine)) == name
+
+
+@pytest.mark.parametrize(
+  "machine",
+  ["v5p:2x4x4", "v4:4x4x8", "v5e:8x16", "v6e:1x1", "tpu7x:4x8x8", "h100:3x8", "cpu:64"],
+)
+def test_shapes_that_are_offered_pass(machine):
+  machines.check_shape(topology.parse(machine))
+
+
+@pytest.mark.parametrize(
+  ("machine", "part"),
+  [
+    ("v5p:3x4x4", "slices of v5p are 2x2x1,"),
+    ("v4:8x4x4", "the smallest first, such as v4:4x4x8"),
+    ("v5p:4x4", "3 dimensions"),
+    ("v5e:3x4", "slices of v5e are 1x1,"),
+    ("v5e:64x64", "slices of v5e are 1x1,"),
+    ("h100:2x9", "at most 8 GPUs (nodes x GPUs), such as h100:3x8"),
+  ],
+)
+def test_shapes_that_nobody_offers_are_refused(machine, part):
+  """Though a compiler may take them."""
+  with pytest.raises(UserError) as caught:
+    machines.check_shape(topology.parse(machine))
+  assert part in str(caught.value) and "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize(
