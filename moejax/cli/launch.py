@@ -53,12 +53,12 @@ _READ_BY = {
 }
 """Flags that some targets do not read, and those that do."""
 
-_PASSED_ON = {
-  "emergency_local_dir": "directory of frequent checkpoints on each machine's own disk",
-  "emergency_every": "steps between those",
-  "join_timeout": "seconds to wait for the other processes",
-  "compilation_cache": "shared directory of compiled programs, or none",
-}
+_PASSED_ON = (
+  "emergency_local_dir",
+  "emergency_every",
+  "join_timeout",
+  "compilation_cache",
+)
 """Flags of train that depend on the machine."""
 
 
@@ -137,6 +137,16 @@ def make_job(command: list[str], workdir: str, name: str) -> Job:
   )
 
 
+def refuse_without_target() -> None:
+  """Refuses what describes the machine of a job, in a program that renders none."""
+  for name in ("topology", "slices", "name", *_READ_BY):
+    if flags.FLAGS[name].present:
+      raise UserError(
+        f"--{name} is only read with --executor=print --target={'|'.join(_TARGETS)}. Add "
+        "them, or leave it out."
+      )
+
+
 def _refuse_unread(given: flags.FlagValues) -> None:
   for flag, targets in _READ_BY.items():
     if given[flag].present and given.target not in targets:
@@ -207,11 +217,12 @@ def _command(config: str) -> list[str]:
   Args:
     config: value of --config where the job runs.
   """
+  from moejax.deploy.gke import CACHE
   from moejax.deploy.job import PYTHON
 
   given, settings = flags.FLAGS, cli.overrides()
-  if given.target in ("gke-tpu", "gke-gpu"):
-    settings = {"data.cache_dir": "/cache"} | settings
+  if given.target in _GKE and not cli.get_unchecked_config().data.cache_dir:
+    settings = {"data.cache_dir": CACHE} | settings
   words = [PYTHON, "-m", "moejax.cli.main", "train", f"--config={config}"]
   words.append(f"--workdir={given.workdir}")
   words += [f"--{name}={given[name].value}" for name in _PASSED_ON if given[name].present]
@@ -233,6 +244,25 @@ def _summary(job: Job, fit: Fit) -> str:
   )
 
 
+def _define_passed_on() -> None:
+  """Defines `_PASSED_ON`; what train would refuse on the machine is refused here."""
+  text = "Passed on to train: "
+  flags.DEFINE_string(
+    "emergency_local_dir",
+    "",
+    f"{text}directory of frequent checkpoints, on each machine's own disk.",
+  )
+  flags.DEFINE_integer(
+    "emergency_every", None, f"{text}steps between those.", 0, 2**31 - 1
+  )
+  flags.DEFINE_float(
+    "join_timeout", None, f"{text}seconds to wait for other processes.", 0, 30 * 86_400
+  )
+  flags.DEFINE_string(
+    "compilation_cache", "", f"{text}shared directory of compiled programs, or none."
+  )
+
+
 def run() -> None:
   """Runs the program."""
   from moejax.sweep.execution import slurm_options
@@ -240,8 +270,7 @@ def run() -> None:
   cli.define_config()
   define_flags()
   slurm_options.define_flags()
-  for name, text in _PASSED_ON.items():
-    flags.DEFINE_string(name, "", f"Passed on to train: {text}.")
+  _define_passed_on()
   flags.DEFINE_string("output", None, "Write the text to this file.")
   flags.DEFINE_bool("submit", False, "Give the text to kubectl, sbatch or bash.")
   cli.run(main, buckets=("workdir",))

@@ -113,6 +113,8 @@ def main() -> int:
     return _status(_workdir())
   if given.target and given.executor != "print":
     raise UserError(f"--target={given.target} is only read with --executor=print.")
+  if not given.target:
+    launch.refuse_without_target()
   stray = [] if "slurm" in (given.executor, given.target) else slurm_options.given()
   if stray:
     raise UserError(

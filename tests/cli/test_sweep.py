@@ -372,6 +372,7 @@ AXIS = "--sweep.moe.num_experts=8,16"
     (f"{AXIS} --devices_per_run=0", "--devices_per_run"),
     ("--config.moe.num_experts=0", "--config.moe.num_experts=0 must be at least 1"),
     ("--config=nowhere", "no such file"),
+    (f"{AXIS} --image=I", "--image is only read with --executor=print --target="),
   ],
 )
 def test_a_mistake_is_one_line_and_starts_nothing(line, part, tmp_path, monkeypatch):

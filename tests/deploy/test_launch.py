@@ -65,13 +65,14 @@ def test_the_files_in_docs_are_what_the_page_says_renders_them(file):
 
 def test_a_given_cache_and_name_win(tmp_path):
   """Over those that are filled in; --output writes the same text as is printed."""
-  given = ("--config.data.cache_dir=/mine", "--name=other")
+  given = ("--config.data.cache_dir=/mine", "--name=other", "--join_timeout=60")
   done = call("tools.launch", *TPU, *FITS, *given, f"--output={tmp_path / 'a.yaml'}")
   assert (done.returncode, done.stdout) == (0, ""), done.stderr
   jobset = yaml.safe_load((tmp_path / "a.yaml").read_text())
   assert jobset["metadata"]["name"] == "other"
   text = str(jobset)
   assert "--config.data.cache_dir=/mine" in text and text.count("cache_dir") == 1
+  assert "--join_timeout=60.0" in text
   assert "16 devices as data 16" in done.stderr
 
 
@@ -120,6 +121,8 @@ def test_submitting_a_script_needs_the_programs_that_it_calls(tmp_path, monkeypa
       (*TPU, *FITS, "--zone=here"),
       "--zone is not read with --target=gke-tpu, only with tpu-vm",
     ),
+    ((*TPU, *FITS, "--join_timeout=x"), "join_timeout"),
+    ((*TPU, *FITS, "--emergency_every=5"), "needs --emergency_local_dir=DIR"),
   ],
 )
 def test_a_mistake_is_one_line_and_prints_no_manifest(tmp_path, words, part):
