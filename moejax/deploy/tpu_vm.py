@@ -40,6 +40,7 @@ def script(job: Job) -> str:
   kind = machines.accelerator_type(topology)
   ssh = f"gcloud compute tpus tpu-vm ssh {name} --zone={zone}"
   queued = "gcloud compute tpus queued-resources"
+  runtime = machines.TPUS[topology.kind].runtime
   spot = " --spot" if job.spot else ""
   return f"""#!/bin/bash
 # {topology}: {kind}, {hosts} machine(s). Run it in a clone of moejax.
@@ -47,8 +48,11 @@ set -euo pipefail
 {{ # Read to its end before it starts: ssh reads standard input, and so may bash, this.
 
 {_check_clone(job)}
-{queued} create {name} --node-id={name} --zone={zone} \\
-  --accelerator-type={kind} --runtime-version={machines.TPUS[topology.kind].runtime}{spot}
+# Run again after a fault, it goes on with the machines that it has made.
+if ! {queued} describe {name} --zone={zone} > /dev/null 2>&1; then
+  {queued} create {name} --node-id={name} --zone={zone} \\
+    --accelerator-type={kind} --runtime-version={runtime}{spot}
+fi
 until state=$({queued} describe {name} --zone={zone} \\
   --format='value(state.state)') && [ "$state" = ACTIVE ]; do
   case $state in FAILED | SUSPENDED) echo "{name}: $state" >&2; exit 1 ;; esac

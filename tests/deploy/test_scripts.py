@@ -125,7 +125,7 @@ def test_tpu_vms_are_made_and_trained_on_in_order(tmp_path):
   """A clone is sent to all, which start the same command, quoted for each shell."""
   gcloud = """echo "$@" >> calls; cat > /dev/null
 case "$*" in
-  *describe*) echo ACTIVE ;;
+  *describe*) grep -q create calls && echo ACTIVE ;;
   *nohup*) command=${!#}; command=${command#--command=}
     mkdir -p moejax/.venv/bin; cd moejax
     printf '#!/bin/bash\\nprintf "%%s\\\\n" "$@" > words\\n' > .venv/bin/python
@@ -136,7 +136,7 @@ esac"""
   assert done.returncode == 0, done.stderr
   calls = (tmp_path / "calls").read_text()
   found = re.findall(r"create|describe|scp|nohup|tail", calls)
-  assert found == ["create", "describe", "scp", "nohup", "tail"]
+  assert found == ["describe", "create", "describe", "scp", "nohup", "tail"]
   assert calls.index("found()") < calls.index("tpu-vm scp")  # Python before anything.
   assert "--accelerator-type=v5p-32 --runtime-version=v2-alpha-tpuv5" in calls
   assert "sudo mount 10.0.0.2:/share /runs" in calls
@@ -146,6 +146,11 @@ esac"""
     assert time.monotonic() < deadline
     time.sleep(0.05)
   assert file.read_text().splitlines()[-1] == "--workdir=/runs/it's a"
+  # Again, after a fault: nothing is made twice.
+  (tmp_path / "bin").rename(tmp_path / "before")
+  done = call(text, tmp_path, {"gcloud": gcloud, "git": "exit 0"})
+  assert done.returncode == 0, done.stderr
+  assert (tmp_path / "calls").read_text().count(" create ") == 1
 
 
 @pytest.mark.parametrize(
