@@ -6,6 +6,7 @@ import re
 import shlex
 import shutil
 import subprocess
+import sys
 import time
 
 import pytest
@@ -166,7 +167,8 @@ def test_a_python_that_moejax_takes_is_found_or_installed(
 ):
   """Or one line says that there is none; python3 here is as old as that of an image."""
   place = tmp_path / "bin"
-  works = '#!/bin/bash\n[ "$1" = -c ] || echo "$0 $@" > made\n'
+  real = f'[ "$1" = -c ] && exec {shlex.quote(sys.executable)} "$@"'
+  works = f'#!/bin/bash\n{real}\necho "$0 $@" > made\n'
   old = '#!/bin/bash\n[ "$1" = --version ] && echo Python 3.10.12 || exit 1\n'
   apt = f"""#!/bin/bash
 case "$*" in *update) exit 1 ;; esac
