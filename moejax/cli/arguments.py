@@ -6,6 +6,7 @@ import tempfile
 from collections.abc import Callable, Collection
 from typing import Any
 
+from moejax import files
 from moejax.errors import UserError
 
 _MOST = 1_000_000
@@ -77,3 +78,33 @@ def writable(directory: pathlib.Path, flag: str = "--out") -> pathlib.Path:
       f"{flag}={directory} cannot be written ({error.strerror}). Give another directory."
     ) from error
   return directory
+
+
+def writable_file(given: str, flag: str) -> str:
+  """Refuses, before anything runs, a file that cannot be written.
+
+  Args:
+    given: its path.
+    flag: the flag that named it, such as --json.
+
+  Raises:
+    UserError: it is a directory or a device, or its directory is not there or may not
+      be written.
+  """
+  path = pathlib.Path(given)
+  if path.exists() and (what := files.kind(path.stat().st_mode)):
+    raise UserError(f"{flag}={given} is {what}. Give a file.")
+  if not path.parent.is_dir():
+    raise UserError(
+      f"{flag}={given}: there is no directory {path.parent}. Make it, or give another "
+      "file."
+    )
+  try:
+    # A file is replaced by a new one beside it.
+    with tempfile.TemporaryFile(dir=path.parent):
+      pass
+  except OSError as error:
+    raise UserError(
+      f"{flag}={given} cannot be written ({error.strerror}). Give another file."
+    ) from error
+  return given

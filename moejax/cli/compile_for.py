@@ -11,7 +11,6 @@ the figures.
 """
 
 import json
-import pathlib
 from typing import Any
 
 from absl import flags
@@ -19,6 +18,8 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from moejax import files
+from moejax.cli import arguments
 from moejax.cli import flags as cli
 from moejax.cli.collective_table import make_table
 from moejax.plan import topology as topology_lib
@@ -49,7 +50,7 @@ def measure(topology: topology_lib.Topology, hlo: str | None) -> dict[str, Any]:
       raise
     return pod.refused(topology, len(devices), chip, _first_lines(str(error)))
   if hlo:
-    pathlib.Path(hlo).write_text(step.compiled.as_text())
+    files.write_text(hlo, step.compiled.as_text())
   return pod.report(config, topology, step, chip)
 
 
@@ -123,6 +124,8 @@ def show(found: dict[str, Any], console: Console) -> None:
 
 def main() -> int:
   topology = topology_lib.parse(_TOPOLOGY.value, _SLICES.value)
+  if _HLO.value:
+    arguments.writable_file(_HLO.value, "--hlo")
   topology_lib.prepare(topology)  # Before anything imports jax.
   cli.get_config()  # Rejects a bad config before the compiler starts.
   found = measure(topology, _HLO.value)

@@ -20,6 +20,7 @@ from absl import flags
 from rich.console import Console
 
 from moejax import files
+from moejax.cli import arguments
 from moejax.cli import flags as cli
 from moejax.errors import ConfigError, UserError, did_you_mean, program
 
@@ -117,10 +118,14 @@ def prices(
   return found
 
 
-def check_map(path: str | None) -> None:
-  """Rejects a --map that is no picture."""
-  if path and pathlib.Path(path).suffix not in _MAP_ENDINGS:
-    raise ConfigError(f"--map={path}: give a file that ends in .png or .html.")
+def check_outputs(json_file: str | None, map_file: str | None) -> None:
+  """Rejects, before the search, files that cannot be written and a --map that is no
+  picture."""
+  if map_file and pathlib.Path(map_file).suffix not in _MAP_ENDINGS:
+    raise ConfigError(f"--map={map_file}: give a file that ends in .png or .html.")
+  for flag, path in (("--json", json_file), ("--map", map_file)):
+    if path:
+      arguments.writable_file(path, flag)
 
 
 def command(candidate: "Candidate") -> str:
@@ -139,7 +144,7 @@ def main() -> int:
   given = flags.FLAGS
   topologies = machines(given.topology or (), given.slices)
   costs = prices(topologies, given.price, needed=given.objective == "cost")
-  check_map(given.map)
+  check_outputs(given.json, given.map)
   from moejax.plan import topology as topology_lib
 
   # Before anything imports jax. Only --confirm needs the compilers.

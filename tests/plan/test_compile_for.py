@@ -122,6 +122,9 @@ def test_bad_input():
   done = call("--topology=cpu:8", "--config.mesh.expert=3")
   assert done.returncode == 2 and "--config.mesh.expert=3" in done.stderr
   assert "Traceback" not in done.stderr
+  done = call("--hlo=/nowhere/x")
+  assert done.returncode == 2 and len(done.stderr.strip().splitlines()) == 1
+  assert "--hlo=/nowhere/x: there is no directory /nowhere." in done.stderr
 
 
 @pytest.mark.slow

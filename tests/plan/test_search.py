@@ -227,7 +227,24 @@ def test_bad_input(topology, price, needed, message):
 
 def test_a_map_is_a_picture():
   with pytest.raises(UserError, match=r"--map=map.pdf: .* ends in .png or .html"):
-    plan_cli.check_map("map.pdf")
+    plan_cli.check_outputs(None, "map.pdf")
+
+
+def test_files_that_cannot_be_written_are_one_line(tmp_path):
+  """Found before the search, which may take a minute; a file that can is not made."""
+  missing, folder = tmp_path / "no" / "x", tmp_path / "x.png"
+  folder.mkdir()
+  with pytest.raises(
+    UserError, match=r"--json=.*no/x: there is no directory .*no\."
+  ) as e:
+    plan_cli.check_outputs(str(missing), None)
+  assert "\n" not in str(e.value) and e.value.exit_code == 2
+  with pytest.raises(UserError, match=r"--map=.*x.png is a folder"):
+    plan_cli.check_outputs(None, str(folder))
+  with pytest.raises(UserError, match="--json=/dev/null is a device"):
+    plan_cli.check_outputs("/dev/null", None)
+  plan_cli.check_outputs(str(tmp_path / "there.json"), str(tmp_path / "there.png"))
+  assert list(tmp_path.iterdir()) == [folder]
 
 
 def test_bad_input_ends_with_exit_code_2():
