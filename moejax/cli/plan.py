@@ -25,7 +25,9 @@ from moejax.cli import flags as cli
 from moejax.errors import ConfigError, UserError, did_you_mean, program
 
 if TYPE_CHECKING:
+  from moejax.config import Config
   from moejax.plan.candidates import Candidate
+  from moejax.plan.search import Plan
   from moejax.plan.topology import Topology
 
 _WIDTH = 150
@@ -48,7 +50,9 @@ def define_flags() -> None:
   flags.DEFINE_list(
     "price", [], "Dollars of a chip hour by kind of chip: v5p:4.2,h100:3."
   )
-  flags.DEFINE_integer("top", 10, "Plans to print, one per mesh.", lower_bound=1)
+  flags.DEFINE_integer(
+    "top", 10, "Plans to print, one per mesh; and each machine's best.", lower_bound=1
+  )
   flags.DEFINE_integer(
     "confirm", 0, "Compile so many of the best plans, and compare.", lower_bound=0
   )
@@ -56,7 +60,7 @@ def define_flags() -> None:
   flags.DEFINE_float(
     "efficiency", 0.6, "Fraction of a chip's peak at which products run.", 0.01, 1.0
   )
-  flags.DEFINE_string("json", None, "Write everything to this file.")
+  flags.DEFINE_string("json", None, "Write the plans of all meshes to this file.")
   flags.DEFINE_string("map", None, "Draw throughput over meshes: a .png or .html.")
 
 
@@ -128,16 +132,33 @@ def check_outputs(json_file: str | None, map_file: str | None) -> None:
       arguments.writable_file(path, flag)
 
 
-def command(candidate: "Candidate") -> str:
-  """Returns the command that trains a plan: this command line's config and settings."""
+def commands(config: "Config", candidate: "Candidate") -> tuple[str, str]:
+  """Returns two commands of a plan, with this command line's config and settings.
+
+  Args:
+    config: of this command line.
+    candidate: of the plan.
+
+  Returns:
+    The one that trains it, and the one that makes a job for its machine.
+  """
+  from moejax.cost.chips import CHIPS
   from moejax.plan.candidates import changes
 
   given = flags.FLAGS["config"].value or cli.DEFAULT_CONFIG
-  settings = cli.overrides() | changes(cli.get_config(), candidate)
+  settings = cli.overrides() | changes(config, candidate)
   name = pathlib.Path(given).stem
-  words = [f"--config={given}", f"--workdir=runs/{name}"]
-  words += [f"--config.{field}={cli.spelled(value)}" for field, value in settings.items()]
-  return f"{program('train', 'experiments.train')} {shlex.join(words)}"
+  config_flag = f"--config={given}"
+  own = [f"--config.{field}={cli.spelled(value)}" for field, value in settings.items()]
+  train = [config_flag, f"--workdir=runs/{name}", *own]
+  topology = candidate.topology
+  launch = [f"--target=gke-{CHIPS[topology.kind].family}", f"--topology={topology}"]
+  launch += [f"--slices={topology.slices}"] * (topology.slices > 1)
+  launch += ["--image=IMAGE", config_flag, f"--workdir=/runs/{name}", *own]
+  return (
+    f"{program('train', 'experiments.train')} {shlex.join(train)}",
+    f"{program('launch', 'tools.launch')} {shlex.join(launch)}",
+  )
 
 
 def main() -> int:
@@ -164,26 +185,45 @@ def main() -> int:
   )
   tokens = given.tokens or float(config.train.num_steps * found.plans[0].tokens)
   view = report.View(tokens=tokens, prices=costs, margin=given.margin)
-  plans = found.plans[: given.top]
+  plans = found.best(given.top)
   console = Console()
   console = console if console.is_terminal else Console(width=_WIDTH)
   report.show(found, plans, view, console)
-  for place, plan in enumerate(plans[:3], start=1):
-    console.print(f"{place}. {command(plan.candidate)}", markup=False, soft_wrap=True)
-  values: dict[str, Any] = report.as_json(found, plans, view)
-  for value, plan in zip(values["plans"], plans, strict=True):
-    value["command"] = command(plan.candidate)
+  _show_commands(config, found.best(min(3, given.top)), console)
   if given.map:
     from moejax.plan import throughput_map
 
     throughput_map.draw(found, given.map)
     console.print(f"Wrote {given.map}.", markup=False)
+  confirmed = []
   if given.confirm:
-    values["confirmed"] = _confirm(config, plans[: given.confirm], console)
+    confirmed = _confirm(config, found.plans[: given.confirm], console)
   if given.json:
+    values: dict[str, Any] = report.as_json(found, view)
+    for kind in ("plans", "too_large"):
+      for value, plan in zip(values[kind], getattr(found, kind), strict=True):
+        value["command"], value["launch"] = commands(config, plan.candidate)
+    if given.confirm:
+      values["confirmed"] = confirmed
     files.write_text(given.json, json.dumps(values, indent=1) + "\n")
     console.print(f"Wrote {given.json}.", markup=False)
   return 0
+
+
+def _show_commands(
+  config: "Config", plans: "list[tuple[int, Plan]]", console: Console
+) -> None:
+  """Prints how to train plans, and how to do so as a job of a cluster."""
+  for rank, plan in plans:
+    train, _ = commands(config, plan.candidate)
+    console.print(f"{rank}. {train}", markup=False, soft_wrap=True)
+  best: "dict[Topology, Candidate]" = {}
+  for _, plan in plans:
+    best.setdefault(plan.candidate.topology, plan.candidate)
+  for candidate in best.values():
+    _, launch = commands(config, candidate)
+    said = f"As a job on {candidate.topology.name} (docs/launching.md): {launch}"
+    console.print(said, markup=False, soft_wrap=True)
 
 
 def _confirm(config: Any, plans: list[Any], console: Console) -> list[dict[str, Any]]:

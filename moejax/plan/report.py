@@ -27,8 +27,8 @@ def machine_text(candidate: Candidate) -> str:
   """Returns a machine's name, with its slices."""
   topology = candidate.topology
   if topology.slices == 1:
-    return str(topology)
-  return f"{topology.slices} x {topology} along {candidate.settings['mesh.slice_axis']}"
+    return topology.name
+  return f"{topology.name} along {candidate.settings['mesh.slice_axis']}"
 
 
 def cost(plan: Plan, view: View) -> float | None:
@@ -37,20 +37,22 @@ def cost(plan: Plan, view: View) -> float | None:
   return None if price is None else price * plan.chip_hours(view.tokens)
 
 
-def plans_table(plans: Sequence[Plan], view: View) -> Table:
-  """Returns one row per plan."""
+def plans_table(plans: Sequence[tuple[int, Plan]], view: View) -> Table:
+  """Returns one row per plan, given with its rank."""
   table = Table(box=box.SIMPLE_HEAD, title=f"best mesh first, {view.tokens:.3g} tokens")
+  table.add_column("", justify="right")
   for header in ("machine", "mesh", "micro x steps", "remat", "rows travel by"):
     table.add_column(header, overflow="fold")
   for header in ("GB", "of", "FLOPs", "GB sent", "step s", "bound by", "Mtok/s", "days"):
     table.add_column(header, justify="right")
   if view.prices:
     table.add_column("$", justify="right")
-  for plan in plans:
+  for rank, plan in plans:
     settings, load = plan.candidate.settings, plan.load
     travel = f"{load.exchange}, {load.dispatcher}"
     travel += f" / {load.parts}" if load.parts > 1 else ""
     cells = [
+      str(rank),
       machine_text(plan.candidate),
       mesh_text(plan.candidate),
       f"{load.sequences} x {load.microbatches}",
@@ -112,10 +114,14 @@ def refusals_table(found: Found) -> Table:
   return table
 
 
-def show(found: Found, plans: Sequence[Plan], view: View, console: Console) -> None:
-  """Prints a search's result."""
+def show(
+  found: Found, plans: Sequence[tuple[int, Plan]], view: View, console: Console
+) -> None:
+  """Prints a search's result: some of its plans, given with their ranks."""
   console.print(plans_table(plans, view))
-  for line in detail(plans[0]):
+  for line in found.lacking.values():
+    console.print(line, markup=False, highlight=False, soft_wrap=True)
+  for line in detail(plans[0][1]):
     console.print(line, markup=False, highlight=False)
   console.print(refusals_table(found))
   console.print(
@@ -126,14 +132,16 @@ def show(found: Found, plans: Sequence[Plan], view: View, console: Console) -> N
   )
 
 
-def as_json(found: Found, plans: Sequence[Plan], view: View) -> dict[str, Any]:
-  """Returns everything as plain values."""
+def as_json(found: Found, view: View) -> dict[str, Any]:
+  """Returns everything as plain values, plans in the order of `found`."""
   return {
     "tokens": view.tokens,
     "considered": found.considered,
     "fitting": found.fitting,
     "left_out": dict(found.refused.counts),
-    "plans": [plan_json(plan, view) for plan in plans],
+    "nothing_fits": found.lacking,
+    "plans": [plan_json(plan, view) for plan in found.plans],
+    "too_large": [plan_json(plan, view) for plan in found.too_large],
   }
 
 

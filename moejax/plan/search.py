@@ -41,6 +41,8 @@ class Plan:
   tokens: int
   """Of a step, over all devices."""
   chips: int
+  least: float
+  """Bytes that a device holds under any settings; see `OnMesh.least`."""
 
   @property
   def tokens_per_second(self) -> float:
@@ -62,9 +64,29 @@ class Found:
   """The best of each mesh that fits, best first."""
   too_large: list[Plan]
   """The smallest of each mesh of which nothing fits, smallest first."""
-  considered: int
-  fitting: int
-  refused: Refusals
+  considered: int = 0
+  fitting: int = 0
+  refused: Refusals = dataclasses.field(default_factory=Refusals)
+  lacking: dict[str, str] = dataclasses.field(default_factory=dict)
+  """By machine on which nothing fits: a sentence on the nearest and what it lacks."""
+
+  def add(self, other: "Found") -> None:
+    """Adds what was found on another machine."""
+    self.plans += other.plans
+    self.too_large += other.too_large
+    self.considered += other.considered
+    self.fitting += other.fitting
+    self.refused.merge(other.refused)
+
+  def best(self, most: int) -> list[tuple[int, Plan]]:
+    """Returns the best so many plans, and the best of each machine, with their ranks."""
+    seen: set[Topology] = set()
+    chosen = []
+    for rank, plan in enumerate(self.plans, start=1):
+      if rank <= most or plan.candidate.topology not in seen:
+        chosen.append((rank, plan))
+      seen.add(plan.candidate.topology)
+    return chosen
 
 
 def search(
@@ -85,13 +107,19 @@ def search(
     efficiency: fraction of a chip's peak at which products run.
 
   Raises:
-    UserError: nothing fits; names the nearest and what it lacks.
+    UserError: nothing fits on any; names the nearest of each and what it lacks.
   """
   refuse_unplanned(config, topologies)
   weights = weights_of(config)
-  found = Found(plans=[], too_large=[], considered=0, fitting=0, refused=Refusals())
+  found, remedies = Found(plans=[], too_large=[]), []
   for topology in topologies:
-    _search_one(config, topology, weights, margin, efficiency, found)
+    own = Found(plans=[], too_large=[])
+    _search_one(config, topology, weights, margin, efficiency, own)
+    own.too_large.sort(key=lambda plan: plan.memory.total / plan.hbm_bytes)
+    if not own.plans:
+      found.lacking[topology.name], remedy = _nothing(own, topology, margin)
+      remedies += [remedy] * bool(remedy)
+    found.add(own)
 
   def value(plan: Plan) -> float:
     price = 1.0 if prices is None else prices[plan.candidate.topology.kind]
@@ -100,7 +128,7 @@ def search(
   found.plans.sort(key=value)
   found.too_large.sort(key=lambda plan: plan.memory.total / plan.hbm_bytes)
   if not found.plans:
-    raise UserError(_nothing(found, margin))
+    raise UserError(" ".join((*found.lacking.values(), *dict.fromkeys(remedies))))
   return found
 
 
@@ -229,7 +257,8 @@ def evaluate(
     sent=rows,
     time=taken,
     tokens=config.train.batch_size * config.data.sequence_length,
-    chips=math.prod(topology.shape) * topology.slices,
+    chips=topology.num_chips,
+    least=on.least,
   )
 
 
@@ -239,25 +268,37 @@ def mesh_text(candidate: Candidate) -> str:
   return " x ".join(f"{a} {mesh[a]}" for a in AXES if mesh[a] > 1) or "one device"
 
 
-def _nothing(found: Found, margin: float) -> str:
-  """Returns the line that says what is nearest and what it lacks."""
-  if not found.too_large:
-    reason, count = found.refused.counts.most_common(1)[0]
+def _nothing(own: Found, topology: Topology, margin: float) -> tuple[str, str]:
+  """Returns what is nearest on a machine on which nothing fits, and what would help."""
+  if not own.too_large:
+    reason, count = own.refused.counts.most_common(1)[0]
     return (
-      f"No mesh of this machine runs the config; most ({count}) are refused for "
-      f"--config.{reason}: {found.refused.examples[reason]}"
-    )
-  nearest = found.too_large[0]
+      f"No mesh of {topology.name} runs the config; most ({count}) are refused for "
+      f"--config.{reason}: {own.refused.examples[reason]}"
+    ), ""
+  nearest = own.too_large[0]
   need, room = nearest.memory.total, (1 - margin) * nearest.hbm_bytes
   candidate = nearest.candidate
   kinds = sorted(nearest.memory.kinds.items(), key=lambda item: -item[1])[:3]
   parts = ", ".join(f"{kind} {size / 1e9:.1f}" for kind, size in kinds)
-  return (
-    f"Nothing fits, of {found.considered:,} ways. Nearest is {candidate.topology} as "
+  text = (
+    f"Nothing fits on {topology.name}, of {own.considered:,} ways. Nearest is "
     f"{mesh_text(candidate)} with --config.train.accumulation="
     f"{candidate.settings['train.accumulation']} "
     f"--config.model.remat={candidate.settings['model.remat']}: {need / 1e9:.1f} GB per "
     f"device ({parts}), {(need - room) / 1e9:.1f} more than the {room / 1e9:.1f} that "
-    f"--margin={margin:g} leaves. Name a larger machine, or lower "
-    "--config.moe.exchange_buffer or --config.train.batch_size."
+    f"--margin={margin:g} leaves."
+  )
+  least = min(plan.least for plan in own.too_large)
+  if least < room:
+    return text, (
+      "Name a larger machine, or lower --config.moe.exchange_buffer or "
+      "--config.train.batch_size."
+    )
+  # No batch is small enough.
+  total = least * topology.num_devices
+  return text, (
+    f"Parameters, moments and gradients alone are {total / 1e9:,.0f} GB, more than "
+    f"{math.floor(total / room)} devices of {topology.kind} hold: name a larger machine, "
+    "or lower --config.model.num_layers."
   )

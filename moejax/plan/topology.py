@@ -36,6 +36,11 @@ class Topology:
     return f"{self.kind}:{'x'.join(map(str, self.shape))}"
 
   @property
+  def name(self) -> str:
+    """With the slices, such as `2 x v5p:4x4x4`."""
+    return str(self) if self.slices == 1 else f"{self.slices} x {self}"
+
+  @property
   def num_chips(self) -> int:
     """Of all slices."""
     return math.prod(self.shape) * self.slices

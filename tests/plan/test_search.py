@@ -87,6 +87,35 @@ def test_cost_orders_by_price():
   assert cheap.plans[0].candidate.topology.kind == slow
 
 
+def test_the_best_of_each_machine_is_shown_with_its_rank():
+  """However far behind the best machine's plans it is."""
+  fast, slow = parse("h200:1x2"), parse("v5e:1x2")
+  found = search.search(small(), [slow, fast])
+  ranks = [plan.candidate.topology for plan in found.plans]
+  assert [(rank, plan.candidate.topology) for rank, plan in found.best(1)] == [
+    (1, ranks[0]),
+    (
+      1 + ranks.index({fast: slow, slow: fast}[ranks[0]]),
+      ({fast, slow} - {ranks[0]}).pop(),
+    ),
+  ]
+  assert len(found.best(len(ranks))) == len(ranks)
+
+
+def test_a_machine_on_which_nothing_fits_is_named_beside_one_that_fits():
+  """With a margin that leaves a v5e less than the smallest plan, and an h200 more."""
+  few, many = parse("v5e:1x2"), parse("h200:1x2")
+  least = min(
+    plan.memory.total for plan in search.search(small(), [few], margin=0.0).plans
+  )
+  margin = 1 - 0.9 * least / CHIPS["v5e"].hbm_bytes
+  found = search.search(small(), [few, many], margin=margin)
+  assert {plan.candidate.topology for plan in found.plans} == {many}
+  assert list(found.lacking) == ["v5e:1x2"] and found.too_large
+  assert "Nothing fits on v5e:1x2" in found.lacking["v5e:1x2"]
+  assert f"--margin={margin:g} leaves" in found.lacking["v5e:1x2"]
+
+
 def test_more_room_never_fits_less():
   """With room for the smallest plan only, some ways fit; with all memory, more do."""
   machine = parse("h100:1x2")
@@ -102,14 +131,25 @@ def test_nothing_fits_names_the_nearest():
   config = small()
   config.model.width, config.model.num_layers = 16_384, 64
   config.moe.hidden = config.model.hidden = 65_536
-  with pytest.raises(UserError, match=r"Nothing fits.*Nearest is h100:1x2.*more than"):
+  with pytest.raises(
+    UserError, match=r"Nothing fits on h100:1x2.*Nearest is .*more than"
+  ):
     search.search(config, [parse("h100:1x2")])
+
+
+def test_parameters_that_no_batch_makes_fit_ask_for_devices():
+  """747 GB of parameters, moments and gradients: a smaller batch would not help."""
+  config = cli.load_config("configs/mixtral_8x7b.py")
+  with pytest.raises(UserError, match="alone are .* GB, more than 9 devices") as error:
+    search.search(config, [parse("h100:1x1")])
+  assert "batch_size" not in str(error.value)
+  assert "larger machine, or lower --config.model.num_layers." in str(error.value)
 
 
 def test_no_mesh_runs_names_the_reason():
   config = small()
   config.train.batch_size = 3
-  with pytest.raises(UserError, match="No mesh of this machine runs the config.*batch"):
+  with pytest.raises(UserError, match="No mesh of v5e:2x2 runs the config.*batch"):
     search.search(config, [parse("v5e:2x2")])
 
 
@@ -182,11 +222,16 @@ def test_command_line(tmp_path):
   values = tmp_path / "plan.json"
   done = plan(
     *("--topology=h100:1x4", "--config=configs/default.py", "--tokens=1e9"),
-    *("--price=h100:2.5", f"--json={values}", "--config.model.dtype=bfloat16"),
+    *("--price=h100:2.5", f"--json={values}", "--top=3", "--config.model.dtype=bfloat16"),
   )
   assert done.returncode == 0, done.stderr
   assert "python -m experiments.train --config=configs/default.py" in done.stdout
-  best = json.loads(values.read_text())["plans"][0]
+  written = json.loads(values.read_text())
+  assert len(written["plans"]) > 3 and written["nothing_fits"] == {}
+  best = written["plans"][0]
+  assert f"As a job on h100:1x4 (docs/launching.md): {best['launch']}" in done.stdout
+  job = "python -m tools.launch --target=gke-gpu --topology=h100:1x4 --image=IMAGE"
+  assert best["launch"].startswith(f"{job} --config=configs/default.py --workdir=/runs/")
   hours = 1e9 / best["tokens_per_second"] / 3600 * 4
   assert best["chip_hours"] == pytest.approx(hours)
   assert best["dollars"] == pytest.approx(2.5 * hours)
