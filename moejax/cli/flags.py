@@ -242,6 +242,15 @@ def run(main: Callable[[], int | None], buckets: Collection[str] = ()) -> None:
   )
 
 
+_WRITTEN = frozenset(
+  (
+    *("output", "out", "json", "map", "hlo", "trace", "to_hf", "data_dir"),
+    *("compilation_cache", "config.data.cache_dir"),
+  )
+)
+"""Flags that name what a program writes; the others name what it reads."""
+
+
 class Parser(argparse.ArgumentParser):
   """Parser for programs without a config, with the same error format as the others."""
 
@@ -258,7 +267,7 @@ class Parser(argparse.ArgumentParser):
     found = super().parse_args(*args, **kwargs)
     for name, value in vars(found).items():
       if is_url(value):
-        refuse_url(value, f"--{name}")
+        refuse_url(value, f"--{name}", written=name in _WRITTEN)
     return found
 
   def error(self, message: str) -> NoReturn:
@@ -296,7 +305,14 @@ def _refuse_buckets(allowed: Collection[str]) -> None:
   for name, value in given.items():
     # A prompt is text, and may be about buckets.
     if name not in (*allowed, "prompt") and is_url(value):
-      refuse_url(value, f"--{name}")
+      written = name in _WRITTEN or (name == "workdir" and _makes_workdir())
+      refuse_url(value, f"--{name}", written=written)
+
+
+def _makes_workdir() -> bool:
+  """Returns whether --workdir is what a sweep or an imported model is written to."""
+  given = flags.FLAGS
+  return "spec" in given or bool("from_hf" in given and given.from_hf)
 
 
 def parse(argv: list[str], program: str = "__main__") -> list[str]:

@@ -43,7 +43,7 @@ def cache_root(cache_dir: str) -> Path:
   """
   chosen = cache_dir or os.environ.get(ENV, "") or "~/.cache/moejax"
   if is_url(chosen):
-    refuse_url(chosen, "--config.data.cache_dir" if cache_dir else ENV)
+    refuse_url(chosen, "--config.data.cache_dir" if cache_dir else ENV, written=True)
   root = Path(chosen).expanduser().absolute()
   try:
     root.mkdir(parents=True, exist_ok=True)

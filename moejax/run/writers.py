@@ -25,6 +25,7 @@ from absl import logging
 from moejax import files
 from moejax.errors import UserError
 from moejax.run import events
+from moejax.run.files import CONFIG_FILE
 from moejax.storage import parts
 from moejax.storage.errors import explained
 from moejax.storage.paths import RunPath, in_bucket, write_bytes
@@ -95,10 +96,13 @@ class JsonlWriter:
     descriptor = self._file.fileno()
     found = os.fstat(descriptor)
     if not found.st_nlink:
-      raise UserError(
-        f"--workdir={self.path.parent}: {METRICS_FILE} was removed while the run was "
-        "writing it. The same command goes on from what is left."
-      )
+      # With the whole directory, unless someone is still removing the rest of it.
+      what = "was removed while its run was training"
+      then = "starts anew, from step 0, unless you put it back"
+      if (self.path.parent / CONFIG_FILE).exists():
+        what = f"lost {METRICS_FILE}, which was removed while the run was writing it"
+        then = "goes on from the newest checkpoint, or from step 0 if none is left"
+      raise UserError(f"--workdir={self.path.parent} {what}. The same command {then}.")
     rest = self._late
     try:
       while rest:

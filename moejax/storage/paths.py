@@ -70,16 +70,25 @@ def is_url(given: Any) -> bool:
   return isinstance(given, str | os.PathLike) and bool(_STORE.match(os.fspath(given)))
 
 
-def refuse_url(given: str | os.PathLike[str], flag: str = "") -> NoReturn:
+def refuse_url(
+  given: str | os.PathLike[str], flag: str = "", *, written: bool = False
+) -> NoReturn:
   """Refuses a bucket where only a local path will do.
+
+  Args:
+    given: the path.
+    flag: the flag that named it.
+    written: whether it is written, not read, so that there is nothing to copy first.
 
   Raises:
     UserError: always.
   """
   named = f"{flag}={os.fspath(given)}" if flag else os.fspath(given)
+  remedy = "Copy it first, with `gcloud storage cp -r`, or mount the bucket."
+  if written:
+    remedy = "Give a local directory, or a file in one."
   raise UserError(
-    f"{named}: here only a path on a disk of this machine will do. "
-    "Copy it first, with `gcloud storage cp -r`, or mount the bucket."
+    f"{named}: here only a path on a disk of this machine will do. {remedy}"
   )
 
 
@@ -131,8 +140,15 @@ def check_url(text: str, flag: str = "--workdir") -> None:
     )
   bucket, _, name = text.removeprefix("gs://").partition("/")
   parts = name.rstrip("/").split("/")
-  if not text.startswith("gs://") or not _BUCKET.fullmatch(bucket) or not name:
+  if not text.startswith("gs://") or not bucket or not name:
     raise UserError(f"{flag}={text} names no folder of a bucket: give gs://BUCKET/RUN.")
+  if not _BUCKET.fullmatch(bucket):
+    what = "is too short" if len(bucket) < 3 else "is no bucket's"
+    raise UserError(
+      f"{flag}={text}: the name {bucket!r} {what}. The name of a bucket has 3 to 222 "
+      "characters, which are lowercase letters, digits, -, _ and ., and begins and ends "
+      "with a letter or digit."
+    )
   if _REFUSED.search(name) or any(part in ("", ".", "..") for part in parts):
     raise UserError(
       f"{flag}={text!r}: the name of a run's folder in a bucket may not have *, ?, [, ], "

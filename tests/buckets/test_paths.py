@@ -3,6 +3,7 @@
 import pathlib
 
 import pytest
+from absl import flags
 
 from moejax.cli import flags as cli
 from moejax.errors import UserError
@@ -31,7 +32,9 @@ def test_a_bucket_keeps_its_name_through_paths(folder):
     ("gs:/bucket/run", "names no folder"),
     ("gs://bucket", "names no folder"),
     ("gs://bucket/", "names no folder"),
-    ("gs://UPPER/run", "names no folder"),
+    ("gs:///run", "names no folder"),
+    ("gs://UPPER/run", "'UPPER' is no bucket's. .*lowercase"),
+    ("gs://b/run", "'b' is too short. The name of a bucket has 3"),
     ("gs://bucket/run*", "may not have"),
     ("gs://bucket/a/../b", "may not have"),
     ("gs://bucket//b", "may not have"),
@@ -60,3 +63,25 @@ def test_a_program_without_buckets_refuses_them_by_name(monkeypatch):
   with pytest.raises(UserError, match="^--workdir=gs://bucket/run: here only a path"):
     parser.parse_args(["--workdir=gs://bucket/run"])
   assert parser.parse_args(["--workdir=runs/a"]).workdir == "runs/a"
+
+
+@pytest.mark.parametrize(
+  ("name", "sweeps", "remedy"),
+  [
+    ("workdir", False, "Copy it first"),
+    ("workdir", True, "Give a local directory"),
+    ("output", False, "Give a local directory"),
+    ("compilation_cache", False, "Give a local directory"),
+  ],
+)
+def test_what_is_written_need_not_be_copied_first(name, sweeps, remedy, monkeypatch):
+  """A sweep makes its --workdir; others that take no bucket read it."""
+  values = flags.FlagValues()
+  flags.DEFINE_string(name, None, "", flag_values=values)
+  if sweeps:
+    flags.DEFINE_string("spec", None, "", flag_values=values)
+  values(["x", f"--{name}=gs://bucket/x"])
+  monkeypatch.setattr(cli.flags, "FLAGS", values)
+  with pytest.raises(UserError, match=f"^--{name}=gs://bucket/x: .*{remedy}") as error:
+    cli._refuse_buckets(())
+  assert ("gcloud" in str(error.value)) == (remedy == "Copy it first")
