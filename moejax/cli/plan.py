@@ -104,7 +104,10 @@ def prices(
   kinds = {topology.kind for topology in topologies}
   found = {}
   for item in given:
-    kind, _, text = item.strip().partition(":")
+    kind, colon, text = item.strip().partition(":")
+    if not colon:
+      example = "".join(sorted(kinds & {item.partition("=")[0]})) or min(kinds)
+      raise UserError(f"--price={item}: give KIND:DOLLARS, such as {example}:4.2.")
     if kind not in kinds:
       raise UserError(f"--price={item}: {did_you_mean(kind, kinds)}")
     try:

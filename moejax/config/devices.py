@@ -263,11 +263,13 @@ def _changes(config: Config, num_devices: int) -> Iterator[dict[str, Any]]:
   if not _has_free_axis(config):
     yield from ({f"mesh.{axis}": -1} for axis in AXES)
   for axis, _, extent in _cuts(config):
-    # From the largest size that divides the extent and is not above the one asked for.
+    # Sizes that divide the extent, from the nearest to the one asked for; larger ones
+    # only where that one does not divide it.
     asked = abs(getattr(config.mesh, axis))
-    for size in range(min(asked, extent), 0, -1):
-      if extent % size == 0:
-        yield {f"mesh.{axis}": size}
+    most = min(extent, num_devices) if extent % asked else asked
+    sizes = (size for size in range(1, most + 1) if extent % size == 0)
+    for size in sorted(sizes, key=lambda size: (abs(size - asked), size)):
+      yield {f"mesh.{axis}": size}
   # Pure data parallelism (one replica per device) fits any model.
   replicas = {"mesh.data": -1} | {f"mesh.{axis}": 1 for axis in AXES[1:]}
   unit = num_devices * config.train.accumulation

@@ -6,6 +6,7 @@ import types
 import pytest
 
 from configs import default
+from moejax.cli import flags as cli
 from moejax.config import check as config_check
 from moejax.config import devices as config_devices
 from moejax.config import text as config_text
@@ -139,3 +140,11 @@ def test_a_mesh_that_is_given_in_full_is_taken_as_given():
 )
 def test_devices_accepted(fields, num_devices):
   config_devices.validate_devices(make(**fields), num_devices)
+
+
+def test_the_nearest_size_of_an_axis_is_recommended():
+  """7 of 8 experts: one more, as in the preset, and not the largest one below."""
+  config = cli.load_config("configs/mixtral_8x7b.py")
+  config.mesh.expert = 7
+  with pytest.raises(ConfigError, match=r"Use --config\.mesh\.expert=8\b"):
+    config_devices.validate_devices(config, 128)
