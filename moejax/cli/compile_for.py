@@ -23,6 +23,7 @@ from moejax.cli import arguments
 from moejax.cli import flags as cli
 from moejax.cli.collective_table import make_table
 from moejax.plan import topology as topology_lib
+from moejax.plan.units import quantity
 
 _TOPOLOGY = flags.DEFINE_string("topology", "cpu:8", "KIND:SHAPE, such as v5p:4x4x8.")
 _SLICES = flags.DEFINE_integer(
@@ -63,7 +64,7 @@ def _first_lines(message: str) -> str:
 def memory_table(found: dict[str, Any]) -> Table:
   table = Table(box=box.SIMPLE_HEAD, title="memory per chip")
   table.add_column("kind")
-  table.add_column("GB", justify="right")
+  table.add_column("bytes", justify="right")
   memory = found["memory_per_chip_bytes"]
   for kind in (
     "parameters",
@@ -73,11 +74,11 @@ def memory_table(found: dict[str, Any]) -> Table:
     "gradients",
     "buffers",
   ):
-    table.add_row(kind.replace("_", " "), f"{memory[kind] / 1e9:.2f}")
+    table.add_row(kind.replace("_", " "), quantity(memory[kind], "B"))
   table.add_section()
-  table.add_row("total", f"{memory['total'] / 1e9:.2f}", style="bold")
+  table.add_row("total", quantity(memory["total"], "B"), style="bold")
   if found["hbm_bytes"]:
-    table.add_row("HBM", f"{found['hbm_bytes'] / 1e9:.2f}")
+    table.add_row("HBM", quantity(found["hbm_bytes"], "B"))
   return table
 
 
@@ -86,21 +87,22 @@ def summary(found: dict[str, Any]) -> list[str]:
   executed, model = found["executed_flops_per_chip"], found["model_flops_per_chip"]
   sent, bound = found["wire_bytes_per_chip"], found["wire_bound_bytes_per_chip"]
   lines = [
-    f"FLOPs per chip and step: {executed / 1e12:.1f}T executed, {model / 1e12:.1f}T of "
-    f"the model: {executed / model:.3f}x",
-    f"Sent per chip and step: {sent / 1e9:.2f} GB, the least is {bound / 1e9:.2f} GB"
+    f"FLOPs per chip and step: {quantity(executed, largest='T')} executed, "
+    f"{quantity(model, largest='T')} of the model: {executed / model:.3f}x",
+    f"Sent per chip and step: {quantity(sent, 'B')}, the least is {quantity(bound, 'B')}"
     + (f": {sent / bound:.3f}x" if bound else ""),
   ]
   times = found["roofline"]
   if times:
     parts = [
-      f"{name} {value:.3f} s"
+      f"{name} {quantity(value, 's', largest='')}"
       for name, value in times.items()
       if name not in ("step_seconds", "bound_by") and value
     ]
     lines.append(
-      f"Roofline: {', '.join(parts)}. At best {times['step_seconds']:.3f} s a step, "
-      f"bound by {times['bound_by']}."
+      f"Roofline: {', '.join(parts)}. At best "
+      f"{quantity(times['step_seconds'], 's', largest='')} a step, bound by "
+      f"{times['bound_by']}."
     )
   lines.append(
     f"Compiled in {found['compile_seconds']:.0f} s for {found['chips']} devices."
@@ -117,9 +119,10 @@ def show(found: dict[str, Any], console: Console) -> None:
   for line in summary(found):
     console.print(line, markup=False, highlight=False)
   if found["hbm_bytes"]:
-    used, there = found["memory_per_chip_bytes"]["total"] / 1e9, found["hbm_bytes"] / 1e9
+    used = quantity(found["memory_per_chip_bytes"]["total"], "B")
+    there = quantity(found["hbm_bytes"], "B")
     verdict = "fits" if found["fits"] else "does NOT fit"
-    console.print(f"{found['topology']}: {verdict}, {used:.1f} of {there:.1f} GB.")
+    console.print(f"{found['topology']}: {verdict}, {used} of {there}.")
 
 
 def main() -> int:

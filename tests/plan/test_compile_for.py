@@ -10,7 +10,7 @@ import pytest
 
 from moejax.config import Config, MeshConfig, ModelConfig, MoEConfig
 from moejax.cost.chips import CHIPS
-from moejax.plan import pod, topology, wire_bound
+from moejax.plan import pod, topology, units, wire_bound
 from moejax.plan.compile import compile_step
 
 COMMAND = [sys.executable, "-m", "tools.compile_for"]
@@ -111,6 +111,26 @@ def test_time_on_a_torus():
   assert time_of("all-reduce", "data") == ("dcn", sent / chip.slow_bandwidth)
 
 
+@pytest.mark.parametrize(
+  ("value", "unit", "largest", "words"),
+  [
+    (37.4e9, "B", "G", "37.40 GB"),
+    (1.2345e12, "B", "G", "1,234.50 GB"),
+    (262_144, "B", "G", "262.14 kB"),
+    (512, "B", "G", "512.00 B"),
+    (804e12, "", "T", "804.00 T"),
+    (3.1e6, "", "T", "3.10 M"),
+    (2.8, "s", "", "2.80 s"),
+    (0.0034, "s", "", "3.40 ms"),
+    (2e-9, "s", "", "0.00 µs"),
+    (0, "B", "G", "0 B"),
+  ],
+)
+def test_a_small_model_is_not_all_zeros(value, unit, largest, words):
+  """Each number has the prefix that it needs; large ones keep the usual one."""
+  assert units.quantity(value, unit, largest=largest) == words
+
+
 def call(*args: str) -> subprocess.CompletedProcess:
   return subprocess.run([*COMMAND, *args], capture_output=True, text=True, timeout=300)
 
@@ -148,3 +168,4 @@ def test_command_line():
   assert (
     done.returncode == 0 and "executed" in done.stdout and "all-to-all" in done.stdout
   )
+  assert " 0.00" not in done.stdout
