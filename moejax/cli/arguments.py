@@ -80,31 +80,30 @@ def writable(directory: pathlib.Path, flag: str = "--out") -> pathlib.Path:
   return directory
 
 
-def writable_file(given: str, flag: str) -> str:
+def writable_file(file: pathlib.Path, flag: str) -> pathlib.Path:
   """Refuses, before anything runs, a file that cannot be written.
 
   Args:
-    given: its path.
+    file: may exist.
     flag: the flag that named it, such as --json.
 
   Raises:
-    UserError: it is a directory or a device, or its directory is not there or may not
-      be written.
+    UserError: it is a directory or a device, or its directory is missing, a file, or not
+      permitted.
   """
-  path = pathlib.Path(given)
-  if path.exists() and (what := files.kind(path.stat().st_mode)):
-    raise UserError(f"{flag}={given} is {what}. Give a file.")
-  if not path.parent.is_dir():
-    raise UserError(
-      f"{flag}={given}: there is no directory {path.parent}. Make it, or give another "
-      "file."
-    )
+  if file.is_dir():
+    raise UserError(f"{flag}={file} is a directory. Give a file, such as one in it.")
+  if file.exists() and (what := files.kind(file.stat().st_mode)):
+    raise UserError(f"{flag}={file} is {what}. Give a file.")
+  if not file.parent.is_dir():
+    missing = "is a file" if file.parent.exists() else "does not exist. Make it first"
+    raise UserError(f"{flag}={file}: the directory {file.parent} {missing}.")
   try:
     # A file is replaced by a new one beside it.
-    with tempfile.TemporaryFile(dir=path.parent):
+    with tempfile.TemporaryFile(dir=file.parent):
       pass
   except OSError as error:
     raise UserError(
-      f"{flag}={given} cannot be written ({error.strerror}). Give another file."
+      f"{flag}={file} cannot be written ({error.strerror}). Give another file."
     ) from error
-  return given
+  return file

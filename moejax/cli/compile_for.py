@@ -11,6 +11,7 @@ the figures.
 """
 
 import json
+import pathlib
 from typing import Any
 
 from absl import flags
@@ -128,7 +129,7 @@ def show(found: dict[str, Any], console: Console) -> None:
 def main() -> int:
   topology = topology_lib.parse(_TOPOLOGY.value, _SLICES.value)
   if _HLO.value:
-    arguments.writable_file(_HLO.value, "--hlo")
+    arguments.writable_file(pathlib.Path(_HLO.value), "--hlo")
   topology_lib.prepare(topology)  # Before anything imports jax.
   cli.get_config()  # Rejects a bad config before the compiler starts.
   found = measure(topology, _HLO.value)

@@ -132,7 +132,7 @@ def check_outputs(json_file: str | None, map_file: str | None) -> None:
     raise ConfigError(f"--map={map_file}: give a file that ends in .png or .html.")
   for flag, path in (("--json", json_file), ("--map", map_file)):
     if path:
-      arguments.writable_file(path, flag)
+      arguments.writable_file(pathlib.Path(path), flag)
 
 
 def commands(config: "Config", candidate: "Candidate") -> tuple[str, str]:

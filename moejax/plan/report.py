@@ -10,6 +10,7 @@ from rich.table import Table
 
 from moejax.plan.candidates import Candidate
 from moejax.plan.search import Found, Plan, mesh_text
+from moejax.plan.units import fixed
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -58,18 +59,18 @@ def plans_table(plans: Sequence[tuple[int, Plan]], view: View) -> Table:
       f"{load.sequences} x {load.microbatches}",
       settings["model.remat"],
       travel,
-      f"{plan.memory.total / 1e9:.1f}",
+      fixed(plan.memory.total / 1e9, 1),
       f"{plan.hbm_bytes / 1e9:.0f}",
-      f"{plan.flops['total'] / 1e12:,.0f}T",
-      f"{sum(row.bytes for row in plan.sent) / 1e9:,.1f}",
-      f"{plan.time.step:.2f}",
+      fixed(plan.flops["total"] / 1e12, 0) + "T",
+      fixed(sum(row.bytes for row in plan.sent) / 1e9, 1),
+      fixed(plan.time.step, 2),
       plan.time.bound_by,
       f"{plan.tokens_per_second / 1e6:.3f}",
-      f"{plan.days(view.tokens):,.1f}",
+      fixed(plan.days(view.tokens), 1),
     ]
     dollars = cost(plan, view)
     if view.prices:
-      cells.append("" if dollars is None else f"{dollars:,.0f}")
+      cells.append("" if dollars is None else fixed(dollars, 0))
     table.add_row(*cells)
   return table
 
@@ -77,28 +78,31 @@ def plans_table(plans: Sequence[tuple[int, Plan]], view: View) -> Table:
 def detail(plan: Plan) -> list[str]:
   """Returns lines on one plan: memory by kind, traffic by collective, time by cause."""
   memory = ", ".join(
-    f"{kind} {size / 1e9:.1f}" for kind, size in plan.memory.kinds.items() if size
+    f"{kind} {fixed(size / 1e9, 1)}" for kind, size in plan.memory.kinds.items() if size
   )
   rows = sorted(plan.sent, key=lambda row: -row.bytes)
   traffic = ", ".join(
-    f"{row.purpose} by {row.kind} over {row.axis} {row.bytes / 1e9:.2f}"
+    f"{row.purpose} by {row.kind} over {row.axis} {fixed(row.bytes / 1e9, 2)}"
     for row in rows
-    if row.bytes > 5e6
+    if row.bytes > 1e-3 * rows[0].bytes
   )
   flops = ", ".join(
-    f"{part.replace('_', ' ')} {count / 1e12:,.1f}"
+    f"{part.replace('_', ' ')} {fixed(count / 1e12, 1)}"
     for part, count in plan.flops.items()
     if count and part != "total"
   )
   time = plan.time
-  networks = "".join(f", {name} {value:.2f}" for name, value in time.networks.items())
+  networks = "".join(
+    f", {name} {fixed(value, 2)}" for name, value in time.networks.items()
+  )
   return [
     f"The first, per device and step. GB in memory ({plan.memory.peak} at the peak): "
     f"{memory}.",
     f"GB sent: {traffic or 'nothing'}.",
     f"TFLOPs executed: {flops}.",
-    f"Seconds: compute {time.compute:.2f}, hbm {time.hbm:.2f}{networks}, all at the same "
-    f"time, then {time.exposed:.2f} of wire that nothing overlaps with.",
+    f"Seconds: compute {fixed(time.compute, 2)}, hbm {fixed(time.hbm, 2)}{networks}, all "
+    f"at the same time, then {fixed(time.exposed, 2)} of wire that nothing overlaps "
+    "with.",
   ]
 
 

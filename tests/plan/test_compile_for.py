@@ -131,6 +131,14 @@ def test_a_small_model_is_not_all_zeros(value, unit, largest, words):
   assert units.quantity(value, unit, largest=largest) == words
 
 
+@pytest.mark.parametrize(
+  ("value", "digits", "words"),
+  [(1658.2, 0, "1,658"), (0.04, 1, "0.04"), (3.1e-7, 2, "3.1e-07"), (0, 1, "0.0")],
+)
+def test_a_column_of_a_small_model_is_not_all_zeros(value, digits, words):
+  assert units.fixed(value, digits) == words
+
+
 def call(*args: str) -> subprocess.CompletedProcess:
   return subprocess.run([*COMMAND, *args], capture_output=True, text=True, timeout=300)
 
@@ -144,7 +152,7 @@ def test_bad_input():
   assert "Traceback" not in done.stderr
   done = call("--hlo=/nowhere/x")
   assert done.returncode == 2 and len(done.stderr.strip().splitlines()) == 1
-  assert "--hlo=/nowhere/x: there is no directory /nowhere." in done.stderr
+  assert "--hlo=/nowhere/x: the directory /nowhere does not exist." in done.stderr
 
 
 @pytest.mark.slow

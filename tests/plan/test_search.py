@@ -281,11 +281,11 @@ def test_files_that_cannot_be_written_are_one_line(tmp_path):
   missing, folder = tmp_path / "no" / "x", tmp_path / "x.png"
   folder.mkdir()
   with pytest.raises(
-    UserError, match=r"--json=.*no/x: there is no directory .*no\."
+    UserError, match=r"--json=.*no/x: the directory .*no does not exist"
   ) as e:
     plan_cli.check_outputs(str(missing), None)
   assert "\n" not in str(e.value) and e.value.exit_code == 2
-  with pytest.raises(UserError, match=r"--map=.*x.png is a folder"):
+  with pytest.raises(UserError, match=r"--map=.*x.png is a directory"):
     plan_cli.check_outputs(None, str(folder))
   with pytest.raises(UserError, match="--json=/dev/null is a device"):
     plan_cli.check_outputs("/dev/null", None)
