@@ -38,18 +38,31 @@ def split_names(
 
 
 def writable_file(file: pathlib.Path, flag: str) -> pathlib.Path:
-  """Refuses a file that cannot be written because of its directory, or is one.
+  """Refuses, before anything runs, a file that cannot be written.
+
+  Args:
+    file: may exist.
+    flag: the flag that named it, such as --json.
 
   Raises:
-    UserError: it is a directory, or its directory is missing, a file, or not permitted.
+    UserError: it is a directory or a device, or its directory is missing, a file, or not
+      permitted.
   """
   if file.is_dir():
-    raise UserError(f"{flag}={file} is a directory. Give a file, such as {file / 'job'}.")
-  if not file.parent.exists():
+    raise UserError(f"{flag}={file} is a directory. Give a file, such as one in it.")
+  if file.exists() and (what := files.kind(file.stat().st_mode)):
+    raise UserError(f"{flag}={file} is {what}. Give a file.")
+  if not file.parent.is_dir():
+    missing = "is a file" if file.parent.exists() else "does not exist. Make it first"
+    raise UserError(f"{flag}={file}: the directory {file.parent} {missing}.")
+  try:
+    # A file is replaced by a new one beside it.
+    with tempfile.TemporaryFile(dir=file.parent):
+      pass
+  except OSError as error:
     raise UserError(
-      f"{flag}={file}: the directory {file.parent} does not exist. Make it first."
-    )
-  writable(file.parent, flag)
+      f"{flag}={file} cannot be written ({error.strerror}). Give another file."
+    ) from error
   return file
 
 
@@ -78,32 +91,3 @@ def writable(directory: pathlib.Path, flag: str = "--out") -> pathlib.Path:
       f"{flag}={directory} cannot be written ({error.strerror}). Give another directory."
     ) from error
   return directory
-
-
-def writable_file(file: pathlib.Path, flag: str) -> pathlib.Path:
-  """Refuses, before anything runs, a file that cannot be written.
-
-  Args:
-    file: may exist.
-    flag: the flag that named it, such as --json.
-
-  Raises:
-    UserError: it is a directory or a device, or its directory is missing, a file, or not
-      permitted.
-  """
-  if file.is_dir():
-    raise UserError(f"{flag}={file} is a directory. Give a file, such as one in it.")
-  if file.exists() and (what := files.kind(file.stat().st_mode)):
-    raise UserError(f"{flag}={file} is {what}. Give a file.")
-  if not file.parent.is_dir():
-    missing = "is a file" if file.parent.exists() else "does not exist. Make it first"
-    raise UserError(f"{flag}={file}: the directory {file.parent} {missing}.")
-  try:
-    # A file is replaced by a new one beside it.
-    with tempfile.TemporaryFile(dir=file.parent):
-      pass
-  except OSError as error:
-    raise UserError(
-      f"{flag}={file} cannot be written ({error.strerror}). Give another file."
-    ) from error
-  return file
