@@ -244,8 +244,10 @@ def _calm(job: Job, stack: contextlib.ExitStack) -> pathlib.Path:
 def _judge(calm: pathlib.Path, job: Job) -> list[str]:
   """Returns what is wrong with a run that has come to its end."""
   problems = kill_loop.compare(calm, run_path(job.workdir))
-  if "Traceback" in job.log():
-    problems.append(f"a traceback is in its log:\n{job.log()[-3000:]}")
+  log = job.log()
+  if (at := log.find("Traceback")) >= 0:
+    shown = log[max(at - 500, 0) : at + 6000]
+    problems.append(f"a traceback is in its log:\n{shown}")
   return [f"{job.name}: {problem}" for problem in problems]
 
 

@@ -26,7 +26,14 @@ from jax.experimental import multihost_utils
 from orbax.checkpoint import checkpoint_managers as ocp_managers
 
 from moejax.checkpoint import fingerprint
-from moejax.checkpoint.orbax import KeepBest, MetaSave, StateHandler, is_refusal, reason
+from moejax.checkpoint.orbax import (
+  KeepBest,
+  MetaSave,
+  Place,
+  StateHandler,
+  is_refusal,
+  reason,
+)
 from moejax.checkpoint.params import damaged_table, init_from, peek, restore_params
 from moejax.checkpoint.read import (
   FORMAT,
@@ -135,6 +142,7 @@ class Checkpointer:
         lightweight_initialize=True,
       ),
     )
+    self._place = Place(self.directory)
 
   def save(
     self,
@@ -363,7 +371,12 @@ class Checkpointer:
       storage_errors.refusal(error, self.directory) if in_bucket(self.directory) else ""
     )
     why = why.rstrip(".") or reason(error)
-    if not (is_refusal(error) or in_bucket(self.directory)):
+    if is_refusal(error) or in_bucket(self.directory):
+      pass
+    elif self._place.is_gone():
+      # Orbax misses some file of its own; which one depends on the moment.
+      why = "its directory was removed"
+    else:
       logging.warning("Unexpected error while saving:", exc_info=error)
     self.failures.append((step, why))
     what = f"checkpoint at step {step} could not be saved to {self.directory}"

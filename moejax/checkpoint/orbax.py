@@ -3,6 +3,7 @@
 import asyncio
 import dataclasses
 import os
+import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -13,7 +14,7 @@ from orbax.checkpoint import future as ocp_future
 
 from moejax.checkpoint.read import pack_meta, read_meta
 from moejax.storage.full import is_full
-from moejax.storage.paths import in_bucket, run_path, write_bytes
+from moejax.storage.paths import RunPath, in_bucket, run_path, write_bytes
 
 
 class _Told:
@@ -110,6 +111,29 @@ class KeepBest:
 _FULL = ("No space left", "RESOURCE_EXHAUSTED", "File too large", "quota")
 _GONE = ("NOT_FOUND", "No such file or directory")
 """TensorStore's words for a directory that was removed during a save."""
+
+
+class Place:
+  """A directory on a disk, to see that it was removed while something was saved to it."""
+
+  def __init__(self, directory: RunPath):
+    self._directory = directory
+    self._inode = self._found()
+
+  def is_gone(self) -> bool:
+    """Returns whether it is missing or another; a removal takes a moment."""
+    for _ in range(5):
+      if not self._inode or self._found() != self._inode:
+        return True
+      time.sleep(0.02)
+    return False
+
+  def _found(self) -> int:
+    """Returns the directory's inode; 0 if there is none, as in a bucket."""
+    try:
+      return 0 if in_bucket(self._directory) else os.stat(self._directory).st_ino
+    except FileNotFoundError:
+      return 0
 
 
 def is_refusal(error: Exception) -> bool:

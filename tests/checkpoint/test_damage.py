@@ -352,3 +352,24 @@ def test_meta_round_trips_whatever_json_holds(tmp_path):
   path.write_text(pack_meta(meta))
   assert read_meta(tmp_path / "1") == meta
   assert json.loads(path.read_text())["meta"] == meta
+
+
+@pytest.mark.parametrize("removed", [False, True])
+def test_a_directory_that_goes_during_a_save_is_no_bug(
+  tmp_path, monkeypatch, caplog, removed
+):
+  """Orbax then misses a file of its own; without a removal the same error is a bug."""
+  said = []
+  checkpoints = helpers.open_checkpoints(tmp_path, warn=said.append)
+
+  def fail(meta):
+    if removed:
+      shutil.rmtree(tmp_path / DIRECTORY)
+    raise ValueError("No ArrayMetadata found")
+
+  monkeypatch.setattr(checkpoint_orbax, "pack_meta", fail)
+  checkpoints.save(1, helpers.make_state(), position={})
+  assert not checkpoints.wait()
+  why = "its directory was removed" if removed else "No ArrayMetadata found"
+  assert f"({why})" in said[0]
+  assert any("Unexpected" in r.getMessage() for r in caplog.records) != removed
