@@ -25,7 +25,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
   "moe.activation": ("", *ACTIVATIONS),
   "model.dtype": ("float32", "bfloat16"),
   "model.param_dtype": ("float32", "bfloat16"),
-  "model.remat": ("none", "full", "all", "dots"),
+  "model.remat": ("none", "full", "offload", "all", "dots"),
   "moe.capacity_convention": ("per_assignment", "per_token", "slots"),
   "moe.renormalize": ("none", "before_drop", "after_drop"),
   "moe.priority": ("arrival", "gate", "random"),

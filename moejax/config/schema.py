@@ -190,8 +190,9 @@ class ModelConfig:
   """Compute dtype: float32 or bfloat16. Router, norms and loss are always float32."""
   param_dtype: str = "float32"
   remat: str = "none"
-  """none, full (recompute the block except token exchange), all (recompute exchange
-  too), or dots (keep matrix products)."""
+  """none, full (recompute the block except token exchange), offload (as full, but what
+  was exchanged waits in the host's memory), all (recompute exchange too), or dots (keep
+  matrix products)."""
   scan_layers: bool = True
   """False unrolls: slower to compile, easier to read in a profile."""
   max_position: int = 0

@@ -65,6 +65,14 @@ class SlotLayout(Layout):
   def from_experts(self, rows: Float[Array, "E G C D"]) -> Float[Array, "G T D"]:
     """Returns each token's sum of outputs, weighted."""
 
+  def gates(self) -> Float[Array, "E G C"] | None:
+    """Returns the gate of each slot, to travel with it; None where tokens share slots."""
+    return None
+
+  def add_up(self, rows: Float[Array, "E G C D"]) -> Float[Array, "G T D"]:
+    """Returns each token's sum of outputs that `gates` have weighted already."""
+    raise NotImplementedError(f"{type(self).__name__} has no gates to weight by")
+
   def run(
     self,
     x: Float[Array, "G T D"],

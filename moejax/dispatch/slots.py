@@ -49,10 +49,24 @@ class Slots(SlotLayout):
 
   @parts.of_part(parts.COMBINE)
   def from_experts(self, rows: Float[Array, "E G C D"]) -> Float[Array, "G T D"]:
-    num_experts, num_groups, num_slots, width = rows.shape
-    rows = jnp.swapaxes(rows, 0, 1)
-    rows = rows.reshape(num_groups, num_experts * num_slots, width)
-    return jax.vmap(permute.combine)(rows, self.gate, self.moves)
+    return jax.vmap(permute.combine)(_by_group(rows), self.gate, self.moves)
+
+  def gates(self) -> Float[Array, "E G C"]:
+    """Returns the gate of each slot, zero where it is empty."""
+    gates = jax.vmap(permute.gate_rows)(self.gate, self.moves)
+    gates = gates.reshape(-1, self.num_experts, self.num_slots)
+    return jnp.swapaxes(gates, 0, 1)
+
+  @parts.of_part(parts.COMBINE)
+  def add_up(self, rows: Float[Array, "E G C D"]) -> Float[Array, "G T D"]:
+    return jax.vmap(permute.add_up)(_by_group(rows), self.moves)
+
+
+def _by_group(rows: Float[Array, "E G C D"]) -> Float[Array, "G EC D"]:
+  """Returns the slots of each group in expert order."""
+  num_experts, num_groups, num_slots, width = rows.shape
+  rows = jnp.swapaxes(rows, 0, 1)
+  return rows.reshape(num_groups, num_experts * num_slots, width)
 
 
 def _moves(group: Assignments) -> permute.Moves:

@@ -1,6 +1,8 @@
 """Slots out to their experts' devices and back, by two all-to-alls of known shape.
 
-Carries the layouts whose rows are slots: those filled by index, and dense mixtures. Runs
+Carries the layouts whose rows are slots: those filled by index, and dense mixtures. Under
+recomputation the gate of a slot that holds one token travels with it, and outputs come
+back weighted: the backward pass needs none, so none is computed or sent again. Runs
 inside a `jax.shard_map`.
 
 Letters: G groups of this device, T tokens of a group, D width, E experts, P devices of
@@ -31,23 +33,40 @@ def all_to_all(
   assert issubclass(layout, SlotLayout), layout
   slots = layout.of(placement)
   rows = slots.to_experts(x)
+  # Otherwise it would only keep the hidden activations twice, with gates and without.
+  gates = slots.gates() if options.recomputed else None
   devices, width = jax.lax.axis_size(AXIS), x.shape[-1]
   local = rows.shape[0] // devices
 
-  def experts(piece: Float[Array, "P L n D"]) -> Float[Array, "P L n D"]:
-    received = _exchanged(piece).swapaxes(0, 1)
+  def experts(
+    piece: Float[Array, "P L n D"], gate: Float[Array, "P L n"] | None
+  ) -> Float[Array, "P L n D"]:
+    received = _received(piece).swapaxes(0, 1)
     flat = received.reshape(local, -1, width)
-    out = apply_experts(flat, weights, options.activation).reshape(received.shape)
-    return _exchanged(out.swapaxes(0, 1))
+    if gate is not None:
+      gate = _received(gate).swapaxes(0, 1).reshape(local, -1)
+    out = apply_experts(flat, weights, options.activation, gate=gate)
+    back = _exchanged(out.reshape(received.shape).swapaxes(0, 1))
+    # Without gates the backward pass needs the outputs, to weight them.
+    return back if gate is not None else checkpoint_name(back, SAVED_NAME)
 
-  by_device = rows.reshape(devices, local, -1, width)
-  pieces = jnp.array_split(by_device, options.exchange_chunks, axis=2)
-  out = jnp.concatenate([experts(piece) for piece in pieces], axis=2)
-  return slots.from_experts(out.reshape(rows.shape)), None
+  def pieces(array: Array) -> list[Array]:
+    by_device = array.reshape(devices, local, -1, *array.shape[3:])
+    return jnp.array_split(by_device, options.exchange_chunks, axis=2)
+
+  sent = pieces(rows)
+  gate_of = [None] * len(sent) if gates is None else pieces(gates)
+  out = [experts(piece, gate) for piece, gate in zip(sent, gate_of, strict=True)]
+  out = jnp.concatenate(out, axis=2).reshape(rows.shape)
+  return slots.from_experts(out) if gates is None else slots.add_up(out), None
+
+
+def _received(rows: Float[Array, "P L n *D"]) -> Float[Array, "P L n *D"]:
+  """Returns what experts are sent, which a remat policy may save."""
+  return checkpoint_name(_exchanged(rows), SAVED_NAME)
 
 
 @parts.of_part(parts.EXCHANGE)
-def _exchanged(rows: Float[Array, "P L n D"]) -> Float[Array, "P L n D"]:
+def _exchanged(rows: Float[Array, "P L n *D"]) -> Float[Array, "P L n *D"]:
   """Part d goes to device d; afterwards the first index is the sender."""
-  rows = jax.lax.all_to_all(rows, AXIS, split_axis=0, concat_axis=0, tiled=True)
-  return checkpoint_name(rows, SAVED_NAME)
+  return jax.lax.all_to_all(rows, AXIS, split_axis=0, concat_axis=0, tiled=True)

@@ -37,6 +37,9 @@ class Options:
   exchange_chunks: int = 1
   """all_to_all: pieces sent one by one, so that communication overlaps computation.
   ragged: parts of the groups sent and computed one after the other."""
+  recomputed: bool = False
+  """Whether the backward pass computes the experts again (`model.remat`). all_to_all:
+  then gates travel with slots, so that it needs no output."""
   expert_chunks: int = 1
   """Sorted rows: parts that are computed one after the other."""
 

@@ -57,27 +57,49 @@ def activate(
 
 @parts.of_part(parts.EXPERTS)
 def apply_experts(
-  rows: Float[Array, "E *n D"], weights: ExpertWeights, activation: str
+  rows: Float[Array, "E *n D"],
+  weights: ExpertWeights,
+  activation: str,
+  *,
+  gate: Float[Array, "E *n"] | None = None,
 ) -> Float[Array, "E *n D"]:
   """Applies every expert to its own rows, in plain batched form.
 
   Empty slots need no mask: no token collects what they hold.
+
+  Args:
+    rows: of each expert.
+    weights: of the experts.
+    activation: of the experts.
+    gate: weight of each row's output, None for 1. It multiplies the hidden activations,
+      which by linearity is the same, so that the backward pass needs no output.
   """
   hidden = jnp.einsum("e...d,edf->e...f", rows, weights.w_in)
   hidden = _add(hidden, weights.b_in)
-  gate = None
+  hidden_gate = None
   if weights.w_gate is not None:
-    gate = jnp.einsum("e...d,edf->e...f", rows, weights.w_gate)
-    gate = _add(gate, weights.b_gate)
-  hidden = activate(hidden, gate, activation)
+    hidden_gate = jnp.einsum("e...d,edf->e...f", rows, weights.w_gate)
+    hidden_gate = _add(hidden_gate, weights.b_gate)
+  hidden = activate(hidden, hidden_gate, activation)
+  if gate is not None:
+    hidden = _times(hidden, gate)
   out = jnp.einsum("e...f,efd->e...d", hidden, weights.w_out)
-  return _add(out, weights.b_out)
+  return _add(out, weights.b_out, gate)
 
 
 def _add(
-  rows: Float[Array, "E *n F"], bias: Float[Array, "E F"] | None
+  rows: Float[Array, "E *n F"],
+  bias: Float[Array, "E F"] | None,
+  gate: Float[Array, "E *n"] | None = None,
 ) -> Float[Array, "E *n F"]:
+  """Adds its expert's bias, times its gate, to each row."""
   if bias is None:
     return rows
   between = (1,) * (rows.ndim - 2)
-  return rows + bias.reshape(bias.shape[0], *between, bias.shape[1])
+  bias = bias.reshape(bias.shape[0], *between, bias.shape[1])
+  return rows + (bias if gate is None else _times(bias, gate))
+
+
+def _times(rows: Float[Array, "E *m F"], gate: Float[Array, "E *n"]) -> Array:
+  """Returns rows times gates, multiplied in float32, in the rows' dtype."""
+  return (rows.astype(jnp.float32) * gate[..., None]).astype(rows.dtype)

@@ -165,6 +165,7 @@ class MoE(nnx.Module):
       exchange=moe.exchange,
       exchange_buffer=moe.exchange_buffer,
       exchange_chunks=moe.exchange_chunks,
+      recomputed=model.remat != "none",
       expert_chunks=moe.expert_chunks,
     )
 
@@ -226,7 +227,9 @@ class MoE(nnx.Module):
     options = self.options
     if not train:
       # Evaluation loses no tokens on the way, and may be dropless when training is not.
-      options = dataclasses.replace(options, exchange="auto", exchange_buffer=None)
+      options = dataclasses.replace(
+        options, exchange="auto", exchange_buffer=None, recomputed=False
+      )
     weights = self.experts.weights(x.dtype)
     y, lost = exchange.run(tokens, routing.placement, weights, options)
     y = y.reshape(x.shape)

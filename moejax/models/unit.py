@@ -22,12 +22,21 @@ def remat(function: Unit, policy: str, *, in_scan: bool) -> Unit:
     case "full":
       keep = jax.checkpoint_policies.save_only_these_names(SAVED_NAME)
       return jax.checkpoint(function, policy=keep, prevent_cse=not in_scan)
+    case "offload":
+      # What `full` saves, in the host's memory. XLA:CPU keeps it where it is.
+      keep = jax.checkpoint_policies.save_and_offload_only_these_names(
+        names_which_can_be_saved=[],
+        names_which_can_be_offloaded=[SAVED_NAME],
+        offload_src="device",
+        offload_dst="pinned_host",
+      )
+      return jax.checkpoint(function, policy=keep, prevent_cse=not in_scan)
     case "dots":
       keep = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
       return jax.checkpoint(function, policy=keep, prevent_cse=not in_scan)
     case _:
       raise ValueError(
-        f"--config.model.remat={policy!r} is none of none, full, all, dots"
+        f"--config.model.remat={policy!r} is none of none, full, offload, all, dots"
       )
 
 

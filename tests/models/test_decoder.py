@@ -116,7 +116,8 @@ def loss_and_gradient(decoder, params, tokens):
 
 
 @pytest.mark.parametrize(
-  "change", [{"remat": "full"}, {"remat": "dots"}, {"scan_layers": False}]
+  "change",
+  [{"remat": "full"}, {"remat": "offload"}, {"remat": "dots"}, {"scan_layers": False}],
 )
 def test_scanned_unrolled_and_recomputed_models_are_the_same(change, tokens):
   """Scan and rematerialisation change when things are computed, never what."""

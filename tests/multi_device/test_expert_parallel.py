@@ -5,6 +5,7 @@ the loads, the losses and all gradients must be those of one device.
 """
 
 import contextlib
+import dataclasses
 import functools
 import itertools
 from typing import Any
@@ -40,7 +41,9 @@ USERS: dict[str, Any] = {"xla_backend_optimization_level": 3}
 """What a run compiles with; the tests' own level is 0."""
 
 
-def make(router: str, factor: float | None, **changes) -> Shell:
+def make(
+  router: str, factor: float | None, model: ModelConfig = MODEL, **changes
+) -> Shell:
   fields = {
     "num_experts": E,
     "num_selected": K[router],
@@ -53,7 +56,7 @@ def make(router: str, factor: float | None, **changes) -> Shell:
     "group_size": S if router == "soft" else 0,
   }
   moe = MoEConfig(**(fields | changes))
-  return Shell(lambda key: MoE(MODEL, moe, nnx.Rngs(params=key)))
+  return Shell(lambda key: MoE(model, moe, nnx.Rngs(params=key)))
 
 
 def inputs(dtype: str = "float32"):
@@ -253,6 +256,28 @@ def test_pieces_change_nothing():
   """Slots that travel in three pieces, of unequal size, are the same slots."""
   mesh = "expert 4 x data 2"
   check("top2", 1.0, mesh, exchange="all_to_all", exchange_chunks=3)
+
+
+@pytest.mark.parametrize(
+  ("router", "mesh"),
+  [
+    ("top2", "expert 4 x data 2"),
+    pytest.param("expert_choice", "expert 2 x fsdp 2 x tensor 2", marks=pytest.mark.slow),
+  ],
+)
+def test_gates_that_travel_with_slots_change_nothing(router, mesh):
+  """As they do under recomputation, in pieces too: hidden activations are weighted, and
+  with them the bias of each expert, instead of the outputs of one device."""
+  how: dict[str, Any] = dict(
+    exchange="all_to_all", dispatcher="gather", exchange_chunks=3, expert_bias=True
+  )
+  shell = make(router, 1.0, dataclasses.replace(MODEL, remat="all"), **how)
+  (y, _, stats, _), grads = compute(shell, 1.0, MESHES[mesh], 8)
+  (y1, _, stats1, _), grads1 = compute(shell, 1.0, MeshConfig(data=1), 1)
+  near(y, y1, 1e-5)
+  np.testing.assert_array_equal(stats.load, stats1.load)
+  for one, other in zip(jax.tree.leaves(grads1), jax.tree.leaves(grads), strict=True):
+    near(other, one, 1e-4)
 
 
 @pytest.mark.parametrize("router", ["top2", "expert_choice"])

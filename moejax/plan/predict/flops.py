@@ -5,8 +5,9 @@ them in a compiled program. What is executed beyond three times the forward pass
 
   recomputation  a checkpointed layer runs its forward products again, except those whose
                  result no gradient needs: the last product of a feed-forward, and of the
-                 experts where gates multiply the hidden activations (sorted rows) or
-                 `remat=full` keeps what came back; `dots` recomputes experts only
+                 experts where gates multiply the hidden activations (sorted rows, and
+                 slots that are exchanged) or `remat=full` keeps what came back; `dots`
+                 recomputes experts only
   attention      splash (TPU) visits whole blocks on and below the diagonal, and computes
                  scores in both kernels of its backward pass; cuDNN visits all, and
                  computes scores again
@@ -34,7 +35,7 @@ def executed_flops(config: Config, load: Load) -> dict[str, float]:
   forward = load.forward
   tokens = load.tokens * load.microbatches / load.mesh["tensor"]
   remat, d = config.model.remat, load.dims
-  again = 1.0 if remat in ("all", "full") else 0.0
+  again = 1.0 if remat in ("all", "full", "offload") else 0.0
   post = config.model.norm_placement != "pre"
 
   def feed_forward(matrices: int) -> float:
@@ -77,10 +78,10 @@ def expert_products(config: Config, load: Load) -> int:
     # Parts and chunks are checkpointed by themselves, whatever the policy.
     own = (load.exchange == "ragged" and load.parts > 1) or config.moe.expert_chunks > 1
     return 3 * matrices + (matrices - 1 if own or remat != "none" else 0)
-  if remat in ("all", "dots"):
-    return 4 * matrices
-  kept = load.exchange == "all_to_all"
-  return 3 * matrices + (matrices - kept if remat == "full" else 0)
+  if remat == "none":
+    return 3 * matrices
+  kept = load.exchange == "all_to_all" and remat in ("full", "offload")
+  return 4 * matrices - (kept or load.gates_travel)
 
 
 def _scores(config: Config, load: Load) -> float:

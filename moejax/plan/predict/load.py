@@ -48,6 +48,13 @@ class Load:
   forward: Mapping[str, float]
   """FLOPs of the forward pass per token by part; see `cost.flops`."""
 
+  @property
+  def gates_travel(self) -> bool:
+    """Whether experts get gates with their rows, so that no output is needed again; slots
+    only under recomputation."""
+    slots = self.exchange == "all_to_all" and self.dispatcher == "gather"
+    return slots or self.exchange == "ragged"
+
   def on(self, mesh: Mapping[str, int]) -> "Load":
     """Returns the load on another mesh of the same token shards and `expert` axis."""
     return dataclasses.replace(self, mesh=mesh)

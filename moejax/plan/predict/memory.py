@@ -111,18 +111,20 @@ def logits(load: Load) -> float:
 def kept_activations(config: Config, load: Load, shares: Shares) -> float:
   """Returns what all layers keep for their backward pass, under the remat policy.
 
-  all keeps the input of each repeated unit; full also what experts exchanged; dots also
-  the products of attention and dense layers; none everything, gathered weights too.
+  all keeps the input of each repeated unit, and so does offload on devices with a host's
+  memory; full also what experts exchanged; dots also the products of attention and dense
+  layers; none everything, gathered weights too.
   """
   d, remat, size = load.dims, config.model.remat, bytes_of(config)
   units = d.num_layers - len(d.moe_layers) * (config.moe.every - 1)
   inputs = float(size * load.tokens * d.width * units)
-  if remat == "all":
+  if remat == "all" or (remat == "offload" and load.family != "cpu"):
     return inputs
   sparse = 0 if d.is_twin else len(d.moe_layers)
-  if remat == "full":
-    # Slots are kept on both sides of the experts, sorted rows where they arrive.
-    copies = {"ragged": 1, "ring": 1, "all_to_all": 2}.get(load.exchange, 0)
+  if remat in ("full", "offload"):
+    # Rows are kept where they arrive; on both sides of the experts without their gates.
+    slots = 1 if load.gates_travel else 2
+    copies = {"ragged": 1, "ring": 1, "all_to_all": slots}.get(load.exchange, 0)
     copies = 0 if load.parts > 1 and load.exchange == "ragged" else copies
     rows = load.tokens * load.mesh["expert"] if load.exchange == "ring" else load.buffer
     return inputs + sparse * copies * size * rows * d.width

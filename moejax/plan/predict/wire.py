@@ -162,18 +162,20 @@ def exchanges(config: Config, load: Load) -> int:
   """Returns how often rows are exchanged in a layer and microbatch.
 
   To the experts and back, forwards and backwards. Recomputation sends rows again, and
-  back again only where a gate's gradient needs the experts' output (slots); `remat=full`
-  keeps what was received, but parts are checkpointed by themselves.
+  back again only where a gate's gradient needs the experts' output (dense weights);
+  `remat=full` and `offload` keep what was received, but parts of ragged rows are
+  checkpointed by themselves.
   """
   remat = config.model.remat
   if load.exchange == "ragged":
     return 5 if load.parts > 1 or remat in ("all", "dots") else 4
-  again = {"ring": 1, "all_to_all": 2}.get(load.exchange, 0)
+  slots = 1 if load.gates_travel else 2
+  again = {"ring": 1, "all_to_all": slots}.get(load.exchange, 0)
   return 4 + (again if remat in ("all", "dots") else 0)
 
 
 def _tokens(config: Config, load: Load) -> Iterator[Sent]:
-  """Yields the exchanges of rows, and of their gates where rows are ragged."""
+  """Yields the exchanges of rows, and of the gates that travel with them."""
   devices = load.mesh["expert"]
   if devices == 1 or load.exchange == "none":
     return
@@ -182,12 +184,17 @@ def _tokens(config: Config, load: Load) -> Iterator[Sent]:
   rows, kind = load.choices, "all-to-all"
   if load.exchange == "ring":
     rows, kind = float(devices * load.tokens), "all-gather"
-  size = layers * exchanges(config, load) * rows * width * fraction(devices)
+  times = exchanges(config, load)
+  size = layers * times * rows * width * fraction(devices)
+  again = config.model.remat != "none"
+  if again and load.exchange == "all_to_all" and load.gates_travel:
+    # Not with what comes back, nor with its gradient.
+    size += layers * (times - 2) * rows * _GATE * fraction(devices)
   yield _row(kind, "expert", "tokens", size, overlaps=False)
   if load.exchange == "ragged":
     # Scalars are gathered from all devices: gates, again if recomputed, and their
     # gradients from the whole buffer.
-    twice = exchanges(config, load) - 3
+    twice = times - 3
     gates = twice * load.choices + load.buffer * load.parts
     size = layers * gates * devices * _GATE * fraction(devices)
     yield _row("all-gather", "expert", "tokens", size, overlaps=False)
