@@ -80,6 +80,8 @@ def memory_table(found: dict[str, Any]) -> Table:
   table.add_row("total", quantity(memory["total"], "B"), style="bold")
   if found["hbm_bytes"]:
     table.add_row("HBM", quantity(found["hbm_bytes"], "B"))
+  if memory["host"]:
+    table.add_row("in the host's memory", quantity(memory["host"], "B"))
   return table
 
 

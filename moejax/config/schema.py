@@ -272,8 +272,8 @@ class MoEConfig:
   device's routing groups, sent and computed one after the other, so that the buffer needs
   room for one part; the backward pass sends each part again."""
   expert_chunks: int = 1
-  """Sorted rows on GPU and TPU: chunks of rows computed in sequence, so that only one
-  chunk's hidden activations are in memory at a time."""
+  """Sorted rows on GPU and TPU, and slots under all_to_all: chunks of rows computed in
+  sequence, so that only one chunk's hidden activations are in memory at a time."""
   group_size: int = 0
   """T, tokens per routing group: the scope of capacity and balance; 0 is one sequence,
   -1 the whole batch."""

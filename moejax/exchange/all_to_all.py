@@ -18,7 +18,7 @@ from jaxtyping import Array, Float
 from moejax import parts
 from moejax.dispatch.base import Layout, SlotLayout
 from moejax.exchange.base import AXIS, SAVED_NAME, Options
-from moejax.experts.weights import ExpertWeights, apply_experts
+from moejax.experts.weights import ExpertWeights, apply_in_chunks
 from moejax.routing.placement import Placement
 
 
@@ -45,7 +45,8 @@ def all_to_all(
     flat = received.reshape(local, -1, width)
     if gate is not None:
       gate = _received(gate).swapaxes(0, 1).reshape(local, -1)
-    out = apply_experts(flat, weights, options.activation, gate=gate)
+    chunks, activation = options.expert_chunks, options.activation
+    out = apply_in_chunks(flat, weights, activation, gate=gate, chunks=chunks)
     back = _exchanged(out.reshape(received.shape).swapaxes(0, 1))
     # Without gates the backward pass needs the outputs, to weight them.
     return back if gate is not None else checkpoint_name(back, SAVED_NAME)

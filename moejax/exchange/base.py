@@ -41,7 +41,8 @@ class Options:
   """Whether the backward pass computes the experts again (`model.remat`). all_to_all:
   then gates travel with slots, so that it needs no output."""
   expert_chunks: int = 1
-  """Sorted rows: parts that are computed one after the other."""
+  """Sorted rows, and slots that are exchanged: parts of them that are computed one after
+  the other."""
 
 
 @pytree

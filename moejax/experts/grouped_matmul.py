@@ -192,17 +192,17 @@ def _in_chunks(
   low = jnp.arange(chunks, dtype=sizes.dtype)[:, None] * length
   inside = jnp.clip(jnp.stack([ends - sizes, ends])[:, None] - low[None], 0, length)
 
-  def part(weights: ExpertWeights, inputs: tuple[Array, Array, Array]) -> Any:
+  # Closes over the weights: carried, each part's residuals had a copy of them.
+  def part(_: None, inputs: tuple[Array, Array, Array]) -> Any:
     rows, gate, sizes = inputs
     out = apply_ragged_experts(
       rows, sizes, weights, activation, gate=gate, implementation=implementation
     )
-    return weights, out
+    return None, out
 
-  # The weights are carried, not closed over, so that their gradients add up in the carry.
   _, out = jax.lax.scan(
     jax.checkpoint(part, prevent_cse=False),
-    weights,
+    None,
     (parts, gates, inside[1] - inside[0]),
   )
   return out.reshape(chunks * length, -1)[:num_rows]

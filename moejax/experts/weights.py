@@ -87,6 +87,38 @@ def apply_experts(
   return _add(out, weights.b_out, gate)
 
 
+def apply_in_chunks(
+  rows: Float[Array, "E n D"],
+  weights: ExpertWeights,
+  activation: str,
+  *,
+  gate: Float[Array, "E n"] | None,
+  chunks: int,
+) -> Float[Array, "E n D"]:
+  """Does what `apply_experts` does, for equal parts of the rows one after the other.
+
+  Only one part's hidden activations are in memory at a time; the backward pass computes
+  them again.
+  """
+  if chunks == 1:
+    return apply_experts(rows, weights, activation, gate=gate)
+  num_experts, num_rows, width = rows.shape
+  length = -(-num_rows // chunks)
+  padding = ((0, 0), (0, chunks * length - num_rows))
+
+  def split(array: Array) -> Array:
+    padded = jnp.pad(array, padding + ((0, 0),) * (array.ndim - 2))
+    split = padded.reshape(num_experts, chunks, length, *array.shape[2:])
+    return split.swapaxes(0, 1)
+
+  def part(_: None, inputs: tuple[Array, Array | None]) -> tuple[None, Array]:
+    return None, apply_experts(inputs[0], weights, activation, gate=inputs[1])
+
+  pieces = split(rows), None if gate is None else split(gate)
+  _, out = jax.lax.scan(jax.checkpoint(part, prevent_cse=False), None, pieces)
+  return out.swapaxes(0, 1).reshape(num_experts, -1, width)[:, :num_rows]
+
+
 def _add(
   rows: Float[Array, "E *n F"],
   bias: Float[Array, "E F"] | None,

@@ -36,6 +36,8 @@ _CALLED = re.compile(
   r"(calls|to_apply|body|condition|true_computation|false_computation)=%?([\w.\-]+)"
 )
 _LAYOUT = re.compile(r"\{[^}]*\}")
+_ON_HOST = re.compile(r"[a-z]\w*\[[\d,]*\]\{[^}]*S\(5\)[^}]*\}")
+"""An array in the host's memory: XLA's memory space 5."""
 _QUOTED = re.compile(r'"(?:[^"\\]|\\.)*"')
 _BRANCHES = re.compile(r"branch_computations=\{([^}]*)\}")
 
@@ -140,7 +142,8 @@ class Program:
     )
 
   def stacked_bytes(self, parameters: set[tuple[int, ...]]) -> int:
-    """Returns the bytes that the loop over layers stacks for its backward pass.
+    """Returns the bytes that the loop over layers stacks for its backward pass, without
+    what it stacks in the host's memory.
 
     Args:
       parameters: shapes of parameters, which are also stacks but do not count.
@@ -150,10 +153,9 @@ class Program:
       if instruction.opcode != "while":
         continue
       trips, total = self._trips(instruction, self._entry), 0.0
+      shape = _ON_HOST.sub("", instruction.shape)
       for text, size in zip(
-        _ARRAY.findall(_LAYOUT.sub("", instruction.shape)),
-        _array_bytes(instruction.shape),
-        strict=True,
+        _ARRAY.findall(_LAYOUT.sub("", shape)), _array_bytes(shape), strict=True
       ):
         dims = tuple(int(d) for d in text[1].split(",") if d)
         is_stack = len(dims) > 2 and dims[0] == trips > 1

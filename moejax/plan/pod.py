@@ -124,7 +124,8 @@ def memory_of(step: CompiledStep, program: Program) -> dict[str, int]:
   `saved_activations` are the stacks that the forward loop over layers keeps for the
   backward loop; `gradients` is a float32 copy of the parameters; `buffers` is the rest
   of the temporaries. `peak` is the maximum of live bytes, which the compiler cannot
-  always pack without gaps.
+  always pack without gaps. `host` is what `remat=offload` keeps in the host's memory, and
+  not part of the total.
   """
   analysis = step.compiled.memory_analysis()
   params = _device_bytes(step.state["params"])
@@ -149,6 +150,7 @@ def memory_of(step: CompiledStep, program: Program) -> dict[str, int]:
     "temporaries": temporaries,
     "total": arguments + temporaries,
     "peak": getattr(analysis, "peak_memory_in_bytes", 0),
+    "host": getattr(analysis, "host_temp_size_in_bytes", 0),
   }
 
 

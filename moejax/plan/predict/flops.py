@@ -74,12 +74,14 @@ def _experts(config: Config, load: Load) -> float:
 def expert_products(config: Config, load: Load) -> int:
   """Returns products of expert matrices in a step: three for each, and repeated ones."""
   matrices, remat = load.dims.expert_matrices, config.model.remat
+  chunked = config.moe.expert_chunks > 1
   if load.dispatcher == "grouped":
     # Parts and chunks are checkpointed by themselves, whatever the policy.
-    own = (load.exchange == "ragged" and load.parts > 1) or config.moe.expert_chunks > 1
+    own = (load.exchange == "ragged" and load.parts > 1) or chunked
     return 3 * matrices + (matrices - 1 if own or remat != "none" else 0)
   if remat == "none":
-    return 3 * matrices
+    own = chunked and load.exchange == "all_to_all"
+    return 3 * matrices + (matrices - 1 if own else 0)
   kept = load.exchange == "all_to_all" and remat in ("full", "offload")
   return 4 * matrices - (kept or load.gates_travel)
 

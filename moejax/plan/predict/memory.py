@@ -191,22 +191,27 @@ def hidden(config: Config, load: Load) -> float:
     rows, matrices, chunks = float(load.tokens), d.matrices, 1
   else:
     wide, rows, matrices = d.expert_hidden, load.buffer, d.expert_matrices
-    # A ring's buffer of sorted rows counts as one chunk as well.
-    chunks = config.moe.expert_chunks if load.dispatcher == "grouped" else 1
+    chunks = expert_chunks(config, load)
   one = bytes_of(config) * rows / chunks * wide / load.mesh["tensor"]
   return one * _HIDDEN[matrices]
+
+
+def expert_chunks(config: Config, load: Load) -> int:
+  """Returns the parts in which experts compute a layer's rows; a ring's buffer of sorted
+  rows counts as one chunk as well."""
+  chunked = load.dispatcher == "grouped" or load.exchange == "all_to_all"
+  return config.moe.expert_chunks if chunked else 1
 
 
 def layer_weights(config: Config, load: Load, shares: Shares) -> float:
   """Returns the gathered weights of an MoE layer and the gradients of them.
 
-  Each chunk of expert rows keeps a copy of the weights; parts of an exchange add their
-  gradients up in float32.
+  Chunks of expert rows add their gradients up in one more copy of them, and parts of an
+  exchange in float32.
   """
   size, experts = bytes_of(config), shares.layer["experts"]
   others = sum(shares.layer.values()) - experts
-  chunks = config.moe.expert_chunks if load.dispatcher == "grouped" else 1
-  copies = 1 + (chunks if chunks > 1 else 0)
+  copies = 1 + (expert_chunks(config, load) > 1)
   wide = 4 if load.exchange == "ragged" and load.parts > 1 else 0
   return experts * (size * (copies + 2) + 2 * wide) + others * 2 * size
 
