@@ -50,7 +50,7 @@ def get_config() -> Config:
       offset=0,
       capacity_factor=None,
       exchange_buffer=1.25,
-      expert_chunks=4,
+      expert_chunks=8,
     ),
     optimizer=OptimizerConfig(learning_rate=3e-4, warmup_steps=2000),
     mesh=MeshConfig(data=1, fsdp=-1, expert=8, tensor=1),

@@ -3,8 +3,9 @@
 Parameters and moments are exact. The rest is a list of what is live at the two moments
 that can be the peak, of which the larger counts:
 
-  head   the loss: logits in float32, three times (logits, exponentials, gradient), the
-         vocabulary's gathered weights and gradients, and what all layers kept
+  head   the loss: logits in float32, three times (logits, exponentials, gradient) or twice
+         (TPU, where exponentials are never written), the vocabulary's gathered weights and
+         gradients, and what all layers kept
   layer  the backward pass of an MoE layer: gradients of all parameters in float32, what
          all layers kept, the layer's gathered weights and their gradients, what its
          attention computed again, rows received and hidden
@@ -29,8 +30,8 @@ from moejax.plan.predict.weights import Shares
 PACKING = {"tpu": 1.5, "gpu": 1.1, "cpu": 1.1}
 """By family."""
 
-_LOGITS = 3
-"""Arrays of the size of the logits that are live in the loss."""
+_LOGITS = {"tpu": 2, "gpu": 3, "cpu": 3}
+"""Arrays of the size of the logits that are live in the loss, by family."""
 _SCORES = 3
 """Arrays of the size of a layer's attention scores that are live without a kernel."""
 _MASKED = 3
@@ -75,7 +76,7 @@ def predicted(config: Config, load: Load, shares: Shares) -> Memory:
     # The GPU compiler has their buffers from the beginning.
     "gradients": sums + (0.0 if load.family == "tpu" else gradients),
     "activations": kept,
-    "logits": _LOGITS * logits(load),
+    "logits": _LOGITS[load.family] * logits(load),
     "exchange": 0.0,
     "temporary": _head_weights(config, shares),
   }
