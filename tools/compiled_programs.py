@@ -70,9 +70,9 @@ PROGRAMS = (
     topology="v5p:4x4x8",
     sizes=(1, 16, 8, 1),
     overrides={"moe.capacity_factor": 1.25},
-    memory=43.9,
-    flops=1.642,
-    wire=156.2,
+    memory=30.7,
+    flops=1.525,
+    wire=137.4,
   ),
   Program(
     name="mixtral-two-slices",
