@@ -92,6 +92,10 @@ def predicted(config: Config, load: Load, shares: Shares) -> Memory:
       + attention_activations(config, load)
     ),
   }
+  if config.model.remat == "offload" and load.family == "tpu":
+    # The compiler takes a layer out of the loops, whose backward pass meets the logits.
+    head = {kind: max(head[kind], layer[kind]) for kind in head}
+    head["temporary"] = layer["temporary"] + _head_weights(config, shares)
   peak, live = max(
     (("head", head), ("layer", layer)), key=lambda item: sum(item[1].values())
   )
