@@ -89,7 +89,7 @@ REFUSED = [
   (dict(data__tokenizer="byte"), "Did you mean bytes?"),
   (dict(model__activation="swish-glu"), "Did you mean swiglu?"),
   (dict(model__dtype="float16"), "--config.model.dtype=float16 is unknown."),
-  (dict(model__remat="half"), "Choose from none, full, all, dots."),
+  (dict(model__remat="half"), "Choose from none, full, offload, all, dots."),
   (
     dict(moe__router="swich"),
     "--config.moe.router=swich is unknown. Did you mean switch?",

@@ -99,5 +99,7 @@ def test_parts_keep_no_copies_of_the_weights():
 
   for function in (slots, ragged):
     grad = jax.jit(jax.grad(function, (0, 1, 2)))
-    found = stacked(grad.lower(rows, gate, weights).compile().as_text())
+    text = grad.lower(rows, gate, weights).compile().as_text()
+    assert text
+    found = stacked(text)
     assert found and not [s for s in found if s[1:] in ((4, 6, 8), (4, 8, 6))]

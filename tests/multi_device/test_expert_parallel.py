@@ -285,7 +285,7 @@ def test_groups_sent_in_parts_give_the_same_numbers(router):
   """Two groups a device, one after the other, each with room for any load of its own:
   values, statistics and gradients are those of one device, where nothing is sent."""
   factor = None if router == "top2" else 1.0
-  how = dict(exchange="ragged", dispatcher="grouped", group_size=S // 2)
+  how: dict[str, Any] = dict(exchange="ragged", dispatcher="grouped", group_size=S // 2)
   one = compute(make(router, factor, **how), factor, MeshConfig(data=1), 1)
   parts = make(router, factor, exchange_chunks=2, **how)
   for got in (parts, make(router, factor, exchange_chunks=3, **how)):

@@ -3,8 +3,8 @@
 Parameters and moments are exact. The rest is a list of what is live at the two moments
 that can be the peak, of which the larger counts:
 
-  head   the loss: logits in float32, three times (logits, exponentials, gradient) or twice
-         (TPU, where exponentials are never written), the vocabulary's gathered weights and
+  head   the loss: logits in float32, three times (logits, exponentials, gradient), on a
+         TPU twice (it never writes exponentials), the vocabulary's gathered weights and
          gradients, and what all layers kept
   layer  the backward pass of an MoE layer: gradients of all parameters in float32, what
          all layers kept, the layer's gathered weights and their gradients, what its
