@@ -120,8 +120,7 @@ def test_the_layer_goes_by_the_configs_number_of_choices():
   """As its check does, also where experts choose: K = P goes by ring, which has no
   buffer, so nothing is lost, however small the buffer."""
   mesh = layer.MESHES["expert 2 x fsdp 2 x tensor 2"]
-  how = dict(dispatcher="grouped", exchange_buffer=0.25)
-  shell = layer.make("expert_choice", 1.0, **how)
+  shell = layer.make("expert_choice", 1.0, dispatcher="grouped", exchange_buffer=0.25)
   (_, _, stats, _), _ = layer.compute(shell, 1.0, mesh, 8)
   assert stats.lost is None
   assert stats.load.sum() == layer.on_one_device("expert_choice", 1.0)[0][2].load.sum()
