@@ -25,47 +25,56 @@ from moejax.cli import flags as cli
 from moejax.config import Config
 from moejax.errors import ConfigError, UserError
 
-_FROM = flags.DEFINE_string(
-  "from_hf", None, "Folder of a published model, or hf://org/name."
-)
-_TO = flags.DEFINE_string("to_hf", None, "New folder to write a run's model to.")
-_DRY = flags.DEFINE_bool("dry_run", False, "Only print what would be done, by tensor.")
-_ARCHITECTURE = flags.DEFINE_string(
-  "architecture", None, "--to_hf: the model_type to write; default the one that fits."
-)
-_STEP = flags.DEFINE_integer(
-  "step", None, "--to_hf: which checkpoint; default the newest.", lower_bound=0
-)
+
+def define_flags() -> None:
+  """Defines what the program takes, besides a config and a run."""
+  text = flags.DEFINE_string
+  text("from_hf", None, "Folder of a published model, or hf://org/name.")
+  text("to_hf", None, "New folder to write a run's model to.")
+  flags.DEFINE_bool("dry_run", False, "Only print what would be done, by tensor.")
+  text(
+    "architecture", None, "--to_hf: the model_type to write; default the one that fits."
+  )
+  flags.DEFINE_integer(
+    "step", None, "--to_hf: which checkpoint; default the newest.", lower_bound=0
+  )
 
 
 def main() -> None:
-  if (_FROM.value is None) == (_TO.value is None):
+  given = flags.FLAGS
+  if (given.from_hf is None) == (given.to_hf is None):
     raise UserError("Give either --from_hf=DIR to import or --to_hf=DIR to export.")
-  if _TO.value is not None:
-    export(cli.run_directory(), pathlib.Path(_TO.value))
+  if given.to_hf is not None:
+    export(
+      cli.run_directory(),
+      pathlib.Path(given.to_hf),
+      step=given.step,
+      architecture=given.architecture,
+      dry_run=given.dry_run,
+    )
     return
-  if not flags.FLAGS.workdir and not _DRY.value:
+  if not given.workdir and not given.dry_run:
     raise UserError("--workdir=DIR is missing: give the directory of the new run.")
-  if _ARCHITECTURE.value is not None or _STEP.value is not None:
+  if given.architecture is not None or given.step is not None:
     raise UserError("--architecture and --step belong to --to_hf. Leave them out.")
-  import_(_FROM.value)
+  import_(given.from_hf, given.workdir, dry_run=given.dry_run)
 
 
-def import_(folder: str | None) -> None:
+def import_(folder: str | None, workdir: str | None, *, dry_run: bool = False) -> None:
   """Imports a published model as a run."""
   from moejax.interop import importing, published
 
   found = published.open_folder(folder or "")
   config = _config(found.config)
-  if _DRY.value:
+  if dry_run:
     _print_rows(found.loader.rows)
     for name, reason in found.loader.left_out.items():
       print(f"{name}  left out: {reason}")
     _print_summary(found.architecture.name, config)
     return
   shardings = _shardings(config, found.model)
-  workdir = pathlib.Path(flags.FLAGS.workdir)
-  sums = importing.make_run(found, workdir, config, shardings)
+  run_directory = pathlib.Path(workdir or "")
+  sums = importing.make_run(found, run_directory, config, shardings)
   for name, value in sums.items():
     print(f"{name}  {value}")
   left_out = sorted(set(found.loader.left_out.values()))
@@ -78,14 +87,21 @@ def import_(folder: str | None) -> None:
   if found.tokenizer is None:
     print("The folder has no tokenizer.json: programs that read or write text refuse it.")
   _print_summary(found.architecture.name, config)
-  print(f"{workdir}")
+  print(f"{run_directory}")
   print(
-    f"Fine-tune it with --config={workdir}/config.json --init_from={workdir} "
-    "--workdir=NEW."
+    f"Fine-tune it with --config={run_directory}/config.json "
+    f"--init_from={run_directory} --workdir=NEW."
   )
 
 
-def export(workdir: pathlib.Path, folder: pathlib.Path) -> None:
+def export(
+  workdir: pathlib.Path,
+  folder: pathlib.Path,
+  *,
+  step: int | None = None,
+  architecture: str | None = None,
+  dry_run: bool = False,
+) -> None:
   """Exports a run's model."""
   if folder.resolve().is_relative_to(workdir.resolve()):
     raise UserError(
@@ -98,7 +114,7 @@ def export(workdir: pathlib.Path, folder: pathlib.Path) -> None:
   from moejax.interop import exporting
   from moejax.interop.mapping import rows
 
-  shapes, stored, _ = peek(workdir, _STEP.value)
+  shapes, stored, _ = peek(workdir, step)
   config = _config(stored, allowed=("moe.eval_capacity_factor",))
   tokenizer = load_tokenizer(workdir) if (workdir / FILE).exists() else None
   vocab_size = config.model.vocab_size or int(shapes["embedding"]["table"].shape[0])
@@ -106,12 +122,12 @@ def export(workdir: pathlib.Path, folder: pathlib.Path) -> None:
     vocab_size = tokenizer.vocab_size  # Further rows are padding.
   model = groups.make_model(config, vocab_size)
   config.model.vocab_size = vocab_size
-  architecture, _ = exporting.choose(config, _ARCHITECTURE.value)
-  if _DRY.value:
-    _print_rows(rows(architecture, model))
-    _print_summary(architecture.name, config)
+  found, _ = exporting.choose(config, architecture)
+  if dry_run:
+    _print_rows(rows(found, model))
+    _print_summary(found.name, config)
     return
-  params, _, meta = restore_params(workdir, _STEP.value)
+  params, _, meta = restore_params(workdir, step)
   exporting.export(
     config,
     model,
@@ -119,13 +135,13 @@ def export(workdir: pathlib.Path, folder: pathlib.Path) -> None:
     folder,
     tokenizer=tokenizer,
     taken_along=workdir,
-    name=architecture.name,
+    name=found.name,
     kept=meta.get("converted_from", {}).get("kept"),
   )
   for name, leaf in meta["leaves"].items():
     if name.startswith("params."):
       print(f"{name.removeprefix('params.')}  {leaf['sum']}")
-  _print_summary(architecture.name, config)
+  _print_summary(found.name, config)
   print(folder)
 
 
@@ -198,6 +214,7 @@ def _print_summary(architecture: str, config: Config) -> None:
 def run() -> None:
   """Runs the program."""
   cli.define_config(default=None)
+  define_flags()
   # hf:// is no bucket's, and `published` refuses the others.
   cli.run(main, buckets=("from_hf",))
 

@@ -179,7 +179,7 @@ def test_another_model_is_refused_before_it_is_checked(run, monkeypatch, field, 
   with pytest.raises(UserError, match=words):
     program.export(run, run.parent / "out")
   with pytest.raises(UserError, match=words):
-    program.import_(str(golden("gpt_oss")))
+    program.import_(str(golden("gpt_oss")), str(run.parent / "new"))
 
 
 def test_a_field_of_the_conversion_is_still_checked(run, monkeypatch):
