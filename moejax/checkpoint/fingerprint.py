@@ -32,6 +32,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from moejax import splitmix
+from moejax.sharding.rules import is_axes
 
 EXPERT_AXES = ("expert", "experts")
 """Logical names of the axis that stacks experts."""
@@ -76,11 +77,7 @@ def expert_axes(tree: Any, logical_axes: Any) -> dict[str, int]:
   """
   if logical_axes is None:
     return {}
-
-  def is_axes(value: Any) -> bool:
-    return isinstance(value, tuple)
-
-  flat = jax.tree_util.tree_flatten_with_path(logical_axes, is_leaf=is_axes)[0]
+  flat = jax.tree_util.tree_leaves_with_path(logical_axes, is_leaf=is_axes)
   stacked = {}
   for path, names in flat:
     position = [i for i, name in enumerate(names) if name in EXPERT_AXES]

@@ -340,7 +340,7 @@ def language_model() -> type[Any]:
       Adapter.__init__(self, run, batch_size=size, truncate=truncate)
       self._rank, self._world_size = jax.process_index(), jax.process_count()
 
-    def gather_object(self, obj: Any, dst: int = 0) -> list[Any] | None:
+    def gather_object(self, obj: Any, dst: int = 0) -> Any:  # None, except on dst.
       gathered = _gather(obj)
       return gathered if self._rank == dst else None
 

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array
 
-LogicalAxes = tuple[str | None, ...]
+from moejax.sharding.rules import LogicalAxes
 
 
 def matrix(

@@ -28,7 +28,7 @@ from moejax.config.pattern import Pattern
 from moejax.config.router import CONFIGURED, factor_of
 from moejax.layers.attend import Context, attention_masks
 from moejax.layers.block import BlockInputs, CallOptions
-from moejax.layers.embedding import Embedding
+from moejax.layers.embedding import Embedding, TokenTable
 from moejax.layers.moe import LayerInputs, loss_weights
 from moejax.models import trained as trained_lib
 from moejax.models.frozen import Masks, masks
@@ -332,10 +332,15 @@ class Decoder:
     inputs = self._inputs(
       params, tokens, self._biased(params, context, cache), step=step, options=options
     )
-    embedding = self._embedding.merge(params["embedding"])
+    return self._embed(params, tokens), inputs, cache
+
+  def _embed(
+    self, params: Params, tokens: Int[Array, "B S"], own: TokenTable | None = None
+  ) -> Float[Array, "B S D"]:
+    """Looks tokens up in a stack's own table, or in the model's."""
+    table = self._embedding.merge(params["embedding"]) if own is None else own
     with parts.scope(parts.EMBEDDING):
-      x = on_tokens(embedding.embed(tokens, jnp.dtype(self.config.dtype)))
-    return x, inputs, cache
+      return on_tokens(table.embed(tokens, jnp.dtype(self.config.dtype)))
 
   def finish(self, params: Params, x: Float[Array, "B S D"]) -> Float[Array, "B S V"]:
     """Returns logits, from the last block's output."""

@@ -27,7 +27,6 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Key
 
-from moejax import parts
 from moejax.config.encoder import encoder_model, encoder_moe
 from moejax.config.router import CONFIGURED, factor_of
 from moejax.layers.attend import Context, attend_to_all
@@ -37,7 +36,6 @@ from moejax.models.decoder import Decoder
 from moejax.models.output import Cache, DecoderOutput, Memory, collect
 from moejax.models.stack import Stack
 from moejax.routing.base import RouterStats
-from moejax.sharding.mesh import on_tokens
 from moejax.types import Params
 
 _ENCODER_KEY = 2**31 - 3
@@ -110,8 +108,7 @@ class EncoderDecoder(Decoder):
       present: as in `Decoder`.
       step: as in `Decoder`.
     """
-    if segment_ids is None:
-      segment_ids = jnp.ones_like(tokens)
+    segment_ids = _segments(tokens, segment_ids)
     if present is None and train and key is not None:
       present = self.present_experts(key)
     told = LayerInputs(batch_chosen=batch_chosen, present=present)
@@ -125,9 +122,7 @@ class EncoderDecoder(Decoder):
     memory, auxes = None, []
     if cache is None:
       assert encoder_tokens is not None
-      seen = encoder_segment_ids
-      if seen is None:
-        seen = jnp.ones_like(encoder_tokens)
+      seen = _segments(encoder_tokens, encoder_segment_ids)
       memory, auxes = self._encode(
         *(params, encoder_tokens, seen, encoder_positions),
         key=key,
@@ -140,24 +135,15 @@ class EncoderDecoder(Decoder):
       assert cache.memory is not None
       seen = cache.memory.segment_ids
     context, cache = self._context(segment_ids, positions, cache)
-    own = params["decoder"]
     inputs = self._inputs(
-      *(params, tokens, self._biased(own, context, cache)),
+      *(params, tokens, self._biased(params["decoder"], context, cache)),
       step=step,
       options=options,
       memory=memory,
       cross=_across(context, seen),
     )
-    embedding = self._embedding.merge(params["embedding"])
-    with parts.scope(parts.EMBEDDING):
-      x = on_tokens(embedding.embed(tokens, jnp.dtype(self.config.dtype)))
-    x, mine, layers = self.stack.run(
-      *(own, x, inputs, key, jax.tree.map(lambda leaf: leaf[used:], told)),
-      cache=None if cache is None else cache.layers,
-      remembered=None if cache is None or cache.memory is None else cache.memory.layers,
-    )
-    if cache is not None:
-      cache = dataclasses.replace(cache, layers=layers)
+    told = jax.tree.map(lambda leaf: leaf[used:], told)
+    x, mine, cache = self._decode(params, tokens, inputs, key, told, cache)
     if encoder_weight is None:
       encoder_weight = _targets_per_token(segment_ids, seen)
     aux, stats, asked = _joined(auxes, mine, encoder_weight)
@@ -185,8 +171,7 @@ class EncoderDecoder(Decoder):
       segment_ids: 0 for padding, 1 elsewhere; None is no padding.
       capacity_factor: as in a call.
     """
-    if segment_ids is None:
-      segment_ids = jnp.ones_like(encoder_tokens)
+    segment_ids = _segments(encoder_tokens, segment_ids)
     options = CallOptions(
       train=False, capacity_factor=factor_of(self.moe, capacity_factor, train=False)
     )
@@ -237,15 +222,39 @@ class EncoderDecoder(Decoder):
     inputs: BlockInputs = self._inputs(
       params, tokens, context, step=step, options=options
     )
-    embedding = self.encoder.embedding(own)
-    if embedding is None:
-      embedding = self._embedding.merge(params["embedding"])
-    with parts.scope(parts.EMBEDDING):
-      x = on_tokens(embedding.embed(tokens, jnp.dtype(self.config.dtype)))
+    x = self._embed(params, tokens, self.encoder.embedding(own))
     if key is not None:
       key = jax.random.fold_in(key, _ENCODER_KEY)
     x, auxes, _ = self.encoder.run(own, x, inputs, key, told)
     return self.encoder.normalise(own, x), auxes
+
+  def _decode(
+    self,
+    params: Params,
+    tokens: Int[Array, "B S"],
+    inputs: BlockInputs,
+    key: Key[Array, ""] | None,
+    told: LayerInputs,
+    cache: Cache | None,
+  ) -> tuple[Float[Array, "B S D"], list[MoEAux], Cache | None]:
+    """Runs the decoder's blocks, whose keys and values it adds to the cache."""
+    own, x = params["decoder"], self._embed(params, tokens)
+    if cache is None:
+      x, auxes, _ = self.stack.run(own, x, inputs, key, told)
+      return x, auxes, None
+    x, auxes, layers = self.stack.run(
+      *(own, x, inputs, key, told),
+      cache=cache.layers,
+      remembered=None if cache.memory is None else cache.memory.layers,
+    )
+    return x, auxes, dataclasses.replace(cache, layers=layers)
+
+
+def _segments(
+  tokens: Int[Array, "B S"], segment_ids: Int[Array, "B S"] | None
+) -> Int[Array, "B S"]:
+  """Returns the segments, one per row where none are given."""
+  return jnp.ones_like(tokens) if segment_ids is None else segment_ids
 
 
 def _across(context: Context, seen: Int[Array, "B M"]) -> Context:

@@ -37,6 +37,7 @@ from moejax.models.per_layer import PARTS, by_part, windowed_by_part
 from moejax.models.shell import Shell
 from moejax.models.unit import remat, unrolled
 from moejax.routing.base import RouterStats
+from moejax.sharding.rules import is_axes
 from moejax.types import Params
 
 
@@ -154,9 +155,7 @@ class Stack:
     """Returns the dimension names of every parameter."""
 
     def stacked(block: Params) -> Params:
-      return jax.tree.map(
-        lambda names: ("layer", *names), block, is_leaf=lambda a: isinstance(a, tuple)
-      )
+      return jax.tree.map(lambda names: ("layer", *names), block, is_leaf=is_axes)
 
     axes: Params = {}
     for part in PARTS:

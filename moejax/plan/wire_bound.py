@@ -23,7 +23,7 @@ from moejax.cost.parameters import resolve_vocab_size
 from moejax.models import trained
 from moejax.models.make import make_model
 from moejax.routing.capacity import capacity_of
-from moejax.sharding.rules import RULES
+from moejax.sharding.rules import RULES, is_axes
 
 
 def wire_bound(config: Config, mesh: dict[str, int]) -> float:
@@ -44,7 +44,7 @@ def wire_bound(config: Config, mesh: dict[str, int]) -> float:
   # Untrained parameters have no gradients to reduce.
   axes = trained.of_trained(model.logical_axes(), model.trained())
   shapes = trained.shapes(model.shapes(), model.trained())
-  names_of = jax.tree.leaves(axes, is_leaf=lambda a: isinstance(a, tuple))
+  names_of = jax.tree.leaves(axes, is_leaf=is_axes)
   total = 0.0
   for names, leaf in zip(names_of, jax.tree.leaves(shapes), strict=True):
     spec = [axis for axis in RULES.spec(names) if axis is not None]

@@ -17,6 +17,15 @@ from moejax.errors import ConfigError
 from moejax.sharding.mesh import TOKEN_AXES, num_token_shards
 
 LogicalAxes = tuple[str | None, ...]
+"""Names of an array's dimensions."""
+
+STACKED = ("layer", "expert")
+"""Dimensions along which matrices are stacked: every layer and expert has its own."""
+
+
+def is_axes(node: Any) -> bool:
+  """Returns whether a node of a tree of logical axes is a leaf."""
+  return isinstance(node, tuple)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -93,9 +102,7 @@ def shardings(
         )
     return NamedSharding(mesh, spec)
 
-  return jax.tree_util.tree_map_with_path(
-    one, logical_axes, shapes, is_leaf=lambda x: isinstance(x, tuple)
-  )
+  return jax.tree_util.tree_map_with_path(one, logical_axes, shapes, is_leaf=is_axes)
 
 
 def like_parameters(mesh: Mesh, tree: Any, params: Any, param_shardings: Any) -> Any:

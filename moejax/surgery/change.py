@@ -22,6 +22,7 @@ from moejax.checkpoint.lazy import LazyArray
 from moejax.config import Config, MoEConfig
 from moejax.errors import ConfigError
 from moejax.models.decoder import TABLE, Decoder
+from moejax.sharding.rules import is_axes
 from moejax.surgery.gates import initial_router
 from moejax.surgery.operation import ROUTER, Choice, Kind, Layer, Operation
 from moejax.surgery.where import Where, layers_of
@@ -117,15 +118,9 @@ class Change:
   @functools.cached_property
   def _names(self) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
     """Old shapes, new shapes and axes of both, by dotted name."""
-
-    def is_axes(value: Any) -> bool:
-      return isinstance(value, tuple)
-
     axes: dict[str, Any] = {}
     for model in (self.old_model, self.new_model):
-      flat = jax.tree_util.tree_flatten_with_path(model.logical_axes(), is_leaf=is_axes)[
-        0
-      ]
+      flat = jax.tree_util.tree_leaves_with_path(model.logical_axes(), is_leaf=is_axes)
       axes |= {fingerprint.leaf_name(path): names for path, names in flat}
     old = fingerprint.named_leaves(self.old_model.shapes())
     return old, fingerprint.named_leaves(self.shapes), axes

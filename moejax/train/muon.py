@@ -25,10 +25,9 @@ from optax.contrib import scale_by_muon
 
 from moejax.config import OptimizerConfig
 from moejax.sharding.mesh import NEWTON_SCHULZ, mesh_in_scope, shard_map
-from moejax.sharding.rules import RULES, LogicalAxes
+from moejax.sharding.rules import RULES, STACKED, LogicalAxes, is_axes
 from moejax.types import Params
 
-_STACKED = ("layer", "expert")
 _OUTER = ("width", "rank")
 _INNER = ("hidden", "heads", "kv_heads", "head_dim")
 
@@ -40,9 +39,9 @@ def muon(config: OptimizerConfig, axes: Params) -> optax.GradientTransformation:
     config: moments, iterations and scale.
     axes: logical axes of the trained parameters.
   """
-  labels = jax.tree.map(is_matrix, axes, is_leaf=_is_axes)
+  labels = jax.tree.map(is_matrix, axes, is_leaf=is_axes)
   names = jax.tree.map(
-    lambda n: n if is_matrix(n) else optax.MaskedNode(), axes, is_leaf=_is_axes
+    lambda n: n if is_matrix(n) else optax.MaskedNode(), axes, is_leaf=is_axes
   )
   steps, rms = config.newton_schulz_steps, config.update_rms
 
@@ -72,7 +71,7 @@ def is_matrix(names: LogicalAxes) -> bool:
   Args:
     names: logical axes of the parameter.
   """
-  own = [n for n in names if n not in _STACKED]
+  own = [n for n in names if n not in STACKED]
   inner = [n for n in own if n in _INNER]
   if own == ["width", "latent"]:
     return True
@@ -92,7 +91,7 @@ def orthogonalize(
     rms: root mean square of the entries of each result, if its singular values are 1.
   """
   spec = RULES.spec(names)
-  shared = {i: axis for i, axis in enumerate(spec) if axis and names[i] not in _STACKED}
+  shared = {i: axis for i, axis in enumerate(spec) if axis and names[i] not in STACKED}
 
   def function(part: Float[Array, "..."]) -> Float[Array, "..."]:
     whole = part
@@ -115,7 +114,7 @@ def _orthogonal(
   momentum: Float[Array, "..."], names: LogicalAxes, steps: int
 ) -> Float[Array, "..."]:
   """Returns orthogonal matrices with entries of root mean square 1."""
-  num_stacked = sum(n in _STACKED for n in names)
+  num_stacked = sum(n in STACKED for n in names)
   own = momentum.shape[num_stacked:]
   rows, columns = (own[0], -1) if names[num_stacked] in _OUTER else (-1, own[-1])
   matrices = momentum.reshape(*momentum.shape[:num_stacked], rows, columns)
@@ -132,7 +131,3 @@ def _orthogonal(
   # root mean square of 1 / sqrt(max(m, n)).
   scale = max(matrices.shape[-2:]) ** 0.5
   return scale * orthogonal(matrices).reshape(momentum.shape)
-
-
-def _is_axes(value: Any) -> bool:
-  return isinstance(value, tuple)

@@ -26,13 +26,13 @@ from jaxtyping import Array, Float, Int
 from moejax.config import OptimizerConfig
 from moejax.errors import ConfigError
 from moejax.models import trained as trained_lib
+from moejax.sharding.rules import STACKED, LogicalAxes, is_axes
 from moejax.train.muon import muon
 from moejax.types import Params
 
 Schedule = Callable[[Int[Array, ""]], Float[Array, ""]]
 
-LAYER_AXIS = "layer"
-"""The logical axis that stacks layers; ignored when telling matrices from vectors."""
+_OF_HEADS = ("heads", "kv_heads", "head_dim")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -151,26 +151,21 @@ def make_optimizer(
 def decay_mask(axes: Any) -> Any:
   """Returns True for the parameters that weight decay applies to: the matrices.
 
-  A matrix has two or more axes besides the one that stacks layers. A table indexed by
-  token (its first axis is the vocabulary) is an embedding, tied or not; an output
-  projection [D, V] is a matrix. A bias of heads x head_dim also has two axes and is
-  recognised by its name.
+  A matrix has two or more axes besides those that stack layers and experts. A table
+  indexed by token (its first axis is the vocabulary) is an embedding, tied or not; an
+  output projection [D, V] is a matrix. What has axes of heads alone is a bias: that of a
+  projection [H, head_dim], or of relative positions [buckets, H].
 
   Args:
     axes: tree of tuples of logical axis names, structured like the parameters.
   """
 
-  def decays(path: tuple[Any, ...], names: tuple[str | None, ...]) -> bool:
-    own = [n for n in names if n != LAYER_AXIS]
-    is_bias = "bias" in jax.tree_util.keystr(path[-1:])
+  def decays(names: LogicalAxes) -> bool:
+    own = [name for name in names if name not in STACKED]
+    is_bias = any(own) and all(name is None or name in _OF_HEADS for name in own)
     return len(own) >= 2 and own[0] != "vocab" and not is_bias
 
-  return jax.tree_util.tree_map_with_path(decays, axes, is_leaf=is_axes)
-
-
-def is_axes(value: Any) -> bool:
-  """Returns whether a node of a logical-axes tree is a leaf: a tuple of names."""
-  return isinstance(value, tuple) and all(n is None or isinstance(n, str) for n in value)
+  return jax.tree.map(decays, axes, is_leaf=is_axes)
 
 
 def make_schedule(config: OptimizerConfig, num_steps: int) -> Schedule:

@@ -104,15 +104,7 @@ def set_up(
   workdir_lib.prepare(workdir, config, mesh=mesh.shape)
   if left_out:
     reporter.message(left_out)
-  reporter.message(describe(config, mesh, frozen.get("total", 0)))
-  if not begun or begun[-1] < config.train.num_steps:
-    size = memory.state_bytes(config, parameters.resolve_vocab_size(config), frozen)
-    reporter.message(disk.foresee(config, workdir, size, begun))
-  if init_from and begun:
-    reporter.message(
-      f"Note: --init_from={init_from} is not read, since {workdir} has parameters of its "
-      f"own (step {begun[-1]})."
-    )
+  _announce(reporter, config, workdir, mesh, frozen, init_from=init_from, begun=begun)
   dataset = _load_data(config, workdir, init_from)
   workdir_lib.prepare(
     *(workdir, config, dataset.fingerprint, mesh.shape, dataset.corpus_fingerprint),
@@ -149,6 +141,32 @@ def set_up(
     emergency=local,
     flops_per_token=flops.flops_per_token(config, model.vocab_size)["total"],
   )
+
+
+def _announce(
+  reporter: Reporter,
+  config: Config,
+  workdir: RunPath,
+  mesh: Mesh,
+  frozen: dict[str, int],
+  *,
+  init_from: str,
+  begun: Sequence[int],
+) -> None:
+  """Says what is about to be trained, what it will take of the disk, what is not read.
+
+  Args:
+    begun: steps of the checkpoints that are there, ascending.
+  """
+  reporter.message(describe(config, mesh, frozen.get("total", 0)))
+  if not begun or begun[-1] < config.train.num_steps:
+    size = memory.state_bytes(config, parameters.resolve_vocab_size(config), frozen)
+    reporter.message(disk.foresee(config, workdir, size, begun))
+  if init_from and begun:
+    reporter.message(
+      f"Note: --init_from={init_from} is not read, since {workdir} has parameters of its "
+      f"own (step {begun[-1]})."
+    )
 
 
 def _check_frozen(config: Config, mesh: Mesh) -> dict[str, int]:

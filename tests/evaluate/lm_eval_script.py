@@ -7,13 +7,16 @@ Requests are a JSON object: the arguments of each kind. So are the answers.
 
 import json
 import sys
+from typing import Any
 
 from lm_eval.api.instance import Instance  # pyright: ignore[reportMissingImports]
 from lm_eval.models.huggingface import HFLM  # pyright: ignore[reportMissingImports]
 
 
 def main() -> None:
-  model = HFLM(
+  # Its constructor is wrapped: with lm_eval installed, no argument of it is known.
+  make_model: Any = HFLM
+  model = make_model(
     pretrained=sys.argv[1],
     device="cpu",
     dtype="float32",

@@ -15,7 +15,7 @@ import numpy as np
 from moejax.config import Config
 from moejax.cost.parameters import resolve_vocab_size
 from moejax.models.make import make_model
-from moejax.sharding.rules import RULES
+from moejax.sharding.rules import RULES, is_axes
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -73,7 +73,6 @@ def part_of(path: str) -> str:
 def weights_of(config: Config) -> tuple[Weight, ...]:
   """Returns every parameter of a config's model; creates none."""
   model = make_model(config.model, config.moe, vocab_size=resolve_vocab_size(config))
-  is_axes = lambda leaf: isinstance(leaf, tuple)  # noqa: E731
   axes = jax.tree.leaves(model.logical_axes(), is_leaf=is_axes)
   trained = jax.tree.leaves(model.trained())
   shapes = jax.tree_util.tree_leaves_with_path(model.shapes())
