@@ -112,8 +112,8 @@ def replacing(path: RunPath | str) -> Iterator[Path]:
     path: of the file, in an existing directory or a bucket.
 
   Yields:
-    A temporary file, in the same directory and renamed to `path` unless the body raises;
-    for a bucket on this machine, and uploaded.
+    A temporary file in the same directory, renamed to `path` unless the body raises. For
+    a bucket, it is on this machine and is uploaded.
   """
   if in_bucket(path):
     path = run_path(path)

@@ -116,7 +116,7 @@ class Option:
 
 
 def check_type(flag: str, value: Any, kind: type, expected: str) -> None:
-  """Rejects a value of another type than `kind`; an int is a float too.
+  """Rejects a value that is not of type `kind`; an int counts as a float.
 
   Raises:
     ConfigError: names the flag, the value and what is `expected`.

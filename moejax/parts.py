@@ -1,7 +1,7 @@
 """The parts of a train step, as named scopes of the compiled program.
 
-Each operation carries the innermost part it was traced under, in its metadata alone: no
-value and no instruction depends on it. `moejax.hlo.parts` reads them, and a profiler
+The metadata of each operation names the innermost part it was traced under; values and
+instructions do not depend on it. `moejax.hlo.parts` reads these names, and a profiler
 (Perfetto, XProf) shows them.
 """
 
@@ -15,23 +15,23 @@ _F = TypeVar("_F", bound=Callable[..., Any])
 
 EMBEDDING = "embedding"
 NORM = "norm"
-"""Norms, and what adds to the residual stream."""
+"""Norms, and additions to the residual stream."""
 ATTENTION = "attention"
 FEED_FORWARD = "feed_forward"
 """Dense layers, and shared experts."""
 ROUTER = "router"
 """Scores, choices, slots, and the router's own losses and statistics."""
 DISPATCH = "dispatch"
-"""Tokens into experts' rows."""
+"""Copying tokens to the experts' rows."""
 EXCHANGE = "exchange"
-"""Rows, tokens or weights between devices."""
+"""Sending rows, tokens or weights between devices."""
 EXPERTS = "experts"
 COMBINE = "combine"
-"""Experts' rows into tokens, weighted."""
+"""Adding up each token's weighted rows."""
 HEAD = "head"
 LOSS = "loss"
 OPTIMIZER = "optimizer"
-"""Clipping, moments, the update, and biases that a step moves."""
+"""Clipping, moments, the update, and biases that a step updates by a rule."""
 
 PARTS = (
   EMBEDDING,
@@ -50,7 +50,7 @@ PARTS = (
 """In the order of a step."""
 
 PREFIX = "moejax_"
-"""Before a part in the name of its scope, so that no function of another name is one."""
+"""Prefix of a part's scope name, so that no function's name is mistaken for a part."""
 
 
 def scope(part: str) -> Any:
@@ -59,7 +59,7 @@ def scope(part: str) -> Any:
 
 
 def of_part(part: str) -> Callable[[_F], _F]:
-  """Returns a decorator: a call of the function is in the part's scope."""
+  """Returns a decorator that runs a function in the part's scope."""
 
   def decorate(function: _F) -> _F:
     @functools.wraps(function)

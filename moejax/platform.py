@@ -4,7 +4,7 @@ import jax
 
 
 def target_platform() -> str:
-  """Returns cpu, gpu or tpu: of the mesh in scope, else of jax's default backend.
+  """Returns cpu, gpu or tpu, from the mesh in scope or else jax's default backend.
 
   A program for a TPU pod can be compiled on a machine without TPUs. The default backend
   there is the CPU, but the mesh has the target devices.

@@ -1,8 +1,8 @@
 """Layouts: how one device brings tokens to its experts, and results back.
 
-A layout is made of a placement, whoever placed the tokens. `to_experts` turns tokens into
-rows that experts can compute, `from_experts` adds up each token's weighted results, and
-`run` does all of it on one device. Between the two an exchange (`moejax.exchange`) may
+A layout is made from a placement of any router. `to_experts` turns tokens into rows that
+experts can compute, `from_experts` adds up each token's weighted results, and `run` does
+all of it on one device. Between the two, an exchange (`moejax.exchange`) may
 carry the rows to other devices. All layouts give the same values and gradients; they
 differ in memory and speed.
 
@@ -48,8 +48,8 @@ class Layout(abc.ABC):
 class SlotLayout(Layout):
   """A layout whose rows have a size that does not depend on the load.
 
-  So one all-to-all of known shape carries them. No token collects an empty slot, so these
-  need no mask, and cost as much as full ones.
+  One all-to-all of known shape can therefore carry them. No token collects an empty slot,
+  so empty slots need no mask, but they cost as much as full ones.
   """
 
   @classmethod
@@ -63,14 +63,14 @@ class SlotLayout(Layout):
 
   @abc.abstractmethod
   def from_experts(self, rows: Float[Array, "E G C D"]) -> Float[Array, "G T D"]:
-    """Returns each token's sum of outputs, weighted."""
+    """Returns each token's weighted sum of outputs."""
 
   def gates(self) -> Float[Array, "E G C"] | None:
     """Returns the gate of each slot, to travel with it; None where tokens share slots."""
     return None
 
   def add_up(self, rows: Float[Array, "E G C D"]) -> Float[Array, "G T D"]:
-    """Returns each token's sum of outputs that `gates` have weighted already."""
+    """Returns each token's sum of outputs, which are already weighted by `gates`."""
     raise NotImplementedError(f"{type(self).__name__} has no gates to weight by")
 
   def run(

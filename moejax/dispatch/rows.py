@@ -29,7 +29,7 @@ LOOP = "loop"
 
 @pytree
 class Rows(Layout):
-  """The assignments of all groups in expert order; as many rows as assignments."""
+  """The assignments of all groups in expert order, one row each."""
 
   moves: permute.Moves
   gate: Float[Array, "A"]
@@ -38,7 +38,7 @@ class Rows(Layout):
 
   @classmethod
   def of(cls, placement: Placement) -> "Rows":
-    """Sorts nothing again.
+    """Returns the layout of G groups, without sorting again.
 
     Each group is already sorted, so an assignment's row is its expert's start, plus the
     expert's rows from earlier groups, plus its own slot.
@@ -79,7 +79,7 @@ class Rows(Layout):
 
   @parts.of_part(parts.COMBINE)
   def from_experts(self, rows: Float[Array, "A D"]) -> Float[Array, "T D"]:
-    """Adds up the rows of each token of all groups; they are weighted already."""
+    """Returns each token's sum of rows, which are already weighted."""
     return permute.add_up(rows, self.moves)
 
   def run(

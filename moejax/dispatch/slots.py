@@ -26,7 +26,7 @@ class Slots(SlotLayout):
   """E*C slots of each group, filled by index. Dropless has C = T."""
 
   moves: permute.Moves
-  """Of each group; its rows are the slots, in expert order."""
+  """The moves of each group; rows are the slots, in expert order."""
   gate: Float[Array, "G N"]
   num_experts: int = static_field()
   num_slots: int = static_field()

@@ -2,8 +2,8 @@
 
 Carries the layouts whose rows are slots: those filled by index, and dense mixtures. Under
 recomputation the gate of a slot that holds one token travels with it, and outputs come
-back weighted: the backward pass needs none, so none is computed or sent again. Runs
-inside a `jax.shard_map`.
+back weighted. The backward pass then needs no outputs, so none are computed or sent
+again. Runs inside a `jax.shard_map`.
 
 Letters: G groups of this device, T tokens of a group, D width, E experts, P devices of
 the expert axis, L = E/P local experts, C slots per expert and group.
@@ -33,7 +33,7 @@ def all_to_all(
   assert issubclass(layout, SlotLayout), layout
   slots = layout.of(placement)
   rows = slots.to_experts(x)
-  # Otherwise it would only keep the hidden activations twice, with gates and without.
+  # Without recomputation, gates would only store the hidden activations a second time.
   gates = slots.gates() if options.recomputed else None
   devices, width = jax.lax.axis_size(AXIS), x.shape[-1]
   local = rows.shape[0] // devices
@@ -63,11 +63,11 @@ def all_to_all(
 
 
 def _received(rows: Float[Array, "P L n *D"]) -> Float[Array, "P L n *D"]:
-  """Returns what experts are sent, which a remat policy may save."""
+  """Returns the exchanged inputs of the experts, which a remat policy may save."""
   return checkpoint_name(_exchanged(rows), SAVED_NAME)
 
 
 @parts.of_part(parts.EXCHANGE)
 def _exchanged(rows: Float[Array, "P L n *D"]) -> Float[Array, "P L n *D"]:
-  """Part d goes to device d; afterwards the first index is the sender."""
+  """Sends part d to device d; afterwards the first index is the sender."""
   return jax.lax.all_to_all(rows, AXIS, split_axis=0, concat_axis=0, tiled=True)

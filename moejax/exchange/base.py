@@ -1,8 +1,8 @@
-"""What every exchange is given and returns.
+"""The interface of an exchange: its inputs and outputs.
 
 An exchange carries the rows of a layout to the devices that hold their experts, and back.
-It runs inside one `jax.shard_map`, on the groups of its device. Which exchange can carry
-which layout is said in `moejax.config.exchange_rule`.
+It runs inside one `jax.shard_map`, on the groups of its device.
+`moejax.config.exchange_rule` defines which exchange can carry which layout.
 
 Letters: G groups of this device, T tokens of a group, D width, E experts.
 """
@@ -24,11 +24,11 @@ SAVED_NAME = "expert_exchange"
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Options:
-  """How experts are run and tokens travel; see the flags of the same names."""
+  """How experts are run and tokens are exchanged; see the flags of the same names."""
 
   activation: str
   num_selected: int
-  """K of the config: the rule of auto goes by it, here as in the check of the config."""
+  """K of the config, which the rule of auto uses here and in the config check."""
   dispatcher: str = "auto"
   exchange: str = "auto"
   exchange_buffer: float | None = None
@@ -38,11 +38,11 @@ class Options:
   """all_to_all: pieces sent one by one, so that communication overlaps computation.
   ragged: parts of the groups sent and computed one after the other."""
   recomputed: bool = False
-  """Whether the backward pass computes the experts again (`model.remat`). all_to_all:
-  then gates travel with slots, so that it needs no output."""
+  """Whether the backward pass computes the experts again (`model.remat`). If so,
+  all_to_all sends gates with the slots, so that the backward pass needs no outputs."""
   expert_chunks: int = 1
-  """Sorted rows, and slots that are exchanged: parts of them that are computed one after
-  the other."""
+  """Number of parts into which sorted rows, and exchanged slots, are divided, to be
+  computed one after the other."""
 
 
 @pytree
@@ -71,9 +71,9 @@ class Exchange(Protocol):
     Args:
       x: tokens of this device's groups.
       placement: of the same groups, over all experts.
-      layout: that the experts of one device read.
+      layout: class of the layout that the experts of one device read.
       weights: of this device's experts.
-      options: how they travel.
+      options: how tokens are exchanged.
 
     Returns:
       The sum, and what did not fit a bounded buffer (None if nothing is bounded).
@@ -88,7 +88,7 @@ def none(
   weights: ExpertWeights,
   options: Options,
 ) -> tuple[Float[Array, "G T D"], None]:
-  """Every device has all experts: nothing travels."""
+  """Runs all experts on every device, without an exchange."""
   run = layout.of(placement).run
   return run(
     x, weights, activation=options.activation, chunks=options.expert_chunks

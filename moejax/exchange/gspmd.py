@@ -1,8 +1,8 @@
 """No explicit exchange: sharding constraints on the slots, from which XLA derives it.
 
-The readable reference beside the exchanges by hand: with tokens sharded over groups and
+The readable reference for the explicit exchanges: with tokens sharded over groups and
 experts over a mesh axis, the compiler turns the two einsums of dense weights into two
-all-to-alls. It is also what remains where groups cannot be divided over the devices.
+all-to-alls. It is also the fallback where groups cannot be divided over the devices.
 
 Letters: G groups of all devices, T tokens of a group, D width, E experts, C slots per
 expert and group.
@@ -28,7 +28,7 @@ def gspmd(
   weights: ExpertWeights,
   activation: str,
 ) -> Float[Array, "G T D"]:
-  """Runs the experts on slots that lie with them; outside a `shard_map`."""
+  """Runs the experts on slots sharded like the experts; outside a `shard_map`."""
 
   def at(array: Array, *axes: Any) -> Array:
     return jax.lax.with_sharding_constraint(array, PartitionSpec(*axes))

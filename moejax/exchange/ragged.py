@@ -1,8 +1,9 @@
-"""Exactly each expert's rows out to their device and back, for any load.
+"""Sends exactly each expert's rows to its device and back, for any load.
 
-Carries sorted rows; `runs` sends them. A bounded buffer (`exchange_buffer`) loses what
-does not fit, and counts it. An unbounded one is mostly empty; tokens sent in several
-parts (`exchange_chunks`) need room for one part at a time. Runs inside a `jax.shard_map`.
+Carries sorted rows; `runs` sends them. A bounded buffer (`exchange_buffer`) drops the
+rows that do not fit, and counts them. An unbounded one is mostly empty; tokens sent in
+several parts (`exchange_chunks`) need room for one part at a time. Runs inside a
+`jax.shard_map`.
 
 Letters: G groups of this device, T tokens of a group, D width, E experts, K choices per
 token, P devices of the expert axis, L = E/P local experts, A rows of this device, R rows
@@ -38,13 +39,13 @@ def ragged(
 ) -> tuple[Float[Array, "G T D"], Lost]:
   """Sends rows in expert order to their devices, run by run, and back."""
   assert layout is Rows and isinstance(placement, Assignments), layout
-  # Evaluation may have other groups than training, which the config is checked for.
+  # The config is checked for training; evaluation may have another number of groups.
   parts = math.gcd(options.exchange_chunks, placement.num_groups)
   if parts == 1:
     return _at_once(x, placement, weights, options)
 
-  # Closed over, so that a part's residuals have no copy of them; and in float32, so that
-  # the gradients of all parts add up in it.
+  # Weights are closed over, so that a part's residuals have no copy of them. They are in
+  # float32, so that the gradients of all parts add up in float32.
   wide = jax.tree.map(lambda w: w.astype(jnp.float32), weights)
 
   def part(_: None, inputs: tuple[Array, Assignments]) -> tuple[None, Any]:

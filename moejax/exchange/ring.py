@@ -1,7 +1,7 @@
-"""Every device of the expert axis gets all its tokens, and adds its own experts' share.
+"""Every device of the expert axis gets all tokens of the axis, and runs its own experts.
 
 An all-gather and a reduce-scatter, which run as rings. Carries any layout: each device
-lays out the placement as its own experts see it. No buffer can overflow, and where P <= K
+lays out its own experts' part of the placement. No buffer can overflow, and where P <= K
 a token visits nearly every device anyway. Runs inside a `jax.shard_map`.
 
 Letters: G groups of this device, T tokens of a group, D width, E experts, P devices of

@@ -1,4 +1,4 @@
-"""Experts wherever they are: one device, or spread over a mesh.
+"""Runs the experts, on one device or spread over a mesh.
 
 Tokens are sharded over `data`, `fsdp` and `expert`, experts over `expert`, their hidden
 width over `tensor`, their model width over `fsdp`. Inside one `jax.shard_map` each
@@ -13,8 +13,8 @@ How tokens travel (`--config.moe.exchange`):
               experts' share
   gspmd       no explicit exchange: dense weights and sharding constraints
 
-Each carries rows of a layout (`--config.moe.dispatcher`), and knows nothing of who placed
-them: docs/sharding.md has the table of what runs with what.
+Each carries the rows of a layout (`--config.moe.dispatcher`), whichever router placed the
+tokens; docs/sharding.md has a table of the valid combinations.
 
 Letters: G groups, T tokens of a group, D width, E experts.
 """
@@ -75,7 +75,7 @@ def run(
     x: tokens of all groups.
     placement: of all groups.
     weights: of all experts.
-    options: how experts are run and tokens travel.
+    options: how experts are run and tokens are exchanged.
 
   Returns:
     The gate-weighted sum of each token's experts, and what did not fit a bounded buffer
@@ -146,7 +146,7 @@ def _gather_width(weights: ExpertWeights) -> ExpertWeights:
   assert w_in is not None and w_out is not None
   b_out = varying(gather(weights.b_out, 1), "tensor")
   if b_out is not None:
-    # The sum over `tensor` must count it once.
+    # The sum over `tensor` must count the bias once.
     b_out = jnp.where(jax.lax.axis_index("tensor") == 0, b_out, jnp.zeros_like(b_out))
   return ExpertWeights(
     w_in=w_in,

@@ -2,9 +2,9 @@
 
 Runs inside a `jax.shard_map`. Every device has rows sorted by expert; device d of the
 expert axis holds experts d*E/P to (d+1)*E/P - 1, so it receives one run of each
-device's rows. All devices learn all run lengths (P*E integers) and compute every
-offset from them, so that sizes need no second exchange, and sender and receiver both
-know what does not fit a bounded buffer.
+device's rows. All devices gather all run lengths (P*E integers) and compute every
+offset from them, so that sizes need no second exchange, and sender and receiver agree
+on what does not fit a bounded buffer.
 
 `jax.lax.ragged_all_to_all` moves the rows on GPU and TPU. XLA:CPU lacks it; there the
 same offsets select the rows from an all-gather.

@@ -5,7 +5,7 @@ run time. So each load is covered by blocks of a few sizes, chosen from a table 
 at trace time that minimises the rows computed plus a fixed cost per block; the kernel
 then runs one loop per size, with a dynamic trip count.
 
-Letters: E experts, N assignments, Z block sizes, M most blocks there can be.
+Letters: E experts, N assignments, Z block sizes, M maximum number of blocks.
 """
 
 import functools
@@ -27,8 +27,8 @@ SMALL_MEAN = 128
 """Up to this mean load, padding costs more than compiling two more loops."""
 
 FEW = (16, 4, 1)
-"""Block sizes where most experts have a row or none, as in a step of generation: one row
-reads its expert's weights, and up to eight cost little more than one."""
+"""Block sizes where most experts have one row or none, as in a step of generation. The
+cost of one row is reading the expert's weights; up to eight rows cost little more."""
 
 LARGEST = 512
 """Larger blocks are no faster per row, and need more padding."""
@@ -77,7 +77,7 @@ def sizes_for(num_assignments: int, num_experts: int) -> tuple[int, ...]:
   """Returns the block sizes to compile, descending: at most eight, one loop each.
 
   Three or five are near the mean load, so that under a balanced router most experts
-  are one block with little padding; the others keep a skewed load cheap.
+  need one block with little padding. The others keep a skewed load cheap.
   """
   if num_assignments <= 2 * num_experts:
     return tuple(size for size in FEW if size < 2 * num_assignments)

@@ -160,7 +160,7 @@ def _add(
   sizes: Int[Array, "E"],
   gate: Float[Array, "N"] | None = None,
 ) -> Float[Array, "N F"]:
-  """Adds its expert's bias, times its gate, to each row; none after the last run."""
+  """Adds each row's expert bias times its gate; none after the last run."""
   if bias is None:
     return out
   ends = jnp.cumsum(sizes)
@@ -192,7 +192,7 @@ def _in_chunks(
   low = jnp.arange(chunks, dtype=sizes.dtype)[:, None] * length
   inside = jnp.clip(jnp.stack([ends - sizes, ends])[:, None] - low[None], 0, length)
 
-  # Closes over the weights: carried, each part's residuals had a copy of them.
+  # Closes over the weights: if carried, each part's residuals would have a copy of them.
   def part(_: None, inputs: tuple[Array, Array, Array]) -> Any:
     rows, gate, sizes = inputs
     out = apply_ragged_experts(

@@ -25,7 +25,7 @@ class ExpertWeights:
 
 
 _CLAMP, _SLOPE = 7.0, 1.702
-"""Of clamped_swiglu, in the released code of GPT-OSS."""
+"""Constants of clamped_swiglu, from the released code of GPT-OSS."""
 
 
 def activate(
@@ -65,14 +65,14 @@ def apply_experts(
 ) -> Float[Array, "E *n D"]:
   """Applies every expert to its own rows, in plain batched form.
 
-  Empty slots need no mask: no token collects what they hold.
+  Empty slots need no mask: no token collects their contents.
 
   Args:
     rows: of each expert.
     weights: of the experts.
     activation: of the experts.
     gate: weight of each row's output, None for 1. It multiplies the hidden activations,
-      which by linearity is the same, so that the backward pass needs no output.
+      which is equivalent by linearity, so that the backward pass needs no output.
   """
   hidden = jnp.einsum("e...d,edf->e...f", rows, weights.w_in)
   hidden = _add(hidden, weights.b_in)
@@ -95,7 +95,7 @@ def apply_in_chunks(
   gate: Float[Array, "E n"] | None,
   chunks: int,
 ) -> Float[Array, "E n D"]:
-  """Does what `apply_experts` does, for equal parts of the rows one after the other.
+  """Applies every expert to equal parts of its rows, one part after the other.
 
   Only one part's hidden activations are in memory at a time; the backward pass computes
   them again.
@@ -124,7 +124,7 @@ def _add(
   bias: Float[Array, "E F"] | None,
   gate: Float[Array, "E *n"] | None = None,
 ) -> Float[Array, "E *n F"]:
-  """Adds its expert's bias, times its gate, to each row."""
+  """Adds the expert's bias times the row's gate to each row."""
   if bias is None:
     return rows
   between = (1,) * (rows.ndim - 2)

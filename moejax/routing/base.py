@@ -1,4 +1,4 @@
-"""Routing: what a router is given, and what it returns.
+"""Routing: the inputs and outputs of a router.
 
 A router decides, for one group of T tokens, which (token, expert) pairs are
 computed, in which slot and with what weight: the `placement` of its `Routing`, which
@@ -45,7 +45,7 @@ class RouterStats:
   entropy: Float[Array, "*g"]
   """Sum over valid tokens of the entropy of the router's probabilities, in nats."""
   dropped_tokens: Float[Array, "*g"]
-  """Valid tokens with no assignment kept, or none that arrived."""
+  """Valid tokens with no assignment kept, or with all of them lost in the exchange."""
   lost: Float[Array, "*g"] | None = None
   """Assignments that did not fit a bounded exchange between devices; not in `load`."""
   present: Float[Array, "*g E"] | None = None
@@ -61,10 +61,10 @@ class RouterStats:
 
 @pytree
 class Routing:
-  """What a router returns for one group (or, after `vmap`, for G groups)."""
+  """A router's result for one group (or, after `vmap`, for G groups)."""
 
   placement: Placement
-  """Who is computed where, with what weight: what the experts need to know."""
+  """Which token is computed by which expert, in which slot and with what weight."""
   probs: Float[Array, "*g T E"]
   """The router's probabilities, for losses and analysis; differentiable."""
   stats: RouterStats

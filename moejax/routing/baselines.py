@@ -33,7 +33,7 @@ class Dense(TopK):
 
 
 def _positions(inputs: RouterInputs) -> Int[Array, "T"]:
-  """Returns the number of each token in evaluation, the same in generation."""
+  """Returns each token's position in its document, or in the group if unknown."""
   if inputs.positions is not None:
     return inputs.positions
   return jnp.arange(inputs.logits.shape[0], dtype=jnp.int32)

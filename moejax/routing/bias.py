@@ -3,7 +3,7 @@
 The router keeps one number per expert, which is added to the scores for selection and
 never enters a gate or a gradient. After each optimizer step it is updated once from the
 statistics of the whole batch (`RouterStats` summed over groups, devices and
-microbatches). Never in evaluation.
+microbatches). It does not change in evaluation.
 
 Letters: T tokens, E experts, K choices per token, l any leading axes of layers.
 Sources: DeepSeek-V3, arXiv:2412.19437, section 2.1.2 (`SigmoidBias`); docs/routing.md
@@ -25,7 +25,7 @@ from moejax.routing.router import Parameter, Params, Sizes
 from moejax.routing.scores import choose, pick, present
 
 _LEAST_SPREAD = 1e-4
-"""Least std of an expert's scores over tokens: keeps a router of equal scores moving."""
+"""Lower bound on the std of an expert's scores: equal scores still move a bias."""
 
 
 BIAS = "bias"
@@ -158,7 +158,7 @@ def wanted_load(stats: RouterStats) -> Float[Array, "*l 1"]:
 def settled(
   bias: Float[Array, "*l E"], moved: Float[Array, "*l E"], stats: RouterStats
 ) -> Float[Array, "*l E"]:
-  """Returns the moved biases with mean zero; the old ones where no token was valid."""
+  """Returns the new biases, shifted to mean zero; the old ones if no token is valid."""
   present = _present(stats)
   if present is not None:
     moved = jnp.where(present, moved, bias)

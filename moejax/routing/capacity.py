@@ -43,7 +43,7 @@ def capacity_of(
     num_tokens: T, including padding, so that C is static.
     factor: capacity factor; None means dropless.
     convention: per_assignment as above; per_token omits K, as Flaxformer, AXLearn
-      and Praxis do; under slots the factor itself is C, as Transformers' Switch has it.
+      and Praxis do; under slots the factor itself is C, as in Transformers' Switch.
 
   Returns:
     C, or None if dropless.

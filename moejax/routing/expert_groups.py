@@ -1,6 +1,6 @@
-"""Choice within groups of experts: a token's experts are on few devices.
+"""Choice within groups of experts, so that a token's experts are on few devices.
 
-Letters: T tokens of one group of tokens, E experts, K choices per token.
+Letters: T tokens of one routing group, E experts, K choices per token.
 Sources: DeepSeek-V2, arXiv:2405.04434, section 2.1.2 and equations 24 to 27.
 """
 
@@ -52,7 +52,7 @@ class GroupedRouter(Router):
     return self.num_expert_groups
 
   def options_with_copies(self, copies: int) -> dict[str, Any]:
-    # A group's score is a sum, and every summand is there so many times.
+    # A group's score is a sum, in which every summand now occurs `copies` times.
     many = self.num_expert_groups > 1
     return {"group_best": self.group_best * copies} if many else {}
 

@@ -102,7 +102,7 @@ class NoisyTopK(Router):
 def _sparse(
   expert: Array, gate: Float[Array, "T K"], policy: SlotPolicy
 ) -> Float[Array, "T E"]:
-  """G(x): gates at their experts before drops, zero elsewhere."""
+  """Returns G(x): gates at their experts before drops, zero elsewhere."""
   if policy.renormalize != "none":
     gate = normalize(gate, policy.renormalize_norm)
   index = jnp.arange(policy.num_experts, dtype=jnp.int32)[None, :]

@@ -35,7 +35,7 @@ def place(
       all second ones.
 
   Returns:
-    expert: with the new expert where placed.
+    expert: the new expert where placed, else the old one.
     placed: which overflowed assignments were placed.
   """
   scores = jax.lax.stop_gradient(scores)

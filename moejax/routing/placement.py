@@ -85,9 +85,9 @@ class Assignments:
     return served.at[self.token, self.expert].max(self.kept)
 
   def window(self, first: Int[Array, ""], count: int) -> "Assignments":
-    """Returns one group's assignments as the experts [first, first + count) see them.
+    """Returns one group's assignments to the experts [first, first + count).
 
-    These experts are numbered from 0; what goes to the others is not kept.
+    These experts are numbered from 0; assignments to the others are not kept.
     """
     expert = self.expert - first
     kept = self.kept & (expert >= 0) & (expert < count)
@@ -109,7 +109,7 @@ class Assignments:
 
 @pytree
 class Mixture:
-  """Every slot a weighted mean of all tokens, every output one of all slots."""
+  """Slots are weighted means of all tokens; outputs are weighted means of all slots."""
 
   dispatch: Float[Array, "*g T E C"]
   """Weight of each token in each slot."""
@@ -140,7 +140,7 @@ class Mixture:
     return jnp.any(self.dispatch != 0, axis=-1)
 
   def window(self, first: Int[Array, ""], count: int) -> "Mixture":
-    """Returns one group's weights of the experts [first, first + count) alone."""
+    """Returns one group's weights, of the experts [first, first + count) only."""
 
     def part(weights: Float[Array, "T E C"]) -> Float[Array, "T n C"]:
       return jax.lax.dynamic_slice_in_dim(weights, first, count, axis=1)
@@ -152,10 +152,10 @@ Placement = Assignments | Mixture
 
 
 def whole_tokens(placement: Placement, dispatcher: str) -> Assignments:
-  """Returns the placement for a layout that reads no mixtures.
+  """Returns the placement, for a layout that cannot read mixtures.
 
   Raises:
-    TypeError: it is one, which checks of the config and of the exchange refuse earlier.
+    TypeError: it is a mixture; checks of the config and the exchange reject it earlier.
   """
   if not isinstance(placement, Assignments):
     kind = type(placement).__name__

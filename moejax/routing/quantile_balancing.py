@@ -76,7 +76,7 @@ def margins(
   num_experts = biased.shape[-1]
   order = min(num_selected, num_experts - 1)
   # An absent expert has score -inf. If at most K take part, all of them are chosen for
-  # any biases, and the batch says nothing about balance.
+  # any biases, and the batch has no information about balance.
   alpha = jax.lax.top_k(jax.lax.stop_gradient(biased), order + 1)[0][:, order:]
   margin = jnp.where(alpha > -jnp.inf, jax.lax.stop_gradient(biased) - alpha, 0.0)
   root = jnp.sign(margin) * jnp.sqrt(jnp.abs(margin) / _LARGEST_MARGIN)

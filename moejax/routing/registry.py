@@ -1,8 +1,8 @@
 """The registry of routers, by their names on the command line.
 
-A router's file is imported on first use, so listing names does not import jax. A router
-of one's own is in it once its file has been imported: by `--config`, or because the
-environment variable MOEJAX_ROUTERS names it, as is needed to evaluate its runs.
+A router's file is imported on first use, so listing names does not import jax. Your own
+router is registered once its file has been imported, by `--config` or through the
+environment variable MOEJAX_ROUTERS. Evaluating its runs requires the variable.
 """
 
 import importlib
@@ -44,7 +44,7 @@ ENV = "MOEJAX_ROUTERS"
 """Environment variable: Python files that add routers, separated as in PATH."""
 
 OF_YOUR_OWN = f"A router of your own needs {ENV}=FILE, the Python file that adds it."
-"""Remedy where a router is unknown."""
+"""Remedy for an unknown router, for error messages."""
 
 
 class _Routers(MutableMapping[str, "type[Router]"]):
@@ -58,7 +58,7 @@ class _Routers(MutableMapping[str, "type[Router]"]):
     """Returns all routers, after those of the files in MOEJAX_ROUTERS."""
     for file in os.environ.get(ENV, "").split(os.pathsep):
       if file and file not in self._imported:
-        self._imported.add(file)  # First: the file itself looks routers up.
+        self._imported.add(file)  # First, since the file itself looks up routers.
         _import(file)
     return self._found
 
@@ -97,14 +97,14 @@ def _import(file: str) -> None:
   """Runs a file that adds routers.
 
   Raises:
-    ConfigError: it is missing or fails.
+    ConfigError: the file is missing or raises an error.
   """
   name = f"moejax_routers_{pathlib.Path(file).stem}"
   spec = importlib.util.spec_from_file_location(name, file)
   if spec is None or spec.loader is None or not pathlib.Path(file).is_file():
     raise ConfigError(f"{ENV}={file}: no such Python file. Correct or unset it.")
   module = importlib.util.module_from_spec(spec)
-  sys.modules[name] = module  # Where a class finds the file that it comes from.
+  sys.modules[name] = module  # For `inspect.getfile` of its classes.
   try:
     spec.loader.exec_module(module)
   except Exception as error:

@@ -1,8 +1,8 @@
 """The router interface: one class describes a router completely.
 
 A router is a frozen dataclass. Its fields are its options, each a flag
-(`--config.moe.<router>.<option>`). It declares its inputs besides the logits, its
-losses, how a step updates its untrained parameters, its properties and its cost, and is
+(`--config.moe.<router>.<option>`). It declares its inputs other than the logits, its
+losses, how a step updates its untrained parameters, its properties and its cost. It is
 called on one group of tokens. One line in `moejax.routing.registry` (or
 `registry.ROUTERS[name] = cls` in a config file) registers it; nothing else names it.
 
@@ -87,7 +87,7 @@ class Tokens:
   seen: Float[Array, "G T D"]
   """The tokens with input jitter, in training."""
   project: Callable[[Float[Array, "G T D"], Float[Array, "D E"]], Float[Array, "G T E"]]
-  """tokens @ weight in float32, for any default precision and weight sharding."""
+  """Returns tokens @ weight in float32, for any default precision and weight sharding."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -110,17 +110,18 @@ class Router(abc.ABC):
   """Whether the router learns; if not, no gradient reaches tokens through the logits."""
   gates_are_probabilities: ClassVar[bool] = False
   """Whether raw gates are a softmax over all experts, so that a router row without an
-  expert (`moe.pruned_rows`) takes a part of them."""
+  expert (`moe.pruned_rows`) takes a share of them."""
   needs_key: ClassVar[bool] = False
-  """Whether it does something else in training, which it knows by `RouterInputs.key`;
-  without a key it chooses as in evaluation."""
+  """Whether it behaves differently in training, where `RouterInputs.key` is set; without
+  a key it chooses as in evaluation."""
   selection_bias: ClassVar[str] = ""
-  """Its parameter [E] that is added to the scores for choosing alone; empty is none. An
-  alarm watches how far it spans."""
+  """Name of its parameter [E] that is added to the scores for selection only; empty if
+  it has none. An alarm watches its range."""
   by_sigmoid: ClassVar[bool] = False
   """Whether a token's scores are sigmoids of its logits, not their softmax."""
   balancer: ClassVar[str] = ""
-  """Its option that balances the load faster when raised; empty is the balance loss."""
+  """Name of its option that balances the load faster when raised; empty means the weight
+  of the balance loss."""
   token_choice: ClassVar[bool] = True
   """Whether assignments are token-major, so that priority and overflow apply."""
   needs_capacity: ClassVar[bool] = False
@@ -144,7 +145,7 @@ class Router(abc.ABC):
       policy: how many experts are chosen, and which assignments get slots.
     """
 
-  # ------------------------------------------------------------- what it needs and has
+  # ------------------------------------------------------------- inputs and parameters
 
   def selected(self, num_experts: int, num_selected: int) -> int:
     """Returns K for a config with E experts and `num_selected` choices."""
@@ -152,14 +153,14 @@ class Router(abc.ABC):
     return num_selected
 
   def parameters(self, sizes: Sizes) -> dict[str, Parameter]:
-    """Returns its own parameters by name, besides the [D, E] weight of the logits."""
+    """Returns its own parameters by name, without the [D, E] weight of the logits."""
     del sizes
     return {}
 
   def features(
     self, tokens: Tokens, params: Params, policy: SlotPolicy
   ) -> dict[str, Float[Array, "G T ..."]]:
-    """Returns its inputs besides the logits, computed for all groups at once.
+    """Returns its inputs other than the logits, computed for all groups at once.
 
     Args:
       tokens: the tokens of all groups.
@@ -216,19 +217,20 @@ class Router(abc.ABC):
 
   @property
   def expert_groups(self) -> int:
-    """Number of equal groups of consecutive experts within which tokens choose."""
+    """Returns the number of equal groups of consecutive experts that tokens choose in."""
     return 1
 
   def options_with_copies(self, copies: int) -> dict[str, Any]:
-    """Returns the options that must change so that copies of experts change nothing.
+    """Returns the options to change so that copying the experts keeps the output.
 
     Args:
-      copies: of every expert, side by side; a token chooses all copies of its experts.
+      copies: number of adjacent copies of every expert; a token chooses all copies of its
+        experts.
     """
     del copies
     return {}
 
-  # ---------------------------------------------------------------------- what it costs
+  # ------------------------------------------------------------------------------- cost
 
   def macs(self, sizes: Sizes) -> float:
     """Returns the router's multiply-adds per token; the selection is not counted."""
@@ -238,7 +240,7 @@ class Router(abc.ABC):
     """Returns the experts computed per token, ignoring drops."""
     return sizes.num_selected
 
-  # ------------------------------------------------------------------------- its checks
+  # ----------------------------------------------------------------------------- checks
 
   @classmethod
   def reads_field(cls, field: str) -> bool:

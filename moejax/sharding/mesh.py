@@ -85,7 +85,7 @@ BY_HAND = "moejax_by_hand"
 compiler (`moejax.hlo.intended`)."""
 
 NEWTON_SCHULZ = "moejax_newton_schulz"
-"""Named scope of Muon's iterations, for whoever reads the compiled program."""
+"""Named scope of Muon's iterations, to find them in the compiled program."""
 
 
 def mesh_in_scope() -> AbstractMesh | None:

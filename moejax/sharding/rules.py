@@ -42,9 +42,9 @@ class ShardingRules:
   kv_heads: str | None = "tensor"
   head_dim: str | None = None
   latent: str | None = None
-  """A latent vector where it is computed: all heads read the whole of it."""
+  """A latent dimension where it is an output: all heads read the whole vector."""
   rank: str | None = "fsdp"
-  """The same dimension where a matrix expands it to heads."""
+  """The same dimension in the matrix that expands it to heads."""
   vocab: str | None = "tensor"
   expert: str | None = "expert"
   """E, of expert weights."""
@@ -152,7 +152,7 @@ def local_rows(mesh: Mesh, batch_size: int) -> Int[np.ndarray, "b"]:
 
 
 def put_rows(mesh: Mesh, rows: Shaped[np.ndarray, "b *rest"]) -> jax.Array:
-  """Returns the global array [B, ...], to which this process gives its `local_rows`."""
+  """Returns the global array [B, ...]; this process contributes its `local_rows`."""
   sharding = batch_sharding(mesh)
   if sharding.is_fully_addressable:
     return jax.device_put(rows, sharding)

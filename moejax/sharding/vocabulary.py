@@ -81,7 +81,7 @@ def score(
 
 
 def _is_cut(batch: Shaped[Array, "B *rest"]) -> bool:
-  """Returns whether there are several devices and the batch divides over them."""
+  """Returns whether there are several devices and they divide the batch evenly."""
   mesh = mesh_in_scope()
   return mesh is not None and batch.shape[0] % num_token_shards(mesh) == 0
 
