@@ -1,6 +1,6 @@
-"""Softmax attention on given queries, keys and values, by the best kernel there is.
+"""Softmax attention on given queries, keys and values, by the best available kernel.
 
-Which one runs, and why the others do not:
+The kernel for each case, and why not another:
 
   TPU, no cache, a causal sequence of whole
   blocks, no bias                              splash attention, `layers/tpu_attention`
@@ -31,20 +31,20 @@ from moejax.types import pytree, static_field
 
 @pytree
 class Context:
-  """What every attention layer of one call shares."""
+  """Inputs shared by all attention layers of one call."""
 
   positions: Int[Array, "B S"]
   """Positions of the new tokens within their document."""
   mask: Bool[Array, "B 1 S M"]
-  """Whether a query may attend to a key, in the layer that is called."""
+  """Whether a query may attend to a key, in the called layer."""
   segment_ids: Int[Array, "B S"]
   """Segments of the new tokens, for kernels that build their own mask."""
   index: Int[Array, ""] | None = None
   """Index of the first new token in the cache; None without a cache."""
   window_mask: Bool[Array, "B 1 S M"] | None = None
-  """The mask of layers with a window, if only some have one."""
+  """The mask of layers with a window, if only some layers have one."""
   windowed: Bool[Array, ""] | None = None
-  """Whether the layer that is called has the window, if only some have one."""
+  """Whether the called layer has the window, if only some layers do."""
   bias: Float[Array, "1 H S M"] | None = None
   """Added to the logits (relative positions)."""
   is_causal: bool = static_field(default=True)
@@ -130,7 +130,7 @@ def attend(
     query: after rotation.
     key: after rotation; each head serves H/J query heads.
     value: like key.
-    context: its mask has the window already.
+    context: its mask already includes the window.
     window: of this layer, or of the layers that have one, for kernels that build their
       own mask.
     scale: multiplies the logits; None is 1/sqrt(A).
@@ -222,8 +222,8 @@ def plain_attention(
 def _implementation(dtype: jnp.dtype, width: int) -> Literal["cudnn"] | None:
   """Returns "cudnn" (fused attention) where an NVIDIA GPU has it, else None.
 
-  cuDNN takes half precision, and heads of multiples of 8 up to 256 numbers on Hopper and
-  later, up to 128 before.
+  cuDNN supports half precision, and head widths that are multiples of 8: up to 256 on
+  Hopper and later, up to 128 before.
   """
   if dtype not in (jnp.bfloat16, jnp.float16) or not target_is_nvidia():
     return None

@@ -146,12 +146,12 @@ class CrossAttention(Attention):
   def __call__(
     self, x: Float[Array, "B S D"], context: Context, cache: LayerCache | None
   ) -> tuple[Float[Array, "B S D"], LayerCache | None]:
-    """Mixes what `remember` returned of the encoder's output.
+    """Attends to the encoder's output, through the keys and values from `remember`.
 
     Args:
-      x: of the decoder.
+      x: activations of the decoder.
       context: its mask is between the decoder's tokens and the encoder's.
-      cache: from `remember`; the same for every token that is decoded.
+      cache: from `remember`; the same for every decoded token.
     """
     assert isinstance(cache, KeyValueCache)
     key, value = cache.key.swapaxes(1, 2), cache.value.swapaxes(1, 2)
@@ -171,7 +171,7 @@ def out_bias(config: ModelConfig) -> nnx.Param | None:
 
 
 def sinks(config: ModelConfig) -> nnx.Param | None:
-  """Returns one logit per head in float32, if there are sinks; 0 is a token's logit."""
+  """Returns one logit per head in float32, initially 0; None without sinks."""
   if not config.attention_sinks:
     return None
   return parameter.constant(0.0, (config.num_heads,), ("heads",))
@@ -187,8 +187,8 @@ def project_out(
   """Returns the output projection of all heads."""
   matrix = weight[...].astype(mixed.dtype)
   if cached:
-    # The einsum contracts (a, h), for which XLA:CPU transposes the weight: more work than
-    # the product, if there are few tokens.
+    # The einsum contracts (a, h), for which XLA:CPU transposes the weight. With few
+    # tokens, that is more work than the product.
     matrix = matrix.reshape(-1, matrix.shape[-1])
     y = mixed.reshape(*mixed.shape[:2], -1) @ matrix
   else:

@@ -52,7 +52,7 @@ class BlockInputs:
   options: CallOptions = static_field()
 
   def of_layer(self, windowed: Bool[Array, ""] | None) -> "BlockInputs":
-    """Returns the inputs of a layer that has the window or not; None asks nothing."""
+    """Returns the inputs of a layer with or without the window; unchanged for None."""
     if windowed is None:
       return self
     return dataclasses.replace(self, context=self.context.of_layer(windowed))
@@ -61,8 +61,8 @@ class BlockInputs:
 class Block(nnx.Module):
   """x + attention(norm(x)), then x + feed_forward(norm(x)).
 
-  Under `norm_placement` post the norm is on what is added, x + norm(attention(x)), and
-  under both it is on both sides.
+  Under `norm_placement` post, the norm is applied to what is added, x +
+  norm(attention(x)); under both, it is applied before and after.
   """
 
   def __init__(
@@ -116,7 +116,7 @@ class Block(nnx.Module):
     layer: LayerInputs | None = None,
     remembered: KeyValueCache | None = None,
   ) -> tuple[Float[Array, "B S D"], MoEAux | None, LayerCache | None]:
-    """Returns the block's output, what its MoE layer reports, and the extended cache.
+    """Returns the block's output, its MoE layer's aux, and the extended cache.
 
     Args:
       x: the block's input.
@@ -181,7 +181,7 @@ class Block(nnx.Module):
     return self._second(x), aux
 
   def normed(self, x: Float[Array, "B S D"]) -> Float[Array, "B S D"]:
-    """Returns what the feed-forward reads of the first half's output."""
+    """Returns the feed-forward's input, from the output of the first half."""
     return _apply(self.feed_forward_norm, x)
 
   def _second(self, x: Float[Array, "B S D"]) -> Float[Array, "B S D"]:
@@ -220,7 +220,7 @@ def _apply(norm: RMSNorm | None, x: Float[Array, "B S D"]) -> Float[Array, "B S 
 
 
 def make_attention(model: ModelConfig, rngs: nnx.Rngs) -> Attention | LatentAttention:
-  """Returns the attention layer that `model.attention` names."""
+  """Returns the attention layer named by `model.attention`."""
   kind = LatentAttention if model.attention == "latent" else Attention
   return kind(model, rngs)
 

@@ -1,4 +1,4 @@
-"""What a layer keeps of the tokens it has seen, for decoding.
+"""Caches for decoding: what a layer needs of earlier tokens.
 
 Letters: B batch, M tokens that a cache holds, J key/value heads, A head width, X rank of
 the latent vector plus the width of the shared rotated key.
@@ -16,8 +16,8 @@ from moejax.types import pytree
 class KeyValueCache:
   """Keys and values of one layer (or, stacked, of L layers).
 
-  Heads come before tokens, as the products of attention read them: with tokens first,
-  XLA:CPU transposes the whole cache in every step.
+  Heads come before tokens, the order in which attention's products read them. With tokens
+  first, XLA:CPU transposes the whole cache in every step.
   """
 
   key: Float[Array, "*l B J M A"]
@@ -26,7 +26,7 @@ class KeyValueCache:
 
 @pytree
 class LatentCache:
-  """What latent attention keeps of one layer (or, stacked, of L layers)."""
+  """The cache of latent attention for one layer (or, stacked, for L layers)."""
 
   latent: Float[Array, "*l B M X"]
   """The normalised latent vector, then the rotated key that all heads share."""

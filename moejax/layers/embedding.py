@@ -50,7 +50,7 @@ class Embedding(TokenTable):
     self.divisor, self.soft_cap = config.logits_divisor, config.logits_soft_cap
 
   def logits(self, x: Float[Array, "B S D"]) -> Float[Array, "B S V"]:
-    """Returns float32 logits, of padded ids -inf."""
+    """Returns float32 logits; those of padded ids are -inf."""
     x = self.norm(x)
     head = self.table[...].T if self.tied else self.head[...]
     logits = score(x, head.astype(x.dtype))

@@ -22,7 +22,7 @@ class FeedForward(nnx.Module):
       config: of the model.
       hidden: hidden width.
       rngs: for the initial parameters.
-      activation: empty is the model's.
+      activation: empty means the model's.
     """
     width, scale, dtype = config.width, config.init_scale, config.param_dtype
     axes_in, axes_out = ("width", "hidden"), ("hidden", "width")

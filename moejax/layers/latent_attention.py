@@ -1,15 +1,15 @@
 """Multi-head latent attention: keys and values of all heads from one vector per token.
 
 A token's latent vector c = norm(x W_down) of rank R gives every head its key and value,
-c W_up. Position is kept apart: P further entries of each query rotate, and meet one
-rotated key that all heads share. Two ways to the same result:
+c W_up. Position is separate: P further entries of each query are rotated, and multiply
+one rotated key that all heads share. There are two equivalent forms:
 
   naive     expand every token's keys and values, then ordinary attention;
   absorbed  move W_up to the other side of both products, (q W_up^T) c and (weights c)
             W_up: attention with one key/value head, whose keys are the cached vectors
             themselves. Wider products, but nothing is expanded.
 
-The cache holds R + P numbers per token and layer, under both.
+In both forms the cache holds R + P numbers per token and layer.
 
 Letters: B batch, S new tokens, M tokens that can be attended to, D width, H heads, R rank
 of keys and values, N width of a head without position, P width with, Z value head width;
@@ -118,8 +118,8 @@ class LatentAttention(nnx.Module):
   def is_absorbed(self, num_queries: int, num_keys: int) -> bool:
     """Returns whether the absorbed form takes fewer products than the naive one.
 
-    Per head, the naive form expands M keys and values, the absorbed form maps S queries
-    and results; of each pair, it multiplies 2R numbers instead of N + Z.
+    Per head, the naive form expands M keys and values. The absorbed form maps S queries
+    and results, and multiplies 2R numbers per pair instead of N + Z.
     """
     expanded = self.kv_up.shape[-1]
     wider = num_queries * num_keys * (2 * self.rank - expanded)
@@ -177,7 +177,7 @@ class LatentAttention(nnx.Module):
     return jnp.concatenate([still, turned], axis=-1)
 
   def _latent(self, x: Float[Array, "B S D"], context: Context) -> Float[Array, "B S X"]:
-    """Returns what the cache keeps of each token."""
+    """Returns the vector of each token that the cache stores."""
     down = _project(x, self.kv_down, self.kv_down_bias)
     vector, shared = jnp.split(down, [self.rank], axis=-1)
     shared = self.rotary(shared[:, :, None], context.positions)[:, :, 0]

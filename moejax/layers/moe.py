@@ -3,8 +3,8 @@
   y = sum over chosen experts e of gate_e(x) * expert_e(x)  (+ shared experts)
 
 The module owns parameters and calls pure functions: a router from `moejax.routing`
-places tokens, `moejax.exchange` runs the experts on them, wherever they are. Neither
-knows the other.
+places tokens, and `moejax.exchange` runs the experts on them, on any devices. Neither
+depends on the other.
 
 Letters: B batch, S sequence, G routing groups, T tokens of a group, D width,
 E experts, K choices per token, C slots per expert and group, F expert hidden
@@ -50,7 +50,7 @@ class MoEAux:
   served: Bool[Array, "*l B S E"] | None = None
   """Which experts computed each token; only on request."""
   routes: Routes | None = None
-  """What the router decided for each token; only on request."""
+  """The router's decisions for each token; only on request."""
 
 
 @pytree
@@ -93,7 +93,7 @@ class Experts(nnx.Module):
       num_experts: E.
       hidden: F.
       rngs: for the initial parameters.
-      activation: empty is the model's.
+      activation: empty means the model's.
       bias: whether every matrix has a bias.
     """
     width, scale, dtype = config.width, config.init_scale, config.param_dtype
@@ -226,7 +226,8 @@ class MoE(nnx.Module):
     )
     options = self.options
     if not train:
-      # Evaluation loses no tokens on the way, and may be dropless when training is not.
+      # Evaluation must not lose tokens in the exchange, and may be dropless when training
+      # is not.
       options = dataclasses.replace(
         options, exchange="auto", exchange_buffer=None, recomputed=False
       )
@@ -257,8 +258,8 @@ class MoE(nnx.Module):
   def _num_groups(
     self, batch: int, sequence: int, train: bool, capacity_factor: float | None
   ) -> int:
-    """Returns G. In dropless evaluation tokens are independent and groups are not needed:
-    one per sequence makes the losses the same on any mesh."""
+    """Returns G. In dropless evaluation tokens are independent and need no groups; one
+    group per sequence makes the losses the same on any mesh."""
     size = self.config.group_size or sequence
     if not train and capacity_factor is None:
       return batch
@@ -280,7 +281,7 @@ class MoE(nnx.Module):
     batch_chosen: Float[Array, "E"] | None,
     train: bool,
   ) -> dict[str, Float[Array, ""]]:
-    """Returns each term times its valid tokens; divided by all tokens, it is the mean."""
+    """Returns each term, summed over groups with their valid tokens as weights."""
     count = routing.stats.num_valid
     terms = {"z_loss": jax.vmap(losses.z_loss)(logits, valid), **(routing.losses or {})}
     if self.config.entropy_weight:
@@ -301,7 +302,7 @@ class MoE(nnx.Module):
 
 
 def _without(stats: RouterStats, lost: Lost | None) -> RouterStats:
-  """Takes what a bounded exchange lost out of what was computed."""
+  """Subtracts the losses of a bounded exchange from the statistics."""
   if lost is None:
     return stats
   return dataclasses.replace(

@@ -1,7 +1,7 @@
 """Rotary position embedding: turns pairs of a head's entries by the token's position.
 
 Pair i of a head of A rotated entries turns by position * theta^(-2i/A). Context extension
-changes these frequencies, once, from the config; it never looks at the sequence.
+changes these frequencies once, based on the config and not on the sequence.
 
 Letters: B batch, S sequence, H heads, A head width.
 Sources: RoPE, arXiv:2104.09864, equation 34 (neighbours are a pair); Llama and most
@@ -24,7 +24,7 @@ class Rotary:
   """The rotation of one config; called on queries or keys and their positions."""
 
   size: int
-  """Leading entries of a head that rotate; the others pass."""
+  """Number of leading entries of a head that rotate; the others are unchanged."""
   theta: float
   interleaved: bool
   frequencies: tuple[float, ...] | None
@@ -43,8 +43,8 @@ class Rotary:
     Args:
       x: queries or keys.
       positions: of the tokens.
-      limit: above all positions, if known: then sine and cosine are looked up in a table.
-        XLA:CPU computes them again for each entry of each head.
+      limit: an exclusive upper bound of the positions, if known. Sine and cosine are then
+        looked up in a table; XLA:CPU would recompute them for each entry of each head.
     """
     table = self._table()
     if limit is None:
@@ -77,10 +77,10 @@ class Rotary:
 
 
 def make_rotary(config: ModelConfig) -> Rotary:
-  """Returns the rotation that a config asks for.
+  """Returns the rotation of a config.
 
   Args:
-    config: validated; with latent attention it rotates the rope part of a head only.
+    config: validated; with latent attention, only the rope part of a head is rotated.
   """
   size = head_widths(config).rotated
   scaled, factor = None, 1.0
@@ -100,7 +100,7 @@ def make_rotary(config: ModelConfig) -> Rotary:
 
 
 def logit_scale(config: ModelConfig) -> float | None:
-  """Returns what multiplies attention logits; None is 1/sqrt(A).
+  """Returns the factor of the attention logits; None means 1/sqrt(A).
 
   DeepSeek-V2 (its released code) moves a part of YaRN's temperature from the rotated
   entries to the logits, so that it also acts on entries that do not rotate.
@@ -143,7 +143,7 @@ def scaled_frequencies(config: ModelConfig, size: int) -> Float[np.ndarray, "hal
 
 
 def _ramp(config: ModelConfig, size: int) -> tuple[float, float]:
-  """Returns between which indices YaRN goes from kept to divided frequencies."""
+  """Returns the indices between which YaRN goes from kept to divided frequencies."""
 
   def index(turns: float) -> float:
     """Inverts turns = original * theta^(-2 index / size) / (2 pi)."""

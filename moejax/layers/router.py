@@ -147,7 +147,7 @@ class RouterLayer(nnx.Module):
   def _route(
     self, group: RouterInputs, policy: SlotPolicy, mass: Float[Array, "T"] | None
   ) -> Routing:
-    """Routes one group, and adds what is counted for every router."""
+    """Routes one group, and adds the statistics common to all routers."""
     routing = self.router(group, policy)
     if mass is not None:
       routing = _weighted(routing, mass)
@@ -162,7 +162,7 @@ class RouterLayer(nnx.Module):
   def _mass(
     self, seen: Float[Array, "G T D"], logits: Float[Array, "G T E"]
   ) -> Float[Array, "G T"] | None:
-    """Returns the probability of all experts together, beside rows without one."""
+    """Returns the total probability of rows with experts; None without pruned rows."""
     if not self._config.value.pruned_rows:
       return None
     others = on_tokens(project(seen, self.pruned[...]))
@@ -173,7 +173,7 @@ class RouterLayer(nnx.Module):
 
 
 def _weighted(routing: Routing, mass: Float[Array, "T"]) -> Routing:
-  """Multiplies a token's gates by the probability that its experts share."""
+  """Multiplies a token's gates by the total probability of the experts."""
   placement = routing.placement
   assert isinstance(placement, Assignments)
   gate = placement.gate * mass[placement.token]
@@ -184,8 +184,8 @@ def _weighted(routing: Routing, mass: Float[Array, "T"]) -> Routing:
 def _confidence(
   logits: Float[Array, "T E"], valid: Bool[Array, "T"], by_sigmoid: bool
 ) -> dict[str, Float[Array, ""]]:
-  """Returns how sure the router is of one group, as sums of `RouterStats`."""
-  # Behind a barrier: what is fused with it would round the router itself differently.
+  """Returns the router's confidence on one group, as sums of `RouterStats`."""
+  # Behind a barrier: fusing this code with the router would change the router's rounding.
   logits = jax.lax.optimization_barrier(jax.lax.stop_gradient(logits))
   counted = valid.astype(jnp.float32)
   # Experts left out of the step have a logit far below any other.

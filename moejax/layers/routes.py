@@ -1,4 +1,4 @@
-"""What a router decided for every token of a call, for analysis.
+"""A router's decisions for every token of a call, for analysis.
 
 Returned on request (`CallOptions.return_routes`), since no training or evaluation needs
 it. It is a returned value like every other statistic, so it works under scan, on a mesh
@@ -18,7 +18,7 @@ from moejax.types import pytree
 
 @pytree
 class Routes:
-  """The decisions of an MoE layer, or with a leading axis of the MoE layers."""
+  """The decisions of one MoE layer, or of all with a leading axis of MoE layers."""
 
   logits: Float[Array, "*l B S E"]
   """float32, with the logit bias, if the router has one."""
@@ -31,7 +31,7 @@ class Routes:
   gate: Float[Array, "*l B S K"] | None
   """The weight of each choice: 0 where it was dropped."""
   kept: Bool[Array, "*l B S K"] | None
-  """Whether it got a slot; False on padding."""
+  """Whether the choice got a slot; False on padding."""
 
 
 def routes_of(

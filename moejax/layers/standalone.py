@@ -27,7 +27,7 @@ from moejax.routing.base import RouterStats
 from moejax.types import pytree
 
 _SET_HERE = ("every", "offset", "dense_prefix", "dense_layers", "dense_twin", "router")
-"""Fields that say which layers of a model have experts, or that have another argument."""
+"""Fields that choose the layers with experts, or that another argument sets."""
 
 
 @pytree
@@ -73,7 +73,8 @@ class MoE(nnx.Module):
       rngs: for the initial parameters.
       **moe: other fields of `moejax.config.MoEConfig`, such as num_shared=1,
         group_size=512, renormalize="before_drop" or dispatcher="gather".
-        eval_capacity_factor is that of calls without `train`; default capacity_factor.
+        eval_capacity_factor applies to calls without `train`; it defaults to
+        capacity_factor.
 
     Raises:
       ConfigError: an invalid value, named by its experiment flag.
@@ -106,7 +107,7 @@ class MoE(nnx.Module):
       )
 
   def _check(self, x: Array, valid: Array | np.ndarray | None) -> None:
-    """Rejects what the layer cannot be called with, before a library does."""
+    """Rejects invalid inputs, before a library does."""
     width = self.layer.router.weight.shape[0]
     said = f"x is {x.dtype}{list(x.shape)}"
     if x.ndim < 2 or x.shape[-1] != width or not x.size:
@@ -151,8 +152,8 @@ class MoE(nnx.Module):
       valid: False for padding, which no expert sees; None means no padding.
       train: whether the router may use randomness, and tokens may be lost in the
         exchange between devices.
-      key: PRNG key of this step; with `train` required by what is random, or otherwise
-        different, in training: some routers, jitter, expert dropout, random priority.
+      key: PRNG key of this step. With `train`, required if anything is random or
+        different in training: some routers, jitter, expert dropout, random priority.
       capacity_factor: overrides the layer's; None means dropless.
       step: optimizer steps taken, for routers that anneal.
 
@@ -207,7 +208,7 @@ def is_trained(path: Any, value: Any) -> bool:
 
 
 def _check_names(moe: dict[str, Any]) -> None:
-  """Rejects arguments that are no field of `MoEConfig`, or that a layer does not have."""
+  """Rejects arguments that are not fields of `MoEConfig`, or not of a single layer."""
   known = {f.name for f in dataclasses.fields(MoEConfig)} - set(_SET_HERE)
   for name in moe:
     if name in _SET_HERE:

@@ -42,7 +42,7 @@ from moejax.sharding.mesh import on_tokens
 from moejax.types import Params
 
 TABLE = "hash_table"
-"""Parameter name of a router's table, after the first router that had one."""
+"""Parameter name of a router's table, named after the first router that had one."""
 
 
 class Decoder:
@@ -77,7 +77,7 @@ class Decoder:
     )
 
   def _make_stacks(self) -> dict[str, Stack]:
-    """Returns the stacks by the name of their parameters; "" is beside the embedding."""
+    """Returns the stacks by parameter name; "" puts them next to the embedding."""
     return {"": Stack(self.config, self.moe)}
 
   @property
@@ -97,16 +97,16 @@ class Decoder:
 
   @functools.cached_property
   def unrolled(self) -> "Decoder":
-    """The same model with a block of its own for every layer; see `unroll`."""
+    """The same model with a separate block for every layer; see `unroll`."""
     model = copy.copy(self)
     model.stacks = {name: stack.unrolled() for name, stack in self.stacks.items()}
     return model
 
   def unroll(self, params: Params) -> Params:
-    """Returns the parameters for `unrolled`: of each layer by itself.
+    """Returns the parameters for `unrolled`, separate for each layer.
 
-    A stack costs a copy of each layer's weights whenever the layer is run, which decides
-    the time of a step of one token.
+    A stack costs a copy of each layer's weights whenever the layer runs, which determines
+    the time of a one-token step.
     """
     params = dict(params)
     for name, stack in self.stacks.items():
@@ -156,9 +156,9 @@ class Decoder:
     return params
 
   def _table(self) -> Float[Array, "V K"]:
-    """Returns the router's table, kept with the parameters to be in every checkpoint.
+    """Returns the router's table, stored with the parameters in every checkpoint.
 
-    In floats, as checkpoints have always stored it.
+    It is in floats, as checkpoints have always stored it.
     """
     table = self.router.table(
       self.vocab_size,
@@ -223,7 +223,7 @@ class Decoder:
 
   @functools.cached_property
   def frozen(self) -> Masks | None:
-    """What `train.frozen` selects; None if nothing.
+    """The parameters that `train.frozen` selects; None if it selects nothing.
 
     Raises:
       ConfigError: a selector does not fit this model.
@@ -277,7 +277,7 @@ class Decoder:
       train: enables routing noise, and routing groups even if dropless.
       capacity_factor: overrides the configured one; None is dropless.
       cache: keys and values so far; the output has the extended cache.
-      last_only: returns the logits of the last position alone, S = 1.
+      last_only: returns the logits of the last position only, S = 1.
       return_served: whether to return `served`, for analysis.
       return_routes: whether to return `routes`, for analysis.
       batch_chosen: assignments requested per MoE layer in the whole batch, if this is
@@ -322,9 +322,9 @@ class Decoder:
     cache: Cache | None = None,
     step: Int[Array, ""] | None = None,
   ) -> tuple[Float[Array, "B S D"], BlockInputs, Cache | None]:
-    """Returns the first block's input, what all blocks share, and the advanced cache.
+    """Returns the first block's input, the inputs of all blocks, and the advanced cache.
 
-    For whoever runs the blocks one by one: `stack.block`, then `finish`.
+    To run the blocks one by one: call this, then `stack.block` for each, then `finish`.
     """
     if segment_ids is None:
       segment_ids = jnp.ones_like(tokens)
@@ -343,7 +343,7 @@ class Decoder:
       return on_tokens(table.embed(tokens, jnp.dtype(self.config.dtype)))
 
   def finish(self, params: Params, x: Float[Array, "B S D"]) -> Float[Array, "B S V"]:
-    """Returns logits, from the last block's output."""
+    """Returns the logits, given the last block's output."""
     with parts.scope(parts.HEAD):
       return self._embedding.merge(params["embedding"]).logits(x)
 
@@ -397,5 +397,5 @@ class Decoder:
 
 
 def _under(name: str, params: Params) -> Params:
-  """Returns parameters below a name, or as they are where it is empty."""
+  """Returns the parameters below a name, or all of them if it is empty."""
   return {name: params} if name else params

@@ -39,7 +39,7 @@ from moejax.routing.base import RouterStats
 from moejax.types import Params
 
 _ENCODER_KEY = 2**31 - 3
-"""Folded into a step's key for the encoder; parts of the decoder fold in their number."""
+"""Folded into a step's key for the encoder; the decoder's parts fold in their number."""
 
 
 class EncoderDecoder(Decoder):
@@ -87,14 +87,15 @@ class EncoderDecoder(Decoder):
 
     Args:
       params: from `init`.
-      tokens: of the decoder: a start, then the targets so far.
-      encoder_tokens: the whole input; left out with a cache, which remembers it.
+      tokens: the decoder's: the start token, then the targets so far.
+      encoder_tokens: the whole input; omitted with a cache, which holds its keys and
+        values.
       encoder_segment_ids: which segment of the decoder reads each, 0 for padding; None
         means one per row.
       encoder_positions: within the segment; None counts from the row's start.
-      encoder_weight: multiplies the encoder's aux sums. Divided by the targets of the
-        whole batch, they become means if it is targets over encoder tokens of that batch;
-        None is that of this call.
+      encoder_weight: multiplies the encoder's aux sums. With the whole batch's ratio of
+        targets to encoder tokens, the sums divided by its targets are means. None means
+        the ratio of this call.
       segment_ids: of the decoder; the rest as in `Decoder`.
       positions: of the decoder.
       key: randomness of this step.
@@ -167,7 +168,7 @@ class EncoderDecoder(Decoder):
     Args:
       params: from `init`.
       encoder_tokens: one input per row.
-      length: most tokens that are decoded.
+      length: maximum number of decoded tokens.
       segment_ids: 0 for padding, 1 elsewhere; None is no padding.
       capacity_factor: as in a call.
     """
@@ -237,7 +238,7 @@ class EncoderDecoder(Decoder):
     told: LayerInputs,
     cache: Cache | None,
   ) -> tuple[Float[Array, "B S D"], list[MoEAux], Cache | None]:
-    """Runs the decoder's blocks, whose keys and values it adds to the cache."""
+    """Runs the decoder's blocks and adds their keys and values to the cache."""
     own, x = params["decoder"], self._embed(params, tokens)
     if cache is None:
       x, auxes, _ = self.stack.run(own, x, inputs, key, told)
@@ -253,7 +254,7 @@ class EncoderDecoder(Decoder):
 def _segments(
   tokens: Int[Array, "B S"], segment_ids: Int[Array, "B S"] | None
 ) -> Int[Array, "B S"]:
-  """Returns the segments, one per row where none are given."""
+  """Returns the segments, one per row if none are given."""
   return jnp.ones_like(tokens) if segment_ids is None else segment_ids
 
 
@@ -271,7 +272,7 @@ def _across(context: Context, seen: Int[Array, "B M"]) -> Context:
 def _targets_per_token(
   segment_ids: Int[Array, "B S"], seen: Int[Array, "B M"]
 ) -> Float[Array, ""]:
-  """Returns targets over encoder tokens of this call, padding left out."""
+  """Returns the ratio of targets to encoder tokens of this call, without padding."""
   targets, tokens = (jnp.sum(s > 0, dtype=jnp.float32) for s in (segment_ids, seen))
   return targets / jnp.maximum(tokens, 1.0)
 
@@ -279,7 +280,7 @@ def _targets_per_token(
 def _joined(
   encoder: list[MoEAux], decoder: list[MoEAux], weight: Float[Array, ""] | float
 ) -> tuple[dict[str, Float[Array, ""]], RouterStats | None, dict[str, Any]]:
-  """Joins what both stacks report, the encoder's MoE layers first."""
+  """Joins the MoE layers' results of both stacks, the encoder's first."""
   losses, stats, read = collect(encoder)
   losses = {name: value * weight for name, value in losses.items()}
   own, own_stats, asked = collect(decoder)

@@ -1,8 +1,8 @@
-"""Parameters that training leaves as they are: what `train.frozen` selects.
+"""Parameters that training does not change, selected by `train.frozen`.
 
-They are untrained like a routing table (`moejax.models.trained`): no gradient with
-respect to them, no moments, no weight decay, no share in the gradient norm. A rule by
-which the train step moves a router's bias does not move them either.
+They are untrained like a routing table (`moejax.models.trained`): they have no gradient,
+no moments, no weight decay and no share in the gradient norm. The rule by which the train
+step updates a router's bias does not apply to them either.
 """
 
 import dataclasses
@@ -30,16 +30,16 @@ class Masks:
   """Two masks over all parameters."""
 
   trained: Mask
-  """What the optimizer updates."""
+  """The parameters that the optimizer updates."""
   free: Mask
-  """What is not frozen."""
+  """The parameters that are not frozen."""
   by_rule: Mask
-  """As `free` where the train step may move a parameter by a rule of its own; else True.
-  What the optimizer moves is not restored a second time."""
+  """As `free` where the train step may update a parameter by a rule; else True.
+  What the optimizer updates is not restored a second time."""
 
 
 def masks(text: str, declared: Mask, axes: Params, shapes: Params) -> Masks:
-  """Returns what is trained if `text` is frozen.
+  """Returns the masks if the parameters that `text` selects are frozen.
 
   Args:
     text: the selectors, see `moejax.config.selectors`.
@@ -48,8 +48,8 @@ def masks(text: str, declared: Mask, axes: Params, shapes: Params) -> Masks:
     shapes: anything with a `.shape`.
 
   Raises:
-    ConfigError: a selector matches nothing, or rows that are not there; or nothing is
-      left to train.
+    ConfigError: a selector matches nothing, or rows that do not exist, or nothing is left
+      to train.
   """
   selectors = parse(text)
   found = dict(_leaves(shapes))
@@ -77,13 +77,13 @@ def masks(text: str, declared: Mask, axes: Params, shapes: Params) -> Masks:
 
 
 def expert_axis(names: tuple[str | None, ...]) -> int | None:
-  """Returns which axis of a parameter counts experts, if one does."""
+  """Returns the expert axis of a parameter; None if it has none."""
   found = [i for i, name in enumerate(names) if name in EXPERT_AXES]
   return found[0] if found else None
 
 
 def frozen_numbers(masks: Masks, shapes: Params) -> dict[str, int]:
-  """Returns how many numbers of each parameter are frozen; left out where none are."""
+  """Returns how many numbers of each parameter are frozen, omitting zeros."""
   sizes = dict(_leaves(shapes))
   found = {}
   for name, entry in _leaves(masks.free):
@@ -127,7 +127,7 @@ def _check(
 
 
 def _frozen(name: str, size: int | None, selectors: list[Selector]) -> np.ndarray:
-  """Returns which rows of a parameter are frozen; without rows it is one."""
+  """Returns which rows of a parameter are frozen; one without rows counts as one row."""
   frozen = np.full(size or 1, selectors[0].takes_back)
   for selector in selectors:
     if fnmatch.fnmatchcase(name, selector.pattern):

@@ -1,4 +1,4 @@
-"""How many parameters a config freezes, by the parts of `moejax.cost.parameters`."""
+"""Counts the parameters that a config freezes, by part of `moejax.cost.parameters`."""
 
 from moejax.config import Config
 from moejax.cost.parameters import PARTS, resolve_vocab_size
@@ -15,7 +15,7 @@ _WORDS = (
   ("attention", "attention"),
   ("relative_bias", "attention"),
 )
-"""The first word that a parameter's name holds says its part; else it is `dense`."""
+"""The first of these words in a parameter's name gives its part; without any, `dense`."""
 
 
 def count_frozen(config: Config) -> dict[str, int]:

@@ -36,7 +36,7 @@ class EncoderBatch(Batch):
 
   encoder_inputs: Int[Array, "B M"]
   encoder_segment_ids: Int[Array, "B M"]
-  """Which segment of the decoder reads each; 0 is padding."""
+  """The decoder's segment that reads each token; 0 is padding."""
   encoder_positions: Int[Array, "B M"]
 
 
@@ -77,13 +77,13 @@ class Sums:
   loss: Float[Array, ""]
   """Cross-entropy in nats, without aux terms."""
   tokens: Float[Array, ""]
-  """Their number."""
+  """Number of valid tokens."""
   bytes: Float[Array, ""]
-  """Of the targets' text; 0 if unknown."""
+  """Bytes of the targets' text; 0 if unknown."""
   aux: dict[str, Float[Array, ""]]
   """Aux terms, unweighted."""
   stats: RouterStats | None
-  """With a leading axis of MoE layers; None without any."""
+  """Router statistics with a leading axis of MoE layers; None without any."""
 
 
 def token_losses(

@@ -8,6 +8,6 @@ from moejax.models.encoder_decoder import EncoderDecoder
 
 
 def make_model(model: ModelConfig, moe: MoEConfig, **others: Any) -> Decoder:
-  """Returns a decoder, or a decoder with an encoder; arguments as of `Decoder`."""
+  """Returns a decoder, or a decoder with an encoder; arguments as for `Decoder`."""
   kind = EncoderDecoder if model.kind == "encoder_decoder" else Decoder
   return kind(model, moe, **others)

@@ -19,28 +19,28 @@ from moejax.types import pytree
 
 @pytree
 class Memory:
-  """What cross-attention keeps of an encoder's output, for decoding."""
+  """The cache of cross-attention for an encoder's output, for decoding."""
 
   layers: dict[str, dict[str, KeyValueCache]]
-  """Of each decoder block; computed once."""
+  """Keys and values for each decoder block; computed once."""
   segment_ids: Int[Array, "B M"]
-  """Of the encoder's tokens; 0 is padding."""
+  """Segments of the encoder's tokens; 0 is padding."""
 
 
 @pytree
 class Cache:
-  """What attention keeps of the tokens seen so far, at most M of them."""
+  """The cache of attention for the tokens so far, at most M of them."""
 
   layers: dict[str, dict[str, LayerCache]]
   segment_ids: Int[Array, "B M"]
   """-1 where the cache is empty."""
   index: Int[Array, ""]
-  """Tokens written."""
+  """Number of tokens written."""
   memory: Memory | None = None
-  """Of the encoder, if there is one."""
+  """The encoder's, if there is one."""
 
   def longer(self, count: int) -> "Cache":
-    """Returns the cache with room for so many more tokens."""
+    """Returns the cache with room for `count` more tokens."""
 
     def pad(leaf: Array) -> Array:
       before = [(0, 0)] * (leaf.ndim - 2)
@@ -68,10 +68,10 @@ class DecoderOutput:
   served: Bool[Array, "L B S E"] | None = None
   """Which experts computed each token; L counts MoE layers; only on request."""
   routes: Routes | None = None
-  """What the routers decided for each token, with a leading axis of MoE layers; only on
+  """The routers' decisions for each token, with a leading axis of MoE layers; only on
   request."""
   encoder_routes: Routes | None = None
-  """The same of an encoder, whose tokens are others."""
+  """The same for an encoder, which reads other tokens."""
 
 
 def collect(

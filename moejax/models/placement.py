@@ -16,10 +16,10 @@ def param_shardings(model: Any, mesh: Mesh) -> Any:
 
 
 def check_rows(model: Any, mesh: Mesh) -> None:
-  """Rejects a model with frozen experts whose other experts a mesh cannot share out.
+  """Rejects a model with frozen experts if a mesh cannot divide the others evenly.
 
-  The optimizer's moments of the trained experts lie on the devices as experts do, so
-  each device must hold equally many.
+  The optimizer's moments of the trained experts are sharded like experts, so each device
+  must hold equally many.
 
   Raises:
     ConfigError: names the parameter, the numbers and the axis.

@@ -1,7 +1,7 @@
-"""Numbers of a step that tell whether its routers are well: gradients and biases.
+"""Measures of the routers' health in a step: gradients and biases.
 
-They are computed on the devices, since parameters and gradients stay there; what they
-mean is decided on the host (`moejax.alarms`).
+They are computed on the devices, since parameters and gradients stay there. The host
+interprets them (`moejax.alarms`).
 
 Letters: L MoE layers, R repeats of a unit, E experts.
 """
@@ -31,9 +31,9 @@ class RouterHealth:
   """Root mean square of the gradient over a router's parameters; 0 without any, NaN if
   they are frozen."""
   other_gradient: Float[Array, ""]
-  """The same over all trained parameters that are no router's."""
+  """The same over all trained parameters outside the routers."""
   bias_span: Float[Array, "L"]
-  """Largest minus smallest selection bias; 0 for a router without."""
+  """Largest minus smallest selection bias; 0 for a router without one."""
 
 
 def router_health(
@@ -53,12 +53,12 @@ def router_health(
   # A float: as an integer, the size of a large model would overflow int32.
   size = float(sum(g.size for g in jax.tree.leaves(gradients)))
   others = jnp.maximum(size - jnp.sum(sizes), 1.0)
-  # Rounding may leave less than nothing where the routers have nearly all of it.
+  # Rounding may make this negative where the routers have nearly all of the norm.
   rest = jnp.maximum(jnp.square(norm) - jnp.sum(squares), 0.0)
   gradient, other = jnp.sqrt(squares / jnp.maximum(sizes, 1.0)), jnp.sqrt(rest / others)
   if model.frozen is not None:
     gradient = jnp.where(sizes > 0, gradient, jnp.nan)
-    # Where routers alone are trained, the rest is what rounding leaves.
+    # Where only routers are trained, the rest is a rounding error.
     other = jnp.where(size > jnp.sum(sizes), other, jnp.nan)
   return RouterHealth(
     gradient=gradient,

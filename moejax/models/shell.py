@@ -1,4 +1,4 @@
-"""A module as its structure and plain parameters, apart."""
+"""A module, split into its structure and plain parameters."""
 
 from collections.abc import Callable
 from typing import Any

@@ -46,9 +46,9 @@ class LayerPath(NamedTuple):
 
   part: str
   name: str
-  """Of the block in its part."""
+  """Name of the block in its part."""
   repeat: int
-  """Of the unit; 0 in the other parts."""
+  """Index of the unit's repeat; 0 in the other parts."""
 
 
 def split_key(key: Key[Array, ""] | None, count: int) -> Key[Array, "R"] | None:
@@ -74,7 +74,7 @@ class Stack:
       moe: config of the stack's MoE layers.
       is_encoder: whether attention sees later tokens, and the output is normalised.
       has_cross: whether each block attends to an encoder's output.
-      vocab_size: V of a token table of the stack's own; 0 is none.
+      vocab_size: V of the stack's own token table; 0 means it has none.
     """
     self.config, self.moe = model, moe
     self.router = make_router(moe)
@@ -195,7 +195,7 @@ class Stack:
     return jax.vmap(lambda key: present_experts(key, self.moe))(keys)
 
   def unrolled(self) -> "Stack":
-    """Returns the same stack with a block of its own for every layer; see `unroll`."""
+    """Returns the same stack with a separate block for every layer; see `unroll`."""
     stack = copy.copy(self)
     stack.pattern = Pattern(self.pattern.is_moe, (), (), 0)
     return stack
@@ -225,7 +225,7 @@ class Stack:
   def remember(
     self, params: Params, memory: Float[Array, "B M D"]
   ) -> dict[str, dict[str, KeyValueCache]]:
-    """Returns what each block's cross-attention keeps of the encoder's output."""
+    """Returns each block's cross-attention keys and values of the encoder's output."""
     layers: dict[str, dict[str, KeyValueCache]] = {}
     for part in PARTS:
       layers[part] = {}
@@ -259,7 +259,7 @@ class Stack:
     return self._others["embedding"].merge(params["embedding"])
 
   def normalise(self, params: Params, x: Float[Array, "B S D"]) -> Float[Array, "B S D"]:
-    """Returns an encoder's output, from that of its last block."""
+    """Returns an encoder's output, given the output of its last block."""
     return self._others["norm"].merge(params["norm"])(x)
 
   def run(
@@ -280,7 +280,7 @@ class Stack:
       x: embedded tokens.
       inputs: shared by all blocks.
       key: randomness of this step.
-      told: inputs of the MoE layers, with a leading axis of them.
+      told: inputs of the MoE layers, with a leading axis of MoE layers.
       cache: of self-attention.
       remembered: from `remember`; None computes it in each block.
 

@@ -5,8 +5,8 @@ must not touch some of them: a table that routes by token id, a bias that the tr
 updates by its own rule, whatever `train.frozen` selects. Gradients and the optimizer see
 only the trained part, so nothing can decay, clip or move the rest.
 
-Of an array that stacks experts, some may be trained and others not: it is then cut along
-that axis into two arrays.
+In an array that stacks experts, some may be trained and others not. The array is then cut
+along that axis into two.
 """
 
 import dataclasses
@@ -22,7 +22,7 @@ from moejax.types import Params
 
 Mask = dict[str, Any]
 """A nested dict like the parameters: True for each trained leaf, False for others, `Rows`
-for a leaf of which a part is trained."""
+for a leaf that is trained in part."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,7 +60,7 @@ class Rows:
     return jnp.concatenate(parts, axis=self.axis)
 
   def _runs(self) -> list[tuple[int, int, bool]]:
-    """Returns start, stop and kind of each run of neighbours of one kind."""
+    """Returns (start, stop, whether it is trained) of each run of rows of one kind."""
     found, start = [], 0
     for is_trained, run in itertools.groupby(self.trained):
       stop = start + len(list(run))
@@ -114,7 +114,7 @@ def of_trained(tree: Params, trained: Mask) -> Params:
   """Returns the leaves that belong to trained parameters, whole.
 
   Args:
-    tree: like the parameters, of anything that has no rows: axis names, shardings.
+    tree: like the parameters, with leaves without rows, such as axis names or shardings.
     trained: the mask.
 
   Raises:
@@ -133,7 +133,7 @@ def of_trained(tree: Params, trained: Mask) -> Params:
 
 
 def shapes(params: Params, trained: Mask) -> Params:
-  """Returns shapes and dtypes of what is trained, from those of all parameters."""
+  """Returns shapes and dtypes of the trained parameters, from those of all parameters."""
   return jax.eval_shape(lambda p: split(p, trained)[0], params)
 
 
@@ -143,7 +143,7 @@ def restore(new: Params, old: Params, free: Mask) -> Params:
 
 
 def names(mask: Mask, prefix: str = "") -> list[str]:
-  """Returns the dotted names of the parameters of which nothing is trained."""
+  """Returns the dotted names of the parameters that are not trained, even in part."""
   found: list[str] = []
   for name, value in mask.items():
     if isinstance(value, dict):

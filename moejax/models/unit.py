@@ -1,4 +1,4 @@
-"""How the repeats of a unit run: rematerialised, in a scan or one after the other."""
+"""Runs the repeats of a unit: rematerialised, in a scan or one after the other."""
 
 from collections.abc import Callable
 from typing import Any
@@ -41,7 +41,7 @@ def remat(function: Unit, policy: str, *, in_scan: bool) -> Unit:
 
 
 def unrolled(unit: Unit, x: Any, stacked: Any, repeats: int) -> Any:
-  """Does what `jax.lax.scan` does, without a loop in the program."""
+  """Returns the same as `jax.lax.scan`, without a loop in the program."""
   outputs = []
   for index in range(repeats):
     x, output = unit(x, jax.tree.map(lambda leaf, i=index: leaf[i], stacked))
