@@ -10,12 +10,12 @@ from moejax.options import Range, count
 
 @dataclass(kw_only=True, slots=True)
 class AlarmConfig:
-  """When a router counts as ill. Alarms look at logged steps only (train.log_every)."""
+  """When a router counts as unhealthy. Only logged steps count (train.log_every)."""
 
   patience: int = 5
   """Number of logged steps in a row that must be beyond a threshold to raise an alarm."""
   release: float = 0.9
-  """An alarm is cleared below release * threshold; those with min_, above threshold /
+  """A max_ alarm is cleared below release * threshold, a min_ alarm above threshold /
   release."""
   max_load: float | None = 0.6
   """Load of a layer's busiest expert, before capacity: 0 is even, 1 is every token."""
@@ -23,7 +23,7 @@ class AlarmConfig:
   """Entropy of a layer's load over its experts, before capacity, over its maximum: 1 is
   even, 0 is one expert."""
   max_dead_steps: int | None = 200
-  """Steps in a row in which an expert was chosen by no token, at most."""
+  """Number of steps in a row in which no token chose an expert."""
   max_logit: float | None = 50.0
   """Largest absolute router logit of a token, mean over tokens."""
   max_gate: float | None = 0.995
@@ -33,7 +33,7 @@ class AlarmConfig:
   """Largest minus smallest selection bias of a layer. Sigmoid scores differ by less than
   1."""
   max_drops: float | None = 0.4
-  """Fraction of a layer's assignments that is dropped, of those that its slots would hold
+  """Fraction of a layer's assignments that is dropped, of those that its slots could hold
   if loads were even."""
   max_aux_share: float | None = 0.5
   """Largest weighted aux term, as a fraction of the cross-entropy."""

@@ -1,4 +1,4 @@
-"""What follows from the attention fields: widths of heads, windows, YaRN's temperature.
+"""Values derived from the attention fields: head widths, windows, YaRN's temperature.
 
 Letters: A width of a query or key head, Z width of a value head.
 """
@@ -44,7 +44,7 @@ def yarn_temperature(factor: float, mscale: float) -> float:
 
 
 def yarn_factor(model: ModelConfig) -> float:
-  """Returns what multiplies entries that rotate, by the two mscales."""
+  """Returns the factor of rotated entries, from the two mscales."""
   rotated = yarn_temperature(model.rope_factor, model.rope_mscale)
   return rotated / yarn_temperature(model.rope_factor, model.rope_mscale_all_dim)
 
@@ -61,7 +61,7 @@ def layer_windows(model: ModelConfig) -> tuple[int, ...]:
 
 
 def cache_width(model: ModelConfig) -> int:
-  """Returns the numbers that a cache holds per token and layer."""
+  """Returns how many numbers a cache holds per token and layer."""
   if model.attention == "latent":
     return model.kv_rank + model.rope_head_dim
   return 2 * (model.num_kv_heads or model.num_heads) * head_widths(model).query

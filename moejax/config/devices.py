@@ -114,7 +114,7 @@ def _check_dispatcher(config: Config, num_devices: int) -> None:
 
 
 def _share(config: Config, counts: Sequence[int]) -> int | None:
-  """Returns the most devices per process that fit; None without a free axis or fit."""
+  """Returns the most devices per process that fit; None without a free axis or a fit."""
   if not _has_free_axis(config):
     return None
   fitting = (
@@ -201,12 +201,12 @@ def _cuts(config: Config) -> list[tuple[str, str, int]]:
 
 
 def _remedy(config: Config, counts: Sequence[int], *, exactly: bool = False) -> str:
-  """Recommends flags that run on these devices, each tried first.
+  """Returns a recommendation of flags that run on these devices; each was tried.
 
   Args:
-    config: that does not.
+    config: one that does not run on them.
     counts: devices of each process.
-    exactly: on all of them, not only on some.
+    exactly: whether it must use all of the devices, not only some.
   """
 
   def helps(change: dict[str, Any]) -> bool:
@@ -259,7 +259,7 @@ def _changed(config: Config, change: dict[str, Any]) -> Config | None:
 
 
 def _changes(config: Config, num_devices: int) -> Iterator[dict[str, Any]]:
-  """Yields changes that may help, the smallest first; `_runs` tells which do."""
+  """Yields changes that may help, the smallest first; `_runs` checks them."""
   if not _has_free_axis(config):
     yield from ({f"mesh.{axis}": -1} for axis in AXES)
   for axis, _, extent in _cuts(config):

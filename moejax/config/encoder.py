@@ -1,7 +1,7 @@
-"""What the encoder of an encoder-decoder has of its own: depth, pattern and router.
+"""The encoder's own settings in an encoder-decoder: depth, pattern and router.
 
 An encoder is a stack of the same blocks as a decoder, made from a configuration in which
-the encoder's fields have taken the place of the decoder's.
+the encoder's fields replace the decoder's.
 """
 
 import copy
@@ -19,8 +19,8 @@ def encoder_model(model: ModelConfig) -> ModelConfig:
 def encoder_moe(moe: MoEConfig) -> MoEConfig:
   """Returns the configuration of the encoder's MoE layers.
 
-  A router of its own that needs slots in evaluation too has those of training, even
-  where the decoder is evaluated dropless.
+  If the encoder has its own router and it needs slots in evaluation, it gets those of
+  training, even where the decoder is evaluated dropless.
   """
   own = dataclasses.replace(moe, every=moe.encoder_every or moe.every)
   if moe.encoder_router and moe.encoder_router != moe.router:

@@ -36,17 +36,17 @@ def choose(
   num_groups: int = 1,
   platform: str = "cpu",
 ) -> tuple[str, str]:
-  """Returns the exchange and the dispatcher of a layer, none of them "auto".
+  """Returns the exchange and the dispatcher of a layer, neither of them "auto".
 
-  Exchange auto: gspmd where groups do not divide over the devices; without an expert axis
-  "none". Else `grouped`, and dropless, which has no slots, go by ring if P <= K, since a
-  token then visits nearly every device and no buffer can overflow, and by ragged
-  otherwise; but ragged carries only sorted rows, so other dispatchers go by ring. With
-  a capacity, slots go by all_to_all.
+  Exchange auto is gspmd where groups do not divide over the devices, and "none" without
+  an expert axis. Otherwise slots with a capacity use all_to_all. `grouped`, and dropless
+  routing, which has no slots, use ring if P <= K, since a token then visits nearly every
+  device and no buffer can overflow. If P > K they use ragged, which carries only sorted
+  rows; other dispatchers use ring.
 
-  Dispatcher auto: that of the exchange. Where nothing travels, `grouped` runs only the
-  rows that exist, and is fastest on CPU with capacity and dropless. On an accelerator it
-  needs a ragged matmul, which pays off when dropless; with a capacity the batched matmul
+  Dispatcher auto is that of the exchange. Without an exchange, `grouped` runs only the
+  rows that exist, and is fastest on CPU, with capacity and dropless. On an accelerator it
+  needs a ragged matmul, which pays off when dropless. With a capacity, the batched matmul
   of `gather` has static shapes, which suit accelerators.
 
   Args:
@@ -112,9 +112,9 @@ def buffer_factor(
 ) -> float:
   """Returns the room for received rows under ragged, as a multiple of an even load.
 
-  A device receives at most all rows of every device; where tokens choose, min(K, L) of
-  the K rows of each token, L = E/P being its experts, since a token visits an expert
-  once.
+  A device receives at most all rows of every device. Where tokens choose, it receives at
+  most min(K, L) of each token's K rows, for its L = E/P experts, since a token visits an
+  expert once.
 
   Args:
     bound: --config.moe.exchange_buffer.
@@ -149,7 +149,7 @@ def _auto_dispatcher(kind: str, platform: str, capacity: bool) -> str:
 def _refusal(
   exchange: str, kind: str, dispatcher: str, capacity: bool, mixes: bool, divided: bool
 ) -> str:
-  """Returns why an exchange does not carry a dispatcher's rows, and what would."""
+  """Returns why an exchange does not carry a dispatcher's rows, and which one does."""
   others = [
     name
     for name, carried in CARRIES.items()

@@ -20,7 +20,7 @@ class Pattern:
 
 
 def layer_pattern(num_layers: int, moe: MoEConfig) -> Pattern:
-  """The pattern of `num_layers` layers under this MoE configuration."""
+  """Returns the pattern of `num_layers` layers under this MoE configuration."""
   prefix = min(moe.dense_prefix, num_layers)
   unit = tuple(index == moe.offset % moe.every for index in range(moe.every))
   repeats, rest = divmod(num_layers - prefix, moe.every)
@@ -44,8 +44,8 @@ def dense_layers(moe: MoEConfig) -> frozenset[int]:
 def fold(kinds: tuple[bool, ...]) -> Pattern:
   """Folds layers so that as few blocks as possible are compiled.
 
-  Of equal folds, the one with the shortest prefix and then the shortest unit. Without a
-  unit that occurs twice, all layers are the prefix.
+  Ties go to the shortest prefix, then to the shortest unit. If no unit occurs twice, all
+  layers are the prefix.
   """
   best = Pattern(kinds, (), (), 0)
   fewest = len(kinds)

@@ -13,7 +13,7 @@ from moejax.routing.capacity import capacity_of
 from moejax.routing.router import Router, Sizes
 
 CONFIGURED: Any = "configured"
-"""Of a call: the capacity factor of the configuration. A word, which help() shows."""
+"""Default of calls: the configured capacity factor. A word, so that help() shows it."""
 
 
 def make_router(moe: MoEConfig) -> Router:
@@ -26,7 +26,7 @@ def make_router(moe: MoEConfig) -> Router:
 
 
 def num_selected(moe: MoEConfig) -> int:
-  """Returns K of the router: in segments, and all experts under router dense."""
+  """Returns the router's K, counted in segments; all experts under router dense."""
   return make_router(moe).selected(moe.fine_experts, moe.fine_selected)
 
 
@@ -52,14 +52,14 @@ def capacity(
 
 
 def factor_of(moe: MoEConfig, asked: Any, *, train: bool) -> float | None:
-  """Returns the capacity factor of a call: the one asked for, or if `CONFIGURED` that."""
+  """Returns the capacity factor of a call: `asked`, unless that is `CONFIGURED`."""
   if asked is not CONFIGURED:
     return asked
   return moe.capacity_factor if train else moe.eval_capacity_factor
 
 
 def slot_policy(moe: MoEConfig, capacity: int | None) -> SlotPolicy:
-  """Returns the slot policy (choices per token, who gets a slot) of a configuration.
+  """Returns the slot policy (choices per token, priority for slots) of a configuration.
 
   Args:
     moe: of the layer; its strings have passed `config.check.validate`.

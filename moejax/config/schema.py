@@ -43,7 +43,7 @@ class DataConfig:
   vocab_size: int = 2048
   """For bpe; the bytes tokenizer has a fixed size."""
   sequence_length: int = 256
-  """Tokens of a training sequence; with span_corruption of the encoder's."""
+  """Tokens of a training sequence; with span_corruption, of the encoder's."""
   objective: str = "causal"
   """causal, or span_corruption: the encoder sees text with spans replaced by sentinels,
   the decoder predicts the spans (T5, arXiv:1910.10683, section 3.1.4)."""
@@ -78,8 +78,8 @@ class ModelConfig:
   encoder_layers: int = 0
   """encoder_decoder: layers of the encoder; 0 is num_layers."""
   encoder_embedding: bool = False
-  """encoder_decoder: a token table of the encoder's own, beside the decoder's
-  (Transformers' Switch, if nothing is tied)."""
+  """encoder_decoder: a separate token table for the encoder (Transformers' Switch, if
+  nothing is tied)."""
   width: int = 128
   """D."""
   num_heads: int = 4
@@ -106,7 +106,7 @@ class ModelConfig:
   kv_rank: int = 0
   """latent: rank of the keys and values together, which is what the cache holds."""
   nope_head_dim: int = 0
-  """latent: width of the part of a query or key head that carries no position."""
+  """latent: width of the part of a query or key head without position."""
   rope_head_dim: int = 0
   """latent: width of the part that rotates; all heads share that of the key."""
   value_head_dim: int = 0
@@ -129,7 +129,7 @@ class ModelConfig:
   """Multiplies attention logits (Granite's attention_multiplier); 0 is 1/sqrt(head
   width)."""
   sliding_window: int = 0
-  """Number of tokens a token attends to, itself included; 0 is all."""
+  """Attention window in tokens, including the current one; 0 means no window."""
   window_pattern: str = ""
   """Which layers have the window: sliding or full for each layer, separated by commas,
   repeated over all layers (GPT-OSS: sliding,full); empty is sliding for all."""
@@ -171,7 +171,7 @@ class ModelConfig:
   """yarn: m of the same formula for the whole head: its square multiplies attention
   logits, and rotated queries and keys are divided by it (DeepSeek); 0 is off."""
   rope_attention_factor: float | None = None
-  """yarn: multiplies rotated queries and keys instead of what the two mscales give."""
+  """yarn: factor of rotated queries and keys, replacing the one from the two mscales."""
   norm_placement: str = "pre"
   """RMSNorm on the input of attention and feed-forward (pre), on their output before it
   is added (post: FlexOlmo, OLMo 2, arXiv:2501.00656), or on both."""
@@ -179,7 +179,8 @@ class ModelConfig:
   embedding_scale: float = 1.0
   """Multiplies the embeddings (Granite's embedding_multiplier)."""
   residual_scale: float = 1.0
-  """Multiplies what attention and feed-forward add (Granite's residual_multiplier)."""
+  """Multiplies the outputs of attention and feed-forward (Granite's
+  residual_multiplier)."""
   logits_divisor: float = 1.0
   """Divides the logits (Granite's logits_scaling)."""
   logits_soft_cap: float | None = None
@@ -190,9 +191,9 @@ class ModelConfig:
   """Compute dtype: float32 or bfloat16. Router, norms and loss are always float32."""
   param_dtype: str = "float32"
   remat: str = "none"
-  """none, full (recompute the block except token exchange), offload (as full, but what
-  was exchanged waits in the host's memory), all (recompute exchange too), or dots (keep
-  matrix products)."""
+  """none, full (recompute the block except token exchange), offload (as full, but keep
+  exchanged rows in the host's memory), all (recompute exchange too), or dots (keep matrix
+  products)."""
   scan_layers: bool = True
   """False unrolls: slower to compile, easier to read in a profile."""
   max_position: int = 0
@@ -221,7 +222,7 @@ class MoEConfig:
   """A learned bias on the router's logits (GPT-OSS)."""
   pruned_rows: int = 0
   """Router rows whose experts were pruned: never chosen, but still in the softmax, so
-  that raw gates of the other experts stay what they were."""
+  that raw gates of the other experts do not change."""
   segments: int = 1
   """m: each expert is split into m of width F/m, and m*K are chosen (DeepSeekMoE)."""
   num_shared: int = 0
@@ -245,13 +246,13 @@ class MoEConfig:
   """Indices of further layers that are dense, separated by commas (mlp_only_layers of
   Qwen)."""
   encoder_every: int = 0
-  """encoder_decoder: `every` of the encoder; 0 is that of the decoder."""
+  """encoder_decoder: `every` of the encoder; 0 means the decoder's."""
   encoder_router: str = ""
   """encoder_decoder: router of the encoder, with its default options; empty is the
   decoder's router. It may look at later tokens (expert_choice, soft)."""
   dense_after: bool = False
-  """Follow each MoE layer by a dense feed-forward of model.hidden, with a norm and a
-  residual of its own (ST-MoE, arXiv:2202.08906, appendix C)."""
+  """Follow each MoE layer by a dense feed-forward of model.hidden, with its own norm and
+  residual (ST-MoE, arXiv:2202.08906, appendix C)."""
   dense_twin: bool = False
   """Replace each MoE layer by a dense one of equal active FLOPs: hidden K*F + shared."""
   capacity_factor: float | None = 1.25
@@ -259,7 +260,7 @@ class MoEConfig:
   eval_capacity_factor: float | None = None
   capacity_convention: str = "per_assignment"
   """per_assignment multiplies by K; per_token (Flaxformer, AXLearn, Praxis) does not;
-  under slots both factors are C itself, whatever T (Transformers' Switch)."""
+  under slots both factors are C itself, for any T (Transformers' Switch)."""
   min_capacity: int = 1
   exchange: str = "auto"
   """How tokens reach experts on other devices: all_to_all (slots), ragged (sorted
@@ -287,7 +288,7 @@ class MoEConfig:
   gate_scale: float = 1.0
   """Multiplies every gate at the end (DeepSeek's routed_scaling_factor)."""
   priority: str = "arrival"
-  """Who gets a slot first: arrival, gate or random."""
+  """Order in which tokens get slots: arrival, gate or random."""
   slot_order: str = "choice_major"
   """Order in which choices get slots: choice_major (all first choices before any
   second), token_major, by_gate, or batch_priority (choice_major with priority=gate)."""
@@ -369,7 +370,7 @@ class OptimizerConfig:
   newton_schulz_steps: int = 5
   """Muon: iterations that make an update orthogonal."""
   update_rms: float = 0.2
-  """Muon: root mean square of an update of learning rate 1; 0.2 is about AdamW's, so that
+  """Muon: root mean square of an update at learning rate 1; 0.2 is about AdamW's, so that
   both share one learning rate."""
   weight_decay: float = 0.1
   """Decoupled; applied to matrices only, not to norms, biases or embeddings."""
@@ -386,10 +387,10 @@ class TrainConfig:
   """Microbatches per optimizer step."""
   seed: int = 0
   init_from: str = ""
-  """Directory of a run whose parameters a new run starts from, as the flag --init_from,
-  which is used if both are given; for sweeps, where {seed} stands for a point's seed."""
+  """Directory of a run whose parameters a new run starts from, like the flag --init_from,
+  which takes precedence. For sweeps, where {seed} stands for a point's seed."""
   frozen: str = ""
-  """Parameters that training leaves as they are: selectors over their dotted names,
+  """Parameters that training does not change: selectors over their dotted names,
   separated by commas (`embedding.*,*.moe.experts.*[0:4]`, `!*.moe.experts.*`); see
   `moejax.config.selectors`."""
   log_every: int = 10
@@ -404,8 +405,8 @@ class TrainConfig:
   report: bool = True
   """After the last step, draw report.png."""
   trace_steps: int = 3
-  """Steps near the end that are traced, for the bar in report.png of where time goes;
-  0 traces none."""
+  """Number of steps traced near the end, for the bar of step time in report.png; 0 traces
+  none."""
   checkpoint_every: int = 250
   keep_last: int = 2
   keep_best: int = 1

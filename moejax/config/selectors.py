@@ -23,18 +23,18 @@ class Selector:
   text: str
   """As written."""
   pattern: str
-  """Of the names, with `*` and `?`."""
+  """Pattern of the names, with `*` and `?`."""
   takes_back: bool = False
   """Whether it begins with `!`."""
   rows: slice | None = None
-  """Of the expert axis; None is the whole parameter."""
+  """Rows along the expert axis; None means the whole parameter."""
 
 
 def parse(text: str) -> list[Selector]:
   """Parses a list of selectors; empty text is an empty list.
 
   Raises:
-    ValueError: says in words which selector is malformed.
+    ValueError: a selector is malformed; the message names it.
   """
   return [_selector(part.strip()) for part in text.split(",")] if text.strip() else []
 

@@ -1,4 +1,4 @@
-"""Span corruption: how many tokens and spans of a text are replaced, and its lengths.
+"""Span corruption: the numbers of replaced tokens and spans of a text, and its lengths.
 
 A text of n tokens has round(n * density) of them replaced, at least one and at most
 n - 1, in round(replaced / mean length) spans, at least one. The encoder sees the rest, a
@@ -7,8 +7,8 @@ and the separator at the end. So the lengths follow from n alone, and a row can 
 before any mask is drawn.
 
 Source: T5, arXiv:1910.10683, section 3.1.4, and its released code (random_spans_helper).
-Halves are rounded up; there they are rounded to even, so that a text of 30 tokens has 4
-of them replaced at density 0.15 and here 5.
+Halves are rounded up here, and to even there: of 30 tokens at density 0.15, 5 are
+replaced here and 4 there.
 """
 
 import dataclasses
@@ -36,7 +36,7 @@ class Spans:
 
   @functools.cached_property
   def longest(self) -> int:
-    """Most tokens of one text that fit a row of the encoder and of the decoder."""
+    """Maximum tokens of one text that fit a row of the encoder and of the decoder."""
     fits = (self.encoder_sizes <= self.encoder_length) & (
       self.decoder_sizes <= self.decoder_length
     )
@@ -44,12 +44,12 @@ class Spans:
 
   @functools.cached_property
   def encoder_sizes(self) -> Int[np.ndarray, "n"]:
-    """Tokens of the encoder for a text of n tokens, by n; does not decrease."""
+    """Encoder tokens for a text of n tokens, indexed by n; non-decreasing."""
     return _sizes(self.density, self.mean_length, self._most)[0]
 
   @functools.cached_property
   def decoder_sizes(self) -> Int[np.ndarray, "n"]:
-    """Tokens of the decoder for a text of n tokens, by n; does not decrease."""
+    """Decoder tokens for a text of n tokens, indexed by n; non-decreasing."""
     return _sizes(self.density, self.mean_length, self._most)[1]
 
   @property
@@ -86,7 +86,7 @@ def target_length(data: DataConfig) -> int:
 
 
 def num_replaced(tokens: Int[np.ndarray, "*n"] | int, density: float) -> np.ndarray:
-  """Returns how many of so many tokens are replaced."""
+  """Returns how many of a text's tokens are replaced."""
   tokens = np.asarray(tokens)
   wanted = np.floor(tokens * density + 0.5).astype(np.int64)
   return np.asarray(np.clip(wanted, 1, np.maximum(tokens - 1, 1)))
@@ -95,9 +95,9 @@ def num_replaced(tokens: Int[np.ndarray, "*n"] | int, density: float) -> np.ndar
 def num_spans(
   tokens: Int[np.ndarray, "*n"] | int, density: float, mean_length: float
 ) -> np.ndarray:
-  """Returns the number of spans in a text of so many tokens.
+  """Returns the number of spans in a text of this many tokens.
 
-  At most as many as tokens that are kept, since one is kept before each span.
+  It is at most the number of kept tokens, since one is kept before each span.
   """
   replaced = num_replaced(tokens, density)
   wanted = np.floor(replaced / mean_length + 0.5).astype(np.int64)
@@ -109,11 +109,11 @@ def _sizes(density: float, mean: float, most: int) -> tuple[np.ndarray, np.ndarr
   tokens = np.arange(most + 1)
   replaced, spans = num_replaced(tokens, density), num_spans(tokens, density, mean)
   encoder, decoder = tokens - replaced + spans + 1, replaced + spans + 1
-  # No text, no row; and a text of one token is all replaced.
+  # An empty text takes no tokens. In a text of one token, that token is replaced.
   encoder[0] = decoder[0] = 0
   return encoder, decoder
 
 
 def _most_tokens(length: int, density: float) -> int:
-  """Returns more tokens than an encoder row of `length` has room for."""
+  """Returns a number of tokens that does not fit an encoder row of `length`."""
   return int(length / (1 - density)) + 8

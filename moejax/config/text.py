@@ -21,7 +21,7 @@ from moejax.routing.registry import OF_YOUR_OWN, ROUTERS, options_by_name
 Migration = Callable[[dict[str, Any]], dict[str, Any]]
 
 FLAG = "--config."
-"""Before a dotted name, the flag that sets the field."""
+"""Prefix that makes a dotted name the flag that sets the field."""
 
 _MOVED_TO_ROUTERS = {
   "second_policy": ("second_policy", "top2"),

@@ -1,4 +1,4 @@
-"""What attention costs: parameters, products per token, and the cache of decoding.
+"""The cost of attention: parameters, products per token, and the cache for decoding.
 
 Closed formulas, as in `cost/parameters`. Letters: D width, H query heads, J key/value
 heads, A query and key head width, Z value head width, S sequence.
@@ -9,7 +9,7 @@ from moejax.config.schema import ModelConfig
 
 
 def attention_matrices(model: ModelConfig) -> int:
-  """Returns the numbers in the matrices of one layer: its products per token."""
+  """Returns the size of one layer's matrices, which is its products per token."""
   width, heads, sizes = model.width, model.num_heads, head_widths(model)
   out = heads * sizes.value * width
   if model.attention == "latent":
@@ -50,7 +50,7 @@ def attention_norms(model: ModelConfig) -> int:
 def score_macs(model: ModelConfig, sequence_length: int, *, causal: bool) -> float:
   """Returns the products of all layers per token that grow with S.
 
-  Of latent attention, those of the naive form, which training runs.
+  For latent attention, those of the naive form, which training runs.
   """
   sizes = head_widths(model)
   contexts = (
@@ -61,7 +61,7 @@ def score_macs(model: ModelConfig, sequence_length: int, *, causal: bool) -> flo
 
 
 def mean_context(sequence_length: int, window: int, *, causal: bool) -> float:
-  """Returns the positions that attention counts per token, averaged over a sequence.
+  """Returns how many positions attention counts per token, averaged over a sequence.
 
   Args:
     sequence_length: S.
@@ -77,5 +77,5 @@ def mean_context(sequence_length: int, window: int, *, causal: bool) -> float:
 
 
 def cache_numbers_per_token(model: ModelConfig) -> int:
-  """Returns how many numbers all layers keep of a token, for decoding."""
+  """Returns how many numbers per token all layers cache for decoding."""
   return model.num_layers * cache_width(model)

@@ -12,8 +12,8 @@ Conventions, which differ between codebases:
   utilisation is comparable with published figures. `causal=True` counts only pairs
   that a causal mask keeps, about half. A sliding window shorter than S replaces S in
   both.
-- Of an encoder-decoder a token is one of the decoder: all that a row of both stacks
-  costs, divided by the decoder's tokens in it. The encoder's attention is never causal.
+- For an encoder-decoder, a token is a decoder token: the cost of a row of both stacks is
+  divided by the decoder's tokens in it. The encoder's attention is never causal.
 - A token counts its K experts (under router soft, its share of the slots) and all
   shared experts; empty slots, dropped tokens and recomputation change nothing.
 
@@ -48,7 +48,7 @@ PARTS = (
 def tokens_per_step(config: Config) -> int:
   """Returns the tokens of a training step that FLOPs per token are counted for.
 
-  Of an encoder-decoder they are those of the decoder, as by the module's conventions.
+  For an encoder-decoder, these are the decoder's tokens; see the module's conventions.
   """
   return config.train.batch_size * target_length(config.data)
 
@@ -76,7 +76,7 @@ def forward_flops_per_token(
 def _of_encoder_decoder(
   config: Config, vocab_size: int, sequence_length: int | None, causal: bool
 ) -> dict[str, float]:
-  """Returns the FLOPs of a row of both stacks by the decoder's tokens in it."""
+  """Returns the FLOPs of a row of both stacks, divided by the decoder's tokens in it."""
   config = copy.deepcopy(config)
   if sequence_length is not None:
     config.data.sequence_length, config.data.decoder_length = sequence_length, 0

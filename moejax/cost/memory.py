@@ -23,8 +23,8 @@ _MOMENTS = {"adamw": 2, "lion": 1, "adafactor": 0, "muon": 2}
 """float32 copies of the parameters; adafactor keeps only row and column moments."""
 
 _MATRICES = ("attention", "dense", "experts", "shared_experts")
-"""Parts of which muon keeps one copy. Their few biases and gates, of which it keeps two,
-count as one: the estimate is a lower bound."""
+"""Parts of which muon keeps one copy. It keeps two of their few biases and gates, which
+are counted as one, since the estimate is a lower bound."""
 
 _CGROUP = pathlib.Path("/sys/fs/cgroup")
 _MEMINFO = pathlib.Path("/proc/meminfo")
@@ -112,7 +112,7 @@ def check(
   """
   vocab_size = parameters.resolve_vocab_size(config)
   if not config.model.vocab_size and config.data.tokenizer == "bpe":
-    vocab_size = 0  # A small text gives a smaller one: known with the data.
+    vocab_size = 0  # A small text gives a smaller one, known only with the data.
   need = least_bytes(config, dict(mesh.shape), vocab_size, frozen)
   on_cpu = devices[0].platform == "cpu"
   there = host_memory() if on_cpu else _device_memory(devices)

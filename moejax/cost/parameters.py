@@ -57,7 +57,7 @@ class Dimensions:
   matrices: int
   """Matrices per dense feed-forward block: 3 if the activation is gated, else 2."""
   expert_matrices: int
-  """Likewise of an expert, a shared expert, and a dense twin of an MoE layer."""
+  """Likewise for an expert, a shared expert, and a dense twin of an MoE layer."""
   moe_layers: tuple[int, ...]
   """Indices of the MoE layers, or of their dense twins."""
   twin_hidden: int
@@ -76,7 +76,7 @@ class Dimensions:
 
   @property
   def num_dense_layers(self) -> int:
-    """Dense feed-forwards of `hidden`, with those after MoE layers."""
+    """Number of dense feed-forwards of `hidden`, including those after MoE layers."""
     after = len(self.moe_layers) if self.has_second else 0
     return self.num_layers - len(self.moe_layers) + after
 
@@ -151,7 +151,7 @@ def dense_twin(config: Config) -> Config:
 def count_parameters(
   config: Config, vocab_size: int
 ) -> tuple[dict[str, int], dict[str, int]]:
-  """Returns the total and active parameter counts of the decoder.
+  """Returns the total and active parameter counts of the model.
 
   Args:
     config: validated.

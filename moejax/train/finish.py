@@ -83,7 +83,7 @@ def final_evaluation(run: Run, reporter: Reporter) -> dict[str, Any]:
   per_batch = batch_size * target_length(config.data)
   num_tokens = run.dataset.num_tokens("validation")
   wanted = final_tokens(config, per_batch, num_tokens)
-  # Rows of spans have padding, so all of them are more than their tokens fill.
+  # Rows of spans have padding: all rows are more than the tokens would fill.
   limit = 0 if wanted == num_tokens else -(-wanted // per_batch)
   covered = min(limit * per_batch or num_tokens, num_tokens)
   with watched(reporter, "final evaluation, tokens", covered) as progress:

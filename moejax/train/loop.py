@@ -123,10 +123,10 @@ def _train(run: Run, reporter: Reporter, config_flags: str) -> dict[str, Any]:
 
 
 def _check_saved(run: Run, step: int, saved: int | None) -> None:
-  """Checks that the last step's checkpoint is there, without which a run is not done.
+  """Checks that the last step's checkpoint exists; without it a run is not done.
 
   Raises:
-    UserError: its save failed, as on a full disk.
+    UserError: its save failed, for example on a full disk.
   """
   why = dict(run.checkpointer.failures).get(step)
   if saved == step or why is None:
@@ -238,10 +238,10 @@ def _position(run: Run, step: int) -> dict[str, Any]:
 
 
 def _saves_locally(run: Run, step: int, *, stopping: bool) -> bool:
-  """Returns whether the disk of this machine gets a checkpoint of this step.
+  """Returns whether to save this step to this machine's own disk.
 
-  A run told to stop writes one too: a bucket may take longer than there is time. The
-  last step belongs in the run's directory, so that whoever has only that finds it.
+  A run told to stop writes one too, since a bucket may take too long. The last step is
+  saved in the run's directory, which must be complete without this disk.
   """
   if run.emergency is None or step == run.config.train.num_steps:
     return False
@@ -253,7 +253,7 @@ def _every(step: int, interval: int) -> bool:
 
 
 def _leaving_time(config: Config) -> str:
-  """Returns, in words, when a run that is told to stop does so; see `_agreed`."""
+  """Returns, in words, when a run stops after it was told to; see `_agreed`."""
   if jax.process_count() == 1:
     return "after this step"
   return (
@@ -275,7 +275,7 @@ def _agreed(stop: StopRequest, step: int, interval: int, *, is_last: bool) -> bo
 
 
 def _noticed(stop: StopRequest) -> bool:
-  """Returns whether jax's service says that all processes are to stop at this step."""
+  """Returns whether jax's service tells all processes to stop at this step."""
   if stop.notice is None or not stop.notice.reached():
     return False
   stop.signal = stop.signal or signal.SIGTERM

@@ -1,14 +1,14 @@
 """Muon for hidden matrices, Adam for everything else.
 
 Muon steps along the orthogonal matrix nearest to the momentum of the gradient, found by a
-few Newton-Schulz iterations. Every expert of every layer is a matrix of its own: the axes
+few Newton-Schulz iterations. Every expert of every layer is a separate matrix: the axes
 that stack layers and experts are batch axes. A projection to heads [D, H, head_dim] is
 one matrix [D, H*head_dim], one from heads [H*head_dim, D]; query, key and value are
 three.
 
 On a mesh, the experts stay where they are, and each matrix is gathered over the other
 axes once: the iterations multiply it with itself 15 times, and would send as much in each
-product. The price is that devices which share a matrix compute the same.
+product. The price is that devices that share a matrix repeat the same computation.
 
 Sources: Jordan et al. 2024, kellerjordan.github.io/posts/muon (the iteration, Nesterov
 momentum, which parameters are left to Adam, query, key and value apart); Moonlight,

@@ -153,8 +153,8 @@ def decay_mask(axes: Any) -> Any:
 
   A matrix has two or more axes besides those that stack layers and experts. A table
   indexed by token (its first axis is the vocabulary) is an embedding, tied or not; an
-  output projection [D, V] is a matrix. What has axes of heads alone is a bias: that of a
-  projection [H, head_dim], or of relative positions [buckets, H].
+  output projection [D, V] is a matrix. A parameter with axes of heads only is a bias: of
+  a projection [H, head_dim], or of relative positions [buckets, H].
 
   Args:
     axes: tree of tuples of logical axis names, structured like the parameters.

@@ -1,4 +1,4 @@
-"""The checkpoint that a run goes on from: its own newest or this machine's."""
+"""Finds the checkpoint that a run continues from: its own newest or this machine's."""
 
 import jax
 
@@ -15,7 +15,7 @@ def newest(
   target: State,
   moe: MoEConfig,
 ) -> State | None:
-  """Restores the newest intact checkpoint of both. Every process calls it.
+  """Restores the newest intact checkpoint of either kind. Every process calls it.
 
   Args:
     checkpointer: of the run's directory.
@@ -38,7 +38,7 @@ def newest(
     state, meta = checkpointer.restore(target)
   except ConfigError:
     raise
-  except UserError:  # None of them is whole.
+  except UserError:  # None of them is intact.
     if local is None or (found := local.restore(target)) is None:
       raise
     return found

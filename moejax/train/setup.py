@@ -153,10 +153,10 @@ def _announce(
   init_from: str,
   begun: Sequence[int],
 ) -> None:
-  """Says what is about to be trained, what it will take of the disk, what is not read.
+  """Reports what will be trained, the disk space it needs, and an unused --init_from.
 
   Args:
-    begun: steps of the checkpoints that are there, ascending.
+    begun: steps of the existing checkpoints, ascending.
   """
   reporter.message(describe(config, mesh, frozen.get("total", 0)))
   if not begun or begun[-1] < config.train.num_steps:
@@ -170,7 +170,7 @@ def _announce(
 
 
 def _check_frozen(config: Config, mesh: Mesh) -> dict[str, int]:
-  """Checks what is frozen against the model and the mesh, and counts it by part."""
+  """Checks the frozen parameters against model and mesh; returns their count by part."""
   if not config.train.frozen:
     return {}
   vocab_size = parameters.resolve_vocab_size(config)

@@ -27,7 +27,7 @@ class BadSteps(TypedDict):
 
 
 class State(TypedDict):
-  """A plain dict when it runs, so that jax and Orbax need to know no class."""
+  """The train state: a plain dict at run time, so that jax and Orbax need no class."""
 
   step: Int[Array, ""]
   """Optimizer steps taken, skipped ones included."""
@@ -35,7 +35,7 @@ class State(TypedDict):
   opt_state: Any
   """The optimizer's moments and counts."""
   key: Key[Array, ""]
-  """Of the run; step n uses fold_in(key, n)."""
+  """PRNG key of the run; step n uses fold_in(key, n)."""
   bad_steps: BadSteps
 
 

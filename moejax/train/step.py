@@ -40,16 +40,16 @@ from moejax.types import Params, pytree
 
 @pytree
 class StepMetrics:
-  """What one step reports."""
+  """The metrics of one step."""
 
   sums: Sums
   grad_norm: Float[Array, ""]
   learning_rate: Float[Array, ""]
   bad_total: Int[Array, ""]
-  """Steps skipped as non-finite since the run began; `bad_in_a_row`, the last ones."""
+  """Steps skipped as non-finite since the run began; `bad_in_a_row` counts the last."""
   bad_in_a_row: Int[Array, ""]
   health: RouterHealth | None = None
-  """If alarms are on and there is an MoE layer."""
+  """Present if alarms are on and there is an MoE layer."""
 
 
 def loss_gradients(

@@ -88,7 +88,7 @@ class StepLog:
       self._read(*pending, keep=keep)
 
   def flush(self) -> None:
-    """Makes every line durable, before a checkpoint of the same step is.
+    """Makes every line durable; called before a checkpoint of the same step is saved.
 
     Raises:
       UserError: the run's directory was removed.
@@ -99,7 +99,7 @@ class StepLog:
       writer.flush()
 
   def late(self) -> list[str]:
-    """Returns lines that `flush` could not make durable, as on a full disk."""
+    """Returns lines that `flush` could not make durable, for example on a full disk."""
     kept = [w for w in self._writers if isinstance(w, writers.LineWriter)]
     return [line for writer in kept for line in writer.late()]
 
@@ -163,7 +163,7 @@ class StepLog:
     return values
 
   def _alarms(self, step: int, found: StepMetrics, values: dict[str, Any]) -> Numbers:
-    """Adds the alarms to a line's values; returns the numbers they look at, per layer."""
+    """Adds the alarms to a line's values; returns the numbers they check, per layer."""
     stats, watch = found.sums.stats, self._watch
     assert stats is not None
     numbers = router_numbers(stats, found.health, watch.routers)

@@ -31,8 +31,8 @@ def window(
 ) -> tuple[int, int] | None:
   """Returns (steps done when the trace begins, when it ends); None if none fits.
 
-  The last steps of the run with no evaluation or checkpoint between them. The last step
-  of all is left out: it ends with both.
+  These are the last steps of the run with no evaluation or checkpoint between them. The
+  very last step is excluded, since it ends with both.
 
   Args:
     config: of the run.
@@ -55,7 +55,7 @@ class StepTrace:
   """Starts a trace before one step of a run and ends it before another."""
 
   def __init__(self, run: Run, train_step: Any, reporter: Reporter):
-    """Args: train_step: from `step.make_train_step`: the jitted function itself."""
+    """Prepares a trace of `train_step`, the jitted function of `step.make_train_step`."""
     config = run.config.train
     writes = config.report and jax.process_index() == 0
     local = 0 if run.emergency is None else run.emergency.every
@@ -70,15 +70,15 @@ class StepTrace:
     return self._window is not None and step in self._window
 
   def take(self, step: int, batch: Batch) -> None:
-    """Begins or ends the trace; to end takes seconds.
+    """Begins or ends the trace; ending takes seconds.
 
     Args:
-      step: steps done, so that `due`.
+      step: steps done, for which `due` is True.
       batch: of the next step.
     """
     assert self._window is not None
     try:
-      # No step is in the trace in part.
+      # The trace must not contain a part of a step.
       jax.block_until_ready(self._run.state)
       if step == self._window[0]:
         self._begin()
@@ -91,7 +91,7 @@ class StepTrace:
       self._reporter.message(f"Note: no bar of where time goes in report.png: {reason}")
 
   def close(self) -> None:
-    """Gives up a trace that did not end."""
+    """Abandons a trace that did not end."""
     self._window = None
     if self._directory is not None:
       with contextlib.suppress(Exception):
