@@ -3,11 +3,11 @@
     DIR/RUN-HASH/process_I/STEP/meta/metadata   as in `checkpoint.read`, plus `parts`
     DIR/RUN-HASH/process_I/STEP/0.npy ...       see `local_parts`
 
-Each process writes what its own devices hold, replicas included, and waits for no other:
-there is no shared disk here on which processes could meet. A step is written under a
-temporary name and renamed when complete. Processes meet only to restore: they choose the
-newest step that all of them wrote in the same start of the run, and take it if every part
-that a device needs is there and has its checksum.
+Each process writes what its own devices hold, replicas included, and waits for no other,
+since the processes share no disk here. A step is written under a temporary name and
+renamed when complete. Processes communicate only to restore: they choose the newest step
+that all of them wrote in the same start of the run, and use it if every part that a
+device needs is there and has its checksum.
 
 A step belongs to one run: its `run` is the id that process 0 writes into run.json with
 the first emergency checkpoint. Steps of another id, config or text are never restored.
@@ -60,14 +60,14 @@ _Key = tuple[int, str]
 class EmergencyCheckpoints:
   """Saves the state to, and restores it from, a disk of this machine.
 
-  All processes of a run make one, and call `restore` together.
+  All processes of a run create one, and call `restore` together.
 
   Attributes:
     every: steps between saves.
     directory: of this process's steps.
     failures: (step, reason) of every save that failed.
-    late_lines: of the log, stored with the step that was restored, which the run's
-      directory may lack.
+    late_lines: lines of the log that were stored with the restored step, and that the
+      run's directory may lack.
     blocked_seconds: how long the last `save` blocked its caller.
   """
 
@@ -83,14 +83,14 @@ class EmergencyCheckpoints:
     """Opens the run's part of a directory and removes incomplete saves.
 
     Args:
-      wish: with a directory on a disk of this machine; see `emergency_dir.check`.
+      wish: names a directory on a disk of this machine; see `emergency_dir.check`.
       workdir: the run's directory.
       config: of the run, resolved.
       metadata: JSON that must be the same at a restore, such as `dataset_fingerprint`.
       warn: called with one sentence per failure and how it was handled.
 
     Raises:
-      UserError: the directory cannot be written to, or is another user's.
+      UserError: the directory cannot be written to, or belongs to another user.
     """
     self.every = wish.every
     self.failures: list[tuple[int, str]] = []
@@ -105,7 +105,7 @@ class EmergencyCheckpoints:
     self._error: Exception | None = None
     self._step = -1
     self._failing = self._noted = False
-    # Of several processes, one may write a step while another still writes the last.
+    # With several processes, one may write a step while another still writes the last.
     self._keep = 2 if jax.process_count() == 1 else 3
     emergency_dir.make_own(self._run, wish.directory)
     emergency_dir.make(self.directory, wish.directory)
@@ -114,7 +114,7 @@ class EmergencyCheckpoints:
     self._id, self._session = self._ids()
 
   def _ids(self) -> tuple[str, str]:
-    """Returns the run's id and one of this start, which process 0 chooses."""
+    """Returns the run's id and this start's id, both chosen by process 0."""
     ids = bytes(2 * _ID_BYTES)
     if jax.process_index() == 0:
       known = workdir_lib.emergency_id(self._workdir)
@@ -129,7 +129,7 @@ class EmergencyCheckpoints:
   # ------------------------------------------------------------------------- saving
 
   def due(self, step: int) -> bool:
-    """Returns whether a step is to be saved."""
+    """Returns whether to save a step."""
     return step % self.every == 0
 
   def save(
@@ -148,7 +148,7 @@ class EmergencyCheckpoints:
       step: names the checkpoint.
       state: plain dict of jax arrays and optax states.
       position: data position after this step: JSON.
-      late_lines: of the log, which the run's directory would not take yet.
+      late_lines: lines of the log that could not yet be written to the run's directory.
     """
     start = time.monotonic()
     self.wait()
@@ -164,7 +164,7 @@ class EmergencyCheckpoints:
       "session": self._session,
       "config": config_text.to_dict(self._config),
       "versions": provenance.versions(),
-      # A sum is what `read_meta` requires; here each part has one.
+      # `read_meta` requires a sum; here each part has its own.
       "leaves": {
         name: {"shape": list(leaf.shape), "dtype": str(leaf.dtype), "sum": "0"}
         for name, leaf in leaves.items()
@@ -201,7 +201,7 @@ class EmergencyCheckpoints:
     return False
 
   def clear(self) -> None:
-    """Removes this process's steps, which are of no use once the run is done."""
+    """Removes this process's steps, which are useless once the run is done."""
     self.wait()
     shutil.rmtree(self.directory, ignore_errors=True)
     # Another process of this machine may not yet have removed its own.
@@ -209,7 +209,7 @@ class EmergencyCheckpoints:
       self._run.rmdir()
 
   def _note(self) -> None:
-    """Writes the run's id where the next start finds it."""
+    """Writes the run's id to where the next start looks for it."""
     if self._noted or jax.process_index() != 0:
       return
     try:
@@ -223,7 +223,7 @@ class EmergencyCheckpoints:
   def _write(
     self, step: int, parts: dict[str, list[local_parts.Part]], meta: dict[str, Any]
   ) -> None:
-    """Writes a step in the background, under a name that no reader looks at."""
+    """Writes a step in the background, under a name that readers ignore."""
     temporary = self.directory / f".{step}.{self._session}"
     final = self.directory / str(step)
     try:
@@ -261,13 +261,14 @@ class EmergencyCheckpoints:
   def restore(self, target: Any, newer_than: int | None = None) -> Any | None:
     """Restores the newest step that all processes have. Every process calls it.
 
-    Steps that are damaged, incomplete or of another run are passed over, with a line
-    by `warn`.
+    Steps that are damaged, incomplete or of another run are skipped, and reported by
+    `warn`.
 
     Args:
       target: the state's tree of ShapeDtypeStruct with shardings, of any mesh for which
         this machine holds what its devices need.
-      newer_than: a step that is kept elsewhere; None is none.
+      newer_than: a step that is stored elsewhere: only newer ones are restored. None
+        allows any.
 
     Returns:
       The state, bit for bit and in the target's shardings; None if there is none.
@@ -296,7 +297,7 @@ class EmergencyCheckpoints:
     return None
 
   def _found(self, floor: int, target: Any) -> dict[_Key, list[Path]]:
-    """Returns the steps of this run on this machine after `floor`, by any process."""
+    """Returns the steps after `floor` that any process of this run wrote here."""
     found: dict[_Key, list[Path]] = {}
     problems: dict[str, list[Path]] = {}
     for path in sorted(self._run.glob("process_*/*")):
@@ -320,7 +321,7 @@ class EmergencyCheckpoints:
     self._warn(f"emergency checkpoint {paths[0]}{more} is passed over: {problem}")
 
   def _foreign(self, meta: dict[str, Any], target: Any) -> str:
-    """Returns why a step is not one of this run; empty if it is."""
+    """Returns why a step does not belong to this run; empty if it does."""
     if meta.get("run") != self._id:
       return f"it is of another run than that in {self._workdir}"
     for name, value in self._metadata.items():
@@ -351,7 +352,7 @@ def _steps(directory: Path) -> list[int]:
 
 
 def _common(keys: list[_Key]) -> list[_Key]:
-  """Returns what all processes have, the newest first; a collective."""
+  """Returns the keys that all processes have, the newest first; a collective."""
   newest = keys[::-1][:_OFFERED]
   if jax.process_count() == 1:
     return newest
@@ -365,7 +366,7 @@ def _common(keys: list[_Key]) -> list[_Key]:
 
 
 def _read(paths: list[Path], target: Any) -> dict[str, list[np.ndarray]]:
-  """Reads what this process's devices need, from all that one start wrote here.
+  """Reads the parts that this process's devices need, from the files of one start.
 
   Raises:
     DamagedCheckpointError: a part is missing here, or not as written.

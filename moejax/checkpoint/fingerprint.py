@@ -1,4 +1,4 @@
-"""Fingerprints: is this tree of arrays, bit for bit, the one that was written?
+"""Fingerprints, to check that a tree of arrays is, bit for bit, the one written.
 
 There are two kinds, for two purposes.
 
@@ -13,8 +13,8 @@ numbers whatever their position: a swapped, duplicated or missing expert is foun
 and named. A part that several processes hold is summed by one of them;
 `every_copy` checks that the others hold the same.
 
-`sha256` is what a person compares between two runs: over every byte of every
-leaf in a fixed order, on one host.
+`sha256` is for people to compare two runs: it covers every byte of every leaf in a
+fixed order, on one host.
 
 Leaves are named by their path ("params.blocks.moe.w_in"), the same whether an
 optimizer's state is a named tuple, as in training, or the dicts and lists that
@@ -51,7 +51,7 @@ def leaf_name(path: tuple[Any, ...]) -> str:
 
 
 def named_leaves(tree: Any) -> dict[str, Any]:
-  """Returns leaves by name, sorted by name. None and empty nodes vanish."""
+  """Returns leaves by name, sorted by name, without None and empty nodes."""
   leaves = jax.tree_util.tree_flatten_with_path(tree)[0]
   return dict(sorted((leaf_name(path), leaf) for path, leaf in leaves))
 
@@ -69,7 +69,8 @@ def expert_axes(tree: Any, logical_axes: Any) -> dict[str, int]:
 
   Args:
     tree: a train state, parameters, or shapes of either.
-    logical_axes: tuples of axis names, in a tree like the parameters; None finds none.
+    logical_axes: tuples of axis names, in a tree like the parameters; None if unknown,
+      which finds no axis.
 
   Returns:
     Axis by leaf name, for the parameters and for the optimizer's arrays whose name
@@ -98,7 +99,7 @@ class _Part:
   index: tuple[slice, ...]
   bits: np.ndarray
   answers: bool
-  """Whether this process, of all that hold it, adds it to the sum."""
+  """Whether this process is the one, of all that hold the part, that sums it."""
   balance: int
   """Weight under which equal copies cancel: other holders if `answers`, else -1."""
 
@@ -110,7 +111,7 @@ class HostLeaf:
   shape: tuple[int, ...]
   dtype: str
   parts: list[_Part]
-  """They do not overlap."""
+  """Parts that do not overlap."""
   bits_shape: tuple[int, ...]
   every_copy: bool
   expert_axis: int | None = None
@@ -155,7 +156,7 @@ def _host_leaf(leaf: Any, axis: int | None, every_copy: bool = False) -> HostLea
 
 
 def checksums(leaves: Mapping[str, HostLeaf]) -> dict[str, Checksum]:
-  """Sums every leaf over the parts that this process answers for.
+  """Sums every leaf over the parts that this process is responsible for.
 
   Runs on the host only: a pass over the bytes at about 1.5 GB/s, and no compilation.
 
@@ -172,13 +173,13 @@ def part_checksum(
   part: np.ndarray,
   axis: int | None,
 ) -> Checksum:
-  """Returns the checksum of an array of which only one part is not zero; see `added`.
+  """Returns the checksum of an array that is zero outside one part; see `added`.
 
   Args:
     shape: of the whole array.
-    index: where the part is.
-    part: its numbers.
-    axis: the expert axis, if it has one.
+    index: place of the part in the array.
+    part: values of the part.
+    axis: the expert axis of the array, if any.
   """
   bits = _Part(index=index, bits=part, answers=True, balance=0)
   return _leaf_checksum(
@@ -194,7 +195,7 @@ def part_checksum(
 
 
 def added(one: Checksum, other: Checksum) -> Checksum:
-  """Returns the checksum of an array whose parts, which do not overlap, have these."""
+  """Returns an array's checksum, given those of two parts that do not overlap."""
   return _with_numbers(one, (a + b for a, b in zip(_numbers(one), _numbers(other))))
 
 
@@ -213,7 +214,7 @@ def all_processes(part: dict[str, Checksum]) -> dict[str, Checksum]:
 def differences(
   saved: Mapping[str, Checksum], found: Mapping[str, Checksum]
 ) -> list[str]:
-  """Describes what is not as it was saved: one line per leaf, experts by number."""
+  """Describes the differences from what was saved: a line per leaf, experts by number."""
   lines = []
   for name, now in found.items():
     was = saved.get(name)
@@ -280,7 +281,7 @@ def _contract(words: np.ndarray, first_axis: int, index: tuple[slice, ...]):
 
 
 def _parts(bits: jax.Array | np.ndarray, every_copy: bool) -> list[_Part]:
-  """Returns the parts that this process answers for; with `every_copy`, all it holds."""
+  """Returns the parts that this process sums; with `every_copy`, all that it holds."""
   if isinstance(bits, np.ndarray) or bits.is_fully_addressable:
     holders = dict.fromkeys(_held(bits), frozenset(range(jax.process_count())))
   else:
@@ -305,7 +306,7 @@ _Place = tuple[tuple[int | None, int | None], ...]
 
 
 def _place(index: tuple[slice, ...]) -> _Place:
-  """Returns an index as a dict key: slices have no hash before Python 3.12."""
+  """Returns an index as a dict key, since slices have no hash before Python 3.12."""
   return tuple((s.start, s.stop) for s in index)
 
 

@@ -44,7 +44,7 @@ def check(source: str, config: Config) -> None:
 
   Raises:
     UserError: there is no checkpoint.
-    ConfigError: the parameters are of another model; names the fields that differ.
+    ConfigError: the parameters belong to another model; names the fields that differ.
   """
   meta = _newest_meta(source)
   old = config_text.from_dict(meta["config"])

@@ -19,7 +19,7 @@ from moejax.run.files import list_steps
 from moejax.storage.paths import RunPath
 
 HASHED = ("params", "opt_state")
-"""What the SHA-256 covers: not the step, the random key or the counts of bad steps."""
+"""Covered by the SHA-256, unlike the step, the random key and the counts of bad steps."""
 
 
 def inspect(workdir: RunPath | str, step: int | None = None) -> dict[str, Any]:
@@ -33,7 +33,7 @@ def inspect(workdir: RunPath | str, step: int | None = None) -> dict[str, Any]:
     `step`, `directory`, `meta` (without the table of arrays), `arrays` (name to
     shape, dtype, sharding, checksum), `experts` (layer to a list of fingerprints),
     `sha256` over parameters and optimizer state, `sha256_all` over every array,
-    and `damage`: what is not as it was saved, empty if all is well.
+    and `damage`: the differences from what was saved, empty if there are none.
 
   Raises:
     UserError: no such checkpoint, or one that cannot be read at all.
@@ -95,7 +95,7 @@ def expert_fingerprints(arrays: dict[str, Any]) -> dict[str, list[str]]:
 
 
 def _read_arrays(path: RunPath) -> tuple[dict[str, Any], dict[str, str]]:
-  """Reads all arrays as numpy, whatever devices saved them, and their shardings."""
+  """Reads all arrays as numpy, for any devices that saved them, and their shardings."""
   checkpoint_read.quiet()
   try:
     with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:

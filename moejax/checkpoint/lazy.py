@@ -1,8 +1,7 @@
 """Writes a checkpoint whose arrays are made part by part, just before they are written.
 
-For parameters that come from elsewhere and need not be in memory together: the host holds
-one part of one array, and what the writer encodes of it. Such a checkpoint is read like
-any other.
+For parameters that come from elsewhere and need not be in memory together. The host holds
+one part of one array and its encoded form. Such a checkpoint is read like any other.
 """
 
 import asyncio
@@ -43,8 +42,8 @@ class LazyArray:
     dtype: of the array.
     read: returns the part at an index, a slice for each axis.
     stacked: leading axes along which parts are read independently.
-    expert_axis: for its checksum.
-    checksum: of what has been read.
+    expert_axis: the axis of experts, for the checksum.
+    checksum: of the parts read so far.
   """
 
   shape: tuple[int, ...]
@@ -79,7 +78,7 @@ class LazyArray:
     """Yields the indices of parts that cover the array.
 
     Args:
-      least: what a part has at least along each axis, up to the end.
+      least: minimum size of a part along each axis, except at the end.
     """
     ends = []
     for axis, size in enumerate(self.shape):
@@ -101,8 +100,8 @@ class _Handler(ocp.type_handlers.NumpyHandler):
     self.failure: Exception | None = None
 
   async def _open_and_write(self, value: Any, tspec: Any, ts_context: Any) -> None:
-    # Orbax writes all arrays at the same time, and each as a whole. Were this no longer
-    # what it calls, it would write `np.asarray(value)`: right, with more memory.
+    # Orbax writes all arrays at the same time, and each as a whole. If it ever stopped
+    # calling this, it would write `np.asarray(value)`: correct, but with more memory.
     async with self._turn:
       store = await tensorstore.open(
         tensorstore.Spec(tspec), create=True, open=True, context=ts_context
@@ -128,25 +127,26 @@ def save(
   position: Mapping[str, Any] | None = None,
   describe: Callable[[dict[str, fingerprint.Checksum]], dict[str, Any]] | None = None,
 ) -> dict[str, fingerprint.Checksum]:
-  """Writes one step; it gets its name when it is whole.
+  """Writes one step, which gets its final name when it is complete.
 
   Args:
-    directory: of a run's checkpoints; made if missing. One process writes.
+    directory: of a run's checkpoints; created if missing. Only one process may write.
     step: names the checkpoint.
     params: nested dict of LazyArray.
     config: of the run, resolved.
     metadata: more to store with the step: JSON.
     logical_axes: of the parameters.
-    others: the rest of the train state, by name, of LazyArray and jax arrays; without
-      it, the step holds parameters only.
-    position: of the data after this step, for a run that goes on.
-    describe: (checksum of each array) -> more metadata, when all arrays are written.
+    others: the rest of the train state by name, as LazyArray and jax arrays; without it,
+      the step holds parameters only.
+    position: position of the data after this step, for a run that continues.
+    describe: (checksum of each array) -> more metadata, called when all arrays are
+      written.
 
   Returns:
     The checksum of each array, by name.
 
   Raises:
-    UserError: the disk is full or not writable; or what reading an array raises.
+    UserError: the disk is full or not writable, or reading an array raises it.
   """
   quiet()
   tree = {"params": params, **(others or {})}
@@ -158,10 +158,10 @@ def save(
   handler = _Handler()
   types: list[Any] = [(LazyArray, handler)]
   if ready:
-    # Orbax's own, which also stores which kind of key a random key is.
+    # Orbax's own handler, which also stores the kind of a random key.
     types.append((jax.Array, ocp.type_handlers.get_type_handler(jax.Array)))
   registry = ocp.type_handlers.create_type_handler_registry(*types)
-  # As a save that was killed, which the next one in this directory removes.
+  # Named like a killed save, which the next save in this directory removes.
   directory = directory.absolute()  # Orbax takes no other.
   temporary = directory / f"{step}.orbax-checkpoint-tmp"
   try:

@@ -1,9 +1,9 @@
-"""The parts of arrays that one process holds, as files of their own.
+"""The parts of arrays that one process holds, each in its own file.
 
-An emergency checkpoint has no writer that sees all of it. Each process stores the bits of
-the distinct parts on its devices, one file each, with the place of the part in the whole
-array and a checksum. Whatever a device needs is put together from parts that overlap it,
-so another mesh restores them too, as long as they are on this machine.
+No process sees all of an emergency checkpoint. Each process stores the bits of the
+distinct parts on its devices, one file each, with the place of the part in the whole
+array and a checksum. What a device needs is assembled from the parts that overlap it, so
+they can also be restored onto another mesh, as long as they are on this machine.
 """
 
 import os
@@ -35,13 +35,13 @@ def held(leaf: jax.Array) -> list[Part]:
     index = _bounds(shard.index, bits.shape)
     if str(index) not in found:
       data = np.asarray(shard.data)
-      # numpy's files know no bfloat16.
+      # numpy's files do not support bfloat16.
       found[str(index)] = (index, data.view(np.dtype(f"u{data.dtype.itemsize}")))
   return list(found.values())
 
 
 def store(directory: Path, parts: Sequence[Part], first: int) -> list[Entry]:
-  """Writes parts as `first`.npy and on, durably, and returns their entries."""
+  """Writes parts durably, from `first`.npy on, and returns their entries."""
   entries = []
   for number, (index, bits) in enumerate(parts, first):
     file = f"{number}.npy"
@@ -51,7 +51,7 @@ def store(directory: Path, parts: Sequence[Part], first: int) -> list[Entry]:
 
 
 def write_file(path: Path, write: Callable[[Any], Any]) -> None:
-  """Writes a file that survives a loss of power."""
+  """Writes a file durably, so that it survives a loss of power."""
   with path.open("wb") as file:
     write(file)
     file.flush()
@@ -59,16 +59,16 @@ def write_file(path: Path, write: Callable[[Any], Any]) -> None:
 
 
 def read(name: str, leaf: Any, stored: Sequence[tuple[Path, Entry]]) -> list[np.ndarray]:
-  """Reads what each of this process's devices holds of an array.
+  """Reads the part of an array for each of this process's devices.
 
   Args:
     name: of the array, for errors.
     leaf: its shape, dtype and sharding.
-    stored: the parts on this machine, each with the directory of its file. Parts of
-      different index do not overlap.
+    stored: the parts on this machine, each with the directory of its file. Parts with
+      different indices do not overlap.
 
   Returns:
-    Bits, in the order of the sharding's devices of this process.
+    Bits, in the order of the sharding's devices in this process.
 
   Raises:
     DamagedCheckpointError: a part is missing here, or not as written.

@@ -6,8 +6,8 @@ name that becomes `N/` when complete. The newest few checkpoints and the few wit
 lowest metric are kept.
 
 In a single process a failed save is reported and cleaned up, and the run continues; with
-several, the job ends. A checkpoint found damaged at restore is renamed `N.damaged` and
-the previous one is used.
+several, the job ends. If a checkpoint is found to be damaged at restore, it is renamed
+`N.damaged` and the previous one is used.
 
 Reading is in `checkpoint.read`. `checkpoint.params` reads only parameters, e.g. for
 evaluation; its functions are re-exported here.
@@ -70,7 +70,7 @@ _POLL_SECONDS = 0.01
 class Checkpointer:
   """Saves and restores the train state of one run.
 
-  All processes of a run make one, and call its methods in the same order.
+  All processes of a run create one, and call its methods in the same order.
 
   Attributes:
     failures: (step, reason) of every save that failed.
@@ -92,10 +92,10 @@ class Checkpointer:
     """Opens a directory of checkpoints and removes incomplete saves.
 
     Args:
-      directory: `workdir / DIRECTORY`; made if missing.
+      directory: `workdir / DIRECTORY`; created if missing.
       keep_last: newest steps to keep, at least 1.
-      keep_best: steps of lowest metric to keep beside them.
-      config: stored, resolved, with every step.
+      keep_best: number of steps of lowest metric to keep in addition.
+      config: resolved config, stored with every step.
       metadata: more to store with every step: JSON, such as `dataset_fingerprint`.
       logical_axes: the model's; with it, checksums are kept for each expert.
       untrained: dotted names of parameters without optimizer moments; moments stored
@@ -155,8 +155,8 @@ class Checkpointer:
   ) -> bool:
     """Starts a save; the state may be donated as soon as this returns.
 
-    Waits first for a save still being written. A failure, of that one or of this,
-    is reported by `warn` and does not raise, unless there are other processes.
+    Waits first for a save still being written. If either save fails, `warn` reports it
+    and nothing is raised, unless there are other processes.
 
     Args:
       step: names the checkpoint.
@@ -223,7 +223,7 @@ class Checkpointer:
     return True
 
   def _makes_room(self, step: int, force: bool) -> bool:
-    """Removes what is in the way of a save; False if the step is there and stays."""
+    """Removes what blocks a save; returns False if the step exists and must stay."""
     if self.failures:
       self._clear_partial()
     if step not in self.steps():
@@ -233,10 +233,10 @@ class Checkpointer:
     return force
 
   def poll(self) -> bool:
-    """Reports a background save that failed meanwhile, without waiting for one.
+    """Reports background saves that have failed, without waiting.
 
     Returns:
-      Whether nothing is known to have failed.
+      True if no failure is known.
     """
     busy = self._manager.is_saving_in_progress() and not self._told
     return True if self._pending is None or busy else self.wait()
@@ -245,7 +245,7 @@ class Checkpointer:
     """Waits until the last save is on disk.
 
     Returns:
-      False if it failed, which has then been reported and cleaned up.
+      False if it failed; it has then been reported and cleaned up.
 
     Raises:
       UserError: it failed in this process, and there are others.
@@ -295,15 +295,15 @@ class Checkpointer:
 
     Args:
       target: the state's tree of ShapeDtypeStruct with shardings, of any mesh.
-      step: this one and no other; None is the newest.
+      step: the only step to try; None means the newest.
 
     Returns:
       The state, bit for bit and in the target's shardings, and its meta: step,
-      position, config, versions, revision, metric, what `metadata` held, and leaves.
+      position, config, versions, revision, metric, the content of `metadata`, and leaves.
 
     Raises:
       ConfigError: the checkpoint is of another model or optimizer.
-      UserError: no checkpoint, no such step, or none that is whole.
+      UserError: there is no checkpoint, no such step, or no intact one.
     """
     self.wait()
     steps = self.steps()
@@ -338,7 +338,7 @@ class Checkpointer:
     return state, meta, None
 
   def _set_aside(self, step: int, reason: str, used: int) -> None:
-    """Renames a damaged step, so that nothing takes it for a checkpoint again."""
+    """Renames a damaged step, so that it is not used as a checkpoint again."""
     path = self.directory / str(step)
     aside = path.with_name(f"{step}.damaged")
     number = 0
@@ -374,7 +374,7 @@ class Checkpointer:
     if is_refusal(error) or in_bucket(self.directory):
       pass
     elif self._place.is_gone():
-      # Orbax misses some file of its own; which one depends on the moment.
+      # Orbax misses one of its own files; which one depends on the timing.
       why = "its directory was removed"
     else:
       logging.warning("Unexpected error while saving:", exc_info=error)
@@ -389,7 +389,7 @@ class Checkpointer:
     self._warn(f"{what} ({why}): the run goes on, {self._last_good()}")
 
   def _last_good(self) -> str:
-    """Clears up after a failed save; returns, in words, which checkpoint is left."""
+    """Cleans up after a failed save; returns, in words, which checkpoint is left."""
     try:
       self._clear_partial()
       self._manager.reload()

@@ -20,8 +20,8 @@ from moejax.storage.paths import RunPath, in_bucket, run_path, write_bytes
 class _Told:
   """A future that reports its failure immediately.
 
-  Orbax reports a failed write only after all processes meet at the end of the save, but
-  those that wrote their parts wait elsewhere for this one: a silent ten minutes.
+  Orbax reports a failed write only after all processes synchronise at the end of the
+  save, but those that wrote their parts wait elsewhere: ten minutes without a message.
   """
 
   def __init__(self, future: Any, tell: Callable[[Exception], None]):
@@ -81,7 +81,7 @@ class StateHandler(ocp.StandardCheckpointHandler):
 
   @classmethod
   def typestr(cls) -> str:
-    # What is written is the same, and is said to be.
+    # The format is the same, so the name of the handler stays the same.
     return ocp.StandardCheckpointHandler.typestr()
 
   async def async_save(self, *args: Any, **kwargs: Any) -> list[Any]:
@@ -91,10 +91,10 @@ class StateHandler(ocp.StandardCheckpointHandler):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class KeepBest:
-  """Keeps the n steps of lowest metric; those without one are not among them.
+  """Keeps the n steps of lowest metric, ignoring steps without one.
 
-  Not Orbax's BestN: that one reads a metrics file of its own from every step when
-  it starts, and a damaged one would keep a run from starting.
+  Not Orbax's BestN, which reads its own metrics file of every step at the start: a
+  damaged one would prevent a run from starting.
   """
 
   metrics: dict[int, float]
@@ -103,25 +103,25 @@ class KeepBest:
   def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> list[bool]:
     del context
     known = [c.step for c in checkpoints if np.isfinite(self.metrics.get(c.step, np.inf))]
-    # At equal metric the earlier one, which does not push another out.
+    # Of equal metrics the earlier one, which does not push another out.
     best = sorted(known, key=lambda step: (self.metrics[step], step))[: self.n]
     return [c.step in best for c in checkpoints]
 
 
 _FULL = ("No space left", "RESOURCE_EXHAUSTED", "File too large", "quota")
 _GONE = ("NOT_FOUND", "No such file or directory")
-"""TensorStore's words for a directory that was removed during a save."""
+"""Parts of TensorStore's messages for a directory that was removed during a save."""
 
 
 class Place:
-  """A directory on a disk, to see that it was removed while something was saved to it."""
+  """A directory on a disk, to detect its removal during a save."""
 
   def __init__(self, directory: RunPath):
     self._directory = directory
     self._inode = self._found()
 
   def is_gone(self) -> bool:
-    """Returns whether it is missing or another; a removal takes a moment."""
+    """Returns whether the directory is missing or replaced; a removal takes a moment."""
     for _ in range(5):
       if not self._inode or self._found() != self._inode:
         return True
@@ -137,14 +137,14 @@ class Place:
 
 
 def is_refusal(error: Exception) -> bool:
-  """Whether the file system refused, as opposed to a mistake in the state itself."""
+  """Returns whether the file system refused, as opposed to an error in the state."""
   return isinstance(error, OSError) or any(
     word in str(error) for word in (*_FULL, *_GONE)
   )
 
 
 def reason(error: Exception) -> str:
-  """Why a write failed, in a few words."""
+  """Returns why a write failed, in a few words."""
   if is_full(error):
     return "the disk is full"
   text = " ".join(str(error).split()) or type(error).__name__

@@ -1,10 +1,10 @@
 """Event loops in which Orbax fails quietly.
 
-Orbax reads or writes all arrays at once in a loop of its own, and closes the loop as
-soon as one of them fails. The other tasks are then abandoned: TensorStore's threads,
-Python's garbage collector and asyncio each report every one of them, in hundreds of
-lines around the one error that we report. A loop from here first lets the others end,
-and drops the reports of Orbax's errors.
+Orbax reads or writes all arrays at once in its own loop, and closes the loop as soon as
+one of them fails. The other tasks are then abandoned: TensorStore's threads, Python's
+garbage collector and asyncio each report every one of them, in hundreds of lines around
+the one error that we report. The loops of this module first let the other tasks end, and
+drop the reports of Orbax's errors.
 """
 
 import asyncio
@@ -22,10 +22,10 @@ _ASYNCIO = pathlib.Path(asyncio.__file__).parent
 
 
 def install() -> None:
-  """Makes all new event loops of this process quiet ones; idempotent.
+  """Makes all new event loops of this process quiet; idempotent.
 
   Permanent, since Orbax creates loops in background threads. A policy set by other code
-  stays.
+  is kept.
   """
   if type(asyncio.get_event_loop_policy()) is asyncio.DefaultEventLoopPolicy:
     asyncio.set_event_loop_policy(_Policy())
@@ -58,9 +58,9 @@ class _Policy(asyncio.DefaultEventLoopPolicy):
 
 
 def _report(loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
-  """Passes on what a task left behind, unless it is one of Orbax's errors.
+  """Passes on the report of an abandoned task, unless it is one of Orbax's errors.
 
-  The first of these is raised anyway, and reported by us.
+  The first of those is raised anyway, and reported by us.
   """
   error = context.get("exception")
   if error is None or not _is_orbax(error):

@@ -31,7 +31,7 @@ from moejax.types import Params
 def peek(
   workdir: RunPath | str, step: int | None = None
 ) -> tuple[Params, Config, dict[str, Any]]:
-  """Returns what `restore_params` would, with shapes in place of arrays.
+  """Returns the same as `restore_params`, with shapes in place of arrays.
 
   Used to build the model before choosing shardings for its parameters. Reads only meta:
   the arrays may still be damaged, and `restore_params` then uses an older step.
@@ -66,7 +66,8 @@ def restore_params(
     and the step's meta.
 
   Raises:
-    UserError: no checkpoint there (says what is), no such step, or all damaged.
+    UserError: there is no checkpoint (the message lists what is there), no such step, or
+      all are damaged.
   """
   directory, candidates = _candidates(workdir, step)
   reasons = []
@@ -87,7 +88,7 @@ def restore_params(
 
 
 def _candidates(workdir: RunPath | str, step: int | None) -> tuple[RunPath, list[int]]:
-  """The steps to try, the best one first."""
+  """Returns the checkpoint directory and the steps to try, the best one first."""
   directory = checkpoint_directory(workdir)
   steps = list_steps(directory)
   if step is None:
@@ -100,7 +101,7 @@ def _candidates(workdir: RunPath | str, step: int | None) -> tuple[RunPath, list
 
 
 def damaged_table(params: Params, moe: MoEConfig) -> str | None:
-  """What is wrong with a router's table; see `Router.table_damage`."""
+  """Returns what is wrong with a router's table; see `Router.table_damage`."""
   if TABLE not in params:
     return None
   # The table is replicated, also across processes.
@@ -116,12 +117,12 @@ def _none_whole(directory: RunPath, reasons: list[str]) -> UserError:
 
 
 def checkpoint_directory(workdir: RunPath | str) -> RunPath:
-  """Where a workdir's checkpoints are, which must exist.
+  """Returns the directory of a workdir's checkpoints, which must exist.
 
-  An absolute path, because Orbax takes no other, and a user types runs/default.
+  The path is absolute, since Orbax requires that and users type runs/default.
 
   Raises:
-    UserError: there are none; lists what is there instead.
+    UserError: there are none; the message lists what is there instead.
   """
   workdir = run_path(workdir)
   for directory in (workdir / DIRECTORY, workdir):
@@ -146,10 +147,10 @@ def checkpoint_directory(workdir: RunPath | str) -> RunPath:
 
 
 def params_target(meta: dict[str, Any], shardings: Any = None) -> Params:
-  """The shapes of a checkpoint's parameters, as a nested dict.
+  """Returns the shapes of a checkpoint's parameters, as a nested dict.
 
   Raises:
-    DamagedCheckpointError: they make no tree, which no save of ours wrote.
+    DamagedCheckpointError: they do not form a tree, so no save of ours wrote them.
   """
   try:
     target = _shapes(meta)
@@ -179,7 +180,7 @@ def _shapes(meta: dict[str, Any]) -> Params:
 
 
 def init_from(source: RunPath | str, target: Params, step: int | None = None) -> Params:
-  """Parameters of another run, to start a new one from.
+  """Returns the parameters of another run, to start a new one from.
 
   Args:
     source: the other run's workdir, --init_from.

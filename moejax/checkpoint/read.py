@@ -39,7 +39,7 @@ _META = {"format": int, "step": int, "config": dict, "leaves": dict}
 
 
 class _NotOrbax(logging.Filter):
-  """Drops Orbax's own lines: dozens a save, and a traceback for what we report."""
+  """Drops Orbax's own lines: dozens per save, and tracebacks of errors that we report."""
 
   def filter(self, record: logging.LogRecord) -> bool:
     return "orbax" not in record.pathname or record.levelno > logging.ERROR
@@ -54,14 +54,14 @@ def quiet() -> None:
 
 
 class DamagedCheckpointError(Exception):
-  """What is on disk is not what was written. Names the step and the reason."""
+  """The files on disk are not as they were written. Names the step and the reason."""
 
 
 def agree(damage: DamagedCheckpointError | None) -> None:
   """Raises in every process if any of them found damage.
 
-  Called before each collective, where the others would otherwise wait forever for a
-  process that failed.
+  Called before each collective, in which the other processes would otherwise wait forever
+  for one that failed.
   """
   found = damage is not None
   if jax.process_count() > 1:
@@ -81,8 +81,8 @@ def read_meta(step_directory: RunPath) -> dict[str, Any]:
 
   Raises:
     DamagedCheckpointError: the file is missing, cut short or changed.
-    UserError: it was written by a newer version in a form unknown here, or it may not
-      be read.
+    UserError: it was written by a newer version in an unknown form, or reading it is not
+      permitted.
   """
   path = step_directory / "meta" / "metadata"
   try:
@@ -92,7 +92,7 @@ def read_meta(step_directory: RunPath) -> dict[str, Any]:
     body = json.dumps(meta, sort_keys=True)
     if stored["crc32"] != zlib.crc32(body.encode()):
       raise ValueError("its checksum does not match")
-    # What a newer format means is for a newer version to check.
+    # Only a newer version can check a newer format.
     if not meta["format"] > FORMAT:
       _check_meta(meta)
   except FileNotFoundError as e:
@@ -136,7 +136,7 @@ def _is_number(dtype: np.dtype) -> bool:
 
 
 def as_target(tree: Any) -> Any:
-  """Shapes, dtypes and shardings to restore into; no sharding is one local device."""
+  """Returns shapes, dtypes and shardings to restore into; by default one local device."""
   device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
 
   def spec(leaf: Any) -> jax.ShapeDtypeStruct:
@@ -156,7 +156,7 @@ def empty_dicts(tree: Any, prefix: str = "params") -> list[str]:
 
 
 def mismatches(saved: dict[str, Any], target: Any, *, prefix: str = "") -> list[str]:
-  """How a checkpoint's leaves differ from a target's, in words; empty if not."""
+  """Returns how a checkpoint's leaves differ from a target's, in words; empty if not."""
   wanted = {prefix + n: leaf for n, leaf in fingerprint.named_leaves(target).items()}
   stored = {n: s for n, s in saved.items() if n.startswith(prefix)}
   lines = [f"{n} is not in the checkpoint" for n in wanted if n not in stored]
@@ -178,7 +178,7 @@ def read_step(
 
   Args:
     step_directory: `.../checkpoints/N`.
-    target_of: from the step's meta to what `read_state` is to restore.
+    target_of: (the step's meta) -> the target for `read_state`.
     untrained: as for `read_state`.
 
   Returns:
@@ -209,14 +209,13 @@ def read_state(
   Args:
     step_directory: `.../checkpoints/N`.
     meta: of that step, from `read_meta`.
-    target: tree of ShapeDtypeStruct; any part of the saved tree that is a subset
-      of its top-level keys.
+    target: tree of ShapeDtypeStruct, with all or some of the saved tree's top-level keys.
     untrained: dotted names of parameters whose moments are not read; earlier versions
       stored unused moments for them.
 
   Raises:
-    ConfigError: the target is another model or optimizer; names the leaves. Or it
-      wants an optimizer's state of a checkpoint that holds parameters only.
+    ConfigError: the target is another model or optimizer (the message names the leaves),
+      or it includes an optimizer's state and the checkpoint holds parameters only.
     DamagedCheckpointError: the arrays cannot be read, or are not those written.
   """
   saved = meta["leaves"]
@@ -249,7 +248,7 @@ def read_state(
       raise _not_permitted(step_directory) from e
     if _is_memory(e):
       raise
-    # What does not answer is not damaged.
+    # A bucket that does not answer is not damaged.
     if in_bucket(step_directory) and (why := storage_errors.refusal(e, step_directory)):
       raise UserError(f"{step_directory}: {why}") from e
     damage = DamagedCheckpointError(f"its arrays cannot be read: {_one_line(e)}")
@@ -274,14 +273,14 @@ def _read_arrays(directory: Any, target: Any) -> Any:
     restore_args=ocp.checkpoint_utils.construct_restore_args(target),
     partial_restore=True,
   )
-  # Not through Orbax's Checkpointer, whose restore ends in a barrier: where one
-  # process cannot read its part, the others would wait for it there.
+  # Not through Orbax's Checkpointer, whose restore ends in a barrier: if one process
+  # cannot read its part, the others would wait for it there.
   with contextlib.closing(ocp.PyTreeCheckpointHandler()) as handler:
     return handler.restore(directory, args=args)
 
 
 def saved_expert_axes(leaves: dict[str, Any]) -> dict[str, int]:
-  """The expert axis of each array whose checksum has experts: the nesting of its list."""
+  """Returns each array's expert axis, if any: the nesting of experts in its checksum."""
 
   def depth(node: Any) -> int:
     return 1 + depth(node[0]) if isinstance(node, list) else 0
@@ -292,7 +291,7 @@ def saved_expert_axes(leaves: dict[str, Any]) -> dict[str, int]:
 
 
 def _is_memory(error: Exception) -> bool:
-  """Whether reading failed for want of memory, not for what is on disk."""
+  """Returns whether reading failed for lack of memory, not because of the files."""
   return isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error)
 
 
@@ -305,7 +304,7 @@ def _not_permitted(path: RunPath) -> UserError:
 
 
 def _one_line(error: BaseException, limit: int = 200) -> str:
-  # Orbax wraps what TensorStore says in a text that says less.
+  # Orbax wraps TensorStore's message in a less specific one.
   while error.__cause__ is not None:
     error = error.__cause__
   text = " ".join(str(error).split()) or type(error).__name__

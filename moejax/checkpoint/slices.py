@@ -1,7 +1,8 @@
 """A checkpoint's arrays, read part by part, without the model or its devices.
 
-For programs that make new arrays of old ones and must not hold a whole model: an array of
-stacked layers is read one layer at a time, whatever mesh and processes wrote it.
+For programs that make new arrays from old ones and must not hold a whole model in memory.
+An array of stacked layers is read one layer at a time, for any mesh and processes that
+wrote it.
 """
 
 import functools
@@ -23,19 +24,19 @@ from moejax.checkpoint.read import (
 )
 
 _PART_BYTES = 1 << 26
-"""Bytes of an array that are verified together, if one index of its first axis has no
+"""Bytes of an array that are verified together, unless one index of its first axis has
 more."""
 
 
 class Slices:
-  """The arrays of one step, by dotted name; nothing is read before it is asked for."""
+  """The arrays of one step, by dotted name, read only on request."""
 
   def __init__(self, step_directory: Path):
     """Reads the meta of a step.
 
     Raises:
       DamagedCheckpointError: it is not as written.
-      UserError: it was written by a newer version, or may not be read.
+      UserError: it was written by a newer version, or reading it is not permitted.
     """
     self.directory = step_directory
     self._directory = step_directory / "state"
@@ -69,7 +70,7 @@ class Slices:
         self.dtype(name),
       ):
         raise ValueError(f"it has shape {list(store.shape)} and {store.dtype}")
-      # Copied, so that nobody writes into the reader's cache.
+      # Copied, so that no caller writes into the reader's cache.
       return np.array(store[(*index, ...)].read().result())
     except (OSError, ValueError, KeyError, TypeError) as e:
       words = " ".join(str(e).split())[:200]

@@ -1,7 +1,7 @@
 """Baselines without a model: two compressors' bits per byte on the evaluated text.
 
-unigram  the best a model can do that knows only how often each byte occurs in the
-         train split (add-one smoothed), and uses no context.
+unigram  the best that a model without context can do, from the frequency of each byte
+         in the train split (add-one smoothed).
 xz       LZMA, preset 9 extreme, of the held-out text alone, as `xz -9e` compresses
          it, without training text. A model that saw 10 MB of similar text should win.
 
@@ -87,5 +87,5 @@ def baselines(
 
 
 def bits_per_byte(nats: float, num_bytes: float) -> float:
-  """Converts a summed loss in nats, given the bytes that its targets stand for."""
+  """Converts a summed loss in nats to bits per byte of the targets' text."""
   return float(nats / np.log(2.0) / max(num_bytes, 1.0))

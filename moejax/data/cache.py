@@ -3,7 +3,7 @@
 A prepared dataset, a token cache and a trained tokenizer are directories named
 by a hash of everything that went into them. `build_once` builds such a directory
 under a temporary name and renames it into place, so that a killed build never
-looks finished; the next attempt removes what it left behind.
+looks finished; the next attempt removes its files.
 
 Processes wait for each other on an advisory lock that the system releases when
 its holder dies, even by kill -9: a lock file that merely exists would outlive a

@@ -58,17 +58,17 @@ class Dataset:
 
   @property
   def skipped(self) -> list[Skipped]:
-    """Documents left out, with the reason: the first 1,000."""
+    """The first 1,000 documents left out, with the reason."""
     return [Skipped(**s) for s in self.tokens.meta["skipped"]]
 
   @property
   def num_skipped(self) -> int:
-    """Documents left out, without duplicates; local text counts at most 1,000."""
+    """Number of documents left out, without duplicates; at most 1,000 of local text."""
     return self.tokens.meta["num_skipped"]
 
   @property
   def num_duplicates(self) -> int:
-    """How many documents were left out as duplicates."""
+    """Number of documents left out as duplicates."""
     return self.tokens.meta["num_duplicates"]
 
   def num_documents(self, split: str) -> int:
@@ -108,10 +108,10 @@ class Dataset:
 
   @functools.cached_property
   def token_bytes(self) -> Int[np.ndarray, "V"]:
-    """Bytes of text that the target of each id stands for; 0 if they have no meaning.
+    """Bytes of text that the target of each id stands for; 0 where undefined.
 
-    Targets of span corruption are a part of the text: bits per byte of it would be no
-    measure of the text.
+    The targets of span corruption are only a part of the text, so their bits per byte
+    would not measure the text.
     """
     known = self.tokenizer.bytes_per_token
     causal = self.config.objective == "causal"
@@ -151,7 +151,7 @@ class Dataset:
       yield self.tokenizer.decode_bytes(ids)
 
   def check_batch_size(self, batch_size: int) -> None:
-    """Refuses a corpus with too few sequences for one global batch."""
+    """Rejects a corpus with too few sequences for one global batch."""
     have = self.num_sequences("train")
     if have < batch_size:
       length = self.config.sequence_length
@@ -211,7 +211,9 @@ class Dataset:
     process_count: int = 1,
     rows: Int[np.ndarray, "b"] | None = None,
   ) -> Generator[EvalBatch, None, None]:
-    """Returns each token of a split once, in stored order; pads the last batch.
+    """Returns batches with each token of a split once, in stored order.
+
+    The last batch is padded.
 
     Args:
       split: train, validation or test.
@@ -262,8 +264,8 @@ def load(
     workdir: a run's directory. A run that has begun (it has a config.json) keeps the
       tokenizer stored there, whatever text is read; otherwise the tokenizer is
       stored there. None stores it in the cache only.
-    like: directory of another run, whose tokenizer a new run adopts: the parameters
-      it adopts fit no other.
+    like: directory of another run, whose tokenizer a new run adopts, since the
+      parameters that it adopts fit no other.
     store: whether this process stores the tokenizer.
     check_corpus: called with the fingerprint of the text, before it is prepared.
 
@@ -320,7 +322,7 @@ def _stored_tokenizer(
   config: DataConfig, workdir: RunPath | str | None, flag: str
 ) -> Tokenizer | None:
   # Without config.json no run has begun, and a tokenizer there may come from a run
-  # that was refused.
+  # that was rejected.
   if workdir is None or not (run_path(workdir) / "config.json").exists():
     return None
   stored = tokenizer.load_tokenizer(workdir)

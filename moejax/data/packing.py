@@ -1,4 +1,4 @@
-"""Packing: which tokens sequence g of an epoch holds, as pure arithmetic.
+"""Packing: computes which tokens are in sequence g of an epoch, by pure arithmetic.
 
 An epoch lays all documents end to end in a seeded order and cuts this line into
 sequences of S places; only the last is padded. The sequences are then served in
@@ -10,9 +10,9 @@ change what a step trains on.
 Each place is an (input, target) pair. A document of n tokens t has inputs
 [SEP, t1..tn] and targets [t1..tn, SEP]: every token, and the document's end, is
 predicted once per epoch. Segment ids count 1, 2, ... within a sequence; 0 is
-padding. A document cut by the end of a sequence continues in the line's next one as
-a new segment, with positions from 0: the earlier part cannot be attended to, and
-rotary positions stay below S.
+padding. A document cut by the end of a sequence continues in the next one on the line as
+a new segment, with positions from 0. The earlier part cannot be attended to, and rotary
+positions stay below S.
 
 Letters: B sequences of S places; D documents.
 """
@@ -73,7 +73,7 @@ class Layout:
   starts: Int[np.ndarray, "D_plus_1"]
   """First place of each document on the line, and the line's end."""
   sequences: Int[np.ndarray, "N"]
-  """The g-th sequence served is the sequences[g]-th of the line."""
+  """The g-th sequence served is the sequences[g]-th on the line."""
 
   @property
   def num_places(self) -> int:
@@ -133,7 +133,7 @@ class CausalPacker:
   sequence_length: int
 
   def prepare(self, split: TokenSplit) -> None:
-    """Returns what all epochs of a split share."""
+    """Returns the data shared by all epochs of a split: none here."""
     del split
 
   def count(self, split: TokenSplit, prepared: None) -> int:
@@ -169,7 +169,7 @@ def _assemble(
   valid: Bool[np.ndarray, "B S"],
   nth: Int[np.ndarray, "B S"],
 ) -> Batch:
-  """Returns what lies at the places; see `_places`."""
+  """Returns the inputs and targets at the places; see `_places`."""
   start = layout.starts[nth]
   source = split.offsets[layout.documents[nth]] + place - start
   batch: Batch = {

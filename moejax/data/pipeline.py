@@ -1,7 +1,7 @@
 """Batches through Grain: threads or worker processes that prefetch them.
 
-The source is random access by step (`moejax.data.packing`), so Grain only adds
-prefetching; the position to save is the step, and nothing here has state.
+The source has random access by step (`moejax.data.packing`), so Grain only adds
+prefetching. The position to save is the step, and nothing here has state.
 """
 
 import math
@@ -24,7 +24,7 @@ _ENDLESS = 2**62
 """Length of a training source, as reported to Grain."""
 
 _LOST_WORKER = re.compile(r"Worker process was terminated .*(exit code -\d+)")
-"""What Grain says of a worker that a signal ended."""
+"""Grain's message about a worker that was ended by a signal."""
 
 
 def process_rows(batch_size: int, index: int, count: int) -> Int[np.ndarray, "b"]:
@@ -54,7 +54,7 @@ class BatchSource(Generic[AnyBatch]):
     batch_size: int,
     rows: Int[np.ndarray, "b"],
   ):
-    """`batch_size` is global; `rows` are the rows that this process makes."""
+    """Takes the global `batch_size`, and the `rows` of it that this process makes."""
     self._tokens, self._split_name = tokens, split
     self._packer: Any = packer
     self._batch_size = batch_size
@@ -69,7 +69,7 @@ class BatchSource(Generic[AnyBatch]):
     self._lock = threading.Lock()
 
   def __getstate__(self) -> dict[str, Any]:
-    """Drops what a worker process reopens: mapped files, layouts and lock."""
+    """Drops what a worker process creates again: mapped files, layouts and lock."""
     mapped = ("_split", "_prepared", "_layouts", "_lock")
     return {k: v for k, v in self.__dict__.items() if k not in mapped}
 
@@ -100,7 +100,7 @@ class TrainSource(BatchSource[Batch]):
   """Maps steps to batches, over as many epochs as needed."""
 
   def __init__(self, *args: Any, seed: int, start_step: int, **kwargs: Any):
-    """Element 0 is the batch of step `start_step`."""
+    """Makes element 0 the batch of step `start_step`."""
     self._seed, self._start_step = seed, start_step
     super().__init__(*args, **kwargs)
 
@@ -143,7 +143,7 @@ class EvalSource(BatchSource[EvalBatch]):
 def iterate(
   source: BatchSource[AnyBatch], *, num_workers: int, prefetch: int, limit: int = 0
 ) -> Generator[AnyBatch, None, None]:
-  """Yields a source's batches by Grain; closing it ends its threads and workers.
+  """Yields a source's batches through Grain; closing it ends its threads and workers.
 
   Raises:
     PeerLostError: a worker was killed from outside.

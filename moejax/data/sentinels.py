@@ -2,8 +2,8 @@
 
 They follow all ids of the tokenizer, the first one last: sentinel k of a vocabulary of V
 is V - 1 - k (T5, arXiv:1910.10683, released code). A published tokenizer has its own
-among its ids, `<extra_id_0>` and so on. A run stores the tokenizer alone; how many
-sentinels there are is in its configuration.
+among its ids, `<extra_id_0>` and so on. A run stores the tokenizer only; the number of
+sentinels is in its configuration.
 """
 
 import functools
@@ -18,7 +18,7 @@ from moejax.data.tokenizer import Ids, ImportedTokenizer, Tokenizer
 from moejax.storage.paths import RunPath
 
 _MARK = re.compile(rb"<extra_id_(\d+)>")
-"""How a sentinel is written in a prompt and shown in a completion."""
+"""The form of a sentinel in prompts and completions."""
 
 
 def with_sentinels(base: Tokenizer, data: DataConfig) -> Tokenizer:
@@ -29,7 +29,7 @@ def with_sentinels(base: Tokenizer, data: DataConfig) -> Tokenizer:
 
 
 def mark(index: int) -> str:
-  """Returns how a sentinel is written."""
+  """Returns the text form of a sentinel."""
   return f"<extra_id_{index}>"
 
 
@@ -52,16 +52,16 @@ class SentinelTokenizer(Tokenizer):
 
   @functools.cached_property
   def index_of(self) -> dict[int, int]:
-    """Which sentinel an id is."""
+    """Maps each sentinel's id to its index."""
     return {int(token): index for index, token in enumerate(self.sentinels)}
 
   def encode_batch(self, texts: Sequence[bytes]) -> list[Int[np.ndarray, "n"]]:
-    """See the base class; `<extra_id_0>` and so on become sentinels."""
+    """Encodes as the base class; `<extra_id_0>` and so on become sentinels."""
     return [self._encode(text) for text in texts]
 
   def _encode(self, text: bytes) -> Int[np.ndarray, "n"]:
     pieces: list[np.ndarray] = []
-    # A split with a group alternates text and the group's number.
+    # Splitting by a pattern with a group gives text and sentinel numbers in turn.
     for place, part in enumerate(_MARK.split(text)):
       is_mark = place % 2 == 1
       if is_mark and int(part) < len(self.sentinels):
@@ -72,7 +72,7 @@ class SentinelTokenizer(Tokenizer):
     return np.concatenate(pieces or [np.zeros(0, np.int32)]).astype(np.int32)
 
   def decode(self, ids: Ids) -> str:
-    """See the base class; sentinels are shown as they are written in a prompt."""
+    """Decodes as the base class; sentinels are shown as in a prompt."""
     flat = np.asarray(ids if isinstance(ids, np.ndarray) else list(ids), np.int64)
     text, after = "", 0
     for place, token in enumerate(flat.reshape(-1).tolist()):
@@ -86,8 +86,8 @@ class SentinelTokenizer(Tokenizer):
 
     Args:
       prompt: ids with sentinels.
-      restored: what the decoder predicted: each sentinel, then its span. A sentinel
-        that it did not restore stays as it is written.
+      restored: the decoder's prediction: each sentinel, then its span. Sentinels that it
+        did not restore stay in the text.
     """
     spans: dict[int, list[int]] = {}
     current: list[int] = []
@@ -123,5 +123,5 @@ def _own_ids(base: Tokenizer, count: int) -> Int[np.ndarray, "n"] | None:
   found = [token for token in known if token is not None]
   if len(found) == count:
     return np.array(found, np.int32)
-  # The model has no rows for further ids.
+  # The model has no rows for more ids.
   return base.vocab_size - 1 - np.arange(count, dtype=np.int32)

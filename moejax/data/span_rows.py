@@ -1,26 +1,26 @@
-"""Rows of span corruption: which texts a row holds, and which of their tokens it masks.
+"""Rows of span corruption: the texts of each row, and which of their tokens are masked.
 
-Documents, in stored order, fill one row after the other: each takes as many of its tokens
-as both sides of the row have room for, and goes on in the next row as a new segment. How
-many that is follows from their number alone (`config/spans`), so rows are the same in
-every epoch; the order in which they are served and the masks change, and depend on
-nothing but seed, epoch and text. So any process can make any batch, in any order.
+Documents, in stored order, fill one row after the other. Each fills a row with as many of
+its tokens as both sides have room for, and continues in the next row as a new segment.
+That number depends only on the number of tokens (`config/spans`), so rows are the same in
+every epoch. The order of the rows and the masks change, and depend only on seed, epoch
+and text. So any process can make any batch, in any order.
 
 A segment of text t1..t9 with two spans [t3 t4] and [t8 t9] is
 
   encoder   t1 t2 <0> t5 t6 t7 <1> SEP
   targets   <0> t3 t4 <1> t8 t9 SEP
 
-and the decoder's inputs are a start, then the targets but the last. Segment ids of both
-sides count 1, 2, ... within the row, so that a segment reads its own text; 0 is padding.
-No text is lost: each token is in one of the two.
+and the decoder's inputs are a start token, then all targets except the last. Segment ids
+of both sides count 1, 2, ... within the row, so that a segment reads its own text; 0 is
+padding. No text is lost: each token is on one of the two sides.
 
 Letters: B rows, S decoder's sequence, M encoder's sequence, P segments of a split,
 N rows of a split.
 Source: T5, arXiv:1910.10683, section 3.1.4, and its released code
-(random_spans_noise_mask), which draws the lengths of spans and of what is between them
-uniformly from all that have the right sum. T5 ends a text with a masked span; so does
-this. There the text is cut without regard to documents; here a segment is one document's.
+(random_spans_noise_mask), which draws the lengths of spans and of the gaps between them
+uniformly from all that have the right sum. As in T5, a text ends with a masked span. T5
+cuts the text without regard to documents; here a segment belongs to one document.
 """
 
 import dataclasses
@@ -33,7 +33,7 @@ from moejax.data.packing import Batch, EvalBatch, permutation
 from moejax.data.tokens import TokenSplit
 
 _LEAST = 16
-"""A document is not cut for less room than this, in tokens."""
+"""A document is not cut to fill less room than this, in tokens."""
 
 
 class SpanBatch(Batch):
@@ -60,7 +60,7 @@ class Cut:
   first: Int[np.ndarray, "N_plus_1"]
   """First segment of each row, and P."""
   num_targets: int
-  """Of all segments together."""
+  """Number of targets of all segments together."""
 
   @property
   def num_rows(self) -> int:
@@ -111,7 +111,7 @@ def cut(split: TokenSplit, spans: Spans) -> Cut:
 
 
 def _most(sizes: Int[np.ndarray, "n"], length: int) -> list[int]:
-  """Returns the most tokens that fit, for each room from 0 to `length`."""
+  """Returns the maximum number of tokens that fit, for each room from 0 to `length`."""
   return (np.searchsorted(sizes, np.arange(length + 1), side="right") - 1).tolist()
 
 
@@ -135,7 +135,7 @@ def mask_of(
 
 
 def _parts(total: int, count: int, key: tuple[int, ...]) -> Int[np.ndarray, "count"]:
-  """Returns `count` positive lengths of the given sum, all such equally probable."""
+  """Returns `count` positive lengths of the given sum, drawn uniformly."""
   if total < count:  # A segment of one token, which is replaced.
     return np.full(count, total)
   ends = np.sort(permutation(total - 1, *key)[: count - 1]) + 1

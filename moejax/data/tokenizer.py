@@ -3,13 +3,13 @@
 bytes  one id per byte, and the separator; no training, no unknown tokens.
 bpe    byte-level byte pair encoding (Sennrich et al., arXiv:1508.07909; on bytes as
        in GPT-2), trained with the `tokenizers` library on the train split.
-hf     of a published model, imported with it; any kind the `tokenizers` library knows.
+hf     imported with a published model; any kind that the `tokenizers` library supports.
 
 Every token stands for a known number of bytes, so bits per byte is exact for any
 set of tokens: see `bytes_per_token`.
 
-No text encodes to the separator. So it is not a special token of the library, which
-would find it inside documents.
+No text encodes to the separator. It is therefore not a special token of the library,
+which would find it inside documents.
 """
 
 import abc
@@ -31,7 +31,7 @@ from moejax.storage.paths import RunPath, make_directory, run_path
 TOKENIZERS = ("bytes", "bpe", "hf")
 
 FILE = "tokenizer/tokenizer.json"
-"""Inside a run's directory."""
+"""Path inside a run's directory."""
 
 Ids = Iterable[int] | Integer[np.ndarray, "..."]
 """Token ids as input: a list or an array of any shape."""
@@ -77,7 +77,7 @@ class Tokenizer(abc.ABC):
 
   @abc.abstractmethod
   def _model(self) -> str:
-    """Returns what `from_json` needs besides kind and vocab_size."""
+    """Returns what `from_json` needs in addition to kind and vocab_size."""
     ...
 
   def encode(self, text: str | bytes) -> list[int]:
@@ -263,7 +263,7 @@ class ImportedTokenizer(Tokenizer):
       vocab_size: V of the model, at least the tokenizer's.
 
     Raises:
-      ValueError: not as described, or an id outside the vocabulary.
+      ValueError: `model` is not as described, or has an id outside the vocabulary.
     """
     fields = files.parse_json(model, _MAX_DEPTH)
     self._json = model
@@ -296,7 +296,7 @@ class ImportedTokenizer(Tokenizer):
 
   @property
   def library_json(self) -> str:
-    """The tokenizer.json it was made of."""
+    """The tokenizer.json that it was made from."""
     return self._library_json
 
   @property
@@ -363,7 +363,7 @@ def from_json(text: str | bytes) -> Tokenizer:
 
 
 def load_tokenizer(workdir: RunPath | str) -> Tokenizer:
-  """Returns a run's tokenizer, from nothing but its directory.
+  """Returns a run's tokenizer, from its directory alone.
 
   Raises:
     UserError: the directory holds no tokenizer, or a damaged one.
@@ -386,7 +386,7 @@ def load_tokenizer(workdir: RunPath | str) -> Tokenizer:
 
 
 def check_name(name: str) -> None:
-  """Refuses an unknown `config.data.tokenizer`."""
+  """Rejects an unknown `config.data.tokenizer`."""
   if name not in TOKENIZERS:
     raise ConfigError(
       f"--config.data.tokenizer={name!r} is unknown. {did_you_mean(name, TOKENIZERS)}"

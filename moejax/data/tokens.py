@@ -97,7 +97,7 @@ class TokenCache:
 
 
 def token_cache(source: Source, tokenizer: Tokenizer, root: Path) -> TokenCache:
-  """Returns the token cache of a dataset and a tokenizer, made first if missing.
+  """Returns the token cache of a dataset and a tokenizer, created if missing.
 
   Raises:
     UserError: the dataset has no training text.
@@ -114,7 +114,7 @@ def token_cache(source: Source, tokenizer: Tokenizer, root: Path) -> TokenCache:
 def _batches(
   items: Iterator[Document | Skipped], skipped: list[Skipped]
 ) -> Iterator[list[Document]]:
-  """Yields lists of documents of about `_BATCH_BYTES`; adds the others to `skipped`."""
+  """Yields lists of documents of about `_BATCH_BYTES`; adds skipped ones to `skipped`."""
   batch, size = [], 0
   for item in items:
     if isinstance(item, Skipped):

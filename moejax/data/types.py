@@ -12,7 +12,7 @@ EMPTY = "empty"
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Document:
-  """One text, as UTF-8 bytes; `name` says where it came from."""
+  """One text, as UTF-8 bytes; `name` describes its origin."""
 
   text: bytes
   name: str

@@ -20,7 +20,7 @@ class LocalText(tfds.core.GeneratorBasedBuilder, skip_registration=True):
   VERSION = tfds.core.Version("1.0.0")
 
   def __init__(self, *, corpus: Corpus, scan: Scan, **kwargs: Any):
-    """See `tfds.core.GeneratorBasedBuilder` for the rest."""
+    """Takes the corpus and its scan; see the base class for the other arguments."""
     self._corpus = corpus
     self._scan = scan
     super().__init__(**kwargs)

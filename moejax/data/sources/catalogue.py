@@ -1,6 +1,6 @@
 """Any TFDS text dataset by name, if it is prepared on this machine.
 
-It is read straight from its directory, so neither the dataset's own code nor
+It is read directly from its directory, so neither the dataset's own code nor
 TensorFlow is needed. Preparation is a separate command: it may download hundreds of
 gigabytes and need Beam.
 """
@@ -25,7 +25,7 @@ from moejax.errors import ConfigError, did_you_mean, nearest
 _FORMAT = 1
 
 _NAME = re.compile(r"(?P<name>\w+)(?P<config>(/[\w\-][\w.\-]*)+)?(:(?P<version>[\d.]+))?")
-"""No folder begins with a dot: `..` would lead out of the directory of datasets."""
+"""No folder may begin with a dot: `..` would lead out of the directory of datasets."""
 
 _OWN_SPLITS = {
   "train": ("train",),
@@ -36,7 +36,7 @@ _OWN_SPLITS = {
 
 
 def data_dir(path: str = "") -> Path:
-  """Returns where datasets are: `path`, $TFDS_DATA_DIR or ~/tensorflow_datasets."""
+  """Returns the datasets' directory: `path`, $TFDS_DATA_DIR or ~/tensorflow_datasets."""
   chosen = path or os.environ.get("TFDS_DATA_DIR", "") or "~/tensorflow_datasets"
   return Path(chosen).expanduser().absolute()
 
@@ -119,7 +119,7 @@ class TfdsSource:
   directory: Path
   config: DataConfig
   fingerprint: str = dataclasses.field(init=False)
-  """Of description, file sizes and options: reading all files would take hours."""
+  """Hash of description, file sizes and options: reading all files would take hours."""
 
   def __post_init__(self):
     total = hashlib.sha256()
@@ -155,7 +155,7 @@ class TfdsSource:
 
   @functools.cached_property
   def _own(self) -> dict[str, str]:
-    """The dataset's own name of each split it has, by our name."""
+    """Maps our name of each existing split to the dataset's own name."""
     have = self._builder.info.splits
     return {
       ours: next(n for n in names if n in have)
@@ -164,7 +164,7 @@ class TfdsSource:
     }
 
   def check(self) -> None:
-    """Refuses a dataset that cannot be read, before reading it."""
+    """Rejects a dataset that cannot be read, before reading it."""
     import tensorflow_datasets as tfds
 
     field, flag = self.config.text_field, f"--config.data.name={self.name}"

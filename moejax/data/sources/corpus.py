@@ -1,4 +1,4 @@
-"""Local text: which files, and which documents in them.
+"""Local text: the files of a corpus, and the documents in them.
 
 A corpus is a folder (read recursively), or one file. A .jsonl file is one document
 per line, from its text field; any other file is one document, whatever its suffix.
@@ -76,7 +76,7 @@ class Corpus:
   def select(self, domains: str) -> "Corpus":
     """Returns the part of the corpus that belongs to some domains.
 
-    A document keeps its split: it depends on the text alone.
+    A document keeps its split, which depends only on the text.
 
     Args:
       domains: names, separated by commas.
@@ -97,7 +97,7 @@ class Corpus:
     return dataclasses.replace(self, files=files)
 
   def documents(self) -> Iterator[Document | Skipped]:
-    """Yields what was left out, then every document, with duplicates, in fixed order."""
+    """Yields what was left out, then every document, including duplicates, in order."""
     yield from self.left_out
     for file in self.files:
       yield from self.read(file)
@@ -212,7 +212,7 @@ def find_files(
 
 def _tell_of_links(root: Path, files: tuple[PurePath, ...], path: str) -> None:
   """Warns of links to files outside the given folder."""
-  # Not Path.resolve, which fails on a link to itself.
+  # Not Path.resolve, which fails for a link to itself.
   home = Path(os.path.realpath(root))
   out: list[tuple[PurePath, Path]] = []
   for file in files:

@@ -22,7 +22,7 @@ _FORMAT = 1
 """Incremented when the same text would be prepared differently."""
 
 _MAX_NAMED = 1000
-"""Skipped documents that report.json names; it counts all."""
+"""Most skipped documents named in report.json, which counts all of them."""
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -48,11 +48,11 @@ class LocalSource:
     self.fingerprint = cache.digest(self._key, self.max_documents)
 
   def documents(self, split: str) -> Iterator[Document | Skipped]:
-    """Yields documents in hash order, which is as good as shuffled."""
+    """Yields documents in the order of their hashes, which is as good as shuffled."""
     if split == "train":
       report = self._report()
       yield from report.skipped
-      # The report names only the first ones; the others count all the same.
+      # The report names only the first ones; the others are also counted.
       unnamed = Skipped(document="", reason="as those named before")
       yield from itertools.repeat(unnamed, report.num_unnamed)
     from moejax.data.sources import builder  # slow import, unused with cached tokens
@@ -70,7 +70,7 @@ class LocalSource:
     return self._report().num_duplicates
 
   def left_out(self) -> dict[str, Any]:
-    """Returns what of the text is not read, JSON-ready; reads the text once more.
+    """Returns which parts of the text are not used, JSON-ready; reads the text again.
 
     Returns:
       `duplicates` and `skipped` documents, `duplicate_bytes`, and `is_cut`: whether they
@@ -89,7 +89,7 @@ class LocalSource:
 
   @functools.cached_property
   def _directory(self) -> Path:
-    # The key excludes max_documents, which only limits reading.
+    # The cache key excludes max_documents, which only limits reading.
     return cache.build_once(
       self.root / "datasets" / self._key, self._build, what=f"dataset {self.name}"
     )

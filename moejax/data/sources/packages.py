@@ -1,11 +1,12 @@
 """python_packages: the source text of the packages that moejax requires.
 
 The standard library is too small for many experts; moejax's users have more Python on
-disk anyway, under free licenses and without a download. Read are the distributions that
-moejax needs without any extra, and those that they need, in the site-packages of the
-running interpreter: other packages come and go. Their RECORD files list the sources, so
-that neither stray files nor the order of a file system matter. The text varies with the
-versions: the fingerprint covers every name, version and byte.
+disk anyway, under free licenses and without a download. The source reads the
+distributions that moejax requires without extras, and their requirements, from the
+site-packages of the running interpreter. It ignores other packages, which come and go.
+RECORD files list the sources, so neither stray files nor the order of a file system
+matter. The text varies with the versions: the fingerprint covers every name, version and
+byte.
 
 Source of RECORD and direct_url.json: packaging.python.org/specifications,
 "Recording installed projects" and "Recording the Direct URL Origin".
@@ -29,13 +30,13 @@ from moejax.errors import UserError
 _OWN = "moejax"
 
 _SKIPPED_FOLDERS = frozenset(("test", "tests", "_vendor", "vendor", "vendored"))
-"""Vendored copies differ from their originals in a few imports: unlike equal documents,
-they would be in other splits than those."""
+"""Vendored copies differ from their originals in a few imports, so, unlike equal
+documents, they could be in different splits."""
 
 _GENERATED = ("_ops_gen.py", "_enum_gen.py", "_generated.py", "_pb2.py")
 
 _MAX_BYTES = 1_000_000
-"""Longer files are tables and generated code; the longest by hand has 0.7 MB."""
+"""Longer files are tables and generated code; the longest handwritten one has 0.7 MB."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -43,7 +44,7 @@ class PackagesCorpus(Corpus):
   """Files of several folders, with the versions of their distributions."""
 
   places: Mapping[PurePath, Path]
-  """Where each file is: pure and compiled packages can have folders of their own."""
+  """The folder of each file: pure and compiled packages can be in different folders."""
   versions: tuple[str, ...]
   """NAME==VERSION of every distribution that is read, sorted."""
 
@@ -63,19 +64,19 @@ class PackagesCorpus(Corpus):
 def packages_corpus(
   folders: Iterable[str] | None = None, required_by: str = _OWN
 ) -> PackagesCorpus:
-  """Returns the sources of a distribution's requirements, editable ones aside.
+  """Returns the sources of a distribution's requirements, except editable ones.
 
-  A document's domain is its distribution. Left out are tests, vendored copies,
-  generated code, empty files and files of more than 1 MB.
+  A document's domain is its distribution. Tests, vendored copies, generated code, empty
+  files and files of more than 1 MB are left out.
 
   Args:
-    folders: where distributions are installed; None is the site-packages of the running
-      interpreter.
-    required_by: the distribution; not itself read. If it is not installed, as in a bare
-      checkout, every distribution is read.
+    folders: where distributions are installed; None means the site-packages of the
+      running interpreter.
+    required_by: the distribution, which is not itself read. If it is not installed, as in
+      a bare checkout, every distribution is read.
 
   Raises:
-    UserError: less than a hundred sources are installed.
+    UserError: fewer than a hundred sources are installed.
   """
   paths = sysconfig.get_paths()
   where = list(dict.fromkeys(folders or (paths["purelib"], paths["platlib"])))
@@ -83,7 +84,7 @@ def packages_corpus(
   places: dict[PurePath, Path] = {}
   versions: list[str] = []
   left_out: list[Skipped] = []
-  # The path decides between two versions of a name, which a broken update leaves.
+  # If a broken update left two versions of a distribution, the path decides.
   found = list(importlib.metadata.distributions(path=where))
   wanted = requirements(required_by, {_canonical(d.name): d for d in reversed(found)})
   for name, version, distribution in sorted(

@@ -1,4 +1,4 @@
-"""Selects the source that a `DataConfig` names."""
+"""Selects the source named by a `DataConfig`."""
 
 from collections.abc import Callable
 from pathlib import Path

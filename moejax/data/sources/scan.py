@@ -1,8 +1,8 @@
-"""Which documents of a corpus are kept, and in which split.
+"""Decides which documents of a corpus are kept, and in which split.
 
-Documents are equal if their bytes are, and only the first is kept. The split is a
-function of the content alone (except in tiny corpora), so a document keeps its split
-when others are added or removed, and none can be in two.
+Of documents with equal bytes, only the first is kept. The split is a function of the
+content only (except in tiny corpora), so a document keeps its split when others are added
+or removed, and no document can be in two splits.
 """
 
 import dataclasses
@@ -17,7 +17,7 @@ _PIECE_BYTES = (512, 16_384)
 
 
 def content_hash(text: bytes) -> bytes:
-  """Returns the hash that defines equal documents and decides the split."""
+  """Returns the hash that identifies equal documents and decides the split."""
   return hashlib.sha256(text).digest()
 
 
@@ -34,8 +34,8 @@ def assign_splits(
 ) -> dict[bytes, str]:
   """Returns the split of each content hash.
 
-  In a small corpus a requested split can be empty: it then gets the training document
-  with the smallest hash, if there are two (train gets one from validation).
+  In a small corpus a requested split can be empty. It then gets the training document
+  with the smallest hash, if there are at least two (train gets one from validation).
   """
   splits = {c: split_of(c, validation, test) for c in contents}
   for split, fraction in zip(SPLITS, (1.0, validation, test), strict=True):
@@ -51,8 +51,8 @@ def assign_splits(
 def cut(document: Document) -> Iterator[Document]:
   """Cuts a document at blank lines, else line ends, spaces or between characters.
 
-  For a corpus of one document (such as a book), which cannot be split by documents.
-  Concatenated, the pieces are the document.
+  For a corpus of one document (such as a book), which cannot be split by documents. The
+  concatenated pieces are the document.
   """
   text, least, most = document.text, *_PIECE_BYTES
   target = min(max(len(text) // 64, least), most)
@@ -84,7 +84,7 @@ class Scan:
   skipped: list[Skipped]
   num_duplicates: int
   num_unnamed: int = 0
-  """Skipped documents that are not in `skipped`."""
+  """Number of skipped documents that are not in `skipped`."""
 
 
 def documents_of(corpus: Corpus, is_cut: bool) -> Iterator[Document | Skipped]:
@@ -97,7 +97,7 @@ def documents_of(corpus: Corpus, is_cut: bool) -> Iterator[Document | Skipped]:
 
 
 def duplicate_bytes(corpus: Corpus, is_cut: bool) -> int:
-  """Returns how long the documents are that are left out as duplicates, together."""
+  """Returns the total length of the documents that are left out as duplicates."""
   seen: set[bytes] = set()
   total = 0
   for item in documents_of(corpus, is_cut):
@@ -109,7 +109,7 @@ def duplicate_bytes(corpus: Corpus, is_cut: bool) -> int:
 
 
 def scan_corpus(corpus: Corpus, validation: float, test: float) -> Scan:
-  """Plans splits and what to leave out; reads a one-document corpus twice."""
+  """Plans the splits and the documents to leave out; reads a single document twice."""
 
   def read(is_cut: bool) -> tuple[dict[bytes, None], list[Skipped], int]:
     contents: dict[bytes, None] = {}

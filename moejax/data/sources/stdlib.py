@@ -1,7 +1,7 @@
 """python_stdlib: the source text of the running interpreter's standard library.
 
-About 12 MB of Python that every machine that runs this code has, under a free
-license and without a download. The text varies with the Python version, so its
+About 12 MB of Python that every machine running this code has, under a free license
+and without a download. The text varies with the Python version, so its
 fingerprint goes into every run's metadata.
 """
 
