@@ -1,12 +1,12 @@
-"""Collection: one pass over a text that leaves sums, never decisions of single tokens.
+"""Collection: one pass over a text that keeps sums, never decisions of single tokens.
 
 Everything is summed on the devices, batch by batch. Small sums go to the host with each
 batch, in float64 and int64; tables by vocabulary id stay on the devices until the end.
-Nothing of size [tokens, E] outlives its batch, and no sum depends on how a text is cut
-into batches or spread over devices, except for the rounding of floats.
+Nothing of size [tokens, E] outlives its batch. Except for the rounding of floats, no sum
+depends on how a text is cut into batches or spread over devices.
 
 The model runs dropless (unless its router needs slots), so that the sums show what the
-router wants. Drops are those of the training capacity, decided again from the logits.
+router requests. Drops are those of the training capacity, computed from the logits.
 
 Letters: L MoE layers, B batch, S sequence, E experts, K choices per token, R domains, M
 rows for vocabulary ids, Q frequency classes, W bins.
@@ -37,10 +37,10 @@ from moejax.sharding import rules
 from moejax.types import Params
 
 MAX_ROWS = 4096
-"""Most vocabulary ids that are counted one by one; rarer ones share a last row."""
+"""Maximum vocabulary ids that are counted one by one; rarer ones share a last row."""
 
 NUM_CLASSES = 5
-"""Q: classes of ids by frequency, of about equally many tokens each."""
+"""Q: classes of ids by frequency, each with about the same number of tokens."""
 
 NUM_BINS = 40
 """W: bins of entropy and of margin, over their whole ranges."""
@@ -52,29 +52,29 @@ POSITION_BINS = 16
 """Positions in a document by powers of two: 0, 1-2, 3-6, 7-14, ..."""
 
 TABLES = ("input", "target", "predicted")
-"""Ids by which experts are counted: read, to be predicted, and predicted."""
+"""Ids by which experts are counted: the id read, its target, and the id predicted."""
 
 _FLUSH = 1 << 30
 """Tokens after which int32 tables are added to the host's."""
 
 Arrays = dict[str, Any]
-"""Sums by name, arrays of the devices or of the host."""
+"""Sums by name, as arrays on the devices or on the host."""
 
 Visit = Callable[[Routes, Array | None, Any], None]
-"""Sees (routes, kept, batch): `kept` [L, B, S, K] says which choices the capacity of
-training keeps; None for a router whose tokens do not choose."""
+"""Called with (routes, kept, batch): `kept` [L, B, S, K] marks the choices that the
+training capacity keeps; None for a router whose tokens do not choose."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Vocabulary:
-  """Which row each vocabulary id is counted in."""
+  """The row in which each vocabulary id is counted."""
 
   row: Int[np.ndarray, "V"]
-  """0 is the most frequent id; the last row holds all that have no row of their own."""
+  """0 is the most frequent id; all ids without their own row share the last one."""
   ids: Int[np.ndarray, "M"]
-  """The id of each row but the last."""
+  """The id of each row, except the last."""
   frequency_class: Int[np.ndarray, "V"]
-  """0 is that of the most frequent ids."""
+  """Class of each id; 0 is that of the most frequent ids."""
 
   @property
   def num_rows(self) -> int:
@@ -127,7 +127,7 @@ def collect(
     words: from `vocabulary`.
     limit: maximum number of batches; 0 is all.
     tables: by which ids experts are counted, some of `TABLES`.
-    side: the stack of an encoder-decoder that is looked at; None for a decoder.
+    side: the stack of an encoder-decoder to be analysed; None for a decoder.
     progress: called with the number of tokens seen so far.
     visit: called with each batch, still on the devices.
 
@@ -175,7 +175,7 @@ def collect(
 def table_shapes(
   model: Routing, words: Vocabulary, tables: Sequence[str] = TABLES
 ) -> dict[str, tuple[int, ...]]:
-  """Returns the tables by id that a step adds to: assignments, and tokens.
+  """Returns the shapes of the tables by id that a step adds to: assignments and tokens.
 
   Args:
     model: with at least one MoE layer.
@@ -214,7 +214,7 @@ def make_step(
   side: Side | None = None,
   with_routes: bool = False,
 ) -> Callable[..., tuple[Arrays, Arrays, tuple[Routes, Array | None] | None]]:
-  """Returns a jitted (params, tables, batch) -> (tables, sums, what a visit gets)."""
+  """Returns a jitted (params, tables, batch) -> (tables, sums, arguments of a visit)."""
   own: Routing = side or model
   moe, factor = own.moe, groups.least_factor(model)
   can_replay = decide.undecidable(own) is None
@@ -289,7 +289,7 @@ def _by_row(
 
 
 def _place(shape: tuple[int, int], group: int) -> Int[Array, "B S"]:
-  """Returns which part of its routing group each token is in."""
+  """Returns the part of its routing group that each token is in."""
   index = jnp.arange(shape[0] * shape[1], dtype=jnp.int32).reshape(shape) % group
   return index * PLACE_BINS // group
 
@@ -343,7 +343,7 @@ def _sums(
 def _histogram(
   values: Float[Array, "L B S"], valid: Bool[Array, "B S"]
 ) -> Int[Array, "L W"]:
-  """Counts values in [0, 1] by bins of equal width."""
+  """Counts values in [0, 1] in bins of equal width."""
   index = jnp.clip((values * NUM_BINS).astype(jnp.int32), 0, NUM_BINS - 1)
 
   def count(index: Int[Array, "B S"]) -> Int[Array, "W"]:

@@ -1,11 +1,11 @@
 """A router's decisions from its logits alone, with the routing functions of the library.
 
-What a token-choice router decides depends on its logits, on small parameters of its own
-(a bias) and on ids and positions, and not on the width of the model. So a change of
-capacity, priority, overflow, slot order, group size, K or renormalisation can be decided
-again without running an expert. Its decisions equal those of the model exactly, as long
-as the logits would be the same: at the first MoE layer always, at later ones only if
-nothing changed before.
+The decisions of a token-choice router depend on its logits, on its own small parameters
+(a bias) and on ids and positions, but not on the width of the model. So decisions under
+another capacity, priority, overflow, slot order, group size, K or renormalisation can be
+computed without running an expert. They equal those of the model exactly if the logits
+would be the same: always at the first MoE layer, and at later ones only if nothing
+changed before.
 
 Letters: L MoE layers, B batch, S sequence, G routing groups, T tokens of a group, E
 experts, K choices per token.
@@ -30,7 +30,7 @@ from moejax.types import Params, pytree
 
 @pytree
 class Recorded:
-  """What decisions depend on, of one batch."""
+  """The inputs of the decisions for one batch."""
 
   logits: Float[Array, "L B S E"]
   valid: Bool[Array, "B S"]
@@ -82,7 +82,7 @@ def assigned_experts(
 
 
 def recorded(model: Routing, params: Params, routes: Routes, batch: Any) -> Recorded:
-  """Returns what decisions depend on, from the routes of a batch."""
+  """Returns the inputs of the decisions, from the routes of a batch."""
   return Recorded(
     logits=routes.logits,
     valid=batch["segment_ids"] > 0,

@@ -1,4 +1,4 @@
-"""Figures of an analysis, each from analysis.json: PNG for screens, PDF for print.
+"""Figures of an analysis, drawn from analysis.json: PNG for screens, PDF for print.
 
 Letters: L MoE layers, E experts.
 """
@@ -15,7 +15,7 @@ import numpy as np
 from moejax import files
 
 MAX_PANELS = 4
-"""Most matrices drawn of a kind: the first layers, at equal distances."""
+"""Maximum matrices drawn of a kind: of layers at equal distances."""
 
 MAX_DOMAINS = 12
 
@@ -23,7 +23,7 @@ _CHANCE = {"color": "0.35", "linestyle": "--", "linewidth": 1.2}
 
 
 def draw(found: dict[str, Any]) -> dict[str, Any]:
-  """Returns the figures that an analysis has the measures for, by name."""
+  """Returns the figures for which an analysis has measures, by name."""
   # Hides matplotlib's message about its font cache.
   logging.getLogger("matplotlib").setLevel(logging.WARNING)
   figures = {}
@@ -35,7 +35,7 @@ def draw(found: dict[str, Any]) -> dict[str, Any]:
 
 
 def save(figures: dict[str, Any], directory: pathlib.Path) -> Iterator[pathlib.Path]:
-  """Writes each figure as PNG and PDF, each file whole or not at all."""
+  """Writes each figure as PNG and PDF, each file atomically."""
   directory.mkdir(exist_ok=True)
   for name, figure in figures.items():
     for kind in ("png", "pdf"):
@@ -61,7 +61,7 @@ def _panels(count: int, width: float, height: float) -> tuple[Any, list[Any]]:
 
 
 def _some(rows: list[Any]) -> list[Any]:
-  """Returns at most `MAX_PANELS` rows, the first and the last among them."""
+  """Returns at most `MAX_PANELS` rows, including the first and the last."""
   if len(rows) <= MAX_PANELS:
     return rows
   index = np.linspace(0, len(rows) - 1, MAX_PANELS).round().astype(int)
@@ -83,13 +83,13 @@ def _matrices(
 
 
 def _whole(*axes: Any) -> None:
-  """Ticks at whole numbers only: half an expert or half a step is none."""
+  """Sets ticks at whole numbers only: there is no half expert or half step."""
   for axis in axes:
     axis.get_major_locator().set_params(integer=True)
 
 
 def load(found: dict[str, Any]) -> Any:
-  """Load over even load, layer by layer."""
+  """Draws load over even load, layer by layer."""
   layers = found["layers"]
   share = np.array([layer["load"]["share"] for layer in layers])
   figure, (panel,) = _panels(1, 2 + 0.16 * share.shape[1] + 2.5, 1.6 + 0.3 * len(layers))
@@ -104,7 +104,7 @@ def load(found: dict[str, Any]) -> Any:
 
 
 def coactivation(found: dict[str, Any]) -> Any:
-  """Tokens that two experts share, over what chance gives at their loads."""
+  """Draws the tokens that two experts share, over their number by chance."""
   rows = [
     (f"layer {layer['layer']}", np.array(layer["coactivation"]["over_chance"]))
     for layer in found["layers"]
@@ -125,7 +125,7 @@ def coactivation(found: dict[str, Any]) -> Any:
 
 
 def flow(found: dict[str, Any]) -> Any:
-  """Where the tokens of an expert go in the next MoE layer."""
+  """Draws where the tokens of an expert go in the next MoE layer."""
   rows = [
     (f"layer {row['from']} to {row['to']}", row["conditional"])
     for row in found.get("flow", [])
@@ -138,7 +138,7 @@ def flow(found: dict[str, Any]) -> Any:
 
 
 def similarity(found: dict[str, Any]) -> Any:
-  """CKA of the experts' outputs."""
+  """Draws the CKA of the experts' outputs."""
   rows = [
     (f"layer {layer['layer']}", layer["experts"]["cka"])
     for layer in found["layers"]
@@ -155,7 +155,7 @@ def similarity(found: dict[str, Any]) -> Any:
 def _over_layers(
   panel: Any, layers: list[Any], values: list[float], **style: Any
 ) -> None:
-  """Draws a value of each layer: a line, and of an encoder-decoder one for each stack."""
+  """Draws a value of each layer as a line; an encoder-decoder has one for each stack."""
   points = zip([layer["layer"] for layer in layers], values, strict=True)
   for _, own in itertools.groupby(points, lambda p: str(p[0]).rpartition(".")[0]):
     (line,) = panel.plot(*zip(*own, strict=True), **style)
@@ -163,7 +163,7 @@ def _over_layers(
 
 
 def specialisation(found: dict[str, Any]) -> Any:
-  """Preferences for words and domains, each beside its value by chance."""
+  """Draws preferences for words and domains, each with its value by chance."""
   layers = [layer for layer in found["layers"] if "words" in layer]
   if not layers:
     return None
@@ -171,7 +171,7 @@ def specialisation(found: dict[str, Any]) -> Any:
   figure, panels = _panels(1 + has_domains, 5, 3.4)
   index = [layer["layer"] for layer in layers]
   for name, marker in (("input", "o"), ("target", "s"), ("predicted", "^")):
-    # An encoder has only ids that it reads.
+    # An encoder has no targets or predicted ids, only the ids it reads.
     known = [layer for layer in layers if name in layer["words"]]
     values = [layer["words"][name]["favourite"] for layer in known]
     _over_layers(panels[0], known, values, marker=marker, label=f"{name} id")
@@ -201,13 +201,13 @@ def _chance_of(line: Any, x: Any, chance: Any) -> None:
 
 
 def _name_chances(panel: Any) -> None:
-  """Says in the legend what the dashed lines are, if there are any."""
+  """Explains the dashed lines in the legend, if there are any."""
   if any(line.get_linestyle() == "--" for line in panel.lines):
     panel.plot([], [], label="chance, each layer's own", **_CHANCE)
 
 
 def saturation(found: dict[str, Any]) -> Any:
-  """Agreement of earlier checkpoints with the last."""
+  """Draws the agreement of earlier checkpoints with the last."""
   rows = found.get("saturation", [])
   if not rows:
     return None
@@ -226,7 +226,7 @@ def saturation(found: dict[str, Any]) -> Any:
 
 
 def consistency(found: dict[str, Any]) -> Any:
-  """What few experts would cover, and how often a cache of few would hit."""
+  """Draws the share that few experts cover, and the hit rate of a cache of few."""
   layers = [layer for layer in found["layers"] if "consistency" in layer]
   if not layers:
     return None
@@ -250,7 +250,7 @@ def consistency(found: dict[str, Any]) -> Any:
 
 
 def drops(found: dict[str, Any]) -> Any:
-  """Dropped tokens by place, position, frequency and domain."""
+  """Draws dropped tokens by place, position, frequency and domain."""
   layers = [layer for layer in found["layers"] if "drops" in layer]
   if not layers or not any(sum(layer["drops"]["place"]["lost"]) for layer in layers):
     return None
@@ -283,7 +283,7 @@ def drops(found: dict[str, Any]) -> Any:
 
 
 def knockout(found: dict[str, Any]) -> Any:
-  """Change of the loss without each expert."""
+  """Draws the change of the loss without each expert."""
   rows = _some(found.get("knockout", []))
   if not rows:
     return None
@@ -299,7 +299,7 @@ def knockout(found: dict[str, Any]) -> Any:
 
 
 def replayed(found: dict[str, Any]) -> Any:
-  """Drops against capacity, one line for each of the other options."""
+  """Draws drops against capacity, with one line for each setting of the other options."""
   rows = [
     entry for entry in found.get("replay", []) if entry["setting"].get("capacity_factor")
   ]

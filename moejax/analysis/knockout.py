@@ -1,7 +1,7 @@
-"""Knock-out: what the loss says of an expert that is removed.
+"""Knock-out: the change of the loss when an expert is removed.
 
-No measure that only looks at a router has been found to predict this (arXiv:2606.10703),
-so it is measured: each expert in turn, or sets of them, on the whole text.
+No measure of the router alone has been found to predict this (arXiv:2606.10703), so it is
+measured: for each expert in turn, or for sets of experts, on the whole text.
 
   next_best  the router cannot choose the expert; its tokens go to their next best.
              Exactly a run in which the expert's logit is -inf
@@ -39,7 +39,7 @@ Sets = Mapping[int, Sequence[tuple[int, ...]]]
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Losses:
-  """The loss of every sequence, as it is and with each set removed."""
+  """The loss of every sequence, with all experts and with each set removed."""
 
   tokens: Int[np.ndarray, "Z"]
   base: Float[np.ndarray, "Z"]
@@ -49,7 +49,7 @@ class Losses:
 
 
 def check(model: Decoder, fallback: str, largest: int) -> None:
-  """Rejects a removal that the router cannot do.
+  """Rejects a removal that the router does not support.
 
   Raises:
     UserError: it does not choose by logits, or has too few experts.
@@ -84,7 +84,7 @@ def knock_out(
   limit: int = 0,
   progress: Callable[[int], None] | None = None,
 ) -> Losses:
-  """Evaluates the model as it is and with each set of experts removed.
+  """Evaluates the model with all experts and with each set of experts removed.
 
   Args:
     model: from `groups.make_model`.
@@ -93,7 +93,7 @@ def knock_out(
     split: train, validation or test.
     mesh: of the evaluation.
     batch_size: sequences per step, from `groups.batch_size`.
-    sets: what is removed, by layer.
+    sets: the sets of experts to remove, by layer.
     fallback: one of `FALLBACKS`.
     limit: maximum number of batches; 0 is all.
     progress: called with the number of tokens done.
@@ -138,7 +138,7 @@ def knock_out(
 def batch_losses(
   run: Layerwise, batch: Any, sets: Sets, fallback: str
 ) -> tuple[Any, dict[int, Any]]:
-  """Returns each sequence's loss: as it is, and by layer for each set."""
+  """Returns each sequence's loss: with all experts, and by layer for each set."""
   experts, found = run.model.moe.fine_experts, {}
   x, inputs = run.begin(batch)
   last, at = x, -1
@@ -164,7 +164,7 @@ def effect(
   """Returns the change of the loss in nats per token, and its standard error.
 
   The change is sum_z (changed_z - base_z) / sum_z tokens_z. Sequences, not tokens, are
-  taken as independent: the error is that of a ratio of means over Z sequences,
+  assumed independent: the error is that of a ratio of means over Z sequences,
   sqrt(Z / (Z-1) sum_z (d_z - change n_z)^2) / sum_z n_z (Cochran 1977, section 2.11).
   """
   difference, total = changed - base, tokens.sum()
@@ -181,7 +181,7 @@ def singles(model: Decoder, layers: Sequence[int]) -> Sets:
 
 
 def pairs(losses: Losses, count: int) -> Sets:
-  """Returns, by layer, the pairs whose experts cost most on their own."""
+  """Returns, by layer, the pairs of experts whose single removals cost most."""
   found = {}
   for layer, removed in losses.removed.items():
     cost = (removed - losses.base).sum(axis=1)

@@ -1,8 +1,8 @@
 """A model run block by block, to stop, change and resume anywhere.
 
 Each half of a block is one compiled function, shared by all repeats of the block, so
-neither depth nor the number of restarts costs compile time. What a change cannot reach
-(the layers below it) is computed once.
+neither depth nor the number of restarts costs compile time. The layers below a change,
+which it does not affect, are computed once.
 
 Letters: B batch, S sequence, D width, E experts.
 """
@@ -32,7 +32,7 @@ Mask = Bool[Array | np.ndarray, "E"]
 
 @pytree
 class Removed:
-  """Which experts of one layer are removed, and what their tokens do."""
+  """The experts of one layer that are removed, and what happens to their tokens."""
 
   present: Mask | None = None
   """next_best: the experts that the router can choose; the others' logits are lowered as
@@ -72,7 +72,7 @@ class Layerwise:
     self._losses = jax.jit(self._losses_, out_shardings=rules.replicated(mesh))
 
   def begin(self, batch: Any) -> tuple[Float[Array, "B S D"], BlockInputs]:
-    """Returns the first block's input, and what all blocks share."""
+    """Returns the first block's input, and the inputs shared by all blocks."""
     return self._begin(
       self._params, batch["inputs"], batch["segment_ids"], batch["positions"]
     )
@@ -97,13 +97,13 @@ class Layerwise:
   def read(
     self, layer: int, x: Float[Array, "B S D"], inputs: BlockInputs
   ) -> tuple[Float[Array, "B S D"], Any]:
-    """Returns what an MoE layer reads, and its experts' weights."""
+    """Returns the input of an MoE layer, and its experts' weights."""
     return self._read(self._params, x, inputs, **self._path(layer))
 
   def normed(
     self, layer: int, x: Float[Array, "B S D"], inputs: BlockInputs
   ) -> Float[Array, "B S D"]:
-    """Returns what a block's feed-forward reads, dense or MoE."""
+    """Returns the input of a block's feed-forward, dense or MoE."""
     return self._normed(self._params, x, inputs, **self._path(layer))
 
   def losses(self, x: Float[Array, "B S D"], batch: Any) -> Float[Array, "B"]:
@@ -121,7 +121,7 @@ class Layerwise:
   def to_moe_layers(
     self, x: Float[Array, "B S D"], inputs: BlockInputs
   ) -> Iterator[tuple[int, Float[Array, "B S D"], Float[Array, "B S D"], Routes]]:
-    """Yields each MoE layer, what its feed-forward gets, what leaves it, its routes."""
+    """Yields each MoE layer, the input and output of its feed-forward, and its routes."""
     for layer in range(self.model.moe_layers[-1] + 1):
       x = self.attend(layer, x, inputs)
       after, routes = self.feed(layer, x, inputs)

@@ -1,7 +1,7 @@
-"""Probe: every expert of a layer on the same tokens, to compare what experts do.
+"""Probe: runs every expert of a layer on the same tokens, to compare the experts.
 
-A few batches suffice. Tokens are taken at equal distances, the first of the batch among
-them, as many as fit.
+A few batches suffice. As many tokens as fit are taken at equal distances, beginning with
+the first of the batch.
 
 Letters: L MoE layers, E experts, n tokens, D width.
 """
@@ -27,10 +27,10 @@ from moejax.types import Params
 BATCHES = 4
 
 _MOST_VALUES = 1 << 26
-"""Of the outputs of all experts: 256 MiB."""
+"""Maximum values in the outputs of all experts: 256 MiB."""
 
 _GRAM_TOKENS = 256
-"""Tokens of a batch whose outputs are compared with each other."""
+"""Number of tokens of a batch whose outputs are compared with each other."""
 
 
 def hsic(
@@ -75,11 +75,11 @@ def shuffled(
 
 
 def cosine(weights: ExpertWeights) -> Float[Array, "E E"]:
-  """Returns the cosine of two experts' weights, all matrices as one vector.
+  """Returns the cosine of every two experts' weights, all matrices as one vector.
 
-  Hidden units can be permuted without changing an expert: experts that started apart have
-  a cosine near 0 (of size 1/sqrt(number of weights)) even if they compute the same. It
-  tells of experts that started as copies (upcycling).
+  Hidden units can be permuted without changing an expert, so experts with independent
+  initial weights have a cosine near 0 (of size 1/sqrt(number of weights)) even if they
+  compute the same. A larger one shows that experts started as copies (upcycling).
   """
   matrices = [m for m in (weights.w_in, weights.w_gate, weights.w_out) if m is not None]
   flat = [m.astype(jnp.float32).reshape(m.shape[0], -1) for m in matrices]
@@ -122,7 +122,7 @@ def probe(
   mesh: Mesh,
   batch_size: int,
 ) -> dict[str, Any]:
-  """Returns similarity of experts by layer, and super experts, JSON-ready.
+  """Returns the similarity of experts by layer, and super experts, JSON-ready.
 
   Args:
     model: from `groups.make_model`.

@@ -1,9 +1,9 @@
-"""Replay: what other router options would have done, without running the experts again.
+"""Replay: the effect of other router options, without running the experts again.
 
-Each setting is decided from the logits of one pass, by the library's own routing
-functions (`decide`). At the first MoE layer that is exactly what the model would do; at
-later ones the logits would have changed with what the first layer drops, and the result
-is marked as approximate.
+The decisions under each setting are computed from the logits of one pass, by the
+library's own routing functions (`decide`). At the first MoE layer they are exactly those
+of the model. At later ones the logits would have changed with the drops of earlier
+layers, so the result is marked as approximate.
 
 Letters: L MoE layers, E experts, K choices per token.
 """
@@ -41,10 +41,10 @@ OPTIONS = (
   "num_selected",
   "renormalize",
 )
-"""Fields of `MoEConfig` that logits alone decide."""
+"""Fields of `MoEConfig` whose effect can be computed from the logits alone."""
 
 Setting = Mapping[str, Any]
-"""Values of some of `OPTIONS`; the others are the run's."""
+"""Values of some of `OPTIONS`; the others keep the run's values."""
 
 
 def settings(asked: Mapping[str, Sequence[Any]]) -> list[Setting]:
@@ -57,7 +57,7 @@ def settings(asked: Mapping[str, Sequence[Any]]) -> list[Setting]:
 
 
 def configured(config: Config, setting: Setting) -> Config:
-  """Returns the run's config under a setting; in evaluation as in training.
+  """Returns the run's config under a setting, which also applies to evaluation.
 
   Raises:
     UserError: the combination makes no sense.
@@ -82,7 +82,7 @@ def show(setting: Setting) -> str:
 
 
 def table(found: Sequence[Mapping[str, Any]]) -> str:
-  """Returns what each setting would do, a line for each of its layers.
+  """Returns the effect of each setting as text, with a line for each layer.
 
   Args:
     found: from `Replay.result`.
@@ -108,7 +108,7 @@ def table(found: Sequence[Mapping[str, Any]]) -> str:
 
 
 def check(model: Decoder) -> None:
-  """Raises UserError for a model whose logits do not decide all of a layer's routing."""
+  """Raises UserError for a model whose routing does not follow from the logits."""
   if reason := decide.undecidable(model):
     raise UserError(
       f"--replay: {reason}. Run {program('evaluate', 'experiments.evaluate')} under each "
@@ -125,7 +125,7 @@ def check(model: Decoder) -> None:
 def batch_multiple(
   config: Config, mesh: Mesh, asked: Sequence[Setting], wanted: int = 0
 ) -> int:
-  """Returns sequences per batch such that the groups of every setting are whole."""
+  """Returns the sequences per batch for which the groups of every setting are whole."""
   sizes = []
   for setting in asked:
     own = configured(config, setting)
@@ -160,7 +160,7 @@ def count(routes: Routes, valid: Array) -> dict[str, Array]:
 
 
 class Replay:
-  """Decides every setting on each batch that it is shown, and adds up."""
+  """Computes the decisions of every setting on each batch, and adds them up."""
 
   def __init__(
     self, config: Config, model: Decoder, mesh: Mesh, asked: Sequence[Setting]
@@ -190,7 +190,7 @@ class Replay:
     self._layers = model.moe_layers
 
   def see(self, recorded: decide.Recorded, own: dict[str, Array]) -> None:
-    """Decides all settings on one batch; sums are fetched while the next one runs."""
+    """Runs all settings on one batch; sums are fetched while the next batch runs."""
     found = [decider(recorded, own) for decider in self._deciders]
     self._fetch()
     self._pending = found
@@ -231,7 +231,7 @@ class Replay:
 def make_recorder(
   model: Decoder, mesh: Mesh
 ) -> Callable[[Params, Routes, Any], tuple[decide.Recorded, dict[str, Array]]]:
-  """Returns a jitted (params, routes, batch) -> what `Replay.see` takes."""
+  """Returns a jitted (params, routes, batch) -> arguments of `Replay.see`."""
 
   def record(params: Params, routes: Routes, batch: Any) -> Any:
     recorded = decide.recorded(model, params, routes, batch)

@@ -35,11 +35,11 @@ def write(
   sample: Sample | None = None,
   names: Names | None = None,
 ) -> list[pathlib.Path]:
-  """Writes all files, each whole or not at all; returns JSON and page.
+  """Writes all files, each atomically; returns the paths of the JSON and the page.
 
   Args:
     found: the measures.
-    out: directory, which is made.
+    out: directory, created if missing.
     sample: tokens that the page shows; None for a page without text.
     names: of ids in the sample.
   """

@@ -1,6 +1,6 @@
 """Routing analysis: which experts serve which domains and which tokens.
 
-Counts the computed assignments of a split per layer, by domain and by vocabulary id;
+Counts the computed assignments of a split per layer, by domain and by vocabulary id,
 dropless unless the router needs a capacity. An expert's `lift` for a token is the rate
 at which it serves that token over its rate for all tokens: 1 is no preference. (Mixtral,
 arXiv:2401.04088, section 5, analyses domains; Switch and ST-MoE, arXiv:2202.08906,
@@ -24,7 +24,7 @@ from moejax.models.decoder import Decoder
 from moejax.types import Params
 
 MIN_COUNT = 20
-"""Tokens seen less often get no lift: too few to show a preference."""
+"""Tokens that occur less often get no lift: they are too few to show a preference."""
 
 MAX_DOMAINS = 24
 """Maximum columns of the plot; the file has all domains."""

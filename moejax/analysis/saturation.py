@@ -1,6 +1,6 @@
-"""Saturation: how early a router's choices become those of the end of training.
+"""Saturation: how early in training a router's choices equal its final ones.
 
-Two checkpoints of one run route the same tokens, each with its own model.
+Two checkpoints of one run route the same tokens, each in its own model.
 
 Letters: L MoE layers, B batch, S sequence, E experts, K choices per token.
 """
@@ -24,7 +24,7 @@ from moejax.sharding import rules
 from moejax.types import Params
 
 MAX_BATCHES = 16
-"""Batches compared unless more are asked for: shares of overlap need few tokens."""
+"""Default number of batches compared: shares of overlap need few tokens."""
 
 
 def make_step(model: Decoder, mesh: Mesh) -> Callable[[Params, Params, Any], Any]:
@@ -77,13 +77,13 @@ def compare(
   batch_size: int,
   limit: int = 0,
 ) -> list[dict[str, Any]]:
-  """Returns by layer how much of a checkpoint's choices another one makes too.
+  """Returns, by layer, the share of a checkpoint's choices that another one also makes.
 
   Args:
     step: from `make_step`, shared by all checkpoints.
     model: of both.
     params: of the earlier checkpoint.
-    later: of the other.
+    later: parameters of the other.
     dataset: from `moejax.data.load`.
     split: train, validation or test.
     mesh: of the evaluation.

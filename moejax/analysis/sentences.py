@@ -1,4 +1,4 @@
-"""What an analysis found, in three sentences: loads, preferences, and what matters.
+"""The results of an analysis in three sentences: loads, preferences, and what matters.
 
 Letters: E experts.
 """
@@ -8,23 +8,23 @@ from typing import Any
 import numpy as np
 
 _CLEAR = 0.1
-"""Least distance to chance that is called a preference; both measures are 0 to 1."""
+"""Minimum distance from chance to call it a preference; both measures are 0 to 1."""
 
 
 def sentences(found: dict[str, Any]) -> list[str]:
   """Returns three sentences, each with its numbers and what to compare them with.
 
   Args:
-    found: what analysis.json says.
+    found: content of analysis.json.
   """
   return [_loads(found), _preferences(found), _importance(found)]
 
 
 def left_out(found: dict[str, Any]) -> str:
-  """Returns what of a text was not read, in one sentence; empty if all of it was.
+  """Returns a sentence on the parts of a text that were not read; empty if all were.
 
   Args:
-    found: what analysis.json says.
+    found: content of analysis.json.
   """
   own = found.get("left_out", {})
   words = []
@@ -67,7 +67,7 @@ def _loads(found: dict[str, Any]) -> str:
 
 
 def _most(found: dict[str, Any], layer: dict[str, Any]) -> str:
-  """Returns the largest load there can be: E/K even loads, where tokens choose K."""
+  """Returns the largest possible load in words: E/K even loads, where tokens choose K."""
   if "ranks" in found["undefined"]:
     return ""
   stack = str(layer["layer"]).rpartition(".")[0]

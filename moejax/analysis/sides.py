@@ -1,8 +1,8 @@
-"""One stack at a time of an encoder-decoder: what the measures ask of a model, and rows.
+"""One stack of an encoder-decoder at a time: the model that measures use, and its rows.
 
-An encoder-decoder routes two texts: the encoder's, and that of the decoder. A `Side` is
-one of its stacks, seen as a model with a text of its own. Its layers are named
-`encoder.1`, `decoder.3`, as they are numbered in their stacks.
+An encoder-decoder routes two texts: the encoder's and the decoder's. A `Side` is one of
+its stacks, as a model with its own text. Its layers are named `encoder.1`, `decoder.3`,
+with their numbers in the stack.
 
 Letters: L MoE layers of the stack, B batch, S decoder's sequence, M encoder's sequence.
 """
@@ -27,7 +27,7 @@ ENCODER, DECODER = "encoder", "decoder"
 
 @runtime_checkable
 class Routing(Protocol):
-  """What a measure asks of a model: a `Decoder`, or a `Side` of an encoder-decoder."""
+  """The interface of measures to a model: a `Decoder`, or a `Side`."""
 
   @property
   def vocab_size(self) -> int: ...
@@ -48,7 +48,7 @@ class Side:
   """A stack of an encoder-decoder."""
 
   name: str
-  """`encoder` or `decoder`, also that of its parameters."""
+  """`encoder` or `decoder`, which is also the name of its parameters."""
   stack: Stack
   vocab_size: int
 
@@ -75,7 +75,7 @@ class Side:
 
 
 def sides(model: Decoder) -> list[Side]:
-  """Returns the stacks that have MoE layers, the encoder first; none of a decoder."""
+  """Returns the stacks with MoE layers, the encoder first; none for a decoder."""
   return [
     Side(name=name, stack=stack, vocab_size=model.vocab_size)
     for name, stack in model.stacks.items()
@@ -84,12 +84,12 @@ def sides(model: Decoder) -> list[Side]:
 
 
 def params_of(side: Side | None, params: Params) -> Params:
-  """Returns the parameters with those of the side on top, where a decoder has its own."""
+  """Returns the parameters with those of the side at the top level, as in a decoder."""
   return params if side is None else {**params, **params[side.name]}
 
 
 def routes_of(side: Side | None, out: DecoderOutput) -> Routes:
-  """Returns what the side's routers decided, of a call with `return_routes`."""
+  """Returns the decisions of the side's routers, from a call with `return_routes`."""
   is_encoder = side is not None and side.name == ENCODER
   routes = out.encoder_routes if is_encoder else out.routes
   assert routes is not None
@@ -97,9 +97,9 @@ def routes_of(side: Side | None, out: DecoderOutput) -> Routes:
 
 
 def rows_of(side: Side | None, batch: Any) -> Any:
-  """Returns the tokens that the side reads, by the names of a decoder's batch.
+  """Returns the tokens that the side reads, under the names of a decoder's batch.
 
-  An encoder predicts nothing: its rows have no `targets`. The domain of its tokens is
+  An encoder predicts nothing, so its rows have no `targets`. The domain of its tokens is
   that of the decoder's segment that reads them.
   """
   if side is None or side.name != ENCODER:

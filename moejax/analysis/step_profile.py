@@ -2,7 +2,7 @@
 
 The steps are those of training: the same compiled function, batches of the real text, the
 parameters of a run or new ones. A few steps are timed without the profiler first, since
-recording costs time too. With several processes all take the steps, and the first one
+recording also costs time. With several processes all run the steps, and the first one
 traces its own devices.
 """
 
@@ -33,23 +33,23 @@ from moejax.train.optimizer import make_optimizer
 from moejax.train.step import make_train_step
 
 TRACE = "trace"
-"""Directory of the trace, below that of the results."""
+"""Directory of the trace, inside the results' directory."""
 
 _WARM_UP = 2
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Host:
-  """What the host does in a step, milliseconds; the device may work meanwhile."""
+  """The host's time in a step, in milliseconds; the device may work meanwhile."""
 
   data: float
   """Waiting for the next batch."""
   placing: float
-  """Putting it on the devices."""
+  """Putting the batch on the devices."""
   calling: float
   """Starting the step."""
   waiting: float
-  """For the step's metrics."""
+  """Waiting for the step's metrics."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -58,11 +58,11 @@ class Profile:
 
   platform: str
   num_steps: int
-  """Of the trace."""
+  """Number of steps in the trace."""
   step_ms: float
-  """Wall time of a step in the trace, mean."""
+  """Mean wall time of a step in the trace."""
   untraced_ms: float
-  """Of a step without the profiler, median."""
+  """Median wall time of a step without the profiler."""
   host: Host
   devices: tuple[timeline.Device, ...]
   trace: pathlib.Path
@@ -81,10 +81,10 @@ def profile(
   Args:
     config: validated.
     out: existing directory, where the first process writes `TRACE`.
-    num_steps: steps to trace, and to time before.
-    reporter: says what is being done.
+    num_steps: number of steps to trace, and to time before that.
+    reporter: reports progress.
     workdir: run whose newest parameters and tokenizer are used; nothing is written there.
-      None makes new parameters, of the config's seed.
+      None makes new parameters, from the config's seed.
 
   Returns:
     The profile of the first process's devices; None in other processes.
@@ -130,7 +130,7 @@ def profile(
 
 
 class _Stepper:
-  """Takes one step when called, and says how long the host took for each of its tasks."""
+  """Runs one step when called, and returns the host's time for each of its tasks."""
 
   def __init__(
     self,
@@ -181,7 +181,7 @@ class _Stepper:
       marks.append(time.perf_counter())
       self._state, metrics = self._step(self._state, placed)
     marks.append(time.perf_counter())
-    # All of it: metrics may be ready before the parameters are.
+    # Waits for everything: metrics may be ready before the parameters are.
     jax.block_until_ready((self._state, metrics))
     marks.append(time.perf_counter())
     first, second, third, fourth = (b - a for a, b in itertools.pairwise(marks))

@@ -1,13 +1,13 @@
 """How steadily neighbouring tokens use the same experts, as sums of one batch.
 
-Both measures say what it would cost to keep only some experts in fast memory. A segment
-is m neighbouring tokens of a sequence; documents of a packed sequence are not told apart,
-as a server that works through them would not.
+Both measures show what it would cost to keep only some experts in fast memory. A segment
+is m neighbouring tokens of a sequence. Documents of a packed sequence are not separated,
+as in a server that processes one after the other.
 
   best set   the s experts that a segment uses most: the share of its assignments that
              they cover (SRP of arXiv:2505.16056, section 3, summed over segments)
   cache      a request hits if its expert was used recently enough: the least recently
-             used is given up. An expert's distance is the number of experts used more
+             used is evicted. An expert's distance is the number of experts used more
              recently; a cache of s experts hits where the distance is below s (Mattson
              1970), so one histogram serves all sizes
 
@@ -31,7 +31,7 @@ def sums(served: Bool[Array, "L B S E"], valid: Bool[Array, "B S"]) -> dict[str,
     covered_m: float [L, E], for each m: assignments covered by a segment's s = 1, 2, ...
       most used experts.
     assignments_m: [L], those of all segments.
-    segments_m: how many there are. Only segments without padding count.
+    segments_m: number of segments. Only those without padding count.
     distance: [L, E+1], requests by distance; the last counts first uses in a sequence.
   """
   found: dict[str, Array] = {}
@@ -58,7 +58,7 @@ def distances(served: Bool[Array, "L B S E"]) -> Int[Array, "L D"]:
   index = jnp.arange(length, dtype=jnp.int32)[:, None]
   used = jnp.where(served, index[None, None], -1)
   upto = jax.lax.cummax(used, axis=2)
-  # The last use before each token; -1 is none.
+  # The last use before each token; -1 means none.
   last = jnp.pad(upto[:, :, :-1], ((0, 0), (0, 0), (1, 0), (0, 0)), constant_values=-1)
   # Of experts used by the same token, the lower index counts as the more recent.
   expert = jnp.arange(num_experts, dtype=jnp.int32)[None, None, None]
@@ -79,7 +79,7 @@ def best_hits(
   """Counts requests that the best possible cache of `size` experts would serve.
 
   After each token it keeps that token's experts and, of the others, those that are used
-  again soonest (Belady 1966), so no cache that must hold a token's experts together does
+  again soonest (Belady 1966). No cache that must hold a token's experts together is
   better. Every sequence begins with an empty cache. `size` is at least K.
   """
   length, num_experts = served.shape[2], served.shape[-1]
@@ -108,7 +108,7 @@ def best_hits(
 def _place(key: Int[Array, "*n E"]) -> Int[Array, "*n E"]:
   """Returns the place of each key in ascending order; keys of a row are distinct.
 
-  By counting: for rows of tens of experts that is several times faster than sorting.
+  Uses counting, which is several times faster than sorting for tens of experts.
   """
   below = key[..., None, :] < key[..., :, None]
   return jnp.sum(below, axis=-1, dtype=jnp.int32)

@@ -1,4 +1,4 @@
-"""From sums to measures: what analysis.json says of each layer.
+"""From sums to measures: the content of analysis.json for each layer.
 
 Letters: L MoE layers, E experts, K choices per token, M vocabulary ids.
 """
@@ -26,12 +26,12 @@ FORMAT = 2
 """Incremented when a field of analysis.json is renamed or changes meaning."""
 
 KINDS = ("domain", "class", "place", "position")
-"""By which drops are counted: domain, frequency class of the token read, part of the
+"""Drops are counted by these: domain, frequency class of the token read, part of the
 routing group, and position in the document by powers of two."""
 
 
 def undefined(model: Routing) -> dict[str, str]:
-  """Returns the measures that a model's router has not, with the reason of each."""
+  """Returns the measures that are undefined for a model's router, with reasons."""
   found, name = {}, model.moe.router
   chosen = decide.undecidable(model)
   if model.router.mixes:
@@ -115,7 +115,7 @@ NOT_OF_AN_ENCODER_DECODER = {
   "knockout": "experts are removed from decoder-only models alone",
   "text": "the page shows the text of decoder-only models alone",
 }
-"""What is missing from the summary of an encoder-decoder, with the reason."""
+"""Measures missing from the summary of an encoder-decoder, with the reason."""
 
 
 def joined(found: Mapping[str, dict[str, Any]]) -> dict[str, Any]:
@@ -125,8 +125,8 @@ def joined(found: Mapping[str, dict[str, Any]]) -> dict[str, Any]:
     found: the summary of each stack that has MoE layers, by its name.
 
   Returns:
-    That of the decoder (of the encoder, if it alone has MoE layers) with the layers of
-    both, and what differs between them under `stacks`.
+    The decoder's summary (the encoder's, if only that has MoE layers) with the layers of
+    both, and their differences under `stacks`.
   """
   parts = list(found.values())
   first = DECODER if DECODER in found else next(iter(found))
@@ -229,7 +229,7 @@ def _words(
   """Returns specialisation by input id, target and predicted id, and top words."""
   tokens, found = int(sums["tokens"]), {}
   for name in (name for name in TABLES if f"by_{name}" in sums):
-    # The last row holds many ids, and none of them alone.
+    # The last row is shared by many ids.
     served = sums[f"by_{name}"][index][:, :-1]
     seen = sums[f"seen_{name}"][:-1]
     if name == "input":

@@ -1,4 +1,4 @@
-"""Sums of batches, on the host and wide enough for any text."""
+"""Sums of batches, on the host, in types wide enough for any text."""
 
 from collections.abc import Collection, Mapping
 from typing import Any
@@ -13,9 +13,9 @@ def add(
   """Adds a batch's sums to the total, in place, in float64 and int64.
 
   Args:
-    total: arrays of the host by name; empty at first.
-    sums: arrays of the devices, which are waited for.
-    counts: names of floats that are whole numbers, and become integers.
+    total: arrays on the host by name; empty at first.
+    sums: arrays on the devices; waits for them.
+    counts: names of floats that are whole numbers, to be stored as integers.
   """
   for name, value in jax.device_get(dict(sums)).items():
     value = np.asarray(np.rint(value) if name in counts else value)

@@ -1,7 +1,7 @@
-"""A trace: what the routers decided for every token, in one Parquet file.
+"""A trace: the routers' decisions for every token, in one Parquet file.
 
-One row per token, in stored order; padding has none. Columns, for each MoE layer n of the
-model:
+It has one row per token, in stored order, without padding. Columns, for each MoE layer n
+of the model:
 
   sequence, index, document, position, token, target, domain
   expert_n    the K experts, best first    uint16 [K]
@@ -9,8 +9,8 @@ model:
   kept_n      whether each was computed    bool [K], always True: the pass is dropless
   logits_n    of all experts               float32 [E], if asked for
 
-The file's metadata says which model and text it is of, under the key `moejax`. Any reader
-of Parquet takes it (pandas, polars, DuckDB); `read` gives back what `replay` needs.
+The file's metadata identifies the model and the text, under the key `moejax`. Any Parquet
+reader can open it (pandas, polars, DuckDB); `read` returns what `replay` needs.
 
 Letters: L MoE layers, B batch, S sequence, E experts, K choices per token.
 """
@@ -53,10 +53,10 @@ def num_bytes(model: Decoder, tokens: int, what: str) -> int:
 
 
 def check(model: Decoder, path: pathlib.Path, tokens: int, what: str) -> None:
-  """Refuses, before anything runs, a trace that cannot be written.
+  """Rejects, before anything runs, a trace that cannot be written.
 
   Raises:
-    UserError: tokens do not choose, no pyarrow, no directory, or no room.
+    UserError: tokens do not choose, or there is no pyarrow, no directory, or no space.
   """
   if not model.router.token_choice:
     reason = decide.undecidable(model)
@@ -88,7 +88,7 @@ def require() -> None:
 
 
 def identity(model: Decoder, params: Params, mesh: Mesh) -> str:
-  """Returns a digest of the routers' weights, equal for the same checkpoint only."""
+  """Returns a digest of the routers' weights, which identifies the checkpoint."""
   weights = {}
   for part in PARTS:
     for name, block in params[part].items():
@@ -103,7 +103,7 @@ def identity(model: Decoder, params: Params, mesh: Mesh) -> str:
 
 
 class Writer:
-  """Writes the routes of each batch that it is shown, as one row group."""
+  """Writes the routes of each batch passed to it, as one row group."""
 
   def __init__(self, path: pathlib.Path, model: Decoder, meta: dict[str, Any], what: str):
     import pyarrow
@@ -127,7 +127,7 @@ class Writer:
     self._file = parquet.ParquetWriter(path, self._schema, compression="zstd")
 
   def write(self, routes: Routes, batch: Any) -> None:
-    """Adds one batch, on the host."""
+    """Writes one batch, from arrays on the host."""
     import pyarrow
 
     valid = batch["segment_ids"] > 0
@@ -164,7 +164,7 @@ class Writer:
 def writing(
   path: pathlib.Path, model: Decoder, meta: dict[str, Any], what: str
 ) -> Iterator[Writer]:
-  """Writes a trace, whole or not at all."""
+  """Writes a trace, atomically."""
   with files.replacing(path) as temporary:
     writer = Writer(temporary, model, meta, what)
     try:
@@ -174,10 +174,10 @@ def writing(
 
 
 def read_meta(path: pathlib.Path) -> dict[str, Any]:
-  """Returns what a trace says of itself.
+  """Returns the metadata of a trace.
 
   Raises:
-    UserError: it is no trace.
+    UserError: the file is not a trace.
   """
   require()
   from pyarrow import parquet
@@ -195,22 +195,22 @@ def read_meta(path: pathlib.Path) -> dict[str, Any]:
 
 
 def num_tokens(path: pathlib.Path) -> int:
-  """Returns how many tokens a trace has."""
+  """Returns the number of tokens in a trace."""
   from pyarrow import parquet
 
   return parquet.read_metadata(path).num_rows
 
 
 def check_meta(path: pathlib.Path, meta: dict[str, Any], run: dict[str, Any]) -> None:
-  """Refuses a trace of another model, or one without logits.
+  """Rejects a trace of another model, or one without logits.
 
   Args:
     path: of the trace.
     meta: from `read_meta`.
-    run: what the run's own trace would say.
+    run: the metadata that the run's own trace would have.
 
   Raises:
-    UserError: naming what differs.
+    UserError: names the difference.
   """
   if meta.get("what") != "logits":
     raise UserError(
@@ -233,7 +233,7 @@ def read(
 
   Args:
     path: of a trace with logits.
-    model: it was recorded with.
+    model: the model that it was recorded with.
     batch_size: B, sequences of a batch.
     length: S.
 

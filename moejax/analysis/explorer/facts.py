@@ -1,4 +1,4 @@
-"""What the page knows: of an analysis, the part that it shows, small enough to embed.
+"""The data of the page: the part of an analysis that it shows, small enough to embed.
 
 Letters: L MoE layers, E experts, K choices shown per token, A alternatives shown, R
 domains, n tokens of the sample.
@@ -14,7 +14,7 @@ from moejax.analysis.explorer import pack, words
 from moejax.analysis.explorer.sample import Sample
 
 MAX_DOMAINS = 24
-"""Most domains on an expert's card: those of the most tokens. Of the text, all."""
+"""Maximum domains on an expert's card: those with the most tokens. The text has all."""
 
 _DIGITS = 4
 """Significant digits of a number on the page; analysis.json has all."""
@@ -28,20 +28,20 @@ _KEPT = (
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Names:
-  """What ids stand for."""
+  """The meaning of ids."""
 
   pieces: Sequence[bytes] = ()
   """Bytes of each vocabulary id."""
   domains: Sequence[str] = ()
-  """All domains of the dataset, also those that the text has no token of."""
+  """All domains of the dataset, including those without a token in the text."""
 
 
 def facts(found: dict[str, Any], sample: Sample | None, names: Names) -> Any:
-  """Returns everything but long columns, JSON-ready.
+  """Returns everything except long columns, JSON-ready.
 
   Args:
-    found: what analysis.json says.
-    sample: tokens to be shown; None without.
+    found: content of analysis.json.
+    sample: tokens to be shown; None for a page without text.
     names: of ids.
   """
   known = {name: found[name] for name in _KEPT if name in found}
@@ -78,7 +78,7 @@ def _largest(found: dict[str, Any]) -> list[int]:
 
 
 def _layer(layer: dict[str, Any], domains: list[int]) -> dict[str, Any]:
-  """Returns a layer without its matrices, which `matrices` has."""
+  """Returns a layer without its matrices, which are in `matrices`."""
   names = ("layer", "load", "choices", "drops", "consistency", "loss_by_expert")
   known = {name: layer[name] for name in names if name in layer}
   if "words" in layer:
@@ -102,7 +102,7 @@ def _layer(layer: dict[str, Any], domains: list[int]) -> dict[str, Any]:
 
 
 def matrices(found: dict[str, Any]) -> pack.Columns:
-  """Returns what is between two experts: of each layer [E, E], where measured."""
+  """Returns the measures between two experts, [E, E] for each layer, where measured."""
   columns = {}
   for index, layer in enumerate(found["layers"]):
     if "coactivation" in layer:
@@ -181,7 +181,7 @@ def layer_columns(sample: Sample, index: int, num_experts: int) -> pack.Columns:
 
 
 def _short(value: Any) -> Any:
-  """Returns JSON with `_DIGITS` digits, and None for what is no number."""
+  """Returns JSON with numbers of `_DIGITS` digits, and None for non-finite ones."""
   if isinstance(value, dict):
     return {str(key): _short(inner) for key, inner in value.items()}
   if isinstance(value, list | tuple):

@@ -1,10 +1,10 @@
-"""Columns of numbers as text that a page can hold and a browser can read.
+"""Columns of numbers as text that can be embedded in a page and read by a browser.
 
   base64( zlib( uint32 length of the header | header | columns ) )
 
 The header is JSON: for each column its name, type, shape, place and whether it holds
-differences. All is little-endian. Of types of several bytes, all first bytes come first,
-then all second ones, and so on: high bytes are mostly zero, and deflate to little.
+differences. All numbers are little-endian. For types of several bytes, all first bytes
+come first, then all second ones, and so on: high bytes are mostly zero and compress well.
 `explorer/data.js` reads this format with the browser's own DecompressionStream.
 """
 
@@ -25,7 +25,7 @@ def pack(columns: Mapping[str, np.ndarray], differences: Collection[str] = ()) -
 
   Args:
     columns: uint8, uint16, uint32 or float32, of any shape.
-    differences: names of columns of which each row but the first is stored as its
+    differences: names of columns in which each row except the first is stored as its
       difference to the one before, in the arithmetic of its type.
   """
   header, parts, place = [], [], 0
@@ -58,7 +58,7 @@ def unpack(text: str) -> Columns:
 
 
 def pack_json(value: Any) -> str:
-  """Returns any JSON as text; `inflate` gives it back. It holds no markup."""
+  """Returns any JSON as text without markup; `inflate` restores it."""
   text = json.dumps(value, separators=(",", ":"), allow_nan=False)
   return deflate(text.encode())
 
@@ -102,7 +102,7 @@ def restored(codes: UInt8[np.ndarray, "..."], scale: float) -> np.ndarray:
 
 
 def rounded(values: Float[np.ndarray, "..."]) -> Float[np.ndarray, "..."]:
-  """Returns float32 with eight bits of mantissa, which deflates to half."""
+  """Returns float32 with eight bits of mantissa, which compresses to half the size."""
   bits = np.nan_to_num(values).astype(np.float32).view(np.uint32)
   return ((bits + 0x8000) & 0xFFFF0000).astype(np.uint32).view(np.float32)
 

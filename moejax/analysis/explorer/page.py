@@ -1,8 +1,8 @@
 """The explorer: one HTML file that needs no network, from an analysis and a sample.
 
-Data are deflated columns in base64 (`pack`), which hold no markup whatever the text is;
-everything else that is written into the page is escaped. The scripts beside this file are
-plain JavaScript and are put into the page as they are.
+Data are compressed columns in base64 (`pack`), which contain no markup for any text;
+everything else that is written into the page is escaped. The scripts next to this file
+are plain JavaScript and are copied into the page unchanged.
 """
 
 import html
@@ -19,11 +19,11 @@ from moejax.analysis.explorer.sample import Sample
 from moejax.analysis.sentences import left_out
 
 SCRIPTS = ["data", "state", "text", "token", "card", "marks", "charts", "plots", "main"]
-"""In this order they make one module; each says in its first lines what is in it."""
+"""In this order they make one module; each describes its content in its first lines."""
 
 _HERE = pathlib.Path(__file__).parent
 _DIFFERENCES = ("gate", "sequence")
-"""Columns whose neighbours are alike: weights by rank, and numbers of sequences."""
+"""Columns with similar neighbouring rows: weights by rank, and numbers of sequences."""
 
 
 def library() -> str | None:
@@ -38,7 +38,7 @@ def library() -> str | None:
 def blobs(
   found: dict[str, Any], sample: Sample | None, names: Names
 ) -> Iterator[tuple[str, str]]:
-  """Yields name and packed content of everything that the page reads."""
+  """Yields the name and packed content of all data that the page reads."""
   yield "facts", pack.pack_json(facts.facts(found, sample, names))
   yield "matrices", pack.pack(facts.matrices(found))
   if sample is None:
@@ -60,9 +60,9 @@ def render(
   """Returns the page.
 
   Args:
-    found: what analysis.json says.
+    found: content of analysis.json.
     sentences: of the first screen.
-    sample: tokens to be shown; None without.
+    sample: tokens to be shown; None for a page without text.
     names: of ids.
     pictures: HTML of figures, for a page without the library that draws them.
   """

@@ -1,9 +1,10 @@
-"""A bounded sample of tokens with what routers decided for each, for the page.
+"""A bounded sample of tokens with the routers' decisions for each, for the page.
 
-Of every stretch of equal length one whole sequence, drawn at random, so that each part of
-a text and each place in a routing group has its chance: equal distances could hit the
-same place of every group. Taken in the pass that collects sums; the host holds the
-sample, and at most the sequences that one batch adds to it.
+The text is divided into stretches of equal length, and one whole sequence is drawn at
+random from each. So each part of the text and each place in a routing group can be
+sampled; equal distances could hit the same place of every group. The sample is taken in
+the pass that collects sums. The host holds the sample, and at most the sequences that one
+batch adds to it.
 
 Letters: L MoE layers, B batch, S sequence, E experts, K choices shown per token, A
 alternatives shown, n tokens of the sample.
@@ -23,13 +24,13 @@ from moejax.models.decoder import Decoder
 from moejax.sharding import rules
 
 ALTERNATIVES = 2
-"""Experts shown beside the chosen ones: the most probable of the others."""
+"""Experts shown in addition to the chosen ones: the most probable of the others."""
 
 MOST_SHOWN = 8
 """K, if tokens do not choose: the most probable of the experts that compute a token."""
 
 _MOST_PADDED = 4
-"""Sequences per one that would be full, at most."""
+"""Maximum ratio of sequences, with padding, to the full ones that their tokens fill."""
 
 IDS = ("token", "document", "position", "domain")
 _COLUMNS = {"token": "inputs", "document": "segment_ids", "position": "positions"}
@@ -51,7 +52,7 @@ class Sample:
   gate: Float[np.ndarray, "L n K"]
   """Weights without drops; probabilities, if tokens do not choose."""
   kept: Bool[np.ndarray, "L n K"]
-  """Whether the capacity of training keeps the choice."""
+  """Whether the training capacity keeps the choice."""
   other: Int[np.ndarray, "L n A"]
   """The most probable experts that were not chosen."""
   other_probability: Float[np.ndarray, "L n A"]
@@ -68,7 +69,7 @@ def choices_of(
 
   Args:
     routes: of a batch.
-    kept: which choices the capacity of training keeps; None if tokens do not choose.
+    kept: which choices the training capacity keeps; None if tokens do not choose.
   """
   num_experts = routes.probs.shape[-1]
   if routes.expert is not None:
@@ -83,7 +84,7 @@ def choices_of(
     kept = gate >= 0
     expert, gate = jnp.where(kept, expert, num_experts), jnp.maximum(gate, 0.0)
     chosen = routes.served
-  # At least one column, so that shapes stay plain where all experts are chosen.
+  # At least one column, so that no array is empty where all experts are chosen.
   others = jnp.where(chosen, -1.0, routes.probs)
   probability, other = jax.lax.top_k(others, min(ALTERNATIVES, num_experts))
   other = jnp.where(probability < 0, num_experts, other)
@@ -91,7 +92,7 @@ def choices_of(
 
 
 class Sampler:
-  """Takes tokens from each batch that it is shown."""
+  """Collects tokens from each batch passed to it."""
 
   def __init__(self, mesh: Mesh, *, tokens: int, length: int, total: int):
     """Plans which sequences are taken.
@@ -105,7 +106,7 @@ class Sampler:
     self._tokens, self._taken, self._seen = tokens, 0, 0
     rows = -(-total // length)
     self._stride = max(rows // max(-(-tokens // length), 1), 1)
-    # Sequences with padding are more than their tokens would fill.
+    # With padding, there are more sequences than the tokens would fill.
     stretches = np.arange(_MOST_PADDED * -(-rows // self._stride) + 1)
     drawn = np.random.default_rng(0).integers(0, self._stride, len(stretches))
     self._rows = stretches * self._stride + drawn
@@ -114,14 +115,14 @@ class Sampler:
     self._read = jax.jit(_read, out_shardings=whole)
 
   def see(self, routes: Routes, kept: Array | None, batch: Any) -> None:
-    """Adds the tokens of a batch; all processes call it, and all get them."""
+    """Adds the tokens of a batch; all processes call it, and all get the tokens."""
     size = batch["inputs"].shape[0]
     first, self._seen = self._seen, self._seen + size
     here = (self._rows >= first) & (self._rows < self._seen)
     rows = self._rows[here] - first
     if self._taken >= self._tokens or not len(rows):
       return
-    # Of one length in all batches, so that one function serves them.
+    # The same length in all batches, so that one compiled function serves them all.
     index = np.resize(rows, -(-size // self._stride) + 1).astype(np.int32)
     found = jax.device_get(self._read(routes, kept, batch, index))
     found = jax.tree.map(np.asarray, found)
@@ -154,7 +155,7 @@ class Sampler:
 def _read(
   routes: Routes, kept: Array | None, batch: Any, rows: Int[Array, "b"]
 ) -> dict[str, Any]:
-  """Returns what is shown of some sequences of a batch."""
+  """Returns the shown data of some sequences of a batch."""
   taken = jax.tree.map(lambda leaf: leaf[:, rows], routes)
   kept = None if kept is None else kept[:, rows]
   names = ("expert", "gate", "kept", "other", "other_probability")
@@ -167,7 +168,7 @@ def _read(
 
 
 def selected(model: Decoder) -> int:
-  """Returns K, the choices shown of a token."""
+  """Returns K, the number of choices shown per token."""
   moe = model.moe
   if not model.router.token_choice:
     return min(MOST_SHOWN, moe.fine_experts)

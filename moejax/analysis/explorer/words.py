@@ -1,9 +1,9 @@
-"""Tokens as text to look at: every token visible, whatever its bytes are.
+"""Tokens as text for display: every token is visible, for any bytes.
 
 A token's bytes may be part of a character. The token that completes the character shows
-it, and the ones before show nothing but a mark. What has no shape of its own (controls,
-directions, spaces of no width) is shown by its code, so that no token can hide, nor turn
-the page around.
+it, and the ones before show only a mark. Characters without a shape (controls, text
+directions, zero-width spaces) are shown by their codes, so that no token can be invisible
+or change the direction of the page.
 """
 
 import codecs
@@ -52,14 +52,14 @@ def texts(
 
 
 def _joined(text: str, rest: str) -> str:
-  """Adds bytes that turned out to be no character."""
+  """Adds bytes that turned out not to be a character."""
   return text if not rest else rest if text == PART else text + rest
 
 
 def visible(text: str) -> str:
-  """Returns a text in which every character has a shape."""
+  """Returns a text in which every character is visible."""
   out = "".join(_character(c, len(text)) for c in text)
-  # A mark alone would sit on the token before.
+  # A combining mark alone would be drawn on the token before.
   return "\u25cc" + out if out and unicodedata.combining(out[0]) else out
 
 

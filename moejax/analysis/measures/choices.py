@@ -14,13 +14,13 @@ def certainty(
 ) -> dict[str, Any]:
   """Returns the entropy of a token's probabilities over experts.
 
-  Bounds of `entropy`: 0 (one expert has all) to log E nats (all alike). It is that of
-  single tokens; how even the loads are is another matter (`load.entropy_fraction`).
+  Bounds of `entropy`: 0 (one expert has all) to log E nats (all are equal). It is the
+  entropy of single tokens; `load.entropy_fraction` measures how even the loads are.
 
   Args:
     entropy_sum: over tokens, in nats.
     bins: tokens by entropy / log E, from 0 to 1.
-    tokens: their number.
+    tokens: number of tokens.
     num_experts: E.
   """
   mean = entropy_sum / max(tokens, 1)
@@ -34,18 +34,18 @@ def certainty(
 def margin(
   margin_sum: float, bins: Int[np.ndarray, "W"], ties: int, tokens: int
 ) -> dict[str, Any]:
-  """Returns by how much the last chosen expert beats the first rejected one.
+  """Returns the margin of the last chosen expert over the first rejected one.
 
   The margin of a token is p_(K) - p_(K+1), with p sorted: 0 to 1/K. A router that adds a
-  bias to choose (sigmoid_bias) may take others than the K most probable experts; its
+  bias for choosing (sigmoid_bias) may choose others than the K most probable experts; its
   margin is still that of the probabilities. A tie is a margin of exactly 0 between
-  logits, which the lowest index wins: with many of them the experts' numbers decide.
+  logits, which the lowest index wins: with many ties the experts' indices decide.
 
   Args:
     margin_sum: over tokens.
     bins: tokens by margin, from 0 to 1.
     ties: tokens whose K-th and K+1-th logits are equal.
-    tokens: their number.
+    tokens: number of tokens.
   """
   return {
     "margin": margin_sum / max(tokens, 1),

@@ -19,15 +19,15 @@ def coactivation(
   `conditional[i][j]` is N_ij / N_i, the probability of j given i: 0 to 1. `lift[i][j]` is
   N_ij N / (N_i N_j): 1 if i and j were chosen independently. A token cannot choose an
   expert twice, so K choices give less by chance: (K-1) E / (K (E-1)) at even loads, and
-  1 for an expert that every token has. `over_chance[i][j]` is N_ij over what sets of K
-  distinct experts give that know nothing but the loads (`subsets.together`). (OLMoE,
+  1 for an expert that every token has. `over_chance[i][j]` is N_ij over its value for
+  random sets of K distinct experts with the same loads (`subsets.together`). (OLMoE,
   arXiv:2409.02060, section 5.2, whose code counts only choices of neighbouring rank.)
 
   Args:
     pairs: N_ij, tokens computed by both; the diagonal is N_i.
     tokens: N, all tokens.
-    choices: K; None if a token may have any number, whose chance is a lift of 1.
-    top: pairs listed, of highest z = (N_ij - expected) / sqrt(expected).
+    choices: K; None if a token may have any number: then a lift of 1 is chance.
+    top: number of pairs listed, those of highest z = (N_ij - expected) / sqrt(expected).
   """
   load = np.diag(pairs)
   num_experts = len(load)

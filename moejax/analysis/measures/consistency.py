@@ -1,4 +1,4 @@
-"""Routing consistency: whether few experts would do for a stretch of text.
+"""Routing consistency: whether few experts suffice for a stretch of text.
 
 Letters: E experts, K choices per token, m tokens of a segment, s experts kept.
 Source: arXiv:2505.16056, section 3 (segment routing best performance, and segment cache
@@ -29,11 +29,11 @@ def best_set(
   loads, whose best experts also cover more than s/E.
 
   Args:
-    covered: summed over segments, for each s.
+    covered: covered assignments, summed over segments, for each s.
     counts: assignments of each expert.
     size: m.
-    segments: their number.
-    choices: K; None if a token may have any number: then as many independent
+    segments: number of segments.
+    choices: K; None if a token may have any number: then chance draws as many independent
       assignments as a segment has on average.
     seed: of the draws.
     draws: segments drawn for chance, times 100.
@@ -55,7 +55,7 @@ def best_set(
 
 
 def hit_rates(distance: Int[np.ndarray, "D"]) -> Float[np.ndarray, "E"]:
-  """Returns the hit rate of a cache of s = 1 .. E experts that gives up the stalest.
+  """Returns the hit rate of a least-recently-used cache of s = 1 .. E experts.
 
   Args:
     distance: requests by the number of experts used more recently; D = E+1, and the last

@@ -23,7 +23,7 @@ def drops(
 
   Args:
     tokens: of each kind.
-    lost: those that no expert computes.
+    lost: tokens that no expert computes.
     dropped: choices without a slot; None if tokens do not choose.
     choices: K.
   """

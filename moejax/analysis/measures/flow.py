@@ -18,21 +18,21 @@ def flow(
   tokens: int,
   choices: int | None = 1,
 ) -> dict[str, Any]:
-  """Returns how well a token's expert in one layer tells that of the next MoE layer.
+  """Returns how well a token's expert in one layer predicts that of the next MoE layer.
 
   `conditional[i][j]` is N_ij / N_i. `information` is the mutual information of the table
   in nats, over all pairs of a token's choices: 0 to log E. Finite counts give more than
   0 without any flow: `chance_information` is (E-K)^2 / (2 N K^2), the mean where the two
-  sets of a token do not know of each other (Miller 1955 for K=1; a share of tokens p has
-  variance p (1-p) / N).
+  sets of a token are independent (Miller 1955 for K=1; a share of tokens p has variance
+  p (1-p) / N).
 
   Args:
     together: N_ij, tokens computed by i in this layer and by j in the next.
     here: tokens of each expert in this layer.
     there: tokens of each expert in the next.
     tokens: N, all tokens.
-    choices: K, in both layers; None if a token may have any number: then as for K=1 and
-      as many tokens as there are pairs.
+    choices: K, in both layers; None if a token may have any number: then chance is that
+      for K=1 and as many tokens as there are pairs.
   """
   count = max(int(together.sum()), 1)
   free = 1

@@ -22,7 +22,7 @@ def load(
     counts: assignments of each expert.
     importance: sum over tokens of the router's probability (Shazeer et al. 2017,
       arXiv:1701.06538, equation 6).
-    tokens: their number.
+    tokens: number of tokens.
   """
   share = _share(counts)
   num_experts = len(counts)
@@ -48,7 +48,7 @@ def gini(share: Float[np.ndarray, "E"]) -> float:
 
 
 def by_rank(counts: Int[np.ndarray, "K E"]) -> list[list[float]]:
-  """Returns each choice's shares over experts: the first choices, the second ones, ..."""
+  """Returns the experts' shares of the first choices, of the second ones, and so on."""
   return [_share(row).tolist() for row in counts]
 
 

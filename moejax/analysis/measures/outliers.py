@@ -11,7 +11,7 @@ from jaxtyping import Float
 
 PERCENTILE, OF_MAXIMUM = 99.5, 0.1
 """A super expert's largest output is above this percentile of those of all experts, and
-above this part of the largest."""
+above this fraction of the largest."""
 
 
 def super_experts(
@@ -19,8 +19,8 @@ def super_experts(
 ) -> list[dict[str, Any]]:
   """Returns the experts whose largest output stands out in the whole model.
 
-  With fewer than 200 experts the percentile always names the largest one: `ratio`, over
-  the median of all experts, says whether it is an outlier at all.
+  With fewer than 200 experts the percentile always selects the largest one. Its `ratio`
+  to the median of all experts shows whether it is an outlier at all.
 
   Args:
     largest: max |output| of each expert over the tokens it computes.

@@ -19,15 +19,15 @@ def saturation(
 ) -> dict[str, Any]:
   """Returns the share of a token's experts that both checkpoints choose: 0 to 1.
 
-  `chance` is that of two routers with these loads that know nothing of each other: each
-  expert is chosen by both with the product of its rates, sum_e r_e r'_e / K. It is K/E
-  for even loads, and more for uneven ones.
+  `chance` is that of two independent routers with these loads: both choose an expert with
+  the product of its rates, sum_e r_e r'_e / K. It is K/E for even loads, and more for
+  uneven ones.
 
   Args:
     both: assignments that both make.
     load: assignments of each expert.
-    later: of the later checkpoint.
-    tokens: their number.
+    later: likewise, of the later checkpoint.
+    tokens: number of tokens.
     same_first: tokens with the same first choice; None if tokens do not choose.
   """
   per_token = max(float(later.sum()), 1.0) / max(tokens, 1)

@@ -1,4 +1,4 @@
-"""Similarity of experts: of what they compute, and of their weights.
+"""Similarity of experts: of their outputs, and of their weights.
 
 Letters: E experts, n tokens, D width.
 """
@@ -8,8 +8,8 @@ from jaxtyping import Float
 
 
 def cka(hsic: Float[np.ndarray, "E E"]) -> Float[np.ndarray, "E E"]:
-  """Returns linear CKA of two experts' outputs for the same tokens: 1 is the same up to
-  rotation and scale, 0 is unrelated; estimates of unrelated outputs scatter around 0.
+  """Returns the linear CKA of two experts' outputs for the same tokens: 1 is the same up
+  to rotation and scale, 0 is unrelated; estimates of unrelated outputs scatter around 0.
 
   CKA_ij = HSIC_ij / sqrt(HSIC_ii HSIC_jj) (Kornblith et al. 2019, arXiv:1905.00414), with
   the unbiased HSIC summed over batches (Nguyen et al. 2021, arXiv:2010.15327, section
@@ -26,11 +26,11 @@ def cka(hsic: Float[np.ndarray, "E E"]) -> Float[np.ndarray, "E E"]:
 def chance(
   hsic: Float[np.ndarray, "E E"], shuffled: Float[np.ndarray, "E E"]
 ) -> dict[str, float]:
-  """Returns mean and standard deviation of CKA between experts that are unrelated.
+  """Returns the mean and standard deviation of CKA between unrelated experts.
 
   Args:
     hsic: from `probe`, for the same tokens.
-    shuffled: with the tokens of the second expert in random order.
+    shuffled: likewise, with the tokens of the second expert in random order.
   """
   own = np.sqrt(np.maximum(np.diag(hsic), 0))
   scale = own[:, None] * own[None, :]

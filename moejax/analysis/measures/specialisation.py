@@ -1,8 +1,8 @@
-"""Specialisation: whether experts prefer domains or words, beside what chance gives.
+"""Specialisation: whether experts prefer domains or words, compared with chance.
 
-Every measure comes with its value by chance: the same loads and the same counts of words,
-dealt out at random, to every token as many distinct experts as it has. What is not
-clearly above it says nothing.
+Every measure comes with its value by chance: for the same loads and the same counts of
+words, each token gets as many distinct experts as it has, at random. A value that is not
+clearly above chance means nothing.
 
 Letters: E experts, K choices per token, R domains, M vocabulary ids.
 """
@@ -16,10 +16,10 @@ from jaxtyping import Float, Int
 from moejax.analysis.measures import subsets, tables
 
 DRAWS = 10
-"""Random tables whose mean and standard deviation stand for chance."""
+"""Number of random tables whose mean and standard deviation stand for chance."""
 
 MIN_COUNT = 10
-"""Least occurrences of an id for its share to say something (OLMoE, section 5.4)."""
+"""Minimum occurrences of an id for a meaningful share (OLMoE, section 5.4)."""
 
 
 def by_domain(
@@ -29,18 +29,18 @@ def by_domain(
   seed: int = 0,
   draws: int = DRAWS,
 ) -> dict[str, Any]:
-  """Returns each domain's shares over experts, and how much expert and domain tell.
+  """Returns each domain's shares over experts, and their mutual information.
 
   `share[d][e]` is the share of domain d's assignments that e computes; over the load of
   e it is the `lift`. `information_fraction` is I(expert; domain) / H(domain): 0 to 1.
-  (OLMoE, arXiv:2409.02060, section 5.3, compares shares with k/E; a busy expert is above
-  it in every domain, so here it is the expert's own load.)
+  (OLMoE, arXiv:2409.02060, section 5.3, compares shares with k/E. A busy expert is above
+  that in every domain, so shares are compared here with the expert's own load.)
 
   Args:
     served: assignments by expert and domain; domains without tokens are left out.
     choices: K; None if a token may have any number: then assignments are dealt out.
     seed: of the draws.
-    draws: their number.
+    draws: number of draws.
   """
   load, domain = served.sum(axis=1), served.sum(axis=0)
   whole = max(int(load.sum()), 1)
@@ -72,16 +72,16 @@ def by_word(
 
   `favourite` is the mean, over ids seen at least `MIN_COUNT` times, of max_e N_te / N_t:
   K/E to 1 (OLMoE, section 5.4, for the first choice; here for all K).
-  A maximum is above the mean load by chance alone, more so for rare words: compare it
+  By chance alone a maximum is above the mean load, especially for rare words: compare it
   with `chance`.
 
   Args:
     served: assignments by expert and id.
     seen: tokens of each id.
     choices: K; None if a token may have any number: then each expert's tokens are dealt
-      out by themselves.
+      out separately.
     seed: of the draws.
-    draws: their number.
+    draws: number of draws.
   """
   often = seen >= MIN_COUNT
   served, seen = served[:, often], seen[often]
@@ -111,7 +111,7 @@ def chance(
   seed: int,
   draws: int,
 ) -> dict[str, float]:
-  """Returns mean and standard deviation of a measure over random tables."""
+  """Returns the mean and standard deviation of a measure over random tables."""
   rng = np.random.default_rng(seed)
   found = [measure(draw(rng)) for _ in range(draws)]
   return {"chance": float(np.mean(found)), "chance_std": float(np.std(found))}
@@ -126,8 +126,8 @@ def top_words(
 ) -> list[list[tuple[int, float, int]]]:
   """Returns, for each expert, the words of highest lift: (column, lift, count).
 
-  The lift is the expert's rate for the word over its rate for all tokens; words seen
-  less than `MIN_COUNT` times have none.
+  The lift is the expert's rate for the word over its rate for all tokens; words that
+  occur fewer than `MIN_COUNT` times have none.
   """
   rate: Float[np.ndarray, "E M"] = served / np.maximum(seen, 1)[None]
   share = served.sum(axis=1, keepdims=True) / max(tokens, 1)

@@ -1,9 +1,9 @@
 """Chance where a token has K distinct experts: sets drawn at random, with given loads.
 
 A token's set S of K experts has probability proportional to the product of weights w_e
-over S. Of all ways to choose K experts with given loads this one knows nothing else: it
-has the largest entropy (conditional Poisson sampling; Chen, Dempster and Liu 1994,
-Biometrika 81, p. 457).
+over S. Of all distributions of K experts with given loads, this one has the largest
+entropy, so it assumes nothing else (conditional Poisson sampling; Chen, Dempster and Liu
+1994, Biometrika 81, p. 457).
 
 Letters: E experts, K choices per token, N tokens, J columns (words, domains, segments).
 """
@@ -13,7 +13,7 @@ from jaxtyping import Float, Int
 
 _MOST_ROUNDS = 1_000
 _CLOSE = 1e-9
-"""Of a share of tokens."""
+"""Tolerance for a share of tokens."""
 
 
 def per_token(load: Int[np.ndarray, "E"], tokens: int) -> int | None:
@@ -51,7 +51,7 @@ def weights(
 def together(
   load: Int[np.ndarray, "E"], tokens: int, choices: int
 ) -> Float[np.ndarray, "E E"]:
-  """Returns how many tokens two experts share by chance; the diagonal is the load.
+  """Returns how many tokens each two experts share by chance; the diagonal is the load.
 
   Args:
     load: tokens of each expert; K N in all.
@@ -76,7 +76,7 @@ def dealt(
   choices: int,
   rng: np.random.Generator,
 ) -> Int[np.ndarray, "E J"]:
-  """Draws a table: every token of a column has a set of its own, of distinct experts.
+  """Draws a table in which every token of a column has its own set of distinct experts.
 
   Columns have exactly K times their tokens; experts have their loads on average.
 
@@ -115,7 +115,7 @@ def dealt(
 def _free(
   load: Int[np.ndarray, "E"], tokens: int, choices: int
 ) -> tuple[Int[np.ndarray, "F"], int]:
-  """Returns the experts that some tokens have and some have not, and K less the rest."""
+  """Returns the experts that only some tokens have, and K minus the number of others."""
   always = load >= tokens
   return np.flatnonzero((load > 0) & ~always), choices - int(always.sum())
 
@@ -132,7 +132,7 @@ def _sums(own: Float[np.ndarray, "E"], most: int) -> Float[np.ndarray, "n"]:
 def _leave_one_out(own: Float[np.ndarray, "E"], most: int) -> Float[np.ndarray, "E n"]:
   """Returns `_sums` without each of the weights in turn.
 
-  By sums of positive terms alone: dividing one weight out loses digits where it is large.
+  Uses sums of positive terms only: dividing a weight out loses digits where it is large.
   """
   size = len(own)
   found = np.zeros((size, most + 1))
@@ -146,7 +146,7 @@ def _leave_one_out(own: Float[np.ndarray, "E"], most: int) -> Float[np.ndarray, 
 def _leave_two_out(own: Float[np.ndarray, "E"], degree: int) -> Float[np.ndarray, "E E"]:
   """Returns the polynomial of one degree without each pair of weights.
 
-  A small weight is divided out of `_leave_one_out`; each large one has sums of its own.
+  A small weight is divided out of `_leave_one_out`; each large one gets its own sums.
   """
   size, heavy = len(own), np.zeros(len(own), bool)
   while (more := own > own[~heavy].sum() / (4 * degree + 4)).sum() > heavy.sum():

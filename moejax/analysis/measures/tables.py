@@ -1,4 +1,4 @@
-"""Tables of counts: dependence of rows and columns, and what chance alone gives.
+"""Tables of counts: the dependence of rows and columns, and its value by chance.
 
 Letters: I rows, J columns.
 """
@@ -20,7 +20,7 @@ def lift(
 
 
 def mutual_information(table: Num[np.ndarray, "I J"]) -> float:
-  """Returns the information in nats that a table's row and column have of each other.
+  """Returns the mutual information of a table's row and column, in nats.
 
   sum_ij p_ij log(p_ij / (p_i p_j)): 0 to min(H(row), H(column)).
   """
@@ -44,7 +44,7 @@ def shuffled(
   """Draws a table with the given sums as if assignments had been shuffled over tokens.
 
   Every assignment keeps its column (the token's id or domain), and the rows (experts) are
-  dealt out again at random: a multivariate hypergeometric draw, column by column.
+  reassigned at random: a multivariate hypergeometric draw, column by column.
 
   Args:
     rows: sums of the rows.
