@@ -1,7 +1,7 @@
 """Sizes that generation and scoring are compiled for: each is rounded up to a bucket."""
 
 CHUNK = 256
-"""Most prompt tokens of a row that are read at once."""
+"""Maximum prompt tokens of a row that are read at once."""
 
 LEAST = 16
 """Smallest bucket of tokens."""

@@ -1,9 +1,9 @@
 """Decoding: batches of prompts, continued token by token, with a cache.
 
-Prompts of different lengths end at the same place: padding goes before them, which no
-token attends to and no expert computes, and positions count from a prompt's own start. So
-a row's result is that of its prompt alone. Prompts are read in chunks (prefill), then a
-compiled loop processes one token per step for all rows.
+Prompts of different lengths end at the same place. Padding goes before them; no token
+attends to it and no expert computes it, and positions count from a prompt's own start. So
+a row's result depends only on its own prompt. Prompts are read in chunks (prefill), then
+a compiled loop processes one token per step for all rows.
 
 Every size is rounded up to a bucket, and each bucket is compiled once:
 
@@ -11,11 +11,11 @@ Every size is rounded up to a bucket, and each bucket is compiled once:
   prompt    a power of two up to `buckets.CHUNK`, then a multiple of it
   new       a power of two
 
-A router that needs a capacity sees its group's size, so there nothing is rounded, and
-prompts of different lengths run one after the other.
+A router that needs a capacity depends on its group's size. For such a router nothing is
+rounded, and prompts of different lengths run one after the other.
 
-Letters: B rows, P prompt tokens with padding, N most new tokens, C tokens of a chunk, V
-vocabulary.
+Letters: B rows, P prompt tokens with padding, N maximum new tokens, C tokens of a chunk,
+V vocabulary.
 """
 
 import dataclasses
@@ -45,21 +45,21 @@ class Rows:
   prompt_length: Int[Array, "B"]
   key: Key[Array, "B"]
   allowed: Bool[Array, "V"]
-  """The ids to sample."""
+  """The ids that may be sampled."""
   stop: Int[Array, "Z"]
   """The ids that end a row."""
 
 
 @pytree
 class _State:
-  """What a step reads and replaces."""
+  """The values that a step reads and replaces."""
 
   tokens: Int[Array, "B N"]
-  """The new tokens; the first stop id behind a row's end."""
+  """The new tokens; after a row's end, the first stop id."""
   made: Int[Array, ""]
-  """New tokens of every row so far."""
+  """Number of new tokens of every row so far."""
   length: Int[Array, "B"]
-  """New tokens of the row when it is done: its limit, until it stops earlier."""
+  """Number of new tokens when the row is done: its limit, unless it stops earlier."""
   cache: Any
 
 
@@ -99,7 +99,7 @@ def _draw(
   rows: Rows,
   how: Sampling,
 ) -> tuple[Int[Array, "B"], Int[Array, "B"]]:
-  """Returns every row's new token of this number, and the new lengths."""
+  """Returns every row's new token with this number, and the new lengths."""
   keys = jax.vmap(jax.random.fold_in, (0, None))(rows.key, number)
   draw = functools.partial(sample_token, allowed=rows.allowed, how=how)
   token = jax.vmap(lambda logits, key: draw(logits, key=key))(logits, keys)
@@ -121,7 +121,7 @@ def _first(
 ) -> _State:
   """Returns the state after the first new token of at most `width`.
 
-  Its cache has room for them; before, no prompt token had to look at that room.
+  Its cache has room for them, which was not needed while reading the prompt.
   """
   token, length = _draw(logits, jnp.zeros((), jnp.int32), length, rows, how)
   tokens = jnp.full((token.shape[0], width), rows.stop[0])
@@ -169,7 +169,7 @@ def programs(platform: str) -> tuple[Any, Any, Any]:
   options = None
   if platform == "cpu" and importlib.metadata.version("jaxlib").startswith("0.10."):
     # This version's YNNPACK products pack the weights again in every call: a tenth of a
-    # prefill, a seventh of a step with eight rows. Others may not know the option.
+    # prefill, a seventh of a step with eight rows. Others may not have the option.
     options = {"xla_cpu_experimental_ynn_fusion_type": ""}
   make = functools.partial(jax.jit, static_argnames="model", compiler_options=options)
   return (
@@ -184,9 +184,9 @@ class Decoded:
   """New tokens of every row, with timings."""
 
   tokens: list[list[int]]
-  """Each with its stop id, if it ended by one."""
+  """New tokens of each row, with its stop id if it ended with one."""
   prefill_seconds: float
-  """Time before the steps, with compilation of both."""
+  """Time before the steps, including the compilation of prefill and steps."""
   step_seconds: float
   """Time of the one-token steps."""
 
@@ -204,7 +204,7 @@ class _Requests:
   """The rows of a call, or of a part of it."""
 
   names: Sequence[int]
-  """What a `Stop` calls them."""
+  """The number of each row, as passed to a `Stop`."""
   prompts: Sequence[Sequence[int]]
   max_tokens: Sequence[int]
   streams: Sequence[int]
@@ -225,7 +225,7 @@ class _Requests:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class _Settings:
-  """What is the same for all rows of a call; see `Engine.run`."""
+  """The settings shared by all rows of a call; see `Engine.run`."""
 
   how: Sampling
   stop: Sequence[int]
@@ -243,8 +243,8 @@ class Engine:
 
     Args:
       model: a `Decoder` or `EncoderDecoder`.
-      params: its parameters. A caller that keeps no reference to them needs no more
-        memory afterwards than before.
+      params: its parameters. If the caller keeps no reference to them, memory use does
+        not grow.
     """
     self.factor = groups.least_factor(model)
     if self.factor is not None:
@@ -272,15 +272,15 @@ class Engine:
 
     Args:
       prompts: ids, at least one each.
-      max_tokens: most new tokens of each.
-      how: to sample.
+      max_tokens: maximum new tokens of each.
+      how: settings of sampling.
       stop: ids that end a row; may be empty.
-      allowed: the ids to sample.
+      allowed: the ids that may be sampled.
       seed: of the random numbers.
-      streams: number of each row's random stream; default all the same.
-      is_done: asked after every so many steps, to end a row by its text.
+      streams: number of each row's random stream; by default all are the same.
+      is_done: called after every `every` steps, to end a row by its text.
       every: see is_done.
-      read: what an encoder reads for each, -1 for padding.
+      read: an encoder's input for each prompt, -1 for padding.
     """
     requests = _Requests(
       names=range(len(prompts)),
@@ -347,7 +347,7 @@ class Engine:
       prompt_length=jnp.asarray(positions[:, -1] + 1),
       key=jax.vmap(base)(_padded(requests.streams, batch)),
       allowed=jnp.asarray(settings.allowed),
-      # No id is below 0: then nothing stops a row.
+      # No id is below 0, so -1 stops no row.
       stop=jnp.asarray(list(settings.stop) or [-1], jnp.int32),
     )
     read, prefill, _ = programs(target_platform())
@@ -371,7 +371,7 @@ class Engine:
 
 
 def _ended_by_text(state: _State, names: Sequence[int], is_done: Stop) -> _State:
-  """Returns the state with the rows that are done by their text shortened."""
+  """Returns the state, with the rows ended whose text is done."""
   made, length = np.asarray(state.tokens), np.asarray(state.length).copy()
   count = int(state.made)
   for row, name in enumerate(names):

@@ -39,7 +39,7 @@ class Completion:
   finish: str
   """Why generation ended: separator, max_tokens or context."""
   filled: str | None = None
-  """Of an encoder-decoder: the prompt with its sentinels replaced by the text."""
+  """For an encoder-decoder: the prompt with its sentinels replaced by the text."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -56,13 +56,13 @@ class Generated:
 
   @property
   def tokens_per_second(self) -> float:
-    """Throughput of all rows together, without each row's first token: the prefill's."""
+    """Throughput of all rows, without each row's first token, which the prefill makes."""
     later = self.num_tokens - len(self.completions)
     return later / self.seconds if later > 0 and self.seconds > 0 else math.nan
 
 
 def context_length(config: Config) -> int:
-  """Returns the most tokens of a row, including prompt and separator."""
+  """Returns the maximum tokens of a row, including prompt and separator."""
   return config.model.max_position or config.data.sequence_length
 
 
@@ -86,9 +86,9 @@ def generate(
     model: a `moejax.models.decoder.Decoder`.
     params: its parameters.
     tokenizer: of the run; see `moejax.data.tokenizer`.
-    prompts: texts, each run after a separator and so possibly empty.
+    prompts: texts; each follows a separator and may be empty.
     max_length: longest row in tokens, including the prompt; see `context_length`.
-    max_tokens: most tokens to generate per sample.
+    max_tokens: maximum tokens to generate per sample.
     temperature: 0 is greedy.
     top_k: 0 is off.
     top_p: 1 is off.
@@ -140,7 +140,7 @@ def generate(
 
 
 def allowed_ids(tokenizer: Any, vocab_size: int) -> Bool[np.ndarray, "V"]:
-  """Returns the ids to sample: a vocabulary may be padded with ids without text."""
+  """Returns the ids that may be sampled, without those that only pad the vocabulary."""
   allowed = np.zeros(vocab_size, bool)
   stands_for_text = np.asarray(tokenizer.bytes_per_token) > 0
   allowed[: len(stands_for_text)] = stands_for_text
@@ -160,7 +160,7 @@ def _completion(
     prompt: as given.
     seen: the ids that an encoder reads, if there is one.
     new: the generated ids.
-    room: ids that would fill the context.
+    room: number of ids that would fill the context.
   """
   finish = "context" if len(new) == room else "max_tokens"
   if new and new[-1] == tokenizer.separator:

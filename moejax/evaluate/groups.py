@@ -1,8 +1,8 @@
 """Routing groups in evaluation: the same as in training.
 
 With a finite capacity, whether a token is dropped depends on its group, so all
-evaluations (during training, after the last step, `experiments.evaluate`) use these. A
-group is
+evaluations (during training, after the last step, `experiments.evaluate`) use the same
+groups. A group is
 
   moe.group_size = 0   a sequence
   moe.group_size = n   n consecutive tokens of the split, in stored order
@@ -55,7 +55,7 @@ def batch_size(
     config: of the run, with its overrides.
     mesh: of the evaluation.
     factors: the capacity factors; if all are None, groups do not matter.
-    wanted: minimum; 0 is the training microbatch.
+    wanted: minimum; 0 means the training microbatch.
   """
   shards = num_token_shards(mesh)
   multiple = shards
@@ -79,7 +79,7 @@ def least_factor(model: Any) -> float | None:
 def encoder_factor(model: Any) -> float | None:
   """Returns the factor under which an encoder reads a prompt of any length.
 
-  None (dropless), unless the capacity is a number of slots whatever the length.
+  None (dropless), unless the capacity is a fixed number of slots for any length.
   """
   if model.moe.capacity_convention == "slots":
     return model.moe.eval_capacity_factor

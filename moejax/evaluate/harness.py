@@ -1,7 +1,7 @@
 """EleutherAI's lm-evaluation-harness on a run: its three kinds of requests.
 
-`Adapter` answers them and needs nothing of the harness; `language_model` makes of it what
-the harness takes (extra `lm-eval`), and `register` its `--model moejax`.
+`Adapter` answers them and does not need the harness. `language_model` makes it the class
+that the harness expects (extra `lm-eval`), and `register` adds it as `--model moejax`.
 
 Every text comes after the tokenizer's start, as in training and in generation. Rows are
 padded to a bucket of lengths and to `batch_size` rows, so a task compiles a handful of
@@ -30,7 +30,7 @@ from moejax.evaluate.load import LoadedRun, load_run
 from moejax.types import Params
 
 DEFAULT_NEW_TOKENS = 256
-"""Of a generation that names no limit, as in the harness's own models."""
+"""Limit of a generation without one, as in the harness's own models."""
 
 _SETTINGS = (
   "until",
@@ -66,7 +66,7 @@ def _score(
 
 
 class Adapter:
-  """A run, as the harness asks it; requests are anything with `args`."""
+  """A run with the harness's interface; requests are any objects with `args`."""
 
   def __init__(self, run: LoadedRun, *, batch_size: int = 8, truncate: bool = False):
     """Prepares a run.
@@ -78,7 +78,7 @@ class Adapter:
         an error.
 
     Raises:
-      UserError: the run has no tokenizer, or a router that cannot be asked this way.
+      UserError: the run has no tokenizer, or its router does not support such requests.
     """
     if run.tokenizer is None:
       raise UserError(
@@ -112,7 +112,7 @@ class Adapter:
   def loglikelihood_rolling(self, requests: Sequence[Any]) -> list[float]:
     """Returns the log-probability of each whole text, however long.
 
-    A longer text is cut into windows of the context; each predicts tokens that no other
+    A longer text is cut into windows of the context. Each predicts tokens that no other
     does, and the last one has all the context that fits.
     """
     rows, owners = [], []
@@ -130,7 +130,7 @@ class Adapter:
     """Returns the text that follows each context, up to the first of its stop texts.
 
     Raises:
-      UserError: a context leaves no room, or a setting is not known.
+      UserError: a context leaves no room, or a setting is unknown.
     """
     answers = [""] * len(requests)
     batches: dict[str, list[int]] = {}
@@ -154,7 +154,7 @@ class Adapter:
   # --------------------------------------------------------------------------- in tokens
 
   def _pair(self, context: str, continuation: str) -> tuple[list[int], int]:
-    """Returns the ids of both after the start, and how many are the continuation's.
+    """Returns the ids of both after the start, and the number of the continuation's.
 
     As in the harness, spaces at the context's end belong to the continuation, and both
     are encoded together.
@@ -169,7 +169,7 @@ class Adapter:
         f"--tasks: the continuation {continuation!r} has no tokens of its own."
       )
     ids = [self.tokenizer.start, *ids]
-    # The last id is predicted and not read.
+    # The last id is predicted but not read.
     return self._fitting(ids, self.max_length + 1, count + 1), count
 
   def _prompt(self, context: str, max_tokens: int) -> list[int]:
@@ -261,10 +261,10 @@ def windows(ids: list[int], start: int, length: int) -> list[tuple[list[int], in
   Args:
     ids: of the text.
     start: id before the text.
-    length: most ids that the model reads.
+    length: maximum number of ids that the model reads.
 
   Returns:
-    Rows of at most `length` + 1 ids, each with how many of its last ids it predicts.
+    Rows of at most `length` + 1 ids, each with the number of its last ids to predict.
   """
   everything, rows, done = [start, *ids], [], 0
   while done < len(ids):
@@ -278,7 +278,7 @@ def _generation(settings: Mapping[str, Any]) -> dict[str, Any]:
   """Reads a request's settings.
 
   Raises:
-    UserError: one is not known.
+    UserError: a setting is unknown.
   """
   unknown = sorted(set(settings) - set(_SETTINGS))
   if unknown:
@@ -357,7 +357,7 @@ def check_torch(count: int) -> None:
   """Checks that the harness can count the requests of several processes.
 
   Raises:
-    UserError: it cannot: it counts in torch, which its own installation leaves out.
+    UserError: it cannot: it counts in torch, which its installation does not include.
   """
   if count > 1 and importlib.util.find_spec("torch") is None:
     raise UserError(

@@ -24,7 +24,7 @@ from moejax.storage.paths import RunPath, run_path
 from moejax.types import Params
 
 Tokens = Int[np.ndarray | Array, "..."] | Sequence[Sequence[int]]
-"""Vocabulary ids, a row each."""
+"""Rows of vocabulary ids."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -34,7 +34,7 @@ class LoadedRun:
   config: Config
   model: Decoder
   params: Params
-  """On the first local device."""
+  """Parameters, on the first local device."""
   tokenizer: Tokenizer | None
   """None if the directory has none."""
   step: int
@@ -48,19 +48,19 @@ class LoadedRun:
   ) -> Float[Array, "B S V"]:
     """Returns next-token logits at every position, at the run's eval_capacity_factor.
 
-    Each row is one document from its start, and of a decoder no longer than the context;
-    raise `config.model.max_position` to see how it extrapolates. With a finite capacity,
-    B*S must be a multiple of the routing groups' size, which is that of training.
+    Each row is one document from its start. For a decoder it is no longer than the
+    context; raise `config.model.max_position` to see how it extrapolates. With a finite
+    capacity, B*S must be a multiple of the training size of routing groups.
 
     Args:
-      tokens: vocabulary ids; of an encoder-decoder, those of the encoder.
-      decoder_tokens: of an encoder-decoder, a start and the targets so far, at which
-        logits are wanted.
+      tokens: vocabulary ids; for an encoder-decoder, those of the encoder.
+      decoder_tokens: for an encoder-decoder, the start token and the targets so far, at
+        which logits are returned.
 
     Raises:
-      UserError: no integers [B, S], an id outside the vocabulary, rows beyond the
-        context, groups that do not fit, or decoder_tokens of a decoder or none of an
-        encoder-decoder.
+      UserError: ids are not integers [B, S] or not in the vocabulary, rows exceed the
+        context, groups do not fit, or decoder_tokens are given to a decoder or missing
+        for an encoder-decoder.
     """
     has_encoder = self.model.config.kind == "encoder_decoder"
     if has_encoder != (decoder_tokens is not None):
@@ -124,8 +124,8 @@ def load_run(
     dtype: to compute in, instead of the run's `model.dtype`. Parameters stay as stored.
 
   Raises:
-    UserError: no checkpoint there (says what is), no such step, all damaged, or no such
-      dtype.
+    UserError: there is no checkpoint (the message lists what is there), no such step or
+      dtype, or all checkpoints are damaged.
   """
   if dtype not in (None, *CHOICES["model.dtype"]):
     known = " or ".join(CHOICES["model.dtype"])

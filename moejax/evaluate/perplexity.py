@@ -70,8 +70,8 @@ def parse_capacity_factors(text: str) -> tuple[float | None, ...]:
 def own_factors(moe: MoEConfig, has_experts: bool) -> tuple[float | None, ...]:
   """Returns the capacity factors that a run is evaluated under by default.
 
-  The configured one, which represents the run; then that of training, whose drops the
-  first may not have.
+  First the configured one, which represents the run; then that of training, under which
+  more tokens may be dropped.
   """
   if not has_experts:
     return (None,)
@@ -80,7 +80,7 @@ def own_factors(moe: MoEConfig, has_experts: bool) -> tuple[float | None, ...]:
 
 
 def spelled(factor: float | None) -> float | str:
-  """Returns a capacity factor as files of evaluations have it."""
+  """Returns a capacity factor as written in the files of evaluations."""
   return DROPLESS if factor is None else factor
 
 
@@ -98,7 +98,7 @@ def check_params(model: Decoder, params: Params) -> None:
   """Checks that the model, with its overrides, has the checkpoint's parameters.
 
   Raises:
-    ConfigError: naming the first parameter whose shape differs.
+    ConfigError: names the first parameter whose shape differs.
   """
   theirs, ours = _named_shapes(params), _named_shapes(model.shapes())
   for name in sorted(theirs | ours):
@@ -305,7 +305,7 @@ def _losses(nll: float, tokens: int, num_bytes: int) -> dict[str, Any]:
   return {
     "loss": loss,
     "bits_per_byte": float(nll) / math.log(2) / num_bytes if num_bytes else None,
-    # Capped to stay in float range; beyond it, the loss says as much.
+    # Capped to stay in float range; beyond it, the loss has the same information.
     "perplexity": math.exp(min(loss, 700.0)),
     "tokens": tokens,
     "bytes": num_bytes,

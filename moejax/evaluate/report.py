@@ -23,16 +23,16 @@ from moejax.storage.paths import RunPath, run_path
 FILE = "report.png"
 
 MAX_ROWS = 64
-"""Most (layer, expert) pairs drawn over time; with more, only the last step is drawn."""
+"""Maximum (layer, expert) pairs drawn over time; above, only the last step is drawn."""
 
 _LEGEND = {"framealpha": 0.9, "edgecolor": "none"}
-"""Readable over curves and hatching."""
+"""Style of a legend that is readable over curves and hatching."""
 
 _HATCHES = ("//", "\\\\", "--", "||", "..", "xx")
-"""So that overlapping alarms can be told apart without colour."""
+"""Hatching that distinguishes overlapping alarms without colour."""
 
 _BAR_INCHES = 1.3
-"""Height of the bar of where time goes."""
+"""Height of the bar that shows where time goes."""
 
 _NAME_INCHES = 0.52
 """Narrower parts of the bar are drawn as one, since their names would not fit."""
@@ -110,7 +110,7 @@ def draw_loss(axes: Any, lines: list[dict[str, Any]], final: dict[str, Any]) -> 
 
 
 def draw_alarms(axes: Any, lines: list[dict[str, Any]]) -> None:
-  """Shades the steps of each alarm and names it in the legend; nothing without any."""
+  """Shades the steps of each alarm, if any, and names it in the legend."""
   found = history.spans(lines) or {}
   for number, (name, times) in enumerate(found.items()):
     for index, (first, after) in enumerate(times):
@@ -159,15 +159,15 @@ def draw_load(axes: Any, lines: list[dict[str, Any]]) -> Any:
 
 
 def time_shares(spent: Mapping[str, Any], least: float) -> dict[str, float]:
-  """Returns which share of a step each part takes, mean over devices; the sum is 1.
+  """Returns each part's share of a step, mean over devices; the sum is 1.
 
   Args:
     spent: content of step_time.json.
-    least: share of a part that is named.
+    least: minimum share of a part to be named.
 
   Returns:
-    Parts from the largest on; smaller ones than `least` together as `other`, then
-    `waiting`, of a device for the host or for other devices.
+    Parts in descending order, those below `least` together as `other`, and finally
+    `waiting`: a device's time waiting for the host or for other devices.
   """
   devices, shares = spent["devices"], collections.defaultdict[str, float](float)
   whole = sum(device["busy"] + device["waiting"] for device in devices)
@@ -184,7 +184,7 @@ def time_shares(spent: Mapping[str, Any], least: float) -> dict[str, float]:
 
 
 def draw_time(axes: Any, spent: Mapping[str, Any], least: float) -> None:
-  """Draws one bar: the parts of a step by their share of its time, see `time_shares`."""
+  """Draws one bar: the parts of a step by their share of its time; see `time_shares`."""
   left = 0.0
   for number, (name, share) in enumerate(time_shares(spent, least).items()):
     grey = name in ("other", "waiting")

@@ -1,8 +1,8 @@
 """Generation with an encoder-decoder: the encoder reads the prompt once.
 
-The prompt has sentinels where spans are to be restored, and ends with the separator; the
-decoder starts with the tokenizer's start. Keys and values that cross-attention reads are
-computed once, from the prompts padded to a bucket.
+The prompt has sentinels where spans are to be restored, and ends with the separator. The
+decoder starts with the tokenizer's start. Cross-attention's keys and values are computed
+once, from the prompts padded to a bucket.
 
 Letters: B rows, M tokens that the encoder reads.
 """
@@ -37,7 +37,7 @@ def read(model: Any, params: Params, seen: Int[Array, "B M"], *, length: int) ->
 
 
 def encode(tokenizer: Any, prompt: str, max_length: int) -> list[int]:
-  """Returns what the encoder reads; without a sentinel there is one at the end."""
+  """Returns the encoder's input; a prompt without sentinels gets one at the end."""
   if not isinstance(tokenizer, SentinelTokenizer):
     raise UserError(
       "This run's tokenizer has no sentinels, which an encoder-decoder is prompted with. "
@@ -57,7 +57,7 @@ def encode(tokenizer: Any, prompt: str, max_length: int) -> list[int]:
 
 
 def check_text(prompt: str) -> None:
-  """Raises UserError for a prompt that is no text."""
+  """Raises UserError for a prompt that is not text."""
   try:
     prompt.encode()
   except UnicodeEncodeError:  # The shell passed bytes of another encoding.
@@ -69,10 +69,10 @@ def check_text(prompt: str) -> None:
 def padded(
   model: EncoderDecoder, rows: list[list[int]], most: int
 ) -> Int[np.ndarray, "n M"]:
-  """Returns what the encoder reads, padded with -1 to a bucket of at most `most`.
+  """Returns the encoder's input, padded with -1 to a bucket of at most `most`.
 
-  A router that needs a capacity counts a group's padding, so there it is `most`, as
-  in training.
+  A router that needs a capacity counts a group's padding, so for it the length is `most`,
+  as in training.
   """
   longest, length = max(len(ids) for ids in rows), most
   if not (model.encoder.moe_layers and model.encoder.router.needs_capacity):

@@ -1,4 +1,4 @@
-"""Sampling: which token follows, given its logits.
+"""Sampling: chooses the next token, given its logits.
 
 Letters: V vocabulary.
 """
@@ -23,7 +23,7 @@ class Sampling:
 
   @classmethod
   def of(cls, temperature: float, top_k: int = 0, top_p: float = 1.0) -> "Sampling":
-    """Returns it with 0 as top_k for all tokens."""
+    """Returns the settings; 0 as top_k means all tokens."""
     return cls(
       temperature=jnp.asarray(temperature, jnp.float32),
       top_k=jnp.asarray(top_k or 2**31 - 1, jnp.int32),

@@ -1,4 +1,4 @@
-"""An architecture as the converter sees it: a table, and its config both ways."""
+"""An architecture for the converter: a table of names, and its config both ways."""
 
 import dataclasses
 import importlib
@@ -19,20 +19,20 @@ class Architecture:
     name: the model_type.
     class_name: its class for language modelling, in config.json's `architectures`.
     layer: the table of a layer; names below `layer_prefix`.
-    encoder: of a model with an encoder, the table of the encoder's layers, whose names
-      are below `encoder_prefix`; None is a decoder alone.
+    encoder: for a model with an encoder, the table of the encoder's layers, whose names
+      are below `encoder_prefix`; None means a decoder only.
     read: from the keys of config.json to fields of a Config; see `fields.read`.
-    write: from a Config to the keys of config.json, with `model_type` left out.
+    write: from a Config to the keys of config.json, without `model_type`.
     model: the table outside the layers.
-    layer_prefix: before the names of a layer; `{layer}` is its number.
-    embedding: on disk, the table of the decoder's tokens.
-    head: on disk, the output projection where it is not the embedding.
-    copies: names under which the class has a tied embedding once more.
-    untied: if the head is not tied, the names of the decoder's and the encoder's table,
-      and `embedding` is read by nothing; empty is an embedding of that name in any case.
-    left_out: for a config.json and the tensors on disk, prefixes of tensors that are left
-      out, and why.
-    remarks: for a config.json, what else is lost on import, in sentences.
+    layer_prefix: prefix of the names of a layer; `{layer}` is its number.
+    embedding: name on disk of the decoder's token table.
+    head: name on disk of the output projection, if it is not the embedding.
+    copies: names under which the class stores a tied embedding again.
+    untied: names of the decoder's and the encoder's table if the head is not tied, when
+      nothing reads `embedding`. Empty if the embedding always has that name.
+    left_out: (config.json, tensors on disk) -> prefixes of tensors that are left out, and
+      why.
+    remarks: (config.json) -> what else is lost on import, in sentences.
   """
 
   name: str
@@ -54,7 +54,7 @@ class Architecture:
   remarks: Callable[[Mapping[str, Any]], list[str]] = lambda config: []
 
   def outside(self, tied: bool) -> tuple[Entry, ...]:
-    """Returns the table outside the layers, of a head that is tied or not."""
+    """Returns the table outside the layers, for a head that is tied or not."""
     if tied or not self.untied:
       return self.model
     own = {self.embedding: self.untied[0]}
@@ -63,7 +63,7 @@ class Architecture:
     )
 
   def table(self, stack: str) -> tuple[str, tuple[Entry, ...]]:
-    """Returns prefix and table of a stack's layers; see `Decoder.stacks`."""
+    """Returns the prefix and the table of a stack's layers; see `Decoder.stacks`."""
     if stack == "encoder":
       return self.encoder_prefix, self.encoder or ()
     return self.layer_prefix, self.layer
@@ -86,7 +86,7 @@ _KNOWN = (
 """Modules below moejax.interop.architectures, each with ARCHITECTURE."""
 
 _ALIASES = {"kimi_k2": "deepseek_v3"}
-"""Further names of the same model_type."""
+"""Other names of the same model_type."""
 
 
 def known() -> tuple[str, ...]:
@@ -95,7 +95,7 @@ def known() -> tuple[str, ...]:
 
 
 def names() -> tuple[str, ...]:
-  """Returns each model_type that is understood: `known`, and further names of these."""
+  """Returns each supported model_type: `known`, and other names of these."""
   return (*_KNOWN, *_ALIASES)
 
 
@@ -104,7 +104,7 @@ def get(name: str, path: str) -> Architecture:
 
   Args:
     name: the model_type.
-    path: what names it, for errors: a config.json and its key, or a flag.
+    path: where the name was given, for errors: a config.json and its key, or a flag.
 
   Raises:
     UserError: there is none of that name.

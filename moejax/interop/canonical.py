@@ -1,8 +1,8 @@
-"""One config for all that describe the same model in evaluation.
+"""The canonical form of all configs that describe the same model in evaluation.
 
 Two configs make the same dropless model if their canonical forms are equal: derived
-sizes are written out, segments are experts, and what only training or the machine
-reads is at its default. Export uses it to tell what an architecture cannot represent.
+sizes are written out, segments are experts, and fields that only training or the machine
+reads have their defaults. Export uses it to find what an architecture cannot represent.
 """
 
 import copy
@@ -50,7 +50,7 @@ _UNREAD = (
   "moe.*.device_weight",
   "moe.*.communication_weight",
 )
-"""What a model's logits do not depend on if it is dropless or `has_slots`."""
+"""Fields that do not affect a model's logits if it is dropless or `has_slots`."""
 
 
 def canonical(config: Config) -> Config:
@@ -84,7 +84,7 @@ def canonical(config: Config) -> Config:
 
 
 def has_slots(moe: MoEConfig) -> bool:
-  """Returns whether experts serve the first tokens of a sequence, a fixed number."""
+  """Returns whether experts serve a fixed number of tokens, a sequence's first ones."""
   return (
     moe.eval_capacity_factor is not None
     and moe.capacity_convention == "slots"
@@ -97,7 +97,7 @@ def has_slots(moe: MoEConfig) -> bool:
 
 
 def _canonical_groups(moe: MoEConfig) -> None:
-  """Takes away a limit that is none: to all groups."""
+  """Removes a limit to groups that allows all of them."""
   options = dict(moe.router_options)
   if moe.router not in ("group_limited", "sigmoid_bias"):
     return
@@ -112,7 +112,7 @@ def _canonical_groups(moe: MoEConfig) -> None:
 
 
 def _canonical_pattern(model: ModelConfig, moe: MoEConfig) -> None:
-  """Writes the MoE layers as all layers but a list of dense ones."""
+  """Writes the MoE layers as all layers except a list of dense ones."""
   kinds = layer_pattern(model.num_layers, moe).is_moe
   if all(kinds):
     model.hidden = Config().model.hidden  # There is no dense layer.
@@ -162,7 +162,7 @@ def differences(one: Config, other: Config) -> list[tuple[str, Any, Any]]:
 
 
 def changes(one: Config, other: Config) -> list[tuple[str, Any, Any]]:
-  """Returns as `differences`, of configs as they are, which need not be valid."""
+  """Returns the same as `differences` without the canonical form, for any configs."""
   return [
     difference
     for difference in config_text.difference(one, other)

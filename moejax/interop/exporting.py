@@ -4,7 +4,7 @@ The architecture is the one that represents the model exactly: its config.json, 
 back, must make the same model. Otherwise export is refused, and the error names the
 fields that differ from the nearest architecture.
 
-Files are written into a folder beside the target, which takes its name when it is whole.
+Files are written into a folder next to the target, which is renamed when it is complete.
 """
 
 import contextlib
@@ -36,7 +36,7 @@ from moejax.types import Params
 from moejax.version import __version__
 
 SHARD_BYTES = 2_000_000_000
-"""Most bytes of one file."""
+"""Maximum bytes of one file."""
 
 _MOST_NAMED = 4
 
@@ -51,7 +51,7 @@ def choose(
     name: the architecture to use; None takes the first that fits.
 
   Raises:
-    UserError: none represents it; names what the nearest one cannot.
+    UserError: none represents it; names what the nearest one cannot represent.
   """
   if config.moe.dense_twin:
     raise UserError(
@@ -81,7 +81,7 @@ def choose(
     except UserError as e:
       reasons.append(str(e).rstrip("."))
       continue
-    # One table of both stacks is written under the names of two.
+    # A table shared by both stacks is written under two names.
     back.model.encoder_embedding &= config.model.encoder_embedding
     lost = differences(config, back)
     if not lost:
@@ -138,10 +138,10 @@ def export(
     tokenizer: of the run, if it has one.
     taken_along: directory with files that an import kept.
     name: the architecture; None takes the first that fits.
-    kept: further keys of config.json, without effect on the model.
+    kept: more keys of config.json, without effect on the model.
 
   Returns:
-    The architecture, and name and shape of each tensor written.
+    The architecture, and the name and shape of each tensor written.
 
   Raises:
     UserError: Transformers has no such model, or the folder is not empty.
@@ -173,7 +173,7 @@ def export(
 
 
 def _copies(architecture: Architecture, mapped: list[Row]) -> dict[str, Sequence[str]]:
-  """Returns under which further names an untied embedding is written."""
+  """Returns the other names under which an untied embedding is written."""
   if not architecture.untied:
     return {}
   own, *others = architecture.untied
@@ -213,7 +213,7 @@ def _writing(folder: Path) -> Iterator[Path]:
   folder = folder.resolve()  # "." has no name.
   temporary = folder.with_name(f".{folder.name}.partial")
   try:
-    if temporary.exists():  # Of an export that was killed.
+    if temporary.exists():  # Left by an export that was killed.
       shutil.rmtree(temporary)
     temporary.mkdir(parents=True)
   except OSError as e:
@@ -237,7 +237,7 @@ def _write_tensors(
   dtype: str,
   copies: Mapping[str, Sequence[str]],
 ) -> dict[str, tuple[int, ...]]:
-  """Writes all tensors, a file of at most `SHARD_BYTES` in memory at a time."""
+  """Writes all tensors, with at most one file of `SHARD_BYTES` in memory at a time."""
   from safetensors.numpy import save_file
 
   names: list[list[str]] = []
@@ -284,7 +284,7 @@ def _part(number: int) -> str:
 def _tensors(
   row: Row, params: Mapping[str, Any]
 ) -> Iterator[tuple[str, Shaped[np.ndarray, "..."]]]:
-  """Yields the tensors of a row, from the parameters of ours."""
+  """Yields the tensors of a row, made from our parameters."""
   ours = []
   for part in row.parts:
     leaf = params[part.leaf]

@@ -1,8 +1,8 @@
-"""What the config.json of most decoders has in common, in both directions.
+"""The common part of the config.json of most decoders, in both directions.
 
 `read_decoder` and `write_decoder` are the shared part of an architecture's `read` and
 `write`; the architecture adds its own keys. Defaults are those of its class in
-Transformers, which an absent or null key means there.
+Transformers, which apply there to an absent or null key.
 """
 
 import math
@@ -17,16 +17,16 @@ from moejax.interop import rope
 from moejax.interop.keys import Keys
 
 SEQUENCE = 1024
-"""Most tokens of a sequence that an imported model is evaluated on, unless asked."""
+"""Maximum tokens of a sequence that an imported model is evaluated on by default."""
 
 _ACTIVATIONS = {"silu": "swiglu", "swish": "swiglu", "gelu_pytorch_tanh": "geglu"}
 _WRITTEN = {"swiglu": "silu", "geglu": "gelu_pytorch_tanh"}
-"""hidden_act of a gated layer, and our activation."""
+"""Our activation of a gated layer, and its hidden_act."""
 
 _MOST_LAYERS = 10_000
 
 _MOST_FURTHER = 100
-"""Most layers for multi-token prediction that are looked for."""
+"""Maximum layers for multi-token prediction to look for."""
 
 
 def read_decoder(
@@ -45,8 +45,8 @@ def read_decoder(
     keys: of the config.json.
     theta: the class's default of rope_theta.
     eps: the class's default of rms_norm_eps.
-    fraction: the class's default of partial_rotary_factor; None is no such key.
-    kv_heads: the class's default of num_key_value_heads; None is one for each head.
+    fraction: the class's default of partial_rotary_factor; None if it has no such key.
+    kv_heads: the class's default of num_key_value_heads; None means one for each head.
     positions: the class's default of max_position_embeddings.
     latent: whether attention is multi-head latent attention.
 
@@ -87,7 +87,8 @@ def write_decoder(config: Config, *, class_name: str) -> dict[str, Any]:
   model = config.model
   return {
     "architectures": [class_name],
-    # Absent, they would be those of the published model, and may not fit the vocabulary.
+    # If absent, they default to those of the published model, which may not fit the
+    # vocabulary.
     "bos_token_id": None,
     "eos_token_id": None,
     "pad_token_id": None,
@@ -112,7 +113,7 @@ def write_decoder(config: Config, *, class_name: str) -> dict[str, Any]:
 
 
 def take_layers(keys: Keys, name: str, *default: int, **null: int) -> int:
-  """Takes a number of layers, of which lists are made before the config is checked.
+  """Reads a number of layers; checked here, since lists of that length are made early.
 
   Args:
     keys: of the config.json.
@@ -121,7 +122,7 @@ def take_layers(keys: Keys, name: str, *default: int, **null: int) -> int:
     **null: as in `Keys.take`.
 
   Raises:
-    UserError: it is missing, no integer, below 1 or huge.
+    UserError: it is missing, not an integer, below 1 or huge.
   """
   layers = keys.take(name, int, *default, **null)
   if not 0 < layers <= _MOST_LAYERS:
@@ -132,7 +133,7 @@ def take_layers(keys: Keys, name: str, *default: int, **null: int) -> int:
 
 
 def take_experts(keys: Keys, *names: str) -> int:
-  """Takes the number of experts, which has several names; all given ones must agree."""
+  """Reads the number of experts, which has several names; all given ones must agree."""
   found = {name: keys.take(name, int) for name in names if keys.has(name)}
   if not found:
     return keys.take(names[0], int)
@@ -143,13 +144,13 @@ def take_experts(keys: Keys, *names: str) -> int:
 
 
 def read_attention_bias(keys: Keys, config: Config, *, default: bool = False) -> None:
-  """Takes attention_bias: biases on queries, keys, values and the output."""
+  """Reads attention_bias: biases on queries, keys, values and the output."""
   biased = keys.take("attention_bias", bool, default)
   config.model.attention_bias = config.model.attention_out_bias = biased
 
 
 def read_sparse_step(keys: Keys, config: Config) -> None:
-  """Takes decoder_sparse_step and mlp_only_layers of Qwen: which layers are MoE."""
+  """Reads decoder_sparse_step and mlp_only_layers of Qwen: which layers are MoE."""
   moe = config.moe
   moe.every = keys.take("decoder_sparse_step", int, 1)
   moe.offset = moe.every - 1
@@ -158,7 +159,7 @@ def read_sparse_step(keys: Keys, config: Config) -> None:
 
 
 def write_sparse_step(config: Config) -> dict[str, Any]:
-  """Inverts `read_sparse_step`, with as few mlp_only_layers as can be."""
+  """Inverts `read_sparse_step`, with as few mlp_only_layers as possible."""
   kinds = layer_pattern(config.model.num_layers, config.moe).is_moe
   step = math.gcd(*(i + 1 for i, is_moe in enumerate(kinds) if is_moe))
   dense = [i for i, is_moe in enumerate(kinds) if not is_moe and (i + 1) % step == 0]
@@ -166,7 +167,7 @@ def write_sparse_step(config: Config) -> dict[str, Any]:
 
 
 def read_windows(keys: Keys, config: Config, default: Sequence[str]) -> None:
-  """Takes layer_types: which layers see only sliding_window tokens.
+  """Reads layer_types: which layers see only sliding_window tokens.
 
   Args:
     keys: of the config.json.
@@ -193,10 +194,10 @@ def read_windows(keys: Keys, config: Config, default: Sequence[str]) -> None:
 
 
 def take_window(keys: Keys, default: int) -> int:
-  """Takes sliding_window; null is 0, no window.
+  """Reads sliding_window; null means 0, no window.
 
   Raises:
-    UserError: a window of no tokens.
+    UserError: the window has no tokens.
   """
   size = keys.take("sliding_window", int, default, null=0)
   if size < 1 and keys.values.get("sliding_window") is not None:
@@ -221,14 +222,14 @@ def leading_dense(config: Config) -> int:
 def read_groups(
   keys: Keys, config: Config, *, best: int, groups: int = 1, selected: int = 1
 ) -> None:
-  """Takes n_group and topk_group: a token's experts are in its best groups.
+  """Reads n_group and topk_group: a token's experts are in its best groups.
 
   Args:
     keys: of the config.json.
-    config: whose router is one of groups; without a limit its options stay unset.
-    best: experts of a group whose scores are summed to that of the group.
-    groups: what an absent n_group means.
-    selected: what an absent topk_group means.
+    config: with a router that has groups; without a limit its options stay unset.
+    best: number of a group's experts whose scores are summed to the group's score.
+    groups: default of n_group.
+    selected: default of topk_group.
   """
   groups = keys.take("n_group", int, groups)
   selected = keys.take("topk_group", int, selected)
@@ -257,8 +258,8 @@ def write_groups(config: Config) -> dict[str, Any]:
 def further_layers(config: Mapping[str, Any], names: Collection[str]) -> dict[str, str]:
   """Returns the prefixes of layers after the last, which predict further tokens.
 
-  Their eh_proj (DeepSeek-V3, arXiv:2412.19437, equation 21) tells them from layers that
-  a wrong num_hidden_layers cuts off. Without a key there is one at most.
+  Their eh_proj (DeepSeek-V3, arXiv:2412.19437, equation 21) distinguishes them from
+  layers that a wrong num_hidden_layers cuts off. Without a key there is at most one.
   """
   last = config.get("num_hidden_layers")
   more = config.get("num_nextn_predict_layers", config.get("num_mtp_layers", 1)) or 0
@@ -270,7 +271,7 @@ def further_layers(config: Mapping[str, Any], names: Collection[str]) -> dict[st
 
 
 def renormalize(keys: Keys, config: Config, default: bool) -> None:
-  """Takes norm_topk_prob: whether a token's K gates sum to 1."""
+  """Reads norm_topk_prob: whether a token's K gates sum to 1."""
   scaled = keys.take("norm_topk_prob", bool, default, null=False)
   # With K = 1 a renormalised gate would always be 1.
   config.moe.renormalize = "before_drop" if scaled else "none"

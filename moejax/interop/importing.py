@@ -1,9 +1,9 @@
-"""Makes a run's directory of a published model.
+"""Makes a run's directory from a published model.
 
-The small files come first and the checkpoint last, under its final name only when it is
-whole: a conversion that was killed leaves a directory that holds no run yet, and the
-same command starts it again. run.json is the first file and names the source, so that no
-other model takes the directory over; a conversion that fails removes what it wrote.
+The small files are written first. The checkpoint is last, and gets its final name only
+when it is complete: a conversion that was killed leaves a directory without a run, and
+the same command starts it again. run.json is the first file and names the source, so that
+no other model can take the directory over. A conversion that fails removes its files.
 """
 
 import contextlib
@@ -30,11 +30,11 @@ from moejax.run.files import CONFIG_FILE, DIRECTORY, list_steps
 from moejax.types import Params
 
 STEP = 0
-"""The checkpoint of a converted run."""
+"""Step of the checkpoint of a converted run."""
 
 SOURCE = "converted_from"
-"""In run.json and a checkpoint's meta: the folder, a digest of its headers, and keys of
-config.json that only the other side reads."""
+"""Key in run.json and a checkpoint's meta: the folder, a digest of its headers, and keys
+of config.json that only Transformers reads."""
 
 _KEPT = (
   "bos_token_id",
@@ -57,7 +57,7 @@ def make_run(
   Args:
     published: the model.
     workdir: new, empty, or left by a conversion of the same model that was killed.
-    config: the model's, with other fields as wanted.
+    config: the model's, with any other fields changed.
     shardings: tree like the parameters, of the mesh to read them into first; None reads
       and writes one parameter after the other.
 
@@ -65,8 +65,8 @@ def make_run(
     The fingerprint of each parameter, by dotted name.
 
   Raises:
-    UserError: the directory is in use, holds something else, or lies in the model's or
-      around it; a tensor is unreadable, or the disk is full.
+    UserError: the directory is in use, holds something else, or is inside the model's
+      folder or contains it; a tensor is unreadable, or the disk is full.
     ConfigError: it holds this conversion with another config.
   """
   path, origin = Path(workdir), source_digest(published)
@@ -92,7 +92,7 @@ def make_run(
 
 
 def _refuse_nested(path: Path, source: Path) -> None:
-  """Refuses a run in its source, which is only read, or around it."""
+  """Rejects a run inside its source, which is only read, or containing it."""
   run, model = path.resolve(), source.resolve()
   if run.is_relative_to(model):
     where = "is" if run == model else "is inside"
@@ -107,9 +107,9 @@ def _refuse_nested(path: Path, source: Path) -> None:
 
 
 def _refuse_foreign(path: Path) -> None:
-  """Refuses folders named like ours that no conversion began: one that fails would remove
-  them."""
-  # `workdir_lib.prepare` looks whose config.json it is; run.json comes first of ours.
+  """Rejects folders named like ours that no conversion created, since a conversion that
+  fails would remove them."""
+  # `workdir_lib.prepare` checks whose config.json it is; run.json is the first we write.
   if any((path / name).exists() for name in (CONFIG_FILE, workdir_lib.RUN_FILE)):
     return
   for folder in (path / DIRECTORY, (path / TOKENIZER_FILE).parent):
@@ -121,7 +121,7 @@ def _refuse_foreign(path: Path) -> None:
 
 
 def _begun(path: Path) -> dict[str, Any] | None:
-  """Returns the source that a killed conversion noted; None if there was none."""
+  """Returns the source recorded by a killed conversion; None if there was none."""
   try:
     found = files.read_json(path / workdir_lib.RUN_FILE)[SOURCE]
   except (OSError, ValueError, KeyError, TypeError):
@@ -182,7 +182,7 @@ def converted(path: Path) -> dict[str, Any] | None:
 
 
 def source_digest(published: Published) -> dict[str, Any]:
-  """Returns what `SOURCE` holds."""
+  """Returns the value of the key `SOURCE`."""
   digest = hashlib.sha256()
   digest.update(config_text.dump(published.config).encode())
   for name, tensor in published.loader.source.tensors.items():

@@ -88,7 +88,7 @@ _MUST_BE: dict[str, tuple[Any, ...]] = {
   "pruned_heads": ({}, None),
   "per_layer_config": (None, {}),
 }
-"""Keys of any model with the values that change nothing."""
+"""Keys of any model, with the values under which they change nothing."""
 
 _MISSING: Any = object()
 
@@ -97,7 +97,7 @@ class Keys:
   """The keys of one config.json."""
 
   def __init__(self, values: Mapping[str, Any], path: str):
-    """Starts with no key taken.
+    """Starts without any key taken.
 
     Args:
       values: the parsed config.json.
@@ -110,7 +110,7 @@ class Keys:
     return name in self.values
 
   def with_values(self, **values: Any) -> "Keys":
-    """Returns the same keys with further values, and shared marks of what is taken."""
+    """Returns the same keys with more values; both share the marks of taken keys."""
     more = Keys({**self.values, **values}, self.path)
     more._taken = self._taken
     return more
@@ -123,8 +123,8 @@ class Keys:
     Args:
       name: of the key.
       kind: its type; int is accepted for float, and null where `default` is given.
-      default: the value if the key is absent; without one it must be there.
-      null: the value if it is null; left out it is `default`.
+      default: the value if the key is absent; without one the key is required.
+      null: the value if the key is null; by default `default`.
 
     Raises:
       UserError: it is missing, or of another type.
@@ -147,14 +147,14 @@ class Keys:
     return value
 
   def only(self, name: str, *allowed: Any) -> Any:
-    """Takes a key that may only have one of some values; absent is the first of them.
+    """Takes a key that allows only some values; the first is the default.
 
     Raises:
-      UserError: another value changes the computation in a way that is not understood.
+      UserError: another value, which changes the computation in an unsupported way.
     """
     self._taken.add(name)
     value = self.values.get(name, allowed[0])
-    # JSON may write a whole float as an int; no bool is a number.
+    # JSON may write a whole float as an int; a bool is not a number.
     kinds = (float, int) if type(value) is int else (type(value),)
     if not any(value == a and type(a) in kinds for a in allowed):
       shown = " or ".join(repr(a) for a in allowed)

@@ -1,8 +1,8 @@
 """Reads a model's parameters from a folder, each straight into its sharding.
 
-A parameter is assembled shard by shard: a device's part asks for the layers and experts
-it holds, and one tensor on disk at a time is read for it. So the host holds the part
-being assembled and one tensor more, whatever the size of the model.
+A parameter is assembled shard by shard. For the layers and experts of a device's part,
+tensors are read from disk one at a time. So the host holds only the part being assembled
+and one more tensor, for any size of the model.
 """
 
 from collections import defaultdict
@@ -39,14 +39,14 @@ class Loader:
 
     Args:
       architecture: of the folder.
-      model: that its config describes.
+      model: the model that its config describes.
       source: the folder's tensors.
-      dtype: of its weights by its config, as safetensors name it: F32, BF16 or F16.
+      dtype: of its weights by its config, in safetensors' names: F32, BF16 or F16.
       left_out: prefixes of tensors that are left out, with the reason.
 
     Raises:
-      UserError: a tensor is missing, left over, misshapen or of another dtype, or a
-        second copy of the embedding has other numbers.
+      UserError: a tensor is missing, unexpected, or of another shape or dtype, or a
+        second copy of the embedding has other values.
     """
     self.model, self.source = model, source
     self.rows = rows(architecture, model)
@@ -89,7 +89,7 @@ class Loader:
     return nest(flat, self.model.shapes())
 
   def lazy_params(self) -> Params:
-    """Returns all parameters, each to be read when it is written."""
+    """Returns all parameters as arrays that are read only when they are written."""
 
     def lazy(name: str) -> LazyArray:
       leaf = self._shapes[name]
@@ -120,7 +120,7 @@ class Loader:
     return array
 
   def part(self, name: str, index: tuple[slice, ...]) -> Shaped[np.ndarray, "..."]:
-    """Reads the part of a parameter that an index asks for.
+    """Reads the part of a parameter at an index.
 
     Args:
       name: dotted name of the parameter.
@@ -163,7 +163,7 @@ class Loader:
       result[slot] = form.load(theirs, shapes)[number][index[1:]]
 
   def _leave_out_copies(self, architecture: Architecture) -> None:
-    """Leaves out what repeats the embedding, number by number."""
+    """Leaves out copies of the embedding, after comparing their values."""
     table, tied = architecture.embedding, self.model.config.tie_embeddings
     if architecture.untied and not tied:
       self._untie(architecture)
@@ -185,7 +185,7 @@ class Loader:
       self.left_out[name] = f"the same numbers as {table}"
 
   def _untie(self, architecture: Architecture) -> None:
-    """Gives stacks without a table of their own the shared one, else unread."""
+    """Gives stacks without their own table the shared one, which is otherwise unused."""
     tensors, shared = self.source.tensors, architecture.embedding
     if shared not in tensors:
       return
@@ -239,7 +239,7 @@ def known_dtype(name: str, path: str) -> str:
   """Returns the safetensors name of config.json's dtype.
 
   Raises:
-    UserError: parameters cannot have it.
+    UserError: parameters cannot have this dtype.
   """
   names = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
   if name not in names:

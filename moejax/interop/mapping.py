@@ -1,7 +1,7 @@
-"""Which tensors on disk make up which parameter of a model, layer by layer.
+"""Maps tensors on disk to the parameters of a model, layer by layer.
 
-The table of an architecture names parameters of one layer; here they meet the model's
-own tree, in which repeated layers are stacked.
+The table of an architecture names the parameters of one layer. This module maps them to
+the model's own tree, in which repeated layers are stacked.
 
 Letters: R repeats of the unit, E experts.
 """
@@ -21,19 +21,19 @@ from moejax.types import Params
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LeafPart:
-  """Where a parameter of one layer stands in the model's tree."""
+  """The place of one layer's parameter in the model's tree."""
 
   leaf: str
   """Dotted name of the leaf."""
   repeat: int | None
   """Index along its first axis, where layers are stacked."""
   shape: Shape
-  """Of one layer, with the axis of experts."""
+  """Shape in one layer, with the axis of experts."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Row:
-  """One tensor on disk (or one for each expert), and where its parts belong."""
+  """One tensor on disk (or one for each expert), and the places of its parts."""
 
   theirs: str
   """Its name; `{expert}` where each expert has its own."""
@@ -42,16 +42,16 @@ class Row:
 
   @property
   def num_experts(self) -> int | None:
-    """E where the row is per expert."""
+    """E if the row is per expert, else None."""
     return self.parts[0].shape[0] if self.entry.per_expert else None
 
   @property
   def own_shapes(self) -> list[Shape]:
-    """Shapes of ours as its form sees them: of one expert."""
+    """Shapes of our parameters as passed to its form: of one expert."""
     return [p.shape[1:] if self.entry.per_expert else p.shape for p in self.parts]
 
   def tensors(self) -> Iterator[tuple[str, Shape]]:
-    """Yields name and shape of each tensor on disk."""
+    """Yields the name and shape of each tensor on disk."""
     shape = self.entry.form.shape(self.own_shapes)
     if self.entry.stacked:
       yield self.theirs, (self.parts[0].shape[0], *shape)
@@ -63,7 +63,7 @@ class Row:
 
 
 def rows(architecture: Architecture, model: Decoder) -> list[Row]:
-  """Returns the rows of all layers, in their order, and of what is outside them.
+  """Returns the rows of all layers, in order, and those of parameters outside them.
 
   Raises:
     UserError: the model has a parameter that the architecture has no name for.

@@ -30,14 +30,14 @@ TAKEN_ALONG = (
   "chat_template.jinja",
   "generation_config.json",
 )
-"""Files that only the other side reads; kept with a run and written on export."""
+"""Files that only Transformers reads; kept with a run and written on export."""
 
 _HUB = "hf:"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Published:
-  """What a folder holds."""
+  """The content of a folder."""
 
   folder: Path
   values: dict[str, Any]
@@ -53,7 +53,7 @@ def open_folder(folder: Path | str) -> Published:
   """Reads a model's config and headers, and checks that they fit; reads no weights.
 
   Raises:
-    UserError: not a folder of a model, or something in it is missing, unknown or
+    UserError: the folder is not a model's, or something in it is missing, unknown or
       contradictory; names it.
   """
   folder = _folder(str(folder))
@@ -99,7 +99,7 @@ def read_config(architecture: Architecture, values: dict[str, Any], path: str) -
   """
   keys = Keys(values, path)
   config = architecture.read(keys)
-  keys.skip("quantization_config")  # Read where the weights are.
+  keys.skip("quantization_config")  # Read together with the weights.
   keys.done()
   moe = config.moe
   moe.allow_constant_gates = moe.num_selected == 1 and moe.renormalize != "none"
@@ -107,7 +107,7 @@ def read_config(architecture: Architecture, values: dict[str, Any], path: str) -
 
 
 def _refuse_dense(config: Config, path: str) -> None:
-  """Refuses a model without experts in the words of its config.json."""
+  """Rejects a model without experts, in the terms of its config.json."""
   try:
     kinds = layer_pattern(config.model.num_layers, config.moe).is_moe
   except (ValueError, ZeroDivisionError):  # `validate` says what is wrong.
@@ -121,7 +121,7 @@ def _refuse_dense(config: Config, path: str) -> None:
 
 
 def _with_dtype(values: dict[str, Any], source: Source, table: str) -> dict[str, Any]:
-  """Adds the dtype of the embedding where config.json has none."""
+  """Adds the dtype of the embedding if config.json has none."""
   name = values.get("dtype") or values.get("torch_dtype")
   if name is None:
     embedding = source.tensors.get(table)
@@ -221,7 +221,7 @@ def _download(given: str) -> Path:
     ) from e
   try:
     wanted = ["*.json", "*.safetensors", "*.jinja"]
-    # Folders below hold the same weights in other formats.
+    # Subfolders hold the same weights in other formats.
     return Path(snapshot_download(name, allow_patterns=wanted, ignore_patterns="*/*"))
   except Exception as e:  # Network, permissions, names: no common class.
     words = " ".join(str(e).split())[:300]

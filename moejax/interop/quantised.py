@@ -1,4 +1,4 @@
-"""Quantised weights on disk, and what they stand for.
+"""Quantised weights on disk, and the values that they represent.
 
 Fp8    DeepSeek-V3: X in 8 bits (e4m3) and X_scale_inv, one factor for each block of 128 x
        128 (arXiv:2412.19437, section 3.3): w = x * scale.
@@ -30,7 +30,7 @@ _BF16 = ml_dtypes.bfloat16
 
 
 class Packing(abc.ABC):
-  """A way in which several tensors on disk hold one."""
+  """A format in which several tensors on disk represent one."""
 
   @abc.abstractmethod
   def groups(self, stored: Mapping[str, Any]) -> dict[str, tuple[str, ...]]:
@@ -40,7 +40,7 @@ class Packing(abc.ABC):
       stored: tensors on disk, with `file`, `dtype` and `shape`.
 
     Raises:
-      UserError: a part is missing or misshapen.
+      UserError: a part is missing or has a wrong shape.
     """
 
   @abc.abstractmethod
@@ -126,10 +126,10 @@ class Mxfp4(Packing):
 
 
 def packing(config: Mapping[str, Any], path: str) -> Packing | None:
-  """Returns how a model's weights are quantised, by its config.json; None is not at all.
+  """Returns how a model's weights are quantised by its config.json; None if they are not.
 
   Raises:
-    UserError: in a way that is not understood.
+    UserError: the format is not supported.
   """
   given = config.get("quantization_config")
   if given is None:

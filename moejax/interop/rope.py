@@ -1,8 +1,8 @@
 """Rotary position embedding in config.json, in both spellings and both directions.
 
-Transformers 5 writes one dict, rope_parameters; earlier versions rope_theta, rope_scaling
-and partial_rotary_factor beside each other. Where both are there, rope_scaling wins, as
-in Transformers.
+Transformers 5 writes one dict, rope_parameters; earlier versions write separate keys
+rope_theta, rope_scaling and partial_rotary_factor. If both are present, rope_scaling
+takes precedence, as in Transformers.
 """
 
 import math
@@ -33,7 +33,7 @@ _READ = {
     "truncate",
   ),
 }
-"""Keys of each type, beside those of any type."""
+"""Keys of each type, in addition to those of any type."""
 
 _ANY = ("rope_theta", "rope_type", "type", "partial_rotary_factor")
 
@@ -52,7 +52,7 @@ def read(
     keys: of the config.json.
     config: with max_position.
     theta: the class's default of rope_theta.
-    fraction: the class's default of partial_rotary_factor; None is a class that rotates
+    fraction: the class's default of partial_rotary_factor; None for a class that rotates
       whole heads only.
     scales_logits: whether the class multiplies attention logits by the square of the
       temperature that mscale_all_dim gives (DeepSeek).
@@ -72,7 +72,7 @@ def read(
   model.rope_fraction = rope.take("partial_rotary_factor", float, own_fraction)
   kind = _read_type(keys, rope)
   if fraction is None and model.rope_fraction != 1:
-    # Only the functions of scaled types read it, and then the class fails.
+    # Only the functions of scaled types read it, and with those the class fails.
     remedy = (
       "has no effect. Remove it."
       if kind == "default"
@@ -82,7 +82,7 @@ def read(
       f"{keys.path}: heads of this architecture rotate as a whole, so that "
       f"partial_rotary_factor={model.rope_fraction} {remedy}"
     )
-  # Beside the dict it wins, unlike the other keys.
+  # Outside the dict it takes precedence, unlike the other keys.
   original = keys.take("original_max_position_embeddings", int, 0)
   if kind == "default":
     return
@@ -101,7 +101,7 @@ def read(
   else:
     model.rope_factor = rope.take("factor", float)
   if model.rope_factor == 1 and rope.values.get("attention_factor") in (None, 1):
-    # The context is not extended, and the config does not say so twice.
+    # A factor of 1 does not extend the context, so there is no scaling.
     model.rope_scaling, model.rope_original = "none", 0
     return
   if kind == "llama3":
@@ -117,7 +117,7 @@ def read(
 
 
 def _read_type(keys: Keys, rope: Keys) -> str:
-  """Returns the type of scaling; refuses one, or a key of it, that is not understood."""
+  """Returns the type of scaling; rejects an unsupported type, or key of a type."""
   kind = rope.take("rope_type", str, rope.take("type", str, "default"))
   if kind not in _READ:
     raise UserError(
@@ -134,8 +134,8 @@ def _read_type(keys: Keys, rope: Keys) -> str:
 
 
 def _read_yarn(rope: Keys, model: ModelConfig, scales_logits: bool) -> None:
-  """Sets what only YaRN has, so that both temperatures are those of Transformers."""
-  # 0 is absent there too.
+  """Sets the fields of YaRN, so that both temperatures are those of Transformers."""
+  # There, too, 0 means absent.
   model.rope_beta_fast = rope.take("beta_fast", float, 32.0) or 32.0
   model.rope_beta_slow = rope.take("beta_slow", float, 1.0) or 1.0
   model.rope_truncate = rope.take("truncate", bool, True, null=False)
@@ -184,5 +184,5 @@ def write(config: Config) -> dict[str, Any]:
       }
     if model.rope_attention_factor is not None:
       rope["attention_factor"] = model.rope_attention_factor
-  # Earlier versions read rope_theta beside it.
+  # Earlier versions read rope_theta outside the dict.
   return {"rope_parameters": rope, "rope_theta": model.rope_theta}

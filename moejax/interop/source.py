@@ -1,10 +1,10 @@
 """A folder of safetensors: its tensors by name, read one at a time.
 
 Headers are read and checked at once, data only on demand and through one open file at a
-time, which is closed after some hundred megabytes: the pages of a mapped file count as
-memory of this process.
+time. The file is closed after some hundred megabytes, since the pages of a mapped file
+count as memory of this process.
 
-Quantised tensors appear as what they stand for; see `moejax.interop.quantised`.
+Quantised tensors appear unpacked; see `moejax.interop.quantised`.
 """
 
 import contextlib
@@ -31,33 +31,33 @@ DTYPES: dict[str, Any] = {
   "BF16": np.dtype(ml_dtypes.bfloat16),
   "F16": np.dtype(np.float16),
 }
-"""Names in the format of the dtypes that parameters have."""
+"""The dtypes that parameters may have, by their names in the format."""
 
 _MAPPED_BYTES = 1 << 28
-"""A file is closed after so many bytes have been read from it."""
+"""A file is closed after this many bytes have been read from it."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Stored:
-  """What a header says of a tensor."""
+  """The entry of a tensor in a header."""
 
   file: Path
   dtype: str
   shape: tuple[int, ...]
   offset: int
-  """Of the first byte in the file."""
+  """Position of the first byte in the file."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Tensor:
-  """A tensor that can be read: its parts on disk and what they stand for."""
+  """A tensor that can be read, and its parts on disk."""
 
   dtype: str
   shape: tuple[int, ...]
   parts: tuple[Stored, ...]
   packing: quantised.Packing | None = None
   names: tuple[str, ...] = ()
-  """Of the parts on disk."""
+  """Names of the parts on disk."""
 
 
 class Source:
@@ -68,11 +68,11 @@ class Source:
 
     Args:
       folder: with model.safetensors, or several files and their index.
-      packing: how some tensors are quantised; None is not at all.
+      packing: how some tensors are quantised; None if they are not.
 
     Raises:
-      UserError: no weights there, a file missing, cut short or unreadable, or a tensor
-        in another file than the index says.
+      UserError: there are no weights, a file is missing, cut short or unreadable, or a
+        tensor is in another file than in the index.
     """
     self.folder = Path(folder)
     self._open: tuple[Path, Any, contextlib.ExitStack] | None = None
@@ -84,7 +84,7 @@ class Source:
     """Returns a tensor, or one row of its first axis, in its own dtype.
 
     Raises:
-      UserError: it cannot be read, or has a number that is not finite.
+      UserError: it cannot be read, or has a non-finite value.
     """
     tensor = self.tensors[name]
     parts = [self._part(n, p, index) for n, p in zip(tensor.names, tensor.parts)]
@@ -153,7 +153,7 @@ def has_weights(folder: Path) -> bool:
 
 
 def _placed(folder: Path) -> dict[str, Path]:
-  """Returns the file of each tensor, by the index; of "" where there is one file."""
+  """Returns the file of each tensor, from the index; under "" if there is one file."""
   if not (folder / INDEX).exists():
     if (folder / SINGLE).exists():
       return {"": folder / SINGLE}
@@ -193,7 +193,7 @@ def _safe_open(path: Path) -> Any:
 
 
 def _header(path: Path) -> dict[str, Stored]:
-  """Reads what a file holds; the library checks that its length is right."""
+  """Reads the header of a file; the library checks that the file's length is right."""
   try:
     with _safe_open(path):
       pass
@@ -219,7 +219,7 @@ def _header(path: Path) -> dict[str, Stored]:
 
 
 def _raw(stored: Stored, index: int | None) -> Shaped[np.ndarray, "..."]:
-  """Reads a dtype that the library does not hand to numpy."""
+  """Reads a tensor of a dtype that the library does not convert to numpy."""
   dtype = quantised.RAW[stored.dtype]
   shape, offset = stored.shape, stored.offset
   if index is not None:
@@ -235,7 +235,7 @@ def _raw(stored: Stored, index: int | None) -> Shaped[np.ndarray, "..."]:
 def _unpacked(
   stored: dict[str, Stored], packing: quantised.Packing | None
 ) -> dict[str, Tensor]:
-  """Returns the tensors, with each quantised one and its scales as one."""
+  """Returns the tensors, with each quantised tensor and its scales merged into one."""
   groups = {} if packing is None else packing.groups(stored)
   used = {name for names in groups.values() for name in names}
   tensors = {

@@ -1,8 +1,8 @@
-"""Tables of names and transposes: which tensor on disk is which parameter of ours.
+"""Tables of names and transposes: which tensor on disk is which of our parameters.
 
-A table is data, read in both directions: import asks each form to `load`, export asks
-it to `store`. What a form does follows from the entry alone, never from the sizes of
-an array: where 2F == D or F == D, a guess by shape would be silently wrong.
+A table is data, used in both directions: import calls each form's `load`, export its
+`store`. What a form does follows from the entry alone, never from the sizes of an array:
+where 2F == D or F == D, a guess by shape would be silently wrong.
 
 "Theirs" is a tensor on disk, "ours" a parameter of `moejax.models.decoder`. Letters: D
 width, F expert hidden width, E experts, H heads, A head width.
@@ -21,11 +21,11 @@ Arrays = Sequence[Shaped[np.ndarray, "..."]]
 
 
 class Form(abc.ABC):
-  """How one tensor of theirs holds one or several parameters of ours."""
+  """The form in which one tensor of theirs holds one or several of our parameters."""
 
   @abc.abstractmethod
   def shape(self, ours: Sequence[Shape]) -> Shape:
-    """Returns the shape of theirs, from the shapes of ours."""
+    """Returns the shape of theirs, given the shapes of ours."""
 
   @abc.abstractmethod
   def load(
@@ -162,7 +162,7 @@ MODEL = (
   entry("embedding.norm.scale", "model.norm.weight", FLAT),
   entry("embedding.head", "lm_head.weight", LINEAR),
 )
-"""Outside the layers; the same in all architectures so far."""
+"""Entries outside the layers; the same in all architectures so far."""
 
 ATTENTION = (
   entry("attention.query", "self_attn.q_proj.weight", LINEAR),
@@ -202,4 +202,4 @@ def feed_forward(ours: str, theirs: str) -> tuple[Entry, ...]:
 DENSE = feed_forward("feed_forward", "mlp")
 ROUTER = (entry("moe.router.weight", "mlp.gate.weight", LINEAR),)
 EXPERTS = feed_forward("moe.experts", "mlp.experts.{expert}")
-"""Each expert's matrices by themselves, as most architectures store them."""
+"""Each expert's matrices separately, as most architectures store them."""

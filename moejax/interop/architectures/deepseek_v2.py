@@ -53,7 +53,7 @@ def read(keys: Keys) -> Config:
   keys.skip("head_dim")  # The class sets it to qk_rope_head_dim.
   keys.only("mlp_bias", False)
   keys.only("scoring_func", "softmax")
-  # Transformers renormalises no gates of this model, whatever the key says.
+  # Transformers never renormalises the gates of this model and ignores this key.
   keys.skip("norm_topk_prob")
   read_sizes(keys, config, shared=2)
   method = keys.only("topk_method", "greedy", "group_limited_greedy")
@@ -68,7 +68,7 @@ def read(keys: Keys) -> Config:
 
 
 def read_latent(keys: Keys, config: Config) -> None:
-  """Takes the keys of latent attention."""
+  """Reads the keys of latent attention."""
   model = config.model
   model.attention = "latent"
   model.num_kv_heads = 0
@@ -99,14 +99,14 @@ def write_latent(config: Config) -> dict[str, Any]:
 def read_sizes(
   keys: Keys, config: Config, *, shared: int, dense: int = 0, scale: float = 1.0
 ) -> None:
-  """Takes how many experts there are, of which width, in which layers.
+  """Reads the number of experts, their width, and the layers that have them.
 
   Args:
     keys: of the config.json.
     config: to be completed.
-    shared: what an absent n_shared_experts means.
-    dense: what an absent first_k_dense_replace means.
-    scale: what an absent routed_scaling_factor means.
+    shared: default of n_shared_experts.
+    dense: default of first_k_dense_replace.
+    scale: default of routed_scaling_factor.
   """
   moe = config.moe
   config.model.hidden = keys.take("intermediate_size", int)

@@ -25,7 +25,7 @@ LAYER = (*PRE_NORMS, *deepseek_v2.LATENT_ATTENTION, *FEED_FORWARD)
 def read(keys: Keys) -> Config:
   config = fields.read_decoder(keys, latent=True)
   deepseek_v2.read_latent(keys, config)
-  # The class would rotate with another.
+  # With another value, the class would rotate differently.
   keys.only("head_dim", config.model.rope_head_dim, None)
   config.model.rope_interleaved = keys.take("rope_interleave", bool, True, null=False)
   keys.only("mlp_bias", False)
@@ -36,7 +36,7 @@ def read(keys: Keys) -> Config:
 def read_experts(
   keys: Keys, config: Config, *, dense: int, scale: float, groups: int, selected: int
 ) -> None:
-  """Takes the keys of the experts and their router; the rest is what absent ones mean."""
+  """Reads the keys of the experts and their router; other arguments are defaults."""
   deepseek_v2.read_sizes(keys, config, shared=1, dense=dense, scale=scale)
   keys.only("topk_method", "noaux_tc")
   keys.only("scoring_func", "sigmoid")

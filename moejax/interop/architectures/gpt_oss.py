@@ -54,7 +54,7 @@ _YARN = {
   "truncate": False,
   "original_max_position_embeddings": 4096,
 }
-"""What an absent rope_parameters means."""
+"""Default of rope_parameters."""
 
 
 def read(keys: Keys) -> Config:
@@ -75,7 +75,7 @@ def read(keys: Keys) -> Config:
   fields.read_windows(keys, config, [kinds[i % 2] for i in range(model.num_layers)])
   moe.num_experts = fields.take_experts(keys, "num_local_experts", "num_experts")
   moe.num_selected = keys.take("num_experts_per_tok", int, 4)
-  # What OpenAI's own code reads, and Transformers does not.
+  # Keys that OpenAI's own code reads, but Transformers does not.
   keys.skip("experts_per_token", "initial_context_length")
   moe.hidden = keys.take("intermediate_size", int)
   moe.renormalize = "before_drop"
@@ -91,7 +91,7 @@ def write(config: Config) -> dict[str, Any]:
     "layer_types": fields.write_windows(config),
     "num_experts_per_tok": moe.num_selected,
     "num_local_experts": moe.num_experts,
-    # A number also where layer_types says that no layer slides: Transformers reads it.
+    # Transformers needs a number even if no layer slides according to layer_types.
     "sliding_window": model.sliding_window or 128,
     "swiglu_alpha": 1.702,
     "swiglu_limit": 7.0,

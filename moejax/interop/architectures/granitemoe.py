@@ -57,7 +57,7 @@ def read(keys: Keys) -> Config:
 
 
 def _multiplier(keys: Keys, name: str) -> float:
-  """Takes a multiplier, which is 1 if absent."""
+  """Reads a multiplier, which is 1 if absent."""
   value = keys.take(name, float, 1.0, null=0.0)
   if not 0 < value < math.inf:
     raise UserError(
@@ -72,7 +72,7 @@ def write(config: Config) -> dict[str, Any]:
 
 
 def write_as(config: Config, class_name: str) -> dict[str, Any]:
-  """Returns what `read` reads, with the name of a class."""
+  """Returns the keys that `read` reads, with the name of a class."""
   model, moe = config.model, config.moe
   head_dim = model.head_dim or model.width // model.num_heads
   return fields.write_decoder(config, class_name=class_name) | {

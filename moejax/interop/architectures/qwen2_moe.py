@@ -50,7 +50,7 @@ def read(keys: Keys) -> Config:
 
 
 def _read_windows(keys: Keys, config: Config) -> None:
-  """Takes the keys of windows; by default every other of the first layers has one."""
+  """Reads the keys of windows; by default every other of the first layers has one."""
   model = config.model
   slides = keys.take("use_sliding_window", bool, False)
   most = keys.take("max_window_layers", int, 28)

@@ -35,7 +35,7 @@ def read(keys: Keys) -> Config:
   config = fields.read_decoder(keys, kv_heads=4, positions=32_768)
   model, moe = config.model, config.moe
   model.qk_norm = True
-  # In published files, where they change nothing.
+  # These occur in published files, with values that change nothing.
   keys.only("use_qk_norm", True)
   keys.only("qkv_bias", False)
   keys.only("shared_expert_intermediate_size", 0, None)

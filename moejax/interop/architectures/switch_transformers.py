@@ -2,12 +2,12 @@
 
 T5 has no attention scale, a bias for buckets of distances in each stack, and a head of
 scale D^-0.5 where it is tied to the embedding. Capacity is a number of slots per expert
-and sequence, whatever its length; what overflows is dropped, in training and after.
+and sequence, for any length; overflowing tokens are dropped, in training and after.
 
-The class keeps three tables: of the encoder, of the decoder, and `shared`. With a tied
-head all are one; otherwise each stack reads its own, and nothing reads `shared`, which
-comes back as the decoder's. Files of earlier versions, in which the stacks' were always
-`shared`, may have it alone.
+The class keeps three tables: the encoder's, the decoder's, and `shared`. With a tied head
+all are one. Otherwise each stack reads its own and nothing reads `shared`, which is
+exported as a copy of the decoder's. In earlier versions the stacks always used `shared`,
+so files of that time may have only that table.
 """
 
 import math
@@ -24,7 +24,7 @@ from moejax.interop.table import FLAT, LINEAR, SAME, Entry, Linear, entry
 _CLASS = "SwitchTransformersForConditionalGeneration"
 
 _SEQUENCE = 512
-"""Tokens of a sequence that T5 and Switch were trained with."""
+"""Sequence length, in tokens, that T5 and Switch were trained with."""
 
 _DROPLESS = 2**16
 """expert_capacity of a model that drops nothing: more tokens than any sequence has."""
@@ -65,7 +65,7 @@ _DECODERS, _ENCODERS = "decoder.embed_tokens.weight", "encoder.embed_tokens.weig
 """The stacks' own tables."""
 
 _BIAS = "block.0.layer.0.SelfAttention.relative_attention_bias.weight"
-"""Stored in the first layer of a stack, and used by all."""
+"""Stored in the first layer of a stack, and used by all layers."""
 
 MODEL = (
   entry("embedding.table", "shared.weight", SAME),
@@ -89,7 +89,7 @@ def read(keys: Keys) -> Config:
   keys.only("router_type", "tokens_masked", None)
   if (slots := keys.take("expert_capacity", int, 64)) < 1:
     raise UserError(f"{keys.path}: expert_capacity={slots} drops every token.")
-  # Without effect in the class, whatever their names say.
+  # Without effect in the class, despite their names.
   keys.skip("router_ignore_padding_tokens", "batch_prioritized_routing")
   keys.skip("dropout_rate", "n_positions", "max_position_embeddings", "add_router_probs")
   model.kind, data.objective, data.tokenizer = "encoder_decoder", "span_corruption", "hf"
@@ -120,7 +120,7 @@ def read(keys: Keys) -> Config:
   moe.eval_capacity_factor = moe.capacity_factor
   moe.encoder_every = _step(keys, "encoder", model.encoder_layers)
   moe.every = _step(keys, "decoder", model.num_layers)
-  # Theirs is layer 1 of each, and in a step of 1 every layer.
+  # Theirs is layer 1 of each step, and every layer if the step is 1.
   moe.offset = 1
   data.sequence_length = model.max_position = _SEQUENCE
   config.train.batch_size = 8
@@ -128,9 +128,9 @@ def read(keys: Keys) -> Config:
 
 
 def _step(keys: Keys, stack: str, layers: int) -> int:
-  """Takes how often a layer is sparse: the step, which wins, or from their number."""
+  """Reads how often a layer is sparse: from the step, or else from their number."""
   sparse = keys.take(f"num_sparse_{stack}_layers", int, 3)
-  # Of no sparse layer the class makes one, the second.
+  # For zero sparse layers, the class still makes one, the second.
   derived = layers // sparse if sparse > 0 else layers
   step = keys.take(f"{stack}_sparse_step", int, derived)
   if step < 1:
@@ -183,7 +183,7 @@ def write(config: Config) -> dict[str, Any]:
 
 
 def remarks(config: Mapping[str, Any]) -> list[str]:
-  """Says which tokens are dropped, here as in Transformers."""
+  """Returns which tokens are dropped, here as in Transformers."""
   slots = config.get("expert_capacity", 64)
   if slots >= _DROPLESS:
     return []
