@@ -47,7 +47,7 @@ PARTS = (
   LOSS,
   OPTIMIZER,
 )
-"""In the order of a step."""
+"""All parts, in the order of a step."""
 
 PREFIX = "moejax_"
 """Prefix of a part's scope name, so that no function's name is mistaken for a part."""

@@ -125,7 +125,7 @@ def collect(
     mesh: of the evaluation.
     batch_size: sequences per step: whole groups, from `groups.batch_size`.
     words: from `vocabulary`.
-    limit: maximum number of batches; 0 is all.
+    limit: maximum number of batches; 0 means all.
     tables: by which ids experts are counted, some of `TABLES`.
     side: the stack of an encoder-decoder to be analysed; None for a decoder.
     progress: called with the number of tokens seen so far.

@@ -105,7 +105,7 @@ def decide(
       sequence.
     recorded: of a batch that holds whole groups.
     params: from `router_params`.
-    capacity_factor: None is dropless.
+    capacity_factor: None means dropless.
 
   Returns:
     Routes with a leading axis of layers.

@@ -95,7 +95,7 @@ def knock_out(
     batch_size: sequences per step, from `groups.batch_size`.
     sets: the sets of experts to remove, by layer.
     fallback: one of `FALLBACKS`.
-    limit: maximum number of batches; 0 is all.
+    limit: maximum number of batches; 0 means all.
     progress: called with the number of tokens done.
 
   Raises:

@@ -262,7 +262,7 @@ def confirm(
     split: of the text.
     mesh: of the evaluation.
     batch_size: sequences per step.
-    limit: maximum number of batches; 0 is all.
+    limit: maximum number of batches; 0 means all.
 
   Returns:
     loss in nats per token, and by layer `drop_fraction` and its `difference`: replayed

@@ -92,7 +92,7 @@ def analyse(
     split: train, validation or test.
     mesh: of the evaluation.
     batch_size: sequences per step.
-    limit: maximum number of batches; 0 is all.
+    limit: maximum number of batches; 0 means all.
     top: tokens listed per expert.
 
   Returns:

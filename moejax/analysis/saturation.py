@@ -88,7 +88,7 @@ def compare(
     split: train, validation or test.
     mesh: of the evaluation.
     batch_size: sequences per step.
-    limit: maximum number of batches; 0 is `MAX_BATCHES`.
+    limit: maximum number of batches; 0 means `MAX_BATCHES`.
   """
   total: dict[str, np.ndarray] = {}
   batches = perplexity.device_batches(

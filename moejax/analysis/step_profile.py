@@ -54,7 +54,7 @@ class Host:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Profile:
-  """Where the time of a step goes."""
+  """The time of a step, by what it is spent on."""
 
   platform: str
   num_steps: int

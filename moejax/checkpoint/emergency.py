@@ -50,7 +50,7 @@ from moejax.storage.paths import RunPath
 
 _STEP = re.compile("0|[1-9][0-9]{0,8}")
 _OFFERED = 8
-"""Most steps that a process offers to the others."""
+"""Maximum number of steps that a process offers to the others."""
 _ID_BYTES = 8
 
 _Key = tuple[int, str]
@@ -142,7 +142,7 @@ class EmergencyCheckpoints:
     """Starts a save; the state may be donated as soon as this returns.
 
     Waits first for a save still being written. A failure is reported by `warn`, once
-    until a save succeeds again, and the run goes on, also with several processes.
+    until a save succeeds again, and the run continues, also with several processes.
 
     Args:
       step: names the checkpoint.

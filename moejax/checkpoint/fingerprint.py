@@ -9,7 +9,7 @@ sharding, and no array is gathered. One changed word always changes it (an odd
 weight has an inverse modulo 2^64); two swapped blocks or many changed words almost
 surely do. Before the weights of the expert axis and of the axes in front of it are
 applied, the partial sums are one number per expert, and equal experts have equal
-numbers whatever their position: a swapped, duplicated or missing expert is found
+numbers in any position: a swapped, duplicated or missing expert is found
 and named. A part that several processes hold is summed by one of them;
 `every_copy` checks that the others hold the same.
 

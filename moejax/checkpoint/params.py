@@ -57,7 +57,7 @@ def restore_params(
 
   Args:
     workdir: of a training run; its `checkpoints` directory is accepted too.
-    step: which checkpoint; None is the newest intact one.
+    step: which checkpoint; None means the newest intact one.
     shardings: tree like the parameters, or one sharding for all, or None for the
       first local device.
 

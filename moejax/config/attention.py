@@ -50,7 +50,7 @@ def yarn_factor(model: ModelConfig) -> float:
 
 
 def layer_windows(model: ModelConfig) -> tuple[int, ...]:
-  """Returns the sliding window of each layer in order; 0 is none."""
+  """Returns the sliding window of each layer in order; 0 means none."""
   if not model.window_pattern:
     return (model.sliding_window,) * model.num_layers
   words = [word.strip() for word in model.window_pattern.split(",")]

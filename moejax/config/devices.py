@@ -32,8 +32,8 @@ def choose_devices(config: Config, devices: Sequence[Any]) -> tuple[list[Any], s
     devices: of all processes.
 
   Returns:
-    The devices, in the given order; and one line that says why some are left out,
-    empty if none are.
+    The devices, in the given order; and one line on why some are left out, empty if none
+    are.
 
   Raises:
     ConfigError: no number of devices fits, or a fully specified mesh does not fit.
@@ -263,8 +263,8 @@ def _changes(config: Config, num_devices: int) -> Iterator[dict[str, Any]]:
   if not _has_free_axis(config):
     yield from ({f"mesh.{axis}": -1} for axis in AXES)
   for axis, _, extent in _cuts(config):
-    # Sizes that divide the extent, from the nearest to the one asked for; larger ones
-    # only where that one does not divide it.
+    # Sizes that divide the extent, those nearest to the given one first; larger ones only
+    # if the given one does not divide it.
     asked = abs(getattr(config.mesh, axis))
     most = min(extent, num_devices) if extent % asked else asked
     sizes = (size for size in range(1, most + 1) if extent % size == 0)

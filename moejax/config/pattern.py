@@ -1,4 +1,4 @@
-"""Which layers are MoE, and how the layers fold into a repeated unit."""
+"""The pattern of MoE layers, and its folding into a repeated unit."""
 
 import dataclasses
 

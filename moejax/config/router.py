@@ -40,7 +40,7 @@ def num_present(moe: MoEConfig) -> int:
 def capacity(
   moe: MoEConfig, num_tokens: int, capacity_factor: float | None
 ) -> int | None:
-  """Returns C of a group of `num_tokens`; None is dropless."""
+  """Returns C of a group of `num_tokens`; None means dropless."""
   return capacity_of(
     num_tokens,
     moe.fine_experts,
@@ -63,7 +63,7 @@ def slot_policy(moe: MoEConfig, capacity: int | None) -> SlotPolicy:
 
   Args:
     moe: of the layer; its strings have passed `config.check.validate`.
-    capacity: C, slots per expert; None is dropless.
+    capacity: C, slots per expert; None means dropless.
 
   Returns:
     A policy whose num_experts and num_selected count fine-grained experts.

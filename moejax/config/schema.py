@@ -33,15 +33,15 @@ class DataConfig:
   directory of the prepared dataset, if not TFDS's own."""
   domains: str = ""
   """Read only documents of these domains, separated by commas: distributions of
-  python_packages, folders of python_stdlib and text. Empty is all."""
+  python_packages, folders of python_stdlib and text. Empty means all."""
   cache_dir: str = ""
-  """Prepared datasets and token caches; empty is ~/.cache/moejax."""
+  """Prepared datasets and token caches; empty means ~/.cache/moejax."""
   text_field: str = "text"
   tokenizer: str = "bytes"
   """bytes, bpe (trained on the train split, stored with the run), or hf (imported with a
   published model)."""
   vocab_size: int = 2048
-  """For bpe; the bytes tokenizer has a fixed size."""
+  """Vocabulary size of bpe; the bytes tokenizer has a fixed size."""
   sequence_length: int = 256
   """Tokens of a training sequence; with span_corruption, of the encoder's."""
   objective: str = "causal"
@@ -52,15 +52,15 @@ class DataConfig:
   mean_span_length: float = 3.0
   """span_corruption: tokens of a replaced span, on average."""
   decoder_length: int = 0
-  """span_corruption: tokens of the decoder's sequence; 0 is what the spans of a full
-  encoder sequence need."""
+  """span_corruption: tokens of the decoder's sequence; 0 means as many as the spans of a
+  full encoder sequence need."""
   num_sentinels: int = 100
   """span_corruption: ids for the places of spans, after those of the tokenizer."""
   validation_fraction: float = 0.05
   test_fraction: float = 0.05
   """Fraction of documents, split by a content hash. TFDS datasets keep their splits."""
   max_documents: int = 0
-  """Maximum number of documents read per split; 0 is all."""
+  """Maximum number of documents read per split; 0 means all."""
   num_workers: int = 0
   """Grain worker processes; 0 reads in threads of this process."""
   prefetch: int = 4
@@ -74,9 +74,9 @@ class ModelConfig:
   kind: str = "decoder"
   """decoder, or encoder_decoder (T5, arXiv:1910.10683)."""
   num_layers: int = 4
-  """Of the decoder."""
+  """Number of layers of the decoder."""
   encoder_layers: int = 0
-  """encoder_decoder: layers of the encoder; 0 is num_layers."""
+  """encoder_decoder: layers of the encoder; 0 means num_layers."""
   encoder_embedding: bool = False
   """encoder_decoder: a separate token table for the encoder (Transformers' Switch, if
   nothing is tied)."""
@@ -84,16 +84,16 @@ class ModelConfig:
   """D."""
   num_heads: int = 4
   num_kv_heads: int = 0
-  """Grouped-query attention; 0 is num_heads."""
+  """Key/value heads, for grouped-query attention; 0 means num_heads."""
   head_dim: int = 0
-  """0 is width / num_heads."""
+  """Width of a head; 0 means width / num_heads."""
   hidden: int = 512
   """Hidden width of the dense feed-forward layers."""
   activation: str = "gelu"
   """relu, gelu, swiglu, geglu (arXiv:2002.05202) or clamped_swiglu (GPT-OSS), in dense
   layers, and in experts unless moe.activation differs."""
   vocab_size: int = 0
-  """V; 0 is the tokenizer's."""
+  """V; 0 means the tokenizer's."""
   vocab_multiple: int = 1
   """Pad the embedding and the head to a multiple of this many rows, so that they can be
   sharded; padded ids are never predicted."""
@@ -102,9 +102,9 @@ class ModelConfig:
   """multi_head (grouped-query with num_kv_heads), or latent: keys and values are
   expanded from one low-rank vector per token (DeepSeek-V2, arXiv:2405.04434)."""
   q_rank: int = 0
-  """latent: rank of the queries; 0 is full rank (DeepSeek-V2-Lite)."""
+  """latent: rank of the queries; 0 means full rank (DeepSeek-V2-Lite)."""
   kv_rank: int = 0
-  """latent: rank of the keys and values together, which is what the cache holds."""
+  """latent: joint rank of the keys and values, which the cache stores."""
   nope_head_dim: int = 0
   """latent: width of the part of a query or key head without position."""
   rope_head_dim: int = 0
@@ -126,13 +126,13 @@ class ModelConfig:
   """One learned logit per head takes part in every softmax and has no value (GPT-OSS;
   arXiv:2309.17453)."""
   attention_scale: float = 0.0
-  """Multiplies attention logits (Granite's attention_multiplier); 0 is 1/sqrt(head
+  """Multiplies attention logits (Granite's attention_multiplier); 0 means 1/sqrt(head
   width)."""
   sliding_window: int = 0
   """Attention window in tokens, including the current one; 0 means no window."""
   window_pattern: str = ""
   """Which layers have the window: sliding or full for each layer, separated by commas,
-  repeated over all layers (GPT-OSS: sliding,full); empty is sliding for all."""
+  repeated over all layers (GPT-OSS: sliding,full); empty means sliding for all."""
   positions: str = "rotary"
   """rotary, or relative: a learned bias of attention logits for each bucket of
   distances, shared by all layers of a stack (T5)."""
@@ -169,7 +169,7 @@ class ModelConfig:
   keys."""
   rope_mscale_all_dim: float = 0.0
   """yarn: m of the same formula for the whole head: its square multiplies attention
-  logits, and rotated queries and keys are divided by it (DeepSeek); 0 is off."""
+  logits, and rotated queries and keys are divided by it (DeepSeek); 0 means off."""
   rope_attention_factor: float | None = None
   """yarn: factor of rotated queries and keys, replacing the one from the two mscales."""
   norm_placement: str = "pre"
@@ -197,7 +197,7 @@ class ModelConfig:
   scan_layers: bool = True
   """False unrolls: slower to compile, easier to read in a profile."""
   max_position: int = 0
-  """Longest context for generation; 0 is data.sequence_length."""
+  """Longest context for generation; 0 means data.sequence_length."""
 
   def padded(self, vocab_size: int) -> int:
     """Returns the rows of embedding and head: V, rounded up to `vocab_multiple`."""
@@ -215,7 +215,7 @@ class MoEConfig:
   hidden: int = 512
   """F of one expert, before segmentation."""
   activation: str = ""
-  """Of the experts, shared ones included; empty is model.activation."""
+  """Activation of the experts, including shared ones; empty means model.activation."""
   expert_bias: bool = False
   """Biases on all matrices of the routed experts (GPT-OSS)."""
   router_bias: bool = False
@@ -228,7 +228,7 @@ class MoEConfig:
   num_shared: int = 0
   """Number of shared experts, of width F/m each, that every token visits."""
   shared_hidden: int = 0
-  """Hidden width of all shared experts together; 0 is num_shared * F/m."""
+  """Hidden width of all shared experts together; 0 means num_shared * F/m."""
   shared_gate: bool = False
   """Weigh the shared experts by sigmoid(x w), w learned (Qwen2-MoE)."""
   router: str = "switch"
@@ -236,7 +236,7 @@ class MoEConfig:
   dispatcher: str = "auto"
   """Layout of experts' rows: einsum, gather, grouped (--list=dispatchers), or auto."""
   every: int = 2
-  """Every n-th layer is an MoE layer; 1 is all."""
+  """Every n-th layer is an MoE layer; 1 means all."""
   offset: int = 1
   """Index modulo `every` of the MoE layer in each `every` layers, counted from 0 after
   the dense prefix."""
@@ -248,7 +248,7 @@ class MoEConfig:
   encoder_every: int = 0
   """encoder_decoder: `every` of the encoder; 0 means the decoder's."""
   encoder_router: str = ""
-  """encoder_decoder: router of the encoder, with its default options; empty is the
+  """encoder_decoder: router of the encoder, with its default options; empty means the
   decoder's router. It may look at later tokens (expert_choice, soft)."""
   dense_after: bool = False
   """Follow each MoE layer by a dense feed-forward of model.hidden, with its own norm and
@@ -256,7 +256,7 @@ class MoEConfig:
   dense_twin: bool = False
   """Replace each MoE layer by a dense one of equal active FLOPs: hidden K*F + shared."""
   capacity_factor: float | None = 1.25
-  """Slots per expert = ceil(factor*K*T/E); none is dropless."""
+  """Slots per expert = ceil(factor*K*T/E); none means dropless."""
   eval_capacity_factor: float | None = None
   capacity_convention: str = "per_assignment"
   """per_assignment multiplies by K; per_token (Flaxformer, AXLearn, Praxis) does not;
@@ -276,7 +276,7 @@ class MoEConfig:
   """Sorted rows on GPU and TPU, and slots under all_to_all: chunks of rows computed in
   sequence, so that only one chunk's hidden activations are in memory at a time."""
   group_size: int = 0
-  """T, tokens per routing group: the scope of capacity and balance; 0 is one sequence,
+  """T, tokens per routing group: the scope of capacity and balance; 0 means one sequence,
   -1 the whole batch."""
   renormalize: str = "none"
   """Scale a token's K gates to norm 1: none, before_drop or after_drop."""
@@ -299,8 +299,8 @@ class MoEConfig:
   jitter: float = 0.0
   """Switch input jitter: the router sees x * uniform(1-j, 1+j) in training."""
   expert_dropout: float = 0.0
-  """In training, this fraction of each layer's experts gets no tokens: redrawn in each
-  step, the same for all its microbatches."""
+  """In training, this fraction of each layer's experts gets no tokens. They are redrawn
+  in each step and the same for all its microbatches."""
   allow_future_leak: bool = False
   """Allow generation even if the router sees later tokens (expert_choice, base)."""
   balance_weight: float = 0.01
@@ -314,7 +314,7 @@ class MoEConfig:
   entropy_weight: float = 0.0
   """Above 0 rewards, below 0 penalises, high entropy of a token's probabilities."""
   router_init_scale: float = 0.1
-  """Switch, section 2.4, uses 0.1 of the usual scale."""
+  """Scale of the router's initial weights; Switch, section 2.4, uses 0.1 of the usual."""
   options: dict[str, dict[str, Any]] = field(default_factory=dict)
   """Router options that are not at their defaults: router, option, value. The flag is
   `--config.moe.ROUTER.OPTION=VALUE`."""
@@ -354,7 +354,7 @@ class OptimizerConfig:
   name: str = "adamw"
   """adamw, adafactor, lion, or muon (hidden matrices; AdamW for the rest)."""
   learning_rate: float = 1e-3
-  """At the peak of the schedule."""
+  """Learning rate at the peak of the schedule."""
   schedule: str = "cosine"
   """After warmup: cosine, linear, inverse_sqrt, or constant_decay (constant, then
   linear over the last decay_fraction)."""
@@ -375,7 +375,7 @@ class OptimizerConfig:
   weight_decay: float = 0.1
   """Decoupled; applied to matrices only, not to norms, biases or embeddings."""
   clip_norm: float = 1.0
-  """Global gradient norm; 0 is off."""
+  """Maximum global gradient norm; 0 means no clipping."""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -396,9 +396,9 @@ class TrainConfig:
   log_every: int = 10
   eval_every: int = 250
   eval_batches: int = 16
-  """Validation batches per evaluation during training; 0 is all."""
+  """Validation batches per evaluation during training; 0 means all."""
   final_eval_tokens: int = -1
-  """Number of leading validation tokens evaluated after the last step; 0 is all, -1 a
+  """Number of leading validation tokens evaluated after the last step; 0 means all, -1 a
   quarter of the tokens trained on (at most 4M, at least those of eval_batches)."""
   sample: bool = True
   """After the last step, generate from the beginning of a held-out document."""

@@ -21,7 +21,7 @@ class Selector:
   """One pattern of the list."""
 
   text: str
-  """As written."""
+  """The pattern as written."""
   pattern: str
   """Pattern of the names, with `*` and `?`."""
   takes_back: bool = False

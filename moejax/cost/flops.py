@@ -65,7 +65,7 @@ def forward_flops_per_token(
   Args:
     config: validated.
     vocab_size: V.
-    sequence_length: S; None is `data.sequence_length`.
+    sequence_length: S; None means `data.sequence_length`.
     causal: see the module's conventions.
   """
   if config.model.kind == "encoder_decoder":

@@ -75,7 +75,7 @@ def baselines(
     dataset: its train split gives the unigram frequencies.
     split: the split the loss was measured on.
     batch_size: as in the evaluation; only matters with a limit.
-    limit: as in the evaluation; 0 is all.
+    limit: as in the evaluation; 0 means all.
     progress: called with the number of bytes that xz, the slow part, has compressed.
   """
   text = covered_bytes(dataset, split, batch_size, limit)

@@ -36,7 +36,7 @@ def cache_root(cache_dir: str) -> Path:
   A read-only directory works as long as everything requested is in it.
 
   Args:
-    cache_dir: `config.data.cache_dir`; empty is $MOEJAX_CACHE, else ~/.cache/moejax.
+    cache_dir: `config.data.cache_dir`; empty means $MOEJAX_CACHE, else ~/.cache/moejax.
 
   Raises:
     ConfigError: the directory cannot be created.

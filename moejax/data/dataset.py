@@ -218,7 +218,7 @@ class Dataset:
     Args:
       split: train, validation or test.
       batch_size: global, as in `train_batches`.
-      limit: maximum number of batches; 0 is all.
+      limit: maximum number of batches; 0 means all.
       process_index: whose rows, as in `train_batches`.
       process_count: number of processes.
       rows: explicit rows instead.
@@ -262,7 +262,7 @@ def load(
   Args:
     config: what to read.
     workdir: a run's directory. A run that has begun (it has a config.json) keeps the
-      tokenizer stored there, whatever text is read; otherwise the tokenizer is
+      tokenizer stored there, for any text that is read; otherwise the tokenizer is
       stored there. None stores it in the cache only.
     like: directory of another run, whose tokenizer a new run adopts, since the
       parameters that it adopts fit no other.

@@ -15,7 +15,7 @@ def power_of_two(size: int, least: int) -> int:
 def prompt_size(longest: int) -> tuple[int, int]:
   """Returns the padded length of prompts, and the length of the chunks they are read in.
 
-  One token is a bucket of its own: an encoder-decoder starts with it.
+  One token is a separate bucket, with which an encoder-decoder starts.
   """
   if longest <= CHUNK:
     size = power_of_two(longest, LEAST) if longest > 1 else 1

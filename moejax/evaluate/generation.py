@@ -89,9 +89,9 @@ def generate(
     prompts: texts; each follows a separator and may be empty.
     max_length: longest row in tokens, including the prompt; see `context_length`.
     max_tokens: maximum tokens to generate per sample.
-    temperature: 0 is greedy.
-    top_k: 0 is off.
-    top_p: 1 is off.
+    temperature: 0 means greedy.
+    top_k: 0 means off.
+    top_p: 1 means off.
     seed: of the random numbers.
     num_samples: samples per prompt.
 

@@ -36,7 +36,7 @@ class LoadedRun:
   params: Params
   """Parameters, on the first local device."""
   tokenizer: Tokenizer | None
-  """None if the directory has none."""
+  """The run's tokenizer; None if the directory has none."""
   step: int
   """Number of optimizer steps taken."""
 
@@ -120,7 +120,7 @@ def load_run(
 
   Args:
     workdir: of a training run.
-    step: which checkpoint; None is the newest intact one.
+    step: which checkpoint; None means the newest intact one.
     dtype: to compute in, instead of the run's `model.dtype`. Parameters stay as stored.
 
   Raises:

@@ -34,7 +34,7 @@ from moejax.types import Params
 DROPLESS = "dropless"
 
 Sums = dict[str, Any]
-"""For one capacity factor: `nll` float64 [R], `stats` RouterStats or None."""
+"""Sums for one capacity factor: `nll` float64 [R], `stats` RouterStats or None."""
 
 
 class EvalBatch(Batch):
@@ -163,9 +163,9 @@ def evaluate(
     split: train, validation or test.
     mesh: of the evaluation.
     batch_size: sequences per step, from `groups.batch_size`.
-    capacity_factors: all evaluated on each batch; None is dropless. A model without
+    capacity_factors: all evaluated on each batch; None means dropless. A model without
       MoE layers is evaluated once.
-    limit: maximum number of batches; 0 is all.
+    limit: maximum number of batches; 0 means all.
     progress: called with the number of tokens evaluated so far.
 
   Returns:

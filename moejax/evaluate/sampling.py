@@ -15,7 +15,7 @@ class Sampling:
   """How to sample a token from logits; arrays, so that new values do not recompile."""
 
   temperature: Float[Array, ""]
-  """Divides the logits; 0 is greedy: the most probable token."""
+  """Divides the logits; 0 means greedy: the most probable token."""
   top_k: Int[Array, ""]
   """Keeps only the k most probable tokens; V or more keeps all."""
   top_p: Float[Array, ""]

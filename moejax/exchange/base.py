@@ -56,7 +56,7 @@ class Lost:
 
 
 class Exchange(Protocol):
-  """One way for tokens to reach their experts and come back."""
+  """One way to send tokens to their experts and back."""
 
   def __call__(
     self,

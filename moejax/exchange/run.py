@@ -5,7 +5,7 @@ width over `tensor`, their model width over `fsdp`. Inside one `jax.shard_map` e
 device gathers its experts' weights over `fsdp` (whose gradient is reduce-scattered),
 exchanges its groups' tokens over `expert`, and sums over `tensor`.
 
-How tokens travel (`--config.moe.exchange`):
+Ways to exchange tokens (`--config.moe.exchange`):
 
   all_to_all  slots [E, C] out and back, with static sizes
   ragged      exactly each expert's sorted rows

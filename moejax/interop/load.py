@@ -78,7 +78,7 @@ class Loader:
     """Reads all parameters.
 
     Args:
-      shardings: tree like the parameters; None is the first local device.
+      shardings: tree like the parameters; None means the first local device.
 
     Raises:
       UserError: a tensor cannot be read or is not finite; names it.

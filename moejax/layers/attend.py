@@ -133,7 +133,7 @@ def attend(
     context: its mask already includes the window.
     window: of this layer, or of the layers that have one, for kernels that build their
       own mask.
-    scale: multiplies the logits; None is 1/sqrt(A).
+    scale: multiplies the logits; None means 1/sqrt(A).
     sinks: a logit per head that takes part in the softmax and has no value.
   """
   uncached = context.index is None
@@ -152,7 +152,7 @@ def attend(
   fused = implementation == "cudnn"
   # jax's unfused form would transpose the whole cache.
   if sinks is None and (fused or (uncached and width == query.shape[-1])):
-    # jax wants values as wide as keys; zeros mix to zeros.
+    # jax requires values as wide as keys; the zeros added here stay zeros in the result.
     missing = query.shape[-1] - width
     if missing:
       value = jnp.pad(value, ((0, 0), (0, 0), (0, 0), (0, missing)))

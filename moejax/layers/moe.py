@@ -41,7 +41,7 @@ WHOLE_BATCH = -1
 
 @pytree
 class MoEAux:
-  """What an MoE layer returns besides its output."""
+  """Losses and statistics that an MoE layer returns with its output."""
 
   losses: dict[str, Float[Array, "*l"]]
   """For each term: sum over groups of (the group's loss * its valid tokens)."""

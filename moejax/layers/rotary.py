@@ -28,7 +28,7 @@ class Rotary:
   theta: float
   interleaved: bool
   frequencies: tuple[float, ...] | None
-  """Radians per position of each pair; None is theta^(-2i/size)."""
+  """Radians per position of each pair; None means theta^(-2i/size)."""
   factor: float
   """Multiplies rotated entries (YaRN's attention temperature)."""
 

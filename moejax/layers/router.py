@@ -1,7 +1,7 @@
 """The router module: owns the router's parameters and calls its routing function.
 
 A router of `moejax.routing` declares its parameters and is a pure function of
-`RouterInputs`. This module handles both, so that a new router needs no module of its own.
+`RouterInputs`. This module handles both, so that a new router needs no other module.
 
 Letters: G routing groups, T tokens of a group, D width, E experts, K choices per
 token, C slots per expert and group.

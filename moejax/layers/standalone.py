@@ -32,7 +32,7 @@ _SET_HERE = ("every", "offset", "dense_prefix", "dense_layers", "dense_twin", "r
 
 @pytree
 class Aux:
-  """What an MoE layer returns besides its output."""
+  """Losses and statistics that an MoE layer returns with its output."""
 
   loss: Float[Array, ""]
   """The weighted sum of the terms, to add to your loss."""

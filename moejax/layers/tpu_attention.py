@@ -48,7 +48,7 @@ def tpu_attention(
     segment_ids: segment of each token; padding is its own segment.
     sinks: a logit per head that takes part in the softmax and has no value.
     window: tokens a query sees, including its own; 0 means all before it.
-    scale: multiplies the logits; None is 1/sqrt(A).
+    scale: multiplies the logits; None means 1/sqrt(A).
     interpret: runs the kernel without a TPU, slowly, for tests.
   """
 

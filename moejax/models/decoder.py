@@ -92,7 +92,7 @@ class Decoder:
 
   @property
   def pattern(self) -> Pattern:
-    """Which layers of the decoder are MoE."""
+    """The decoder's pattern of MoE layers."""
     return self.stack.pattern
 
   @functools.cached_property
@@ -275,7 +275,7 @@ class Decoder:
       positions: within the document; None counts from the row's (or cache's) start.
       key: randomness of this step; required by routers that are random in training.
       train: enables routing noise, and routing groups even if dropless.
-      capacity_factor: overrides the configured one; None is dropless.
+      capacity_factor: overrides the configured one; None means dropless.
       cache: keys and values so far; the output has the extended cache.
       last_only: returns the logits of the last position only, S = 1.
       return_served: whether to return `served`, for analysis.

@@ -2,8 +2,8 @@
 
 An encoder reads the whole input in both directions; a decoder predicts the targets one
 after the other and attends to the encoder's output in each block. Both are stacks of the
-same blocks (`models/stack`), with MoE layers by patterns of their own, and share one
-embedding (or the encoder has one of its own). Parameters are a plain dict:
+same blocks (`models/stack`), each with its own pattern of MoE layers, and share one
+embedding (or the encoder has its own). Parameters are a plain dict:
 
   embedding                     table [V, D], the decoder's final norm [D], head [D, V]
                                 unless tied

@@ -63,7 +63,7 @@ class DecoderOutput:
   Divided by the batch's valid tokens, this is the sum over layers of the term's mean.
   """
   stats: RouterStats | None
-  """With a leading axis of MoE layers in order; None without MoE layers."""
+  """Router statistics, with a leading axis of MoE layers in order; None without any."""
   cache: Cache | None
   served: Bool[Array, "L B S E"] | None = None
   """Which experts computed each token; L counts MoE layers; only on request."""

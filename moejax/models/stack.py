@@ -42,7 +42,7 @@ from moejax.types import Params
 
 
 class LayerPath(NamedTuple):
-  """Where the parameters of a layer are."""
+  """The place of a layer's parameters."""
 
   part: str
   name: str
@@ -110,7 +110,7 @@ class Stack:
 
   @property
   def paths(self) -> tuple[LayerPath, ...]:
-    """Where the parameters of each layer are, in order."""
+    """The place of each layer's parameters, in order."""
     found = []
     for part in PARTS:
       repeats = self.pattern.repeats if part == "unit" else 1

@@ -3,10 +3,10 @@
 next_best: in queue order, each goes to its token's best expert that has room and does
 not already serve the token, if any. This is a serial dictatorship; since all experts
 rank tokens by the same queue, it is also the unique stable matching, and is found in a
-few parallel rounds instead of one step per assignment: each unplaced token asks the best
-expert that has not rejected it, and an expert with more requests than room rejects all
-from the first excess request on. Each round settles at least the expert that fills up
-first, so there are at most E rounds.
+few parallel rounds instead of one step per assignment. In a round, each unplaced token
+requests the best expert that has not rejected it, and an expert with more requests than
+room rejects all from the first excess request on. Each round settles at least the expert
+that fills up first, so there are at most E rounds.
 
 Letters: T tokens of one group, E experts, K choices per token.
 """

@@ -17,7 +17,7 @@ _PACKED_BITS = 31
 """Bits of an int32 without the sign."""
 
 COUNTING_LIMIT = 256
-"""Most experts for which counting pays off: it creates N*E integers."""
+"""Maximum number of experts for which counting pays off: it creates N*E integers."""
 
 
 class Queue(NamedTuple):

@@ -19,7 +19,7 @@ from moejax.storage.paths import RunPath
 from moejax.train.setup import Run
 
 MAX_TOKENS = 4_000_000
-"""Most validation tokens in the final evaluation unless the config asks for more."""
+"""Maximum validation tokens of the final evaluation, unless the config sets more."""
 
 _TRAINED_SHARE = 4
 """Evaluating 1/4 of the tokens costs 1/12 of the training time (forward is 1/3)."""

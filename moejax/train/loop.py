@@ -57,8 +57,8 @@ def train(
     config: validated.
     workdir: directory of config.json, metrics.jsonl, checkpoints and other files.
     init_from: directory of a run whose parameters a new run starts from.
-    devices: jax devices to train on; None is all.
-    stream: where progress is printed; None is standard output.
+    devices: jax devices to train on; None means all.
+    stream: where progress is printed; None means standard output.
     ignore_memory: start even if the run cannot fit into memory; see `cost.memory`.
     config_flags: flags that give another program this config, for a warning.
     emergency: checkpoints on this machine's own disk, between those of `workdir`.

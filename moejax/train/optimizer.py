@@ -42,7 +42,7 @@ class Optimizer:
   transform: optax.GradientTransformation
   schedule: Schedule
   clip_norm: float
-  """Global gradient norm above which gradients are scaled down; 0 is off."""
+  """Global gradient norm above which gradients are scaled down; 0 means off."""
   trained: trained_lib.Mask
   """Mask of the parameters that are trained."""
 

@@ -79,8 +79,8 @@ def set_up(
     config: validated.
     workdir: the run's directory; created if missing.
     init_from: directory of a run whose parameters a new run starts from; ignored when
-      resuming. Empty is `train.init_from`.
-    devices: jax devices; None is all.
+      resuming. Empty means `train.init_from`.
+    devices: jax devices; None means all.
     reporter: reports what is being set up.
     ignore_memory: start even if the run cannot fit into memory.
     emergency: checkpoints on this machine's own disk, between those of `workdir`.

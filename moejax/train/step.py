@@ -296,7 +296,7 @@ def make_eval_step(
   Args:
     model: a decoder.
     mesh: where it runs.
-    capacity_factor: of this evaluation; None is dropless.
+    capacity_factor: of this evaluation; None means dropless.
     token_bytes: see `forward_sums`.
 
   Returns:

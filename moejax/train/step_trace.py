@@ -37,7 +37,7 @@ def window(
   Args:
     config: of the run.
     start: steps done before this process began.
-    emergency_every: steps between emergency checkpoints; 0 is none.
+    emergency_every: steps between emergency checkpoints; 0 means none.
   """
   length = config.trace_steps
   intervals = (config.eval_every, config.checkpoint_every, emergency_every)

@@ -168,7 +168,7 @@ def layer_columns(sample: Sample, index: int, num_experts: int) -> pack.Columns:
   Args:
     sample: of the tokens.
     index: of the MoE layer.
-    num_experts: E, which stands for no expert.
+    num_experts: E, which means "no expert".
   """
   kept = np.packbits(sample.kept[index], axis=1, bitorder="little")
   return {

@@ -1,7 +1,7 @@
 """Local text: the files of a corpus, and the documents in them.
 
 A corpus is a folder (read recursively), or one file. A .jsonl file is one document
-per line, from its text field; any other file is one document, whatever its suffix.
+per line, from its text field; any other file is one document, with any suffix.
 Each may be compressed as .gz, .xz or .zst. Hidden files and folders and __pycache__
 are ignored.
 

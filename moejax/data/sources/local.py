@@ -22,7 +22,7 @@ _FORMAT = 1
 """Incremented when the same text would be prepared differently."""
 
 _MAX_NAMED = 1000
-"""Most skipped documents named in report.json, which counts all of them."""
+"""Maximum skipped documents named in report.json, which counts all of them."""
 
 
 @dataclasses.dataclass(kw_only=True)
