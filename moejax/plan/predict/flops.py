@@ -73,7 +73,7 @@ def _experts(config: Config, load: Load) -> float:
 
 
 def expert_products(config: Config, load: Load) -> int:
-  """Returns a step's number of products with expert matrices: three each, plus repeats."""
+  """Returns how many products with expert matrices a step has, with repeated ones."""
   matrices, remat = load.dims.expert_matrices, config.model.remat
   chunked = config.moe.expert_chunks > 1
   if load.dispatcher == "grouped":
