@@ -97,7 +97,7 @@ class _Caller:
 
 
 class _Host:
-  """Process 0 of a meeting: seats the callers, then sends all of them the verdict."""
+  """Process 0 of a meeting: admits the callers, then sends all of them the verdict."""
 
   def __init__(
     self,
