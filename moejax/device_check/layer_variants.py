@@ -108,7 +108,7 @@ def make_router(
 def make_moe(
   shape: Any, settings: Settings, dispatcher: str, factor: float | None, skew: bool
 ) -> tuple[Any, Callable]:
-  """Parameters and function of the MoE layer."""
+  """Returns the parameters and function of the MoE layer."""
   capacity = capacity_of(shape.T, shape.E, shape.K, factor)
   router, route = make_router(shape, settings, router_of(shape.K), capacity, skew)
   _, name = choose(

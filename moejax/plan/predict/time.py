@@ -40,7 +40,7 @@ class StepTime:
 
   @property
   def bound_by(self) -> str:
-    """Returns the name of what takes longest."""
+    """Name of what takes longest."""
     parts = {"compute": self.compute, "hbm": self.hbm, **self.networks}
     parts["exposed wire"] = self.exposed
     return max(parts, key=lambda name: parts[name])

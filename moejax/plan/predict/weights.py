@@ -49,7 +49,7 @@ class Weight:
 
   @property
   def repeats(self) -> int:
-    """Returns how many layers are stacked in it."""
+    """Number of layers that are stacked in it."""
     return self.shape[0] if self.path.startswith("unit.") else 1
 
 
