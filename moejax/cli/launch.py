@@ -202,7 +202,7 @@ def main() -> int:
 
 
 def _name(config: str, workdir: str) -> str:
-  """Returns the job name of a run, which differs from those of its config's other runs."""
+  """Returns the job name of a run, unlike those of its config's other runs."""
   from moejax.deploy import job as job_lib
 
   # Slurm numbers its jobs; elsewhere a second job of the same name replaces the first.
