@@ -12,7 +12,7 @@ POLL_SECONDS = 0.1
 
 @runtime_checkable
 class Queue(Protocol):
-  """The commands to run; it is notified of what happens to them."""
+  """A queue of commands to run, which is notified of their progress."""
 
   def next(self, running: list[Job]) -> tuple[Job, int] | None:
     """Takes the next command off the queue, with the number of its attempt.

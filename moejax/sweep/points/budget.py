@@ -279,13 +279,13 @@ def ladder(base: Config, flops: float) -> list[Size]:
 
 
 def _rounded_up(flops: float) -> float:
-  """Rounds up to two digits, for a flag that a person copies."""
+  """Rounds upwards to two digits, for a flag that a person copies."""
   unit = 10.0 ** (math.floor(math.log10(flops)) - 1)
   return math.ceil(flops / unit) * unit
 
 
 def _rounded_down(flops: float) -> float:
-  """Rounds down to two digits."""
+  """Rounds downwards to two digits."""
   unit = 10.0 ** (math.floor(math.log10(flops)) - 1)
   return math.floor(flops / unit) * unit
 

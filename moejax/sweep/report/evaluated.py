@@ -12,7 +12,7 @@ from moejax.sweep.report.summary import Setting
 
 
 def names(found: Sequence[Setting]) -> list[str]:
-  """Returns the evaluations other than the runs' own, such as `test@1.25`.
+  """Returns the evaluations that differ from the runs' own loss, such as `test@1.25`.
 
   Args:
     found: settings.

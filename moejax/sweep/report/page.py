@@ -56,7 +56,7 @@ def write(
     title: of the page.
     notes: paragraphs below the title.
     timing: content of timing.json; see `records.read`.
-    axes: the fields that were varied, most important first; found by itself if empty.
+    axes: the fields that were varied, most important first; if empty, they are found.
     states: the scheduler's word for runs that are not done, by directory name.
     variants: names of settings, by directory name.
     base: the config that `train` uses without flags, for the command to copy.

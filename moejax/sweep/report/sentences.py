@@ -214,7 +214,7 @@ def _lower(found: Sequence[Setting], best: Setting) -> str:
 
 
 def _cheaper(found: Sequence[Setting], best: Setting) -> str:
-  """Names the cheapest setting that may be equally good as the best."""
+  """Names the cheapest setting that may be as good as the best."""
   own = best.of(summary.STEP_TIME)
   if own is None or summary.STEP_TIME not in summary.costs(found):
     return ""
