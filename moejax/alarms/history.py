@@ -1,4 +1,4 @@
-"""What alarms a run has raised, read from its log; see `moejax.alarms.watch`."""
+"""The alarms that a run has raised, read from its log; see `moejax.alarms.watch`."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -10,15 +10,15 @@ Span = tuple[int, int | None]
 def spans(lines: Sequence[dict[str, Any]]) -> dict[str, list[Span]] | None:
   """Returns when each alarm was raised, over all starts of a run.
 
-  An alarm that holds over a resume is not counted twice, and is one span: the lines
-  without it are those that the new start needed to raise it anew.
+  An alarm that holds across a resume is counted once and is one span: the lines without
+  it are those that the new start needed to raise it again.
 
   Args:
     lines: of metrics.jsonl.
 
   Returns:
-    By the alarm's name, in the order of the first time; None if no line has alarms,
-    because the model has no MoE layer or all alarms are off.
+    Spans by the alarm's name, in the order in which alarms were first raised; None if no
+    line has alarms, because the model has no MoE layer or all alarms are off.
   """
   watched = [line for line in lines if "alarms_active" in line]
   if not watched:
@@ -42,15 +42,15 @@ def spans(lines: Sequence[dict[str, Any]]) -> dict[str, list[Span]] | None:
 
 
 def _held(new: list[str], found: dict[str, list[Span]], counted: int) -> list[str]:
-  """Returns which alarms of a line were there before a resume: what is not counted.
+  """Returns the alarms of a line that held before a resume, which are not counted again.
 
   Args:
-    new: alarms of the line that the one before has not.
+    new: alarms of the line that the line before does not have.
     found: spans so far.
-    counted: how many of them were counted as raised.
+    counted: how many of the new alarms were counted as raised.
   """
   earlier = [name for name in new if found.get(name)]
-  # All that were there at the resume ended in the first line after it, the last to end.
+  # Alarms that held at the resume ended in the first line after it, so they ended last.
   earlier.sort(key=lambda name: -(found[name][-1][1] or 0))
   return earlier[: max(len(new) - counted, 0)]
 

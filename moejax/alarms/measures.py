@@ -1,4 +1,4 @@
-"""What alarms look at: numbers per MoE layer, from the sums that a step returns.
+"""The numbers that alarms check, per MoE layer, from the sums that a step returns.
 
 Pure, on the host. A number is NaN where it means nothing, and NaN raises no alarm.
 
@@ -19,7 +19,7 @@ Numbers = dict[str, Float[np.ndarray, "L"]]
 
 
 def router_numbers(stats: RouterStats, health: Any, routers: Sequence[Router]) -> Numbers:
-  """Returns what a log line says of each router's health, beside load and entropy.
+  """Returns a log line's numbers on each router's health, besides load and entropy.
 
   Args:
     stats: of a training step, summed over its batch.
@@ -37,7 +37,7 @@ def router_numbers(stats: RouterStats, health: Any, routers: Sequence[Router]) -
   """
   assert stats.top_gate is not None and stats.top_logit is not None
   learned = np.asarray([router.learned for router in routers])
-  # Soft routing has logits of its own, per slot.
+  # The logits of soft routing are per slot.
   scored = learned & ~np.asarray([router.mixes for router in routers])
   valid = np.asarray(stats.num_valid, np.float64)
   gradient = np.asarray(health.gradient, np.float64)
@@ -68,8 +68,8 @@ def alarm_numbers(
     routers: of each MoE layer.
     aux: aux terms as they enter the loss: weighted, per token.
     loss: cross-entropy, nats per token.
-    unavoidable: fraction of the assignments that no balance would find slots for; below
-      1.
+    unavoidable: fraction of the assignments without a slot even at perfect balance; less
+      than 1.
 
   Returns:
     Arrays [L], for `max_aux_share` [1]; `max_dead_steps` is left to `Deaths`.
@@ -91,7 +91,8 @@ def alarm_numbers(
     "max_logit": numbers["top_logit"],
     "max_gate": np.where(several, numbers["top_gate"], math.nan),
     "max_bias_span": numbers.get("bias_span", unknown),
-    # Of what slots could hold, so that one expert with all is near 1 at any capacity.
+    # Relative to what slots could hold, so that one expert with all assignments is near 1
+    # at any capacity.
     "max_drops": (_ratio(dropped, total) - unavoidable) / (1.0 - unavoidable),
     "max_aux_share": _ratio(np.asarray([largest]), np.asarray([loss])),
     "min_gradient": numbers["router_gradient"],
@@ -100,7 +101,7 @@ def alarm_numbers(
 
 
 def present_experts(stats: RouterStats) -> Bool[np.ndarray, "L E"]:
-  """Returns the experts that took part in the step: all without expert dropout."""
+  """Returns the experts that took part in the step: all, unless some were dropped out."""
   if stats.present is None:
     return np.ones(np.shape(stats.chosen), bool)
   return np.asarray(stats.present) > 0
@@ -109,28 +110,28 @@ def present_experts(stats: RouterStats) -> Bool[np.ndarray, "L E"]:
 def _entropy(chosen: Float[np.ndarray, "L E"]) -> Float[np.ndarray, "L"]:
   """Returns the entropy of each layer's load over its experts, in nats."""
   share = chosen / np.maximum(chosen.sum(axis=-1, keepdims=True), 1e-30)
-  # Not minus zero where one expert has all.
+  # Avoids minus zero if one expert has all tokens.
   return np.sum(share * -np.log(np.where(share > 0, share, 1.0)), axis=-1) + 0.0
 
 
 def _ratio(
   above: np.ndarray, below: np.ndarray, counts: Any = True
 ) -> Float[np.ndarray, "L"]:
-  """Returns above / below, NaN where `counts` is False or there is nothing below."""
+  """Returns above / below, NaN where `counts` is False or `below` is zero."""
   where = np.broadcast_to(counts, above.shape) & (below > 0)
   return np.divide(above, below, out=np.full(above.shape, math.nan), where=where)
 
 
 class Deaths:
-  """For how many steps each expert has been chosen by no token, from step to step."""
+  """Counts for how many steps each expert has been chosen by no token."""
 
   def __init__(self):
     self._since: Float[np.ndarray, "L E"] | None = None
 
   def __call__(self, step: int, stats: RouterStats) -> Float[np.ndarray, "L"]:
-    """Returns the longest death of each layer's experts, in steps.
+    """Returns the most steps that an expert of each layer has been dead.
 
-    It counts from the first logged step without a token; an expert left out of a step
+    Counts from the first logged step without a token. An expert left out of a step
     (expert dropout) neither dies nor comes back in it.
     """
     chosen = np.asarray(stats.chosen) > 0
@@ -138,7 +139,7 @@ class Deaths:
       self._since = np.full(chosen.shape, math.nan)
     self._since[chosen] = math.nan
     new = ~chosen & present_experts(stats) & np.isnan(self._since)
-    # A batch without tokens says nothing.
+    # A batch without tokens does not count.
     new &= np.asarray(stats.num_valid)[:, None] > 0
     self._since[new] = step
     return np.max(step - np.where(np.isnan(self._since), step, self._since), axis=-1)

@@ -1,8 +1,8 @@
-"""The alarms of a router: one line each says what is wrong, and one what to do.
+"""The alarms of a router, each with a line on what is wrong and one on what to do.
 
 An alarm has the name of the config field that holds its threshold
-(`--config.alarms.NAME`): below it for `max_`, above it for `min_`, a router is well.
-docs/alarms.md has the table, with when each alarm misleads.
+(`--config.alarms.NAME`): a router is healthy below it for `max_`, above it for `min_`.
+docs/alarms.md has the table, and explains when each alarm misleads.
 """
 
 import dataclasses
@@ -23,9 +23,9 @@ class Rule:
   remedy: Callable[[MoEConfig, Router], str]
   """What to do about it, naming flags and their values."""
   of_layers: bool = True
-  """Whether each MoE layer has a number of its own, or the model one."""
+  """Whether each MoE layer has its own number, or the whole model has one."""
   own_patience: bool = False
-  """Whether the number itself counts steps, so that it needs no patience."""
+  """Whether the number itself counts steps, so that no patience is needed."""
 
   @property
   def is_floor(self) -> bool:
@@ -37,7 +37,7 @@ class Rule:
     return value < threshold if self.is_floor else value > threshold
 
   def is_good(self, value: float, threshold: float, release: float) -> bool:
-    """Returns whether a number is so far inside that the alarm ends; NaN never is."""
+    """Returns whether a number is far enough inside to end the alarm; NaN never is."""
     if self.is_floor:
       return value > threshold / release
     return value < threshold * release

@@ -1,9 +1,9 @@
 """Raises and clears alarms, logged step by logged step.
 
 An alarm is raised when the worst layer was beyond the threshold in `patience` logged
-steps in a row, and cleared once it is well inside. Every process decides the same, from
+steps in a row, and cleared once it is well inside. All processes decide the same, from
 the same numbers; only the first one prints. The state is not saved: a run that resumes
-raises an alarm that still holds anew, after `patience` logged steps.
+raises an alarm that still holds again, after `patience` logged steps.
 """
 
 import dataclasses
@@ -28,7 +28,7 @@ class _State:
   active: bool = False
   value: float = math.nan
   layer: int | None = None
-  """Of the model, of the worst MoE layer; None for a number of the whole model."""
+  """Index in the model of the worst MoE layer; None for a number of the whole model."""
 
 
 class Watch:
@@ -51,9 +51,9 @@ class Watch:
     self._counted: set[str] = set()
 
   def go_on(self, line: Mapping[str, Any]) -> None:
-    """Counts on from the last logged line of the run's earlier starts.
+    """Continues the count from the last logged line of the run's earlier starts.
 
-    An alarm raised there is raised anew if it still holds, and not counted again.
+    An alarm raised there is raised again if it still holds, but not counted again.
 
     Args:
       line: of metrics.jsonl.
@@ -63,7 +63,7 @@ class Watch:
 
   @property
   def active(self) -> dict[str, dict[str, Any]]:
-    """The alarms that are raised: their number, and the layer it is from."""
+    """The raised alarms: the number of each, and the layer that it is from."""
     return {
       name: {"value": float(f"{state.value:.5g}"), "layer": state.layer}
       for name, state in self._states.items()
@@ -79,7 +79,7 @@ class Watch:
     aux: dict[str, float],
     loss: float,
   ) -> list[str]:
-    """Takes one logged step; returns a line for each alarm raised or cleared by it.
+    """Takes a logged step; returns a line for each alarm that it raises or clears.
 
     Args:
       step: number of steps done.
@@ -100,7 +100,7 @@ class Watch:
     return self.take(step, found)
 
   def take(self, step: int, found: Numbers) -> list[str]:
-    """Takes the numbers of one logged step by alarm; see `update`."""
+    """Takes the numbers of one logged step, by alarm; see `update`."""
     lines = []
     for rule in RULES:
       if rule.name in self._limits:
@@ -145,7 +145,7 @@ class Watch:
 
 
 def unavoidable_drops(config: Config) -> float:
-  """Returns the fraction of the assignments that finds no slot at perfect balance."""
+  """Returns the fraction of the assignments without a slot even at perfect balance."""
   moe = config.moe
   factor = moe.capacity_factor
   if factor is None:

@@ -1,4 +1,4 @@
-"""The passes of an analysis over the text, in order; each process of a job runs all."""
+"""The passes of an analysis over the text, in order; every process runs all of them."""
 
 import contextlib
 import dataclasses
@@ -40,7 +40,7 @@ REPLAY_FILE = "replay.json"
 
 
 def analyze(request: restored.Request, asked: restored.Asked) -> None:
-  """Runs what is asked for and writes the results."""
+  """Runs the requested passes and writes the results."""
   settings = replay.settings(asked.replay) if asked.replay else []
 
   def prepare(run: restored.Run) -> restored.Run:
@@ -71,7 +71,7 @@ def analyze(request: restored.Request, asked: restored.Asked) -> None:
 
 
 def _check(run: restored.Run, asked: restored.Asked, settings: list[Any]) -> None:
-  """Rejects, before anything is compiled, what would fail later."""
+  """Rejects, before anything is compiled, a request that would fail later."""
   model = run.model
   if run.config.model.kind == "encoder_decoder":
     _check_encoder(asked, len(run.steps))
@@ -104,7 +104,7 @@ def _check(run: restored.Run, asked: restored.Asked, settings: list[Any]) -> Non
 
 
 def _check_encoder(asked: restored.Asked, num_steps: int) -> None:
-  """Rejects what is measured for decoder-only models alone."""
+  """Rejects measurements that are only made for decoder-only models."""
   given = {
     "replay": asked.replay,
     "knockout": asked.knockout,
@@ -132,7 +132,7 @@ def _with_whole_groups(run: restored.Run, settings: list[Any]) -> restored.Run:
 def _collected(
   run: restored.Run, asked: restored.Asked, settings: list[Any]
 ) -> tuple[dict[str, Any], replay.Replay | None, Sample | None]:
-  """Returns facts and measures of one pass, which a trace and a replay see too."""
+  """Returns facts and measures from one pass, which a trace and a replay share."""
   words = collect.vocabulary(run.token_counts())
   if run.config.model.kind == "encoder_decoder":
     return run.facts | _both_stacks(run, words, asked.limit), None, None
@@ -173,7 +173,7 @@ def _both_stacks(
   domains, pieces = list(run.dataset.domains), run.dataset.tokenizer.pieces
   found = {}
   for side in sides.sides(run.model):
-    # An encoder reads more tokens than the targets that are counted: it is done earlier.
+    # An encoder reads more tokens than the counted targets, so it finishes earlier.
     with _watched(run, f"routes of the {side.name}", limit) as progress:
       sums = collect.collect(
         words=words, limit=limit, side=side, progress=progress, **run.arguments()
@@ -205,7 +205,7 @@ def _seen_by(replayer: replay.Replay, run: restored.Run) -> collect.Visit:
 def _recording(
   run: restored.Run, path: pathlib.Path, what: str
 ) -> Iterator[collect.Visit]:
-  """Writes a trace: all processes gather, the first one writes."""
+  """Writes a trace: all processes gather data, and the first one writes it."""
   gather = jax.jit(lambda tree: tree, out_shardings=rules.replicated(run.mesh))
   meta = _trace_meta(run)
   if not run.tells:
@@ -262,7 +262,7 @@ def _from_trace(run: restored.Run, asked: restored.Asked, settings: list[Any]) -
 
 
 def _merge(found: dict[str, Any], probed: dict[str, Any]) -> None:
-  """Adds what the probe says of each layer to that layer."""
+  """Adds the probe's results for each layer to that layer."""
   for layer, more in zip(found["layers"], probed["layers"], strict=True):
     layer["experts"] = {k: v for k, v in more.items() if k != "layer"}
   found["super_experts"] = probed["super_experts"]
@@ -271,7 +271,7 @@ def _merge(found: dict[str, Any], probed: dict[str, Any]) -> None:
 def _saturation(
   run: restored.Run, request: restored.Request, limit: int
 ) -> list[dict[str, Any]]:
-  """Returns the agreement of each earlier checkpoint with the analyzed one."""
+  """Returns how far each earlier checkpoint agrees with the analyzed one."""
   step = saturation.make_step(run.model, run.mesh)
   shardings = param_shardings(run.model, run.mesh)
   rows = []
@@ -291,7 +291,7 @@ def _saturation(
 def _confirmed(
   run: restored.Run, asked: restored.Asked, replayed: list[dict[str, Any]]
 ) -> list[dict[str, Any]]:
-  """Adds real evaluations of the first settings."""
+  """Adds real evaluations of the first replayed settings."""
   what = run.arguments()
   del what["model"]
   for entry in replayed[: asked.confirm]:
@@ -317,7 +317,7 @@ def _knockout(run: restored.Run, asked: restored.Asked) -> dict[str, Any]:
 
 
 def _covered(run: restored.Run, limit: int) -> int:
-  """Returns the number of tokens that are read: of an encoder-decoder, targets."""
+  """Returns the number of tokens that are read; for an encoder-decoder, of targets."""
   total = run.dataset.num_tokens(run.split)
   length = target_length(run.config.data)
   return min(limit * run.batch_size * length or total, total)

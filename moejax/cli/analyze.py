@@ -162,7 +162,7 @@ def _facts(asked: Asked) -> dict[str, Any]:
 
 
 def _asked(workdir: RunPath) -> Asked:
-  """Returns what is asked for.
+  """Returns the requested passes.
 
   Raises:
     UserError: flags that contradict each other, or an invalid value.
@@ -208,7 +208,7 @@ def _refuse_alone(given: bool, needed: str, names: list[str]) -> None:
 
 
 def _values() -> dict[str, list[Any]]:
-  """Returns the values of each option that is given, in order and without doubles."""
+  """Returns the values of each given option, in order and without duplicates."""
   found = {}
   for name, flag in _VALUES.items():
     if flag.value is None:
@@ -224,7 +224,7 @@ def _values() -> dict[str, list[Any]]:
 
 
 def _value(name: str, word: str) -> Any:
-  """Returns the value of a field of `config.moe`, by the name of its flag here."""
+  """Parses the value of a field of `config.moe`, given the name of its flag here."""
   field = f"moe.{name}"
   try:
     return config_text.parse_value(field, word)

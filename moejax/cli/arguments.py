@@ -13,7 +13,7 @@ _MOST = 1_000_000
 
 
 def at_least(low: float) -> Callable[[str], Any]:
-  """What argparse calls with a number's text; the number is of the type of `low`."""
+  """Returns a parser of numbers for argparse; numbers have the type of `low`."""
 
   def number(text: str) -> Any:
     value = type(low)(text)
@@ -28,7 +28,7 @@ def at_least(low: float) -> Callable[[str], Any]:
 def split_names(
   parser: argparse.ArgumentParser, args: argparse.Namespace, **known: Collection[str]
 ) -> None:
-  """Makes lists of arguments like A,B, in place; a name that is not known is an error."""
+  """Splits arguments like A,B into lists, in place; an unknown name is an error."""
   for argument, names in known.items():
     values = [v for v in getattr(args, argument).split(",") if v]
     if unknown := set(values) - set(names):
@@ -45,8 +45,8 @@ def writable_file(file: pathlib.Path, flag: str) -> pathlib.Path:
     flag: the flag that named it, such as --json.
 
   Raises:
-    UserError: it is a directory or a device, or its directory is missing, a file, or not
-      permitted.
+    UserError: it is a directory or a device, or its directory is missing, is a file, or
+      may not be written to.
   """
   if file.is_dir():
     raise UserError(f"{flag}={file} is a directory. Give a file, such as one in it.")
@@ -56,7 +56,7 @@ def writable_file(file: pathlib.Path, flag: str) -> pathlib.Path:
     missing = "is a file" if file.parent.exists() else "does not exist. Make it first"
     raise UserError(f"{flag}={file}: the directory {file.parent} {missing}.")
   try:
-    # A file is replaced by a new one beside it.
+    # A file is replaced by a new one in the same directory.
     with tempfile.TemporaryFile(dir=file.parent):
       pass
   except OSError as error:
@@ -69,14 +69,14 @@ def writable_file(file: pathlib.Path, flag: str) -> pathlib.Path:
 def writable(directory: pathlib.Path, flag: str = "--out") -> pathlib.Path:
   """Refuses, before anything runs, an --out that cannot be made or written.
 
-  Nothing is left behind: what is missing is tried in the first directory that is there.
+  Nothing is left behind: a missing directory is tried in its first existing parent.
 
   Args:
     directory: need not exist.
-    flag: that names it, or a file in it.
+    flag: the flag that names it, or a file in it.
 
   Raises:
-    UserError: it is a file, or below one, or not permitted.
+    UserError: it is a file, is below one, or may not be written to.
   """
   try:
     there = directory

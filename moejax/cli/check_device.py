@@ -41,7 +41,7 @@ GROUPS = (
   "speed",
 )
 LONGEST = 120.0
-"""Seconds that one check may take: compiling a large layer takes a minute."""
+"""Most seconds that one check may take: compiling a large layer takes a minute."""
 _COLOURS = {OK: "green", FAILED: "bold red", NOT_RUN: "dim"}
 
 
@@ -70,11 +70,11 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 def set_environment() -> None:
-  """What must be known before a worker starts jax: the CPU beside the device."""
+  """Sets the variables that jax reads in a worker: also use the CPU, and share memory."""
   platforms = os.environ.get("JAX_PLATFORMS", "")
   if platforms and "cpu" not in platforms.split(","):
     os.environ["JAX_PLATFORMS"] = f"{platforms},cpu"
-  # torch wants some of the memory that jax would take when it starts.
+  # torch needs some of the memory that jax would take when it starts.
   os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
 
 
@@ -102,7 +102,7 @@ def table_of(rows: Sequence[Row]) -> Table:
 
 
 def write(path: str, rows: Sequence[Row], args: argparse.Namespace, begun: float) -> None:
-  """The rows as JSON; a reader never sees half a file."""
+  """Writes the rows as JSON, atomically."""
   content = {
     "begun": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(begun)),
     "seconds": round(time.time() - begun, 1),
@@ -116,7 +116,7 @@ def write(path: str, rows: Sequence[Row], args: argparse.Namespace, begun: float
 def main(argv: Sequence[str] | None = None) -> int:
   args = parse(argv)
   set_environment()
-  # Only now: jax reads the environment when it is imported.
+  # Imported only now, since jax reads the environment on import.
   from moejax.device_check.catalogue import make_checks
   from moejax.device_check.checks import Options
 

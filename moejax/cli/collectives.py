@@ -27,10 +27,10 @@ _TABLE_WIDTH = 150
 
 
 def compile_step(config: Config, devices: int) -> tuple[str, tuple[int, ...]]:
-  """The optimised program of a train step, and the sizes of the mesh's axes.
+  """Returns the optimised program of a train step, and the sizes of the mesh's axes.
 
   Raises:
-    ConfigError: the config does not fit on so many devices.
+    ConfigError: the config does not fit this number of devices.
   """
   import jax
 

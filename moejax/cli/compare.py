@@ -67,13 +67,13 @@ def _parser() -> cli.Parser:
 
 
 def find(given: Sequence[str]) -> list[pathlib.Path]:
-  """Returns the runs' directories; a sweep's stands for the runs below it.
+  """Returns the runs' directories; a sweep's directory is replaced by its runs.
 
   Args:
-    given: from the command line.
+    given: directories from the command line.
 
   Raises:
-    UserError: there is no run in one of them, or one is given twice.
+    UserError: one of them has no run, or is given twice.
   """
   found: list[pathlib.Path] = []
   for word in given:
@@ -96,7 +96,7 @@ def find(given: Sequence[str]) -> list[pathlib.Path]:
 
 
 def _variants(given: Sequence[str]) -> dict[str, str]:
-  """Returns the names that sweeps among the arguments gave to their settings."""
+  """Returns the names of settings in the sweeps among the arguments."""
   from moejax.sweep.points import stored
 
   found: dict[str, str] = {}

@@ -27,7 +27,7 @@ from moejax.errors import ConfigError, UserError
 
 
 def define_flags() -> None:
-  """Defines what the program takes, besides a config and a run."""
+  """Defines the program's flags, other than those of a config and a run."""
   text = flags.DEFINE_string
   text("from_hf", None, "Folder of a published model, or hf://org/name.")
   text("to_hf", None, "New folder to write a run's model to.")
@@ -119,7 +119,7 @@ def export(
   tokenizer = load_tokenizer(workdir) if (workdir / FILE).exists() else None
   vocab_size = config.model.vocab_size or int(shapes["embedding"]["table"].shape[0])
   if config.model.vocab_multiple > 1 and tokenizer and not config.model.vocab_size:
-    vocab_size = tokenizer.vocab_size  # Further rows are padding.
+    vocab_size = tokenizer.vocab_size  # Additional rows are padding.
   model = groups.make_model(config, vocab_size)
   config.model.vocab_size = vocab_size
   found, _ = exporting.choose(config, architecture)
@@ -146,21 +146,21 @@ def export(
 
 
 def _config(own: Config, allowed: tuple[str, ...] = ()) -> Config:
-  """Returns the config of the command line, which describes the same model.
+  """Returns the config of the command line, which must describe the same model.
 
   Args:
-    own: of the model.
+    own: config of the model.
     allowed: fields of a model that may change.
 
   Raises:
-    ConfigError: another model.
+    ConfigError: it describes another model.
   """
   from moejax.interop import canonical
 
   try:
     config = cli.get_config(base=own)
   except ConfigError:
-    # How another model would have to be given does not help.
+    # Errors about how to specify another model would not help.
     asked = cli.get_unchecked_config(base=own)
     _refuse(canonical.changes(own, asked), allowed)
     raise
@@ -181,7 +181,7 @@ def _refuse(changes: list[tuple[str, Any, Any]], allowed: tuple[str, ...]) -> No
 
 
 def _shardings(config: Config, model: Any) -> Any:
-  """Returns the shardings of the mesh that was asked for; None if none was."""
+  """Returns the shardings of the requested mesh; None if none was requested."""
   if not any(name.startswith("mesh.") for name in cli.overrides()):
     return None
   from moejax.models.placement import param_shardings
@@ -215,7 +215,7 @@ def run() -> None:
   """Runs the program."""
   cli.define_config(default=None)
   define_flags()
-  # hf:// is no bucket's, and `published` refuses the others.
+  # hf:// is not a bucket, and `published` refuses the others.
   cli.run(main, buckets=("from_hf",))
 
 

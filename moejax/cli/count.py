@@ -44,7 +44,7 @@ _TABLE_WIDTH = 160
 
 
 def count(config: Config, *, causal: bool = False) -> dict[str, Any]:
-  """Returns all numbers the tool prints for a config, without its dense twin."""
+  """Returns all numbers that the tool prints for a config, without its dense twin."""
   vocab_size = plan_parameters.resolve_vocab_size(config)
   total, active = plan_parameters.count_parameters(config, vocab_size)
   training = plan_flops.flops_per_token(config, vocab_size, causal=causal)
@@ -77,7 +77,7 @@ def feed_forward_flops(counted: dict[str, Any]) -> float:
 
 def make_table(moe: dict[str, Any], twin: dict[str, Any]) -> Table:
   table = Table(box=box.SIMPLE_HEAD)
-  # Folded where a terminal is narrow: never a number without its last digits.
+  # Folded on a narrow terminal, so that no number loses its last digits.
   table.add_column("part", overflow="fold")
   headers = ("total", "active", "FLOPs/token", "twin total", "twin FLOPs/token")
   for header in headers:
@@ -103,7 +103,7 @@ def make_table(moe: dict[str, Any], twin: dict[str, Any]) -> Table:
 def main() -> None:
   config = cli.get_config()
   counted = count(config, causal=_CAUSAL.value)
-  # The twin has other parameters, which the selectors need not fit.
+  # The twin has other parameters, which the selectors may not match.
   counted["frozen"] = count_frozen(config).get("total", 0)
   twin = count(plan_parameters.dense_twin(config), causal=_CAUSAL.value)
   if _JSON.value:

@@ -1,8 +1,8 @@
 """Flags that are named after a config field: `--PREFIX.SECTION.FIELD=VALUE`.
 
-Every program with a config takes `--config.`; a program may define further prefixes,
-such as `sweep`, whose texts it parses itself. absl knows flags by fixed names, so these
-words are taken off the command line before absl sees it.
+Every program with a config takes `--config.`; a program may define more prefixes, such as
+`sweep`, and parses their values itself. absl needs fixed flag names, so these words are
+removed from the command line before absl parses it.
 """
 
 import dataclasses
@@ -14,9 +14,9 @@ from moejax.errors import ConfigError
 CONFIG = "config"
 
 _prefixes: dict[str, str] = {}
-"""Further prefixes, and what each does, for --help."""
+"""Additional prefixes, and what each does, for --help."""
 _without: dict[str, frozenset[str]] = {}
-"""Fields that a further prefix does not take, and that are never suggested for it."""
+"""Fields that an additional prefix does not take, so they are never suggested for it."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -24,7 +24,7 @@ class Given:
   """One flag of the command line."""
 
   prefix: str
-  """Such as `config`."""
+  """Prefix, such as `config`."""
   name: str
   """Dotted name of an existing field or, unchecked, of an option of a router."""
   text: str
@@ -36,14 +36,14 @@ def define_prefix(prefix: str, text: str, without: Collection[str] = ()) -> None
   Args:
     prefix: without a dot.
     text: what such a flag does, for --help.
-    without: fields that are not suggested for a misspelt one; the program rejects them.
+    without: fields not to suggest for a misspelt one, since the program rejects them.
   """
   _prefixes[prefix] = text
   _without[prefix] = frozenset(without)
 
 
 def prefixes() -> dict[str, str]:
-  """Returns the further prefixes that were defined, each with its text."""
+  """Returns the additional prefixes that were defined, each with its text."""
   return dict(_prefixes)
 
 
@@ -59,10 +59,10 @@ def split(argv: list[str]) -> tuple[list[str], list[Given]]:
   Flags of other prefixes need a value: `--sweep.a.b=v` or `--sweep.a.b v`.
 
   Returns:
-    The other words, and the flags in the order of the line.
+    The other words, and the flags in command-line order.
 
   Raises:
-    ConfigError: no such field (names the nearest flag), or no value.
+    ConfigError: no such field (the message names the nearest flag), or no value.
   """
   rest, found = [], []
   words = iter(argv)
@@ -93,7 +93,7 @@ def split(argv: list[str]) -> tuple[list[str], list[Given]]:
 
 
 def _take_apart(word: str, known: Collection[str]) -> tuple[str, str, bool]:
-  """Returns the prefix of a flag (empty if none), its dotted name, and if it has `no`."""
+  """Returns a flag's prefix (empty if none), dotted name, and whether it has `no`."""
   if not word.startswith("-"):
     return "", word, False
   plain = word.lstrip("-")

@@ -108,7 +108,7 @@ def main() -> None:
   if _TASKS.value:
     from moejax.cli import harness
 
-    # The harness takes a run by the name of its directory.
+    # The harness identifies a run by the name of its directory.
     workdir, output = cli.run_directory(), _local(output, "--tasks")
 
     if cli.overrides():
@@ -229,7 +229,7 @@ def _check(model: Any, dataset: Any, factors: tuple[float | None, ...]) -> None:
 
 
 def _own_factors(model: Any) -> tuple[float | None, ...]:
-  """Returns the capacity factors of an evaluation that asks for none."""
+  """Returns the default capacity factors of an evaluation."""
   from moejax.evaluate import perplexity
 
   return perplexity.own_factors(model.moe, bool(model.moe_layers))
@@ -251,7 +251,7 @@ def _batch_size(config: Any, mesh: Any, factors: Any, tells: bool) -> int:
 
 @contextlib.contextmanager
 def _watched(what: dict[str, Any], tells: bool) -> Iterator[Callable[[int], None]]:
-  """Shows a progress bar of the tokens evaluated, on stderr, away from the tables."""
+  """Shows a progress bar of evaluated tokens, on stderr, away from the tables."""
   from moejax.config.spans import target_length
   from moejax.run.progress import make_reporter, watched
 
@@ -316,7 +316,7 @@ def _analyse_routing(
 
 
 def _local(output: RunPath, flag: str) -> pathlib.Path:
-  """Refuses to write what a flag asks for to a bucket."""
+  """Returns a local directory; refuses a bucket for the output of a flag."""
   if not isinstance(output, pathlib.Path):
     raise UserError(f"{flag}: its files are not written to {output}. Give --output=DIR.")
   return output
@@ -325,7 +325,7 @@ def _local(output: RunPath, flag: str) -> pathlib.Path:
 def _writable(directory: RunPath) -> RunPath:
   """Rejects a directory that is not writable, before the evaluation starts."""
   if in_bucket(directory):
-    # Where its own run wrote; a bucket says no more before the file is there.
+    # The run itself wrote there; a bucket shows no more before the file is written.
     return directory
   if not directory.is_dir() or not os.access(directory, os.W_OK):
     raise UserError(

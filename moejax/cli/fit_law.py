@@ -35,7 +35,7 @@ COLUMNS: Mapping[str, Mapping[str, str]] = {
   "abnar": {"N": "N_total", "D": "tokens", "S": "sparsity"},
   "ludziejewski": {"N": "N_active", "D": "tokens", "E": "num_experts"},
 }
-"""Column of each letter, per law. `Ling` predicts no loss and is left out."""
+"""Column of each letter, by law. `Ling` predicts no loss and is left out."""
 
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:
@@ -151,7 +151,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def as_json(fitted: Any) -> dict[str, Any]:
-  """Returns a fit without its draws, in types of JSON; nan becomes null."""
+  """Returns a fit without its draws, as JSON values; nan becomes null."""
   return {
     "law": type(fitted.law).__name__,
     "constants": fitted.law.constants,

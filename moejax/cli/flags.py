@@ -2,8 +2,8 @@
 
 A program defines its own absl flags, calls `define_config()`, and ends with
 `cli.run(main)`. `--config.SECTION.FIELD=VALUE` overrides one field of the config
-and may appear anywhere on the line; a program may also apply the overrides to a
-config of its own, such as the one stored in a run's directory.
+and may appear anywhere on the line; a program may also apply the overrides to another
+config, such as the one stored in a run's directory.
 
 Nothing here imports jax, so a program that imports heavy modules inside `main` rejects a
 misspelt flag in a fraction of a second.
@@ -42,13 +42,13 @@ flags.disclaim_key_flags()
 DEFAULT_CONFIG = "configs/default.py"
 _HELP = ("help", "h", "helpshort", "helpfull")
 _NO_NUMBER = {"invalid literal for int()": int, "could not convert string": float}
-"""How Python says that a flag is no number."""
+"""Python's messages for a flag that is not a number."""
 
 _overrides: dict[str, Any] = {}
 """Dotted name to value, from the last parsed command line."""
 
 _given: list[dotted_flags.Given] = []
-"""Flags of other prefixes on it, in its order."""
+"""Flags of other prefixes on that command line, in order."""
 
 
 def define_config(default: str | None = DEFAULT_CONFIG, *, workdir: bool = True) -> None:
@@ -68,7 +68,7 @@ def define_config(default: str | None = DEFAULT_CONFIG, *, workdir: bool = True)
       name, None, listing.LISTS, "Print what there is, and exit."
     ),
   }
-  # Tests import several programs into one process, where redefinition is an error.
+  # Tests import several programs into one process, where redefining is an error.
   for name, make in define.items():
     if name not in flags.FLAGS and (workdir or name != "workdir"):
       make(name)
@@ -99,7 +99,7 @@ def get_config(
 
 
 def get_unchecked_config(base: Config | None = None) -> Config:
-  """As `get_config`, for a config that need not be valid before it is changed further.
+  """Like `get_config`, for a config that need not be valid until it is changed further.
 
   Raises:
     ConfigError: the file cannot be used, or an override is not of its field's type.
@@ -135,7 +135,7 @@ def given_by(config: Config) -> list[str]:
 
 
 def run_directory() -> pathlib.Path:
-  """Returns --workdir of a program that reads a run on a disk; see `run_location`."""
+  """Returns --workdir of a program that reads a run on disk; see `run_location`."""
   found = run_location()
   if not isinstance(found, pathlib.Path):
     refuse_url(found, "--workdir")
@@ -143,7 +143,7 @@ def run_directory() -> pathlib.Path:
 
 
 def run_location() -> RunPath:
-  """Returns --workdir of a program that reads a run, which may be in a bucket.
+  """Returns --workdir of a program that reads a run, possibly in a bucket.
 
   Raises:
     UserError: it is missing or not a directory, or the bucket refuses.
@@ -167,7 +167,7 @@ def overrides() -> dict[str, Any]:
 
 
 def spelled(value: Any) -> str:
-  """Returns a field's value as the command line spells it."""
+  """Returns a field's value as it is written on the command line."""
   return "none" if value is None else str(value)
 
 
@@ -177,7 +177,7 @@ def given() -> list[dotted_flags.Given]:
 
 
 def config_flags() -> str:
-  """Returns flags that give another program the config of this command line."""
+  """Returns flags that pass the config of this command line to another program."""
   file = flags.FLAGS["config"].value if "config" in flags.FLAGS else None
   words = [f"--config={file or DEFAULT_CONFIG}"]
   words += [f"--config.{name}={value}" for name, value in _overrides.items()]
@@ -192,7 +192,7 @@ def load_config(path: str) -> Config:
       .json file is the stored config of a run.
 
   Raises:
-    ConfigError: no such file, or it fails, or it does not return a `Config`.
+    ConfigError: the file is missing, fails, or does not return a `Config`.
   """
   flag, file = f"--config={path}", _find_config(path)
   if file.suffix == ".json":
@@ -232,7 +232,7 @@ def run(main: Callable[[], int | None], buckets: Collection[str] = ()) -> None:
 
   Args:
     main: the program.
-    buckets: flags that may name a folder of a bucket; any other that does is refused.
+    buckets: flags that may name a folder in a bucket; it is refused for other flags.
   """
   app.run(
     lambda _: guard.guarded(functools.partial(_main_or_list, main, buckets)),
@@ -248,7 +248,7 @@ _WRITTEN = frozenset(
     *("compilation_cache", "config.data.cache_dir"),
   )
 )
-"""Flags that name what a program writes; the others name what it reads."""
+"""Flags that name outputs of a program; the others name inputs."""
 
 
 class Parser(argparse.ArgumentParser):
@@ -263,7 +263,7 @@ class Parser(argparse.ArgumentParser):
     )
 
   def parse_args(self, *args: Any, **kwargs: Any) -> Any:
-    """As usual, and refuses bucket URLs, but for the words of another command."""
+    """Parses as usual; refuses bucket URLs, except in the words of another command."""
     found = super().parse_args(*args, **kwargs)
     for name, value in vars(found).items():
       if is_url(value):
@@ -287,7 +287,7 @@ class _OursOrWarning(logging.Filter):
 
 def _main_or_list(main: Callable[[], int | None], buckets: Collection[str]) -> int | None:
   absl_logging.get_absl_handler().addFilter(_OursOrWarning())
-  # absl names the process after argv[0]; Slurm loses processes whose name has a space.
+  # absl names the process after argv[0]; Slurm loses processes with a space in the name.
   name = os.path.basename(sys.argv[0]).replace(" ", "-")
   command_name.set_kernel_process_name(name)
   what = flags.FLAGS["list"].value if "list" in flags.FLAGS else None
@@ -299,18 +299,18 @@ def _main_or_list(main: Callable[[], int | None], buckets: Collection[str]) -> i
 
 
 def _refuse_buckets(allowed: Collection[str]) -> None:
-  """Refuses bucket URLs in all flags and fields but those allowed."""
+  """Refuses bucket URLs in all flags and fields except those allowed."""
   given = {f"config.{name}": value for name, value in _overrides.items()}
   given |= flags.FLAGS.flag_values_dict()
   for name, value in given.items():
-    # A prompt is text, and may be about buckets.
+    # A prompt is text, which may contain a bucket's URL.
     if name not in (*allowed, "prompt") and is_url(value):
       written = name in _WRITTEN or (name == "workdir" and _makes_workdir())
       refuse_url(value, f"--{name}", written=written)
 
 
 def _makes_workdir() -> bool:
-  """Returns whether --workdir is what a sweep or an imported model is written to."""
+  """Returns whether a sweep or an imported model is written to --workdir."""
   given = flags.FLAGS
   return "spec" in given or bool("from_hf" in given and given.from_hf)
 
@@ -326,7 +326,7 @@ def parse(argv: list[str], program: str = "__main__") -> list[str]:
     Only the program name: no program takes positional arguments.
 
   Raises:
-    UserError: an unknown flag or field (names the closest one), or a bad value.
+    UserError: an unknown flag or field (the message names the closest), or a bad value.
   """
   if any(a.lstrip("-") in _HELP and a.startswith("-") for a in argv[1:]):
     print(help.describe(argv[0], program))
@@ -353,7 +353,7 @@ def parse(argv: list[str], program: str = "__main__") -> list[str]:
 
 
 def _plain(error: str) -> str:
-  """Returns an error of absl without the words of Python's int() and float()."""
+  """Returns an absl error without the wording of Python's int() and float()."""
   flag, _, why = error.removeprefix("flag ").partition(": ")
   for start, kind in _NO_NUMBER.items():
     if why.startswith(start):
@@ -362,9 +362,9 @@ def _plain(error: str) -> str:
 
 
 def _add_routers(argv: list[str]) -> None:
-  """Runs the config file if a flag sets an option of a router that is not known yet.
+  """Runs the config file if a flag sets an option of an unknown router.
 
-  A config file may add a router of its own; a misspelt router costs a run of the file.
+  The config file may add that router; a misspelt router costs a run of the file.
   """
   options = [re.match(r"--\w+\.moe\.(\w+)\.", word) for word in argv]
   if all(not found or found[1] in ROUTERS for found in options):

@@ -1,4 +1,4 @@
-"""How a program ends: one line for an error of the user's, 130 for Ctrl-C."""
+"""How a program ends: one line for a user error, 130 for Ctrl-C."""
 
 import _thread
 import os
@@ -20,7 +20,7 @@ _pressed: list[int] = []
 
 
 def guarded(function: Callable[[], _T]) -> _T:
-  """Calls `function`; exits with the code that the error it raises stands for."""
+  """Calls `function`; if it raises an error, exits with the error's code."""
   _listen()
   try:
     return function()

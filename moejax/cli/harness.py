@@ -16,7 +16,7 @@ from moejax import files
 from moejax.errors import UserError
 
 _LONGEST = 100
-"""Letters of the tasks in a file's name."""
+"""Most letters of the tasks in a file's name."""
 
 
 def evaluate(
@@ -41,11 +41,11 @@ def evaluate(
     limit: most documents of each task; None is all.
 
   Raises:
-    UserError: a task is not there or needs the network, the run has no tokenizer, or a
+    UserError: a task is missing or needs the network, the run has no tokenizer, or a
       request does not fit the context.
   """
   _task_files(tasks)
-  # Before the libraries are imported, which read them. A user who wants the network sets
+  # Before the libraries that read them are imported. A user who wants the network sets
   # them to 0.
   os.environ.setdefault("HF_HUB_OFFLINE", "1")
   os.environ.setdefault("HF_DATASETS_OFFLINE", "1")
@@ -74,7 +74,7 @@ def evaluate(
 def _file_name(
   step: int, tasks: str, limit: int | None, truncate: bool = False, digest: str = ""
 ) -> str:
-  """Returns a name without its suffix that says what was asked, so that the results of
+  """Returns a file name without suffix that describes the request, so that the results of
   other tasks and settings stay; see `_digest`."""
   names = "_".join(pathlib.Path(name).stem for name in _names(tasks))
   if len(names) > _LONGEST:
@@ -86,26 +86,26 @@ def _file_name(
 
 
 def _digest(tasks: str, results: Any) -> str:
-  """Returns a digest of tasks and their texts where YAML files describe them; else "".
+  """Returns a digest of tasks and their texts if YAML files describe them; else "".
 
-  Two files may have one stem, and one file may be edited or read other data.
+  Two files may have the same stem, and a file may be edited or read other data.
 
   Args:
     tasks: as given.
-    results: of the harness, with samples.
+    results: results of the harness, with samples.
   """
   if not _task_files(tasks):
     return ""
   hashes = ("doc_hash", "prompt_hash", "target_hash")
   texts = {
-    # Several processes give them in another order.
+    # With several processes, their order differs.
     task: sorted(
       [sample["doc_id"], *(sample[name] for name in hashes)] for sample in found
     )
     for task, found in results["samples"].items()
   }
   text = json.dumps([results["configs"], texts], sort_keys=True, default=str)
-  # Of functions in a task, other processes have other addresses.
+  # The addresses of functions in a task differ between processes.
   text = re.sub(r" at 0x[0-9a-f]+", "", text)
   return hashlib.sha256(text.encode()).hexdigest()[:8]
 
@@ -115,10 +115,10 @@ def _names(tasks: str) -> list[str]:
 
 
 def _task_files(tasks: str) -> list[str]:
-  """Returns those tasks that are YAML files.
+  """Returns the tasks that are YAML files.
 
   Raises:
-    UserError: one is not there.
+    UserError: a file is missing.
   """
   paths = [name for name in _names(tasks) if name.endswith((".yaml", ".yml"))]
   for path in paths:
@@ -128,7 +128,7 @@ def _task_files(tasks: str) -> list[str]:
 
 
 def _load(tasks: str) -> Any:
-  """Returns what the harness makes of the names and files.
+  """Returns the harness's tasks for the names and files.
 
   Raises:
     UserError: see `evaluate`.

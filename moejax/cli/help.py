@@ -1,4 +1,4 @@
-"""What --help prints."""
+"""The text of --help."""
 
 import re
 import sys
@@ -42,8 +42,8 @@ def describe(name: str, program: str) -> str:
 
 
 def as_called_here(text: str) -> str:
-  """Returns a docstring whose commands are those of this process: a clone's, or the
-  wheel's, which has no `experiments` and `tools`."""
+  """Returns a docstring with the commands of this process: a clone's, or those of the
+  wheel, which has no `experiments` and `tools`."""
 
   def called(found: re.Match[str]) -> str:
     name = found[2].replace("_", "-")

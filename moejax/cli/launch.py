@@ -37,7 +37,7 @@ _NOT_READ = {
   "array_parallelism": "it is for sweeps with --executor=slurm",
   "wait": "it is for sweeps with --executor=slurm",
 }
-"""Options of Slurm that no job here reads, and why."""
+"""Slurm options that no job here uses, and why."""
 
 _GKE = ("gke-tpu", "gke-gpu")
 _READ_BY = {
@@ -51,7 +51,7 @@ _READ_BY = {
   "zone": ("tpu-vm",),
   "share": ("tpu-vm",),
 }
-"""Flags that some targets do not read, and those that do."""
+"""Flags that some targets ignore, and the targets that use them."""
 
 _PASSED_ON = (
   "emergency_local_dir",
@@ -63,7 +63,7 @@ _PASSED_ON = (
 
 
 def define_flags() -> None:
-  """Defines what describes the machine; a sweep takes the same flags.
+  """Defines the flags that describe the machine; a sweep takes the same flags.
 
   Those of Slurm are in `slurm_options`. --help of the caller's module lists them if it
   adopts this module's key flags.
@@ -88,7 +88,7 @@ def machine() -> Topology:
   """Returns the machine of --topology and --slices.
 
   Raises:
-    UserError: there is none of that name, or none is given.
+    UserError: the name is unknown, or no machine is given.
   """
   from moejax.deploy import machines
   from moejax.plan import topology
@@ -104,7 +104,7 @@ def make_job(command: list[str], workdir: str, name: str) -> Job:
   """Returns the job of this command line.
 
   Args:
-    command: words, the first is the interpreter.
+    command: words, beginning with the interpreter.
     workdir: of the run.
     name: of the job.
 
@@ -138,7 +138,7 @@ def make_job(command: list[str], workdir: str, name: str) -> Job:
 
 
 def refuse_without_target() -> None:
-  """Refuses what describes the machine of a job, in a program that renders none."""
+  """Refuses flags that describe a job's machine, in a program that renders no job."""
   for name in ("topology", "slices", "name", *_READ_BY):
     if flags.FLAGS[name].present:
       raise UserError(
@@ -180,7 +180,7 @@ def main() -> int:
   disk = launch_places.disk_of(job, given.target)
   config, file = launch_places.config_there(given.config, given.target, disk)
   job = dataclasses.replace(job, command=tuple(_command(config)), config_file=file)
-  text = TARGETS[given.target].render(job)  # Refuses what the target does not have.
+  text = TARGETS[given.target].render(job)  # Refuses what the target does not offer.
   config = cli.get_config()
   print(_summary(job, job_lib.fit(config, job.topology)), file=sys.stderr)
   for note in launch_places.notes(job, config, given.target):
@@ -202,10 +202,10 @@ def main() -> int:
 
 
 def _name(config: str, workdir: str) -> str:
-  """Returns the name of the job of a run, other than those of its config's other runs."""
+  """Returns the job name of a run, unlike those of its config's other runs."""
   from moejax.deploy import job as job_lib
 
-  # Slurm numbers its jobs; elsewhere a second one of a name would replace the first.
+  # Slurm numbers its jobs; elsewhere a second job of the same name replaces the first.
   is_unique = flags.FLAGS.target != "slurm"
   digest = hashlib.sha256(workdir.encode()).hexdigest()[:6] if is_unique else ""
   return job_lib.name_of(f"moejax-{pathlib.Path(config).stem}", digest)
@@ -215,7 +215,7 @@ def _command(config: str) -> list[str]:
   """Returns the words that train this command line's config.
 
   Args:
-    config: value of --config where the job runs.
+    config: value of --config in the place where the job runs.
   """
   from moejax.deploy.gke import CACHE
   from moejax.deploy.job import PYTHON
@@ -245,7 +245,7 @@ def _summary(job: Job, fit: Fit) -> str:
 
 
 def _define_passed_on() -> None:
-  """Defines `_PASSED_ON`; what train would refuse on the machine is refused here."""
+  """Defines `_PASSED_ON`; values that train would refuse later are refused here."""
   text = "Passed on to train: "
   flags.DEFINE_string(
     "emergency_local_dir",

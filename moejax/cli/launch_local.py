@@ -25,7 +25,7 @@ from moejax.cli import flags as cli
 from moejax.launch import secret
 
 GRACE_SECONDS = 60.0
-"""Time the others have to notice that a process is gone."""
+"""Time for the others to notice that a process is gone."""
 _MOST = 1024
 _TAIL = 15
 """Number of lines shown of a failed process's log."""
@@ -58,8 +58,8 @@ def environment(
 
   Args:
     index: of the process.
-    count: of processes.
-    devices: of each process.
+    count: number of processes.
+    devices: number of devices of each process.
     port: of process 0.
     shared: the job's secret; empty keeps the one in this process's environment.
   """
@@ -136,7 +136,7 @@ def _report(failed: tuple[int, int], logs: pathlib.Path) -> None:
   index, code = failed
   how = f"exit code {code}" if code > 0 else f"signal {signal.Signals(-code).name}"
   if -code == signal.SIGKILL:
-    # The kernel says it to nobody but its own log.
+    # The kernel reports this only in its own log.
     how += " (killed from outside; out of memory, if nobody did)"
   print(f"launch_local: process {index} ended with {how}.", file=sys.stderr)
   log = logs / f"process_{index}.log"

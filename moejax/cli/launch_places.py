@@ -1,4 +1,4 @@
-"""What a job's command names on this machine, and whether it is there for the job."""
+"""Checks whether the files that a job's command names here also exist for the job."""
 
 import pathlib
 from collections.abc import Iterator
@@ -9,17 +9,17 @@ from moejax.deploy.job import Job
 from moejax.errors import UserError
 
 _SPOT_SECONDS = 15
-"""That GKE leaves to a pod when a Spot machine goes (the page "Spot VMs" of GKE)."""
+"""Time that GKE gives a pod when a Spot machine is taken (GKE's page "Spot VMs")."""
 
 
 def disk_of(job: Job, target: str) -> str:
-  """Returns where the job has a disk that this machine may share, or nothing."""
+  """Returns the path of the job's disk if this machine may share it; else empty."""
   has_disk = target.startswith("gke") or (target == "tpu-vm" and bool(job.share))
   return job.mount if has_disk and job.needs_disk else ""
 
 
 def config_there(given: str, target: str, disk: str) -> tuple[str, str]:
-  """Returns --config as the job has to be told it, and what the clone must bring.
+  """Returns --config for the job, and the file that must be sent with the clone.
 
   Args:
     given: --config of this command line, which can be read here.
@@ -27,11 +27,11 @@ def config_there(given: str, target: str, disk: str) -> tuple[str, str]:
     disk: see `disk_of`.
 
   Returns:
-    The value of --config there; the file's path in the clone, empty where the machines
+    The value of --config for the job; the file's path in the clone, empty if the machines
     need no such file.
 
   Raises:
-    UserError: a file of this machine, which the job will not find.
+    UserError: the file is only on this machine, so the job will not find it.
   """
   if target == "slurm" or not pathlib.Path(given).is_file():  # Or a shipped name.
     return given, ""
@@ -58,7 +58,7 @@ def config_there(given: str, target: str, disk: str) -> tuple[str, str]:
 
 
 def notes(job: Job, config: Config, target: str) -> Iterator[str]:
-  """Yields a line for each thing that may be another there than it seems here."""
+  """Yields a line for each thing that may differ between here and there."""
   disk, path = disk_of(job, target), config.data.path
   shared = bool(disk) and pathlib.Path(path).is_relative_to(disk)
   if target != "slurm" and path and not shared:

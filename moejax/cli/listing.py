@@ -11,7 +11,7 @@ LISTS = ("configs", "routers", "datasets", "dispatchers")
 def shipped_configs() -> dict[str, pathlib.Path]:
   """Returns the shipped config files by name (path under configs/, no .py), sorted.
 
-  They lie beside moejax in a clone, and inside it where it is installed (see setup.py).
+  They are next to moejax in a clone, and inside it if it is installed (see setup.py).
   """
   package = pathlib.Path(__file__).parents[1]
   places = (package / "shipped_configs", package.parent / "configs")

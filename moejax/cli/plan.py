@@ -68,11 +68,11 @@ def machines(given: Sequence[str], slices: int = 1) -> "list[Topology]":
   """Returns the machines of --topology.
 
   Args:
-    given: such as v5p:4x4x8 and h100:8x8.
-    slices: of each TPU topology.
+    given: names such as v5p:4x4x8 and h100:8x8.
+    slices: number of slices of each TPU topology.
 
   Raises:
-    UserError: none is given, or one is unknown.
+    UserError: no machine is given, or one is unknown.
   """
   from moejax.plan import topology as topology_lib
 
@@ -91,15 +91,16 @@ def machines(given: Sequence[str], slices: int = 1) -> "list[Topology]":
 def prices(
   topologies: "list[Topology]", given: Sequence[str], *, needed: bool
 ) -> dict[str, float]:
-  """Returns dollars of a chip hour by kind of chip.
+  """Returns dollars per chip hour, by kind of chip.
 
   Args:
     topologies: the machines.
-    given: such as v5p:4.2.
+    given: prices such as v5p:4.2.
     needed: whether cost is compared.
 
   Raises:
-    UserError: a price that is none, of no machine, or missing where cost is compared.
+    UserError: a price is invalid, belongs to no machine, or is missing although cost is
+      compared.
   """
   kinds = {topology.kind for topology in topologies}
   found = {}
@@ -126,8 +127,8 @@ def prices(
 
 
 def check_outputs(json_file: str | None, map_file: str | None) -> None:
-  """Rejects, before the search, files that cannot be written and a --map that is no
-  picture."""
+  """Rejects, before the search, files that cannot be written, and a --map of an unknown
+  format."""
   if map_file and pathlib.Path(map_file).suffix not in _MAP_ENDINGS:
     raise ConfigError(f"--map={map_file}: give a file that ends in .png or .html.")
   for flag, path in (("--json", json_file), ("--map", map_file)):
@@ -136,14 +137,14 @@ def check_outputs(json_file: str | None, map_file: str | None) -> None:
 
 
 def commands(config: "Config", candidate: "Candidate") -> tuple[str, str]:
-  """Returns two commands of a plan, with this command line's config and settings.
+  """Returns two commands for a plan, with this command line's config and settings.
 
   Args:
     config: of this command line.
     candidate: of the plan.
 
   Returns:
-    The one that trains it, and the one that makes a job for its machine.
+    The command that trains it, and the one that makes a job for its machine.
   """
   from moejax.cost.chips import CHIPS
   from moejax.plan.candidates import changes
@@ -216,7 +217,7 @@ def main() -> int:
 def _show_commands(
   config: "Config", plans: "list[tuple[int, Plan]]", console: Console
 ) -> None:
-  """Prints how to train plans, and how to do so as a job of a cluster."""
+  """Prints the commands to train plans, also as a job of a cluster."""
   for rank, plan in plans:
     train, _ = commands(config, plan.candidate)
     console.print(f"{rank}. {train}", markup=False, soft_wrap=True)
@@ -230,7 +231,7 @@ def _show_commands(
 
 
 def _confirm(config: Any, plans: list[Any], console: Console) -> list[dict[str, Any]]:
-  """Compiles plans one after the other; prints each as soon as it is known."""
+  """Compiles plans one after another, and prints each result at once."""
   from moejax.plan import confirm
 
   values = []

@@ -87,7 +87,7 @@ def _config(workdir: pathlib.Path | None) -> Config:
   """Returns the config of the run, or of --config.
 
   Raises:
-    ConfigError: both are given and differ in what makes another run.
+    ConfigError: both are given, and they describe different runs.
   """
   if workdir is None:
     return cli.get_config()

@@ -1,7 +1,7 @@
-"""Runs a Python file that describes something: a config, or a sweep.
+"""Runs a Python file that describes a config or a sweep.
 
-A file may import what it likes and fail in any way; the error is one line that names the
-file and the line in it.
+A file may import anything and fail in any way; the error is one line that names the file
+and the line in it.
 """
 
 import contextlib
@@ -27,8 +27,8 @@ def load(
     flag: as given, such as `--config=mine.py`.
     file: an existing file.
     function: name of the function that it must have, without arguments.
-    kind: class of what the function returns.
-    example: where an example is, for the error.
+    kind: class of the object that the function must return.
+    example: path of an example, for the error.
 
   Raises:
     ConfigError: the file fails, or the function does not return a `kind`.
@@ -39,7 +39,7 @@ def load(
     raise ConfigError(f"{flag}: not a Python file (its name must end in .py).")
   _find_configs()
   module = importlib.util.module_from_spec(spec)
-  sys.modules[name] = module  # Where a class finds the file that it comes from.
+  sys.modules[name] = module  # A class looks here for the file that it comes from.
   try:
     spec.loader.exec_module(module)
     make = getattr(module, function, None)
@@ -60,9 +60,9 @@ def load(
 
 
 def _find_configs() -> None:
-  """Makes `from configs import default` work where only the wheel is installed.
+  """Makes `from configs import default` work if only the wheel is installed.
 
-  It ships configs/ as data of moejax, by another name.
+  The wheel ships configs/ as data of moejax, under another name.
   """
   if importlib.util.find_spec("configs") is None:
     with contextlib.suppress(ModuleNotFoundError):
@@ -70,7 +70,7 @@ def _find_configs() -> None:
 
 
 def _public_name(kind: type) -> str:
-  """Returns a class by the name that a file imports: `moejax.config.Config`."""
+  """Returns the public name of a class, as in an import: `moejax.config.Config`."""
   module = kind.__module__.removesuffix(".schema")
   return f"{module}.{kind.__name__}"
 

@@ -1,4 +1,4 @@
-"""A trained run on the devices, with a text to read: what an analysis begins with.
+"""A trained run on the devices, with a text to read: the starting point of an analysis.
 
 Nothing here imports jax before the flags are checked.
 """
@@ -14,39 +14,39 @@ from moejax.run import compilation_cache
 from moejax.storage.paths import RunPath
 
 EXPLORE_TOKENS = 20_000
-"""Of text on the page: with 16 layers, 8 choices and 64 experts it has 8 MB."""
+"""Tokens of text on the page, which has 8 MB with 16 layers, 8 choices, 64 experts."""
 
 ANALYSIS = "analysis"
-"""The directory of results in that of the run."""
+"""Name of the directory of results inside the run's."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Request:
-  """What the command line asks for."""
+  """The request on the command line."""
 
   workdir: RunPath
   steps: str | None
-  """all, or numbers separated by commas; None is the newest."""
+  """all, or numbers separated by commas; None means the newest."""
   split: str
   text: str | None
-  """A file or folder that is read in place of the run's dataset."""
+  """A file or folder that is read instead of the run's dataset."""
   batch_size: int
-  """At least; 0 is a microbatch of training."""
+  """Minimum batch size; 0 means a microbatch of training."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Asked:
-  """Which passes an analysis makes."""
+  """The passes of an analysis, and their options."""
 
   out: pathlib.Path
   steps: str | None = None
   limit: int = 0
-  """Batches; 0 is all."""
+  """Maximum number of batches; 0 means all."""
   replay: dict[str, list[Any]] | None = None
   """Values of each option; None without a replay."""
   confirm: int = 0
   knockout: tuple[int, ...] | None = None
-  """Layers; empty is all of them."""
+  """Layers; empty means all of them."""
   knockout_tokens: str = "next_best"
   knockout_pairs: int = 0
   trace: pathlib.Path | None = None
@@ -68,9 +68,9 @@ class Run:
   split: str
   mesh: Any
   batch_size: int
-  """Whole routing groups on each device."""
+  """Gives each device whole routing groups."""
   steps: tuple[int, ...]
-  """The checkpoints asked for; the parameters are those of the last one."""
+  """The requested checkpoints; the parameters are those of the last one."""
   facts: dict[str, Any]
   """Which run, step and text."""
   tells: bool
@@ -92,7 +92,7 @@ class Run:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Opened:
-  """A run without its parameters, as this command line wants it."""
+  """A run without its parameters, with this command line's changes."""
 
   workdir: RunPath
   config: Any
@@ -100,15 +100,15 @@ class Opened:
   dataset: Any
   mesh: Any
   step: int | None
-  """The checkpoint asked for; None is the newest."""
+  """The requested checkpoint; None means the newest."""
   meta: dict[str, Any]
-  """What the checkpoint says of itself."""
+  """The checkpoint's metadata."""
   changes: list[tuple[str, Any, Any]]
   """Fields that the command line changed: (name, the run's value, this one)."""
 
   @property
   def is_training_dataset(self) -> bool:
-    """Whether the text is that of training.
+    """Whether the text is the one used for training.
 
     Documents are split by content: in a different text, such as another Python version's
     library, a "validation" document may have been trained on.
@@ -116,7 +116,7 @@ class Opened:
     return self.dataset.fingerprint == self.meta.get("dataset_fingerprint")
 
   def params(self) -> tuple[Any, dict[str, Any]]:
-    """Returns the parameters, sharded over the mesh, and what their checkpoint says."""
+    """Returns the parameters, sharded over the mesh, and their checkpoint's metadata."""
     from moejax.checkpoint.manager import restore_params
     from moejax.models.placement import param_shardings
 
@@ -136,12 +136,12 @@ def opened(
 
   Args:
     workdir: of the run.
-    step: of the checkpoint; None is the newest.
-    check: rejects, given model and dataset, what could not be done with them.
-    text: a file or folder that is read in place of the run's dataset.
+    step: of the checkpoint; None means the newest.
+    check: takes the model and dataset; rejects a request that is impossible with them.
+    text: a file or folder that is read instead of the run's dataset.
 
   Raises:
-    UserError: no such checkpoint, no text, or flags that make another model.
+    UserError: no such checkpoint, no text, or flags that describe another model.
   """
   from moejax import data
   from moejax.checkpoint.manager import peek
@@ -201,9 +201,9 @@ def restore(request: Request, prepare: Callable[[Run], Run]) -> Run:
   """Restores a run that can be analyzed; called in every process of a job.
 
   Args:
-    request: what is asked for.
-    prepare: checks what is asked for, before parameters are read (`params` is None), and
-      may change the batch size.
+    request: the request on the command line.
+    prepare: checks the request before parameters are read (`params` is None), and may
+      change the batch size.
 
   Raises:
     UserError: no MoE layer, no text, or no such checkpoint.
@@ -249,10 +249,10 @@ def restore(request: Request, prepare: Callable[[Run], Run]) -> Run:
 
 
 def _steps(request: Request) -> tuple[int, ...]:
-  """Returns the checkpoints asked for, ascending; empty is the newest.
+  """Returns the requested checkpoints, ascending; empty means the newest.
 
   Raises:
-    UserError: no such checkpoint, or no number.
+    UserError: no such checkpoint, or not a number.
   """
   from moejax.checkpoint.params import checkpoint_directory
   from moejax.run.files import list_steps
@@ -277,7 +277,7 @@ def _steps(request: Request) -> tuple[int, ...]:
 
 
 def _over(trained: Any, text: str | None) -> Any:
-  """Returns the run's config, with the text in place of its dataset."""
+  """Returns the run's config, with the text instead of its dataset."""
   if not text:
     return trained
   data = dataclasses.replace(
@@ -303,7 +303,7 @@ def _left_out(config: Any) -> dict[str, Any]:
 
 
 def _check(model: Any, dataset: Any, split: str, request: Request) -> None:
-  """Rejects, before reading parameters, what cannot be analyzed."""
+  """Rejects, before reading parameters, a run that cannot be analyzed."""
   if not model.moe_layers:
     raise UserError(
       f"--workdir={request.workdir}: this model has no MoE layer, so nothing is routed."

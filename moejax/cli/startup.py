@@ -1,6 +1,6 @@
-"""The first line a program prints, within a second of its start.
+"""The first line that a program prints, within a second of its start.
 
-Nothing here imports jax, which takes too long to leave the user without output.
+Nothing here imports jax, since the user should not wait that long without output.
 """
 
 import os
@@ -12,7 +12,7 @@ _INDEX_VARIABLES = (
   "JOB_COMPLETION_INDEX",
   "TPU_WORKER_ID",
 )
-"""Variables in which launchers set the process index; cf. `launch.distributed`."""
+"""Variables that launchers set to the process index; see `launch.distributed`."""
 
 
 def announce(text: str, process_id: int | None = None) -> None:

@@ -39,7 +39,7 @@ _USAGE = """python -m tools.surgery OPERATION --workdir=RUN --output=NEW [--FLAG
 docs/surgery.md says what all operations have in common."""
 
 _chosen: list[str] = []
-"""The operation of this command line."""
+"""The operation on this command line."""
 
 
 def define_flags(name: str) -> None:
@@ -128,7 +128,7 @@ def _new_config(operation: Any, old: Config) -> Config:
   """Returns the validated config of the new run, with the flags of this command line.
 
   Raises:
-    ConfigError: a flag sets what the operation decides or keeps.
+    ConfigError: a flag sets a field that the operation sets or keeps.
   """
   asked = cli.get_unchecked_config(base=old)
   made = operation.new_config(old, asked)
@@ -147,7 +147,7 @@ def _new_config(operation: Any, old: Config) -> Config:
 
 
 def lineage(workdir: pathlib.Path) -> int:
-  """Prints where the experts of a run come from."""
+  """Prints the origin of a run's experts."""
   from moejax.surgery import lineage as lib
   from moejax.surgery.source import open_run
   from moejax.surgery.where import layers_of
@@ -170,10 +170,10 @@ def overview() -> str:
 
 
 def _operation() -> str:
-  """Takes the operation out of the command line.
+  """Removes the operation from the command line, and returns it.
 
   Raises:
-    SystemExit: there is none, or it is unknown.
+    SystemExit: there is no operation, or it is unknown.
   """
   names = [*registry.OPERATIONS, LINEAGE]
   words = sys.argv[1:]

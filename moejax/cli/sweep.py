@@ -40,7 +40,7 @@ from moejax.sweep.points.axes import FIXED
 
 _SPLITS = ("train", "validation", "test")
 _SHOWN = 3
-"""Differences that a message names."""
+"""Number of differences that a message names."""
 
 
 def define_flags() -> None:
@@ -155,7 +155,7 @@ def _workdir() -> pathlib.Path:
 
 
 def _is_described() -> bool:
-  """Returns whether this command line says what to run, not only where."""
+  """Returns whether this command line describes what to run, not only where."""
   given = flags.FLAGS
   words = (given.spec, given.seeds, given.match, given.match_by, given.isoflop)
   return bool(
@@ -171,7 +171,7 @@ def _points() -> tuple[list, list, dict]:
   """Returns the points, those left out, and the content of spec.json."""
   if _is_described() or not flags.FLAGS.workdir:
     spec = get_spec()
-    # Imported here, because it imports jax: a wrong flag costs no second.
+    # Imported here, since it imports jax: a wrong flag should fail at once.
     from moejax.sweep.points import stored
     from moejax.sweep.points.expand import expand
 
@@ -184,7 +184,7 @@ def _points() -> tuple[list, list, dict]:
 
 
 def _stored_values() -> dict:
-  """Returns spec.json as it would be written now, by the code that runs now."""
+  """Returns spec.json as the current code would write it now."""
   from moejax.run import provenance
   from moejax.sweep.spec import SPEC_FILE
 
@@ -276,7 +276,7 @@ def _show(points: list, skipped: list) -> None:
 
   given = flags.FLAGS
   if given.executor != "slurm":
-    local.make_slots(given.jobs, given.devices_per_run)  # Refused as the sweep would be.
+    local.make_slots(given.jobs, given.devices_per_run)  # Same checks as for the sweep.
   workdir = pathlib.Path(given.workdir) if given.workdir else None
   rate = predict.choose_rate(workdir, points)
   found = predict.predict(points, rate, devices_per_run=given.devices_per_run or 1)
@@ -291,7 +291,7 @@ def _status(workdir: pathlib.Path) -> int:
     from moejax.sweep.points import stored
 
     _, _, now = _points()
-    # Status says what is there, whatever code runs now.
+    # The status describes what is there, whatever code runs now.
     same_code = {"revision": before.get("revision")}
     if changes := stored.differences(before, now | same_code):
       raise ConfigError(
@@ -331,7 +331,7 @@ def _run(points: list, values: dict) -> int:
 
 
 def _report(points: list, values: dict) -> None:
-  """Writes the results and the page, and prints what they say."""
+  """Writes the results and the page, and prints the page's sentences."""
   from moejax.run.files import CONFIG_FILE
   from moejax.sweep.execution import states, timing, view
   from moejax.sweep.points import stored
@@ -356,7 +356,7 @@ def _report(points: list, values: dict) -> None:
       axes=list(dict.fromkeys(name for point in points for name in point.settings)),
       base=cli.load_config(cli.DEFAULT_CONFIG),
     )
-  except report.MissingExtraError as error:  # The runs are no less done.
+  except report.MissingExtraError as error:  # The runs are still done.
     print(f"Note: {error}", file=sys.stderr)
     return
   said.show()

@@ -1,4 +1,4 @@
-"""Flags beside a sweep's file: which axes they replace, and which change nothing."""
+"""Flags given with a sweep's file: the axes they replace, and flags without effect."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -16,12 +16,12 @@ def joined(
   """Returns a file's axes with those of flags, which replace the axes of their fields.
 
   Args:
-    own: of the file.
-    given: of flags.
+    own: axes of the file.
+    given: axes from flags.
     typed: the flag of each field of `given`.
 
   Raises:
-    ConfigError: an axis of the file has further fields, which would be lost.
+    ConfigError: an axis of the file has more fields, which would be lost.
   """
   axes = list(own)
   for new in given:
@@ -41,10 +41,10 @@ def joined(
 
 
 def seeds(text: str) -> tuple[int, ...]:
-  """Returns the seeds of --seeds: `3` is 0, 1, 2, and `0,1,5` is those.
+  """Returns the seeds of --seeds: `3` means 0, 1, 2, and `0,1,5` these three.
 
   Args:
-    text: of the flag.
+    text: value of the flag.
 
   Raises:
     ConfigError: it is neither.
@@ -65,12 +65,12 @@ def seeds(text: str) -> tuple[int, ...]:
 
 
 def refuse_overridden(spec: Spec, overrides: Mapping[str, Any]) -> None:
-  """Rejects a --config flag of a field that every point sets otherwise.
+  """Rejects a --config flag for a field that every point overrides.
 
-  With --match the base config is still what points are compared with.
+  With --match, points are still compared with the base config.
 
   Args:
-    spec: with the flags of this command line.
+    spec: specification with the flags of this command line.
     overrides: fields given by --config flags, with their values.
 
   Raises:

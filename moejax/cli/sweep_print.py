@@ -1,8 +1,8 @@
 """`--executor=print --target=...`: the job of each run, for machines of others.
 
-Manifests follow each other on standard output, as kubectl reads them. A script has to be
-a file of its own: those are written to WORKDIR/jobs, and the commands that start them are
-printed.
+Manifests are printed to standard output one after another, as kubectl reads them. Each
+script must be a separate file, so scripts are written to WORKDIR/jobs, and the commands
+that start them are printed.
 """
 
 import shlex
@@ -22,11 +22,11 @@ if TYPE_CHECKING:
   from moejax.deploy.job import Job as Rendered
 
 JOBS = "jobs"
-"""Directory of the scripts, in that of the sweep."""
+"""Directory of the scripts, inside the sweep's."""
 
 
 def renderer(points: Sequence[Point]) -> Callable[[Job], str]:
-  """Returns what renders a run for --target; says once where the runs' files must be.
+  """Returns a function that renders a run; prints once where the runs' files must be.
 
   Args:
     points: of the sweep; every one must fit the machine.
@@ -50,7 +50,7 @@ def renderer(points: Sequence[Point]) -> Callable[[Job], str]:
 
   def render(run: Job) -> str:
     words = [job_lib.PYTHON if word == sys.executable else word for word in run.command]
-    trains = "train" in words[:4]  # An evaluation reads its run's config as it is.
+    trains = "train" in words[:4]  # An evaluation reads its run's config unchanged.
     if name_of_target.startswith("gke") and trains and not base.data.cache_dir:
       words.append(f"--config.data.cache_dir={gke.CACHE}")
     name, _, digest = run.run.name.rpartition("-")

@@ -1,4 +1,4 @@
-"""The table of a sweep that is not started: `--dry_run`."""
+"""The table of a sweep that is not started, for `--dry_run`."""
 
 import pathlib
 from collections.abc import Sequence
@@ -22,7 +22,7 @@ _COLUMNS = (
   "time",
 )
 _WIDTH = 200
-"""Where the output is not a terminal."""
+"""Width in columns if the output is not a terminal."""
 
 
 def show(
@@ -33,13 +33,13 @@ def show(
   seconds: float,
   jobs: int,
 ) -> None:
-  """Prints every run with its cost, the totals, and what they rest on.
+  """Prints every run with its cost, the totals, and what they are based on.
 
   Args:
     predictions: of all runs.
     skipped: points that were left out.
-    rate: by which time was predicted.
-    seconds: of the whole sweep.
+    rate: the rate used to predict time.
+    seconds: time of the whole sweep.
     jobs: --jobs.
   """
   console = Console()
@@ -107,10 +107,10 @@ def summary(
 
 
 def missing_starts(starts: Sequence[str]) -> list[str]:
-  """Returns a line on runs to start from that are not there yet, if there are any.
+  """Returns a line on initial runs that do not exist yet, if there are any.
 
   Args:
-    starts: `train.init_from` of each run; those in buckets are not looked for.
+    starts: `train.init_from` of each run; those in buckets are not checked.
   """
   local = [start for start in starts if start and not is_url(start)]
   missing = [start for start in local if not pathlib.Path(start).exists()]

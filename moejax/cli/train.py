@@ -111,14 +111,14 @@ def main() -> int:
   place = (_ADDRESS.value, _COUNT.value, _INDEX.value)
   facts = provenance.facts(config)
   facts |= {"--workdir": str(workdir), "--init_from": _INIT_FROM.value}
-  if emergency is not None:  # Each machine may have a directory of its own.
+  if emergency is not None:  # Each machine may have its own directory.
     facts["--emergency_every"] = emergency.every
   with distributed.joined(*place, facts=facts, timeout=_JOIN.value):
     return train(config, workdir, emergency)
 
 
 def _emergency(workdir: RunPath) -> emergency_dir.Wish | None:
-  """Returns what the flags say of emergency checkpoints.
+  """Returns the emergency checkpoints that the flags ask for.
 
   Raises:
     UserError: the directory cannot be used, or is missing.
@@ -186,7 +186,7 @@ def train(
 
 
 def _check_analysis(config: Config) -> None:
-  """Refuses, before training, what could not be analyzed after it.
+  """Refuses, before training, a model that could not be analyzed after it.
 
   Raises:
     UserError: no MoE layer.

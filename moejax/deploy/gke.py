@@ -1,7 +1,7 @@
 """JobSets for GKE: TPU slices, and nodes of GPUs.
 
 A failed pod fails its job, and the set restarts all pods, which resume from the last
-checkpoint; exit codes that another start would give again end the set.
+checkpoint. Exit codes that a restart would only repeat end the set.
 
 Source: JobSet v1alpha2 (jobset.sigs.k8s.io) and the GKE pages on TPU and GPU workloads.
 """
@@ -14,7 +14,7 @@ from moejax.deploy.job import HOPELESS, Job
 from moejax.errors import UserError
 
 CACHE = "/cache"
-"""Where a pod keeps its prepared data, on its own disk."""
+"""The directory of a pod's prepared data, on its own disk."""
 
 _PORT = 12345
 
@@ -22,7 +22,7 @@ _PORT = 12345
 def tpu(job: Job) -> dict[str, Any]:
   """Returns a JobSet with one job for each slice and one pod for each of its hosts.
 
-  GKE tells each process its place, and the slices theirs (MEGASCALE_*).
+  GKE sets the rank of each process, and that of each slice (MEGASCALE_*).
   """
   _check(job, "tpu", machines.TPUS)
   here = machines.chips_per_host(job.topology)
@@ -40,7 +40,7 @@ def tpu(job: Job) -> dict[str, Any]:
     selector=selector,
     limits={"google.com/tpu": here},
   )
-  # A slice has a node pool of its own; each of several gets another one.
+  # Each slice has its own node pool; this puts each job on a different one.
   made["metadata"]["annotations"] = {
     "alpha.jobset.sigs.k8s.io/exclusive-topology": "cloud.google.com/gke-nodepool"
   }
@@ -48,10 +48,10 @@ def tpu(job: Job) -> dict[str, Any]:
 
 
 def gpu(job: Job) -> dict[str, Any]:
-  """Returns a JobSet with one pod for each node, whose process sees all its GPUs.
+  """Returns a JobSet with one pod per node, with one process that sees all its GPUs.
 
-  Places come from variables that moejax reads: jax's own detection in Kubernetes needs
-  the package `kubernetes` and the right to read pods and jobs.
+  Ranks come from variables that moejax reads, since jax's own detection in Kubernetes
+  needs the package `kubernetes` and the right to read pods and jobs.
   """
   _check(job, "gpu", machines.GPU_LABELS)
   nodes, gpus = job.topology.shape
@@ -154,7 +154,7 @@ def _job_spec(
     claim = {"claimName": job.claim}
     volumes.append({"name": "runs", "persistentVolumeClaim": claim})
   if job.emergency_local_dir:
-    # An emptyDir would go with its pod, and every restart makes new pods.
+    # An emptyDir would be deleted with its pod, and every restart makes new pods.
     local = {"path": job.emergency_local_dir, "type": "DirectoryOrCreate"}
     mounts.append({"name": "local", "mountPath": job.emergency_local_dir})
     volumes.append({"name": "local", "hostPath": local})

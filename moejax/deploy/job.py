@@ -1,4 +1,4 @@
-"""One training job on machines that others administer: what every target is told."""
+"""A training job on machines that others administer: the settings for every target."""
 
 import dataclasses
 import re
@@ -15,58 +15,58 @@ from moejax.storage.paths import in_bucket
 from moejax.sweep.execution.slurm_options import SlurmOptions
 
 PYTHON = "python"
-"""In a command: the interpreter of the place where it will run."""
+"""Stands in a command for the interpreter of the place where it will run."""
 
 RESTARTABLE = (3, 130, 137, 143)
 """Exit codes after which a job resumes: a lost process, Ctrl-C, killed, asked to stop."""
 
 HOPELESS = (1, 2, 4)
-"""Exit codes that another start would give again: a bug, wrong input, disagreement."""
+"""Exit codes that a restart would only repeat: a bug, wrong input, disagreement."""
 
 MAX_NAME = 40
-"""Letters of a job's name; Kubernetes adds up to 23 to a pod's, which may have 63."""
+"""Most letters in a job's name: Kubernetes adds up to 23, and a pod's may have 63."""
 
 _NAME = re.compile(r"[a-z]([a-z0-9-]*[a-z0-9])?")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Job:
-  """A command, the machines it needs, and what their owner wants to be told."""
+  """A command, the machines it needs, and the settings that their owner requires."""
 
   name: str
   command: tuple[str, ...]
   """Words, the same for every process; `PYTHON` stands for the interpreter."""
   topology: Topology
   workdir: str
-  """Of the run: on a disk that all processes share, or in a bucket."""
+  """The run's directory: on a disk that all processes share, or in a bucket."""
   image: str = ""
   """Kubernetes: the container image."""
   claim: str = "moejax-runs"
   """Kubernetes: the PersistentVolumeClaim (ReadWriteMany) with the shared disk."""
   namespace: str = ""
-  """Kubernetes: empty is that of kubectl's context."""
+  """Kubernetes: if empty, that of kubectl's context."""
   secret: str = ""
-  """Kubernetes: the Secret whose key `secret` the job's processes know each other by."""
+  """Kubernetes: the Secret whose key `secret` holds the job's secret."""
   max_restarts: int = 100
-  """Kubernetes, Slurm: most restarts; Slurm counts those after a preemption too."""
+  """Kubernetes, Slurm: most restarts; Slurm also counts those after a preemption."""
   grace_seconds: int = 300
   """Kubernetes: time to save between the notice and the end."""
   spot: bool = False
-  """Cheap machines that may be taken away."""
+  """Whether to use cheap machines that may be preempted."""
   zone: str = ""
-  """TPU VMs: of Google Cloud."""
+  """TPU VMs: the Google Cloud zone."""
   share: str = ""
   """TPU VMs: the NFS export with the shared disk, ADDRESS:/PATH."""
   emergency_local_dir: str = ""
-  """Kubernetes: directory of a node's own disk that outlives the pod; as in `command`."""
+  """Kubernetes: directory on the node's disk that outlives the pod; as in `command`."""
   config_file: str = ""
-  """TPU VMs: the config's path in the clone, if the clone has to bring it."""
+  """TPU VMs: the config's path in the clone, if it must be sent with the clone."""
   slurm: SlurmOptions = dataclasses.field(default_factory=SlurmOptions)
-  """Slurm: its options, but for the numbers of nodes, tasks and GPUs."""
+  """Slurm: its options, except for the numbers of nodes, tasks and GPUs."""
 
   @property
   def in_venv(self) -> list[str]:
-    """The command with the interpreter of a virtual environment beside it."""
+    """The command with the interpreter of the virtual environment `.venv`."""
     return [".venv/bin/python" if word == PYTHON else word for word in self.command]
 
   @property
@@ -82,7 +82,7 @@ class Job:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Fit:
-  """How a config lies on a machine."""
+  """How a config fits on a machine."""
 
   devices: int
   mesh: dict[str, int]
@@ -94,7 +94,7 @@ class Fit:
 
 
 def fit(config: Config, topology: Topology) -> Fit:
-  """Returns how a config lies on a machine.
+  """Returns how a config fits on a machine.
 
   Args:
     config: validated.
@@ -102,7 +102,7 @@ def fit(config: Config, topology: Topology) -> Fit:
 
   Raises:
     ConfigError: the mesh, or a size it cuts, does not divide over the devices.
-    UserError: the least that a device needs is more than it has.
+    UserError: a device needs more memory than it has.
   """
   devices, chip = topology.num_devices, CHIPS[topology.kind]
   validate_devices(config, devices)
@@ -123,10 +123,10 @@ def fit(config: Config, topology: Topology) -> Fit:
 
 
 def checked_name(name: str) -> str:
-  """Returns a job's name if every target takes it.
+  """Returns a job's name if every target accepts it.
 
   Raises:
-    UserError: it has other characters than they take, or too many.
+    UserError: it is too long, or has characters that a target does not accept.
   """
   if not _NAME.fullmatch(name) or len(name) > MAX_NAME:
     raise UserError(
@@ -137,10 +137,10 @@ def checked_name(name: str) -> str:
 
 
 def name_of(text: str, ending: str = "") -> str:
-  """Returns a name for a job, made of any text.
+  """Returns a name for a job, made from any text.
 
   Args:
-    text: cut where it is too long.
+    text: any text; cut if it is too long.
     ending: kept whole, such as a hash; letters and digits.
   """
   kept = re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")

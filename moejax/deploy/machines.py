@@ -1,4 +1,4 @@
-"""What Google Cloud calls the machines of a topology, and how many processes they run.
+"""Google Cloud's names for the machines of a topology, and their number of processes.
 
 Sources: the GKE page "Plan TPUs in GKE" (labels, chips of a virtual machine), the Cloud
 TPU pages of each version (accelerator types, runtime versions), the GKE page "Run GPUs".
@@ -17,15 +17,16 @@ class Tpu:
   """One version of TPU."""
 
   label: str
-  """Of GKE nodes: cloud.google.com/gke-tpu-accelerator."""
+  """Label of GKE nodes: cloud.google.com/gke-tpu-accelerator."""
   dimensions: int
-  """Of a slice's shape."""
+  """Number of dimensions of a slice's shape."""
   small: tuple[int, ...] = ()
-  """Chips of a slice that is one virtual machine of its own kind; all others have 4."""
+  """Sizes, in chips, of slices that are a single virtual machine of a special kind; other
+  virtual machines have 4 chips."""
   type_name: str = ""
-  """Beginning of the accelerator type of TPU VMs; empty where they are not offered."""
+  """Beginning of the accelerator type of TPU VMs; empty if they are not offered."""
   counts_cores: bool = False
-  """The number in the accelerator type counts cores, two to a chip."""
+  """Whether the number in the accelerator type counts cores, two per chip."""
   runtime: str = ""
   """Runtime version of TPU VMs."""
 
@@ -63,15 +64,14 @@ TPUS = {
 }
 
 GPU_LABELS = {"h100": "nvidia-h100-80gb", "h200": "nvidia-h200-141gb"}
-"""Of GKE nodes: cloud.google.com/gke-accelerator."""
+"""Labels of GKE nodes: cloud.google.com/gke-accelerator."""
 
 _CHIPS_PER_HOST = 4
 _GPUS_PER_NODE = 8
 
 _FLAT = ("1x1", "2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16")
 _SMALL = ("2x2x1", "2x2x2", "2x2x4", "2x4x4")
-"""Shapes of slices with three dimensions, but for those of which each is whole cubes of
-4x4x4."""
+"""Shapes of three-dimensional slices, other than those made of whole 4x4x4 cubes."""
 
 
 def check_shape(topology: Topology) -> None:

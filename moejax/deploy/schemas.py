@@ -1,7 +1,7 @@
-"""Checks manifests against the schemas of what reads them, without a cluster.
+"""Checks manifests against their schemas, without a cluster.
 
-A JobSet's own fields are few and are written down here; the jobs inside it are checked by
-the schemas that Kubernetes publishes, which the package kubernetes-validate carries.
+The few fields of a JobSet itself are listed here. The jobs inside it are checked by the
+schemas that Kubernetes publishes, which the package kubernetes-validate contains.
 
 Source: the resource definition of JobSet v1alpha2 (jobset.sigs.k8s.io), the fields that
 `gke` uses; the schemas of Kubernetes.
@@ -13,8 +13,8 @@ from typing import Any
 from moejax.errors import UserError
 
 KUBERNETES = "1.31"
-"""Schemas of this version; the fields of Job that are used here are stable since 1.31,
-and as beta on by default since 1.26."""
+"""Version of the schemas; the fields of Job that are used here have been stable since
+1.31, and on by default (beta) since 1.26."""
 
 _TEXT = {"type": "string"}
 _TEXTS = {"type": "object", "additionalProperties": _TEXT}

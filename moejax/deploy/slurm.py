@@ -16,7 +16,7 @@ def script(job: Job) -> str:
   `cpu:N` is one node with N processes of one CPU device each.
 
   Raises:
-    UserError: the topology is of TPUs, which no Slurm has.
+    UserError: the topology is of TPUs, which Slurm does not offer.
   """
   kind = job.topology.kind
   if CHIPS[kind].family == "tpu":
@@ -56,7 +56,7 @@ def script(job: Job) -> str:
 
 
 def _asked(job: Job, nodes: int, tasks: int, is_cpu: bool) -> list[tuple[str, object]]:
-  """Returns the options of sbatch that have a value."""
+  """Returns the sbatch options that have a value."""
   slurm = job.slurm
   given = [
     ("job-name", job.name),
@@ -70,7 +70,7 @@ def _asked(job: Job, nodes: int, tasks: int, is_cpu: bool) -> list[tuple[str, ob
     ("qos", slurm.qos),
     ("constraint", slurm.constraint),
     ("time", slurm.time),
-    # Every process saves and leaves with 143, so long before the time limit.
+    # Every process saves and exits with 143 this long before the time limit.
     ("signal", f"TERM@{slurm.warning_seconds}"),
     ("output", f"{job.name}-%j.log"),
   ]
@@ -96,10 +96,10 @@ def _requeue(max_restarts: int) -> list[str]:
 def _environment(job: Job, is_cpu: bool) -> list[str]:
   lines = []
   if job.slurm.cpus_per_task:
-    # Since Slurm 22.05 srun does not take it from the lines above.
+    # Since Slurm 22.05, srun no longer takes it from the lines above.
     lines.append("export SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK")
   if is_cpu:
     lines += ["export JAX_PLATFORMS=cpu JAX_NUM_CPU_DEVICES=1"]
-  # With GPUs, jax takes that of its place on the node (SLURM_LOCALID), so every task
+  # With GPUs, jax uses the one with its index on the node (SLURM_LOCALID), so every task
   # must see all of them: no --gpus-per-task, and no binding.
   return lines

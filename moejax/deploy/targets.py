@@ -1,4 +1,4 @@
-"""Where a job can be started, by name: what is rendered, and what would submit it."""
+"""The places where a job can be started, by name, with what renders and submits it."""
 
 import dataclasses
 import shutil
@@ -15,10 +15,10 @@ from moejax.errors import UserError
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Target:
-  """One kind of place."""
+  """One kind of place where a job can be started."""
 
   render: Callable[[Job], str]
-  """Returns the text that describes the job there."""
+  """Returns the text that describes the job to it."""
   submit: tuple[str, ...]
   """Command that reads that text and starts the job."""
   needs: tuple[str, ...] = ()
@@ -26,7 +26,7 @@ class Target:
   begins: str = ""
   """Line that separates the texts of several jobs."""
   suffix: str = ""
-  """Of a file with one job; empty if the texts of several may follow each other."""
+  """Suffix of a file with one job; empty if one file may hold several."""
 
 
 def _manifest(make: Callable[[Job], dict[str, Any]]) -> Callable[[Job], str]:
@@ -55,8 +55,8 @@ def submit(target: str, text: str) -> int:
   """Gives the text to the program that starts the job; returns its exit code.
 
   Args:
-    target: of `TARGETS`.
-    text: rendered.
+    target: a key of `TARGETS`.
+    text: the rendered text.
 
   Raises:
     UserError: a program is not installed.

@@ -6,7 +6,7 @@ from moejax.deploy import machines
 from moejax.deploy.job import Job
 from moejax.errors import UserError
 
-# A machine that has just started upgrades itself, and holds apt's lock meanwhile.
+# A machine that has just started upgrades itself, and holds apt's lock while it does.
 _APT = 'apt="apt-get -qq -o DPkg::Lock::Timeout=300"'
 
 
@@ -14,8 +14,8 @@ def script(job: Job) -> str:
   """Returns the script, to be run in a clone.
 
   Raises:
-    UserError: not a TPU that TPU VMs are offered with, several slices, or no zone or
-      disk where they are needed.
+    UserError: a machine not offered as TPU VMs, several slices, or a missing zone or disk
+      that is needed.
   """
   topology = job.topology
   if topology.kind not in machines.TPUS:
@@ -98,8 +98,8 @@ if ! python=$(found); then
   fi
 fi
 "$python" -m venv moejax/.venv"""
-"""Makes the environment of a machine with a Python that moejax takes; Ubuntu 22.04's own
-is 3.10, and its packages have 3.11."""
+"""Makes the environment of a machine, with a Python that moejax supports: Ubuntu 22.04's
+default is 3.10, but its packages include 3.11."""
 
 
 def _check_clone(job: Job) -> str:

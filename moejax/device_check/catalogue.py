@@ -10,7 +10,7 @@ from moejax.launch import host_memory
 
 
 def check_devices() -> Outcome:
-  """What is here: not a check, but the head of the table."""
+  """Returns the devices that were found: not a check, but the head of the table."""
   found = jax.devices()
   kind = f"{len(found)} x {found[0].platform} {found[0].device_kind}"
   python = ".".join(map(str, sys.version_info[:3]))
@@ -18,7 +18,7 @@ def check_devices() -> Outcome:
 
 
 def make_checks(options: checks.Options) -> list[Check]:
-  """All checks that were asked for, simple ones first."""
+  """Returns the selected checks, simple ones first."""
   # As in training; it must precede the first computation.
   host_memory.keep_freed_pages()
   found = [

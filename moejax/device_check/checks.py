@@ -1,4 +1,4 @@
-"""Kernels, attention and dispatchers on a device against the CPU: values and gradients.
+"""Checks kernels, attention and dispatchers on a device against the CPU, with gradients.
 
 Letters: N rows, T tokens, D width, F hidden width, E experts, K choices, B batch, S
 sequence, H query heads, J key/value heads, A head width.
@@ -38,24 +38,24 @@ from moejax.routing.capacity import capacity_of
 from moejax.routing.registry import ROUTERS
 
 SIZES = (130, 0, 1, 200, 57, 0, 100, 8)
-"""Rows of each expert: none, one, less than a tile, across tiles."""
+"""Number of rows of each expert: none, one, less than a tile, across tiles."""
 ROWS = 512
-"""The last 16 belong to nobody, and hold what must not be read."""
+"""The last 16 belong to no expert, and hold values that must not be read."""
 D, F = 128, 256
 
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-  """What to check."""
+  """The selection of checks."""
 
   small: bool = False
-  """Basic checks alone, and tiny layers."""
+  """Whether to run only basic checks, with tiny layers."""
   only: tuple[str, ...] = ()
-  """Names of groups; empty is all."""
+  """Names of groups; empty means all."""
 
 
 def platform() -> str:
-  """cpu, gpu or tpu: what is checked."""
+  """Returns the platform that is checked: cpu, gpu or tpu."""
   name = jax.default_backend()
   return name if name in ("cpu", "tpu") else "gpu"
 
@@ -75,7 +75,10 @@ def experts(num_experts: int, *, width: int = D, hidden: int = F) -> ExpertWeigh
 def against(
   reference: Callable[..., Any], function: Callable[..., Any], dtype: str, *args: Any
 ) -> Outcome:
-  """function(*args) in this dtype here against reference(*args) in float32 on the CPU."""
+  """Compares function(*args), in this dtype on the device, with reference(*args).
+
+  The reference is computed in float32 on the CPU.
+  """
   args = rounded(args, dtype)
   with exact_products(dtype):
     got = compute(device(), function, *args)
@@ -88,7 +91,7 @@ def against(
 
 
 def _runs() -> Iterator[tuple[int, int, int]]:
-  """(expert, first row, end) of each run."""
+  """Yields (expert, first row, end) of each run of rows."""
   end = 0
   for expert, size in enumerate(SIZES):
     yield expert, end, end + size
@@ -96,7 +99,7 @@ def _runs() -> Iterator[tuple[int, int, int]]:
 
 
 def _owned(x: jax.Array) -> jax.Array:
-  """The rows that belong to an expert."""
+  """Returns the rows that belong to an expert."""
   return x[: sum(SIZES)]
 
 
@@ -112,7 +115,7 @@ def _product(rows: jax.Array, stack: jax.Array, implementation: str) -> jax.Arra
 
 
 def check_product(implementation: str, dtype: str) -> Outcome:
-  """One ragged product with its gradients, by rows (those owned) and by the stack."""
+  """Checks a ragged product and its gradients for the stack and the experts' rows."""
 
   def both(function: Callable[..., Any], rows: Any, stack: Any, dy: Any) -> Any:
     y, (d_rows, d_stack) = value_and_gradients(function, dy, rows, stack)
@@ -137,7 +140,7 @@ def _plain_experts(rows: Any, weights: ExpertWeights, gate: Any) -> Any:
 
 
 def check_ragged_experts(chunks: int, dtype: str) -> Outcome:
-  """Gated experts on ragged rows, in one part or several, as this device chooses."""
+  """Checks gated experts on ragged rows, in `chunks` parts, as this device chooses."""
 
   def ragged(rows: Any, weights: ExpertWeights, gate: Any) -> Any:
     sizes = jnp.asarray(SIZES, jnp.int32)
@@ -157,7 +160,7 @@ def check_ragged_experts(chunks: int, dtype: str) -> Outcome:
 
 
 def check_stack_gradient(dtype: str) -> Outcome:
-  """rows^T grad of each run; interpreted where there is no TPU."""
+  """Checks rows^T grad of each run of rows; interpreted if there is no TPU."""
 
   def kernel(rows: Any, grad: Any) -> Any:
     sizes = jnp.asarray(SIZES, jnp.int32)
@@ -170,7 +173,7 @@ def check_stack_gradient(dtype: str) -> Outcome:
 
 
 def _why_not(implementation: str) -> str:
-  """Why a ragged product is not for this device; empty if it is."""
+  """Returns why a ragged product cannot run on this device; empty if it can."""
   here = platform()
   if implementation == "tpu" and here != "tpu":
     return f"for TPUs; this is a {here}"
@@ -184,7 +187,7 @@ def _why_not(implementation: str) -> str:
 
 
 def kernel_checks() -> Iterator[Check]:
-  """Every ragged product, the experts made of them, and the kernels for TPUs."""
+  """Yields checks of every ragged product, the experts made of them, and TPU kernels."""
   for dtype in DTYPES:
     for name in kernels.IMPLEMENTATIONS:
       run = functools.partial(check_product, name, dtype)
@@ -203,7 +206,7 @@ def kernel_checks() -> Iterator[Check]:
 
 
 def check_attention(implementation: str, window: int, dtype: str) -> Outcome:
-  """Two documents and padding, grouped heads, with gradients."""
+  """Checks attention on two documents and padding, with grouped heads and gradients."""
   ids = np.ones((2, 256), np.int32)
   ids[0, 100:], ids[1, 200:] = 2, 0
   segments = jnp.asarray(ids)
@@ -236,9 +239,9 @@ def check_attention(implementation: str, window: int, dtype: str) -> Outcome:
 
 
 def check_attend(with_sinks: bool, dtype: str) -> Outcome:
-  """What `layers/attend` chooses here for keys of 192 and values of 128 numbers.
+  """Checks what `layers/attend` chooses here for keys of width 192 and values of 128.
 
-  The reference has all logits in memory.
+  The reference holds all logits in memory.
   """
   ids = np.ones((2, 256), np.int32)
   ids[0, 100:], ids[1, 200:] = 2, 0
@@ -266,7 +269,7 @@ def check_attend(with_sinks: bool, dtype: str) -> Outcome:
 
 
 def attention_checks() -> Iterator[Check]:
-  """What `layers/attend` may choose: XLA's, cuDNN's, and the kernel for TPUs."""
+  """Yields checks of what `layers/attend` may choose: XLA, cuDNN or the TPU kernel."""
   for dtype in DTYPES:
     for with_sinks in (False, True):
       label = f"latent widths{', sinks' if with_sinks else ''} {dtype}"
@@ -294,7 +297,7 @@ def attention_checks() -> Iterator[Check]:
 
 @functools.cache
 def _routed(factor: float | None) -> Routing:
-  """Two groups of 64 tokens to two of eight experts; decided on the CPU."""
+  """Returns the routing of two groups of 64 tokens, K = 2, E = 8; decided on the CPU."""
   policy = SlotPolicy(
     num_experts=8, num_selected=2, capacity=capacity_of(64, 8, 2, factor)
   )
@@ -330,7 +333,7 @@ def _layer_inputs(dtype: str) -> Any:
 
 @functools.cache
 def _dense_masks(factor: float | None, dtype: str) -> Any:
-  """By dense masks on the CPU, in float32, of inputs rounded to this dtype."""
+  """Returns the result by dense masks, in float32 on the CPU, from rounded inputs."""
   args = rounded(_layer_inputs(dtype), "float32")
   with exact_products("float32"):
     run = functools.partial(_layer_and_gradients, "einsum", {})
@@ -340,7 +343,7 @@ def _dense_masks(factor: float | None, dtype: str) -> Any:
 def check_dispatcher(
   dispatcher: str, how: dict[str, str], factor: float | None, dtype: str
 ) -> Outcome:
-  """Output and gradients by tokens, gates and weights, against dense masks."""
+  """Checks output and gradients for tokens, gates and weights against dense masks."""
   run = functools.partial(_layer_and_gradients, dispatcher, how)
   with exact_products(dtype):
     got = compute(device(), run, _routed(factor), *_layer_inputs(dtype))
@@ -348,7 +351,7 @@ def check_dispatcher(
 
 
 def dispatcher_checks() -> Iterator[Check]:
-  """Each dispatcher, and `grouped` over each product that it may use."""
+  """Yields checks of each dispatcher, and of `grouped` with each product it may use."""
   variants: list[tuple[str, dict[str, str], str]] = [
     *((name, {}, "") for name in ("einsum", "gather")),
     *(

@@ -1,21 +1,21 @@
-"""The same function on a device and on the CPU of the same process, and how far apart.
+"""Compares a function's results on a device with those on the CPU of the same process.
 
-The CPU's answer is the reference: in float32, by the plainest form there is. That form is
-held to the numpy oracle by the tests, which run on CPUs; so what agrees with it here
-agrees with the oracle. (The oracle itself lives in the tests, which are not installed.)
+The CPU's result is the reference, in float32 and by the simplest form. The tests, which
+run on CPUs, compare that form with the numpy oracle, so a result that agrees with it here
+also agrees with the oracle. (The oracle is part of the tests, which are not installed.)
 
-An error is the largest difference of an array's entries over the largest entry of the
-reference. Tolerances:
+An error is the largest difference between entries of two arrays, relative to the largest
+entry of the reference. Tolerances:
 
-  float32   1e-4. Products are asked for at the highest precision. Rounding to 2^-24 in
-            sums of up to 512 terms, two or three products one after the other, is 1e-5 at
+  float32   1e-4. Products are computed at the highest precision. Rounding to 2^-24 in
+            sums of up to 512 terms, in two or three products in a row, gives 1e-5 at
             worst; a product in TF32 or in one pass of bfloat16 is 1e-3 off and is found.
   bfloat16  3e-2. Inputs are rounded before either side sees them. The hidden values, the
-            activation, the output and their cotangents are each rounded to 2^-9 of
-            themselves, of which a chain of four makes 8e-3, and a CPU measures 2e-3 to
-            1.1e-2. A wrong row, a lost gate or a missing sum is 1e-1 and more.
+            activation, the output and their cotangents are each rounded to a relative
+            2^-9; a chain of four gives 8e-3, and 2e-3 to 1.1e-2 was measured on a CPU. A
+            wrong row, a lost gate or a missing sum gives 1e-1 or more.
 
-Integers and booleans (who goes where) must be equal.
+Integers and booleans (routing decisions) must be equal.
 """
 
 import contextlib
@@ -35,7 +35,7 @@ DTYPES = tuple(TOLERANCE)
 
 
 def mesh_of(device: Any) -> Mesh:
-  """A mesh of one device, which says what is computed where, and by which kernels."""
+  """Returns a mesh of one device, which decides where and by which kernels to compute."""
   return Mesh(np.array(device).reshape(1, 1, 1, 1), AXES, axis_types=(AxisType.Auto,) * 4)
 
 
@@ -44,13 +44,13 @@ def cpu() -> Any:
 
 
 def device() -> Any:
-  """The device that is checked: jax's first."""
+  """Returns the device that is checked: jax's first."""
   return jax.devices()[0]
 
 
 @contextlib.contextmanager
 def exact_products(dtype: str):
-  """Products of float32 numbers in float32, which is no chip's default."""
+  """Returns a context in which float32 products are exact, which is no chip's default."""
   if dtype == "float32":
     with jax.default_matmul_precision("highest"):
       yield
@@ -59,7 +59,7 @@ def exact_products(dtype: str):
 
 
 def compute(where: Any, function: Callable[..., Any], *args: Any) -> Any:
-  """function(*args), compiled for one device, its result as numpy arrays."""
+  """Compiles function(*args) for one device; returns its result as numpy arrays."""
   mesh = mesh_of(where)
   with jax.set_mesh(mesh):
     placed = jax.device_put(args, NamedSharding(mesh, PartitionSpec()))
@@ -69,13 +69,13 @@ def compute(where: Any, function: Callable[..., Any], *args: Any) -> Any:
 def value_and_gradients(
   function: Callable[..., Any], cotangent: jax.Array, *args: Any
 ) -> tuple[Any, Any]:
-  """function(*args), and the gradients of sum(cotangent * it) by all args."""
+  """Returns y = function(*args), and the gradients of sum(cotangent * y) for all args."""
   y, pull = jax.vjp(function, *args)
   return y, pull(cotangent.astype(y.dtype))
 
 
 def rounded(tree: Any, dtype: str) -> Any:
-  """Every float of the tree in this dtype."""
+  """Returns the tree with every float in this dtype."""
   return jax.tree.map(
     lambda a: a.astype(dtype) if jnp.issubdtype(a.dtype, jnp.floating) else a, tree
   )
@@ -85,7 +85,7 @@ def agree(got: Any, want: Any, dtype: str) -> Outcome:
   """Compares trees of arrays leaf by leaf.
 
   Raises:
-    Mismatch: the first leaf that is not finite or not equal, or the worst of them.
+    Mismatch: names the first leaf that is not finite or not equal, or else the worst one.
   """
   tolerance, worst, where = TOLERANCE[dtype], 0.0, ""
   found, wanted = (jax.tree_util.tree_leaves_with_path(t) for t in (got, want))

@@ -1,4 +1,4 @@
-"""The layers that `tools.benchmark_layer` times. Imports jax: pin cores before."""
+"""The layers that `tools.benchmark_layer` times. Imports jax, so pin cores before."""
 
 import functools
 import statistics
@@ -40,7 +40,7 @@ def router_of(num_selected: int) -> str:
 
 
 def make_dense(shape: Any, settings: Settings) -> tuple[Any, Callable]:
-  """Parameters and function of the dense layer of hidden width K*F."""
+  """Returns the parameters and function of the dense layer of hidden width K*F."""
   keys = jax.random.split(jax.random.key(1), 3)
   hidden, dtype = shape.K * shape.F, settings.dtype
   scale_in, scale_out = shape.D**-0.5, hidden**-0.5
@@ -62,7 +62,7 @@ def make_dense(shape: Any, settings: Settings) -> tuple[Any, Callable]:
 def make_router(
   shape: Any, settings: Settings, router: str, capacity: int | None, skew: bool
 ) -> tuple[Any, Callable]:
-  """Parameters, and x [T, D] -> `Routing` of one group."""
+  """Returns the parameters, and a function from x [T, D] to the `Routing` of a group."""
   chosen = ROUTERS[router]()
   policy = SlotPolicy(
     num_experts=shape.E,
@@ -77,7 +77,7 @@ def make_router(
     capacity=capacity,
   )
   draw = functools.partial(jax.random.normal, jax.random.key(2))
-  # The usual initialisation, whose loads are near even but not equal.
+  # The usual initialisation, with loads that are nearly but not exactly even.
   params = {"weight": 0.1 * shape.D**-0.5 * draw((shape.D, shape.E))}
   declared = chosen.parameters(sizes)
   for name, own in declared.items():
@@ -108,7 +108,7 @@ def make_router(
 def make_moe(
   shape: Any, settings: Settings, dispatcher: str, factor: float | None, skew: bool
 ) -> tuple[Any, Callable]:
-  """Parameters and function of the MoE layer."""
+  """Returns the parameters and function of the MoE layer."""
   capacity = capacity_of(shape.T, shape.E, shape.K, factor)
   router, route = make_router(shape, settings, router_of(shape.K), capacity, skew)
   _, name = choose(
@@ -147,7 +147,7 @@ class Compiled(NamedTuple):
 def compile_direction(
   params: Any, function: Callable, shape: Any, settings: Settings, direction: str
 ) -> Compiled:
-  """Compiles the forward pass, or it with all gradients."""
+  """Compiles the forward pass, alone or with all gradients."""
   keys = jax.random.split(jax.random.key(0), 2)
   x = jax.random.normal(keys[0], (shape.T, shape.D), settings.dtype)
   dy = jax.random.normal(keys[1], x.shape, settings.dtype)
@@ -201,7 +201,7 @@ def measure(
   cores: int,
   show: Show,
 ) -> list[dict[str, Any]]:
-  """Rows of one shape: every variant and direction against the dense layer."""
+  """Returns the rows of a shape: every variant and direction against the dense layer."""
   rows = []
   for direction in ("forward", "both"):
     layers = {"dense": make_dense(shape, settings)}
@@ -230,7 +230,7 @@ def measure(
 def measure_routers(
   shape: Any, settings: Settings, seconds: float, cores: int, show: Show
 ) -> list[dict[str, Any]]:
-  """Rows of the routers alone, forward, against the whole dropless layer."""
+  """Returns the rows of the routers alone, forward, against the whole dropless layer."""
   layer = make_moe(shape, settings, "auto", None, skew=False)
   compiled = {"layer": compile_direction(*layer, shape, settings, "forward")}
   for name, chosen in ROUTERS.items():

@@ -1,4 +1,4 @@
-"""Routers, expert parallelism and training on devices against the CPU.
+"""Checks routers, expert parallelism and training on devices against the CPU.
 
 Letters: B batch, S sequence, D width, E experts, K choices per token.
 """
@@ -53,7 +53,7 @@ VOCAB = 64
 
 
 def router_inputs() -> tuple[Any, Any, Any]:
-  """Tokens [G, T, D], which of them are real, and their ids."""
+  """Returns tokens [G, T, D], which of them are real, and their ids."""
   rng = np.random.default_rng(3)
   tokens = rng.normal(size=(GROUPS, TOKENS, WIDTH)).astype(np.float32)
   valid = np.ones((GROUPS, TOKENS), bool)
@@ -63,7 +63,10 @@ def router_inputs() -> tuple[Any, Any, Any]:
 
 
 def routed(name: str, training: bool) -> Any:
-  """(params, tokens) -> decisions, values and gradients of a whole router layer."""
+  """Returns the params of a router layer, and a function that runs it.
+
+  The function returns the layer's decisions, values and gradients.
+  """
   router = ROUTERS[name]
   options = {"second_policy": "random"} if name == "top2" else {}
   moe = MoEConfig(
@@ -108,7 +111,8 @@ def routed(name: str, training: bool) -> Any:
 
 
 def _placed(placement: Placement) -> Any:
-  """What a placement says: of dropped assignments, the experts and slots mean nothing."""
+  """Returns a placement's content, with 0 for the meaningless entries of dropped
+  assignments."""
   if isinstance(placement, Mixture):
     return placement
   return {
@@ -121,15 +125,16 @@ def _placed(placement: Placement) -> Any:
 
 
 def _waves(shape: tuple[int, ...]) -> jax.Array:
-  """A cotangent of which no two entries are equal."""
+  """Returns a cotangent in which no two entries are equal."""
   n = int(np.prod(shape))
   return jnp.asarray(np.cos(np.arange(n)).reshape(shape), jnp.float32)
 
 
 def check_router(name: str, training: bool, dtype: str) -> Outcome:
-  """Decisions exactly, values and gradients in float32: routers compute in nothing else.
+  """Checks that decisions are equal, and compares values and gradients.
 
-  In bfloat16 the tokens are, and their gradients; they are the same for both sides.
+  Routers always compute in float32. `dtype` is that of the tokens, which are the same on
+  both sides, and of their gradients.
   """
   run, params = routed(name, training)
   tokens = router_inputs()[0].astype(dtype)
@@ -152,11 +157,12 @@ def router_checks() -> Iterator[Check]:
 # Experts over several devices.
 
 EXCHANGES = {"all_to_all": 1.0, "ragged": None, "ring": None, "gspmd": 1.0}
-"""With the capacity factor of the layer that each is checked in."""
+"""Exchanges, with the capacity factor of the layer in which each is checked."""
 
 
 def meshes(num_devices: int) -> dict[str, MeshConfig]:
-  """Experts over as many devices as are a power of two; of four, weights cut as well."""
+  """Returns meshes with experts over the largest power of two of devices; with four or
+  more, also one that shards weights."""
   most = 1 << (num_devices.bit_length() - 1)
   found = {f"expert {most}": MeshConfig(data=1, expert=most)}
   if most >= 4:
@@ -166,7 +172,7 @@ def meshes(num_devices: int) -> dict[str, MeshConfig]:
 
 
 def check_exchange(exchange: str, config: MeshConfig, dtype: str) -> Outcome:
-  """A whole MoE layer over the devices against one CPU device, gradients included."""
+  """Checks a whole MoE layer over the devices against one CPU device, with gradients."""
   most = config.expert * config.fsdp
   factor = EXCHANGES[exchange]
   model = ModelConfig(num_layers=2, width=128, num_heads=2, activation="swiglu")
@@ -224,15 +230,15 @@ def exchange_checks() -> Iterator[Check]:
 
 STEPS = 50
 LAST_LOSS = 0.6
-"""Of the first, at most: that something was learned."""
+"""The last loss must be at most this fraction of the first: something was learned."""
 CURVE = {"float32": 0.01, "bfloat16": 0.02}
-"""How far, relatively, a loss may be from the CPU's. Rounding grows from step to step,
-and a router that decides otherwise makes jumps: on a CPU, parameters that differ by 1e-6
-to 1e-5 at the start give losses up to 0.3% apart, and so does bfloat16."""
+"""Largest relative difference of a loss from the CPU's. Rounding errors grow from step to
+step, and a different routing decision causes jumps: on a CPU, parameters that differ by
+1e-6 to 1e-5 at the start give losses up to 0.3% apart, and so does bfloat16."""
 
 
 def training_config(dtype: str) -> Config:
-  """Two layers, the second sparse and dropless."""
+  """Returns the config of two layers, the second sparse and dropless."""
   return Config(
     data=DataConfig(tokenizer="bytes", sequence_length=64),
     model=ModelConfig(num_layers=2, width=32, num_heads=2, hidden=64, dtype=dtype),
@@ -246,7 +252,7 @@ def training_config(dtype: str) -> Config:
 
 
 def batches(config: Config) -> Iterator[dict[str, np.ndarray]]:
-  """Sentences of twenty words, drawn at random: learnable, and the same everywhere."""
+  """Yields random sentences of twenty words: learnable, and the same everywhere."""
   rng = np.random.default_rng(0)
   length, size = config.data.sequence_length, config.train.batch_size
   words = [bytes(rng.integers(97, 123, n)) + b" " for n in rng.integers(2, 9, 20)]
@@ -267,12 +273,12 @@ def batches(config: Config) -> Iterator[dict[str, np.ndarray]]:
 
 @functools.cache
 def losses_on(where: Any, dtype: str, nudge: float = 0.0) -> np.ndarray:
-  """The loss of each step, trained on one device from parameters made on the CPU.
+  """Returns the loss of each step, trained on one device from parameters made on the CPU.
 
   Args:
     where: the device.
-    dtype: of the computation.
-    nudge: makes each parameter larger by this share of itself.
+    dtype: dtype of the computation.
+    nudge: makes each parameter larger by this fraction.
   """
   config = training_config(dtype)
   model = Decoder(config.model, config.moe, vocab_size=256)
@@ -296,7 +302,7 @@ def losses_on(where: Any, dtype: str, nudge: float = 0.0) -> np.ndarray:
 
 
 def check_training(dtype: str) -> Outcome:
-  """Fifty steps: each loss near the CPU's, and a last one that shows learning."""
+  """Checks fifty steps: each loss is near the CPU's, and the last one shows learning."""
   got, want = losses_on(device(), dtype), losses_on(cpu(), "float32")
   if not np.all(np.isfinite(got)):
     raise Mismatch(f"loss is not finite from step {1 + int(np.argmin(np.isfinite(got)))}")
@@ -308,7 +314,7 @@ def check_training(dtype: str) -> Outcome:
   )
   numbers = {"error": float(error[worst]), "tolerance": tolerance}
   numbers |= {"first_loss": float(got[0]), "last_loss": float(got[-1])}
-  # Nothing has grown yet at the first step.
+  # At the first step, rounding errors have not grown yet.
   if error[worst] > tolerance or error[0] > TOLERANCE[dtype]:
     raise Mismatch(detail, **numbers)
   if got[-1] > LAST_LOSS * got[0]:

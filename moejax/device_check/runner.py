@@ -1,9 +1,9 @@
-"""Runs checks of a device one by one, in a process that may die of them.
+"""Runs checks of a device one by one, in a process that a check may kill.
 
-A kernel that is wrong for a chip does not always raise: it aborts the process, hangs, or
-leaves the device unusable for whatever comes next. So checks run in a worker, which is
-replaced after each one that did not end well, and the rest go on. Nothing here imports
-jax: the process that waits must not hold the device.
+A kernel that is wrong for a chip does not always raise: it may abort the process, hang,
+or leave the device unusable. So checks run in a worker, which is replaced after each
+check that did not end well, and the others go on. Nothing here imports jax: the process
+that waits must not hold the device.
 """
 
 import dataclasses
@@ -20,14 +20,14 @@ INTERRUPTED = "interrupted"
 
 @dataclasses.dataclass(frozen=True)
 class Outcome:
-  """What a check that ended well has to say."""
+  """The result of a successful check."""
 
   detail: str
   numbers: dict[str, float] = dataclasses.field(default_factory=dict)
 
 
 class Mismatch(Exception):
-  """The device computed something, and it is wrong."""
+  """The device computed a wrong result."""
 
   def __init__(self, detail: str, **numbers: float):
     super().__init__(detail)
@@ -36,20 +36,20 @@ class Mismatch(Exception):
 
 @dataclasses.dataclass(frozen=True)
 class Check:
-  """One thing to find out."""
+  """One check."""
 
   group: str
   name: str
   run: Callable[[], Outcome]
   reason: str = ""
-  """Why it cannot run here; empty where it can."""
+  """Why it cannot run here; empty if it can."""
   basic: bool = True
-  """Whether a quick try runs it."""
+  """Whether a quick run includes it."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-  """What came of a check."""
+  """The outcome of a check."""
 
   group: str
   name: str
@@ -62,12 +62,12 @@ class Row:
 
 
 MakeChecks = Callable[[Any], Sequence[Check]]
-"""Lists the checks for these options, on the devices that are here. Called in the worker;
-the list must be the same each time."""
+"""Returns the checks for the given options, on the available devices. Called in the
+worker; the list must be the same each time."""
 
 
 def run_check(check: Check) -> Row:
-  """One check in this process; an exception is a row."""
+  """Runs a check in this process; an exception becomes a row."""
   begin = time.perf_counter()
 
   def row(status: Any, detail: str, numbers: Any, fatal: bool = False) -> Row:
@@ -87,14 +87,14 @@ def run_check(check: Check) -> Row:
 
 
 def first_line(error: BaseException) -> str:
-  """The exception's name and the first line of what it says."""
+  """Returns the exception's name and the first line of its message."""
   text = str(error).strip().splitlines()
   return f"{type(error).__name__}: {text[0][:200]}" if text else type(error).__name__
 
 
 def _serve(pipe: Connection, make_checks: MakeChecks, options: Any) -> None:
-  """The worker: sends the list of checks, then a row for each index it is sent."""
-  # Ctrl-C reaches both processes; the one that waits decides what comes of it.
+  """Runs the worker: sends the list of checks, then a row for each index it gets."""
+  # Ctrl-C reaches both processes; the waiting one decides what to do.
   signal.signal(signal.SIGINT, signal.SIG_IGN)
   try:
     checks = make_checks(options)
@@ -123,7 +123,7 @@ class _Worker:
     self.error = "" if isinstance(started, list) else str(started)
 
   def run(self, index: int, timeout: float) -> Row:
-    """The check's row; a fatal one where the worker died or took too long."""
+    """Returns the check's row; a fatal one if the worker died or took too long."""
     begin = time.perf_counter()
     try:
       self.pipe.send(index)
@@ -136,7 +136,7 @@ class _Worker:
     return Row(*self.names[index], FAILED, answer, {}, seconds, fatal=True)
 
   def _receive(self, timeout: float) -> Any:
-    """What the worker sends, or a sentence that says why nothing comes."""
+    """Returns what the worker sends, or a sentence on why nothing arrives."""
     if not self.pipe.poll(max(timeout, 0)):
       return f"no answer after {timeout:.0f} s"
     try:
@@ -162,14 +162,14 @@ def run_all(
   longest: float,
   show: Callable[[Row], None],
 ) -> list[Row]:
-  """Rows of all checks, in their order.
+  """Returns the rows of all checks, in order.
 
   Args:
     make_checks: importable by name, since the worker imports it.
-    options: for it.
-    seconds: for everything. What has not begun by then is not run; what is running is
+    options: its argument.
+    seconds: limit for all checks. After it, no check is begun, and the running one is
       ended.
-    longest: seconds that one check may take.
+    longest: most seconds that one check may take.
     show: called with each row.
   """
   deadline = time.monotonic() + seconds

@@ -1,14 +1,14 @@
-"""Shapes of timed layers. Does not import jax, so that cores can be pinned before."""
+"""Shapes of timed layers. Does not import jax, so that cores can be pinned first."""
 
 import dataclasses
 
 FACTOR = 1.25
-"""Capacity factor of the variants that have one."""
+"""Capacity factor of the variants with a capacity."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Shape:
-  """A layer: T tokens in one group, E experts of width F, K chosen."""
+  """A layer: T tokens in one group, E experts of width F, K choices per token."""
 
   name: str
   T: int

@@ -1,9 +1,9 @@
-"""How fast MoE layers of published shapes run on a device, as a share of what it can do.
+"""The speed of MoE layers of published shapes, as a fraction of the device's rate.
 
-What it can do is measured: one large matrix product. Beside the layer stands a dense one
-of equal active FLOPs, and torch's grouped product of the same rows where torch is
-installed and has this kind of device. Sizes are those of the papers, with as many tokens
-as fit the memory; on a CPU widths are an eighth or less.
+The device's rate is measured with one large matrix product. Each layer is compared with a
+dense one of equal active FLOPs, and with torch's grouped product of the same rows, if
+torch is installed and supports this kind of device. Sizes are those of the papers, with
+as many tokens as fit in memory; on a CPU widths are an eighth or less.
 
 Letters: T tokens, D width, F hidden width, E experts, K choices per token, N = T*K rows.
 """
@@ -37,9 +37,9 @@ SHAPES = (
 )
 PRODUCT = "matrix product"
 SECONDS = 5.0
-"""Of timing per shape and direction, warm-up and compiling aside."""
+"""Seconds of timing per shape and direction, without warm-up and compilation."""
 MEMORY_SHARE = 0.4
-"""Of a device's memory that a layer may take by our estimate, which is rough."""
+"""Fraction of a device's memory that a layer may take, by our rough estimate."""
 
 
 def dtype() -> str:
@@ -47,7 +47,7 @@ def dtype() -> str:
 
 
 def bytes_of(shape: Shape) -> int:
-  """What the layer's backward pass holds: weights and gradients, rows, hidden values."""
+  """Returns the bytes of the backward pass: weights, gradients, rows, hidden values."""
   weights = 3 * shape.E * shape.D * shape.F
   rows = shape.T * shape.K
   dense = 3 * shape.K * shape.D * shape.F
@@ -55,7 +55,7 @@ def bytes_of(shape: Shape) -> int:
 
 
 def fit(shape: Shape, memory: int) -> Shape:
-  """Fewer tokens, and then narrower, until the layer fits."""
+  """Returns the shape with fewer tokens, and then narrower, until the layer fits."""
   while bytes_of(shape) > MEMORY_SHARE * memory:
     if shape.T > 2048:
       shape = dataclasses.replace(shape, T=shape.T // 2)
@@ -65,7 +65,7 @@ def fit(shape: Shape, memory: int) -> Shape:
 
 
 def scaled(shape: Shape, options: Options) -> Shape:
-  """The shape for this device."""
+  """Returns the shape for this device."""
   if options.small:
     return dataclasses.replace(shape, T=64, D=64, F=max(32, shape.F // 128))
   if platform() == "cpu":
@@ -76,7 +76,7 @@ def scaled(shape: Shape, options: Options) -> Shape:
 
 @functools.cache
 def product(small: bool) -> tuple[int, Callable[[], Any]]:
-  """The side of square matrices, and their product, ready to be timed."""
+  """Returns the side of square matrices, and their product, ready to be timed."""
   size = 128 if small else 1024 if platform() == "cpu" else 8192
   a, b = (jax.random.normal(jax.random.key(i), (size, size), dtype()) for i in range(2))
   compiled = jax.jit(jnp.matmul).lower(a, b).compile()
@@ -84,7 +84,7 @@ def product(small: bool) -> tuple[int, Callable[[], Any]]:
 
 
 def check_rate(options: Options) -> Outcome:
-  """FLOP/s of the product alone."""
+  """Measures the FLOP/s of the product alone."""
   size, run = product(options.small)
   times = timing.interleave({PRODUCT: run}, seconds=0.1 if options.small else 2.0)
   rate = 2 * size**3 / statistics.median(times[PRODUCT])
@@ -93,7 +93,7 @@ def check_rate(options: Options) -> Outcome:
 
 
 def flops_of(shape: Shape, direction: str) -> float:
-  """Of three products per row and the router's; the backward pass is two forward ones."""
+  """Returns FLOPs of three products per row and the router, tripled with gradients."""
   forward = 6 * shape.T * shape.K * shape.D * shape.F + 2 * shape.T * shape.D * shape.E
   return forward * (1 if direction == "forward" else 3)
 
@@ -101,7 +101,7 @@ def flops_of(shape: Shape, direction: str) -> float:
 def report(
   shape: Shape, flops: float, times: dict[str, list[float]], product_flops: float
 ) -> Outcome:
-  """Medians, and shares of the product's rate, of everything that was timed together."""
+  """Returns medians and fractions of the product's rate, for all functions timed."""
   rate = product_flops / statistics.median(times[PRODUCT])
   numbers: dict[str, float] = dataclasses.asdict(shape) | {"rate": rate}
   numbers.pop("name")
@@ -120,7 +120,7 @@ def report(
 def time_beside_product(
   shape: Shape, flops: float, functions: dict[str, Callable[[], Any]], options: Options
 ) -> Outcome:
-  """Interleaved with the product, so that a slow spell of the machine meets both."""
+  """Times functions interleaved with the product, so that a slow spell affects both."""
   size, run = product(options.small)
   seconds = 0.1 if options.small else SECONDS
   times = timing.interleave({**functions, PRODUCT: run}, seconds=seconds, min_rounds=3)
@@ -128,7 +128,7 @@ def time_beside_product(
 
 
 def check_layer(shape: Shape, direction: str, options: Options) -> Outcome:
-  """Router, dispatch and experts, dropless and with a capacity, against a dense layer."""
+  """Times a whole MoE layer, dropless and with a capacity, against a dense layer."""
   shape = scaled(shape, options)
   settings = layer_variants.Settings.make(dtype(), "swiglu")
   layers = {
@@ -147,7 +147,7 @@ def check_layer(shape: Shape, direction: str, options: Options) -> Outcome:
 
 
 def torch_device() -> tuple[str, str]:
-  """Where torch would compute, and why it does not."""
+  """Returns where torch would compute, or else why it cannot."""
   if importlib.util.find_spec("torch") is None:
     return "", "torch is not installed"
   if platform() == "cpu":
@@ -162,7 +162,7 @@ def torch_device() -> tuple[str, str]:
 def torch_experts(
   shape: Shape, sizes: np.ndarray, where: str
 ) -> tuple[str, Callable[[], Any]]:
-  """SwiGLU experts on sorted rows: by torch's grouped product, else expert by expert."""
+  """Returns SwiGLU experts on sorted rows: torch's grouped product, or one by one."""
   import torch  # pyright: ignore[reportMissingImports]
 
   def normal(*size: int) -> Any:
@@ -194,14 +194,14 @@ def torch_experts(
     try:
       forward(product)
     except (RuntimeError, TypeError):
-      grouped = None  # Not for this dtype or device.
+      grouped = None  # Not available for this dtype or device.
     else:
       return "torch grouped_mm", lambda: forward(product)
   return "torch loop", lambda: forward(loop)
 
 
 def check_torch(shape: Shape, options: Options) -> Outcome:
-  """Experts alone on rows in their order, forward, interleaved with torch's."""
+  """Times the experts alone on sorted rows, forward, interleaved with torch's."""
   shape = scaled(shape, options)
   chosen = np.random.default_rng(0).integers(0, shape.E, shape.T * shape.K)
   sizes = np.bincount(chosen, minlength=shape.E).astype(np.int32)
@@ -220,7 +220,7 @@ def check_torch(shape: Shape, options: Options) -> Outcome:
 
 
 def _experts_on_rows(rows: jax.Array, weights: ExpertWeights, sizes: jax.Array) -> Any:
-  """What the dispatcher `grouped` does with rows that are lined up already."""
+  """Returns what the dispatcher `grouped` computes from rows already in order."""
   if platform() != "cpu":
     return apply_ragged_experts(rows, sizes, weights, "swiglu")
   index = jnp.arange(rows.shape[0], dtype=jnp.int32)
@@ -239,7 +239,7 @@ def _experts_on_rows(rows: jax.Array, weights: ExpertWeights, sizes: jax.Array) 
 
 
 def speed_checks(options: Options) -> Iterator[Check]:
-  """The rate, then each shape: layers forward, with gradients, and torch's product."""
+  """Yields checks: the rate, then each shape, forward, with gradients, and in torch."""
   yield Check("speed", PRODUCT, functools.partial(check_rate, options))
   for shape in SHAPES:
     for direction in ("forward", "both"):

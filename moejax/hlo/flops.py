@@ -1,8 +1,8 @@
 """FLOPs of one instruction of an optimised program, as executed.
 
-Products only: elementwise work is not counted, as in `cost/flops`. A multiply-add is two.
-The compiler's own estimate counts a loop's body once and omits kernels, so FLOPs are
-counted here, from shapes. XLA:TPU turns every product into a convolution, and batch
+Only products are counted, not elementwise work, as in `cost/flops`. A multiply-add is two
+FLOPs. The compiler's own estimate counts a loop's body once and omits kernels, so FLOPs
+are counted here, from shapes. XLA:TPU turns every product into a convolution, and batch
 dimensions into windows that meet their operand once.
 """
 
@@ -17,12 +17,13 @@ import numpy as np
 _ARRAY = re.compile(r"[a-z]+\d*(?:e\d+m\d+\w*)?\[([\d,]*)\]")
 
 RAGGED = re.compile(r"ragged[-_]dot|gmm")
-"""Names of kernels that process only the rows in use, however long the buffer."""
+"""Names of kernels that process only the rows in use, whatever the buffer's length."""
 
 _ATTENTION_PRODUCTS = {"fwd": (1, 1), "dq": (2, 1), "dkv": (2, 2)}
-"""Products in each kernel of splash attention over the width of a key, and over that of a
-value: scores, and values; scores and d query, and d scores; scores and d key, and d value
-and d scores."""
+"""Products in each kernel of splash attention, over the width of a key and of a value.
+
+fwd: scores | values. dq: scores, d query | d scores. dkv: scores, d key | d value,
+d scores."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -135,7 +136,7 @@ def _valid_positions(
 
 
 def _kernel(instruction: Instruction, shapes: Mapping[str, str]) -> float:
-  """Returns FLOPs by the kernel's own estimate, its name or its operands."""
+  """Returns a kernel's FLOPs, from its own estimate, its name or its operands."""
   rest = instruction.rest
   stated = re.search(r'cost_estimate":\{"flops":"?(\d+)', rest)
   if stated:
@@ -144,8 +145,8 @@ def _kernel(instruction: Instruction, shapes: Mapping[str, str]) -> float:
   if splash:
     return _splash(rest, splash[1])
   if "__cudnn$fmha" in rest:
-    # cuDNN gets the mask as a bias, so it skips no block. Backward: scores again, and
-    # the gradients of values, scores, queries and keys.
+    # cuDNN gets the mask as a bias, so it skips no block. The backward pass recomputes
+    # scores, and computes the gradients of values, scores, queries and keys.
     size = _layouts(rest)[0]
     return 2.0 * (5 if "Backward" in rest else 2) * math.prod(size) * size[1]
   if "gemm" in rest.partition("custom_call_target=")[2][:40]:
@@ -154,7 +155,7 @@ def _kernel(instruction: Instruction, shapes: Mapping[str, str]) -> float:
 
 
 def _splash(rest: str, part: str) -> float:
-  """Returns FLOPs of the blocks on and below the diagonal, as if without a window."""
+  """Returns the FLOPs of the blocks on and below the diagonal, ignoring any window."""
   query, _, value = _layouts(rest, r"\b(?:bf16|f16|f32)")[:3]
   *batch, length, size = query
   suffix = "" if part == "fwd" else f"_{part}"
@@ -174,7 +175,7 @@ def _layouts(rest: str, dtype: str = r"[a-z]+\d*(?:e\d+m\d+\w*)?") -> list[list[
 
 
 def _gemm(instruction: Instruction, shapes: Mapping[str, str]) -> float:
-  """Returns FLOPs of a GPU library's product, whose configuration has the dimensions."""
+  """Returns the FLOPs of a GPU library's product, from the dimensions in its config."""
   left = _operands(instruction, shapes)[0]
   found = re.search(
     r'lhs_contracting_dimensions":\[([^\]]*)\]', instruction.rest.replace("\\", "")

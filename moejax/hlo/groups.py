@@ -1,4 +1,4 @@
-"""Which devices take part in a collective, and which mesh axes their groups span.
+"""The device groups of a collective, and the mesh axes that they span.
 
 Three notations are read: lists of device numbers, iota tiles and mesh axes. The numbers
 are positions in the program's mesh, in row-major order.

@@ -1,7 +1,7 @@
-"""Which collectives a train step should have, and why.
+"""The collectives that a train step should have, and why.
 
 A missing axis in a sharding rule raises no error: the compiler silently moves what it
-must. So what it moves is compared with this list.
+must. So the compiled collectives are compared with this list.
 """
 
 from moejax.config import Config
@@ -13,19 +13,19 @@ _NO_SCATTER = "gradients of weights (a CPU has no reduce-scatter pass)"
 
 
 _FAR_BELOW = 8
-"""How many times smaller than an expert's matrix a buffer must be not to be one."""
+"""A buffer this many times smaller than an expert's matrix does not count as one."""
 
 _EVENED_OUT = "edges of a padded reduce-scatter (the TPU compiler's)"
 _LARGEST_EDGE = 1 << 26
 
 
 def reason(collective: Collective, config: Config, platform: str = "") -> str:
-  """Returns why a collective is there; empty if nothing asks for it.
+  """Returns why a collective is there; empty if nothing requires it.
 
   Args:
     collective: from `hlo.Program.collectives`.
     config: of the run whose train step was compiled.
-    platform: compile target: cpu, gpu or tpu; an empty one excuses nothing.
+    platform: compile target: cpu, gpu or tpu; if empty, nothing is excused.
   """
   axes = set(collective.axis.split(","))
   match collective.kind:
@@ -53,8 +53,8 @@ def _is_muon(collective: Collective, config: Config) -> bool:
 
 
 def _small(config: Config) -> int:
-  """Returns the most bytes of an all-reduce over fsdp that is taken for sums and norms,
-  not a matrix: a few vectors of D numbers, which the compiler may merge."""
+  """Returns the most bytes of an all-reduce over fsdp that counts as sums and norms, not
+  as a matrix: a few vectors of D numbers, which the compiler may merge."""
   return max(1 << 16, 64 * config.model.width)
 
 

@@ -1,9 +1,9 @@
 """Reads the collectives, and the FLOPs, out of an optimised program.
 
 Counts executions: an instruction in a loop counts once per iteration, and of a
-conditional's branches, the one with most instructions counts. Bytes are per
-device: `bytes` is the buffer (operand of an all-to-all, result of an all-gather, operand
-of a reduce-scatter or all-reduce), `wire_bytes` what a device in a group of n must send:
+conditional's branches, only the one with most instructions counts. Bytes are per device.
+`bytes` is the buffer (operand of an all-to-all, result of an all-gather, operand of a
+reduce-scatter or all-reduce). `wire_bytes` is what a device in a group of n must send:
 (n-1)/n of the buffer, twice that for an all-reduce, all of it for a permute.
 
 Parses text, since jax has no public interface to compiled instructions. Notations
@@ -52,11 +52,11 @@ class Collective:
   count: int
   """How often it runs in a step."""
   bytes: int
-  """Of its buffer, per execution."""
+  """Bytes of its buffer, per execution."""
   wire_bytes: int
-  """Sent by the device, per execution."""
+  """Bytes that the device sends, per execution."""
   source: str
-  """file:line that it comes from, of moejax if known; empty if the compiler drops it."""
+  """file:line that it comes from, in moejax if known; empty if the compiler drops it."""
   operation: str
   """The jax operation that it comes from."""
   across: bool = False
@@ -123,7 +123,7 @@ class Program:
 
   @property
   def computations(self) -> Mapping[str, Sequence[Instruction]]:
-    """The instructions of each computation, by its name."""
+    """The instructions of each computation, by name."""
     return self._computations
 
   def flops(self, ragged_fraction: float = 1.0) -> float:
@@ -142,8 +142,8 @@ class Program:
     )
 
   def stacked_bytes(self, parameters: set[tuple[int, ...]]) -> int:
-    """Returns the bytes that the loop over layers stacks for its backward pass, without
-    what it stacks in the host's memory.
+    """Returns the bytes that the loop over layers stacks for its backward pass, except
+    those in the host's memory.
 
     Args:
       parameters: shapes of parameters, which are also stacks but do not count.
@@ -158,7 +158,7 @@ class Program:
         _ARRAY.findall(_LAYOUT.sub("", shape)), _array_bytes(shape), strict=True
       ):
         dims = tuple(int(d) for d in text[1].split(",") if d)
-        # Of a loop that offloads, the TPU compiler takes one turn out.
+        # The TPU compiler peels one iteration off a loop that offloads.
         is_stack = len(dims) > 2 and trips > 1 and dims[0] in (trips, trips + 1)
         if is_stack and dims not in parameters:
           total += size
@@ -347,7 +347,7 @@ def _array_bytes(shape: str) -> list[float]:
 
 
 def _elements(shape: str) -> list[str]:
-  """Returns the outermost elements of a tuple's shape; the shape itself if it is none."""
+  """Returns the outermost elements of a tuple's shape; any other shape by itself."""
   shape = _LAYOUT.sub("", shape).strip()
   if not shape.startswith("("):
     return [shape]

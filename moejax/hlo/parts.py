@@ -1,15 +1,15 @@
-"""Which part of a train step each instruction of a compiled program belongs to.
+"""The part of a train step that each instruction of a compiled program belongs to.
 
 The part is the innermost scope (`moejax.parts`) in the instruction's metadata, and it is
-backward if jax traced it as a transpose. What the compiler made itself:
+backward if jax traced it as a transpose. For instructions that the compiler made:
 
   a fusion          is split over the parts of the instructions in it, by the elements
                     that they write and the FLOPs of products among them; `is_mixed` if
                     that is more than one part
   a copy or other   takes the part of its first operand that has one, else of its first
-  helper            user: it was made to move that operand's data
+  helper            user, since it moves that operand's data
   a loop or call    takes its own scope, else the part of most instructions inside; only
-                    its own time counts there, not that of what it runs
+                    its own time counts there, not that of the instructions it runs
 """
 
 import collections
@@ -45,12 +45,12 @@ _FLOPS_PER_ELEMENT = 16.0
 """FLOPs of a product in the time of one element of elementwise work."""
 
 _ROUNDS = 8
-"""How far a part travels along helpers, in instructions."""
+"""How far a part is passed along helpers, in instructions."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Label:
-  """Where an instruction belongs."""
+  """The part that an instruction belongs to, and whether it is backward."""
 
   part: str
   """One of PARTS."""
@@ -96,7 +96,7 @@ def labels(program: Program) -> dict[str, Shares]:
 
 
 def control(program: Program) -> set[str]:
-  """Returns the names of loops, calls and conditionals: their time is that of others."""
+  """Returns the names of loops, calls and conditionals, whose time is that of others."""
   return {
     instruction.name
     for instructions in program.computations.values()
@@ -116,7 +116,7 @@ def collectives(program: Program) -> set[str]:
 
 
 def _inside(program: Program, instruction: Instruction) -> list[Instruction]:
-  """Returns the instructions that a fusion, call or loop runs, also in inner ones."""
+  """Returns the instructions that a fusion, call or loop runs, including nested ones."""
   if instruction.opcode not in ("fusion", *_CONTROL):
     return []
   result: list[Instruction] = []
@@ -129,7 +129,7 @@ def _inside(program: Program, instruction: Instruction) -> list[Instruction]:
 def _weights(
   inside: Sequence[Instruction], found: Mapping[str, Shares], work: Mapping[str, float]
 ) -> dict[Label, float]:
-  """Returns the work of the instructions of each label."""
+  """Returns the work of the instructions with each label."""
   weights: dict[Label, float] = collections.defaultdict(float)
   for instruction in inside:
     if instruction.opcode not in _FREE:
@@ -139,7 +139,7 @@ def _weights(
 
 
 def _work(program: Program) -> dict[str, float]:
-  """Returns what each instruction is taken to cost, in elements written."""
+  """Returns the assumed cost of each instruction, in elements written."""
   work = {}
   for instructions in program.computations.values():
     shapes = {i.name: i.shape for i in instructions}
@@ -169,13 +169,13 @@ def _inherit(instructions: Sequence[Instruction], found: dict[str, Shares]) -> N
   for name, used in operands.items():
     for operand in used:
       users[operand].append(name)
-  # A tuple belongs to the loop that takes it, not to what happens to be its first item.
+  # A tuple belongs to the loop that takes it, not to whatever its first item is.
   whole = {i.name for i in instructions if i.opcode == "tuple"}
   passes = ((operands, operands.keys() - whole), (users, operands.keys()))
   for around, names in passes:
     for _ in range(_ROUNDS):
       new: dict[str, Shares] = {}
-      # Not `names - found.keys()`, which goes through all that was found.
+      # Not `names - found.keys()`, which iterates over all of `found`.
       for name in [n for n in names if n not in found]:
         near = next((found[n] for n in around.get(name, ()) if n in found), None)
         if near:

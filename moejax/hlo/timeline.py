@@ -1,11 +1,11 @@
 """Where the time of a traced step goes: the events of a trace, added up by part.
 
 At each moment the operations that run on a device share the time equally, and of nested
-ones (a loop and what it runs) only the innermost counts. So the parts of a device add up
-to the time in which it ran anything, however many threads it used, and the rest of the
+ones (such as a loop and its body) only the innermost counts. So the parts of a device add
+up to the time in which it ran anything, however many threads it used. The rest of the
 wall time is waiting.
 
-Loops, calls and conditionals only get what is left while nothing they run is running.
+Loops, calls and conditionals only get the time in which none of their contents runs.
 """
 
 import collections
@@ -48,7 +48,7 @@ def trace_options() -> Any:
   import jax
 
   options = jax.profiler.ProfileOptions()
-  # Every Python call would slow the host down several times.
+  # Tracing every Python call would make the host several times slower.
   options.python_tracer_level = 0
   options.host_tracer_level = 2
   return options
@@ -61,7 +61,7 @@ def of_steps(
 
   Args:
     text: of the compiled train step.
-    directory: that `jax.profiler.trace` wrote to; its newest trace is read.
+    directory: where `jax.profiler.trace` wrote; its newest trace is read.
     num_steps: number of steps in the trace.
     step_ms: wall time of a step.
 
@@ -90,7 +90,7 @@ def newest(directory: pathlib.Path) -> pathlib.Path:
 def read(file: pathlib.Path, module: str) -> list[Event]:
   """Returns the events of one compiled program in a trace.
 
-  On a CPU a device's threads carry them, elsewhere its streams.
+  On a CPU they are recorded for a device's threads, elsewhere for its streams.
 
   Args:
     file: the `.xplane.pb` that `jax.profiler.trace` wrote.
@@ -122,7 +122,7 @@ def read(file: pathlib.Path, module: str) -> list[Event]:
 
 
 def busy(events: Sequence[Event], control: set[str]) -> dict[int, dict[str, float]]:
-  """Returns how long each instruction ran on each device, alone or sharing: nanoseconds.
+  """Returns how long each instruction ran on each device, alone or shared, nanoseconds.
 
   Args:
     events: of any number of steps.
@@ -135,7 +135,7 @@ def busy(events: Sequence[Event], control: set[str]) -> dict[int, dict[str, floa
 
 
 def _shared(events: Sequence[Event], control: set[str]) -> dict[str, float]:
-  """Sweeps over one device's events."""
+  """Returns the time of each instruction, by a sweep over one device's events."""
   spent: dict[str, float] = collections.defaultdict(float)
   running: dict[str, list[tuple[float, str]]] = collections.defaultdict(list)
   before = 0.0
@@ -156,8 +156,8 @@ def _shared(events: Sequence[Event], control: set[str]) -> dict[str, float]:
 
 def _edges(events: Sequence[Event]) -> Iterator[tuple[float, bool, Event]]:
   edges = [(e.start, True, e) for e in events] + [(e.end, False, e) for e in events]
-  # Ends before beginnings: neighbours do not overlap. Of events that begin at once the
-  # longer one is outside.
+  # Ends before beginnings, since neighbours do not overlap. Of events that begin at the
+  # same time, the longer one is outside.
   edges.sort(key=lambda edge: (edge[0], edge[1], -edge[2].end))
   yield from edges
 
@@ -197,11 +197,11 @@ class Device:
   busy: float
   """Time in which it ran anything: the sum of the parts."""
   waiting: float
-  """The rest of the step: for the host, or for other devices before they have begun."""
+  """The rest of the step: waiting for the host, or for other devices to begin."""
   mixed: float
-  """Of `busy`, in fusions of several parts, whose time is split by elements."""
+  """Part of `busy` in fusions of several parts, whose time is split by elements."""
   collectives: float
-  """Of `busy`, in transfers between devices, waiting for the others there included."""
+  """Part of `busy` in transfers between devices, including waiting for the others."""
   unattributed: tuple[tuple[str, float], ...]
   """The longest instructions without a part."""
 

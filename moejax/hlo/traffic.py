@@ -1,8 +1,8 @@
-"""What a compiled train step sends, as rows, and which of them nothing asks for.
+"""The traffic of a compiled train step, as rows, and which of them are unintended.
 
 `tools.collectives` prints all rows; a run on a mesh checks them once, after compiling its
 step, and warns of those for which `intended` has no reason. A missing axis in a sharding
-rule raises no error: the compiler moves what should have stayed.
+rule raises no error: the compiler moves data that should have stayed in place.
 """
 
 import collections
@@ -16,8 +16,8 @@ from moejax.hlo import intended
 from moejax.hlo import parse as hlo
 
 Row = dict[str, Any]
-"""The fields of an `hlo.Collective`, `count` summed over equal ones; `bytes_per_chip`,
-sent by a device per step; `purpose`, empty where nothing asks for it."""
+"""The fields of an `hlo.Collective`, with `count` summed over equal ones;
+`bytes_per_chip`, sent by a device per step; `purpose`, empty if nothing requires it."""
 
 
 def rows_of(
@@ -33,14 +33,15 @@ def rows_of(
     config: of the run whose train step was compiled.
     text: of the optimised program.
     sizes: of the mesh's axes, over all slices.
-    platform: compile target; what its compiler cannot do better is excused.
+    platform: compile target; limitations of its compiler are excused.
     slices: number of TPU slices, which divide the mesh along `mesh.slice_axis`.
   """
   across = config.mesh.slice_axis
   sizes = [n // slices if a == across else n for a, n in zip(AXES, sizes, strict=True)]
   counts: collections.Counter[tuple[hlo.Collective, str]] = collections.Counter()
   for found in hlo.Program(text).collectives(AXES, sizes, across):
-    # The operation has a name per call and would keep rows apart; the purpose needs it.
+    # The operation has a different name per call, which would keep rows apart; only the
+    # purpose needs it.
     purpose = intended.reason(found, config, platform)
     counts[dataclasses.replace(found, count=1, operation=""), purpose] += found.count
   rows = [

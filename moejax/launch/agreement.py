@@ -1,4 +1,4 @@
-"""Checks that a job's processes were started alike, and words the error if not.
+"""Checks that a job's processes were started alike, and writes the error if not.
 
 Every process states facts: names as a user would write them (`--config.train.seed`,
 `jax version`) and JSON values. Only process 0 compares them, so all processes end with
@@ -22,7 +22,7 @@ def disagreement(facts: Mapping[int, Facts]) -> str:
   """Returns the error about what differs between processes; empty if nothing does.
 
   Args:
-    facts: of each process, by its index. A missing name counts as a value of its own.
+    facts: of each process, by its index. A missing name counts as a different value.
   """
   names = dict.fromkeys(name for stated in facts.values() for name in stated)
   found = [line for name in names if (line := _difference(name, facts))]

@@ -54,7 +54,7 @@ class Rank:
   count: int
   index: int
   by_launcher: bool = False
-  """Whether jax found it, and is left to find it again."""
+  """Whether jax found it, and will find it again by itself."""
 
 
 @contextlib.contextmanager
@@ -134,7 +134,7 @@ def launcher() -> str | None:
 
 
 def _on_tpu_pod() -> bool:
-  """Returns whether this is a TPU VM of a pod, which no variable of its shell tells."""
+  """Returns whether this is a TPU VM of a pod, which no environment variable shows."""
   chips = [
     *pathlib.Path("/dev").glob("accel*"),
     *pathlib.Path("/dev/vfio").glob("[0-9]*"),

@@ -22,7 +22,7 @@ _now: "_Hang | None" = None
 
 
 def progress() -> None:
-  """Notes that a step or an evaluation batch is finished. Costs nothing if unwatched."""
+  """Records that a step or an evaluation batch has finished; free if nothing watches."""
   if _now is not None:
     _now.progress()
 
@@ -41,7 +41,7 @@ def reported(seconds: float, name: str = "This process") -> Iterator[None]:
     return
   _now = _Hang(seconds, name)
   if hasattr(signal, "SIGUSR1"):
-    # In C, independent of the interpreter: a hang may be anywhere.
+    # In C, independent of the interpreter, since a hang may be anywhere.
     faulthandler.register(signal.SIGUSR1, all_threads=True)
   try:
     yield

@@ -1,8 +1,8 @@
-"""Memory of a CPU run: the process keeps the pages that it has touched once.
+"""Memory of a CPU run: the process keeps the pages that it has used.
 
-XLA:CPU allocates a step's temporaries and results afresh every step. By default glibc
-returns such large blocks to the system when they are freed, and the next step pays a
-page fault for each 4 KiB of them. docs/speed.md says what that costs.
+XLA:CPU allocates temporaries and results anew in every step. By default glibc returns
+such large blocks to the system when they are freed, and the next step pays a page fault
+for each 4 KiB of them. docs/speed.md has the cost.
 """
 
 import ctypes
@@ -36,7 +36,7 @@ def keep_freed_pages() -> bool:
   never shrinks again, as with an accelerator's allocator.
 
   Returns:
-    Whether it did: not with an accelerator, nor outside Linux with glibc.
+    Whether it did; False with an accelerator, or without Linux and glibc.
   """
   if not _set(_KEEP):
     return False
@@ -44,7 +44,7 @@ def keep_freed_pages() -> bool:
 
   if jax.default_backend() == "cpu":
     return True
-  # With an accelerator the heap is for loading data, in many threads at once.
+  # With an accelerator, the heap serves data loading, in many threads at once.
   _set(_DEFAULT)
   return False
 

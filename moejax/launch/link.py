@@ -30,7 +30,7 @@ or is stopped, is not taken for dead."""
 HELLO_BYTES = 1024
 """Most bytes of a message before the greeting is complete."""
 MESSAGE_BYTES = 1 << 18
-"""Most bytes of a later message: ten times what a process says about itself."""
+"""Most bytes of a later message: ten times the size of a process's facts."""
 _DEPTH = 8
 _CODE = 64
 """Hexadecimal digits of the HMAC in front of a signed line."""

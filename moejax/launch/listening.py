@@ -1,8 +1,9 @@
 """Where process 0 listens, for the meeting and then for the runtime.
 
-Given localhost or a numeric address of this machine: only there. Given a name, or an
-address of another machine (NAT, a load balancer): on all interfaces, since a name may
-resolve differently here than elsewhere; in a container or on Debian often to 127.0.1.1.
+Given localhost or a numeric address of this machine, it listens only there. Given a name,
+or an address of another machine (NAT, a load balancer), it listens on all interfaces,
+since a name may resolve differently here than elsewhere: in a container or on Debian
+often to 127.0.1.1.
 JAX_COORDINATOR_BIND_ADDRESS, if set, overrides this.
 """
 
@@ -31,7 +32,7 @@ def split_address(address: str, name: str = "--coordinator_address") -> tuple[st
 
 
 def own_interface(address: str) -> str | None:
-  """Returns the only host to listen on for `address`; None for all interfaces."""
+  """Returns the host to listen on for `address`; None for all interfaces."""
   host, _ = split_address(address)
   if host == "localhost":
     return "127.0.0.1"

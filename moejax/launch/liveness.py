@@ -8,15 +8,15 @@ a slow disk is not mistaken for a death.
     with Watch(index, links):
       train()
 
-If a peer's connection closes without a message, that peer is lost: the others say so and
-exit at once, with code 3. A peer that exits because of an error sends it first; the
+If a peer's connection closes without a message, that peer is lost: the others print this
+and exit at once, with code 3. A peer that exits because of an error sends it first; the
 others get some time to reach and report the same error themselves. At the end of the
 body all wait for each other, as long as it takes. The exit is `os._exit`: the runtime's
 own exit waits up to five minutes for dead processes, and its abort has no message.
 
-After a bug of one, all end with code 1: srun returns the highest code of a job's tasks,
-and 3 would start a job again that ends in the same way. An error of jax's runtime counts
-as a loss for the others (code 3), since it may come from a network or device that failed.
+After a bug in one process, all exit with code 1: srun returns the highest code of a job's
+tasks, and 3 would restart a job that ends in the same way. An error of jax's runtime
+counts as a loss for the others (code 3), since a network or device may have failed.
 """
 
 import os
@@ -85,7 +85,7 @@ class Watch:
     if isinstance(error, KeyboardInterrupt):
       self._end(_INTERRUPTED, "interrupted")
     traceback.print_exception(kind, error, trace)
-    # A collective may have failed because of a peer: then that is the error.
+    # A collective may have failed because of a peer; if so, report that instead.
     self._bad_news.wait(_CONSEQUENCE_SECONDS)
     own = (_BUG, f"{type(error).__name__}: {error}".splitlines()[0])
     self._end(*(self._verdict or own))
@@ -150,7 +150,7 @@ class Watch:
       self._tell(failed, but=source)
 
   def _end(self, code: int, text: str) -> NoReturn:
-    """Prints why, tells the others and ends the process; only the first call counts."""
+    """Prints why, informs the others and ends the process; only the first call counts."""
     if not self._ending.acquire(blocking=False):
       time.sleep(2 * _LAST_SECONDS)
     print(f"error: {text}", file=sys.stderr)

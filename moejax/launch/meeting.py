@@ -1,19 +1,19 @@
 """Where the processes of a job meet before the runtime connects them.
 
-Process 0 listens at the coordinator's address, which firewalls must leave open anyway:
-the runtime uses it a moment later. The others call until it answers, say who they are
-and what they were started with, and get its verdict. Only then does jax start: it
-silently connects processes that disagree on their number, and a failure inside its
-`initialize` is an abort that cannot be caught.
+Process 0 listens at the coordinator's address, which firewalls must leave open anyway,
+since the runtime uses it a moment later. The others call until it answers, identify
+themselves, send the settings they were started with, and get its verdict. Only then does
+jax start: it would silently connect processes that disagree on their number, and a
+failure inside its `initialize` is an abort that cannot be caught.
 
     caller   {"moejax": 1, "nonce": c, "signed": whether it has a secret}
     host     {"moejax": 1, "nonce": s, "signed": ..., "proof": that it knows the secret}
     caller   {"index": ..., "host": its machine, "facts": what it was started with}
     host     {"error": ..., "code": ..., "host": ...}     the verdict, to all at once
 
-With a secret (`secret`) the last two and all later messages are signed: a stranger can
-neither take a seat nor end the meeting. Without one, anyone who reaches the port and
-speaks this protocol can do both: a contradiction ends the job, as it should among honest
+With a secret (`secret`) the last two and all later messages are signed, so a stranger can
+neither join nor end the meeting. Without one, anyone who reaches the port and uses this
+protocol can do both, since a contradiction ends the job, as it should among honest
 processes. In either case an invalid message ends its own connection and nothing else.
 
 The connections stay open: `liveness` learns from them which processes died.
@@ -45,9 +45,9 @@ _MAX_COUNT = 1 << 20
 _MAX_FACTS = 10_000
 _RETRY_SECONDS = 0.2
 _SETTLE_SECONDS = 3.0
-"""How long to wait, after the first contradiction, for others who must hear of it."""
+"""How long to wait, after the first contradiction, for others that must be told."""
 _CALL_SECONDS = 10.0
-"""How long a caller may take to say who it is, and later to receive the verdict."""
+"""How long a caller may take to identify itself, and later to receive the verdict."""
 _SPARE_CALLERS = 64
 """Most undecided connections beyond the expected ones, and most rivals for seats."""
 
@@ -88,7 +88,7 @@ def meet(
 
 @dataclasses.dataclass(eq=False, kw_only=True)
 class _Caller:
-  """A connection whose process has not yet said who it is."""
+  """A connection whose process has not identified itself yet."""
 
   link: Link
   address: str
@@ -97,7 +97,7 @@ class _Caller:
 
 
 class _Host:
-  """Process 0 of a meeting: seats the callers, then sends all of them the verdict."""
+  """Process 0 of a meeting: admits the callers, then sends all of them the verdict."""
 
   def __init__(
     self,

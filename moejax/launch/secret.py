@@ -1,4 +1,4 @@
-"""A job's secret, which tells its processes from strangers at the port.
+"""A job's secret, which distinguishes its processes from strangers at the port.
 
 It comes from the environment or a file, never from a flag, which every user of a machine
 can read in its process list. It is never sent: both sides prove that they have it, and

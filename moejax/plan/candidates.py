@@ -1,9 +1,9 @@
 """The settings that a plan chooses, and every combination that the config's checks allow.
 
-Chosen are mesh, microbatches, recomputation, and how rows travel; the model, the global
-batch, capacity and buffers stay those of the config, since they change what is learned.
-Refusals come from the checks that a run makes itself (`config.devices`, `config.check`,
-`sharding`), so that the printed command is accepted.
+A plan chooses the mesh, microbatches, recomputation, and how rows are exchanged. The
+model, global batch, capacity and buffers stay as configured, since they change what is
+learned. Combinations are refused by the checks of a real run (`config.devices`,
+`config.check`, `sharding`), so the printed command will be accepted.
 """
 
 import collections
@@ -31,9 +31,9 @@ from moejax.sharding.mesh import over_slices
 
 REMAT = ("none", "dots", "full", "all")
 _EXCHANGES = ("auto", "all_to_all", "ragged", "ring")
-"""gspmd is left out: it moves what the compiler decides."""
+"""gspmd is left out: the compiler decides what it sends."""
 _DISPATCHERS = ("auto", "gather", "grouped")
-"""einsum is left out: its products are those of gather and dense weights beside them."""
+"""einsum is left out: it computes gather's products, and dense dispatch weights too."""
 _CHUNKS = {"all_to_all": (1, 2, 4), "ragged": (1, 2, 4, 8, 16, 32)}
 
 Settings = dict[str, Any]
@@ -54,7 +54,7 @@ class Candidate:
 
 @dataclasses.dataclass
 class Refusals:
-  """Why combinations were left out: count and an example by reason."""
+  """Why combinations were left out: a count and an example of each reason."""
 
   counts: collections.Counter[str] = dataclasses.field(
     default_factory=collections.Counter
@@ -81,7 +81,7 @@ def chip_of(topology: Topology) -> Chip:
 
 
 def meshes(devices: int) -> Iterator[dict[str, int]]:
-  """Yields every mesh of so many devices, sizes in the order of `AXES`."""
+  """Yields every mesh of `devices` devices, with its axes in the order of `AXES`."""
 
   def splits(left: int, axes: int) -> Iterator[tuple[int, ...]]:
     if axes == 1:
@@ -110,7 +110,7 @@ def placements(
     config: validated; not changed.
     topology: the machine.
     weights: of the model.
-    refused: gets what is left out.
+    refused: records what is left out.
   """
   trial, devices = copy.deepcopy(config), topology.num_devices
   slice_axes = AXES if topology.slices > 1 else (config.mesh.slice_axis,)
@@ -131,7 +131,7 @@ def _mesh_problem(
   trial: Config, topology: Topology, mesh: dict[str, int], weights: Sequence[Weight]
 ) -> str | None:
   """Returns why no microbatch runs on a mesh: batch, model, slices or parameters."""
-  # A setting of the exchange is chosen later, so the mesh is tried under the widest.
+  # The exchange is chosen later, so the mesh is tried with the least restrictive one.
   trial.moe.exchange, trial.moe.dispatcher = "auto", "auto"
   trial.moe.exchange_chunks = 1
   problem = config_devices.misfit(trial, topology.num_devices)
@@ -147,7 +147,7 @@ def _mesh_problem(
 
 
 def check_weights(weights: Sequence[Weight], mesh: dict[str, int]) -> None:
-  """Raises the error of a run whose parameters cannot be cut over a mesh."""
+  """Raises the error that a run raises if its parameters cannot be cut over a mesh."""
   from moejax.sharding import rules
 
   abstract: Any = AbstractMesh(tuple(mesh.values()), AXES)
@@ -163,12 +163,12 @@ class Variants:
   """
 
   def __init__(self, config: Config, family: str, refused: Refusals):
-    """Prepares; `refused` gets what is left out, once per placement."""
+    """Initializes; `refused` records what is left out, once per placement."""
     self._trial, self._family, self._refused = copy.deepcopy(config), family, refused
     self._known: dict[tuple[int, ...], tuple[list[tuple[Settings, Load]], Refusals]] = {}
 
   def of(self, placement: Candidate) -> Iterator[tuple[Candidate, Load]]:
-    """Yields each way once, with a device's load."""
+    """Yields each way once, with the load of one device."""
     mesh = placement.mesh
     shards = token_shards(mesh)
     key = (shards, mesh["expert"], placement.settings["train.accumulation"])
@@ -225,7 +225,7 @@ def changes(config: Config, candidate: Candidate) -> Settings:
 
 
 def apply(config: Config, settings: Settings) -> None:
-  """Sets fields of a config; values are known to be of their types."""
+  """Sets fields of a config; the values must have the right types."""
   for name, value in settings.items():
     section, field = name.split(".")
     setattr(getattr(config, section), field, value)

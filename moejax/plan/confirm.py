@@ -18,12 +18,12 @@ from moejax.plan.search import Plan, mesh_text
 def compare(config: Config, plan: Plan) -> dict[str, Any]:
   """Compiles a plan; returns predicted and compiled figures, per device and step.
 
-  A GPU program compiled here has no kernels that need a GPU (`Load.has_kernels`), and is
-  compared with a prediction of just that.
+  A GPU program compiled here has no kernels that need a GPU (`Load.has_kernels`), so it
+  is compared with a prediction without them.
 
   Args:
-    config: of the search.
-    plan: found by it.
+    config: the config of the search.
+    plan: a plan that the search found.
   """
   own = candidates.configured(config, plan.candidate)
   machine = plan.candidate.topology
@@ -47,7 +47,7 @@ def compare(config: Config, plan: Plan) -> dict[str, Any]:
   try:
     step = compile_step(own, devices)
   except jax.errors.JaxRuntimeError as error:
-    # Also a fault of the compiler's own: the next plan may not meet it.
+    # This may also be a compiler bug, which the next plan may not trigger.
     return result | {"refusal": str(error).strip().splitlines()[0]}
   found = pod.report(own, machine, step, chip)
   compiled = {
@@ -59,7 +59,7 @@ def compare(config: Config, plan: Plan) -> dict[str, Any]:
 
 
 def line(result: dict[str, Any]) -> str:
-  """Returns one line that says how near a prediction was."""
+  """Returns one line with the predicted and the compiled figures, and the error."""
   if "refusal" in result:
     return f"{result['name']}: refused by the compiler: {result['refusal']}"
   predicted, compiled = result["predicted"], result["compiled"]

@@ -1,6 +1,6 @@
 """Resources of a compiled train step per device: memory, FLOPs, traffic, time.
 
-The compiler reports memory, from which follows whether the step fits. FLOPs and bytes are
+The compiler reports memory, which shows whether the step fits. FLOPs and bytes are
 counted in the optimised program, with loops multiplied out. Ragged exchanges and matmuls
 are counted under even routing: the rows in use, not the capacity of the buffer.
 
@@ -38,7 +38,7 @@ def report(
 
   Args:
     config: validated.
-    topology: that `step` was compiled for.
+    topology: the machine that `step` was compiled for.
     step: the compiled train step.
     chip: figures of one of its devices.
   """
@@ -124,8 +124,8 @@ def memory_of(step: CompiledStep, program: Program) -> dict[str, int]:
   `saved_activations` are the stacks that the forward loop over layers keeps for the
   backward loop; `gradients` is a float32 copy of the parameters; `buffers` is the rest
   of the temporaries. `peak` is the maximum of live bytes, which the compiler cannot
-  always pack without gaps. `host` is what `remat=offload` keeps in the host's memory, and
-  not part of the total.
+  always pack without gaps. `host` is what `remat=offload` keeps in the host's memory; it
+  is not part of the total.
   """
   analysis = step.compiled.memory_analysis()
   params = _device_bytes(step.state["params"])
@@ -166,7 +166,7 @@ def _device_bytes(tree: Any) -> int:
 
 @dataclasses.dataclass
 class Network:
-  """The networks that a mesh's axes span, and the time to send over them."""
+  """The networks that the axes of a mesh span, and the time to send over them."""
 
   devices: np.ndarray
   """One array dimension per axis of `AXES`."""

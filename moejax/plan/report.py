@@ -1,4 +1,4 @@
-"""Prints what a search found: the best plans, the first in detail, what is left out."""
+"""Prints the result of a search: the best plans, the first in detail, and refusals."""
 
 import dataclasses
 from collections.abc import Mapping, Sequence
@@ -18,14 +18,14 @@ class View:
   """What the user asked to see."""
 
   tokens: float
-  """Of the whole training."""
+  """Tokens of the whole training run."""
   prices: Mapping[str, float]
-  """Dollars of a chip hour by kind of chip."""
+  """Dollars per chip hour, by kind of chip."""
   margin: float
 
 
 def machine_text(candidate: Candidate) -> str:
-  """Returns a machine's name, with its slices."""
+  """Returns a machine's name, with the axis that joins its slices, if several."""
   topology = candidate.topology
   if topology.slices == 1:
     return topology.name
@@ -33,7 +33,7 @@ def machine_text(candidate: Candidate) -> str:
 
 
 def cost(plan: Plan, view: View) -> float | None:
-  """Returns the dollars of the whole training; None without a price."""
+  """Returns the cost of the whole training run in dollars; None without a price."""
   price = view.prices.get(plan.candidate.topology.kind)
   return None if price is None else price * plan.chip_hours(view.tokens)
 
@@ -76,7 +76,7 @@ def plans_table(plans: Sequence[tuple[int, Plan]], view: View) -> Table:
 
 
 def detail(plan: Plan) -> list[str]:
-  """Returns lines on one plan: memory by kind, traffic by collective, time by cause."""
+  """Returns lines about a plan: memory by kind, traffic by collective, time by cause."""
   memory = ", ".join(
     f"{kind} {fixed(size / 1e9, 1)}" for kind, size in plan.memory.kinds.items() if size
   )
@@ -107,7 +107,7 @@ def detail(plan: Plan) -> list[str]:
 
 
 def refusals_table(found: Found) -> Table:
-  """Returns why ways were left out, the commonest reason first."""
+  """Returns the reasons why combinations were left out, most common first."""
   table = Table(box=box.SIMPLE_HEAD, title="left out")
   table.add_column("ways", justify="right")
   table.add_column("reason")
@@ -121,7 +121,7 @@ def refusals_table(found: Found) -> Table:
 def show(
   found: Found, plans: Sequence[tuple[int, Plan]], view: View, console: Console
 ) -> None:
-  """Prints a search's result: some of its plans, given with their ranks."""
+  """Prints the result of a search; `plans` are those to show, with their ranks."""
   console.print(plans_table(plans, view))
   for line in found.lacking.values():
     console.print(line, markup=False, highlight=False, soft_wrap=True)

@@ -21,35 +21,35 @@ from moejax.plan.predict.wire import Gradients, Sent
 from moejax.plan.topology import Topology
 
 MARGIN = 0.1
-"""Fraction of memory left free: the error that predictions have (docs/planning.md)."""
+"""Fraction of memory left free, to cover prediction errors (docs/planning.md)."""
 
 _HOUR, _DAY = 3600.0, 86_400.0
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Plan:
-  """A candidate with what it is predicted to need."""
+  """A candidate with its predicted memory, FLOPs and time."""
 
   candidate: Candidate
   load: Load
   memory: Memory
   hbm_bytes: int
   flops: dict[str, float]
-  """Executed by a device in a step, by part and in `total`."""
+  """FLOPs that a device executes in a step, by part and in `total`."""
   sent: list[Sent]
   time: StepTime
   tokens: int
-  """Of a step, over all devices."""
+  """Tokens per step, over all devices."""
   chips: int
   least: float
-  """Bytes that a device holds under any settings; see `OnMesh.least`."""
+  """Bytes that a device needs under any settings; see `OnMesh.least`."""
 
   @property
   def tokens_per_second(self) -> float:
     return self.tokens / self.time.step
 
   def days(self, tokens: float) -> float:
-    """Returns the days that training on so many tokens takes."""
+    """Returns how many days it takes to train on `tokens` tokens."""
     return tokens / self.tokens_per_second / _DAY
 
   def chip_hours(self, tokens: float) -> float:
@@ -61,17 +61,18 @@ class Found:
   """The result of a search."""
 
   plans: list[Plan]
-  """The best of each mesh that fits, best first."""
+  """The best plan of each mesh with one that fits, best first."""
   too_large: list[Plan]
-  """The smallest of each mesh of which nothing fits, smallest first."""
+  """The smallest plan of each mesh with none that fits, smallest first."""
   considered: int = 0
   fitting: int = 0
   refused: Refusals = dataclasses.field(default_factory=Refusals)
   lacking: dict[str, str] = dataclasses.field(default_factory=dict)
-  """By machine on which nothing fits: a sentence on the nearest and what it lacks."""
+  """For each machine on which nothing fits: a sentence on the nearest plan and what it
+  lacks."""
 
   def add(self, other: "Found") -> None:
-    """Adds what was found on another machine."""
+    """Adds the results of another machine."""
     self.plans += other.plans
     self.too_large += other.too_large
     self.considered += other.considered
@@ -79,7 +80,7 @@ class Found:
     self.refused.merge(other.refused)
 
   def best(self, most: int) -> list[tuple[int, Plan]]:
-    """Returns the best so many plans, and the best of each machine, with their ranks."""
+    """Returns the best `most` plans and the best of each machine, with their ranks."""
     seen: set[Topology] = set()
     chosen = []
     for rank, plan in enumerate(self.plans, start=1):
@@ -102,12 +103,13 @@ def search(
   Args:
     config: validated.
     topologies: machines to compare.
-    prices: dollars of a chip hour by kind; ranks by cost if given, else by throughput.
+    prices: dollars per chip hour by kind; ranks by cost if given, else by throughput.
     margin: fraction of memory that must stay free.
     efficiency: fraction of a chip's peak at which products run.
 
   Raises:
-    UserError: nothing fits on any; names the nearest of each and what it lacks.
+    UserError: nothing fits on any machine; the message names the nearest plan of each and
+      what it lacks.
   """
   refuse_unplanned(config, topologies)
   weights = weights_of(config)
@@ -133,7 +135,7 @@ def search(
 
 
 def refuse_unplanned(config: Config, topologies: Sequence[Topology]) -> None:
-  """Raises an error for what no formula here describes.
+  """Raises an error for a config or machine that the formulas here do not cover.
 
   Raises:
     UserError: an encoder-decoder, a router that mixes tokens, or a chip of unknown peak.
@@ -179,7 +181,8 @@ def _search_one(
     for candidate, load in ways.of(placement):
       found.considered += 1
       if on.least > room and candidate.settings["model.remat"] != "all":
-        # Parameters, gradients and moments alone: the smallest says how much is missing.
+        # Parameters, gradients and moments alone do not fit. The smallest plan shows how
+        # much is missing.
         refused.add("", reason="memory")
         continue
       plan = evaluate(trial, candidate, load, on, efficiency)
@@ -204,7 +207,7 @@ def _better(one: Plan, other: Plan, room: float) -> bool:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class OnMesh:
-  """What all candidates of one mesh share."""
+  """Values that all candidates of one mesh share."""
 
   key: tuple[int | str, ...]
   shares: Shares
@@ -228,7 +231,7 @@ class OnMesh:
 
   @property
   def least(self) -> float:
-    """Bytes that a device holds under any settings."""
+    """Bytes that a device needs under any settings."""
     return self.shares.parameters + self.shares.moments + self.shares.gradients
 
 
@@ -239,7 +242,8 @@ def evaluate(
   on: OnMesh,
   efficiency: float = time.EFFICIENCY,
 ) -> Plan:
-  """Predicts a candidate; sets its settings in `config`, which must allow them."""
+  """Returns the plan of a candidate; sets its settings in `config`, which must allow
+  them."""
   candidates_lib.apply(config, candidate.settings)
   topology, chip = candidate.topology, on.chip
   need = memory.predicted(config, load, on.shares)
@@ -269,7 +273,7 @@ def mesh_text(candidate: Candidate) -> str:
 
 
 def _nothing(own: Found, topology: Topology, margin: float) -> tuple[str, str]:
-  """Returns what is nearest on a machine on which nothing fits, and what would help."""
+  """Describes the nearest plan on a machine where nothing fits, and what would help."""
   if not own.too_large:
     reason, count = own.refused.counts.most_common(1)[0]
     return (
@@ -295,7 +299,7 @@ def _nothing(own: Found, topology: Topology, margin: float) -> tuple[str, str]:
       "Name a larger machine, or lower --config.moe.exchange_buffer or "
       "--config.train.batch_size."
     )
-  # No batch is small enough.
+  # No batch size would help.
   total = least * topology.num_devices
   return text, (
     f"Parameters, moments and gradients alone are {total / 1e9:,.0f} GB, more than "

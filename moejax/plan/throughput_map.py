@@ -1,4 +1,4 @@
-"""Draws throughput over meshes, with the wall of what does not fit."""
+"""Draws throughput over meshes, with those that do not fit in grey."""
 
 import html
 import io
@@ -9,13 +9,13 @@ from moejax import files
 from moejax.plan.search import Found, Plan
 
 _INCH = 0.9
-"""Per cell."""
+"""Inches per cell."""
 
 
 def cells(found: Found) -> dict[str, dict[tuple[int, int], tuple[bool, Plan]]]:
   """Returns the best plan of each cell by machine, and whether it fits.
 
-  A cell is a size of `expert` times `tensor`, and one of `fsdp`; the rest is `data`.
+  A cell is a size of `expert` times `tensor` and a size of `fsdp`; the rest is `data`.
   """
   result: dict[str, dict[tuple[int, int], tuple[bool, Plan]]] = {}
   ordered = [(True, plan) for plan in found.plans]
@@ -28,7 +28,7 @@ def cells(found: Found) -> dict[str, dict[tuple[int, int], tuple[bool, Plan]]]:
 
 
 def draw(found: Found, path: str) -> None:
-  """Writes a .png, or an .html that needs no other file."""
+  """Writes a .png, or a self-contained .html."""
   # Imported late: it takes a second.
   from matplotlib.figure import Figure
 

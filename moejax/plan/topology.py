@@ -37,17 +37,17 @@ class Topology:
 
   @property
   def name(self) -> str:
-    """With the slices, such as `2 x v5p:4x4x4`."""
+    """Name with the number of slices, such as `2 x v5p:4x4x4`."""
     return str(self) if self.slices == 1 else f"{self.slices} x {self}"
 
   @property
   def num_chips(self) -> int:
-    """Of all slices."""
+    """Chips of all slices."""
     return math.prod(self.shape) * self.slices
 
   @property
   def num_devices(self) -> int:
-    """Devices of jax, of which a chip may have two."""
+    """Number of jax devices; a chip may have two."""
     return self.num_chips * CHIPS[self.kind].devices
 
 
@@ -108,12 +108,12 @@ def prepare(topology: Topology) -> None:
 
 
 def use_no_device() -> None:
-  """Keeps jax from this machine's accelerators; call it before importing jax."""
+  """Keeps jax from using this machine's accelerators; call it before importing jax."""
   os.environ["JAX_PLATFORMS"] = "cpu"
 
 
 def devices_of(topology: Topology) -> list[Any]:
-  """Returns devices for a mesh; unless on CPU, descriptions that cannot hold arrays.
+  """Returns devices for a mesh: except on CPU, descriptions that cannot hold arrays.
 
   Raises:
     ConfigError: the compiler does not know the machine.
@@ -149,7 +149,7 @@ def devices_of(topology: Topology) -> list[Any]:
 
 
 def chip_of(topology: Topology, devices: list[Any]) -> Chip:
-  """Returns the figures of one device, of which a chip may have several."""
+  """Returns the figures of one device; a chip may have several."""
   return CHIPS[topology.kind].divided(
     len(devices) // (math.prod(topology.shape) * topology.slices)
   )

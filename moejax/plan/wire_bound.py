@@ -1,10 +1,10 @@
 """Lower bound of the bytes a train step sends under its sharding, for comparison.
 
 Every matrix is gathered over `fsdp` for the forward and again for the backward pass, and
-its gradient reduce-scattered once, all in the compute dtype; gradient shards are
+its gradient is reduce-scattered once, all in the compute dtype. Gradient shards are
 all-reduced over replicas. Tokens go to experts and back, in the forward and backward
-pass, once per assignment; with a capacity, once per slot (sorted rows: the fewer of
-both); by ring, once to every device.
+pass: once per assignment; with a capacity, once per slot (for sorted rows, whichever is
+less); with a ring, once to every device.
 """
 
 import copy
@@ -95,7 +95,7 @@ def exchange_bound(config: Config, mesh: dict[str, int]) -> float:
     slots = capacity * moe.fine_experts
     rows = min(rows, slots) if dispatcher == "grouped" else slots
   if kind == "ring":
-    # Every token to every other device, whatever chose it.
+    # Every token goes to every other device, whichever experts it chose.
     rows = devices * size
   per_device = tokens / size * rows / shards * config.model.width * _bytes(config)
   return 4 * layers * per_device * _part(devices)

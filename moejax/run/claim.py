@@ -20,7 +20,7 @@ from moejax.storage import lease
 from moejax.storage.paths import RunPath, in_bucket, resolved
 
 LOCK_WAIT_SECONDS = 5.0
-"""A killed run's worker processes may hold its lock a moment longer."""
+"""How long to wait for a lock: workers of a killed run may hold it a moment longer."""
 
 _BUSY = (errno.EWOULDBLOCK, errno.EACCES)
 
@@ -34,10 +34,10 @@ _leases: dict[str, lease.Lease] = {}
 def make_writable(path: RunPath) -> None:
   """Creates the directory, and checks that it is writable by writing to it.
 
-  A bucket is only listed here; that it can be written to, `lock` shows.
+  A bucket is only listed here; `lock` is the first to write to it.
 
   Raises:
-    UserError: it is no directory, or cannot be written to.
+    UserError: it is not a directory, or cannot be written to.
   """
   if in_bucket(path):
     storage_errors.reach(path)
@@ -115,9 +115,9 @@ def is_held(path: RunPath) -> bool:
 
 
 def was_removed(path: RunPath) -> bool:
-  """Returns whether a directory that this process has locked is there no more.
+  """Returns whether a directory that this process has locked was removed.
 
-  Also if another was made, or mounted, in its place. In a bucket the lease tells.
+  Also True if another was made, or mounted, in its place. In a bucket the lease decides.
   """
   descriptor = _locks.get(str(resolved(path)))
   if descriptor is None:

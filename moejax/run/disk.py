@@ -1,4 +1,4 @@
-"""Foresees what a run will store, before it begins: its checkpoints and its logs."""
+"""Estimates the disk space that a run will need, before it begins."""
 
 import os
 import pathlib
@@ -11,25 +11,25 @@ from moejax.run import log_lines
 from moejax.storage.paths import RunPath, in_bucket
 
 _COMPRESSED = 0.8
-"""Orbax compresses what it writes, random numbers least: never refuse what may fit."""
+"""Orbax compresses arrays, random numbers the least: never refuse a run that may fit."""
 
 _OVERHEAD = 150_000
-"""Bytes of a checkpoint beside its arrays: our metadata and Orbax's."""
+"""Bytes of a checkpoint in addition to its arrays: our metadata and Orbax's."""
 
 
 def foresee(
   config: Config, workdir: RunPath, state_bytes: int, begun: Collection[int] = ()
 ) -> str:
-  """Returns, in one line, what a run will store at most, and what is free.
+  """Returns one line on the most that a run will store, and the free space.
 
   Args:
     config: validated.
     workdir: of the run; exists, unless in a bucket.
-    state_bytes: of one checkpoint's arrays.
-    begun: steps of the checkpoints that are there.
+    state_bytes: bytes of one checkpoint's arrays.
+    begun: steps of the existing checkpoints.
 
   Raises:
-    UserError: it will not fit on the disk.
+    UserError: the run will not fit on the disk.
   """
   state_bytes += _OVERHEAD
   copies = num_copies(config, len(begun))
@@ -40,7 +40,7 @@ def foresee(
   if in_bucket(workdir):
     return f"{text}."
   usage = shutil.disk_usage(os.fspath(workdir))
-  if not usage.total:  # some network file systems do not tell
+  if not usage.total:  # some network file systems do not report it
     return f"{text}."
   there = _stored(pathlib.Path(workdir))
   if _COMPRESSED * need > usage.free + there:
@@ -55,11 +55,11 @@ def foresee(
 
 
 def num_copies(config: Config, begun: int = 0) -> int:
-  """Returns the most checkpoints that are there at once, with the one being written.
+  """Returns the most checkpoints that exist at once, including the one being written.
 
   Args:
     config: validated.
-    begun: number of checkpoints that are there.
+    begun: number of existing checkpoints.
   """
   train = config.train
   saves = 1 + (train.num_steps // train.checkpoint_every if train.checkpoint_every else 0)
@@ -68,7 +68,7 @@ def num_copies(config: Config, begun: int = 0) -> int:
 
 
 def size(num_bytes: float) -> str:
-  """Returns a number of bytes for people: 8 kB, 130 MB, 2.5 GB, 1,240 GB."""
+  """Returns a readable number of bytes: 8 kB, 130 MB, 2.5 GB, 1,240 GB."""
   for unit, scale in (("GB", 1e9), ("MB", 1e6)):
     if num_bytes >= scale:
       value = num_bytes / scale

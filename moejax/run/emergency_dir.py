@@ -1,6 +1,6 @@
-"""The directory of emergency checkpoints: what a user asks for, and whether it can be.
+"""The directory of emergency checkpoints, and checks of the one that a user asks for.
 
-Nothing here imports jax, so that a mistake is found before that takes its seconds.
+Nothing here imports jax, which takes seconds, so that a mistake is found before.
 """
 
 import dataclasses
@@ -13,7 +13,7 @@ from moejax.errors import UserError
 from moejax.storage.paths import RunPath, in_bucket, is_url, resolved
 
 DEFAULT_EVERY = 10
-"""Steps between emergency checkpoints unless the user says."""
+"""Default number of steps between emergency checkpoints."""
 
 _FLAG = "--emergency_local_dir"
 
@@ -31,7 +31,7 @@ def check(directory: str, workdir: RunPath) -> None:
   """Refuses a directory that cannot hold emergency checkpoints, before anything else.
 
   Raises:
-    UserError: it is in a bucket, is or lies in --workdir, or cannot be written to.
+    UserError: it is in a bucket, is --workdir or inside it, or cannot be written to.
   """
   if is_url(directory) or "://" in directory:
     raise UserError(
@@ -56,10 +56,10 @@ def of_run(directory: str, workdir: RunPath) -> Path:
 
 
 def make_own(path: Path, directory: str) -> None:
-  """Makes a directory as `make`, and refuses one of another user.
+  """Makes a directory like `make`, and refuses another user's.
 
   Raises:
-    UserError: as `make`; or another user could put checkpoints there.
+    UserError: as for `make`, or another user could put checkpoints there.
   """
   make(path, directory)
   if path.stat().st_uid != os.geteuid():
@@ -73,11 +73,11 @@ def make(path: Path, directory: str) -> None:
   """Makes a directory, and checks that this user can write to it.
 
   Args:
-    path: it, in `directory`.
-    directory: as the flag named it.
+    path: the directory to make, inside `directory`.
+    directory: the value of the flag, for the error.
 
   Raises:
-    UserError: it cannot be.
+    UserError: it cannot be made.
   """
   try:
     path.mkdir(parents=True, exist_ok=True, mode=0o700)

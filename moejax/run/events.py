@@ -1,8 +1,8 @@
-"""TensorBoard's event file, written at once.
+"""TensorBoard's event file, written without a background thread.
 
 tensorboardX makes the records. Its own writer has a thread that ends at the first error,
-a full disk or a clock that was set back by weeks, after which the eleventh record waits
-for ever; so does the run.
+such as a full disk or a clock set back by weeks. After that, the eleventh record waits
+for ever, and so does the run.
 """
 
 import os
@@ -15,13 +15,13 @@ from absl import logging
 
 
 class EventFile:
-  """Appends records to an event file of its own; gives up, and says so, if it cannot."""
+  """Appends records to a new event file; if it cannot, it warns once and gives up."""
 
   def __init__(self, directory: str, *, suffix: str = "", purge_step: int | None = None):
     """Args:
     directory: made if missing.
-    suffix: of the file's name, beside this process's number.
-    purge_step: TensorBoard then hides what earlier files have of this step and later.
+    suffix: of the file's name, after this process's number.
+    purge_step: TensorBoard hides this step and later ones of earlier files.
     """
     # Imported here: only needed with TensorBoard.
     from tensorboardX import record_writer
@@ -30,7 +30,7 @@ class EventFile:
     self._proto: Any = event_pb2
     self._directory = directory
     pathlib.Path(directory).mkdir(parents=True, exist_ok=True)
-    # The process's number, since a clock that was set back may give a second again.
+    # With the process's number, since a clock that was set back may repeat a second.
     place = f"{int(time.time())}.{socket.gethostname()}.{os.getpid()}{suffix}"
     path = os.path.join(directory, f"events.out.tfevents.{place}")
     self._file: Any = record_writer.RecordWriter(path)
@@ -45,7 +45,7 @@ class EventFile:
     self._add(self._proto.Event(summary=summary.scalar(name, value), step=step))
 
   def histogram(self, name: str, step: int, **values: Any) -> None:
-    """Adds a histogram; `values` are those of `tensorboardX.summary.histogram_raw`."""
+    """Adds a histogram; takes the values of `tensorboardX.summary.histogram_raw`."""
     from tensorboardX import summary
 
     made = summary.histogram_raw(name, **values)
@@ -87,5 +87,5 @@ class EventFile:
 def _close(file: Any) -> None:
   try:
     file.close()
-  except OSError:  # what is still held cannot be written either
+  except OSError:  # buffered records cannot be written either
     return

@@ -9,28 +9,28 @@ CONFIG_FILE = "config.json"
 """A run's resolved config; a directory without one belongs to no run."""
 
 DIRECTORY = "checkpoints"
-"""Where a workdir keeps its checkpoints."""
+"""Name of the folder of checkpoints in a workdir."""
 
 
 _PARTIAL = "*.orbax-checkpoint-tmp*"
 """Name pattern of an incomplete save on a disk."""
 
 _COMMITTED = "commit_success.txt"
-"""What Orbax writes last into a checkpoint in a bucket."""
+"""The file that Orbax writes last into a checkpoint in a bucket."""
 
 _STEP = re.compile("0|[1-9][0-9]{0,17}")
 
 
 def _numbered(directory: RunPath) -> list[RunPath]:
-  """Returns what is named like a step; "007" and non-ASCII digits are not."""
+  """Returns the entries named like a step; "007" and non-ASCII digits do not count."""
   return [p for p in directory.iterdir() if _STEP.fullmatch(p.name)]
 
 
 def list_steps(directory: RunPath) -> list[int]:
   """Returns the steps with a complete checkpoint, ascending.
 
-  A save gets its number as a name only when it is complete; what a killed process
-  leaves has a longer name. In a bucket, which cannot rename, a marker makes it complete.
+  A save is renamed to its number only when it is complete; one that a killed process left
+  behind has a longer name. In a bucket, which cannot rename, a marker completes a save.
   """
   if not directory.is_dir():
     return []
@@ -41,7 +41,7 @@ def list_steps(directory: RunPath) -> list[int]:
 
 
 def list_partial(directory: RunPath) -> list[RunPath]:
-  """Returns what unfinished saves left, and in a bucket unfinished removals."""
+  """Returns what unfinished saves left behind, and in a bucket unfinished removals."""
   if not in_bucket(directory):
     return list(directory.glob(_PARTIAL))
   if not directory.is_dir():
@@ -51,6 +51,6 @@ def list_partial(directory: RunPath) -> list[RunPath]:
 
 def uncommit(step_directory: RunPath) -> None:
   """Makes a checkpoint in a bucket incomplete at once, before its many objects move."""
-  # A request that is repeated, since its answer was lost, finds nothing to remove.
+  # A request that is repeated because its answer was lost finds nothing to remove.
   with contextlib.suppress(FileNotFoundError):
     (step_directory / _COMMITTED).unlink()

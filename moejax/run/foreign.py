@@ -1,7 +1,7 @@
-"""Directories in which no run is made, because their config.json is not a run's.
+"""Refuses directories whose config.json is not a run's.
 
-Published models and many other projects have a file of that name too, and a run writes
-its own over it.
+Published models and many other projects also have a file of that name, and a run would
+overwrite it.
 """
 
 from moejax import files
@@ -11,13 +11,13 @@ from moejax.storage.paths import RunPath
 
 
 def refuse(path: RunPath) -> None:
-  """Refuses a directory with a config.json that no run wrote, or with a model's weights.
+  """Refuses a directory with a config.json not written by a run, or with model weights.
 
   Args:
     path: --workdir, with a config.json.
 
   Raises:
-    UserError: it is a published model, or the file is somebody else's or unreadable.
+    UserError: it is a published model, or the file is another project's or unreadable.
   """
   try:
     values = files.read_json(path / CONFIG_FILE)

@@ -1,10 +1,10 @@
-"""Which steps of a long run get a line in its log, and how large the logs become. Pure.
+"""The steps of a long run that get a log line, and the size of the logs. Pure.
 
-The first `FULL` lines are `train.log_every` steps apart. From there on the interval
-doubles whenever the number of steps has: a run of twice the length has `FULL` / 2 lines
-more, so that a million steps give about 24,000 lines, however often is logged. A line is
-written at once or never, and which steps have one depends on the step alone, so that a
-resumed run logs the same ones.
+The first `FULL` lines are `train.log_every` steps apart. After that, the interval doubles
+whenever the number of steps has doubled: a run of twice the length has `FULL` / 2 more
+lines, so a million steps give about 24,000 lines, whatever `train.log_every` is. A line
+is written at once or never. Whether a step has one depends on the step alone, so a
+resumed run logs the same steps.
 """
 
 from moejax.config import Config
@@ -13,24 +13,24 @@ FULL = 5_000
 """Lines before the interval doubles for the first time."""
 
 _LINE_BYTES = 420
-"""Of a line of metrics.jsonl without any layer."""
+"""Bytes of a line of metrics.jsonl, not counting layers."""
 _LAYER_BYTES = 12 * 8
-"""The numbers of one MoE layer, about a dozen."""
+"""Bytes of the numbers of one MoE layer, about a dozen."""
 _LOAD_BYTES = 9
 _EVENT_BYTES = 60
-"""Of a scalar in TensorBoard's file."""
+"""Bytes of a scalar in TensorBoard's file."""
 _EVENTS = 40
 _BUCKET_BYTES = 16
-"""Of an expert in a histogram."""
+"""Bytes of an expert in a histogram."""
 
 
 def interval(step: int, log_every: int) -> int:
-  """Returns the steps between two lines around a step: `log_every` times a power of 2."""
+  """Returns the steps between log lines at a step: `log_every` times a power of 2."""
   return log_every << (-(-step // (log_every * FULL)) - 1).bit_length()
 
 
 def is_due(step: int, log_every: int) -> bool:
-  """Returns whether a step, at least 1, has a line of its own accord."""
+  """Returns whether a step, at least 1, gets a line even if nothing happens in it."""
   return step % interval(step, log_every) == 0
 
 
@@ -45,10 +45,10 @@ def num_lines(num_steps: int, log_every: int) -> int:
 
 
 def num_bytes(config: Config) -> int:
-  """Returns about how many bytes the logs of a whole run have, TensorBoard's included.
+  """Returns the approximate bytes of a whole run's logs, including TensorBoard's.
 
-  Lines with an evaluation, an alarm that changes or a step that was skipped come on top
-  of those that are due; only evaluations are counted.
+  In addition to the lines that are due, each evaluation, changed alarm and skipped step
+  gets a line; of these, only evaluations are counted.
   """
   train, moe = config.train, config.moe
   lines = num_lines(train.num_steps, train.log_every)

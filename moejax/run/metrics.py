@@ -1,4 +1,4 @@
-"""Turns the sums a step returns into the numbers that are logged. Pure, on the host.
+"""Turns the sums that a step returns into the logged numbers. Pure, on the host.
 
 Ratios are computed here, once, from sums over groups, devices and microbatches; a
 mean of ratios would weight a nearly empty group like a full one.
@@ -70,7 +70,7 @@ def dropped_fraction(stats: RouterStats) -> float:
 
 
 def lost_fraction(stats: RouterStats) -> float:
-  """Returns the part of `dropped_fraction` that a bounded exchange had no room for."""
+  """Returns the part of `dropped_fraction` for which a bounded exchange had no room."""
   chosen = float(np.sum(np.asarray(stats.chosen, np.float64)))
   return float(np.sum(np.asarray(stats.lost, np.float64))) / chosen if chosen else 0.0
 

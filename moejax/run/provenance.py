@@ -14,7 +14,7 @@ from moejax.config import text as config_text
 PACKAGES = ("moejax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
 
 _OWN = ("data.cache_dir", "data.num_workers", "data.prefetch")
-"""Fields that may differ between machines: where files are, how they are read."""
+"""Fields that may differ between machines: paths, and how files are read."""
 
 
 @functools.cache

@@ -2,10 +2,10 @@
 
   eval.json              the run's own, written by the run after its last step
   eval_STEP_SPLIT.json   from `moejax.cli.evaluate` with the run's settings; with others,
-                         the name says what differs, so that none replaces another
-  step_time.json         where the time of some steps went, from a trace of the run
+                         the name shows what differs, so that none replaces another
+  step_time.json         the time of some steps by part, from a trace of the run
 
-A file is written whole or not at all, and only `train.finish` writes eval.json.
+Files are written atomically, and only `train.finish` writes eval.json.
 """
 
 import hashlib
@@ -46,13 +46,13 @@ def name(
   changes: Sequence[tuple[str, Any, Any]],
   own_factors: Sequence[float | str] = (),
 ) -> str:
-  """Returns a file's name without its suffix: equal exactly for equal settings.
+  """Returns a file's name without its suffix; names are equal only for equal settings.
 
   Args:
     prefix: eval or routing.
     evaluation: has step, split, tokens, split_tokens and, if any, `results`.
     changes: fields that differ from the run's: (name, the run's value, this one).
-    own_factors: the capacity factors of the run, which an evaluation has by default.
+    own_factors: the capacity factors of the run, which an evaluation uses by default.
   """
   parts = [prefix, str(evaluation["step"]), evaluation["split"]]
   factors = [result["eval_capacity_factor"] for result in evaluation.get("results", [])]

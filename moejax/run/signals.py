@@ -11,7 +11,7 @@ SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 @runtime_checkable
 class Notice(Protocol):
-  """What all processes of a job hear of a SIGTERM to one; see `launch.preemption`."""
+  """Notice to all processes of a job that one got a SIGTERM; see `launch.preemption`."""
 
   def reached(self) -> bool:
     """Returns whether all of them are to stop at this step."""
@@ -28,7 +28,7 @@ class StopRequest:
   def __init__(self, when: str = "after this step", notice: Notice | None = None) -> None:
     """Args:
     when: when the run stops, for the message.
-    notice: what listens for SIGTERM in place of this.
+    notice: listens for SIGTERM instead of this context.
     """
     self._when = when
     self.notice = notice
@@ -44,7 +44,7 @@ class StopRequest:
     if threading.current_thread() is threading.main_thread():
       for number in SIGNALS:
         if number == signal.SIGTERM and self.notice is not None:
-          # Restoring it removes the service's handler, of which Python does not know.
+          # Restoring it removes the service's handler, which Python cannot see.
           self._before[number] = signal.getsignal(number)
         else:
           self._before[number] = signal.signal(number, self._handle)

@@ -15,7 +15,7 @@ def prepare(cores: int) -> int:
   """Pins the process, and gives it the memory settings that training runs under.
 
   Returns:
-    How many cores it may use now.
+    The number of cores that it may use now.
   """
   from moejax.launch import host_memory
 
@@ -25,10 +25,10 @@ def prepare(cores: int) -> int:
 
 
 def pin(cores: int) -> int:
-  """Restricts this process to its first `cores` cores; 0 is all it has.
+  """Restricts this process to its first `cores` cores; 0 means all.
 
   Returns:
-    How many it may use now. Where the system cannot pin (macOS), all of them.
+    The number of cores that it may use now: all of them if the system cannot pin (macOS).
   """
   if not hasattr(os, "sched_setaffinity"):
     return os.cpu_count() or 1
@@ -40,13 +40,13 @@ def pin(cores: int) -> int:
 
 
 class Ratio(NamedTuple):
-  """How much longer than the baseline, over paired runs."""
+  """Time relative to the baseline, over paired runs."""
 
   median: float
   q1: float
   q3: float
   of_minima: float
-  """Of the fastest runs: what is left when others load the machine."""
+  """Ratio of the fastest runs, the least affected by other load on the machine."""
 
 
 def interleave(
@@ -54,7 +54,7 @@ def interleave(
 ) -> dict[str, list[float]]:
   """Runs all functions in turn, round after round, and returns their times.
 
-  Interleaved, so that a slow spell of the machine meets all of them.
+  They are interleaved, so that a slow spell of the machine affects all of them.
 
   Args:
     functions: each runs to completion when called.
@@ -75,7 +75,7 @@ def interleave(
 
 
 def compare(times: list[float], baseline: list[float]) -> Ratio:
-  """Ratios of the runs of each round."""
+  """Returns ratios of the paired runs of each round."""
   ratios = sorted(a / b for a, b in zip(times, baseline, strict=True))
   q1, median, q3 = statistics.quantiles(ratios, n=4, method="inclusive")
   return Ratio(median, q1, q3, min(times) / min(baseline))

@@ -34,7 +34,7 @@ RUN_FILE = "run.json"
 RECORDS = "surgery"
 """In run.json: the operations on experts up to this run, the oldest first."""
 EMERGENCY = "emergency_id"
-"""In run.json: what the run's emergency checkpoints have as their `run`."""
+"""In run.json: the value of `run` in the run's emergency checkpoints."""
 METRICS_FILE = "metrics.jsonl"
 
 OURS = (
@@ -78,11 +78,11 @@ MAY_CHANGE = (
   "train.max_bad_steps",
   "alarms.*",
 )
-"""Fields that may differ when a run resumes: where it runs, what it began from, what it
-logs, how often it evaluates and saves, when it gives up. None of them affects the
+"""Fields that may differ when a run resumes: where it runs, what it was initialised from,
+what it logs, how often it evaluates and saves, when it gives up. None of them affects the
 arithmetic of a step, except that another mesh, exchange or dispatcher may sum in another
-order. With moe.exchange_buffer, these also decide which assignments are lost, and may not
-change. train.num_steps may grow."""
+order. With moe.exchange_buffer, these three also decide which assignments are lost, so
+they may not change. train.num_steps may grow."""
 
 _ID = re.compile("[0-9a-f]{16}")
 
@@ -159,7 +159,7 @@ def prepare(
 
 
 def _origin(init_from: str) -> dict[str, Any]:
-  """Returns what run.json says of the run that a new one starts from."""
+  """Returns the entries of run.json about the run that a new one starts from."""
   if not init_from:
     return {}
   source = resolved(init_from)
@@ -190,8 +190,8 @@ def release(workdir: RunPath | str) -> None:
 def check_there(workdir: RunPath | str) -> None:
   """Refuses to go on in a directory that was removed while its run was training.
 
-  Only process 0, which holds the lock, looks. A bucket that does not answer now decides
-  nothing.
+  Only process 0, which holds the lock, checks. A bucket that does not answer now does not
+  count as removed.
 
   Raises:
     UserError: it was removed.
@@ -263,14 +263,14 @@ def emergency_id(workdir: RunPath | str) -> str | None:
 
 
 def note_emergency(workdir: RunPath | str, found: str) -> None:
-  """Stores the id of the run's emergency checkpoints. From then on it has begun."""
+  """Stores the id of the run's emergency checkpoints; the run then counts as begun."""
   path = run_path(workdir)
   if emergency_id(path) != found:
     files.write_json(path / RUN_FILE, _begun_with(path) | {EMERGENCY: found})
 
 
 def refused_changes(old: Config, new: Config) -> list[tuple[str, Any, Any]]:
-  """Returns the differences that make it another run: (dotted field, old, new)."""
+  """Returns the changes that a run may not resume with: (dotted field, old, new)."""
   refused = []
   for name, before, now in config_text.difference(old, new):
     buffered = old.moe.exchange_buffer is not None and _matches(name, _BUFFERED)
@@ -295,7 +295,7 @@ def _examine(
   begun = bool(steps) or _has_metrics(path / METRICS_FILE) or bool(emergency_id(path))
   if not begun:
     foreign.refuse(path)
-    # Refused or killed before its first step. Its files bind no later run, and a
+    # Refused or killed before its first step. Its files do not bind a later run, and a
     # tokenizer next to a config.json would be taken for a run's.
     if jax.process_index() == 0:
       for name in (CONFIG_FILE, RUN_FILE):
@@ -321,7 +321,7 @@ def _has_metrics(path: RunPath) -> bool:
 def _refuse_foreign(path: RunPath) -> None:
   try:
     names = sorted(p.name for p in path.iterdir())
-  except FileNotFoundError:  # A bucket has no empty folder.
+  except FileNotFoundError:  # A bucket has no empty folders.
     names = []
   ours = (*OURS, parts.folder(path / METRICS_FILE).name) if in_bucket(path) else OURS
   others = [n for n in names if not any(fnmatch.fnmatch(n, p) for p in ours)]
@@ -362,7 +362,7 @@ def _matches(name: str, patterns: Iterable[str]) -> bool:
 
 
 def _begun_with(path: RunPath) -> dict[str, Any]:
-  """Returns run.json; empty if unreadable, since nothing in it is vital."""
+  """Returns the content of run.json; empty if unreadable, since none of it is vital."""
   try:
     found = files.read_json(path / RUN_FILE)
   except (OSError, ValueError):

@@ -35,7 +35,7 @@ TENSORBOARD = "tensorboard"
 """A run's directory of event files."""
 
 _EVENTS_BYTES = 4 << 20
-"""Size at which TensorBoard's file in a bucket is followed by another."""
+"""Size at which a new TensorBoard file is begun in a bucket."""
 
 MAX_HISTOGRAMS = 16
 """Most layers that get a histogram; evenly spaced if there are more."""
@@ -96,7 +96,7 @@ class JsonlWriter:
     descriptor = self._file.fileno()
     found = os.fstat(descriptor)
     if not found.st_nlink:
-      # With the whole directory, unless someone is still removing the rest of it.
+      # The whole directory is gone, unless someone is still removing the rest of it.
       what = "was removed while its run was training"
       then = "starts anew, from step 0, unless you put it back"
       if (self.path.parent / CONFIG_FILE).exists():
@@ -111,7 +111,7 @@ class JsonlWriter:
         os.fsync(descriptor)
       self._late, self._warned = b"", False
     except OSError as error:
-      # Else the next line would follow half of this one.
+      # Otherwise the next line would follow half of this one.
       os.ftruncate(descriptor, found.st_size)
       if not self._warned:
         logging.warning(
@@ -169,7 +169,7 @@ class BucketJsonlWriter:
 
 @contextlib.contextmanager
 def _kept() -> Iterator[None]:
-  """Says what a bucket refuses while a run trains; it is written with the next."""
+  """Logs what a bucket refuses while a run trains; it is written with the next lines."""
   try:
     yield
   except UserError as error:
@@ -213,7 +213,7 @@ def read(path: RunPath) -> list[dict[str, Any]]:
 
 
 def location(workdir: RunPath) -> RunPath:
-  """Returns where a run's metrics are, for people."""
+  """Returns the path of a run's metrics, for messages."""
   path = workdir / METRICS_FILE
   return parts.folder(path) if in_bucket(path) else path
 
@@ -300,8 +300,8 @@ class TensorBoardWriter:
 class BucketTensorBoardWriter(TensorBoardWriter):
   """Writes event files on this machine, and copies them to a bucket at each flush.
 
-  A new file is begun when one reaches `_EVENTS_BYTES`, so that what is copied again at
-  each checkpoint stays small.
+  A new file is begun when one reaches `_EVENTS_BYTES`, so that each checkpoint copies
+  little again.
   """
 
   def __init__(self, workdir: RunPath, *, resume_step: int):

@@ -1,8 +1,8 @@
-"""What a bucket refused, in one line with its remedy.
+"""One-line errors, with a remedy, for requests that a bucket refused.
 
-Three libraries reach a bucket (gcsfs for files, TensorStore for arrays, Google's client
-for the lease), and each names the same refusal in its own way. Only their texts and
-status codes are looked at, so that none of them is imported for a local run.
+Three libraries access a bucket (gcsfs for files, TensorStore for arrays, Google's client
+for the lease), and each reports the same refusal differently. Only their texts and status
+codes are examined, so that a local run imports none of them.
 """
 
 import contextlib
@@ -40,12 +40,12 @@ _DOWN = (
 
 @contextlib.contextmanager
 def explained(path: RunPath, flag: str = "--workdir") -> Iterator[None]:
-  """Turns what a bucket refuses in the body into a `UserError`; else does nothing.
+  """Turns a bucket's refusal in the body into a `UserError`; else does nothing.
 
   Args:
-    path: in the bucket; for a local path, nothing is turned into anything.
-    flag: that named it. If empty, the bucket is known to be there, and what is missing
-      raises as it does: FileNotFoundError.
+    path: in the bucket; errors for a local path are left as they are.
+    flag: the flag that named it. If empty, the bucket is known to exist, and a missing
+      file raises FileNotFoundError as usual.
   """
   try:
     yield
@@ -62,15 +62,15 @@ def explained(path: RunPath, flag: str = "--workdir") -> Iterator[None]:
 
 
 def reach(path: RunPath, flag: str = "--workdir") -> None:
-  """Checks that the bucket of a path is there and may be listed; else does nothing.
+  """Checks that the bucket of a path exists and may be listed; skips a local path.
 
   Raises:
-    UserError: it is not there, or the bucket refuses.
+    UserError: it does not exist, or refuses.
   """
   if not in_bucket(path):
     return
   with explained(path, flag):
-    # Not through epath, for which a bucket that is missing is an empty one.
+    # Not through epath, which treats a missing bucket as an empty one.
     from google.cloud import storage
 
     bucket, name = split(path)
@@ -124,9 +124,9 @@ def _missing(error: BaseException, path: RunPath) -> str:
 
 
 def is_theirs(error: BaseException) -> bool:
-  """Returns whether an error comes from a library that reaches buckets.
+  """Returns whether an error comes from a library that accesses buckets.
 
-  A word such as "unavailable" alone may also be said of another process of the job.
+  A word such as "unavailable" alone may also refer to another process of the job.
   """
   chain = _chain(error)
   modules = {type(e).__module__.split(".")[0] for e in chain}

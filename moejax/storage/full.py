@@ -1,4 +1,4 @@
-"""A disk that is full: how to see it in an error, and arrays whose writing tells it."""
+"""Full disks: recognising one in an error, and saving arrays so that one is reported."""
 
 import errno
 from typing import TYPE_CHECKING, Any
@@ -7,11 +7,11 @@ if TYPE_CHECKING:
   import numpy as np
 
 _WORDS = ("No space left", "Disk quota exceeded")
-"""What libraries in C++ leave of the system's error in theirs."""
+"""The part of the system's error that C++ libraries keep in theirs."""
 
 
 def is_full(error: BaseException) -> bool:
-  """Whether an error, or what it came from, says that a disk has no room."""
+  """Returns whether an error, or one of its causes, is a full disk."""
   seen: list[BaseException] = []
   while error not in seen:
     seen.append(error)
@@ -24,9 +24,9 @@ def is_full(error: BaseException) -> bool:
 
 
 class _Stream:
-  """Only a file's `write`, so that numpy uses it.
+  """A file with only its `write` method, so that numpy uses it.
 
-  Given a file, numpy writes with C's fwrite and raises an OSError without its errno.
+  Given a real file, numpy writes with C's fwrite and raises an OSError without errno.
   """
 
   def __init__(self, file: Any):

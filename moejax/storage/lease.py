@@ -1,17 +1,17 @@
 """A run's lock in a bucket: a lease that its holder renews, and that a crash ends.
 
-The lease is one object, RUN/.lease. It is written only on the condition that its
-generation is still the one last seen, so of several writers one succeeds. Its holder
-rewrites it every `RENEW_SECONDS`. Who finds a lease that was not renewed for
-`LEASE_SECONDS` takes it over; who sees it renewed gives up. A holder that ended on this
-machine is recognised at once, without the wait.
+The lease is one object, RUN/.lease. It is written only if its generation is still the one
+last seen, so of several writers only one succeeds. Its holder rewrites it every
+`RENEW_SECONDS`. A process that finds a lease not renewed for `LEASE_SECONDS` takes it
+over; one that sees it renewed gives up. A holder that ended on this machine is recognised
+at once, without the wait.
 
-The age of a lease is the difference of two times of the storage service, so that clocks
-that differ or jump do no harm. A holder that finds its lease taken over, after having
-been suspended for long, ends its process at once: the run now belongs to another.
+The age of a lease is the difference of two times of the storage service, so clocks that
+differ or jump do no harm. A holder that finds its lease taken over, after a long
+suspension, ends its process at once: the run now belongs to another process.
 
-The client is Google's own: its small writes carry the condition in a form that the
-emulator of the tests honours too, and its errors are told apart by type.
+The client is Google's own: its small writes carry the condition in a form that the test
+emulator also honours, and its errors are distinguished by type.
 """
 
 import contextlib
@@ -34,7 +34,7 @@ from moejax.storage.errors import explained
 from moejax.storage.paths import RunPath, split
 
 LEASE_SECONDS = 60.0
-"""A lease that was not renewed for this long is dead."""
+"""A lease not renewed for this long has expired."""
 
 RENEW_SECONDS = 15.0
 """Interval at which a holder renews its lease."""
@@ -55,7 +55,7 @@ class _Found:
   """The lease as it is stored."""
 
   generation: int
-  """Of the object; 0 if there is none."""
+  """Generation of the object; 0 if there is none."""
   record: dict[str, Any]
   updated: datetime.datetime | None
 
@@ -76,12 +76,12 @@ class Lease:
     _held[os.fspath(path)] = self
 
   def release(self) -> None:
-    """Gives the lease up; another process can take it at once."""
+    """Gives up the lease; another process can take it at once."""
     _held.pop(os.fspath(self._path), None)
     self._end.set()
     self._thread.join()
     record = self._record | {"released": True}
-    # Not worth an error: without it the lease ends by itself.
+    # Not worth an error: if this fails, the lease expires by itself.
     with contextlib.suppress(Exception):
       _write(self._bucket, self._path, record, self._generation)
 
@@ -129,8 +129,8 @@ _held: dict[str, Lease] = {}
 def confirm(path: RunPath) -> None:
   """Ends this process if its lease of a run is lost; call it before writing there.
 
-  A process that was stopped for long wakes up anywhere. Does nothing where this process
-  holds no lease, and sends nothing while it is fresh.
+  A process that was suspended for long may resume at any point. Does nothing if this
+  process holds no lease, and sends nothing while the lease is fresh.
 
   Args:
     path: of the run.
@@ -145,7 +145,7 @@ def confirm(path: RunPath) -> None:
 def acquire(path: RunPath, holder: str = "run") -> Lease:
   """Takes the lease of a run's folder in a bucket.
 
-  Waits for a sign of life, up to `LEASE_SECONDS`, where another process may hold it.
+  If another process may hold it, waits up to `LEASE_SECONDS` for a sign of life.
 
   Args:
     path: of the run.
@@ -257,7 +257,7 @@ def _write(bucket: Any, path: RunPath, record: dict[str, Any], generation: int) 
 
 
 def _parsed(text: bytes) -> dict[str, Any]:
-  """Returns the record; empty, so of nobody, if it is no record of ours."""
+  """Returns the record; empty, as if nobody held it, if it is not one of ours."""
   try:
     record = json.loads(text)
   except ValueError:
@@ -284,7 +284,7 @@ def _holder(record: dict[str, Any]) -> str:
 
 
 def _has_ended(record: dict[str, Any]) -> bool:
-  """Returns whether the holder ran on this machine and runs no longer."""
+  """Returns whether the holder ran on this machine and has ended."""
   machine = _machine()
   if not machine or record.get("machine") != machine:
     return False
@@ -292,7 +292,7 @@ def _has_ended(record: dict[str, Any]) -> bool:
 
 
 def _machine() -> str:
-  """Returns what is equal for processes that see each other; empty if unknown."""
+  """Returns a text that is equal for processes that see each other; empty if unknown."""
   try:
     boot = pathlib.Path("/proc/sys/kernel/random/boot_id").read_text().strip()
     # Two containers of one machine do not see each other's processes.
@@ -307,7 +307,7 @@ def _process(pid: Any) -> str:
     fields = pathlib.Path(f"/proc/{int(pid)}/stat").read_text().rpartition(")")[2].split()
   except (OSError, ValueError, TypeError):
     return ""
-  # A killed process whose parent has not asked for it is a zombie.
+  # A killed process whose parent has not waited for it is a zombie.
   return "" if fields[0] == "Z" else fields[19]
 
 

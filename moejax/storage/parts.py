@@ -20,11 +20,11 @@ PART_BYTES = 1 << 18
 """Size at which a part is full."""
 
 WRITE_SECONDS = 10.0
-"""Lines are written at most this often, except by `flush`."""
+"""Shortest interval between writes, except by `flush`."""
 
 
 def folder(path: RunPath) -> RunPath:
-  """Returns the folder of parts that stands for a file such as metrics.jsonl."""
+  """Returns the folder of parts that replaces a file such as metrics.jsonl."""
   return path.with_suffix("")
 
 
@@ -36,19 +36,19 @@ def parts(path: RunPath) -> list[RunPath]:
 
 
 def read_text(path: RunPath) -> str:
-  """Returns what all parts of a file hold together; empty if there is none."""
+  """Returns the joined text of all parts of a file; empty if there are none."""
   return "".join(part.read_text() for part in parts(path))
 
 
 def cut(path: RunPath, keep: Callable[[str], bool]) -> None:
   """Drops lines from the end of a file of parts, up to the newest that is kept.
 
-  Reads parts from the newest back, and none before the first whose lines are all kept. A
-  crash on the way leaves a shorter text, without a hole.
+  Reads parts from the newest backwards, until one whose lines are all kept. A crash on
+  the way leaves a shorter text, without a gap.
 
   Args:
-    path: of the file that the parts stand for.
-    keep: whether a line stays.
+    path: of the file that the parts replace.
+    keep: returns whether a line stays.
   """
   for part in reversed(parts(path)):
     lines = part.read_text().splitlines(keepends=True)
@@ -58,7 +58,7 @@ def cut(path: RunPath, keep: Callable[[str], bool]) -> None:
     if kept:
       write_bytes(part, "".join(kept).encode())
       return
-    # A request that is repeated, since its answer was lost, finds nothing to remove.
+    # A request that is repeated because its answer was lost finds nothing to remove.
     with contextlib.suppress(FileNotFoundError):
       part.unlink()
 
@@ -67,7 +67,7 @@ class PartsFile:
   """Appends lines to a file of parts."""
 
   def __init__(self, path: RunPath):
-    """Goes on after the last part."""
+    """Continues after the last part."""
     self._path = path
     found = parts(path)
     self._number = int(found[-1].stem) if found else 0
@@ -79,7 +79,7 @@ class PartsFile:
     self._warned = False
 
   def append(self, line: str) -> None:
-    """Adds a line, which ends in a newline; it is written now, or later with others."""
+    """Adds a line that ends in a newline; it is written now, or later with others."""
     if len(self._text) >= PART_BYTES:
       # A full part that could not be written is kept, and grows.
       if self._changed:
@@ -108,7 +108,7 @@ class PartsFile:
       self._write()
 
   def _try_to_write(self) -> None:
-    """Writes, or says once that it failed; the next write has all lines again."""
+    """Writes, or logs once that it failed; the next write has all lines again."""
     self._written = time.monotonic()
     try:
       self._write()
@@ -121,7 +121,7 @@ class PartsFile:
         self._warned = True
 
   def _write(self) -> None:
-    # Another run may have written this part since: a stop of this process can be long.
+    # Another run may have written this part since: this process may have been suspended.
     lease.confirm(self._path.parent)
     part = folder(self._path) / f"{self._number:06d}.jsonl"
     write_bytes(part, self._text.encode())

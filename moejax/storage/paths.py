@@ -1,12 +1,12 @@
-"""Where a run lives: a directory of this machine, or a folder of a cloud bucket.
+"""A run's directory: on this machine, or a folder of a cloud bucket.
 
-A run's directory is a `pathlib.Path`, as ever, or for `gs://BUCKET/RUN` an `epath.Path`
-with the same methods, through which Orbax writes its checkpoints too. A bucket has no
-rename, no append and no locks: `files.replacing`, `storage.parts` and `storage.lease` do
-without them. A folder of a bucket exists as long as an object in it does.
+A run's directory is a `pathlib.Path` or, for `gs://BUCKET/RUN`, an `epath.Path` with the
+same methods, through which Orbax also writes its checkpoints. A bucket has no rename, no
+append and no locks: `files.replacing`, `storage.parts` and `storage.lease` do without
+them. A folder of a bucket exists as long as an object in it does.
 
-`pathlib.Path(x)` of a bucket's path silently names a local file, so whatever may be a
-run's directory is made by `run_path`.
+`pathlib.Path(x)` of a bucket's path silently names a local file, so any path that may be
+a run's directory is made by `run_path`.
 """
 
 import contextlib
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
   RunPath = pathlib.Path | epath.Path
 else:
-  # What both derive from; epath itself is imported only for a bucket.
+  # The base class of both; epath itself is imported only for a bucket.
   RunPath = pathlib.PurePath
 """A path in a run's directory."""
 
@@ -46,7 +46,7 @@ def run_path(given: str | os.PathLike[str], flag: str = "--workdir") -> RunPath:
     flag: the flag that named it, for errors.
 
   Raises:
-    UserError: another scheme, no such name of a bucket, or the extra `gcs` is missing.
+    UserError: another scheme, an invalid bucket name, or the extra `gcs` is missing.
   """
   if isinstance(given, pathlib.PurePath):
     return given  # pyright: ignore[reportReturnType]
@@ -73,7 +73,7 @@ def is_url(given: Any) -> bool:
 def refuse_url(
   given: str | os.PathLike[str], flag: str = "", *, written: bool = False
 ) -> NoReturn:
-  """Refuses a bucket where only a local path will do.
+  """Refuses a bucket where only a local path is allowed.
 
   Args:
     given: the path.
@@ -93,13 +93,13 @@ def refuse_url(
 
 
 def split(path: RunPath) -> tuple[str, str]:
-  """Returns the bucket's name and the object's."""
+  """Returns the names of the bucket and the object."""
   bucket, _, name = os.fspath(path).removeprefix("gs://").partition("/")
   return bucket, name
 
 
 def resolved(path: str | os.PathLike[str]) -> RunPath:
-  """Returns an absolute path, which a bucket's is already."""
+  """Returns the absolute path; a bucket's path already is."""
   found = run_path(path)
   return found if in_bucket(found) else found.resolve()
 
@@ -119,7 +119,7 @@ def make_directory(path: RunPath) -> None:
 
 
 def remove_tree(path: RunPath) -> None:
-  """Removes a directory and all below it, as far as it can; no error if it is gone."""
+  """Removes a directory and its contents, as far as it can; no error if it is gone."""
   if in_bucket(path):
     with contextlib.suppress(FileNotFoundError):
       path.rmtree()  # pyright: ignore[reportAttributeAccessIssue]
@@ -128,10 +128,10 @@ def remove_tree(path: RunPath) -> None:
 
 
 def check_url(text: str, flag: str = "--workdir") -> None:
-  """Refuses, without reaching any bucket, a URL that names no folder for a run.
+  """Refuses a URL that cannot be a run's folder, without contacting any bucket.
 
   Raises:
-    UserError: another scheme, or no name that a bucket or folder may have.
+    UserError: another scheme, or a name that a bucket or folder may not have.
   """
   if not text.startswith("gs:"):
     raise UserError(
@@ -157,7 +157,7 @@ def check_url(text: str, flag: str = "--workdir") -> None:
 
 
 def _prepare(text: str, flag: str) -> None:
-  """Chooses how libraries reach buckets, before they are imported."""
+  """Configures how libraries access buckets, before they are imported."""
   if importlib.util.find_spec("gcsfs") is None:
     raise UserError(
       f'{flag}={text} needs the extra gcs: pip install "moejax[gcs]" (in a clone '
@@ -169,7 +169,7 @@ def _prepare(text: str, flag: str) -> None:
   os.environ.setdefault("EPATH_USE_TF", "false")
   import fsspec.config
 
-  # It logs a traceback for each request that it gives up, which is reported by us.
+  # It logs a traceback for each request that it gives up on, which we report ourselves.
   logger = logging.getLogger("gcsfs")
   if logger.level == logging.NOTSET:
     logger.setLevel(logging.CRITICAL)

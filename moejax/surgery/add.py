@@ -1,9 +1,9 @@
-"""Add: new experts beside those there are.
+"""Add: new experts in addition to the existing ones.
 
   random   matrices drawn from a normal distribution with the mean and standard deviation
            of the layer's experts
-  copy     of experts of the same layer, named by --of, or those used least if none are
-  run      of another run's experts in the same layer, named by --of
+  copy     copies of experts of the same layer: those in --of, or else the least used
+  run      copies of another run's experts in the same layer: those in --of
 
 Their router rows are newly initialised, zero, or those of their originals. The old
 experts keep theirs.
@@ -51,7 +51,7 @@ _SIZES = (
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Add(Operation):
-  """Adds experts to every layer, after those that are there."""
+  """Adds experts to every layer, after the existing ones."""
 
   name = "add"
   summary = "more experts: random ones, copies, or those of another run"
@@ -160,7 +160,7 @@ class Add(Operation):
     """Returns the fingerprints of the other run's experts, by the number of their layer.
 
     Raises:
-      UserError: an array of it is not as it was written.
+      UserError: an array of it does not match its checksum.
     """
     other = self._other
     try:
@@ -173,7 +173,7 @@ class Add(Operation):
     """Rejects a run whose experts do not fit.
 
     Raises:
-      UserError: naming what differs.
+      UserError: they do not fit; the message names what differs.
     """
     other, flag = self._other, f"--from_run={self.from_run}"
     self._originals(other.config.moe.fine_experts)
@@ -232,7 +232,7 @@ class Add(Operation):
 
 
 def _sizes(config: Config) -> tuple[int | bool | str, ...]:
-  """Returns what must be equal in both runs, in the order of `_SIZES`."""
+  """Returns the values that must be equal in both runs, in the order of `_SIZES`."""
   moe, model = config.moe, config.model
   activation = moe.activation or model.activation
   return model.width, moe.fine_hidden, moe.expert_bias, activation

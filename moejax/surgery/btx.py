@@ -1,20 +1,20 @@
-"""Train apart and join: dense runs from one seed model become the experts of one model.
+"""Train apart and join: dense runs of one seed model become the experts of one model.
 
 Branch-Train-MiX (arXiv:2403.07816, section 2.2): the feed-forwards of the runs become the
-experts of every layer that the new config makes MoE, expert 0 from --workdir and the
-others from --runs in their order; all other parameters are averaged. --weights weighs the
-average, which is uniform in the paper. A pattern such as --runs='SWEEP/runs/*' names all
-runs of a sweep, sorted by name and without --workdir.
+experts of every layer that the new config makes MoE: expert 0 comes from --workdir, the
+others from --runs in their order. All other parameters are averaged, with the weights in
+--weights (uniform in the paper). A pattern such as --runs='SWEEP/runs/*' names all runs
+of a sweep, sorted by name and without --workdir.
 
-  router    random, zero, or means: of what the layer reads of each run's own text, see
+  router    random, zero, or means: mean inputs of the layer on each run's own text; see
             `moejax.surgery.domain_means`
   frozen    FlexOlmo (arXiv:2507.07024): the expert of --workdir, trained on public text,
-            stays as it is; the new config says so (train.frozen)
-  scale_out  as for upcycle: w_out is scaled by what gates do not sum to
+            stays as it is; the new config freezes it (train.frozen)
+  scale_out  as for upcycle: w_out is scaled to make up for gates that do not sum to 1
 
-The runs have one tokenizer and one model, and start from one run (--init_from); the seed
-run itself may be among them. With copies of one run and gates that sum to one value, the
-first logits are those of the run.
+The runs must share the tokenizer and the model, and start from one run (--init_from); the
+seed run itself may be among them. With copies of one run and gates that sum to the same
+value for every token, the first logits are those of the run.
 
 Letters: D width, R runs, m segments, E = R m experts, F = hidden / m.
 """
@@ -66,7 +66,7 @@ _FREE = ("dtype", "remat", "scan_layers", "max_position", "param_dtype")
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Btx(Operation):
-  """Makes experts of the feed-forwards of several dense runs."""
+  """Makes experts from the feed-forwards of several dense runs."""
 
   name = "btx"
   summary = "dense runs from one seed model become the experts of one model"
@@ -130,7 +130,7 @@ class Btx(Operation):
 
   @property
   def _upcycle(self) -> Upcycle:
-    """What makes sizes, scales and drawn router rows."""
+    """The operation that makes sizes, scales and random router rows."""
     drawn = "zero" if self.router == "zero" else "random"
     return Upcycle(router=drawn, scale_out=self.scale_out)
 
@@ -157,7 +157,7 @@ class Btx(Operation):
       self._check_directories(self.first)
 
   def _check_directories(self, run: Opened) -> None:
-    """Rejects runs of another tokenizer, other shapes or another seed run."""
+    """Rejects runs with another tokenizer, other shapes or another seed run."""
     seeds = {}
     for other in self._others:
       flag = f"--runs={other.workdir}"
@@ -216,7 +216,7 @@ class Btx(Operation):
   def _rows(
     self, source: Source, runs: Sequence[Opened]
   ) -> dict[int, Float[np.ndarray, "D R"]]:
-    """Returns router rows from what each run reads of its own text."""
+    """Returns router rows made from each run's own text."""
     like = source.measured.text
     found = [means(_own_text(run, like), tuple(source.layers)) for run in runs]
     return router_rows(found, self.router_scale)
@@ -253,16 +253,16 @@ class Btx(Operation):
 
 
 def _directories(text: str, first: Path | None) -> list[str]:
-  """Returns the directories that a list of names and patterns means.
+  """Returns the directories that a list of names and patterns refers to.
 
-  Names of a sweep's runs have commas themselves, so that a pattern stands for them.
+  Names of a sweep's runs contain commas, so they must be given by a pattern.
 
   Args:
     text: names and patterns, separated by commas; or one name.
-    first: left out of what a pattern matches.
+    first: left out of the matches of a pattern.
 
   Raises:
-    UserError: a name is no directory, or a pattern matches none.
+    UserError: a name is not a directory, or a pattern matches none.
   """
   if Path(text).is_dir() and text:
     return [text]
@@ -286,7 +286,7 @@ def _directories(text: str, first: Path | None) -> list[str]:
 
 
 def _warn_of_repeats(directories: Sequence[Path]) -> None:
-  """Warns of a run that is joined more than once, which may be meant or a slip."""
+  """Warns of a run that is joined more than once, which may be a mistake."""
   times = collections.Counter(path.resolve() for path in directories)
   if repeated := [f"{path} {n} times" for path, n in times.items() if n > 1]:
     logging.warning(
@@ -303,7 +303,7 @@ def _same(one: Opened, other: Opened) -> bool:
 
 
 def _union(configs: Sequence[Config]) -> str:
-  """Returns the domains of all runs; empty, which is all, if one of them read all."""
+  """Returns the domains of all runs; empty, meaning all, if one of them read all."""
   lists = [config.data.domains for config in configs]
   if not all(lists):
     return ""
@@ -312,7 +312,7 @@ def _union(configs: Sequence[Config]) -> str:
 
 
 def _own_text(run: Opened, like: Text) -> Text:
-  """Returns a run's model and its own text; which part of it is as for another."""
+  """Returns a run's model and its own text, limited to the same part as `like`."""
   config = owner.own_paths(run.config, run.slices.meta.get("owner"), (), run.workdir)
   dataset = data.load(config.data, workdir=run.workdir, store=False)
   shardings = param_shardings(run.model, like.mesh)
@@ -321,7 +321,7 @@ def _own_text(run: Opened, like: Text) -> Text:
 
 
 def _seed(workdir: Path) -> Path | None:
-  """Returns the run from which a run started; None if it is not recorded."""
+  """Returns the run that a run started from; None if it is not recorded."""
   try:
     found = files.read_json(workdir / RUN_FILE)
   except (OSError, ValueError):
@@ -331,10 +331,10 @@ def _seed(workdir: Path) -> Path | None:
 
 
 def _refuse_seeds(seeds: dict[Path, Path | None]) -> None:
-  """Rejects runs that started from different runs, and warns if it is not known.
+  """Rejects runs that started from different runs, and warns if this is not known.
 
   Args:
-    seeds: of each run's directory, the run from which it started.
+    seeds: for each run's directory, the run that it started from.
 
   Raises:
     UserError: two of them differ.

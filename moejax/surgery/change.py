@@ -1,9 +1,9 @@
-"""What an operation changes: for every new array, which old ones it is made of.
+"""The change that an operation makes: how every new array is made from old ones.
 
-A change goes from a source of arrays to the tree of a new run, as arrays that are made
-layer by layer when they are written. Layers keep their number; where they are in the
-checkpoint may change, since another pattern of layers stacks them otherwise. What is not
-part of a feed-forward is copied.
+A change maps a source of arrays to the tree of a new run. Its arrays are made layer by
+layer when they are written. Layers keep their number, but their place in the checkpoint
+may change, since another pattern of layers stacks them differently. Arrays outside the
+feed-forwards are copied.
 
 Letters: V vocabulary, E experts, K choices per token.
 """
@@ -55,7 +55,7 @@ class InMemory:
 
 
 class _LayerArrays(Mapping[str, np.ndarray]):
-  """The arrays of one block below a prefix; each is read when it is asked for."""
+  """The arrays of one block below a prefix, each read on first use."""
 
   def __init__(self, arrays: Arrays, prefix: str, where: Where):
     self._arrays, self._where = arrays, where
@@ -88,7 +88,7 @@ def layer_arrays(
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Change:
-  """An operation on a run, before anything is read."""
+  """An operation on a run, before any array is read."""
 
   operation: Operation
   old: Config
@@ -126,7 +126,7 @@ class Change:
     return old, fingerprint.named_leaves(self.shapes), axes
 
   def check(self) -> None:
-    """Rejects a change of shapes that no operation makes.
+    """Rejects a change of shapes that is not the operation's.
 
     Raises:
       ConfigError: an array outside the feed-forwards would have another shape.
@@ -167,11 +167,11 @@ class Change:
     """Returns one layer.
 
     Args:
-      number: of a changed layer.
-      arrays: of the old run.
+      number: number of a changed layer.
+      arrays: the arrays of the old run.
       choice: None before it is made.
-      prefix: of the arrays to look at, such as `opt_state.0.mu.`.
-      kind: what these hold.
+      prefix: prefix of the arrays to use, such as `opt_state.0.mu.`.
+      kind: what these arrays hold.
     """
     _, new, axes = self._names
     source, where = self.old_layers[number], self.new_layers[number]
@@ -204,7 +204,7 @@ class Change:
 
     Args:
       source: the old arrays.
-      choices: of the changed layers.
+      choices: the choices of the changed layers.
     """
     make = self.maker(source, choices)
     return jax.tree_util.tree_map_with_path(
@@ -222,9 +222,9 @@ class Change:
 
     Args:
       source: the old arrays.
-      choices: of the changed layers.
-      prefix: of the old arrays: parameters, or moments like them.
-      kind: what these hold.
+      choices: the choices of the changed layers.
+      prefix: prefix of the old arrays: parameters, or moments like them.
+      kind: what these arrays hold.
     """
     made = {
       number: self.layer(number, source, choices[number], prefix, kind)
@@ -263,7 +263,7 @@ class Change:
   def _table(
     self, source: Arrays, choices: Mapping[int, Choice], shape: Any
   ) -> LazyArray:
-    """Returns the new table; it is small."""
+    """Returns the new table, read at once since it is small."""
     selected = self.new.moe.fine_selected
 
     def read() -> np.ndarray:
@@ -283,7 +283,7 @@ def _initial_cached(key: "_Key") -> dict[str, np.ndarray]:
 
 @dataclasses.dataclass(frozen=True)
 class _Key:
-  """Arguments of `initial_router`; a config itself is no key of a cache."""
+  """Arguments of `initial_router`, since a config itself cannot be a cache key."""
 
   seed: int
   width: int
@@ -308,7 +308,7 @@ def _whole(shape: Any, read: Callable[[], np.ndarray]) -> LazyArray:
 def _lazy(
   shape: Any, numbers: list[int], one: Callable[[int], np.ndarray], stacked: bool
 ) -> LazyArray:
-  """Returns an array of one layer, or of several, made one after the other."""
+  """Returns an array of one layer, or of several that are made one by one."""
 
   def read(index: tuple[slice, ...]) -> np.ndarray:
     if not stacked:
@@ -334,7 +334,7 @@ def _checked(x: np.ndarray, shape: tuple[int, ...], dtype: Any) -> np.ndarray:
 
 
 def new_table(model: Decoder) -> np.ndarray:
-  """Returns the table of a router that has one, without counts of a text: [V, K]."""
+  """Returns the table of a table-based router, made without counts of a text: [V, K]."""
   moe = model.moe
   return model.router.table(model.vocab_size, moe.fine_experts, moe.fine_selected, None)
 

@@ -5,9 +5,9 @@ share their original's tokens and drift apart in training (expert upcycling,
 arXiv:2604.19835). With --selected=all a token chooses every copy of its experts, so the
 function stays the same, at m times the cost.
 
-Who gets the further copies: all experts alike, or each in proportion to a measure, at
-least one and with the largest remainders first: tokens (load), gate-weighted output norm
-(reap), or the norm of the loss's gradient, in the spirit of the paper's utility.
+Either all experts get equally many copies, or each gets at least one and the rest are
+given out in proportion to a measure, by largest remainders: tokens (load), gate-weighted
+output norm (reap), or the norm of the loss's gradient, similar to the paper's utility.
 """
 
 import copy
@@ -40,7 +40,7 @@ from moejax.surgery.scores import summed
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Clone(Operation):
-  """E experts become m E: copies of them, with copies of their router rows."""
+  """Makes m E experts from E: copies, with copies of their router rows."""
 
   name = "clone"
   summary = "more experts in the middle of training: copies of those there are"
@@ -130,16 +130,16 @@ class Clone(Operation):
 
 
 def copies_of(utility: Float[np.ndarray, "E"], total: int) -> list[int]:
-  """Returns how many copies each expert has: at least one, `total` together.
+  """Returns how many copies each expert gets: at least one, and `total` in all.
 
-  Those beyond the first are in proportion to utility, by largest remainders.
+  Copies beyond the first are in proportion to utility, by largest remainders.
   """
   spare = total - len(utility)
   weights = np.maximum(np.asarray(utility, np.float64), 0.0)
   if not weights.sum():
     weights = np.ones(len(utility))
   wanted = spare * weights / weights.sum()
-  # The small term keeps equal utilities equal, whatever their rounding.
+  # The small term keeps equal utilities equal despite rounding.
   copies = np.floor(wanted + 1e-9).astype(int)
   rest = np.argsort(-(wanted - copies), kind="stable")[: spare - copies.sum()]
   copies[rest] += 1

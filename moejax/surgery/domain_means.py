@@ -1,10 +1,10 @@
-"""What a layer reads of a text, on average: router rows for experts trained apart.
+"""The mean input of a layer on a text: router rows for experts trained apart.
 
-FlexOlmo (arXiv:2507.07024) starts the router row of an expert from the mean embedding of
-its domain's documents, made by an embedding model from elsewhere. Here each run reads its
-own text instead, and the mean is of what the feed-forward of the layer gets, after its
-norm. The rows are then centred over the runs and given one norm: what all domains have in
-common says nothing about where a token belongs.
+FlexOlmo (arXiv:2507.07024) initialises the router row of an expert with the mean
+embedding of its domain's documents, from a separate embedding model. Here each run reads
+its own text instead, and the mean is that of the feed-forward's inputs, after the norm.
+The rows are then centred over the runs and scaled to the same norm: what all domains
+have in common does not help to route a token.
 
 Letters: B batch, S sequence, D width, R runs.
 """
@@ -21,10 +21,10 @@ from moejax.surgery.measured import Text
 
 
 def means(text: Text, layers: Collection[int]) -> dict[int, Float[np.ndarray, "D"]]:
-  """Returns the mean input of the feed-forward of some layers, over the tokens of a text.
+  """Returns the mean input of the feed-forward of each layer, over the tokens of a text.
 
   Args:
-    text: of a decoder.
+    text: a decoder and its text.
     layers: numbers of the layers.
   """
   run, count = Layerwise(text.model, text.params, text.mesh, None), 0.0
@@ -51,11 +51,11 @@ def _sum(x: Float[Array, "B S D"], valid: Bool[Array, "B S"]) -> Float[Array, "D
 def router_rows(
   of_runs: Sequence[Mapping[int, Float[np.ndarray, "D"]]], scale: float
 ) -> dict[int, Float[np.ndarray, "D R"]]:
-  """Returns router weights of each layer: centred means, all of one norm.
+  """Returns router weights of each layer: centred means, all with the same norm.
 
   Args:
-    of_runs: from `means`, of each run.
-    scale: the norm; a row is zero where a mean does not differ from the others.
+    of_runs: the result of `means` for each run.
+    scale: the norm; a row is zero if its mean does not differ from the others.
   """
   found = {}
   for layer in of_runs[0]:

@@ -1,8 +1,8 @@
 """The gates of a router on the same tokens, before and after an operation.
 
-The router itself says how its gates change, so no operation needs to know which router it
-has: whether copies share a gate, what the gates of a token sum to, whether K more
-choices change the others.
+The router is run to see how its gates change: whether copies share a gate, what the gates
+of a token sum to, whether more choices change the other gates. So no operation depends on
+the kind of router.
 
 Letters: T tokens, D width, E experts, K choices per token.
 """
@@ -25,15 +25,15 @@ from moejax.models.shell import Shell
 from moejax.routing.placement import Assignments
 
 NUM_TOKENS = 64
-"""T: random tokens of unit variance, as a norm leaves them."""
+"""T: random tokens of unit variance, as after a norm."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Gates:
-  """Gates of all experts for each token, zero where it was not chosen."""
+  """Gates of all experts for each token, zero for experts that it did not choose."""
 
   moe: MoEConfig
-  """Of the layer afterwards."""
+  """Config of the layer afterwards."""
   before: Float[np.ndarray, "T E"] | None
   """None for a dense layer, or a router whose slots hold mixtures of tokens."""
   after: Float[np.ndarray, "T e"] | None
@@ -48,13 +48,13 @@ def gates(
   """Returns the gates that a router gives to random tokens in evaluation, dropless.
 
   Args:
-    moe: of the layer.
+    moe: config of the layer.
     width: D.
     params: the router's arrays, by name.
-    table: of a router that has one.
+    table: table of a router that has one.
 
   Returns:
-    Zeros where an expert was not chosen; None if tokens do not go to experts whole.
+    Gates, zero where an expert was not chosen; None if experts do not get whole tokens.
   """
   router = make_router(moe)
   if router.mixes:
@@ -79,7 +79,7 @@ def gates(
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class _Key:
-  """A router's config as a key of a cache, which a config itself cannot be."""
+  """A router's config as a cache key, which a config itself cannot be."""
 
   width: int
   text: str

@@ -1,8 +1,8 @@
 """Join: several neighbouring experts become one wider expert, the inverse of a split.
 
 m experts of width F become one of width m F that holds all their neurons, with the mean
-of their router rows; K becomes K/m. Exact where a token chose all m of them, as after a
-split that was not trained since.
+of their router rows; K becomes K/m. The result is exact if every token chose all m of
+them or none, as after a split without training since.
 """
 
 import copy
@@ -34,7 +34,7 @@ from moejax.surgery.scores import equal_groups
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Join(Operation):
-  """m neighbouring experts become one of m times the width."""
+  """Joins every m neighbouring experts into one of m times the width."""
 
   name = "join"
   summary = "wider experts: neighbours become one, the inverse of split"
@@ -85,7 +85,7 @@ class Join(Operation):
         parts.mean(axis + 1) if layer.kind is Kind.VALUE else tied(parts, layer, axis + 1)
       )
     if hidden is None:
-      # A bias of the output: those of the parts add up.
+      # An output bias: those of the parts add up.
       out = parts.sum(1) if layer.kind is Kind.VALUE else parts.mean(1)
     else:
       # [E, m, .., F, ..] -> [E, .., m F, ..]
@@ -112,7 +112,7 @@ def tied(
   """Returns the moments of one parameter that replaces several, along an axis.
 
   Its gradient is the sum of theirs. Second moments are combined as if all gradients had
-  one sign, which is exact for copies.
+  the same sign, which is exact for copies.
   """
   if layer.kind is Kind.SQUARE:
     return np.asarray(np.square(np.sqrt(np.asarray(parts, np.float32)).sum(axis)))

@@ -1,9 +1,9 @@
-"""Where the experts of a run come from: a record of each operation, with fingerprints.
+"""The origin of a run's experts: a record of each operation, with fingerprints.
 
 A run's run.json and its first checkpoint's meta hold the records of all operations up to
-this run, the oldest first, so that the answer needs no other directory. An expert's
-fingerprint is that of `moejax.checkpoint.inspect`: equal for equal experts, in any
-position, layer or run.
+this run, oldest first, so that no other directory is needed. An expert's fingerprint is
+that of `moejax.checkpoint.inspect`: equal for equal experts, in any position, layer or
+run.
 """
 
 import contextlib
@@ -53,7 +53,7 @@ def record(
   *,
   others: Sequence[tuple[Path, int]] = (),
 ) -> Record:
-  """Returns a record without experts; `others` are further runs that were read."""
+  """Returns a record without experts; `others` are additional runs that were read."""
   sources = [
     {"workdir": str(path.resolve()), "step": at} for path, at in ((source, step), *others)
   ]
@@ -88,11 +88,11 @@ def of_layers(
 
 
 def chain(workdir: Path, meta: Mapping[str, Any] | None = None) -> list[Record]:
-  """Returns the records of a run, the oldest first.
+  """Returns the records of a run, oldest first.
 
   Args:
     workdir: of the run.
-    meta: of its checkpoint, where run.json has none.
+    meta: of its checkpoint, used if run.json has no records.
   """
   found: Any = None
   with contextlib.suppress(OSError, ValueError):
@@ -106,15 +106,15 @@ def chain(workdir: Path, meta: Mapping[str, Any] | None = None) -> list[Record]:
 def ancestors(
   records: Sequence[Record], layer: int, expert: int
 ) -> list[tuple[str, list[str]]]:
-  """Returns where an expert comes from, the youngest operation first.
+  """Returns the ancestors of an expert, latest operation first.
 
   Args:
-    records: of the run, the oldest first.
+    records: of the run, oldest first.
     layer: number of its layer.
     expert: its index in that layer.
 
   Returns:
-    For each operation, the source in words and the experts there that it was made of.
+    For each operation, the source in words and the experts there that it was made from.
   """
   now, out = [expert], []
   for entry in reversed(records):

@@ -1,6 +1,6 @@
-"""What experts do on a text: how often and how strongly each is used, what it is worth.
+"""Measurements of experts on a text: how often and strongly each is used, and its worth.
 
-One pass over a split, dropless, as the model stands. Sums are float64 on the host.
+One pass over a split, dropless, with the unchanged model. Sums are float64 on the host.
 
   load          tokens that chose the expert
   gate          their gates, summed
@@ -54,7 +54,7 @@ class Text:
   mesh: Mesh
   batch_size: int
   limit: int
-  """Batches; 0 is all."""
+  """Maximum number of batches; 0 means all."""
 
   def arguments(self) -> dict[str, Any]:
     """Returns the arguments of every pass over the text."""
@@ -77,14 +77,14 @@ class Text:
 
 
 class Measured:
-  """Measurements over a text, each made when it is first asked for."""
+  """Measurements over a text, each made on first use."""
 
   def __init__(self, text: Text | None = None, sums: dict[int, Sums] | None = None):
     """Takes a text, or finished sums by layer.
 
     Args:
-      text: None if there is none, and asking for a measurement is an error.
-      sums: as `sums` returns, measured elsewhere.
+      text: None if there is none; any measurement is then an error.
+      sums: sums measured elsewhere, in the form of `sums`.
     """
     self._text = text
     if sums is not None:
@@ -103,7 +103,7 @@ class Measured:
 
   @functools.cached_property
   def sums(self) -> dict[int, Sums]:
-    """Sums of each MoE layer; see the module."""
+    """Sums of each MoE layer; see the module's docstring."""
     text, total = self.text, {}
     run = Layerwise(text.model, text.params, text.mesh, groups.least_factor(text.model))
     activation = text.model.moe.activation or text.model.config.activation
@@ -124,7 +124,7 @@ class Measured:
     return total
 
   def removal(self) -> dict[int, Float[np.ndarray, "E"]]:
-    """Returns how much the loss rises, in nats per token, without each expert."""
+    """Returns the rise of the loss without each expert, in nats per token."""
     text = self.text
     sets = knockout.singles(text.model, text.model.moe_layers)
     losses = knockout.knock_out(**text.arguments(), sets=sets)
@@ -138,7 +138,7 @@ class Measured:
   def gradients(self) -> dict[int, Float[np.ndarray, "E"]]:
     """Returns the squared gradient of the loss of each expert, summed over batches.
 
-    The gradient is that of a batch's mean loss, over all matrices of an expert.
+    The gradient is that of a batch's mean loss with respect to all matrices of an expert.
     """
     text = self.text
     step = jax.jit(functools.partial(squared_gradients, text.model))
@@ -150,10 +150,10 @@ class Measured:
     return total
 
   def best_subsets(self, keep: int) -> dict[int, tuple[int, ...]]:
-    """Returns, for each layer, the experts whose layer differs least from the whole one.
+    """Returns, for each layer, the experts that best reproduce the output of all.
 
-    Of all subsets of `keep` experts, that which minimises the summed squared difference
-    of the layer's output (NAEE, arXiv:2402.14800, equation 4).
+    Of all subsets of `keep` experts, it is the one that minimises the summed squared
+    difference of the layer's output (NAEE, arXiv:2402.14800, equation 4).
 
     Raises:
       UserError: the router does not choose by logits, or there are too many subsets.
@@ -231,7 +231,7 @@ def batch_sums(
 ) -> dict[str, Float[Array, "..."]]:
   """Returns the sums of one layer over one batch.
 
-  Every expert is applied to every token, one expert after the other: E / K times the
+  Every expert is applied to every token, one expert after another, at E / K times the
   cost of the layer.
   """
   tokens = normed.reshape(-1, normed.shape[-1])
@@ -262,7 +262,7 @@ def batch_sums(
 
 
 def _dense_gates(routes: Routes) -> Float[Array, "T E"]:
-  """Returns each token's gate of each expert, 0 where it was not chosen."""
+  """Returns each token's gate for each expert, 0 where it was not chosen."""
   num_experts = routes.probs.shape[-1]
   if routes.expert is None or routes.gate is None:
     served = routes.served.reshape(-1, num_experts).astype(jnp.float32)

@@ -1,19 +1,19 @@
 """Merge: groups of similar experts become one each, an average of their weights.
 
-M-SMoE (arXiv:2310.01334, section 3): the experts that are used most stay; each other one
-joins the most similar of them, by router logits; its hidden neurons are permuted to match
-those of that expert; weights are averaged in proportion to use. Each step has its option:
+M-SMoE (arXiv:2310.01334, section 3): the most used experts stay; every other expert joins
+the most similar of them, by router logits; its hidden neurons are permuted to match those
+of that expert; weights are averaged in proportion to use. Each step has its option:
 
   group_by   logits: cosine of two experts' router logits over a text; outputs: of their
              mean outputs; weights: of their weights; order: neighbours, as clone puts
              copies
   weigh      load: in proportion to tokens; even
-  rows       dominant: the router row of the expert used most; mean; or alias: every row
+  rows       dominant: the router row of the most used expert; mean; or alias: every row
              stays, and all rows of a group lead to equal experts
 
-Under alias E stays as it was, and each member of a group holds the merged weights: the
-function of one expert with several names, at no saving of memory. It is how M-SMoE's code
-routes, and shows what merging the weights alone costs.
+Under alias E stays the same, and each member of a group holds the merged weights: the
+function of one expert under several names, without saving memory. M-SMoE's code routes
+in this way; it shows the cost of merging the weights alone.
 
 Letters: E experts, D width, F expert hidden width.
 """
@@ -132,7 +132,7 @@ class Merge(Operation):
   def _groups(
     self, layer: Layer, load: Float[np.ndarray, "E"], likeness: Float[np.ndarray, "E E"]
   ) -> list[tuple[int, ...]]:
-    """Returns the groups, each with the expert used most first."""
+    """Returns the groups, each with the most used expert first."""
     experts = len(load)
     if self.group_by == "order":
       size = experts // self.experts
@@ -211,7 +211,7 @@ class Merge(Operation):
     if not is_expert and self.rows == "dominant":
       return np.asarray(parts[0])
     first, rest = parts[0].astype(np.float64), parts[1:].astype(np.float64)
-    # As differences, so that the mean of equal weights is exactly these.
+    # As differences, so that the mean of equal weights is exact.
     for weight, part in zip(weights[1:], rest, strict=True):
       first = first + weight * (part - parts[0].astype(np.float64))
     return np.asarray(first)
@@ -233,7 +233,7 @@ class Merge(Operation):
 
 
 def _members(choice: Choice) -> np.ndarray:
-  """Returns, for each old expert, which new ones it is part of: bool [E, e]."""
+  """Returns which new experts each old one is part of: bool [E, e]."""
   num_old = max(max(parents) for parents in choice.parents) + 1
   out = np.zeros((num_old, len(choice.parents)), bool)
   for new, parents in enumerate(choice.parents):
@@ -242,7 +242,7 @@ def _members(choice: Choice) -> np.ndarray:
 
 
 def cosine(rows: Float[np.ndarray, "E n"]) -> Float[np.ndarray, "E E"]:
-  """Returns the cosine of every two rows."""
+  """Returns the cosine similarity of every pair of rows."""
   size = np.linalg.norm(rows, axis=1, keepdims=True)
   unit = rows / np.maximum(size, 1e-30)
   return unit @ unit.T
@@ -251,12 +251,12 @@ def cosine(rows: Float[np.ndarray, "E n"]) -> Float[np.ndarray, "E E"]:
 def join_nearest(
   heads: Sequence[int], likeness: Float[np.ndarray, "E E"], group_size: int
 ) -> list[list[int]]:
-  """Returns one group for each head: itself and the experts most like it.
+  """Returns one group for each head: the head and the experts most similar to it.
 
   Args:
     heads: ascending.
-    likeness: of every two experts.
-    group_size: experts per group of the router; nobody joins a head of another.
+    likeness: similarity of every pair of experts.
+    group_size: experts per group of the router; no expert joins a head of another group.
   """
   groups: dict[int, list[int]] = {head: [head] for head in heads}
   for expert in range(len(likeness)):
@@ -271,13 +271,13 @@ def aligned(
 ) -> tuple[Mapping[int, Int[np.ndarray, "F"]], bool]:
   """Returns the order of each member's neurons that best matches the first member's.
 
-  The assignment that maximises the sum of products of matched neurons' weights, over all
+  This assignment maximises the sum of products of matched neurons' weights, over all
   matrices and biases together (Git Re-Basin, arXiv:2209.04836, section 3.2, for one
   hidden layer).
 
   Returns:
-    Orders of all members but the first, where they are not the identity; and whether the
-    members are equal in that order.
+    Orders of all members but the first, unless they are the identity; and whether the
+    members are equal in these orders.
   """
   orders: dict[int, np.ndarray] = {}
   first = neurons(layer, group[0])

@@ -1,10 +1,10 @@
-"""The interface of an operation on experts: one class describes one completely.
+"""The interface of an operation on experts: one class describes one operation completely.
 
 An operation is a frozen dataclass. Its fields are its options, each a flag of
 `tools.surgery`. It changes the config, chooses for each MoE layer which old experts
-each new one is made of, and computes one new array of one layer from the old arrays of
-that layer. The same rule makes the parameters and the optimizer's moments, so that both
-stay those of one model. One line in `moejax.surgery.registry` registers it.
+each new one is made from, and computes one new array of one layer from the old arrays of
+that layer. The same rule makes the parameters and the optimizer's moments, so that they
+stay consistent. One line in `moejax.surgery.registry` registers it.
 
 Names of a layer's arrays are those of a checkpoint below the block: `feed_forward.w_in`,
 `moe.experts.w_out`, `moe.router.weight`.
@@ -31,18 +31,18 @@ from moejax.surgery.source import Opened
 
 EXPERTS, ROUTER, SHARED = "moe.experts.", "moe.router.", "moe.shared."
 OUTPUTS = (f"{EXPERTS}w_out", f"{EXPERTS}out_bias")
-"""The arrays that an expert's output is linear in."""
+"""The arrays in which an expert's output is linear."""
 
 EQUAL, CLOSE, DROP = "equal", "close", "will drop until trained"
-"""What the loss does: the same function; nearly the same; worse at first."""
+"""What is expected of the loss: the same function; nearly the same; worse at first."""
 
 _EXPERT_AXES = ("expert", "router_expert")
 _EXACT = 1e-5
-"""Relative difference of gates that is rounding."""
+"""Relative difference of gates up to which it is rounding."""
 
 
 class Kind(enum.Enum):
-  """What an array holds, which decides how it scales."""
+  """The kind of values in an array, which decides how it scales."""
 
   VALUE = "parameter"
   GRADIENT = "gradient"
@@ -53,26 +53,26 @@ class Kind(enum.Enum):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Choice:
-  """What the experts of one layer are made of."""
+  """What the experts of one layer are made from."""
 
   parents: Sequence[tuple[int, ...]]
-  """Of each new expert, the old ones, the most important first; empty if none."""
+  """The old experts of each new one, most important first; empty if none."""
   scale: float = 1.0
   """Multiplies the output of every new expert."""
   weights: Sequence[tuple[float, ...]] | None = None
-  """Of the parents; they sum to 1. None is even."""
+  """Weights of the parents, which sum to 1; None means equal weights."""
   orders: Mapping[int, Int[np.ndarray, "F"]] | None = None
-  """Of an old expert, the neurons in the order in which they enter a mean."""
+  """For an old expert, the order in which its neurons enter a mean."""
   made: Sequence[str] | None = None
-  """What each new expert without parents is made of, in words."""
+  """The origin of each new expert without parents, in words."""
   shared: tuple[int, ...] = ()
   """Old experts that become part of the shared expert."""
   shared_gates: tuple[float, ...] = ()
-  """What their outputs are multiplied by."""
+  """The factors of their outputs."""
   rows: Float[np.ndarray, "D E"] | None = None
-  """Router weights, where they are measured."""
+  """Router weights, if they are measured."""
   exact: bool = False
-  """Whether what is left out or averaged was seen to change nothing, gates aside."""
+  """Whether leaving out or averaging experts was found to change nothing but gates."""
 
   @property
   def sources(self) -> list[int]:
@@ -82,7 +82,7 @@ class Choice:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Layer:
-  """The arrays of one layer, of which nothing is read before it is asked for."""
+  """The arrays of one layer, each read on first use."""
 
   number: int
   """Index of the layer in the model."""
@@ -95,7 +95,7 @@ class Layer:
   axes: Mapping[str, tuple[str | None, ...]]
   """Logical axis names of the old and new arrays."""
   shapes: Mapping[str, tuple[int, ...]]
-  """Of the new arrays."""
+  """Shapes of the new arrays."""
   choice: Choice
   kind: Kind = Kind.VALUE
   seed: int = 0
@@ -103,7 +103,7 @@ class Layer:
   """Newly initialised arrays of the new router, by name below `moe.router.`."""
 
   def axis(self, name: str, *of: str) -> int | None:
-    """Returns which axis of an array has one of the logical names."""
+    """Returns the index of an array's axis that has one of the logical names."""
     own = self.axes[name]
     found = [i for i, axis in enumerate(own) if axis in (of or _EXPERT_AXES)]
     return found[0] if found else None
@@ -125,8 +125,8 @@ class Layer:
   def scaled(self, x: Shaped[np.ndarray, "..."], factor: float) -> np.ndarray:
     """Returns a parameter times a factor, or the moments of such a parameter.
 
-    If w' = c w, then dL/dw' = (1/c) dL/dw. Moments become zero where c is zero: the old
-    ones say nothing of the new parameter.
+    If w' = c w, then dL/dw' = (1/c) dL/dw. If c is zero, moments become zero, since the
+    old ones do not apply to the new parameter.
     """
     if factor == 1:
       return x
@@ -149,12 +149,12 @@ class Layer:
   ) -> np.ndarray:
     """Returns copies of a parameter, or their moments.
 
-    The gradients of copies sum to that of the original, so each has its part of it.
+    The gradients of copies sum to that of the original, so each gets its share of it.
 
     Args:
       x: already repeated along `axis`.
-      copies: how many copies the original of each has.
-      axis: of the experts.
+      copies: for each copy, the number of copies of its original.
+      axis: axis of the experts.
     """
     if self.kind is Kind.VALUE or np.all(copies == 1):
       return x
@@ -166,20 +166,20 @@ class Layer:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Source:
-  """What an operation can look at before it chooses."""
+  """The data that an operation can use for its choice."""
 
   layers: Mapping[int, Layer]
   """The layers that it changes, by number."""
   measured: Measured
-  """Statistics over a text, measured when they are asked for."""
+  """Statistics over a text, measured on first use."""
   same_in_all: bool = False
-  """Whether all layers must choose the same: one table gives every layer's experts."""
+  """Whether all layers must choose the same, since one table gives the experts of all."""
   seed: int = 0
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Operation(abc.ABC):
-  """Changes the experts of every MoE layer. Subclasses override what differs."""
+  """Changes the experts of every MoE layer. Subclasses override the defaults."""
 
   name: ClassVar[str]
   """Name on the command line."""
@@ -189,14 +189,14 @@ class Operation(abc.ABC):
   """Fields of the config, or patterns of them, that change shapes and that the user may
   set for this operation."""
   needs_moe: ClassVar[bool] = True
-  """Whether it changes MoE layers; if not, it makes them of dense ones."""
+  """Whether it changes MoE layers; if not, it makes them from dense ones."""
 
   keeps_moments: ClassVar[bool] = True
-  """Whether an optimizer's state can go through it."""
+  """Whether it can also be applied to an optimizer's state."""
 
   @property
   def reads_text(self) -> bool:
-    """Whether it measures something over a text."""
+    """Whether it takes measurements over a text."""
     return False
 
   def may_set(self, field: str) -> bool:
@@ -204,7 +204,7 @@ class Operation(abc.ABC):
     return any(fnmatch.fnmatch(field, pattern) for pattern in self.reads)
 
   def of_run(self, run: Opened) -> "Operation":
-    """Returns the operation on a run, for those that compare it with other runs."""
+    """Returns the operation for a run; for those that compare it with other runs."""
     del run
     return self
 
@@ -212,7 +212,7 @@ class Operation(abc.ABC):
     """Rejects a run that it cannot change.
 
     Raises:
-      UserError: naming what stands in the way, and what would not.
+      UserError: it cannot; the message names the obstacle, and what would work.
     """
     del old
 
@@ -221,13 +221,13 @@ class Operation(abc.ABC):
     """Returns the config of the new run, not yet validated.
 
     Args:
-      old: of the source.
-      asked: the same with the fields that the user set.
+      old: the source's config.
+      asked: the same, with the fields that the user set.
     """
 
   @abc.abstractmethod
   def choose(self, source: Source) -> dict[int, Choice]:
-    """Returns what the new experts of each layer are made of."""
+    """Returns what the new experts of each layer are made from."""
 
   @abc.abstractmethod
   def leaf(self, name: str, layer: Layer) -> Shaped[np.ndarray, "..."]:
@@ -235,17 +235,17 @@ class Operation(abc.ABC):
 
     Args:
       name: of the array, below the block.
-      layer: whose old arrays it is made of.
+      layer: the layer with the old arrays that it is made from.
     """
 
   def copied(
     self, name: str, index: tuple[int, ...], x: Shaped[np.ndarray, "..."]
   ) -> Shaped[np.ndarray, "..."]:
-    """Returns an array that is part of no changed feed-forward; as it is by default.
+    """Returns an array outside the changed feed-forwards; by default, unchanged.
 
     Args:
       name: of the old array, with all prefixes.
-      index: of its layer, where layers are stacked.
+      index: index of its layer, if layers are stacked.
       x: the old array.
     """
     del name, index
@@ -253,16 +253,16 @@ class Operation(abc.ABC):
 
   @property
   def other_sources(self) -> Sequence[tuple[Path, int]]:
-    """Directories and steps of further runs that it reads."""
+    """Directories and steps of the other runs that it reads."""
     return ()
 
   def scale(self, gates: Gates, choice: Choice) -> float:
-    """Returns what multiplies the outputs of all experts; see `Choice.scale`."""
+    """Returns the factor of all experts' outputs; see `Choice.scale`."""
     del gates
     return choice.scale
 
   def expected(self, gates: Gates, choice: Choice) -> str:
-    """Returns what the loss is expected to do: one of the constants above.
+    """Returns what is expected of the loss: one of the constants above.
 
     Args:
       gates: of one layer's router on the same tokens, before and after.
@@ -281,11 +281,11 @@ class Operation(abc.ABC):
 def taken(
   name: str, layer: Layer, sources: Sequence[int] | None = None
 ) -> Shaped[np.ndarray, "..."]:
-  """Returns an array of which each new expert is a copy of one old expert.
+  """Returns an array in which each new expert is a copy of one old expert.
 
   Args:
-    name: of an array that is there before and after.
-    layer: whose choice has the parents and the scale.
+    name: name of an array that exists before and after.
+    layer: the layer; its choice has the parents and the scale.
     sources: the old experts; default the first parent of each new expert.
   """
   x, axis = layer.arrays[name], layer.axis(name)
@@ -298,7 +298,7 @@ def taken(
 
 
 def is_close(one: Float[np.ndarray, "..."], other: Float[np.ndarray, "..."]) -> bool:
-  """Returns whether two arrays of gates differ by rounding only."""
+  """Returns whether two arrays of gates differ only by rounding."""
   largest = float(np.max(np.abs(other), initial=0.0))
   return bool(np.max(np.abs(one - other), initial=0.0) <= _EXACT * max(largest, 1e-30))
 
@@ -306,7 +306,7 @@ def is_close(one: Float[np.ndarray, "..."], other: Float[np.ndarray, "..."]) -> 
 def summed_over_copies(
   gates: Float[np.ndarray, "T e"], choice: Choice, num_experts: int
 ) -> Float[np.ndarray, "T E"]:
-  """Returns the gates of old experts: of each, the sum over the experts made of it."""
+  """Returns the gates of old experts: for each, the sum over the experts made from it."""
   out = np.zeros((gates.shape[0], num_experts))
   for new, parents in enumerate(choice.parents):
     for parent in parents:
@@ -315,7 +315,7 @@ def summed_over_copies(
 
 
 def flat(moe: MoEConfig) -> MoEConfig:
-  """Returns the same layer with segments counted as experts, and its sizes spelled out.
+  """Returns the same layer with segments counted as experts, and explicit sizes.
 
   For operations after which E need not be a multiple of `segments`.
   """
@@ -334,7 +334,8 @@ def set_copies(moe: MoEConfig, copies: int) -> None:
 
   Args:
     moe: changed in place.
-    copies: of every expert, side by side; a token chooses all copies of its experts.
+    copies: copies of every expert, next to each other; a token chooses all copies of its
+      experts.
   """
   options = make_router(moe).options_with_copies(copies)
   if options:
@@ -344,13 +345,13 @@ def set_copies(moe: MoEConfig, copies: int) -> None:
 def mapped_table(
   table: Int[np.ndarray, "V K"], choice: Choice, num_selected: int
 ) -> Int[np.ndarray, "V k"]:
-  """Returns each id's new experts: those made of its old ones.
+  """Returns each id's new experts: those made from its old ones.
 
-  Of several copies an id takes one by its number, or all of them if it has so many
-  choices. An id whose expert is gone takes the next expert that it does not have.
+  Of several copies, an id gets the one given by its number, or all of them if K grows. An
+  id whose expert is gone gets the next expert that it does not have yet.
 
   Args:
-    table: of each vocabulary id.
+    table: the experts of each vocabulary id.
     choice: the same for all layers.
     num_selected: K afterwards.
   """

@@ -1,8 +1,8 @@
 """Permute: experts change places, with their router rows; the function stays the same.
 
-Useful where places mean devices: under expert parallelism, E/n consecutive experts are
-on each of n devices. `--by=load` spreads the load: the busiest expert goes to the device
-with the least so far that has room (the greedy rule for scheduling of Graham 1969).
+This helps if places map to devices: under expert parallelism, each of n devices has E/n
+consecutive experts. `--by=load` spreads the load: the busiest expert goes to the device
+with the least load so far that has room (the greedy scheduling rule of Graham 1969).
 """
 
 import copy
@@ -127,9 +127,9 @@ def spread(load: Float[np.ndarray, "E"], devices: int, num_groups: int = 1) -> l
   """Returns an order in which consecutive equal parts have nearly equal loads.
 
   Args:
-    load: of each expert.
+    load: load of each expert.
     devices: number of parts; a multiple of `num_groups`.
-    num_groups: groups that experts do not leave.
+    num_groups: number of groups; an expert stays in its group.
   """
   experts = len(load)
   room, size = experts // devices, experts // num_groups

@@ -1,7 +1,7 @@
-"""What `tools.surgery` does, from a checked command line to a new run.
+"""Runs `tools.surgery`, from a checked command line to a new run.
 
-Everything that can be refused is refused before parameters are read: the operation, the
-config, the shapes, the optimizer's state, the output directory.
+All checks are made before parameters are read: the operation, the config, the shapes, the
+optimizer's state, the output directory.
 """
 
 import copy
@@ -33,7 +33,7 @@ from moejax.surgery.still_frozen import still_frozen
 Say = Callable[[str], None]
 
 _SAME_LOSS = 1e-4
-"""Nats per token within which two losses are equal: float32 sums in another order."""
+"""Nats per token within which losses count as equal: float32 sums in another order."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -72,7 +72,7 @@ def run(
     The record of the operation; None for a dry run.
 
   Raises:
-    UserError: anything in the way; nothing is half-written.
+    UserError: the operation is not possible; nothing is left half-written.
   """
   if asked.output is not None:
     run_lib.refuse_output(asked.output, [asked.workdir])
@@ -127,7 +127,7 @@ def _change(
       "experts of a dense model."
     )
   operation.check(old)
-  # They are of the old run: what is frozen there, and where it came from.
+  # These fields belong to the old run: what is frozen, and what it was initialised from.
   old = copy.deepcopy(old)
   old.train.frozen = old.train.init_from = ""
   new = new_config(operation, old)
@@ -145,10 +145,10 @@ def _change(
 def refuse_shapes(
   operation: Operation, old: Config, new: Config, given: tuple[str, ...]
 ) -> None:
-  """Rejects fields of the command line that change shapes which the operation leaves.
+  """Rejects flags that would change shapes that the operation does not change.
 
   Raises:
-    UserError: naming the first.
+    UserError: there are such flags; the message names the first.
   """
   for field in given:
     if not field.startswith(("model.", "moe.")) or operation.may_set(field):
@@ -170,7 +170,7 @@ def _shapes(config: Config) -> Any:
     model = make_model(config.model, config.moe, vocab_size=config.model.vocab_size or 8)
     return str(model.shapes())
   except (ValueError, ZeroDivisionError, UserError):
-    return None  # Not a model: other fields would have to change with it.
+    return None  # Not a valid model: other fields would have to change too.
 
 
 def _needs_text(asked: Asked) -> bool:
@@ -241,7 +241,7 @@ def _restored(
 
 
 def change_lines(change: Change, optimizer: str) -> list[str]:
-  """Returns what an operation would change, as lines."""
+  """Returns lines that describe what an operation would change."""
   lines = [f"{change.operation.name}: {change.operation.summary}"]
   fields = config_text.difference(change.old, change.new)
   lines += [f"  --config.{n}: {show(old)} -> {show(new)}" for n, old, new in fields]
@@ -279,7 +279,7 @@ def _sizes(change: Change, number: int) -> str:
 def result_lines(
   asked: Asked, change: Change, choices: Mapping[int, Choice], record: lineage.Record
 ) -> list[str]:
-  """Returns what was done, layer by layer, and what became of the loss."""
+  """Returns lines that describe what was done in each layer, and the loss."""
   lines = []
   for number, choice in choices.items():
     words = [_made(choice, index) for index in range(len(choice.parents))]
@@ -325,7 +325,7 @@ def _made(choice: Choice, index: int) -> str:
 
 
 def _folded(words: list[str]) -> str:
-  """Returns words separated by commas, equal neighbours once with their number."""
+  """Returns words separated by commas, equal neighbours once with their count."""
   out: list[list[Any]] = []
   for word in words:
     if out and out[-1][0] == word:

@@ -1,6 +1,6 @@
-"""Prune: experts are left out, equally many in each layer, with their router rows.
+"""Prune: removes experts, equally many from each layer, with their router rows.
 
-Which ones, by one of these importances, of which the lowest go:
+The experts with the lowest importance are removed. Importances:
 
   load       tokens that chose the expert
   reap       mean over these of gate * norm of the expert's output (REAP,
@@ -10,16 +10,16 @@ Which ones, by one of these importances, of which the lowest go:
   mean_norm  the same, averaged (MAN, arXiv:2606.15716)
   weights    -mean|w| / rms(w) over the expert's matrices, without any text (AIMER,
              arXiv:2603.18492; its released code drops the highest ratio)
-  loss       how much the loss rises without the expert alone, measured
-  random     by --seed, as a control: what the others must beat
-  subset     the subset whose layer differs least from the whole one, by trying all
+  loss       how much the loss rises without this expert alone, measured
+  random     by --seed, as a control that the others must beat
+  subset     the subset that best reproduces the layer's output, found by trying all
              (NAEE, arXiv:2402.14800); for few experts
 
-Where a table gives the experts, all layers drop the same ones, by the sum of importances.
+If a table gives the experts, all layers drop the same ones, by the sum of importances.
 
-Under raw softmax, gates of the other experts grow by what the pruned ones had. With
---denominator the logits of these stay in the softmax (`moe.pruned_rows`), and only tokens
-that had chosen them change.
+Under raw softmax, the pruned experts' gates go to the remaining ones. With --denominator
+the logits of pruned experts stay in the softmax (`moe.pruned_rows`), and only tokens that
+had chosen them change.
 """
 
 import copy
@@ -55,12 +55,12 @@ PRUNED = {
   f"{ROUTER}pruned": f"{ROUTER}weight",
   f"{ROUTER}pruned_bias": f"{ROUTER}logit_bias",
 }
-"""Router rows without experts, and where they come from."""
+"""Router rows without experts, and the arrays that they come from."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Prune(Operation):
-  """Leaves out the least important experts of every layer."""
+  """Removes the least important experts of every layer."""
 
   name = "prune"
   summary = "fewer experts: the least important ones are left out"
@@ -169,7 +169,7 @@ class Prune(Operation):
 def importance(
   sums: Mapping[str, Float[np.ndarray, "..."]], by: str
 ) -> Float[np.ndarray, "E"]:
-  """Returns the importance of a layer's experts by sums over a text."""
+  """Returns the importance of a layer's experts, from sums over a text."""
   load = np.maximum(sums["load"], 1.0)
   match by:
     case "load":
@@ -183,10 +183,10 @@ def importance(
 
 
 def refuse_count(old: Config, experts: int, what: str) -> None:
-  """Rejects a number of experts that is missing, not fewer, or below K.
+  """Rejects a number of experts that is missing, not lower than before, or below K.
 
   Raises:
-    UserError: naming the flag.
+    UserError: it is; the message names the flag.
   """
   flag, there = f"--experts={experts}", old.moe.fine_experts
   if not experts:

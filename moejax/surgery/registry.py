@@ -1,4 +1,4 @@
-"""The registry of operations, by their names on the command line.
+"""The registry of operations, by name on the command line.
 
 An operation's file is imported on first use, so that listing names does not import jax.
 """
@@ -35,7 +35,7 @@ def operation(name: str) -> "type[Operation]":
   """Returns the class of an operation.
 
   Raises:
-    UserError: there is none of this name.
+    UserError: there is no operation of this name.
   """
   if name not in OPERATIONS:
     raise UserError(f"{name}: no such operation. {did_you_mean(name, OPERATIONS)}")

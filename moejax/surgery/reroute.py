@@ -1,8 +1,8 @@
-"""Reroute: another router, with what it can take over from the old one.
+"""Reroute: replaces the router, and keeps the arrays that fit the new one.
 
 The flags are those of the config: --config.moe.router=sigmoid_bias and its options. An
-array that both routers have, in the same shape, is kept (the weight of the logits always
-is); others are newly initialised. Experts stay.
+array that both routers have in the same shape is kept (the weight of the logits always
+is); others are newly initialised. Experts stay the same.
 """
 
 import copy

@@ -1,10 +1,9 @@
-"""From one run's directory to another: check, choose, write, and say where it came from.
+"""Applies an operation to a run's directory: check, choose, write, record the origin.
 
-The source is only read. The new directory is made beside its final place, under a name
-that no program takes for a run, and gets its own name when it is whole. Arrays are read
-and made one layer at a time, so that the host holds one matrix of one layer's experts
-and what it becomes, whatever mesh the source was saved on; the result can be restored on
-any mesh.
+The source is only read. The new directory is made next to its final place, under a name
+that no program takes for a run, and is renamed when it is complete. Arrays are read and
+made one layer at a time, so the host holds only one matrix of one layer's experts, old
+and new, whatever mesh the source was saved on. The result can be restored on any mesh.
 """
 
 import dataclasses
@@ -52,13 +51,13 @@ _ROUNDING = 1e-5
 def make_change(
   source: Opened, operation: Operation, new: Config, seed: int = 0
 ) -> Change:
-  """Returns what an operation changes, after all checks.
+  """Returns the change that an operation makes, after all checks.
 
   Args:
-    source: of the old arrays.
+    source: the run with the old arrays.
     operation: checked against the old config.
     new: validated config of the new run.
-    seed: of everything that is drawn.
+    seed: seed of all random draws.
 
   Raises:
     ConfigError: the flags change more than the operation does.
@@ -76,12 +75,12 @@ def make_change(
 
 
 def choose(change: Change, arrays: Arrays, measured: Measured) -> dict[int, Choice]:
-  """Returns what the new experts of each layer are made of, with the scale of outputs.
+  """Returns what the new experts of each layer are made from, with the scale of outputs.
 
   Args:
-    change: of the operation.
-    arrays: of the old run.
-    measured: over a text, or nothing.
+    change: the operation's change.
+    arrays: the arrays of the old run.
+    measured: measurements over a text, or without one.
   """
   layers = {n: change.layer(n, arrays) for n in change.made}
   has_table = bool(change.old_model.moe_layers) and change.old_model.router.has_table
@@ -102,7 +101,7 @@ def choose(change: Change, arrays: Arrays, measured: Measured) -> dict[int, Choi
 
 
 def snapped(scale: float) -> float:
-  """Returns a whole number, or one over it, in place of its rounding in float32."""
+  """Returns a scale, made an exact integer or the inverse of one if it is nearly so."""
   for value in (float(round(scale)), 1.0 / max(round(1.0 / scale), 1) if scale else 0.0):
     if abs(value - scale) <= _ROUNDING * abs(scale):
       return value
@@ -137,7 +136,7 @@ def seen_gates(change: Change, arrays: Arrays, number: int, choice: Choice) -> G
 
 
 def expectation(change: Change, arrays: Arrays, choices: Mapping[int, Choice]) -> str:
-  """Returns what the loss is expected to do: the worst of all layers."""
+  """Returns what is expected of the loss: the worst of all layers."""
   found = {
     change.operation.expected(seen_gates(change, arrays, number, choice), choice)
     for number, choice in choices.items()
@@ -146,14 +145,14 @@ def expectation(change: Change, arrays: Arrays, choices: Mapping[int, Choice]) -
 
 
 def refuse_output(output: Path, sources: Sequence[Path] = ()) -> None:
-  """Rejects a directory that is there already, is part of a source or cannot be made.
+  """Rejects a directory that exists, is part of a source or cannot be made.
 
   Args:
     output: the new directory.
     sources: directories of the runs that are read.
 
   Raises:
-    UserError: naming it.
+    UserError: it is rejected; the message names the directory.
   """
   for source in sources:
     if output.resolve().is_relative_to(source.resolve()):
@@ -168,7 +167,7 @@ def refuse_output(output: Path, sources: Sequence[Path] = ()) -> None:
     parent = output.absolute().parent
     while not (parent.exists() or parent.is_symlink()):
       parent = parent.parent
-    # Permissions alone say nothing of file systems such as /proc.
+    # Permissions alone are not enough on file systems such as /proc.
     Path(tempfile.mkdtemp(prefix=".", dir=parent)).rmdir()
   except OSError as e:
     raise UserError(
@@ -178,7 +177,7 @@ def refuse_output(output: Path, sources: Sequence[Path] = ()) -> None:
 
 
 def _partial(output: Path) -> Path:
-  """Returns the directory's name until it is whole."""
+  """Returns the directory's name until it is complete."""
   return output.with_name(f".{output.name}{_PARTIAL}")
 
 
@@ -210,20 +209,20 @@ def write(
 
   Args:
     change: from `make_change`.
-    source: of the old arrays.
+    source: the run with the old arrays.
     choices: from `choose`.
     output: the new directory; must not exist.
-    record: of the operation, without the experts' fingerprints.
+    record: the operation's record, without the experts' fingerprints.
     optimizer: what happens to the optimizer's state: one of `state.MODES`.
-    finish: called with the directory while it has a temporary name; returns what is
-      added to the record.
+    finish: called with the directory while it has a temporary name; returns entries to
+      add to the record.
 
   Returns:
     The record as it is stored.
 
   Raises:
-    UserError: the directory exists, the disk is full, or an optimizer state that the
-      operation cannot change.
+    UserError: the directory exists, the disk is full, or the operation cannot change the
+      optimizer state.
   """
   refuse_output(output)
   partial = _partial(output)
@@ -269,7 +268,8 @@ def _write_checkpoint(
     n: meta.get(n) for n in ("dataset_fingerprint", "corpus_fingerprint")
   }
   if isinstance(converted := meta.get(_CONVERTED), dict):
-    # What an export needs; without the digest, it is no conversion of that model.
+    # Kept for exports; without the digest, it does not count as a conversion of that
+    # model.
     kept = {n: converted[n] for n in ("folder", "kept") if n in converted}
     metadata[_CONVERTED] = kept
   if owner.is_own(change.old, meta.get("owner")):

@@ -1,4 +1,4 @@
-"""Choosing experts by scores, layer by layer and group by group.
+"""Chooses experts by scores, layer by layer and group by group.
 
 Letters: E experts.
 """
@@ -16,7 +16,7 @@ from moejax.errors import UserError
 def summed(
   by_layer: Mapping[int, Float[np.ndarray, "..."]],
 ) -> dict[int, Float[np.ndarray, "..."]]:
-  """Returns the sum over layers, for each layer: all are to choose the same."""
+  """Returns the sum over layers, for each layer, so that all choose the same."""
   total = np.sum(np.stack(list(by_layer.values())), axis=0)
   return {layer: np.asarray(total) for layer in by_layer}
 
@@ -24,12 +24,12 @@ def summed(
 def best(
   scores: Float[np.ndarray, "E"], count: int, num_groups: int = 1
 ) -> tuple[int, ...]:
-  """Returns the experts of the highest scores, ascending; equally many of each group.
+  """Returns the experts with the highest scores, ascending; equally many of each group.
 
   Args:
     scores: ties go to the lower index.
-    count: how many; a multiple of `num_groups`.
-    num_groups: equal groups of consecutive experts.
+    count: number of experts; a multiple of `num_groups`.
+    num_groups: number of equal groups of consecutive experts.
   """
   size = len(scores) // num_groups
   found: list[int] = []
@@ -43,7 +43,7 @@ def equal_groups(moe: MoEConfig, experts: int, flag: str) -> int:
   """Returns the number of groups of the router's experts; 1 if there are none.
 
   Raises:
-    UserError: the groups would not be equal any more.
+    UserError: the groups would no longer be equal.
   """
   groups = make_router(moe).expert_groups
   if experts % groups:
@@ -63,7 +63,7 @@ def refuse_below(k: int, experts: int, flag: str) -> None:
   """Rejects fewer experts than a token chooses.
 
   Raises:
-    UserError: naming the flag.
+    UserError: there are too few; the message names the flag.
   """
   if experts < k:
     raise UserError(

@@ -1,8 +1,8 @@
-"""Select: another number of choices per token; nothing else changes.
+"""Select: changes the number of choices per token; nothing else changes.
 
-With gates that are renormalised over the choices, their sum stays 1; raw gates sum to
-more or less than before, which --scale_out makes up for on average. Either way a token
-loses experts or gets new ones, so performance is expected to drop until trained.
+Gates that are renormalised over the choices still sum to 1; raw gates sum to more or less
+than before, which --scale_out makes up for on average. Either way a token loses experts
+or gets new ones, so performance is expected to drop until the model is trained.
 """
 
 import copy
@@ -32,7 +32,7 @@ from moejax.surgery.scores import in_words
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Select(Operation):
-  """A token chooses another number of experts."""
+  """Changes the number of experts that a token chooses."""
 
   name = "select"
   summary = "another number of choices per token"
@@ -81,19 +81,19 @@ class Select(Operation):
 
 
 def same_experts(layer: Layer) -> Choice:
-  """Returns the choice of every expert in its place."""
+  """Returns the choice in which every expert stays in its place."""
   return Choice(parents=[(e,) for e in range(layer.old.fine_experts)])
 
 
 def ratio(gates: Gates) -> float:
-  """Returns the sum of all gates before, divided by that after; 1 if unknown."""
+  """Returns the sum of all gates before, divided by the sum after; 1 if unknown."""
   if gates.before is None or gates.after is None:
     return 1.0
   return float(gates.before.sum() / gates.after.sum())
 
 
 def by_choices(gates: Gates, choice: Choice) -> str:
-  """Returns what the loss does where every expert stays in its place.
+  """Returns what is expected of the loss if every expert stays in its place.
 
   It is close only if each token chooses the same experts as before.
   """

@@ -1,8 +1,8 @@
-"""Share: the experts that are used most become part of the shared expert.
+"""Share: the most used experts become part of the shared expert.
 
-Every token visits them from then on, with a fixed weight: by default the mean gate that
-the expert had over all tokens, so that its mean contribution stays. A shared expert that
-is there grows by their neurons.
+Every token then visits them, with a fixed weight: by default the mean gate that the
+expert had over all tokens, so that its mean contribution stays. An existing shared expert
+grows by their neurons.
 """
 
 import copy
@@ -31,7 +31,7 @@ from moejax.surgery.scores import best, equal_groups, in_words, refuse_below
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Share(Operation):
-  """Makes the most used experts of every layer shared ones."""
+  """Makes the most used experts of every layer shared."""
 
   name = "share"
   summary = "the most used experts become shared, so that every token visits them"
@@ -98,7 +98,7 @@ class Share(Operation):
     return new
 
   def _refuse_constant(self, new: Config) -> None:
-    """Rejects gates of 1 that come of the last choice; the config's check knows less."""
+    """Rejects gates of 1 caused by the last choice, which the config's check misses."""
     moe = new.moe
     is_last = self.selected == "less" and moe.num_selected == 1
     if moe.renormalize == "none" or moe.allow_constant_gates or not is_last:
@@ -115,7 +115,7 @@ class Share(Operation):
     for number, layer in source.layers.items():
       sums = source.measured.sums[number]
       groups = make_router(layer.old).expert_groups
-      # Of each group of the router as many.
+      # Equally many of each group of the router.
       shared = best(sums["load"], self.number, groups)
       rest = [e for e in range(layer.old.fine_experts) if e not in shared]
       mean = sums["gate"][list(shared)] / max(float(sums["tokens"]), 1.0)

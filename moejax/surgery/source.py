@@ -1,4 +1,4 @@
-"""A run that is operated on: one whole checkpoint of it, read part by part."""
+"""The source of an operation: one complete checkpoint of a run, read part by part."""
 
 import dataclasses
 import functools
@@ -20,7 +20,7 @@ from moejax.run.files import list_steps
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Opened:
-  """A source: one whole checkpoint of a run."""
+  """One complete checkpoint of a run."""
 
   workdir: Path
   step: int
@@ -34,15 +34,15 @@ class Opened:
 
 
 def open_run(workdir: Path | str, step: int | None = None, flag: str = "") -> Opened:
-  """Opens a checkpoint of a run; reads its meta only.
+  """Opens a checkpoint of a run, and reads only its meta.
 
   Args:
     workdir: of the run.
     step: which checkpoint; None is the newest.
-    flag: that names the run, for errors; default --workdir.
+    flag: the flag that names the run, for errors; by default --workdir.
 
   Raises:
-    UserError: there is none, or it is damaged.
+    UserError: there is no such checkpoint, or it is damaged.
   """
   flag = flag or f"--workdir={workdir}"
   directory = checkpoint_directory(workdir)
@@ -75,7 +75,7 @@ def tokenizer_of(workdir: Path | str) -> str | None:
 
 
 def damaged(flag: str, step: int, error: Exception) -> UserError:
-  """Returns the error of a checkpoint that is not as it was written."""
+  """Returns the error for a checkpoint that has changed since it was written."""
   name = _step_flag(flag)
   remedy = f"Choose another {name}, or restore" if name else "Restore"
   return UserError(

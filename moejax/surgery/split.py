@@ -1,13 +1,14 @@
 """Split: every expert becomes several narrower ones, which together compute the same.
 
 One expert of width F becomes m of width F/m: each has a part of the hidden neurons, and
-the router row of the whole. K becomes m K, so that a token that chose the expert chooses
-all its parts. Where gates are shares of a whole (softmax, 1/K) each part has a part of
-the gate, and `w_out` is scaled to make up for it. This is DeepSeekMoE's segmentation
-(arXiv:2401.06066, section 3.1) of a trained model.
+the router row of the whole expert. K becomes m K, so that a token that chose the expert
+chooses all its parts. If gates are shares of a whole (softmax, 1/K), each part gets part
+of the gate, and `w_out` is scaled to make up for it. This is DeepSeekMoE's segmentation
+(arXiv:2401.06066, section 3.1), applied to a trained model.
 
-The parts have other outputs, so the gradients of their router rows are not 1/m of that of
-the whole row; only their sum is that gradient. Their second moments are an approximation.
+The parts have different outputs, so the gradients of their router rows are not 1/m of the
+whole row's gradient; only their sum is equal to it. Their second moments are an
+approximation.
 """
 
 import copy
@@ -38,7 +39,7 @@ from moejax.surgery.operation import (
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Split(Operation):
-  """Every expert becomes m of width F/m; a token chooses all parts of its experts."""
+  """Splits every expert into m of width F/m; a token chooses all parts of its experts."""
 
   name = "split"
   summary = "narrower experts: each becomes several that together compute the same"
@@ -65,7 +66,7 @@ class Split(Operation):
 
   def new_config(self, old: Config, asked: Config) -> Config:
     new = copy.deepcopy(asked)
-    # As segments, which keep the numbers of the whole experts readable.
+    # As segments, which keep the numbering of the whole experts readable.
     new.moe.segments = old.moe.segments * self.pieces
     new.moe.shared_hidden = old.moe.shared_width
     set_copies(new.moe, self.pieces)
@@ -86,7 +87,7 @@ class Split(Operation):
     x, m = layer.arrays[name], self.pieces
     hidden = layer.axis(name, "hidden")
     if hidden is None:
-      # A bias of the output: every part adds its part of it.
+      # An output bias: every part adds its share of it.
       out = layer.shared_out(np.repeat(x, m, 0), np.full(len(x) * m, float(m)), 0)
       out = layer.scaled(out, 1 / m)
     else:

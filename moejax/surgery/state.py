@@ -1,9 +1,9 @@
 """The optimizer's state of a run after an operation.
 
-reset      none: the new run starts at step 0, and training begins with --init_from
-keep       the moments go through the same operation as their parameters; those of new
-           parameters are zero. Training goes on in the new directory, at the same step
-broadcast  as keep, and experts made of a dense layer have its moments
+reset      no state: the new run starts at step 0, and training begins with --init_from
+keep       the operation is also applied to the moments; those of new parameters are zero.
+           Training continues in the new directory, at the same step
+broadcast  like keep, but experts made from a dense layer get its moments
 """
 
 from collections.abc import Mapping
@@ -28,7 +28,7 @@ _KINDS = {
   "trace": Kind.GRADIENT,
   "nu": Kind.SQUARE,
 }
-"""What an optimizer's arrays hold, by the name that optax gives them."""
+"""The kind of an optimizer's arrays, by their name in optax."""
 
 _SMALL = ("step", "key", "bad_steps")
 
@@ -45,10 +45,10 @@ def opt_state_shapes(change: Change) -> Any:
 
 
 def check(change: Change, slices: Slices, mode: str) -> None:
-  """Rejects a state that does not go through the operation.
+  """Rejects a state that the operation cannot be applied to.
 
   Raises:
-    UserError: the checkpoint has none, or the optimizer keeps what is no moment.
+    UserError: the checkpoint has none, or the optimizer keeps more than moments.
   """
   if mode == RESET:
     return
@@ -77,13 +77,13 @@ def split(
   """Returns the prefix, the parameter and the kind of a moment; None for a count.
 
   Args:
-    change: of the operation.
+    change: the operation's change.
     slices: the source.
-    name: of a new array, below `opt_state.`.
-    shape: of that array.
+    name: name of a new array, below `opt_state.`.
+    shape: shape of that array.
 
   Raises:
-    UserError: it is neither a moment like its parameter nor a number.
+    UserError: it is neither a moment shaped like its parameter nor a number.
   """
   if not shape and f"opt_state.{name}" in slices.leaves:
     return None
@@ -109,7 +109,7 @@ def others(
   """Returns the rest of the new train state: step, key, counts and moments.
 
   Raises:
-    UserError: as `check`; or the source is damaged.
+    UserError: as for `check`, or the source is damaged.
   """
   drops_new = mode == KEEP and not change.operation.needs_moe
   makers: dict[str, Any] = {}
@@ -132,7 +132,7 @@ def others(
 
 
 def _is_new(change: Change, name: str) -> bool:
-  """Returns whether a parameter belongs to a feed-forward that is made anew."""
+  """Returns whether a parameter belongs to a newly made feed-forward."""
   blocks = {change.new_layers[number].block for number in change.made}
   return any(name.startswith(f"{block}.moe.") for block in blocks)
 

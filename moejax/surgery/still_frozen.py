@@ -1,7 +1,7 @@
-"""Which selectors of frozen parameters an operation keeps.
+"""The selectors of frozen parameters that an operation keeps.
 
-Those that name nothing which the operation makes still mean what they did. One that
-names experts, their router or the rest of a new feed-forward goes whole.
+A selector is kept if it names nothing that the operation makes. One that names experts,
+their router or the rest of a new feed-forward is removed entirely.
 """
 
 import fnmatch
@@ -15,8 +15,8 @@ from moejax.surgery.change import FEED_FORWARD, Change
 def still_frozen(change: Change) -> str:
   """Returns the selectors of the old run that hold for the new one, as text.
 
-  Nothing is frozen that was not. None is kept of a list that begins with `!`, which
-  freezes all but a part, or where parameters are averages of several runs.
+  Nothing is frozen that was not frozen before. No selector is kept from a list beginning
+  with `!`, which freezes all but a part, or if parameters are averages of several runs.
   """
   selectors = parse(change.old.train.frozen)
   if not change.operation.keeps_moments or not selectors or selectors[0].takes_back:
@@ -30,7 +30,7 @@ def still_frozen(change: Change) -> str:
   for selector in selectors:
     found = set(fnmatch.filter(names, selector.pattern))
     if selector.takes_back:
-      # Rows are those of experts.
+      # Rows belong to experts.
       holds = bool(kept and found & same and selector.rows is None)
     else:
       holds = bool(found and not found & changed)
@@ -40,9 +40,9 @@ def still_frozen(change: Change) -> str:
 
 
 def _made(change: Change) -> list[str]:
-  """Returns the beginnings of the names of all arrays that mean something else now."""
+  """Returns the prefixes of the names of all arrays whose meaning has changed."""
   if change.old_layers != change.new_layers:
-    # The same name may be that of another layer.
+    # The same name may now belong to another layer.
     return [TABLE, *(f"{w.block}." for w in (*change.old_layers, *change.new_layers))]
   blocks = {change.new_layers[number].block for number in change.made}
   return [TABLE, *(f"{block}.{part}" for block in blocks for part in FEED_FORWARD)]

@@ -1,25 +1,25 @@
 """Upcycle: a dense model becomes a Mixture of Experts.
 
 The feed-forward of every layer that the new config makes MoE becomes E experts
-(Komatsuzaki et al., arXiv:2212.05055); the rest is copied. The flags of the config say
-what is wanted: --config.moe.num_experts, num_selected, every, offset, router, segments.
+(Komatsuzaki et al., arXiv:2212.05055); the rest is copied. The result is set by flags of
+the config: --config.moe.num_experts, num_selected, every, offset, router, segments.
 
   init      copy: exact copies
             noise: copies plus normal noise of std --noise
-            drop: a part --ratio of the neurons of each copy is drawn anew, from a normal
-            distribution with mean and std of what it replaces (Drop-Upcycling,
+            drop: a fraction --ratio of the neurons of each copy is redrawn, from a normal
+            distribution with the mean and std of what it replaces (Drop-Upcycling,
             arXiv:2502.19261, section 3); --neurons=shared draws one set for all
-            matrices of an expert, as in the paper, independent one for each, as in its
-            code, after which (1 - ratio)^3 of the neurons of a gated expert are whole
-            entries: a part --ratio of the entries is drawn from N(0, --noise) (OLMoE's
-            script, arXiv:2409.02060)
-  segments  with m > 1, each copy is cut into m experts of width F/m whose router rows are
-            equal, so that a token chooses all of them (virtual groups of NVIDIA,
-            arXiv:2410.07524, section 3.1). They scale all matrices by a root; here w_out
-            alone is scaled, which meets the dense logits exactly for any activation
-  scale_out  w_out is scaled by what gates do not sum to, so that the first logits are
-            the dense model's: exactly where every token's gates have one sum
-            (renormalised, or a zero router), else on average
+            matrices of an expert, as in the paper; independent draws one for each, as in
+            its code, and leaves (1 - ratio)^3 of the neurons of a gated expert whole
+            entries: a fraction --ratio of the entries is drawn from N(0, --noise)
+            (OLMoE's script, arXiv:2409.02060)
+  segments  with m > 1, each copy is cut into m experts of width F/m with equal router
+            rows, so that a token chooses all of them (virtual groups of NVIDIA,
+            arXiv:2410.07524, section 3.1). They scale all matrices by a root; here only
+            w_out is scaled, which keeps the dense logits exactly for any activation
+  scale_out  w_out is scaled to make up for gates that do not sum to 1, so that the first
+            logits are the dense model's: exactly if the gates of every token have the
+            same sum (renormalised, or a zero router), else on average
   dense_share  a shared expert, the whole dense feed-forward, gives this part of the
             output, and the routed experts the rest
 
@@ -64,7 +64,7 @@ _NEARLY = 0.1
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Upcycle(Operation):
-  """Makes experts of dense feed-forward layers."""
+  """Makes experts from dense feed-forward layers."""
 
   name = "upcycle"
   summary = "a dense model becomes a Mixture of Experts"
@@ -129,7 +129,7 @@ class Upcycle(Operation):
   def _set_sizes(
     self, new: Config, sparse: set[tuple[int, str]], dense: set[tuple[int, str]]
   ) -> None:
-    """Sets the widths and activations of the layers that become MoE, and of the rest."""
+    """Sets the widths and activations of the layers that become MoE and of the others."""
     for kinds, what in ((sparse, "become MoE"), (dense, "stay dense")):
       if len(kinds) > 1:
         found = " and ".join(f"{width} ({name})" for width, name in sorted(kinds))
@@ -196,7 +196,7 @@ class Upcycle(Operation):
   def _copy(
     self, x: Shaped[np.ndarray, "..."], expert: int, name: str, hidden: int, layer: Layer
   ) -> Shaped[np.ndarray, "..."]:
-    """Returns a copy of a dense matrix, changed as `init` says."""
+    """Returns a copy of a dense matrix, changed according to `init`."""
     if self.init == "copy":
       return x
     number = ("w_in", "w_gate", "w_out").index(name)
@@ -261,7 +261,7 @@ def in_segments(
   """Returns experts cut along their hidden width: [R, .., m F, ..] to [R m, .., F, ..].
 
   Args:
-    experts: one matrix of each.
+    experts: one matrix of each expert.
     name: of the matrix; `w_out` has the hidden width first.
     m: parts of each expert.
   """

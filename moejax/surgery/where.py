@@ -1,4 +1,4 @@
-"""Where the layers of a model are in its parameters."""
+"""The places of a model's layers in its parameters."""
 
 import dataclasses
 
@@ -8,7 +8,7 @@ from moejax.models.stack import LayerPath
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Where:
-  """Where a layer's arrays are in a model."""
+  """The place of a layer's arrays in a model."""
 
   stack: str
   """Name of the stack in the parameters; empty is the decoder."""
@@ -27,7 +27,7 @@ class Where:
 
 
 def layers_of(model: Decoder) -> list[Where]:
-  """Returns where each layer is, in the order of their numbers."""
+  """Returns the place of each layer, in the order of their numbers."""
   return [
     Where(stack=name, path=path)
     for name, stack in model.stacks.items()

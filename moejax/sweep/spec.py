@@ -1,8 +1,8 @@
-"""A sweep's specification, and the points it stands for.
+"""A sweep's specification, and its points.
 
-A `Spec` is what a user asked for: a base config, axes, variants, seeds and a budget. Its
-points are ordinary configs, each checked by the rules of a single run, each with a
-directory of its own:
+A `Spec` is a user's request: a base config, axes, variants, seeds and a budget. Its
+points are ordinary configs, each checked by the rules of a single run, each with its own
+directory:
 
     WORKDIR/spec.json                the specification, its points and the code revision
     WORKDIR/runs/NAME-HASH/          one ordinary run directory per point
@@ -18,7 +18,7 @@ from moejax.config import Config
 SPEC_FILE = "spec.json"
 RUNS = "runs"
 TOKENS_FIELD = "train.num_steps"
-"""The field that is solved for a training budget."""
+"""The field that is solved for to meet a training budget."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -33,25 +33,25 @@ class Axis:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Spec:
-  """What to run."""
+  """The specification of a sweep."""
 
   base: Config
   title: str = ""
   notes: str = ""
   """The docstring of a spec file."""
   axes: tuple[Axis, ...] = ()
-  """Multiplied with each other."""
+  """Axes, all multiplied with each other."""
   variants: Mapping[str, Mapping[str, Any]] = dataclasses.field(default_factory=dict)
-  """Named settings, one more axis: name to (dotted field to value)."""
+  """Named settings, as one more axis: name to (dotted field to value)."""
   conditions: tuple[Callable[[Config], bool], ...] = ()
-  """A point is kept if all of them are true of its config."""
+  """A point is kept if all of them return True for its config."""
   seeds: tuple[int, ...] = (0,)
   match: str = ""
   """active_flops: every point costs as much per token as the base config."""
   match_by: str = "moe.hidden"
-  """The field that is solved for `match`."""
+  """The field that is solved for to meet `match`."""
   isoflop: tuple[float, ...] = ()
-  """Training budgets in FLOPs: one more axis, solved for its field."""
+  """Training budgets in FLOPs, as one more axis; each solves for `TOKENS_FIELD`."""
   skip_impossible: bool = False
   """Leave out points that a single run would refuse, instead of refusing the sweep."""
 

@@ -1,16 +1,17 @@
-"""Executed FLOPs of a train step on one device: the model's, recomputed and padded.
+"""Executed FLOPs of a train step on one device, with recomputation and padding.
 
-Products only, a multiply-add is two, as in `cost/flops` and in `hlo/flops`, which counts
-them in a compiled program. What is executed beyond three times the forward pass:
+Only products count, and a multiply-add is two FLOPs, as in `cost/flops` and in
+`hlo/flops`, which counts them in a compiled program. Executed in addition to three times
+the forward pass:
 
   recomputation  a checkpointed layer runs its forward products again, except those whose
-                 result no gradient needs: the last product of a feed-forward, and of the
-                 experts where gates multiply the hidden activations (sorted rows, and
-                 slots that are exchanged) or `remat=full` keeps what came back; `dots`
-                 recomputes experts only
+                 result no gradient needs: the last product of a feed-forward, and the
+                 last one of the experts if gates multiply the hidden activations (sorted
+                 rows, and slots that are exchanged) or if `remat=full` keeps the returned
+                 rows; `dots` recomputes experts only
   attention      splash (TPU) visits whole blocks on and below the diagonal, and computes
-                 scores in both kernels of its backward pass; cuDNN visits all, and
-                 computes scores again
+                 scores in both kernels of its backward pass; cuDNN visits all blocks, and
+                 recomputes scores in its backward pass
   padding        slots without a token are multiplied like others
 
 Letters: A query and key head width, Z value head width, S sequence, H heads.
@@ -22,7 +23,7 @@ from moejax.layers.tpu_attention import block_size
 from moejax.plan.predict.load import Load
 
 _CUDNN_HEAD = {True: 256, False: 128}
-"""Widest head of cuDNN's attention, on a GPU that is planned for and if none is seen."""
+"""Widest head of cuDNN's attention, by `Load.has_kernels`."""
 
 
 def executed_flops(config: Config, load: Load) -> dict[str, float]:
@@ -30,7 +31,7 @@ def executed_flops(config: Config, load: Load) -> dict[str, float]:
 
   Args:
     config: validated.
-    load: of a device.
+    load: of one device.
   """
   forward = load.forward
   tokens = load.tokens * load.microbatches / load.mesh["tensor"]
@@ -39,7 +40,7 @@ def executed_flops(config: Config, load: Load) -> dict[str, float]:
   post = config.model.norm_placement != "pre"
 
   def feed_forward(matrices: int) -> float:
-    """Returns passes over a feed-forward of so many matrices."""
+    """Returns the executed FLOPs of a feed-forward, in forward passes."""
     return 3 + again * (1 if post else (matrices - 1) / matrices)
 
   flops = {
@@ -54,7 +55,7 @@ def executed_flops(config: Config, load: Load) -> dict[str, float]:
     flops[part] *= tokens
   flops["experts"] = _experts(config, load)
   if config.moe.balance_scope == "batch" and load.microbatches > 1:
-    # Loads are counted in a forward pass of their own (train/step.py).
+    # Loads are counted in a separate forward pass (train/step.py).
     flops["counting"] = tokens * (forward["total"] - forward["head"])
   return flops | {"total": sum(flops.values())}
 
@@ -72,11 +73,11 @@ def _experts(config: Config, load: Load) -> float:
 
 
 def expert_products(config: Config, load: Load) -> int:
-  """Returns products of expert matrices in a step: three for each, and repeated ones."""
+  """Returns how many products with expert matrices a step has, with repeated ones."""
   matrices, remat = load.dims.expert_matrices, config.model.remat
   chunked = config.moe.expert_chunks > 1
   if load.dispatcher == "grouped":
-    # Parts and chunks are checkpointed by themselves, whatever the policy.
+    # Parts and chunks are always checkpointed, whatever the policy.
     own = (load.exchange == "ragged" and load.parts > 1) or chunked
     return 3 * matrices + (matrices - 1 if own or remat != "none" else 0)
   if remat == "none":
@@ -87,7 +88,7 @@ def expert_products(config: Config, load: Load) -> int:
 
 
 def _scores(config: Config, load: Load) -> float:
-  """Returns the FLOPs of scores and mixing per token of a step, all layers."""
+  """Returns the FLOPs of attention scores and mixing per token of a step, all layers."""
   model, length = config.model, config.data.sequence_length
   widths = head_widths(model)
   key, value = widths.query, widths.value
@@ -102,7 +103,7 @@ def _scores(config: Config, load: Load) -> float:
       # Two kernels: d query from three products, d key and d value from four.
       backward = (2 * key + value) + (2 * key + 2 * value)
     case "cudnn":
-      # Values are padded to the width of keys; scores are computed again.
+      # Values are padded to the width of keys; scores are recomputed.
       forward, backward = 2 * key, 5 * key
   return (
     2.0 * model.num_layers * model.num_heads * seen * (forward * (1 + again) + backward)
@@ -110,7 +111,7 @@ def _scores(config: Config, load: Load) -> float:
 
 
 def attention_kernel(config: Config, load: Load) -> str:
-  """Returns splash, cudnn or plain: the rule of `layers/attend`, for a training step."""
+  """Returns splash, cudnn or plain, by the rule of `layers/attend` for a train step."""
   model, family = config.model, load.family
   if model.positions != "rotary":
     return "plain"

@@ -1,9 +1,9 @@
-"""Which links a mesh axis spans, and the time to send over them.
+"""The links that a mesh axis spans, and the time to send over them.
 
-A torus's axes are placed as `jax.experimental.mesh_utils` places them: from the last mesh
-axis on, each takes whole sides of the torus whose product is its size, as many as
-possible; an axis without such sides shares one. Slices are joined along
-`mesh.slice_axis`, GPU nodes are filled by the last axes of the mesh.
+Axes are placed on a torus as `jax.experimental.mesh_utils` places them: starting with the
+last mesh axis, each takes as many whole sides of the torus as possible whose product is
+its size; an axis without such sides shares one. Slices are joined along
+`mesh.slice_axis`; GPU nodes are filled by the last axes of the mesh.
 """
 
 import dataclasses
@@ -18,11 +18,11 @@ from moejax.plan.topology import Topology
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Span:
-  """What an axis's groups span."""
+  """The part of a machine that each group of a mesh axis spans."""
 
   devices: int
   sides: tuple[int, ...]
-  """Of a torus, inside an island."""
+  """Torus sides that it covers, inside an island."""
   inside: int
   """Devices of a group in the same island (slice or node)."""
 
@@ -30,7 +30,7 @@ class Span:
 def spans(
   topology: Topology, mesh: Mapping[str, int], slice_axis: str
 ) -> dict[str, Span]:
-  """Returns the span of every axis, by its name."""
+  """Returns the span of every axis, by name."""
   sizes = dict(mesh)
   if CHIPS[topology.kind].family == "gpu":
     return _of_nodes(topology, sizes)
@@ -45,7 +45,7 @@ def spans(
 
 
 def _take(free: list[int], size: int) -> tuple[int, ...]:
-  """Returns sides whose product is `size`, taken out of those that are free."""
+  """Removes sides whose product is `size` from `free`, and returns them."""
   for count in range(len(free), 0, -1):
     for sides in itertools.combinations(free, count):
       if math.prod(sides) == size and size > 1:
@@ -66,7 +66,7 @@ def _of_nodes(topology: Topology, sizes: Mapping[str, int]) -> dict[str, Span]:
 
 
 def joined(parts: Sequence[Span]) -> Span:
-  """Returns the span of groups over several axes."""
+  """Returns the combined span of groups over several axes."""
   return Span(
     devices=math.prod(span.devices for span in parts),
     sides=tuple(side for span in parts for side in span.sides),
@@ -77,13 +77,13 @@ def joined(parts: Sequence[Span]) -> Span:
 def seconds(sent: float, span: Span, chip: Chip, *, exchange: bool) -> tuple[str, float]:
   """Returns the network that limits a collective, and a lower bound of its time.
 
-  Between islands the devices of one share a ring's traffic, but not an exchange's.
+  Between islands, the devices of an island share a ring's traffic, but not an exchange's.
 
   Args:
     sent: bytes that a device sends.
-    span: of its group.
+    span: of the device's group.
     chip: figures of a device.
-    exchange: whether it is an all-to-all, whose bytes go past other devices.
+    exchange: whether it is an all-to-all, whose bytes pass through other devices.
   """
   if not chip.link_bandwidth:
     return "", 0.0

@@ -1,4 +1,4 @@
-"""What one device has to do in one microbatch, under even routing.
+"""The work of one device in one microbatch, under even routing.
 
 Letters: T tokens of a routing group, E experts, K choices per token, C slots per
 expert and group, P devices of the `expert` axis, A assignments of a device, R rows of
@@ -23,8 +23,8 @@ class Load:
   family: str
   """tpu, gpu or cpu."""
   has_kernels: bool
-  """Whether a GPU program has the kernels that are chosen where a GPU is: ragged products
-  of only the rows in use (tokamax), and cuDNN's attention on the wider heads."""
+  """Whether a GPU program has the kernels that are only chosen on a real GPU: products of
+  just the rows in use (tokamax), and cuDNN's attention for wider heads."""
   mesh: Mapping[str, int]
   microbatches: int
   sequences: int
@@ -32,26 +32,26 @@ class Load:
   tokens: int
   """Of a microbatch."""
   exchange: str
-  """Of `exchange_rule.CARRIES`; none also where no layer is MoE."""
+  """One of `exchange_rule.CARRIES`; also none if no layer is MoE."""
   dispatcher: str
   choices: float
-  """A, the assignments that tokens make; slots, if experts have them."""
+  """A, the assignments of its tokens if rows are sorted, else slots."""
   rows: float
-  """Rows that are multiplied, as they are in use."""
+  """Rows in use, which experts multiply."""
   buffer: float
-  """R, rows there is room for at a time."""
+  """R, the rows that the buffer holds at a time."""
   parts: int
-  """Parts in which the exchange sends (exchange_chunks)."""
+  """Number of parts in which rows are sent (exchange_chunks)."""
   local: int
-  """Experts of a device."""
+  """Experts per device."""
   dims: Dimensions
   forward: Mapping[str, float]
   """FLOPs of the forward pass per token by part; see `cost.flops`."""
 
   @property
   def gates_travel(self) -> bool:
-    """Whether experts get gates with their rows, so that no output is needed again; slots
-    only under recomputation."""
+    """Whether gates are sent to the experts with the rows, so that the backward pass
+    does not need the experts' output; for slots, only under recomputation."""
     slots = self.exchange == "all_to_all" and self.dispatcher == "gather"
     return slots or self.exchange == "ragged"
 
@@ -63,13 +63,13 @@ class Load:
 def load_of(
   config: Config, mesh: Mapping[str, int], family: str, *, has_kernels: bool = True
 ) -> Load:
-  """Returns the load of a device.
+  """Returns the load of one device.
 
   Args:
     config: validated for these devices.
     mesh: devices per axis.
-    family: of the chips; decides the dispatcher where it is auto.
-    has_kernels: False for a GPU program that is compiled where there is no GPU.
+    family: of the chips; decides the dispatcher if it is auto.
+    has_kernels: False for a GPU program that is compiled on a machine without a GPU.
   """
   moe, train = config.moe, config.train
   length, devices = config.data.sequence_length, mesh["expert"]

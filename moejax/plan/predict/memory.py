@@ -1,17 +1,17 @@
 """Memory of a train step on one device, by kind.
 
-Parameters and moments are exact. The rest is a list of what is live at the two moments
-that can be the peak, of which the larger counts:
+Parameters and moments are exact. The rest is estimated from the arrays that are live at
+two points of the step. The larger of the two is the peak:
 
-  head   the loss: logits in float32, three times (logits, exponentials, gradient), on a
-         TPU twice (it never writes exponentials), the vocabulary's gathered weights and
-         gradients, and what all layers kept
+  head   the loss: logits in float32, three times (logits, exponentials, gradient), but
+         twice on a TPU (it never writes exponentials); the vocabulary's gathered weights
+         and gradients; and what all layers kept
   layer  the backward pass of an MoE layer: gradients of all parameters in float32, what
-         all layers kept, the layer's gathered weights and their gradients, what its
-         attention computed again, rows received and hidden
+         all layers kept, the layer's gathered weights and their gradients, its recomputed
+         attention, the rows it received, and hidden activations
 
-Compilers do not pack it tightly: `PACKING` is bytes reserved over bytes live, the middle
-of what was measured on compiled programs (docs/planning.md).
+Compilers do not pack memory tightly: `PACKING` is bytes reserved over bytes live, the
+middle of what was measured on compiled programs (docs/planning.md).
 
 Letters: T tokens of a device's microbatch, D width, F expert hidden width, V vocabulary,
 A query and key head width, Z value head width, H query heads, J key/value heads, R rows
@@ -33,13 +33,13 @@ PACKING = {"tpu": 1.5, "gpu": 1.1, "cpu": 1.1}
 _LOGITS = {"tpu": 2, "gpu": 3, "cpu": 3}
 """Arrays of the size of the logits that are live in the loss, by family."""
 _SCORES = 3
-"""Arrays of the size of a layer's attention scores that are live without a kernel."""
+"""Arrays of the size of a layer's attention scores live without a fused kernel."""
 _MASKED = 3
-"""Masked copies of rows that are live in `ragged_dot` where there is no kernel."""
+"""Masked copies of rows that are live in `ragged_dot` without a kernel."""
 _HIDDEN = {3: 5, 2: 3}
-"""Arrays of the size of the hidden activations that are live in the backward pass of
-experts of so many matrices: each product's result and its gradient, and what the
-activation made of them."""
+"""Arrays of the size of the hidden activations that are live in the experts' backward
+pass, by number of matrices: each product's result and gradient, and the activation's
+result."""
 
 _OUTSIDE = ("embedding", "head")
 """Parts outside the layers."""
@@ -52,7 +52,7 @@ class Memory:
   kinds: Mapping[str, float]
   """Bytes live at the peak; `temporary` includes what packing wastes."""
   peak: str
-  """head or layer: where most is live."""
+  """head or layer: where the most memory is live."""
 
   @property
   def total(self) -> float:
@@ -64,16 +64,16 @@ def predicted(config: Config, load: Load, shares: Shares) -> Memory:
 
   Args:
     config: validated for these devices.
-    load: of a device.
+    load: of one device.
     shares: of the model's parameters.
   """
   mesh, gradients = load.mesh, shares.gradients
   fixed = {"parameters": shares.parameters, "moments": shares.moments}
-  # Sums of microbatches live from the first one on, beside the gradients of one.
+  # The sum over microbatches is live from the first one on, next to one's gradients.
   sums = gradients if load.microbatches > 1 else 0.0
   kept = kept_activations(config, load, shares)
   head = {
-    # The GPU compiler has their buffers from the beginning.
+    # The GPU compiler reserves their buffers from the beginning.
     "gradients": sums + (0.0 if load.family == "tpu" else gradients),
     "activations": kept,
     "logits": _LOGITS[load.family] * logits(load),
@@ -93,7 +93,7 @@ def predicted(config: Config, load: Load, shares: Shares) -> Memory:
     ),
   }
   if config.model.remat == "offload" and load.family == "tpu":
-    # The compiler takes a layer out of the loops, whose backward pass meets the logits.
+    # The compiler peels a layer off the loops: its backward pass is live with the logits.
     head = {kind: max(head[kind], layer[kind]) for kind in head}
     head["temporary"] = layer["temporary"] + _head_weights(config, shares)
   peak, live = max(
@@ -116,9 +116,9 @@ def logits(load: Load) -> float:
 def kept_activations(config: Config, load: Load, shares: Shares) -> float:
   """Returns what all layers keep for their backward pass, under the remat policy.
 
-  all keeps the input of each repeated unit, and so does offload on devices with a host's
-  memory; full also what experts exchanged; dots also the products of attention and dense
-  layers; none everything, gathered weights too.
+  `all` keeps the input of each repeated unit, and so does `offload`, except on CPU;
+  `full` also keeps what experts exchanged; `dots` the input and the products of attention
+  and dense layers; `none` everything, including gathered weights.
   """
   d, remat, size = load.dims, config.model.remat, bytes_of(config)
   units = d.num_layers - len(d.moe_layers) * (config.moe.every - 1)
@@ -127,7 +127,7 @@ def kept_activations(config: Config, load: Load, shares: Shares) -> float:
     return inputs
   sparse = 0 if d.is_twin else len(d.moe_layers)
   if remat in ("full", "offload"):
-    # Rows are kept where they arrive; on both sides of the experts without their gates.
+    # Rows are kept where they arrive; on both sides of the experts if gates stay behind.
     slots = 1 if load.gates_travel else 2
     copies = {"ragged": 1, "ring": 1, "all_to_all": slots}.get(load.exchange, 0)
     copies = 0 if load.parts > 1 and load.exchange == "ragged" else copies
@@ -147,7 +147,7 @@ def kept_activations(config: Config, load: Load, shares: Shares) -> float:
 
 
 def attention_activations(config: Config, load: Load) -> float:
-  """Returns what a layer's attention leaves for the backward pass: T (2HA + 2HZ + 4D).
+  """Returns what a layer's attention keeps for the backward pass: T (2HA + 2HZ + 4D).
 
   Without a fused kernel also scores, their softmax and a gradient: T S H numbers each.
   """
@@ -165,8 +165,8 @@ def attention_activations(config: Config, load: Load) -> float:
 
 
 def exchange_buffers(config: Config, load: Load) -> float:
-  """Returns the rows of a layer at rest: those sent, those received, and the gradients
-  of both; sorted again into the experts' order where a device has several."""
+  """Returns the bytes of a layer's rows: those sent, those received, and the gradients of
+  both; also a copy in the experts' order if a device has several."""
   d = load.dims
   if d.is_twin or not d.moe_layers:
     return 0.0
@@ -181,15 +181,15 @@ def exchange_buffers(config: Config, load: Load) -> float:
 
 
 def masked_rows(config: Config, load: Load) -> float:
-  """Returns the copies of all rows for each expert that `ragged_dot` makes where there is
-  no kernel, for the three products of a matrix."""
+  """Returns the bytes of the copies of all rows, one per expert, that `ragged_dot` makes
+  without a kernel for the three products of a matrix."""
   if load.dispatcher != "grouped" or load.has_kernels or load.local == 1:
     return 0.0
   return _MASKED * bytes_of(config) * load.buffer * load.local * load.dims.width
 
 
 def hidden(config: Config, load: Load) -> float:
-  """Returns hidden activations and their gradients, of one chunk of rows: R F each."""
+  """Returns the hidden activations of one chunk of rows and their gradients: R F each."""
   d = load.dims
   if d.is_twin or not d.moe_layers:
     wide = max(d.hidden, d.twin_hidden)
@@ -202,17 +202,17 @@ def hidden(config: Config, load: Load) -> float:
 
 
 def expert_chunks(config: Config, load: Load) -> int:
-  """Returns the parts in which experts compute a layer's rows; a ring's buffer of sorted
-  rows counts as one chunk as well."""
+  """Returns the number of chunks in which the experts of a layer compute their rows; also
+  for a ring's buffer of sorted rows."""
   chunked = load.dispatcher == "grouped" or load.exchange == "all_to_all"
   return config.moe.expert_chunks if chunked else 1
 
 
 def layer_weights(config: Config, load: Load, shares: Shares) -> float:
-  """Returns the gathered weights of an MoE layer and the gradients of them.
+  """Returns the gathered weights of an MoE layer and their gradients.
 
-  Chunks of expert rows add their gradients up in one more copy of them, and parts of an
-  exchange in float32.
+  Chunks of expert rows sum gradients in another copy; parts of an exchange do so in
+  float32.
   """
   size, experts = bytes_of(config), shares.layer["experts"]
   others = sum(shares.layer.values()) - experts
@@ -222,6 +222,6 @@ def layer_weights(config: Config, load: Load, shares: Shares) -> float:
 
 
 def _head_weights(config: Config, shares: Shares) -> float:
-  """Returns the gathered head and the gradient of it, in the compute dtype."""
+  """Returns the gathered head and its gradient, in the compute dtype."""
   part = "embedding" if config.model.tie_embeddings else "head"
   return 2.0 * bytes_of(config) * shares.gathered[part]

@@ -1,11 +1,12 @@
-"""Time of a train step by a roofline: what limits it, and what does not overlap.
+"""Roofline estimate of a train step's time: what limits it, and what does not overlap.
 
   step = max(compute, memory traffic, overlapped wire of each network) + exposed wire
 
-Compute runs at a stated fraction of the chip's peak. Gathers of weights and sums of
+Compute runs at a given fraction of the chip's peak. Gathers of weights and sums of
 gradients overlap with products, which do not wait for them. Exchanges of tokens and
-partial sums do not: the next product needs them; in parts (`exchange_chunks` of slots),
-all but one part's share overlaps. It is a bound to rank plans by, not a measurement.
+partial sums do not overlap, since the next product needs them; but if slots are sent in
+parts (`exchange_chunks`), all but one part overlap. The result is a bound to rank plans
+by, not a measurement.
 """
 
 import dataclasses
@@ -24,14 +25,14 @@ EFFICIENCY = 0.6
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class StepTime:
-  """Seconds of a step by what takes them."""
+  """Seconds of a step, by cause."""
 
   compute: float
   hbm: float
   networks: Mapping[str, float]
-  """Wire that overlaps, by network: ici, nvlink or dcn."""
+  """Communication that overlaps, by network: ici, nvlink or dcn."""
   exposed: float
-  """Wire that nothing overlaps with."""
+  """Communication that nothing overlaps with."""
 
   @property
   def step(self) -> float:
@@ -39,7 +40,7 @@ class StepTime:
 
   @property
   def bound_by(self) -> str:
-    """Returns what takes longest."""
+    """Name of what takes longest."""
     parts = {"compute": self.compute, "hbm": self.hbm, **self.networks}
     parts["exposed wire"] = self.exposed
     return max(parts, key=lambda name: parts[name])
@@ -60,11 +61,11 @@ def step_time(
 
   Args:
     config: validated.
-    load: of a device.
-    memory: of a device; everything in it is written and read once for each microbatch,
-      parameters and moments once a step.
-    executed: FLOPs of a device.
-    rows: what it sends.
+    load: of one device.
+    memory: of one device; everything in it is written and read once per microbatch,
+      parameters and moments once per step.
+    executed: FLOPs of one device.
+    rows: what one device sends.
     spans: links of each mesh axis.
     chip: figures of a device, with a known peak.
     efficiency: fraction of the peak.

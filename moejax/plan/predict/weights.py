@@ -1,7 +1,7 @@
-"""Parameters as the planner sees them: shapes, mesh axes, and how each is used.
+"""Parameters for the planner: their shapes, mesh axes, and how each is used.
 
-From the model's own shapes and logical axes, so that a new layer is counted without an
-entry here. They depend on the model alone: one list serves every candidate of a search.
+They are read from the model's shapes and logical axes, so a new layer is counted without
+an entry here. They depend on the model alone: one list serves all candidates of a search.
 """
 
 import dataclasses
@@ -20,36 +20,36 @@ from moejax.sharding.rules import RULES, is_axes
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Weight:
-  """One parameter, or a stack of those of repeated layers."""
+  """One parameter, or the stacked parameters of repeated layers."""
 
   path: str
-  """Dotted."""
+  """Dotted path."""
   part: str
   """experts, router, feed_forward, attention, embedding, head or other."""
   shape: tuple[int, ...]
   names: tuple[str | None, ...]
-  """Logical dimensions, of `sharding.rules`."""
+  """Logical dimensions; see `sharding.rules`."""
   axes: tuple[str, ...]
   """Mesh axes that cut it."""
   cut_last: bool
   """Whether `fsdp` cuts its last dimension."""
   itemsize: int
-  """Bytes of a number where it is stored."""
+  """Bytes per number in storage."""
   is_matrix: bool
-  """Whether it has more than one dimension in a layer."""
+  """Whether it has more than one dimension within a layer."""
   trained: bool
 
   def held(self, mesh: Mapping[str, int]) -> int:
-    """Returns the numbers that a device holds."""
+    """Returns how many numbers a device holds."""
     return math.prod(self.shape) // math.prod(mesh[axis] for axis in self.axes)
 
   def gathered(self, mesh: Mapping[str, int]) -> int:
-    """Returns the numbers that a device holds once it has gathered over `fsdp`."""
+    """Returns how many numbers a device holds after gathering over `fsdp`."""
     return self.held(mesh) * (mesh["fsdp"] if "fsdp" in self.axes else 1)
 
   @property
   def repeats(self) -> int:
-    """Returns the layers that share it as a stack."""
+    """Number of layers that are stacked in it."""
     return self.shape[0] if self.path.startswith("unit.") else 1
 
 
@@ -71,7 +71,7 @@ def part_of(path: str) -> str:
 
 
 def weights_of(config: Config) -> tuple[Weight, ...]:
-  """Returns every parameter of a config's model; creates none."""
+  """Returns every parameter of a config's model, without creating any."""
   model = make_model(config.model, config.moe, vocab_size=resolve_vocab_size(config))
   axes = jax.tree.leaves(model.logical_axes(), is_leaf=is_axes)
   trained = jax.tree.leaves(model.trained())
@@ -100,9 +100,9 @@ def optimizer_bytes(name: str, weights: Sequence[Weight], mesh: Mapping[str, int
   """Returns the bytes of an optimizer's moments on one device.
 
   Args:
-    name: of the optimizer: adamw keeps two float32 numbers for each parameter, lion one;
-      muon one for a hidden matrix and two for the rest; adafactor sums over rows and
-      columns, which every device holds whole.
+    name: of the optimizer. adamw keeps two float32 numbers per parameter, and lion one;
+      muon keeps one for a hidden matrix and two for the rest; adafactor keeps sums over
+      rows and columns, and every device holds all of them.
     weights: of the model.
     mesh: devices per axis.
   """
@@ -145,12 +145,12 @@ class Shares:
 
   @functools.cached_property
   def gathered(self) -> Mapping[str, int]:
-    """Numbers by part, over all layers, once gathered over `fsdp`."""
+    """Count of numbers by part, over all layers, after gathering over `fsdp`."""
     return self._sums(lambda weight: weight.gathered(self.mesh))
 
   @functools.cached_property
   def layer(self) -> Mapping[str, int]:
-    """The same of one repeated layer."""
+    """The same for one repeated layer."""
     return self._sums(
       lambda weight: (
         weight.gathered(self.mesh) // weight.repeats

@@ -1,15 +1,15 @@
 """Bytes that one device sends in a train step, by collective and mesh axis.
 
-`wire_bound` is the least that the sharding asks for; this is what the compiled program
-does under it, which differs in how often something is sent:
+`wire_bound` is the minimum that the sharding requires. This module predicts what the
+compiled program sends, which differs in how often something is sent:
 
-  weights       gathered over `fsdp` for the forward and the backward pass. Where the
-                compiler gathers (attention), recomputation gathers once more; where
-                moejax does (experts, router), the backward pass uses what it gathered.
+  weights       gathered over `fsdp` for the forward and the backward pass. If the
+                compiler gathers (attention), recomputation gathers once more; if moejax
+                does (experts, router), the backward pass reuses what was gathered.
   gradients     reduce-scattered over `fsdp` in the compute dtype, those of the token
-                table in float32; shards are all-reduced over the axes that hold the same
-  tokens        to their experts and back, forwards and backwards, and again where
-                recomputation has to
+                table in float32; shards are all-reduced over the axes that replicate them
+  tokens        sent to their experts and back, in the forward and backward pass, and
+                again where recomputation needs it
   tensor        partial sums of activations
 
 Letters: P devices of an axis, D width, A assignments of a device, R rows of its buffer.
@@ -25,12 +25,12 @@ from moejax.plan.predict.load import Load
 from moejax.plan.predict.weights import Shares, Weight
 
 _GATE = 4
-"""Bytes of a gate, which travels in float32."""
+"""Bytes of a gate, which is sent in float32."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Sent:
-  """What one kind of collective sends in a step."""
+  """The bytes that one kind of collective sends in a step."""
 
   kind: str
   """all-gather, reduce-scatter, all-reduce or all-to-all."""
@@ -39,9 +39,9 @@ class Sent:
   purpose: str
   """weights, gradients, tokens or partial sums."""
   bytes: float
-  """Sent by a device."""
+  """Bytes sent by one device."""
   overlaps: bool
-  """Whether products can run meanwhile: they do not wait for these."""
+  """Whether products can run meanwhile, since they do not wait for the result."""
 
 
 def sent(
@@ -51,9 +51,9 @@ def sent(
 
   Args:
     config: validated for these devices.
-    load: of a device.
+    load: of one device.
     shares: of the model's parameters.
-    sums: from `gradients`, if known.
+    sums: the result of `gradients`, if known.
   """
   sums = sums or gradients(config, shares, load.family)
   rows = [*_weights(config, load, shares, sums), *_tokens(config, load)]
@@ -62,14 +62,15 @@ def sent(
 
 
 def fraction(devices: int) -> float:
-  """Returns (P - 1)/P: the part of a buffer that each device of a ring sends."""
+  """Returns (P - 1)/P, the fraction of a buffer that each device of a ring sends."""
   return (devices - 1) / devices
 
 
 def gathers(config: Config, part: str, family: str) -> int:
   """Returns how often a weight is gathered in a microbatch."""
   if part in ("embedding", "head"):
-    # Outside the checkpointed layers: the head's is kept, the table needs no second.
+    # Outside the checkpointed layers: the gathered head is kept, and the token table is
+    # needed only once.
     return 1
   if config.model.remat == "none" and part in ("experts", "router"):
     return 1
@@ -80,10 +81,10 @@ def gathers(config: Config, part: str, family: str) -> int:
 
 
 def scatters(weight: Weight, mesh: Mapping[str, int], itemsize: int) -> bool:
-  """Returns whether the TPU compiler scatters a gradient over `fsdp`, not all-reduces it.
+  """Returns whether the TPU compiler reduce-scatters a gradient over `fsdp`.
 
-  It does where shards are whole tiles of 8 x 128 numbers of 4 bytes; seen in the programs
-  of docs/scale.md.
+  Otherwise it all-reduces the gradient. It scatters if shards are whole tiles of 8 x 128
+  numbers of 4 bytes, as observed in the programs of docs/scale.md.
 
   Args:
     weight: cut over `fsdp`.
@@ -95,7 +96,7 @@ def scatters(weight: Weight, mesh: Mapping[str, int], itemsize: int) -> bool:
   if weight.cut_last:
     return layer[-1] // mesh["fsdp"] % lanes == 0
   if weight.part in ("experts", "router", "head"):
-    # By hand: only the rows of a shard matter.
+    # Scattered by moejax: only the rows of a shard matter.
     return layer[-2] // mesh["fsdp"] % 8 == 0
   if len(layer) == 2:
     return layer[-2] // mesh["fsdp"] % 8 == 0 and layer[-1] % lanes == 0
@@ -104,12 +105,12 @@ def scatters(weight: Weight, mesh: Mapping[str, int], itemsize: int) -> bool:
 
 @dataclasses.dataclass(frozen=True)
 class Gradients:
-  """What a microbatch's gradients send, by axes; depends on the mesh alone."""
+  """The bytes that a microbatch's gradients send, by axes; depend on the mesh alone."""
 
   scattered: float
   """Reduce-scattered over `fsdp`."""
   reduced: Mapping[str, float]
-  """All-reduced: shards over the axes that hold the same, or whole ones over `fsdp`."""
+  """All-reduced: shards over the axes that replicate them, or whole ones over `fsdp`."""
 
 
 def gradients(config: Config, shares: Shares, family: str) -> Gradients:
@@ -119,7 +120,7 @@ def gradients(config: Config, shares: Shares, family: str) -> Gradients:
   for weight in shares.weights:
     if not weight.trained:
       continue
-    # The table's are summed in float32, and those of vectors.
+    # Gradients of the token table and of vectors are summed in float32.
     wide = 4 if weight.part in ("embedding", "other") else computed
     if "fsdp" in weight.axes:
       size = weight.gathered(mesh) * wide * fraction(mesh["fsdp"])
@@ -161,10 +162,10 @@ def _weights(
 def exchanges(config: Config, load: Load) -> int:
   """Returns how often rows are exchanged in a layer and microbatch.
 
-  To the experts and back, forwards and backwards. Recomputation sends rows again, and
-  back again only where a gate's gradient needs the experts' output (dense weights);
-  `remat=full` and `offload` keep what was received, but parts of ragged rows are
-  checkpointed by themselves.
+  Rows go to the experts and back, in the forward and backward pass. Recomputation sends
+  rows again, and back again only if a gate's gradient needs the experts' output (dense
+  weights). `remat=full` and `offload` keep what was received, but parts of ragged rows
+  are always checkpointed.
   """
   remat = config.model.remat
   if load.exchange == "ragged":
@@ -175,7 +176,7 @@ def exchanges(config: Config, load: Load) -> int:
 
 
 def _tokens(config: Config, load: Load) -> Iterator[Sent]:
-  """Yields the exchanges of rows, and of the gates that travel with them."""
+  """Yields the exchanges of rows, and of the gates that are sent with them."""
   devices = load.mesh["expert"]
   if devices == 1 or load.exchange == "none":
     return
@@ -188,11 +189,11 @@ def _tokens(config: Config, load: Load) -> Iterator[Sent]:
   size = layers * times * rows * width * fraction(devices)
   again = config.model.remat != "none"
   if again and load.exchange == "all_to_all" and load.gates_travel:
-    # Not with what comes back, nor with its gradient.
+    # Gates are not sent with the returned rows or their gradients.
     size += layers * (times - 2) * rows * _GATE * fraction(devices)
   yield _row(kind, "expert", "tokens", size, overlaps=False)
   if load.exchange == "ragged":
-    # Scalars are gathered from all devices: gates, again if recomputed, and their
+    # Scalars are gathered from all devices: gates (again if recomputed), and their
     # gradients from the whole buffer.
     twice = times - 3
     gates = twice * load.choices + load.buffer * load.parts
@@ -201,8 +202,8 @@ def _tokens(config: Config, load: Load) -> Iterator[Sent]:
 
 
 def _partial_sums(config: Config, load: Load) -> Iterator[Sent]:
-  """Yields the all-reduces over `tensor`: after each product over a cut width, forwards,
-  backwards, and after attention once more if the layer is recomputed."""
+  """Yields the all-reduces over `tensor`: one after each product over a cut width, in the
+  forward and backward pass, and one more after attention if the layer is recomputed."""
   devices, d = load.mesh["tensor"], load.dims
   if devices == 1:
     return

@@ -2,10 +2,10 @@
 
   python child.py STARTER_PID CORES PROGRAM ARGUMENT ...
 
-CORES is a list such as 0,1; empty is all. The program replaces this process, so it keeps
-the process id, and `ps` shows the plain command. A file of its own, run by its path: a
-hook between fork and exec (`preexec_fn`) would run Python inside a forked copy of a
-process with jax's threads.
+CORES is a list such as 0,1; empty means all. The program replaces this process, so it
+keeps the process id, and `ps` shows the plain command. This is a separate file, run by
+its path, because a hook between fork and exec (`preexec_fn`) would run Python inside a
+forked copy of a process with jax's threads.
 """
 
 import ctypes

@@ -1,4 +1,4 @@
-"""The loop that keeps a pool of children busy until a queue is empty or a stop comes."""
+"""The loop that keeps a pool of children busy until a queue is empty or it is stopped."""
 
 import signal
 import time
@@ -12,29 +12,29 @@ POLL_SECONDS = 0.1
 
 @runtime_checkable
 class Queue(Protocol):
-  """What to run, and who is told of it."""
+  """A queue of commands to run, which is notified of their progress."""
 
   def next(self, running: list[Job]) -> tuple[Job, int] | None:
-    """Takes the next command and the number of its attempt off the queue.
+    """Takes the next command off the queue, with the number of its attempt.
 
-    None if no command can start now.
+    Returns None if no command can start now.
     """
     ...
 
   def is_empty(self) -> bool:
-    """Returns whether no command will be taken off any more."""
+    """Returns whether there are no more commands to take."""
     ...
 
   def started(self, job: Job, pid: int) -> None: ...
 
   def not_started(self, job: Job, error: OSError) -> None:
-    """Told that a command could not be started, such as for a log on a full disk."""
+    """Called if a command could not be started, for example if the log's disk is full."""
     ...
 
   def ended(self, job: Job, exit_code: int) -> None: ...
 
   def tick(self) -> None:
-    """Called between two looks at the children."""
+    """Called between two checks of the children."""
     ...
 
 

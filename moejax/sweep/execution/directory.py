@@ -1,9 +1,9 @@
 """A sweep's directory: which sweep owns it, its lock, and the directories of its runs.
 
-    spec.json             what was asked for, when the directory was first used
+    spec.json             the specification with which the directory was first used
     runs/NAME-HASH/       an ordinary run directory, plus two hidden files:
       .config.py          the resolved config, as a file that --config= reads
-      .sweep.json         what the sweep knows of the run; see states.py
+      .sweep.json         the sweep's record of the run; see states.py
 
 Nothing here imports jax.
 """
@@ -37,12 +37,12 @@ OURS = (
   ".*",
   "*.log",
 )
-"""Files allowed in a directory without a spec.json: a sweep's, and logs of a launcher."""
+"""Files allowed in a directory without a spec.json: a sweep's, and a launcher's logs."""
 
 _SHOWN = 5
 
 Differences = Callable[[Mapping[str, Any], Mapping[str, Any]], list[str]]
-"""(stored, now) -> what changed, in words; empty if both are the same sweep."""
+"""(stored, now) -> lines on what changed; empty if both are the same sweep."""
 
 _CONFIG_TEXT = '''"""The config of the run {name}, written by its sweep.
 
@@ -165,11 +165,11 @@ def _refuse_other(workdir: Path, changes: Sequence[str]) -> None:
 
 
 def write_config(run: Path, name: str, config: Config) -> Path:
-  """Writes a run's config as a file for --config=, unless it is there already.
+  """Writes a run's config as a file for --config=, unless it exists already.
 
   Args:
     run: the run's directory; created if missing.
-    name: of the point, for the file's docstring.
+    name: name of the point, for the file's docstring.
     config: resolved.
 
   Returns:
@@ -185,13 +185,13 @@ def write_config(run: Path, name: str, config: Config) -> Path:
 
 
 def point_directories(spec: Mapping[str, Any] | None) -> list[str]:
-  """Returns the directories' names of a stored specification's points, in their order.
+  """Returns the directory names of a stored specification's points, in order.
 
   Args:
-    spec: content of spec.json; None, or what holds no points, gives none.
+    spec: content of spec.json; the result is empty if it is None or has no points.
   """
   points = (spec or {}).get("points", [])
-  if isinstance(points, Mapping):  # Of points without a specification.
+  if isinstance(points, Mapping):  # Points without a specification.
     pairs = list(points.items())
   elif isinstance(points, list):
     pairs = [(p.get("name"), p.get("digest")) for p in points if isinstance(p, Mapping)]

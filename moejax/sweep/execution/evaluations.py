@@ -1,4 +1,4 @@
-"""Evaluating the finished runs of a sweep, each by `moejax evaluate`."""
+"""Evaluates the finished runs of a sweep, each with `moejax evaluate`."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -28,7 +28,7 @@ def result_file(path: Path, config: Config, split: str, factors: str | None) -> 
   evaluation = {
     "step": config.train.num_steps,
     "split": split,
-    # Equal, since the whole split is evaluated.
+    # Equal numbers, since the whole split is evaluated.
     "tokens": 1,
     "split_tokens": 1,
     "results": [{"eval_capacity_factor": spelled(factor)} for factor in wanted],

@@ -1,7 +1,7 @@
-"""Whether the run in a point's directory is that point's.
+"""Checks that the run in a point's directory belongs to that point.
 
 A directory is named after its point and ends in the digest of the point's config, so a
-run of another config in it is told from its config.json alone.
+run of another config is recognised by its config.json alone.
 """
 
 import ast
@@ -19,25 +19,25 @@ from moejax.run.files import CONFIG_FILE
 
 CONFIG_MODULE = ".config.py"
 """The point's config, as its sweep wrote it. Hidden, so that the run's own check of its
-directory takes no notice of it."""
+directory ignores it."""
 
 RECORD_FILE = ".sweep.json"
-"""What the sweep knows of the run; see states.py."""
+"""The sweep's record of the run; see states.py."""
 
 _DIGEST = re.compile(r".+-([0-9a-f]{8})")
 _SHOWN = 3
 
 
 def trouble(path: Path) -> str:
-  """Returns one line if a directory's run is of another config, or cannot be read.
+  """Returns one line if a directory's run has another config, or cannot be read.
 
   Fields that may change when a run resumes may differ.
 
   Args:
-    path: of a run's directory, named `NAME-DIGEST`; another name is not checked.
+    path: a run's directory, named `NAME-DIGEST`; other names are not checked.
 
   Returns:
-    What is wrong and the remedy; "" if nothing is, or no run has begun.
+    The problem and the remedy; "" if there is no problem, or no run has begun.
   """
   stamp = _stamp(path / CONFIG_FILE)
   if stamp is None or not _DIGEST.fullmatch(path.name):
@@ -56,7 +56,7 @@ def _stamp(path: Path) -> tuple[int, int] | None:
 
 @functools.lru_cache(maxsize=4096)
 def _trouble(path: Path, *stamps: Any) -> str:
-  """Cached by the files' stamps: directories of running runs are read every second."""
+  """Does the work of `trouble`; cached by the files' stamps, as it runs every second."""
   del stamps
   remedy = (
     f"Move {path} away, and the same command trains the point anew; or put back the "
@@ -77,7 +77,7 @@ def _trouble(path: Path, *stamps: Any) -> str:
 
 
 def _difference(path: Path, config: Config) -> str:
-  """Returns what in a config is not the point's; "" if nothing counts."""
+  """Returns how a config differs from the point's; "" if no difference counts."""
   # Imported here: it imports jax, and the task of a batch job should not need it.
   from moejax.run.workdir import refused_changes
   from moejax.sweep.points.expand import digest
@@ -86,8 +86,8 @@ def _difference(path: Path, config: Config) -> str:
   if found == wanted:
     return ""
   own = _own_config(path)
-  # A default that has changed since changes the digest of the same config; the record
-  # then still has the one that it was given.
+  # A default changed since then also changes the digest of the same config; the record
+  # still has the original one.
   if own is None or wanted not in (digest(own), _recorded_digest(path)):
     others = [p.name for p in path.parent.glob(f"*-{found}") if p != path]
     of = f", which is that of {others[0].rpartition('-')[0]}" if others else ""
@@ -113,7 +113,7 @@ def _recorded_digest(path: Path) -> Any:
 
 
 def _own_config(path: Path) -> Config | None:
-  """Returns the config that the sweep wrote for the point; None if it is not there."""
+  """Returns the config that the sweep wrote for the point; None if there is none."""
   try:
     tree = ast.parse((path / CONFIG_MODULE).read_text(encoding="utf-8"))
     values = next(

@@ -1,10 +1,10 @@
-"""Child processes on this machine, each on cores or accelerators of its own.
+"""Child processes on this machine, each on its own cores or accelerators.
 
-XLA:CPU makes as many threads as its process may use cores, so runs beside each other slow
-each other far less on disjoint cores. With GPUs a child sees only its own.
+XLA:CPU makes as many threads as its process may use cores, so concurrent runs slow each
+other far less on disjoint cores. With GPUs, a child sees only its own.
 
-The children are in process groups of their own: Ctrl-C at the terminal reaches only this
-process, which asks them to save and stop (SIGTERM). If this process dies, Linux tells
+The children have their own process groups: Ctrl-C at the terminal reaches only this
+process, which asks them to save and stop (SIGTERM). If this process dies, Linux signals
 them; see moejax/sweep/execution/child.py.
 """
 
@@ -40,15 +40,15 @@ class Job:
   log: Path
   """Its output is appended here."""
   program: str = ""
-  """Equal for commands that compile the same programs; "" is unknown."""
+  """Equal for commands that compile the same programs; "" if unknown."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Slot:
-  """What one child at a time may use."""
+  """The resources that one child at a time may use."""
 
   cores: tuple[int, ...]
-  """Empty: all, because the system cannot pin (macOS)."""
+  """Empty means all, because the system cannot pin (macOS)."""
   variables: dict[str, str]
   """Environment variables."""
 
@@ -57,7 +57,7 @@ def command(program: str, *flags: str) -> tuple[str, ...]:
   """Returns a command that runs a program of moejax in this interpreter.
 
   Args:
-    program: as after `moejax`, such as train.
+    program: its name after `moejax`, such as train.
     flags: its arguments.
   """
   return (sys.executable, "-m", MODULE, program, *flags)
@@ -68,11 +68,11 @@ def make_slots(jobs: int, devices_per_run: int | None = None) -> list[Slot]:
 
   Args:
     jobs: number of children at once.
-    devices_per_run: GPUs, or simulated CPU devices, of each; None is one GPU, or as many
-      CPU devices as the environment says.
+    devices_per_run: GPUs, or simulated CPU devices, of each; None means one GPU, or as
+      many CPU devices as the environment sets.
 
   Raises:
-    UserError: there are fewer cores or GPUs than that needs.
+    UserError: there are not enough cores or GPUs.
   """
   pinnable = hasattr(os, "sched_getaffinity")
   cores = sorted(os.sched_getaffinity(0)) if pinnable else []
@@ -108,7 +108,7 @@ def make_slots(jobs: int, devices_per_run: int | None = None) -> list[Slot]:
 def visible_gpus() -> list[str]:
   """Returns the GPUs that a child would see, as CUDA_VISIBLE_DEVICES names them.
 
-  jax is not asked: it would claim their memory for this process.
+  Does not use jax, which would claim their memory for this process.
   """
   platforms = os.environ.get("JAX_PLATFORMS", "")
   if platforms and not {"cuda", "gpu", "rocm"} & set(platforms.split(",")):
@@ -131,8 +131,11 @@ def visible_gpus() -> list[str]:
 
 
 class Pool:
-  """The children that run now, at most one per slot. Start them from the main thread:
-  Linux takes the end of the starting thread for that of the process."""
+  """The children that run now, at most one per slot.
+
+  Start them from the main thread: Linux treats the end of the starting thread as the end
+  of its process.
+  """
 
   def __init__(self, slots: Sequence[Slot]):
     self._slots = list(slots)
@@ -166,7 +169,7 @@ class Pool:
         stdin=subprocess.DEVNULL,
         stdout=log,
         stderr=subprocess.STDOUT,
-        # Python holds output to a file back otherwise, and the log is read live.
+        # Otherwise Python buffers output to a file, and the log is read live.
         env=os.environ | {"PYTHONUNBUFFERED": "1"} | slot.variables,
         process_group=0,
       )
@@ -176,7 +179,7 @@ class Pool:
   def ended(self) -> list[tuple[Job, int]]:
     """Returns the commands that have ended since the last call, with exit codes.
 
-    A negative code is the signal that killed it.
+    A negative code is the signal that killed the command.
     """
     over = []
     for index, (job, process) in list(self._running.items()):

@@ -1,7 +1,7 @@
 """Runs the points of a sweep: starts, resumes, watches and evaluates them.
 
-What is to be done is read from the runs' directories (states.py), never
-remembered, so the same call goes on after any interruption.
+What remains to be done is read from the runs' directories (states.py), never
+remembered, so the same call continues after any interruption.
 """
 
 import dataclasses
@@ -35,7 +35,7 @@ from moejax.sweep.execution.states import State, Status
 from moejax.sweep.spec import RUNS, Point
 
 _EXAMINE_SECONDS = 1.0
-"""Between two looks at the directories of running runs."""
+"""Interval between checks of the directories of running runs."""
 
 
 def run(
@@ -61,7 +61,7 @@ def run(
     0 if every run is done (or evaluated), 1 if any is not, 128 + signal when stopped.
 
   Raises:
-    UserError: before anything is started, an error that the user can fix.
+    UserError: an error that the user can fix; nothing was started.
   """
   workdir, stream = Path(workdir), sys.stdout if stream is None else stream
   _check(points, options)
@@ -123,13 +123,13 @@ def status(workdir: Path, *, num_jobs: int = 1, stream: Any = None) -> int:
   view_lib.print_table(list(found.values()), num_jobs, stream)
   if trouble:
     print(trouble, file=sys.stderr)
-  # Directories of earlier points, which the sweep no longer has, do not keep it open.
+  # Directories of earlier points, no longer part of the sweep, do not keep it open.
   is_open = any(found[name].state is not State.DONE for name in wanted or there)
   return int(is_open or bool(trouble))
 
 
 def plain_spec(points: Sequence[Point]) -> dict[str, Any]:
-  """Returns a specification that only names the points."""
+  """Returns a specification that only lists the points."""
   return {"points": {point.name: point.digest for point in points}}
 
 
@@ -165,7 +165,7 @@ def _refuse_damaged(found: Sequence[Status]) -> None:
 
 
 def _prepare(path: Path, point: Point) -> None:
-  """Makes a run's directory with its config and workload, unless it is there already."""
+  """Makes a run's directory with its config and workload, unless it exists already."""
   directory.write_config(path, point.name, point.config)
   if states.read_record(path).get("plan", {}).get("digest") == point.digest:
     return
@@ -265,7 +265,7 @@ def _conclude(found: Mapping[str, Status], signal: int | None, options: Options)
 
 
 class _Training:
-  """The runs to start, each at most once, and what is known of all of them."""
+  """The runs to start, each at most once, and the state of all of them."""
 
   def __init__(
     self,
@@ -288,8 +288,8 @@ class _Training:
     startable = [job for job in self._waiting if job not in self._elsewhere()]
     if not startable:
       return None
-    # What a run compiles, later ones load: equal programs start one after the other as
-    # long as there is other work. Waiting for them would gain nothing.
+    # Later runs load what an earlier one compiled, so equal programs start one after
+    # another as long as there is other work. Waiting for them would gain nothing.
     compiling = {
       job.program
       for job in running
@@ -322,7 +322,7 @@ class _Training:
       return
     self._examined = time.monotonic()
     self._examine([*self._active.values(), *self._elsewhere()])
-    # Finished by another process meanwhile.
+    # Some were finished by another process meanwhile.
     self._waiting = [
       job for job in self._waiting if self.statuses[job.name].state is not State.DONE
     ]
@@ -359,7 +359,7 @@ def _evaluate(
   slots: Sequence[local.Slot],
   stream: Any,
 ) -> int:
-  """Evaluates the finished runs that have no result with these settings."""
+  """Evaluates the finished runs that have no result for these settings yet."""
   jobs, results, unfinished, kept = [], {}, [], 0
   for point in points:
     path = runs[point.name]

@@ -1,4 +1,4 @@
-"""Which configs compile the same programs, and which have steps of the same cost."""
+"""Identifies configs that compile the same programs, or whose steps cost the same."""
 
 import fnmatch
 import hashlib
@@ -30,7 +30,7 @@ _OUTSIDE_THE_STEP = (
   "train.max_bad_steps",
   "train.tensorboard",
 )
-"""Fields that the compiled train step does not contain."""
+"""Fields that are not part of the compiled train step."""
 
 _CONSTANTS = (
   "data.name",
@@ -51,7 +51,7 @@ _CONSTANTS = (
   "optimizer.epsilon",
   "optimizer.weight_decay",
 )
-"""Fields that are numbers in it, and change neither its shapes nor its cost."""
+"""Fields that are constants in it, and change neither its shapes nor its cost."""
 
 
 def program_digest(config: Config) -> str:
@@ -62,8 +62,8 @@ def program_digest(config: Config) -> str:
 def shape_digest(config: Config) -> str:
   """Returns a name that is equal for runs whose steps cost the same.
 
-  Runs with other weights of losses, learning rates or lengths share it. A loss whose
-  weight is zero is still computed.
+  Runs that differ in loss weights, learning rates or lengths share it. A loss with zero
+  weight is still computed.
   """
   return _digest(config, (*_OUTSIDE_THE_STEP, *_CONSTANTS))
 

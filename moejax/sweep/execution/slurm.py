@@ -1,12 +1,12 @@
 """Runs of a sweep as jobs of a Slurm cluster, submitted with submitit.
 
-    WORKDIR/slurm/SUBMISSION/submission.json   which runs were submitted, in which order
+    WORKDIR/slurm/SUBMISSION/submission.json   the submitted runs, in order
     WORKDIR/slurm/SUBMISSION/*_submission.sh   the batch script
     WORKDIR/slurm/SUBMISSION/*_log.{out,err}   what jobs printed besides the runs' logs
 
-A submission is one array of jobs, or one job. Its name is in submission.json before Slurm
-gets it, and is the name of its jobs; so whatever dies whenever, the queue says which runs
-have a job. Jobs depend on nothing that lives here: see slurm_task.py.
+A submission is one array of jobs, or one job. Its name, which is also that of its jobs,
+is in submission.json before Slurm gets it. So the queue shows which runs have a job, even
+if any process dies at any time. Jobs depend on no process here: see slurm_task.py.
 """
 
 import contextlib
@@ -33,34 +33,34 @@ FOLDER = "slurm"
 FILE = "submission.json"
 
 PREFIX = "moejax-"
-"""Of the names of jobs."""
+"""Prefix of the names of jobs."""
 
 TRAIN = "train"
 """The kind of a submission that trains; others name an evaluation."""
 
 _ENDLESS = 1_000_000
-"""submitit counts requeues; `slurm_task.MAX_IDLE` is the limit that makes sense."""
+"""submitit's limit of requeues, in effect none; `slurm_task.MAX_IDLE` is the real one."""
 _STOPPED_BY = ("CANCELLED", "PREEMPT", "NODE FAIL", "TIME LIMIT", "User defined signal 2")
-"""In what a job printed that ended before its run started, not by its own fault."""
+"""Texts in the output of a job that was ended from outside before its run started."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Submission:
-  """Jobs that were given to Slurm together."""
+  """Jobs that were submitted together."""
 
   name: str
   folder: Path
   kind: str
-  """TRAIN, or what is evaluated; submissions of one kind and run are the same work."""
+  """TRAIN, or the name of an evaluation; for one run, equal kinds are the same work."""
   runs: tuple[str, ...]
   """Names of the runs' directories, in the order of the array."""
   job: str
-  """Id of the array or job; "" if not known: its submission was cut off."""
+  """Id of the array or job; "" if not known, because its submission was interrupted."""
   time: float
   """Seconds since the epoch."""
 
   def id_of(self, index: int) -> str:
-    """Returns the id of one of its jobs, as scancel takes it."""
+    """Returns the id of one of its jobs, in the form for scancel."""
     return f"{self.job}_{index}" if len(self.runs) > 1 else self.job
 
 
@@ -70,7 +70,7 @@ class Submission:
 def submit(
   workdir: Path, jobs: Sequence[Job], options: SlurmOptions, kind: str = TRAIN
 ) -> list[Submission]:
-  """Submits commands, each as a job of its own, in as few arrays as Slurm allows.
+  """Submits commands, each as a separate job, in as few arrays as Slurm allows.
 
   Args:
     workdir: of the sweep.
@@ -119,7 +119,7 @@ def _submit_array(
   try:
     executor = submitit.SlurmExecutor(folder, max_num_timeout=_ENDLESS)
     executor.update_parameters(**parameters(made.name, options))
-    # submitit prints sbatch's error, which is told below.
+    # submitit prints sbatch's error, which is reported below.
     with _outside_of_any_job(), contextlib.redirect_stderr(io.StringIO()):
       with executor.batch():
         submitted = [executor.submit(task) for task in tasks]
@@ -138,7 +138,7 @@ def _submit_array(
 def _outside_of_any_job() -> Iterator[None]:
   """Hides a surrounding job's variables, which would be taken for those of a new one.
 
-  Not what tells Slurm's programs where their cluster is, and the user's own defaults.
+  Keeps the variables that locate the cluster, and the user's own defaults.
   """
   import submitit
   from submitit.core.utils import environment_variables
@@ -154,20 +154,20 @@ def _outside_of_any_job() -> Iterator[None]:
 
 
 def parameters(name: str, options: SlurmOptions) -> dict[str, Any]:
-  """Returns what submitit's executor is told.
+  """Returns the parameters of submitit's executor.
 
   Args:
     name: of the jobs.
     options: resources of each.
   """
-  # None of them asks for what srun would give by itself, and neither may its defaults
-  # stop the other tasks, which still save, when the first one has left.
+  # srun must not kill the other tasks, which may still be saving, when the first one has
+  # ended.
   srun = ["--kill-on-bad-exit=0"]
   if options.cpus_per_task is not None:
-    # srun does not take it from the batch script since Slurm 22.05.
+    # Since Slurm 22.05, srun no longer takes it from the batch script.
     srun.append(f"--cpus-per-task={options.cpus_per_task}")
   if options.gpus_per_node:
-    # jax takes the GPU of its place on the node, so each task must see all of them.
+    # jax uses the GPU with its index on the node, so each task must see all of them.
     srun.append("--gpu-bind=none")
   given: dict[str, Any] = {
     "partition": options.partition,
@@ -180,13 +180,13 @@ def parameters(name: str, options: SlurmOptions) -> dict[str, Any]:
   more: dict[str, Any] = {"requeue": True}
   if options.mem:
     more["mem"] = options.mem
-  # The meeting's secret is made in each job, reaches the tasks by their environment, and
-  # is written nowhere.
+  # The meeting's secret is made in each job, passed to the tasks in their environment,
+  # and never written.
   make = "$(head -c 32 /dev/urandom | od -An -v -tx1 | tr -d ' \\n')"
   setup = [f"{secret.ENV}={make}", f"export {secret.ENV}", f"unset {secret.FILE_ENV}"]
   return {
     "job_name": name,
-    "wckey": None,  # submitit gives one, which a cluster may refuse.
+    "wckey": None,  # submitit sets one, which a cluster may refuse.
     "time": options.minutes,
     "nodes": options.nodes,
     "ntasks_per_node": options.tasks_per_node,
@@ -210,7 +210,7 @@ def _write(submission: Submission) -> None:
 
 
 def submissions(workdir: Path) -> list[Submission]:
-  """Returns what was submitted from a sweep's directory, oldest first.
+  """Returns the submissions from a sweep's directory, oldest first.
 
   Raises:
     DamagedError: a submission.json cannot be read.
@@ -233,7 +233,7 @@ def submissions(workdir: Path) -> list[Submission]:
 
 
 def examine(workdir: Path, runs: Mapping[str, Path]) -> dict[str, Status]:
-  """Returns the status of every run by its directory and by Slurm's queue.
+  """Returns the status of every run, from its directory and Slurm's queue.
 
   Args:
     workdir: of the sweep.
@@ -245,7 +245,7 @@ def examine(workdir: Path, runs: Mapping[str, Path]) -> dict[str, Status]:
   """
   newest = _newest(workdir, TRAIN)
   found = {name: states.examine(path) for name, path in runs.items()}
-  # What is done stays so: a finished sweep is read without Slurm.
+  # A finished run stays finished: a finished sweep is read without Slurm.
   open_runs = {
     name: path
     for name, path in runs.items()
@@ -253,7 +253,7 @@ def examine(workdir: Path, runs: Mapping[str, Path]) -> dict[str, Status]:
   }
   jobs = _queued({path.name: newest[path.name] for path in open_runs.values()}, workdir)
   for name, path in open_runs.items():
-    # Read after the queue: what that no longer has, has left its traces here.
+    # Read after the queue: a job that is no longer queued has left its traces here.
     status = states.examine(path)
     found[name] = combined(status, *newest[path.name], jobs.get(path.name))
   return found
@@ -262,13 +262,13 @@ def examine(workdir: Path, runs: Mapping[str, Path]) -> dict[str, Status]:
 def combined(
   status: Status, submission: Submission, index: int, job: slurm_queue.Job | None
 ) -> Status:
-  """Returns a run's status, given its newest submission and what Slurm has of it.
+  """Returns a run's status, given its newest submission and its job in Slurm.
 
   Args:
-    status: by the run's directory alone.
+    status: status from the run's directory alone.
     submission: the newest with this run.
-    index: of the run in it.
-    job: None if Slurm has it no longer.
+    index: index of the run in it.
+    job: None if Slurm no longer has it.
   """
   if status.state is State.DONE:
     return status
@@ -288,9 +288,9 @@ def combined(
 
 
 def _never_started(status: Status, submission: Submission, index: int) -> tuple[str, ...]:
-  """Returns what a job printed that ended by itself before its run began; () otherwise.
+  """Returns the output of a job that ended by itself before its run began, else ().
 
-  Such as a line of --slurm.setup that fails, or a node that lacks moejax.
+  The cause may be a failing line of --slurm.setup, or a node without moejax.
   """
   own = submission.id_of(index)
   try:
@@ -310,7 +310,7 @@ def _never_started(status: Status, submission: Submission, index: int) -> tuple[
 
 
 def queued(workdir: Path, kind: str) -> dict[str, slurm_queue.Job]:
-  """Returns the jobs that Slurm has for submissions of a kind, by the run's directory.
+  """Returns Slurm's jobs for submissions of a kind, by the run's directory.
 
   Args:
     workdir: of the sweep.
@@ -339,7 +339,7 @@ def _queued(
 
 
 def _newest(workdir: Path, kind: str) -> dict[str, tuple[Submission, int]]:
-  """Returns the newest submission of each run, and its place there, by directory name."""
+  """Returns the newest submission of each run and its index there, by directory name."""
   return {
     run: (submission, index)
     for submission in submissions(workdir)
@@ -349,7 +349,7 @@ def _newest(workdir: Path, kind: str) -> dict[str, tuple[Submission, int]]:
 
 
 def cancel_command(jobs: Iterable[str]) -> str:
-  """Returns the command that cancels jobs, whole arrays at once; "" are left out."""
+  """Returns the command that cancels jobs, whole arrays at once; skips ""."""
   ids = sorted({job.partition("_")[0] for job in jobs if job}, key=_as_number)
   return shlex.join(["scancel", *ids])
 

@@ -1,7 +1,7 @@
-"""What the jobs of a sweep ask of Slurm, as flags `--slurm.NAME` and as an object.
+"""The resources that a sweep's jobs request from Slurm, as flags and as an object.
 
-The values are checked here as far as they can be without Slurm; see `slurm_queue.check`
-for what the cluster itself knows. Nothing here imports jax or submitit.
+The flags are `--slurm.NAME`. Values are checked here as far as possible without Slurm;
+`slurm_queue.check` checks them against the cluster. Nothing here imports jax or submitit.
 """
 
 import dataclasses
@@ -28,24 +28,24 @@ class SlurmOptions:
 
   partition: str = ""
   time: str = "1:00:00"
-  """In a format of sbatch: minutes, H:MM:SS or D-HH:MM:SS."""
+  """Time limit in a format of sbatch: minutes, H:MM:SS or D-HH:MM:SS."""
   nodes: int = 1
   tasks_per_node: int = 1
   gpus_per_node: int | None = None
   cpus_per_task: int | None = None
   mem: str = ""
-  """Per node, such as 4G."""
+  """Memory per node, such as 4G."""
   array_parallelism: int = 256
   """Most jobs of an array that run at once."""
   account: str = ""
   qos: str = ""
   constraint: str = ""
   setup: tuple[str, ...] = ()
-  """Shell lines before the run, on the first node of the job."""
+  """Shell lines to run before the run, on the first node of the job."""
   signal_seconds: int | None = None
-  """Between the request to save and the time limit; see `warning_seconds`."""
+  """Seconds between the request to save and the time limit; see `warning_seconds`."""
   wait: bool = True
-  """Stay and show the runs' states, instead of leaving after the submission."""
+  """Wait and show the runs' states, instead of exiting after the submission."""
 
   @property
   def minutes(self) -> int:
@@ -72,7 +72,7 @@ def minutes(text: str) -> int:
   match = _TIME.fullmatch(text.strip())
   parts = [int(part) for part in match["rest"].split(":")] if match else [0]
   days = int(match["days"] or 0) if match else 0
-  # Without days, the first of one or two numbers is minutes.
+  # Without days, the first of one or two numbers means minutes.
   is_hours = len(parts) == 3 or (match is not None and match["days"] is not None)
   hours, mins, seconds = ([*parts, 0, 0] if is_hours else [0, *parts, 0])[:3]
   total = -(-(86_400 * days + 3600 * hours + 60 * mins + seconds) // 60)
@@ -125,7 +125,7 @@ def from_flags() -> SlurmOptions:
 
 
 def given() -> list[str]:
-  """Returns the names of the flags --slurm.NAME on this command line."""
+  """Returns the names of the --slurm.NAME flags on this command line."""
   return [
     name
     for name in flags.FLAGS

@@ -1,7 +1,7 @@
-"""What Slurm says: which jobs it has, and whether it would accept one.
+"""Queries to Slurm: which jobs it has, and whether it would accept one.
 
-Asked are squeue, sinfo and scontrol. Never sacct: many clusters have no accounting, and
-what became of a run is in its directory (moejax/sweep/execution/states.py).
+Uses squeue, sinfo and scontrol, but never sacct: many clusters have no accounting, and
+the outcome of a run is in its directory (moejax/sweep/execution/states.py).
 """
 
 import dataclasses
@@ -17,7 +17,7 @@ from moejax.sweep.execution.slurm_options import SlurmOptions, minutes
 PROGRAMS = ("sbatch", "srun", "squeue", "scontrol", "sinfo")
 
 _SECONDS = 60.0
-"""A controller that is busy may take long to answer."""
+"""Time limit of a query: a busy controller may take long to answer."""
 _FORMAT = "%i|%j|%T|%r"
 _WAITING = frozenset(
   {"PENDING", "REQUEUED", "REQUEUE_HOLD", "REQUEUE_FED", "SPECIAL_EXIT"}
@@ -31,17 +31,17 @@ class QueueError(UserError):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Job:
-  """A job, or an element of an array, that Slurm has and that is not over."""
+  """A job, or an element of an array, that Slurm has and that has not ended."""
 
   id: str
-  """As scancel takes it: 12, or 12_3 in an array."""
+  """Id in the form for scancel: 12, or 12_3 in an array."""
   name: str
   index: int
-  """In its array; 0 for a job without one."""
+  """Index in its array; 0 for a job without one."""
   state: str
   """Slurm's word, such as PENDING."""
   reason: str
-  """Why it waits, in Slurm's word, such as Resources; None if it does not wait."""
+  """Why it waits, in Slurm's words, such as Resources; None if it does not wait."""
 
   @property
   def is_waiting(self) -> bool:
@@ -49,7 +49,7 @@ class Job:
 
 
 def jobs(names: Collection[str]) -> list[Job]:
-  """Returns the jobs with these names that are not over, of any user.
+  """Returns the jobs with these names that have not ended, of any user.
 
   Raises:
     QueueError: squeue fails.
@@ -61,7 +61,7 @@ def jobs(names: Collection[str]) -> list[Job]:
 
 
 def parse(text: str) -> list[Job]:
-  """Returns the jobs in what `squeue -h -r -o '%i|%j|%T|%r'` prints."""
+  """Returns the jobs in the output of `squeue -h -r -o '%i|%j|%T|%r'`."""
   found = []
   for line in text.splitlines():
     words = line.strip().split("|", 3)
@@ -82,7 +82,7 @@ def parse(text: str) -> list[Job]:
 
 
 def check(options: SlurmOptions) -> None:
-  """Refuses what Slurm here would refuse, or would leave in its queue for ever.
+  """Refuses options that this Slurm would refuse, or leave in its queue for ever.
 
   Raises:
     UserError: no Slurm, no submitit, an unknown partition or a time above its limit.
@@ -133,7 +133,7 @@ def max_array_size() -> int:
 
 
 def is_preempted(text: str) -> bool:
-  """Returns whether a job was told to make room for another.
+  """Returns whether a job was preempted.
 
   Args:
     text: what `scontrol show job ID` prints.
@@ -143,7 +143,7 @@ def is_preempted(text: str) -> bool:
 
 
 def describe(job: str) -> str:
-  """Returns what `scontrol show job` prints; empty if it fails."""
+  """Returns the output of `scontrol show job`; empty if it fails."""
   try:
     return _ask("scontrol", "show", "job", job)
   except QueueError:
@@ -151,7 +151,7 @@ def describe(job: str) -> str:
 
 
 def in_words(stderr: str) -> str:
-  """Returns the messages of a program of Slurm in one line, each once."""
+  """Returns the messages of a Slurm program in one line, each once."""
   said = [line.partition("error: ")[2] or line for line in stderr.splitlines()]
   return " ".join(dict.fromkeys(" ".join(line.split()) for line in said if line.strip()))
 

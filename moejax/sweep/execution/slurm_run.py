@@ -1,4 +1,4 @@
-"""`--executor=slurm`: submits what a sweep wants done, and shows it until it is over.
+"""`--executor=slurm`: submits a sweep's runs, and shows them until they are over.
 
 Nothing depends on this process: it may be stopped or killed at any time.
 """
@@ -23,21 +23,21 @@ from moejax.sweep.execution.slurm_options import checked
 from moejax.sweep.execution.states import State, Status
 
 EXAMINE_SECONDS = 2.0
-"""Between two looks at the runs' directories."""
+"""Interval between checks of the runs' directories."""
 QUEUE_SECONDS = 15.0
-"""Between two questions to Slurm, whose controller serves a whole cluster."""
+"""Interval between queries to Slurm, whose controller serves a whole cluster."""
 
 _ACTIVE = (State.QUEUED, State.RUNNING)
 _ABSENT = 2
-"""Answers of Slurm without a job after which its result is due: a network's file system
-may show a file some seconds late."""
+"""Number of Slurm's answers without a job after which its result must be there: a network
+file system may show a file some seconds late."""
 
 
 def check(options: Options) -> None:
-  """Refuses options of local runs, and what this cluster would refuse.
+  """Refuses options of local runs, and options that this cluster would refuse.
 
   Raises:
-    UserError: before anything is written.
+    UserError: there are such options; nothing was written.
   """
   if options.jobs != 1:
     raise UserError(
@@ -59,7 +59,7 @@ def check(options: Options) -> None:
 
 
 def refuse_submitted(found: Sequence[Status], executor: str) -> None:
-  """Refuses to start here what a job of Slurm does or will do.
+  """Refuses to start runs here that have a Slurm job.
 
   Raises:
     UserError: a run has a job.
@@ -85,7 +85,7 @@ def train(
 ) -> tuple[dict[str, Status], int | None]:
   """Submits runs, and shows all until none has a job.
 
-  Ctrl-C and SIGTERM end this; the jobs go on.
+  Ctrl-C and SIGTERM end this process; the jobs continue.
 
   Args:
     workdir: of the sweep.
@@ -129,7 +129,7 @@ def _watched(
   statuses: dict[str, Status],
   view: view_lib.View,
 ) -> Iterator[dict[str, Status]]:
-  """Yields the newest statuses again and again, until no run has a job."""
+  """Yields the newest statuses repeatedly, until no run has a job."""
   asked, trouble = time.monotonic(), ""
   while any(s.state in _ACTIVE for s in statuses.values()):
     time.sleep(EXAMINE_SECONDS)
@@ -149,9 +149,9 @@ def _watched(
 
 
 def _fresher(status: Status) -> Status:
-  """Returns the status with the newest numbers of the run's directory.
+  """Returns the status with the newest numbers from the run's directory.
 
-  Whether it still has a job is left to the queue.
+  The queue decides whether it still has a job.
   """
   if status.state not in _ACTIVE:
     return status
@@ -218,7 +218,7 @@ def _await_results(
   kind: str,
   view: view_lib.View,
 ) -> bool:
-  """Tells of each evaluation when it is over. Returns whether any has no result."""
+  """Reports each evaluation when it is over; returns whether any has no result."""
   absent, any_failed = {job.name: 0 for job in jobs}, False
   waiting = list(jobs)
   while waiting:

@@ -1,15 +1,15 @@
-"""What each task of a Slurm job does: runs a command, and has the job requeued in time.
+"""A task of a Slurm job: runs a command, and has the job requeued in time.
 
-    USR2       of `#SBATCH --signal`, before the time limit, or of a preemption: the
-               command saves and stops (SIGTERM), and Slurm queues the job anew
-    SIGTERM    of scancel, or of a preemption with a grace period: the command saves and
-               stops; the job is requeued only if Slurm says that it was preempted
+    USR2       from `#SBATCH --signal` before the time limit, or from a preemption: the
+               command saves and stops (SIGTERM), and Slurm queues the job again
+    SIGTERM    from scancel, or from a preemption with a grace period: the command saves
+               and stops; the job is requeued only if Slurm reports a preemption
 
-The command of a job with several tasks is started in each of them, and the processes find
-each other by what srun sets in their environment (moejax/launch/distributed.py). The task
-of rank 0 keeps the run's record and requeues.
+If a job has several tasks, each of them starts the command, and the processes find each
+other by variables that srun sets (moejax/launch/distributed.py). The task of rank 0 keeps
+the run's record and requeues the job.
 
-Pickled by submitit and loaded on the node, so nothing here imports jax.
+It is pickled by submitit and loaded on the node, so nothing here imports jax.
 """
 
 import contextlib
@@ -29,7 +29,7 @@ from moejax.sweep.execution import slurm_queue, states
 from moejax.sweep.execution.local import Job
 
 MAX_IDLE = 3
-"""A run that was stopped this often without a new checkpoint is not requeued again."""
+"""A run stopped this many times without a new checkpoint is not requeued again."""
 
 _POLL_SECONDS = 0.1
 _FAILED = 1
@@ -37,18 +37,18 @@ _TOLD = (signal.SIGTERM, signal.SIGUSR2)
 
 
 class Task:
-  """A command, as `submitit` calls it in each task of the job."""
+  """A command that `submitit` calls in each task of the job."""
 
   def __init__(self, job: Job, *, trains: bool = True):
     """Args:
     job: the command.
-    trains: its attempts are recorded, and it resumes. An evaluation starts anew.
+    trains: whether it resumes, and its attempts are recorded. An evaluation starts over.
     """
     self._job, self._trains = job, trains
     self._idle = 0
 
   def __call__(self) -> None:
-    """Runs the command, and leaves with its exit code unless that is 0.
+    """Runs the command, and exits with its exit code unless that is 0.
 
     Raises:
       SystemExit: with the exit code.
@@ -96,7 +96,7 @@ class Task:
         stdin=subprocess.DEVNULL,
         stdout=output,
         stderr=subprocess.STDOUT,
-        # Python holds output to a file back otherwise, and the log is read live.
+        # Otherwise Python buffers output to a file, and the log is read live.
         env=os.environ | {"PYTHONUNBUFFERED": "1"},
       )
 
@@ -115,7 +115,7 @@ class Task:
 
 
 def job_id() -> str:
-  """Returns the id of the job around this process, as scancel takes it."""
+  """Returns the id of the job around this process, in the form for scancel."""
   array = os.environ.get("SLURM_ARRAY_JOB_ID")
   if array:
     return f"{array}_{os.environ.get('SLURM_ARRAY_TASK_ID', '0')}"
@@ -124,7 +124,7 @@ def job_id() -> str:
 
 @contextlib.contextmanager
 def _noted() -> Iterator[set[int]]:
-  """Collects the signals that ask to stop, while the body runs."""
+  """Collects requests to stop (signals) while the body runs."""
   told: set[int] = set()
 
   def note(number: int, frame: FrameType | None) -> None:
@@ -153,7 +153,7 @@ def _blocked(number: signal.Signals) -> Iterator[None]:
 
 
 def _wait(process: subprocess.Popen[bytes], told: set[int]) -> int:
-  """Waits for the command, and asks it once to save and stop if this task is told so."""
+  """Waits for the command; asks it once to save and stop if this task is told to stop."""
   is_asked = False
   while (code := process.poll()) is None:
     if told and not is_asked:
@@ -167,7 +167,7 @@ def _wait(process: subprocess.Popen[bytes], told: set[int]) -> int:
 def _is_to_go_on(told: set[int]) -> bool:
   if signal.SIGUSR2 in told:
     return True
-  # scancel sends SIGTERM too, and there the user wants the end.
+  # scancel also sends SIGTERM, and then the user wants the job to end.
   return bool(told) and slurm_queue.is_preempted(slurm_queue.describe(job_id()))
 
 

@@ -1,16 +1,16 @@
-"""The state of a run, read from its directory alone (queued excepted).
+"""The state of a run, read from its directory alone (except queued).
 
     waiting       nothing has been started
-    queued        a batch system has a job for it, which waits (slurm.py)
+    queued        a batch system has a waiting job for it (slurm.py)
     running       a live process has locked the directory, or was started for it
     done          its last step is checkpointed and evaluated
     failed        its last attempt ended by itself, with an exit code other than 0
-    interrupted   started and not over: stopped by a signal, or its machine went away
+    interrupted   started but not over: stopped by a signal, or its machine was lost
     damaged       its evaluation cannot be read, or the directory holds another run
 
-So a state holds after kill -9 of anything, and is the same from every shell. The record
-`.sweep.json` adds what no run writes about itself: when it was started, by which process,
-and with which exit code it ended. Nothing here imports jax.
+So a state is valid even after kill -9 of any process, and is the same from every shell.
+The record `.sweep.json` adds what a run does not write about itself: when it was started,
+by which process, and with which exit code it ended. Nothing here imports jax.
 """
 
 import dataclasses
@@ -39,8 +39,8 @@ TAIL_LINES = 15
 """Number of lines shown of a failed run's log."""
 
 INTERRUPTIONS = frozenset({3, 129, 130, 137, 143, -1, -2, -9, -15})
-"""Exit codes of a run that goes on when it is started again: it was told to stop (128 +
-signal) or killed (-signal), or another process of its job was lost (3)."""
+"""Exit codes of a run that continues when it is started again: it was asked to stop
+(128 + signal) or killed (-signal), or another process of its job was lost (3)."""
 
 _METRICS_TAIL = 1 << 18
 """Bytes read from the end of metrics.jsonl: tens of lines, whatever their number."""
@@ -60,7 +60,7 @@ class State(enum.StrEnum):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Status:
-  """What a run's directory says of it."""
+  """The status of a run, as read from its directory."""
 
   name: str
   path: Path
@@ -72,32 +72,32 @@ class Status:
   loss: float | None = None
   """Training loss of the last logged step, nats per token."""
   validation_loss: float | None = None
-  """Newest; of a finished run, its final evaluation's. Nats per token."""
+  """Newest validation loss, nats per token; of a finished run, the final evaluation's."""
   dropped: float | None = None
   """Fraction of assignments dropped at the last logged step."""
   seconds_left: float | None = None
-  """Of a running run's steps, at its last logged speed."""
+  """Time left for a running run's steps, at its last logged speed."""
   flops_left: float = 0.0
   """Training FLOPs of the remaining steps; 0 if unknown."""
   flops_per_second: float | None = None
-  """At the last logged step."""
+  """Speed at the last logged step."""
   exit_code: int | None = None
-  """Of the last attempt."""
+  """Exit code of the last attempt."""
   tail: tuple[str, ...] = ()
   """Last lines of a failed run's log."""
   damage: str = ""
-  """One line naming a file that cannot be read or is of another run, and the remedy."""
+  """One line naming a file that is unreadable or another run's, and the remedy."""
   note: str = ""
   """One line on what a finished run lacks."""
   job: str = ""
-  """Id of its job in a batch system; "" if it has none there."""
+  """Id of its job in a batch system; "" if it has none."""
   reason: str = ""
-  """Why that job waits, in the batch system's word."""
+  """Why that job waits, in the batch system's words."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Workload:
-  """Numbers of a run that its status needs, known before it starts."""
+  """Numbers needed for a run's status, known before it starts."""
 
   name: str
   digest: str
@@ -105,7 +105,7 @@ class Workload:
   num_steps: int
   tokens_per_step: int
   flops_per_token: float
-  """Training: forward and backward."""
+  """Training FLOPs per token: forward and backward."""
 
 
 class DamagedError(UserError):
@@ -115,7 +115,7 @@ class DamagedError(UserError):
 def examine(path: Path) -> Status:
   """Returns the status of the run in a directory, which may be missing.
 
-  Never raises for what the directory holds: see `Status.damage`.
+  Never raises because of the directory's content: see `Status.damage`.
   """
   damage, unknown = "", identity.trouble(path)
   is_strange = bool(unknown)
@@ -171,7 +171,7 @@ def _state(path: Path, final: dict[str, Any], num_steps: int, last: Any) -> Stat
   if num_steps and steps and final.get("step") == steps[-1] >= num_steps:
     return State.DONE
   code = last.get("exit_code")
-  # Code 0 without a finished run: its last checkpoint could not be saved.
+  # Code 0 but not finished: its last checkpoint could not be saved.
   if code is not None and code not in INTERRUPTIONS:
     return State.FAILED
   begun = bool(steps) or (path / CONFIG_FILE).exists() or (path / METRICS_FILE).exists()
@@ -184,7 +184,7 @@ def _progress(
   """Returns the fields of `Status` that come from metrics.jsonl."""
   newest: dict[str, Any] = {}
   for line in _last_metrics(path / METRICS_FILE):
-    newest = line | newest  # Going backwards: what is newer stays.
+    newest = line | newest  # Goes backwards, so that newer values stay.
   step = min(int(newest.get("step", 0)), num_steps) if num_steps else 0
   tokens_left = max(num_steps - step, 0) * float(workload.get("tokens_per_step") or 0)
   rate = _number(newest.get("tokens_per_second"))
@@ -221,7 +221,7 @@ def _end_of(path: Path, limit: int) -> str:
 
 
 def log_tail(path: Path) -> tuple[str, ...]:
-  """Returns the last lines of a log, without those of earlier attempts."""
+  """Returns the last lines of a log, excluding earlier attempts."""
   lines = _end_of(path, _LOG_TAIL).splitlines()
   headers = [i for i, line in enumerate(lines) if line.startswith(_HEADER)]
   own = lines[headers[-1] + 1 :] if headers else lines
@@ -360,12 +360,12 @@ def _is_alive(attempt: dict[str, Any]) -> bool:
     return False
   if not isinstance(pid, int) or pid <= 0:
     return False
-  # Numbers are reused, the time of birth of a number is not.
+  # Process ids are reused, but an id with its start time is unique.
   return _born(pid) is not None and _born(pid) == attempt.get("born")
 
 
 def _born(pid: int) -> str | None:
-  """Returns what, with its number, identifies a live process; None if there is none."""
+  """Returns a live process's start, unique together with its id; None if it is gone."""
   try:
     # The name in parentheses may contain spaces; the fields after it do not.
     fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()

@@ -2,10 +2,10 @@
 
   python -m moejax.sweep.execution.step_times REQUEST_FILE
 
-Started by timing.py, on the cores or the GPU of one run and with nothing
-beside it. Interleaved, so that a slow spell of the machine meets all shapes. Tokens are
-random and parameters fresh: without a capacity, a trained router's uneven loads can make
-a step slower or faster than here.
+Started by timing.py, alone on the cores or the GPU of one run. Steps are interleaved, so
+that a slow spell of the machine affects all shapes. Tokens are random and parameters
+newly initialised: without a capacity, a trained router's uneven loads can make a step
+slower or faster than here.
 """
 
 import math
@@ -38,7 +38,7 @@ from moejax.train.optimizer import make_optimizer
 
 WARMUP_STEPS = 3
 _SHARE_OF_MEMORY = 0.5
-"""Of what is free: so much may the steps that are timed together take."""
+"""Fraction of the free memory that steps timed together may take."""
 
 
 class Stepper:
@@ -52,7 +52,7 @@ class Stepper:
     self.memory = analysis.argument_size_in_bytes + analysis.temp_size_in_bytes
 
   def begin(self) -> None:
-    """Makes the state, and takes the steps that are not timed."""
+    """Makes the state, and takes the untimed steps."""
     config, mesh = self.config, self.step.mesh
     vocab_size = resolve_vocab_size(config)
     model = make_model(
@@ -82,7 +82,7 @@ class Stepper:
     self._state = self._batch = None
 
   def facts(self) -> dict[str, Any]:
-    """Returns what the compiler says of the step, per device."""
+    """Returns the compiler's figures for the step, per device."""
     mesh = self.step.mesh
     rows = traffic.rows_of(
       self.config, self.step.compiled.as_text(), mesh.devices.shape, target_platform()
@@ -116,7 +116,7 @@ def measure(configs: Mapping[str, Config], num_steps: int) -> dict[str, dict[str
 
   Args:
     configs: validated.
-    num_steps: of each, timed.
+    num_steps: timed steps of each.
   """
   out = {}
   machine = {
@@ -144,8 +144,8 @@ def summary(seconds: Sequence[float], tokens: int) -> dict[str, Any]:
   """Returns a step's times in milliseconds, their percentiles, and its tokens/s.
 
   Args:
-    seconds: of each timed step; at least one.
-    tokens: of a step.
+    seconds: time of each timed step; at least one.
+    tokens: tokens of a step.
   """
   milliseconds = [1e3 * s for s in seconds]
   p50 = statistics.median(milliseconds)
@@ -159,7 +159,7 @@ def summary(seconds: Sequence[float], tokens: int) -> dict[str, Any]:
 
 
 def _groups(configs: Mapping[str, Config]) -> Iterator[dict[str, Stepper]]:
-  """Compiles each step, and yields as many at once as fit into memory together."""
+  """Compiles each step, and yields as many at once as fit in memory together."""
   group: dict[str, Stepper] = {}
   for name, config in configs.items():
     print(f"compiling {name} ...", flush=True)
@@ -191,7 +191,7 @@ def _num_cores() -> int:
 
 def main(request_file: str) -> None:
   request = files.read_json(request_file)
-  # A compile time from a cache is none.
+  # With a cache, the compile time would be meaningless.
   jax.config.update("jax_enable_compilation_cache", False)
   host_memory.keep_freed_pages()
   configs = {

@@ -1,8 +1,8 @@
 """Step times of a sweep, in a separate pass: each distinct shape once, and alone.
 
-Runs beside each other slow each other, and a run's own log says nothing of it. So after
-the sweep, one process on the cores of one run compiles each shape and times its steps in
-turn. WORKDIR/timing.json maps a shape's digest (moejax/sweep/execution/shapes.py) to:
+Concurrent runs slow each other, and a run's own log does not show it. So after the sweep,
+one process on the cores of one run compiles each shape and times its steps in turn.
+WORKDIR/timing.json maps a shape's digest (moejax/sweep/execution/shapes.py) to:
 
     runs                names of the runs' directories with this shape
     step_ms, p50, p90   milliseconds of each timed step, and percentiles
@@ -86,7 +86,7 @@ def measure(
 
 
 def group(points: Sequence[Point]) -> dict[str, list[Point]]:
-  """Returns the points of each shape, by its digest."""
+  """Returns the points of each shape, by the shape's digest."""
   out: dict[str, list[Point]] = {}
   for point in points:
     out.setdefault(shapes.shape_digest(point.config), []).append(point)

@@ -1,4 +1,4 @@
-"""What a user sees of a sweep: a live table on a terminal, lines elsewhere."""
+"""The progress display of a sweep: a live table on a terminal, lines elsewhere."""
 
 import collections
 import sys
@@ -32,10 +32,10 @@ _FRAME = 6
 _ON_TOP = "starts, compilation and evaluation on top"
 
 _REASON = 32
-"""Most characters shown of why a job waits."""
+"""Most characters shown of the reason why a job waits."""
 
 _WHOLE_TAILS = 3
-"""Failed runs of which more than the last line of the log is shown."""
+"""Number of failed runs for which more than the log's last line is shown."""
 
 _WATCHED = (State.RUNNING, State.FAILED, State.INTERRUPTED, State.DAMAGED)
 
@@ -79,7 +79,7 @@ def state(status: Status) -> str:
   if status.state is State.FAILED and status.exit_code is not None:
     return f"{status.state} (exit code {status.exit_code})"
   if status.state is State.RUNNING and not status.step:
-    # Nothing was logged yet: that takes a minute or more on a busy machine.
+    # Nothing was logged yet, which takes a minute or more on a busy machine.
     return f"{status.state} (starting, compiling)"
   if status.state is State.QUEUED:
     # Some of Slurm's reasons are whole sentences.
@@ -97,7 +97,8 @@ def summary(statuses: Sequence[Status], num_jobs: int) -> str:
   counts = collections.Counter(s.state for s in statuses)
   text = ", ".join(f"{counts[state]} {state}" for state in State if counts[state])
   left = time_left(statuses, num_jobs)
-  # Starts take minutes where steps take seconds: a bare time would read as the end.
+  # Starts may take minutes when steps take seconds, so a bare time would seem to be the
+  # time until the end.
   more = f"; about {duration(left)} of training steps left, {_ON_TOP}" if left else ""
   return f"{len(statuses)} runs: {text or 'none'}{more}"
 
@@ -105,8 +106,8 @@ def summary(statuses: Sequence[Status], num_jobs: int) -> str:
 def time_left(statuses: Sequence[Status], num_jobs: int) -> float | None:
   """Returns the seconds that the steps of all unfinished runs take; None if unknown.
 
-  A run without a speed of its own is taken to compute at the mean FLOP/s of the others.
-  Starts, compilation and evaluation are not included, nor runs that failed.
+  A run without a known speed is assumed to run at the mean FLOP/s of the others. Starts,
+  compilation, evaluation and failed runs are not included.
 
   Args:
     statuses: of all runs.
@@ -143,7 +144,7 @@ def duration(seconds: float | None) -> str:
 
 
 def one_line(status: Status) -> str:
-  """Returns a run's name, state and numbers."""
+  """Returns a line with a run's name, state and numbers."""
   parts = [f"{status.name}: {state(status)}"]
   if status.state not in (State.WAITING, State.QUEUED) and status.num_steps:
     parts.append(f"step {status.step}/{status.num_steps}")
@@ -182,11 +183,11 @@ class Lines:
 
 
 class Rich:
-  """A live table, cut to the runs worth watching if the terminal is too low."""
+  """A live table, cut to the runs worth watching if the terminal is too short."""
 
   def __init__(self, console: Console):
     self._console = console
-    # Redrawn by `update` alone: no thread of its own that a fork could copy.
+    # Redrawn only by `update`: it has no thread that a fork could copy.
     self._live = Live(console=console, auto_refresh=False, transient=True)
     self._live.start()
     self._last: tuple[Mapping[str, Status], int] = ({}, 1)
@@ -237,9 +238,9 @@ def print_table(
 
 
 def failures(statuses: Sequence[Status]) -> list[str]:
-  """Returns each failed run's name, exit code, log and the last lines of that.
+  """Returns each failed run's name, exit code, log and the last lines of the log.
 
-  After the first few, a line each: fifty runs rarely fail for fifty reasons.
+  After the first few, one line each: fifty runs rarely fail for fifty reasons.
   """
   failed = [s for s in statuses if s.state is State.FAILED]
   return [
@@ -257,5 +258,5 @@ def _failure(status: Status, tail: Sequence[str]) -> str:
 
 
 def remarks(statuses: Sequence[Status]) -> list[str]:
-  """Returns a line for each file of a run that is damaged, cut or of another run."""
+  """Returns a line for each file of a run that is damaged, cut or another run's."""
   return [text for s in statuses for text in (s.damage, s.note) if text]

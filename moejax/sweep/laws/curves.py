@@ -1,4 +1,4 @@
-"""Loss curves: smoothed, and at which cost they first reach a loss."""
+"""Loss curves: smoothing, and the cost at which they first reach a loss."""
 
 import dataclasses
 import math
@@ -12,7 +12,7 @@ from moejax.errors import UserError
 from moejax.sweep.laws.law import Floats
 
 _RISES = 0.5
-"""Share of the squared error that a turn must take away to count as one."""
+"""Fraction of the squared error that a turn must remove to count as one."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -28,15 +28,15 @@ class Curve:
 def smooth(loss: ArrayLike) -> Floats:
   """Returns a non-increasing sequence close to a loss curve: its best loss so far.
 
-  Isotonic regression: no window to choose, and no bias towards lucky batches, which a
-  running minimum has. A curve that turns and rises for good is fitted as falling and then
-  rising (unimodal regression) and keeps the height of its turn: of a fit that only falls,
-  the end of the rise would drag the fall up.
+  This is isotonic regression, which needs no window and has no bias towards lucky
+  batches, unlike a running minimum. A curve that turns and rises for good is fitted as
+  falling and then rising (unimodal regression), and stays at the loss of its turn: in a
+  fit that only falls, the end of the rise would pull the fall up.
   """
   values = np.asarray(loss, np.float64)
   falling, rising = _errors(values), _errors(values[::-1])[::-1]
   errors = falling + np.append(rising[1:], 0.0)
-  # The last of equals, so that the turn itself is still of the fall.
+  # The last of equal ones, so that the turn itself still belongs to the fall.
   end = len(values) - int(np.argmin(errors[::-1]))
   if errors[end - 1] >= _RISES * falling[-1]:
     end = len(values)
@@ -48,7 +48,7 @@ def smooth(loss: ArrayLike) -> Floats:
 def _errors(values: Floats) -> Floats:
   """Returns the squared error of the best non-increasing fit of each prefix.
 
-  Pooling adjacent violators from left to right has the fit of every prefix on its way.
+  Pooling adjacent violators from left to right gives the fit of every prefix.
   """
   blocks: list[tuple[float, int, float]] = []  # Mean, size and squared error.
   out, total = [], 0.0
@@ -70,8 +70,8 @@ def _errors(values: Floats) -> Floats:
 def cost_to(curve: Curve, target: float) -> float:
   """Returns the cost at which the smoothed curve first reaches a loss; inf if never.
 
-  Linear between points. A curve that starts at or below the target returns its first
-  cost, which is then only the most that it can be.
+  Interpolates linearly between points. For a curve that starts at or below the target,
+  returns its first cost, which is then only an upper bound.
   """
   loss = smooth(curve.loss)
   reached = np.flatnonzero(loss <= target)

@@ -1,11 +1,11 @@
-"""A law's inputs, counted from a config by that law's own definitions.
+"""A law's inputs, counted from a config by that law's definitions.
 
     laws.Abnar().predict(**definitions.inputs_of(laws.Abnar, config))
 
-Everything comes from the exact counts of moejax/cost. The laws assume models that differ
+All counts come from the exact ones of moejax/cost. The laws assume models that differ
 from a config in ways that no number shows (Clark and Krajewski: every second or every
-layer MoE; all: their data, tokenizer and schedule), so the result is where a config would
-sit among their models, not what its loss will be.
+layer MoE; all: their data, tokenizer and schedule). So the result places a config among
+their models, and does not predict its loss.
 """
 
 from collections.abc import Callable, Mapping
@@ -72,7 +72,7 @@ def _clark(config: Config, vocab: int) -> dict[str, float]:
 
 
 def _krajewski(config: Config, vocab: int) -> dict[str, float]:
-  """d_ff is model.hidden, the paper's dense layer; N holds the blocks' matrices."""
+  """d_ff is model.hidden, the paper's dense layer; N counts the blocks' matrices."""
   moe = _sparse(config, "krajewski")
   total, _ = parameters.count_parameters(config, vocab)
   return {

@@ -1,4 +1,4 @@
-"""Fits a scaling law to the runs of a sweep, and says how far to trust the result.
+"""Fits a scaling law to the runs of a sweep, with estimates of its error.
 
     fitted = fit.fit(laws.Chinchilla, {"N": n, "D": d}, loss)
     fitted.law.predict(N=1e9, D=2e10)      # warns outside of the fitted runs
@@ -8,7 +8,7 @@
 The objective is the Huber loss of the residuals of log L, as in Hoffmann et al.,
 arXiv:2203.15556, section 3.3, minimised from the best points of a grid. Rows with equal
 inputs (the seeds of one setting) are one point: they are resampled and held out together,
-since a fit that has seen one seed has seen the setting.
+since a fit to one seed is already a fit to the setting.
 """
 
 import dataclasses
@@ -28,16 +28,16 @@ from moejax.sweep.laws.rows import Rows
 from moejax.sweep.laws.solve import Problem
 
 _CHANCE = 0.05
-"""Probability of a trend by chance above which there is none."""
+"""Largest p-value at which a trend counts as one."""
 _TESTABLE = 3
-"""Rows of which even a perfect order may be chance, with a probability of 1/6 at 3."""
+"""Up to this many rows even a perfect order may be chance: with probability 1/6 at 3."""
 _FEW = 4
-"""Below so many degrees of freedom an interval is the range of its draws."""
+"""With fewer degrees of freedom, an interval is the range of its draws."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Fit:
-  """A fitted law, and what is known about its error."""
+  """A fitted law, with estimates of its error."""
 
   law: Law
   """With the fitted constants; its `ranges` are those of the runs."""
@@ -51,7 +51,7 @@ class Fit:
   draws: Floats
   """[num_draws, constants]: bootstrap fits, in the order of `law.constants`."""
   error: float
-  """As `HeldOut.error`, on the fitted rows."""
+  """Like `HeldOut.error`, but on the fitted rows."""
   r2: float
   num_rows: int
   num_points: int
@@ -59,7 +59,7 @@ class Fit:
   num_parameters: int
   held_out: tuple[HeldOut, ...]
   notes: tuple[str, ...]
-  """What limits the fit, in sentences."""
+  """Sentences on the limits of the fit."""
 
   def interval(self, **inputs: ArrayLike) -> tuple[Floats, Floats]:
     """Returns the bootstrap interval of the law's value at some inputs.
@@ -105,12 +105,13 @@ def fit(
     law: a class of moejax.sweep.laws.published.
     inputs: [rows] per letter of the law; a scalar holds for all rows.
     output: [rows] loss in nats per token (leverage for `Ling`), above 0.
-    fixed: constants that are given. Small sweeps do not determine all of them: e_start
-      and e_max need many values of E, an irreducible loss needs a decade of compute.
+    fixed: constants that are not fitted. Small sweeps do not determine all of them:
+      e_start and e_max need many values of E, an irreducible loss needs a decade of
+      compute.
     compute: [rows] training FLOPs, to hold out the largest; None is 6 N D, or C.
     delta: where the Huber loss turns linear, in log L. Papers use 0.1 (Krajewski), 0.01
       (Ludziejewski) and 1e-3 (Chinchilla, Abnar).
-    num_starts: points of the grid of starts from which to minimise.
+    num_starts: how many points of the grid of starts to minimise from.
     published: whether the published constants join the grid.
     num_draws: bootstrap samples; 0 makes no intervals.
     level: of the intervals.
@@ -171,7 +172,7 @@ def _intervals(problem: Problem, draws: Floats, tails: Span) -> dict[str, Span]:
 
 
 def _thin(freedom: int) -> list[str]:
-  """Returns what to say about so many more settings than constants."""
+  """Returns notes on a fit with few degrees of freedom."""
   if freedom == 0:
     return ["as many settings as constants: the fit passes through all of them"]
   if freedom < _FEW:
@@ -198,8 +199,8 @@ def power_law(
     **options: of `fit`.
 
   Raises:
-    UserError: as `fit`, a pinned l_inf that is not below every loss, or losses that do
-      not fall with compute by more than they scatter.
+    UserError: as for `fit`, a pinned l_inf that is not below every loss, or losses that
+      do not fall with compute by more than their scatter.
   """
   if not evaluation:
     raise UserError("evaluation='': name the evaluation that l_inf belongs to.")
@@ -218,8 +219,9 @@ def power_law(
 def _refuse_no_trend(compute: Floats, loss: Floats) -> None:
   """Rejects losses that do not fall with compute: any alpha would fit them.
 
-  Kendall's tau, one-sided: ranks alone, so that neither an outlier nor a curve that
-  flattens hides a trend. Too few rows for a test at 5% need only fall.
+  Uses Kendall's tau, one-sided: it depends only on ranks, so neither an outlier nor a
+  flattening curve hides a trend. If there are too few rows for a test at 5%, they only
+  need to fall.
   """
   # Any: scipy's types lose those of a result's fields.
   found: Any = stats.kendalltau(compute, loss, alternative="less")

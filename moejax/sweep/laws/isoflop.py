@@ -1,4 +1,4 @@
-"""How to split compute between parameters and tokens: Chinchilla's approaches 2 and 3.
+"""The split of compute between parameters and tokens: Chinchilla's approaches 2 and 3.
 
 Approach 2 (Hoffmann et al., arXiv:2203.15556, section 3.2): at each budget a parabola of
 loss over log N has its minimum at N*; over budgets N* = k C^exponent. Approach 3
@@ -22,18 +22,18 @@ from moejax.sweep.laws import published as laws
 from moejax.sweep.laws.law import Floats, Span
 
 _SAME = 0.02
-"""Budgets within this fraction of each other are one."""
+"""Budgets within this fraction of each other count as one."""
 _PARABOLA = 3
-"""Constants of a parabola."""
+"""Number of constants of a parabola."""
 _CERTAIN = 0.95
 """Level at which a parabola's curvature must be above 0."""
 _ENOUGH = 0.95
-"""Least fraction of bootstrap draws that must have a minimum at every budget."""
+"""Fraction of bootstrap draws that must have a minimum at every budget."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Minimum:
-  """The lowest loss at one budget, by a parabola."""
+  """The lowest loss at one budget, from a parabola."""
 
   budget: float
   """C, training FLOPs."""
@@ -42,7 +42,7 @@ class Minimum:
   curvature: float
   """Second derivative of the loss in ln N."""
   coefficients: tuple[float, float, float]
-  """Of 1, x and x^2, x = ln N: to draw the curve."""
+  """Coefficients of 1, x and x^2, with x = ln N, to draw the curve."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -60,10 +60,10 @@ class Allocation:
   exponent: float
   coefficient: float
   interval: Span
-  """Of the exponent; (nan, nan) where the runs do not allow one."""
+  """Interval of the exponent; (nan, nan) if the runs do not allow one."""
   level: float
   minima: tuple[Minimum, ...] = ()
-  """Approach 2 only, as `refused`."""
+  """Approach 2 only, like `refused`."""
   refused: tuple[Refused, ...] = ()
   fit: fit_lib.Fit | None = None
   """Approach 3 only."""
@@ -82,13 +82,13 @@ def minima(
   Args:
     budget: [runs] training FLOPs; equal within 2% counts as one budget.
     n: [runs] what is varied: N, or tokens, or another positive size.
-    loss: [runs] nats per token; seeds are rows of their own.
+    loss: [runs] nats per token; each seed is a separate row.
 
   Returns:
-    The minima in the order of budgets, and the budgets that have none: fewer than three
-    sizes, a curve that does not open upwards, a minimum on or beyond the edge, or a
-    curvature that scatter alone could make (Student's t of the quadratic coefficient,
-    one-sided at 5%; three runs leave nothing to test it with).
+    The minima in the order of budgets, and the budgets without one, because of fewer than
+    three sizes, a curve that does not open upwards, a minimum on or beyond the edge, or a
+    curvature that scatter alone could cause (Student's t of the quadratic coefficient,
+    one-sided at 5%; three runs are too few for this test).
 
   Raises:
     UserError: columns of different lengths, or a value that is not positive and finite.
@@ -111,11 +111,11 @@ def approach_2(
 ) -> Allocation:
   """Fits N* = k C^exponent to the minima of isoFLOP curves.
 
-  The interval resamples the parabolas' residuals, pooled over budgets. It knows only the
-  scatter of runs, not whether a parabola is the right shape.
+  The interval resamples the parabolas' residuals, pooled over budgets. It reflects only
+  the scatter of runs, not whether a parabola is the right shape.
 
   Raises:
-    UserError: as `minima`, or fewer than two budgets have a minimum; each is named.
+    UserError: as for `minima`, or fewer than two budgets have a minimum; each is named.
   """
   found, refused = minima(budget, n, loss)
   if len(found) < 2:
@@ -245,7 +245,7 @@ def _parabola(x: Floats, y: NDArray[Any]) -> tuple[float, tuple[float, float, fl
 def _curvature_t(
   x: Floats, y: Floats, coefficients: tuple[float, float, float]
 ) -> tuple[float, float]:
-  """Returns t of a parabola's quadratic coefficient, and what it must be at least."""
+  """Returns t of a parabola's quadratic coefficient, and its least accepted value."""
   freedom = len(x) - _PARABOLA
   if freedom < 1:
     return math.inf, 0.0
@@ -270,7 +270,7 @@ def _redraw(
   num_draws: int,
   rng: np.random.Generator,
 ) -> Floats:
-  """Returns exponents of resampled curves; none if too many of those have no minimum."""
+  """Returns exponents of resampled curves; empty if too many have no minimum."""
   curves = [
     np.polynomial.polynomial.polyval(x, m.coefficients)
     for (_, x, _), m in zip(runs, found)

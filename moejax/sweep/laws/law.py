@@ -1,8 +1,8 @@
-"""What every scaling law has: constants, inputs, a formula, and the range of its fit.
+"""The base of scaling laws: constants, inputs, a formula, and the range of the fit.
 
 A law is a frozen dataclass. Its float fields are the constants, with the published values
 as defaults; a fit makes another instance of the same class. Inputs are passed by the
-letter that the paper uses, and may be arrays that broadcast against each other.
+paper's letters, and may be arrays that broadcast against each other.
 
 Letters mean different things in different laws, so each class lists its own in
 `definitions`; moejax/sweep/laws/definitions.py computes them from a config.
@@ -31,7 +31,7 @@ def spans(**inputs: Span) -> Any:
 
 
 class OutsideFittedRange(UserWarning):
-  """A law is asked for a prediction where it was not fitted."""
+  """A law was used for a prediction outside the range of its fit."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -51,24 +51,24 @@ class Law:
   """Base class; a subclass declares constants as float fields and `formula`."""
 
   ranges: Mapping[str, Span] = dataclasses.field(default_factory=dict, compare=False)
-  """Where the law was fitted: least and greatest value of an input."""
+  """Range of the fit: least and greatest value of each input."""
 
   source: ClassVar[str] = ""
   """arXiv number, equation and table."""
   definitions: ClassVar[Mapping[str, str]] = {}
-  """Each input's letter and what it counts."""
+  """The letter of each input, and what it counts."""
   output: ClassVar[str] = "loss"
-  """What is predicted: `loss` in nats per token, or `leverage`, a ratio of FLOPs."""
+  """The predicted quantity: `loss`, nats per token, or `leverage`, a ratio of FLOPs."""
   positive: ClassVar[frozenset[str]] = frozenset()
   """Constants that are fitted by their logarithm."""
   starts: ClassVar[Mapping[str, tuple[float, ...]]] = {}
-  """A fit's grid of starting points: values tried for each constant."""
+  """Grid of a fit's starting points: the values to try for each constant."""
 
   # `*args` only tells the type checker that a subclass chooses its own letters.
   def formula(self, *args: Any, **inputs: Any) -> Any:
     """Returns the prediction, without a check of the range.
 
-    Must stay analytic in the constants: a fit differentiates it by a complex step.
+    It must be analytic in the constants, since a fit differentiates it by a complex step.
     """
     raise NotImplementedError
 
@@ -97,8 +97,7 @@ class Law:
     """Returns inputs as float64 arrays.
 
     Raises:
-      UserError: a letter that the law does not have, one that is missing, or a value
-        that is not a finite number.
+      UserError: a letter is unknown or missing, or a value is not a finite number.
     """
     names = cls.inputs()
     for name in inputs:
@@ -130,7 +129,7 @@ class Law:
     """Returns the prediction for inputs that broadcast against each other.
 
     Warns:
-      OutsideFittedRange: once per call, naming every input that is outside.
+      OutsideFittedRange: an input is outside; one warning per call names all of them.
 
     Raises:
       UserError: an unknown, missing or non-finite input.

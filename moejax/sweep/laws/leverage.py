@@ -14,8 +14,8 @@ class Ling(Law):
   """EL = A^^(alpha + gamma (log2 G)^2 + beta log2 G), alpha = a + d log10 C.
 
   Tian et al. (Ling), arXiv:2507.17702. The efficiency leverage EL is the FLOPs of a dense
-  model over those of the MoE at equal loss. A^ saturates as Clark's E^, with A itself in
-  the place of E - 1. The paper does not state the bases; only log2 for G and log10 for C
+  model over those of the MoE at equal loss. A^ saturates like Clark's E^, with A itself
+  instead of E - 1. The paper does not state the bases. Only log2 for G and log10 for C
   agree with its text: the best G of 8 to 12 is 2^(-beta / (2 gamma)) = 11.3, and EL is
   7.24 at C = 1e22, A = 3.1%, G = 12 ("more than 7").
   """
@@ -53,7 +53,7 @@ class Ling(Law):
 
   @property
   def best_granularity(self) -> float:
-    """G of the greatest leverage, whatever C and A."""
+    """G of the greatest leverage, which depends on neither C nor A."""
     return 2 ** (-self.beta / (2 * self.gamma))
 
   @staticmethod
@@ -68,10 +68,10 @@ class Ling(Law):
 
   @staticmethod
   def learning_rate(budget: float) -> float:
-    """Peak learning rate at a budget of C FLOPs: 1.1576 C^-0.1529."""
+    """Returns the peak learning rate at a budget of C FLOPs: 1.1576 C^-0.1529."""
     return 1.1576 * budget**-0.1529
 
   @staticmethod
   def batch_tokens(budget: float) -> float:
-    """Tokens per batch at a budget of C FLOPs: 0.0694 C^0.3644."""
+    """Returns the tokens per batch at a budget of C FLOPs: 0.0694 C^0.3644."""
     return 0.0694 * budget**0.3644

@@ -18,11 +18,11 @@ class LogRatio:
 
   value: float
   never: bool
-  """The variant does not get there: the value is the most that it can be."""
+  """The variant does not reach the loss, so the value is an upper bound."""
   early: bool
-  """The variant is there before its first point: the value is the least."""
+  """The variant is there before its first point, so the value is a lower bound."""
   lost: bool
-  """The baseline does not get there: the value is the least."""
+  """The baseline does not reach the loss, so the value is a lower bound."""
 
 
 def _log_ratio(slow: Curve, fast: Curve, target: float | None) -> LogRatio:
@@ -73,9 +73,9 @@ def reach(samples: Sequence[Sequence[LogRatio]], level: float) -> tuple[float, f
 def ends(
   samples: Sequence[Sequence[LogRatio]], ratio: float, reach: float
 ) -> tuple[float, float]:
-  """Returns the interval; open on the side on which some seed gives only a bound."""
+  """Returns the interval; open on a side where some seed gives only a bound."""
   every = [r for sample in samples for r in sample]
-  # A ratio of 0 is a bound as well: what is left are the bounds of the seeds.
+  # A ratio of 0 is also a bound: only the bounds of the seeds are left.
   middle = ratio or math.exp(max(np.mean([r.value for r in s]) for s in samples))
   low = 0.0 if any(r.never for r in every) else middle * math.exp(-reach)
   is_open = any(r.early or r.lost for r in every)
@@ -83,7 +83,7 @@ def ends(
 
 
 def in_words(samples: Sequence[Sequence[LogRatio]]) -> list[str]:
-  """Returns what to say about seeds that give a bound only."""
+  """Returns sentences about seeds that give only a bound."""
   every = [r for sample in samples for r in sample]
   kinds = (
     ("never", "never reach the target: no lower bound"),

@@ -6,10 +6,10 @@
     published.Ludziejewski().optimum(1e20, E=8)              # N 989M, D 16.9B
     published.Ling().predict(C=1e22, A=0.031, G=12)          # 7.24, not a loss
 
-No two of them mean the same by N, C, D, E and G; read `definitions` before comparing.
-Where a docstring says "not checked", the statement was not confirmed against the paper
-or by recomputing one of its numbers. Losses are nats per token of the paper's own data
-and tokenizer, so constants do not carry over; exponents and orderings might.
+No two of them define N, C, D, E and G in the same way; read `definitions` before
+comparing. If a docstring says "not checked", the statement was not confirmed against the
+paper or by recomputing one of its numbers. Losses are nats per token of the paper's own
+data and tokenizer, so constants do not carry over; exponents and orderings might.
 """
 
 import dataclasses
@@ -48,16 +48,16 @@ __all__ = [
 class PowerLaw(Law):
   """L = l_inf + a C^-alpha: loss over compute along one family of models.
 
-  The defaults are no published fit: l_inf depends on the evaluation, so it is stored
-  with its name.
+  The defaults are not a published fit: l_inf depends on the evaluation, so it is stored
+  with the evaluation's name.
   """
 
   l_inf: float = 0.0
-  """Loss that no amount of compute falls below."""
+  """Irreducible loss, whatever the compute."""
   a: float = 1.0
   alpha: float = 0.1
   evaluation: str = ""
-  """The evaluation that the losses, and so `l_inf`, belong to."""
+  """Name of the evaluation that the losses, and so `l_inf`, belong to."""
 
   definitions: ClassVar[Mapping[str, str]] = {"C": "training FLOPs, however counted"}
   positive: ClassVar[frozenset[str]] = frozenset({"l_inf", "a", "alpha"})
@@ -75,8 +75,8 @@ class PowerLaw(Law):
 class Chinchilla(Law):
   """L = e + a N^-alpha + b D^-beta, for dense models.
 
-  Hoffmann et al., arXiv:2203.15556, approach 3. Besiroglu et al., arXiv:2404.10102,
-  could not reproduce these constants from the paper's own plots; use the form, not them.
+  Hoffmann et al., arXiv:2203.15556, approach 3. Besiroglu et al., arXiv:2404.10102, could
+  not reproduce these constants from the paper's own plots; use the form, not the values.
   """
 
   e: float = 1.69
@@ -158,8 +158,8 @@ class Clark(Law):
   def cutoff(self) -> float:
     """N above which more experts raise the loss: 10^(-b/c).
 
-    The table's three decimals of c leave it uncertain by a factor of 2.5 to 5; the paper
-    gives 937B for S-BASE, 85B for RL-R and 83B for HASH.
+    Since the table gives c to three decimals, it is uncertain by a factor of 2.5 to 5;
+    the paper gives 937B for S-BASE, 85B for RL-R and 83B for HASH.
     """
     return 10 ** (-self.b / self.c)
 
@@ -169,7 +169,7 @@ class Krajewski(Law):
   """L = c + (g / G^gamma + a) / N^alpha + b / D^beta, at expansion rate 64.
 
   Krajewski et al., arXiv:2402.07871, equation 9 and table 1, fitted with Huber 0.1 to an
-  RMSE of 0.015. `expansion` enters only the FLOPs: constants are of E = 64.
+  RMSE of 0.015. `expansion` enters only the FLOPs: the constants are for E = 64.
   """
 
   a: float = 18.1
@@ -210,10 +210,10 @@ class Krajewski(Law):
     return self.c + by_size + self.b / D**self.beta
 
   def flops_per_token(self, n: float, **others: float) -> float:
-    """Training FLOPs, by the paper: (12 d^2 c_f + d E G c_r) blocks, d = 64 blocks.
+    """Returns the paper's training FLOPs: (12 d^2 c_f + d E G c_r) blocks, d = 64 blocks.
 
-    c_f = 6 FLOPs per parameter and token, c_r = 14 for routing. With it, the paper's
-    table of compute-optimal models is reproduced to its rounding.
+    c_f = 6 FLOPs per parameter and token, c_r = 14 for routing. These reproduce the
+    paper's table of compute-optimal models to its rounding.
     """
     width = (64 * n / (8 * self.expansion + 4)) ** (1 / 3)
     routing = 14 * width * self.expansion * others["G"]
@@ -274,7 +274,7 @@ class Abnar(Law):
     )
 
   def flops_per_token(self, n: float, **others: float) -> float:
-    """Refused: N and S do not say how many of the parameters are in experts."""
+    """Refuses: N and S do not determine how many of the parameters are in experts."""
     raise UserError(
       "Abnar: N and S alone do not give FLOPs per token. Pass flops_per_token=, a "
       "function of N."
@@ -348,7 +348,7 @@ class Ludziejewski(Law):
 
   @staticmethod
   def learning_rate(active: float, experts: float) -> float:
-    """Peak learning rate of the paper: exp(8.39 - 0.81 ln N - 0.25 ln E)."""
+    """Returns the paper's peak learning rate: exp(8.39 - 0.81 ln N - 0.25 ln E)."""
     return math.exp(8.39 - 0.81 * math.log(active) - 0.25 * math.log(experts))
 
 
@@ -367,7 +367,7 @@ def by_name(name: str) -> type[Law]:
   """Returns the class of a law.
 
   Raises:
-    UserError: there is none of that name.
+    UserError: there is no law of that name.
   """
   if name not in LAWS:
     raise UserError(f"--law={name}: there is no such law. {did_you_mean(name, LAWS)}")

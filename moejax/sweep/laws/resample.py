@@ -13,12 +13,12 @@ from moejax.sweep.laws.solve import Problem
 
 FOLDS = 5
 _SAME = 0.98
-"""Compute of the largest budget, as a fraction: isoFLOP sweeps meet it within 1%."""
+"""Fraction of the largest compute that counts as equal: isoFLOP sweeps meet it to 1%."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class HeldOut:
-  """Error of a fit on points that it did not see."""
+  """Error of a fit on held-out points."""
 
   how: str
   """Which points were held out."""
@@ -46,12 +46,12 @@ def hold_out(
 ) -> tuple[HeldOut, ...]:
   """Returns the errors of k folds and of the largest compute.
 
-  One that leaves fewer points than free constants is missing.
+  A split that leaves fewer points than free constants is skipped.
 
   Args:
     problem: the fit.
     rows: all runs.
-    solution: free constants of the fit to all, a start for the fits to fewer.
+    solution: free constants of the fit to all runs, where the other fits start.
     rng: draws the folds.
   """
   num_points, results = rows.num_points, []
@@ -84,7 +84,7 @@ def _held_out(how: str, predicted: Floats, rows: Rows) -> HeldOut:
 def _predict(
   problem: Problem, rows: Rows, out: NDArray[np.bool_], start: Floats
 ) -> Floats:
-  """Fits the other rows and returns predictions of those that are out."""
+  """Fits the other rows, and returns predictions of those held out."""
   x = problem.solve(rows.take(~out), num_starts=1, also=start).x
   return np.asarray(problem.law_of(x).formula(**rows.take(out).inputs))
 
@@ -126,10 +126,9 @@ def bootstrap(
 def tails_of(level: float, num_points: int, freedom: int, *, by_points: bool) -> Span:
   """Returns the quantiles of bootstrap draws that make an interval of some level.
 
-  A percentile interval is too narrow for few points, as a normal interval is beside
-  Student's. The expanded percentile interval (Hesterberg, arXiv:1411.5279)
-  goes out to the quantile that a t interval would reach: 6 points and 2 constants go from
-  5% to 0.5%.
+  A percentile interval is too narrow for few points, like a normal interval compared with
+  Student's. The expanded percentile interval (Hesterberg, arXiv:1411.5279) extends to the
+  quantile that a t interval would reach: with 6 points and 2 constants, from 5% to 0.5%.
 
   Args:
     level: of the interval.

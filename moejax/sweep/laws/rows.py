@@ -1,4 +1,4 @@
-"""The rows that a law is fitted to, and which of them are one setting."""
+"""The rows that a law is fitted to, and their grouping into settings."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -11,7 +11,7 @@ from moejax.errors import UserError
 from moejax.sweep.laws.law import Floats, Law, Span
 
 _SIZES = ("N", "D", "C", "E")
-"""Letters of which laws take a negative power or a logarithm."""
+"""Letters that laws raise to a negative power or take the logarithm of."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -35,10 +35,10 @@ class Rows:
     output: ArrayLike,
     compute: ArrayLike | None = None,
   ) -> "Rows":
-    """Checks the columns; without `compute` it is the law's C, or 6 N D.
+    """Returns the checked columns; by default, `compute` is the law's C, or 6 N D.
 
     Raises:
-      UserError: columns of other lengths, unknown letters, or unusable numbers.
+      UserError: columns of different lengths, unknown letters, or unusable numbers.
     """
     measured = np.atleast_1d(np.asarray(output, np.float64))
     if measured.ndim != 1 or not len(measured):
@@ -71,7 +71,7 @@ class Rows:
 
   @property
   def num_points(self) -> int:
-    """Settings, each numbered by some row of the whole table."""
+    """Number of distinct settings; rows keep the numbers of the whole table."""
     return len(np.unique(self.point))
 
   @property

@@ -13,17 +13,17 @@ from moejax.sweep.laws.law import Floats, Law
 from moejax.sweep.laws.rows import Rows
 
 _FAR = 1e3
-"""Residual of constants whose prediction is not a finite number above 0."""
+"""Residual for constants whose prediction is not a finite number above 0."""
 _LOG_BOUND = 60.0
 """Bound of a constant that is fitted by its logarithm: e^-60 is 0 for any loss."""
 _BOUND = 20.0
 _STEP = 1e-30
 _ROUGH = 40
-"""Evaluations per start; only the best of them goes on to the end."""
+"""Evaluations per start; only the best start is continued to the end."""
 _PART = 0.3
-"""Share of a constant in an undetermined direction from which it is named."""
+"""Share in an undetermined direction above which a constant is named."""
 _FLAT = 1e-6
-"""Smallest singular value of the scaled Jacobian, over the largest, that counts."""
+"""Smallest singular value of the scaled Jacobian that counts, relative to the largest."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -31,11 +31,11 @@ class Problem:
   """A law with some constants free; vectors hold the free ones, in their order."""
 
   law: Law
-  """Holds the fixed constants; the others are its published ones."""
+  """Has the fixed constants; the others are the published ones."""
   free: tuple[str, ...]
   delta: float
   published: bool
-  """Whether the grid of starts has the law's published constants."""
+  """Whether the grid of starts includes the law's published constants."""
 
   @classmethod
   def of(
@@ -105,7 +105,7 @@ class Problem:
     Args:
       rows: what to fit.
       num_starts: how many of the grid's best points to start from.
-      also: a start beside them.
+      also: an additional start.
     """
     starts = self._starts()
     values = self.residuals(starts.T[:, :, None], rows)
@@ -128,7 +128,7 @@ class Problem:
     bound = np.array(
       [_LOG_BOUND if n in self.law.positive else _BOUND for n in self.free]
     )
-    # Typed as the strings that it may be as well.
+    # Any, since its type only allows the strings that it may also be.
     jacobian: Any = self.jacobian
     return optimize.least_squares(
       self.residuals,

@@ -1,16 +1,16 @@
 """How much faster a variant reaches a quality than a baseline, with an interval.
 
-Two kinds of answer, which need different runs:
+There are two kinds of answer, which need different runs:
 
 - `effective`: how much more compute the baseline would need to reach the variant's loss,
-  along the baseline's own law L = l_inf + a C^-alpha, if both were trained with the same
-  C. `over_seeds` adds an interval; `against_baseline` reads the law off several baseline
-  runs, with the lack-of-fit interval of an inverse regression.
-- `to_quality`: without a law. When does the variant's loss curve reach the loss at which
-  the baseline ends? In whatever unit the curves are in: steps, FLOPs or seconds. Its
+  by the baseline's own law L = l_inf + a C^-alpha, if both were trained with the same C.
+  `over_seeds` adds an interval; `against_baseline` fits the law to several baseline runs,
+  with the lack-of-fit interval of an inverse regression.
+- `to_quality`: without a law, the cost at which the variant's loss curve reaches the loss
+  at which the baseline ends, in the unit of the curves: steps, FLOPs or seconds. Its
   interval is Student's t of the logarithm of the ratio.
 
-A speedup above 1 says that the variant is faster.
+A speedup above 1 means that the variant is faster.
 """
 
 import dataclasses
@@ -27,11 +27,12 @@ from moejax.sweep.laws.curves import Curve, cost_to, is_early, table
 from moejax.sweep.laws.law import Floats
 
 FEW_SEEDS = 5
-"""Below it a bootstrap over seeds is narrower than its level says."""
+"""With fewer seeds, a bootstrap interval is narrower than its nominal level."""
 
 
 AT_LEAST, AT_MOST, UNKNOWN = "at least", "at most", "unknown"
-"""Which side passed the target before its first point: variant, baseline, or both."""
+"""Kinds of bound, if a side passes the target before its first point: the variant, the
+baseline, or both."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -39,19 +40,19 @@ class Speedup:
   """A ratio of costs to the same loss, with its interval."""
 
   ratio: float
-  """Baseline over variant; 0 if the variant does not get there."""
+  """Baseline over variant; 0 if the variant does not reach the loss."""
   low: float
   high: float
-  """Infinite where the data put no bound; nan, as `low`, without an interval."""
+  """Infinite if the data give no bound; nan, like `low`, without an interval."""
   level: float
   how: str
   """Method of the interval."""
   target: float
-  """The loss that both reach; of `to_quality` without one given, the mean over seeds of
-  the loss with which the baseline ends."""
+  """The loss that both reach; by default of `to_quality`, the mean over seeds of the loss
+  with which the baseline ends."""
   notes: tuple[str, ...] = ()
   bound: str = ""
-  """What `ratio` is if it is no value: AT_LEAST, AT_MOST or UNKNOWN; "" if it is one."""
+  """AT_LEAST, AT_MOST or UNKNOWN if `ratio` is only a bound; "" if it is a value."""
 
 
 def effective(
@@ -65,18 +66,18 @@ def effective(
 ) -> float:
   """Returns ((L_baseline - l_inf) / (L_variant - l_inf))^(1 / alpha), in time.
 
-  Both were trained with the same C. The baseline reaches the variant's loss at that
-  multiple of C, by L = l_inf + a C^-alpha, since a = (L_baseline - l_inf) C^alpha. The
-  ratio in time divides by what the variant loses in throughput.
+  Both were trained with the same C. By L = l_inf + a C^-alpha, the baseline reaches the
+  variant's loss at that multiple of C, since a = (L_baseline - l_inf) C^alpha. The ratio
+  in time also divides by the variant's loss of throughput.
 
   Args:
     baseline: loss of the baseline.
     variant: loss of the variant.
     l_inf: irreducible loss under the evaluation that gave both losses.
     alpha: exponent of the baseline's law, above 0.
-    baseline_speed: FLOPs (or tokens, if C counts tokens) per second; 1 for both leaves
-      time out.
-    variant_speed: likewise.
+    baseline_speed: FLOPs (or tokens, if C counts tokens) per second; 1 for both ignores
+      time.
+    variant_speed: the same for the variant.
 
   Raises:
     UserError: a loss not above l_inf, or an exponent or speed not above 0.
@@ -109,15 +110,15 @@ def over_seeds(
   Args:
     baseline: [seeds] final losses.
     variant: [seeds] final losses, not paired with the baseline's.
-    l_inf: as `effective`.
-    alpha: as `effective`; its own error is not part of the interval.
+    l_inf: as for `effective`.
+    alpha: as for `effective`; its error is not part of the interval.
     speed_ratio: throughput of the variant over the baseline's.
     level: of the interval.
     num_draws: bootstrap samples.
     seed: of the bootstrap.
 
   Raises:
-    UserError: as `effective`.
+    UserError: as for `effective`.
   """
   losses = [np.atleast_1d(np.asarray(v, np.float64)) for v in (baseline, variant)]
   _above(l_inf, *losses[0], *losses[1])
@@ -164,16 +165,16 @@ def against_baseline(
   """Returns C_needed / C of a variant, C_needed from a line through baseline runs.
 
   ln(L - l_inf) = ln a - alpha ln C is fitted to the baseline by least squares. C_needed
-  is where the line has the variant's loss. Its interval is that of an inverse regression
-  (Fieller), with Student's t of n - 2 degrees of freedom: it takes the scatter of the
-  baseline's runs around the line, lack of fit included, as the error of every run, also
-  of the variant.
+  is the C at which the line has the variant's loss. Its interval is that of an inverse
+  regression (Fieller), with Student's t of n - 2 degrees of freedom. It takes the scatter
+  of the baseline's runs around the line, including lack of fit, as the error of every
+  run, also of the variant.
 
   Args:
     compute: [n] training FLOPs of the baseline's runs, n >= 3.
     loss: [n] their losses.
     variant_compute: C of the variant.
-    variant_loss: its loss, of the same evaluation.
+    variant_loss: its loss, from the same evaluation.
     l_inf: irreducible loss under that evaluation.
     level: of the interval.
 
@@ -246,22 +247,22 @@ def to_quality(
   target: float | None = None,
   level: float = 0.9,
 ) -> Speedup:
-  """Returns the baseline's cost to a loss over the variant's.
+  """Returns the baseline's cost to reach a loss, over the variant's.
 
-  The ratio is that of the means over seeds, smoothed. Its interval is Student's t of
-  ln(ratio). With as many seeds on both sides, those at one place are a pair: each
-  baseline against its variant, to the loss with which that baseline ends, so that what a
-  seed adds to both sides cancels. (Pairs of unrelated seeds are as good as any others.)
-  With unequal numbers the sides vary one after the other against the other's mean, with
-  Welch's degrees of freedom.
+  The ratio is that of the smoothed means over seeds. Its interval is Student's t of
+  ln(ratio). With equally many seeds on both sides, curves at the same position are a
+  pair: each variant is compared with its baseline at the loss with which that baseline
+  ends, so that effects of a seed on both sides cancel. (Pairs of unrelated seeds are as
+  good as any others.) With unequal numbers, each side in turn varies against the other's
+  mean, with Welch's degrees of freedom.
 
-  A seed that never gets there, or is there before its first point, gives a bound only;
-  the interval then has no end on that side (low 0, or high inf).
+  A seed that never reaches the loss, or reaches it before its first point, gives only a
+  bound; the interval then has no end on that side (low 0, or high inf).
 
   Args:
     baseline: a curve per seed.
-    variant: a curve per seed, cost in the same unit; in the order of the baseline's seeds
-      where both have the same.
+    variant: a curve per seed, with cost in the same unit; in the order of the baseline's
+      seeds if both have the same.
     target: nats per token; None is the mean over seeds of the baseline's last loss.
     level: of the interval.
 
@@ -307,7 +308,7 @@ def _bound(slow: Curve, fast: Curve, target: float) -> str:
 
 
 def _ratio(baseline: Curve, variant: Curve, target: float) -> float:
-  """Returns the ratio of costs; 0 if the variant does not get there."""
+  """Returns the ratio of costs; 0 if the variant does not reach the target."""
   ours, theirs = cost_to(variant, target), cost_to(baseline, target)
   if not math.isfinite(theirs):
     raise UserError(f"target={target:g}: the baseline never reaches this loss.")

@@ -1,11 +1,11 @@
-"""Axes: which fields vary, over which values, and how a point is named after them.
+"""Axes: the fields that vary, their values, and the names of points.
 
-A flag `--sweep.SECTION.FIELD=a,b,c` is an axis of its own. All flags `--zip.…` together
+Each flag `--sweep.SECTION.FIELD=a,b,c` is a separate axis. All flags `--zip.…` together
 are one axis: their first values make its first position, and so on. Values are parsed by
-the type of their field, as `--config.SECTION.FIELD` is.
+the type of their field, like `--config.SECTION.FIELD`.
 
-An option of a router, `moe.ROUTER.OPTION`, varies only where that router is chosen:
-points of other routers are not multiplied by it (`moejax.sweep.points.expand`).
+An option of a router, `moe.ROUTER.OPTION`, varies only if that router is chosen: points
+of other routers are not multiplied by it (`moejax.sweep.points.expand`).
 """
 
 import hashlib
@@ -54,7 +54,7 @@ FIXED: Mapping[str, str] = {
 """Fields that may not vary within a sweep, and why."""
 
 NAME_LENGTH = 120
-"""Most characters of a point's name; file systems allow 255 for name and digest."""
+"""Most characters in a point's name; file systems allow 255 for name and digest."""
 
 
 def product(field: str, *values: Any) -> Axis:
@@ -71,7 +71,7 @@ def together(values: Mapping[str, Sequence[Any]]) -> Axis:
   """Returns one axis of fields that vary together, for a spec file.
 
   Args:
-    values: dotted name to its values, as many for each field.
+    values: dotted name to its values, equally many for each field.
 
   Raises:
     ConfigError: the fields have different numbers of values.
@@ -96,13 +96,13 @@ def parse(given: Iterable[tuple[str, str, str]]) -> tuple[Axis, ...]:
   """Parses flags into axes.
 
   Args:
-    given: (prefix, dotted name, text) of each flag, in the order of the line.
+    given: (prefix, dotted name, text) of each flag, in command-line order.
 
   Returns:
-    The axes in that order; the zip stands where its first flag did.
+    The axes in that order; the zip is at the position of its first flag.
 
   Raises:
-    ConfigError: an unknown name, a value of another type or out of range, an empty
+    ConfigError: an unknown name, a value of the wrong type or out of range, an empty
       list, zips of unequal lengths, a field given twice or one that may not vary.
   """
   given = list(given)
@@ -115,7 +115,7 @@ def parse(given: Iterable[tuple[str, str, str]]) -> tuple[Axis, ...]:
       )
     seen[name] = prefix
     check_varies(f"--{prefix}.{name}", name)
-  # Options last: they import jax, and the other mistakes should be found before.
+  # Options last: they import jax, and other mistakes should be found before that.
   options = [flag for flag in given if config_text.is_router_option(flag[1])]
   fields = [flag for flag in given if flag not in options]
   values = {name: _values(p, name, text) for p, name, text in fields + options}
@@ -176,11 +176,11 @@ def check_value(flag: str, name: str, value: Any) -> None:
 def name_of(settings: Mapping[str, Any], among: Iterable[str]) -> str:
   """Returns a point's name: `num_experts=16,capacity_factor=1.25,seed=0`.
 
-  Only characters that are safe in a path. A long name is cut before its seed, and ends
-  in a hash of the whole.
+  It has only characters that are safe in a path. A long name is cut before its seed, and
+  ends in a hash of the full name.
 
   Args:
-    settings: of the point, in the order of the name.
+    settings: settings of the point, in the order of the name.
     among: all fields that any point of the sweep sets, so that a field has the same
       short name everywhere.
   """
@@ -189,7 +189,7 @@ def name_of(settings: Mapping[str, Any], among: Iterable[str]) -> str:
   name = ",".join(words)
   if len(name) <= NAME_LENGTH:
     return name
-  # Of all but the seed, so that seeds of one setting differ in the seed alone.
+  # Hashes all but the seed, so that seeds of one setting differ only in the seed.
   own = words[:-1] if SEED in settings else words
   mark = "~" + hashlib.sha256(",".join(own).encode()).hexdigest()[:6]
   end = ",".join([mark, *words[len(own) :]])
@@ -197,7 +197,7 @@ def name_of(settings: Mapping[str, Any], among: Iterable[str]) -> str:
 
 
 def _short_names(fields: Iterable[str]) -> dict[str, str]:
-  """Returns the last part of each dotted name, or as many as no other name ends in."""
+  """Returns the last part of each dotted name, or as many parts as make it unique."""
   fields = list(dict.fromkeys(fields))
   short = {}
   for field in fields:

@@ -1,9 +1,9 @@
 """Budgets: equal FLOPs per token (`match`) and equal training FLOPs (`isoflop`).
 
-FLOPs are those of moejax/cost/flops.py, counted exactly: training (3 times the forward
-pass) of attention with its scores over the full square, dense layers, the K experts of a
-token, shared experts, the router and the output head. So a router that scores more
-experts gets narrower experts.
+FLOPs are the exact counts of moejax/cost/flops.py: training (3 times the forward pass) of
+attention with its scores over the full square, dense layers, the K experts of a token,
+shared experts, the router and the output head. So a router that scores more experts gets
+narrower experts.
 
 Letters: C a budget in FLOPs, F an expert's hidden width, D width, L layers.
 """
@@ -25,11 +25,11 @@ from moejax.sweep.points.axes import number
 from moejax.sweep.spec import TOKENS_FIELD
 
 TOLERANCE = 0.01
-"""Relative distance from a target within which it counts as met."""
+"""Relative distance from a target up to which it counts as met."""
 
 MATCHES = ("active_flops",)
 SIZE_FIELDS = ("model.width", "model.num_layers")
-"""Fields of which an axis, if there is one, replaces the ladder of sizes."""
+"""Fields whose axis, if there is one, replaces the ladder of sizes."""
 
 SCALED_FIELDS = (
   "model.num_heads",
@@ -39,7 +39,7 @@ SCALED_FIELDS = (
   "moe.hidden",
   "moe.shared_hidden",
 )
-"""Fields that the ladder sets in proportion, or keeps."""
+"""Fields that the ladder scales in proportion, or keeps."""
 
 _SHAPES = ("model", "moe", "data")
 """Sections whose fields can change the FLOPs of a token."""
@@ -52,16 +52,16 @@ _LEAST_SIZES, _MOST_SIZES = 5, 7
 _APART = 1.3
 """Least ratio of FLOPs per token between two sizes of the ladder."""
 _OFF_SHAPE = 2.0
-"""Most by which their ratio of width to depth may be off the base's."""
+"""Largest factor between their ratio of width to depth and the base's."""
 _LEAST_STEPS = 100
-"""Steps of the shortest run on the ladder: whole steps then meet a budget within 0.5%,
+"""Steps of the shortest run on the ladder. Whole steps then meet a budget within 0.5%,
 and runs of other axes may cost up to twice as much per token."""
 
 _WIDE = 8
-"""Widths that are scaled are a multiple of it, which suits vector units."""
+"""Scaled widths are a multiple of this, which suits vector units."""
 
 _SEARCHED = 32
-"""Neighbours of a solution that are tried if a rule of the config refuses it."""
+"""Number of a solution's neighbours to try if a rule of the config refuses it."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -73,12 +73,12 @@ class Size:
   num_heads: int
 
   def shown(self) -> dict[str, int]:
-    """Returns the fields that name it."""
+    """Returns the fields that are part of its name."""
     return {"model.width": self.width, "model.num_layers": self.num_layers}
 
 
 def token_flops(config: Config) -> float:
-  """Returns the training FLOPs per token, in all."""
+  """Returns the total training FLOPs per token."""
   return flops_per_token(config, resolve_vocab_size(config))["total"]
 
 
@@ -123,15 +123,15 @@ def check_match(match: str, field: str) -> None:
 def match(config: Config, reference: Config, field: str) -> None:
   """Sets a field so that FLOPs per token are within 1% of a reference's.
 
-  A config that is within 1% already is left alone.
+  A config that is already within 1% is left unchanged.
 
   Args:
     config: changed in place.
-    reference: what it is compared with.
+    reference: the config to match.
     field: dotted name of an integer with which FLOPs grow.
 
   Raises:
-    ConfigError: no value of the field meets it; names the nearest.
+    ConfigError: no value of the field matches; the message names the nearest.
   """
   target = token_flops(reference)
   if is_within(token_flops(config), target):
@@ -167,7 +167,7 @@ def _solve(config: Config, field: str, target: float) -> int:
       least = middle + 1
     else:
       most = middle
-  # The two neighbours of the target first, then outwards past those a rule refuses.
+  # The two neighbours of the target first, then outwards, past those that a rule refuses.
   for away in range(_SEARCHED):
     pair = [c for c in (least - 1 - away, least + away) if low <= c <= high]
     for count in sorted(pair, key=lambda count: abs(flops(count) - target)):
@@ -177,7 +177,7 @@ def _solve(config: Config, field: str, target: float) -> int:
 
 
 def _step(config: Config, field: str) -> int:
-  """Returns what the rules of a config demand to divide a field."""
+  """Returns the number that must divide a field by the rules of a config."""
   if field == "moe.hidden":
     return config.moe.segments
   if field == "model.width" and not config.model.head_dim:
@@ -199,7 +199,7 @@ def _is_valid(config: Config, field: str, value: int) -> bool:
 
 
 def check_budget(flops: float) -> None:
-  """Rejects a budget that is no positive number.
+  """Rejects a budget that is not a positive number.
 
   Raises:
     ConfigError: names the flag and its value.
@@ -217,7 +217,7 @@ def spend(config: Config, flops: float) -> None:
     flops: C.
 
   Raises:
-    ConfigError: no whole number of steps meets it; names the nearest budget.
+    ConfigError: no whole number of steps meets it; the message names the nearest budget.
   """
   per_step = _step_flops(config)
   most = int(RANGES[TOKENS_FIELD].high)
@@ -244,17 +244,17 @@ def _step_flops(config: Config) -> float:
 def ladder(base: Config, flops: float) -> list[Size]:
   """Returns 5 to 7 sizes around the base config that can spend a budget.
 
-  Each costs at least 1.3 times as much per token as the one before. Whole heads and
-  whole repeats of the layer pattern allow only some widths and depths: sizes whose
-  ratio of width to depth is the base's come first, and others, up to 2 times off, fill
-  the gaps. Those nearest to the base are taken.
+  Each costs at least 1.3 times as much per token as the one before. Whole heads and whole
+  repeats of the layer pattern allow only some widths and depths. Sizes with the base's
+  ratio of width to depth come first, and others, with a ratio up to 2 times off, fill the
+  gaps. Those nearest to the base are taken.
 
   Args:
     base: a config whose values are in range.
     flops: C.
 
   Raises:
-    ConfigError: fewer than 5 sizes can; names the smallest budget of 5.
+    ConfigError: fewer than 5 sizes can; the message names the nearest budget for 5.
   """
   costs = {size: _step_flops(scaled(base, size)) for size in _sizes(base)}
   sizes: list[Size] = []
@@ -279,19 +279,19 @@ def ladder(base: Config, flops: float) -> list[Size]:
 
 
 def _rounded_up(flops: float) -> float:
-  """Rounds to two digits, upwards, for a flag that a person copies."""
+  """Rounds upwards to two digits, for a flag that a person copies."""
   unit = 10.0 ** (math.floor(math.log10(flops)) - 1)
   return math.ceil(flops / unit) * unit
 
 
 def _rounded_down(flops: float) -> float:
-  """Rounds to two digits, downwards."""
+  """Rounds downwards to two digits."""
   unit = 10.0 ** (math.floor(math.log10(flops)) - 1)
   return math.floor(flops / unit) * unit
 
 
 def _sizes(base: Config) -> list[Size]:
-  """Returns sizes of up to 8 times the base's heads and depth, near its shape."""
+  """Returns sizes with up to 8 times the base's heads and depth, near its shape."""
   model, moe = base.model, base.moe
   group = _heads_per_group(base)
   prefix = min(moe.dense_prefix, model.num_layers - 1)
@@ -313,7 +313,7 @@ def _sizes(base: Config) -> list[Size]:
 
 
 def _around(count: int) -> list[int]:
-  """Returns numbers from 1/8 to 8 times a count, at most 25."""
+  """Returns at most 25 numbers, from 1/8 to 8 times a count."""
   return sorted({max(1, round(count * 2 ** (k / 4))) for k in range(-12, 13)})
 
 
@@ -324,7 +324,7 @@ def _off_shape(base: Config, size: Size) -> float:
 
 
 def _heads_per_group(base: Config) -> int:
-  """Returns the number of query heads of each key/value head."""
+  """Returns the number of query heads per key/value head."""
   kv_heads = base.model.num_kv_heads
   return base.model.num_heads // kv_heads if kv_heads else 1
 
@@ -332,8 +332,8 @@ def _heads_per_group(base: Config) -> int:
 def scaled(base: Config, size: Size) -> Config:
   """Returns a copy of a config at another size.
 
-  A head keeps its width and its number of query heads; hidden widths change in
-  proportion to the width.
+  The width of a head and the query heads per key/value head stay the same; hidden widths
+  change in proportion to the width.
   """
   config = copy.deepcopy(base)
   model, moe = config.model, config.moe
@@ -350,7 +350,7 @@ def scaled(base: Config, size: Size) -> Config:
 
 
 def _in_proportion(width: int, ratio: float, divisor: int = 1) -> int:
-  """Returns a width times a ratio, as near as a multiple of 8 and `divisor` allows."""
+  """Returns a width times a ratio, rounded to a multiple of 8 and `divisor` if needed."""
   exact = width * ratio
   if exact == int(exact) and not int(exact) % divisor:
     return int(exact)

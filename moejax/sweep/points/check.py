@@ -11,11 +11,11 @@ from moejax.sweep.points.combine import varied
 from moejax.sweep.spec import TOKENS_FIELD, Axis, Spec
 
 MAX_POINTS = 100_000
-"""More is a mistake in the command line."""
+"""Most points of a sweep: more must be a mistake in the command line."""
 
 
 def check_spec(spec: Spec) -> None:
-  """Rejects a wrong specification; those of flags have passed most of this already.
+  """Rejects a wrong specification; one made from flags has passed most checks already.
 
   Raises:
     ConfigError: names the flag or the part of the spec, and the remedy.
@@ -49,7 +49,7 @@ def _check_axes(spec: Spec) -> None:
 
 
 def _flag(spec: Spec, field: str) -> str:
-  """Returns the flag by which a field of the spec varies."""
+  """Returns the flag that varies a field of the spec."""
   zipped = {f for axis in spec.axes if len(axis.fields) > 1 for f in axis.fields}
   return f"--{axes_lib.ZIP if field in zipped else axes_lib.SWEEP}.{field}"
 

@@ -1,7 +1,7 @@
 """Every combination of a specification's variants, axes and budgets.
 
-An option of a router multiplies only the combinations that have that router, so the
-router of a combination is decided first, by all that is no such option.
+An option of a router multiplies only the combinations that have that router. So the
+router of a combination is decided first, by everything that is not such an option.
 """
 
 import dataclasses
@@ -19,7 +19,7 @@ VARIANT = "variant"
 ISOFLOP = "isoflop"
 
 _ABSENT = -1
-"""Position on an axis that does not apply to a point; sorted before the others."""
+"""Position on an axis that does not apply to a point; sorts before the others."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -27,17 +27,17 @@ class Choice:
   """One position on one axis."""
 
   settings: Mapping[str, Any]
-  """What names the point."""
+  """Settings that name the point."""
   fields: Mapping[str, Any]
-  """What is set in the config."""
+  """Fields to set in the config."""
   flops: float | None = None
-  """Training budget that is solved for."""
+  """Training budget to solve for."""
   size: budget.Size | None = None
-  """Size to which the config is scaled."""
+  """Size to scale the config to."""
 
   @property
   def only_routers(self) -> set[str]:
-    """Routers whose options are all that is set; empty if anything else is."""
+    """Routers whose options are set; empty if anything else is set too."""
     routers = {_router_named(field) for field in self.fields}
     return routers if self.fields and "" not in routers else set()
 
@@ -53,7 +53,7 @@ class Choice:
 def combinations(spec: Spec) -> list[list[Choice]]:
   """Returns the choices of each point, in the order of points, without seeds."""
   axes = [_variants(spec), *map(_positions, spec.axes), *_budgets(spec)]
-  # A router's option is an axis only where that router is chosen: decided second.
+  # A router's option is an axis only if that router is chosen, so it is decided second.
   routers = [set().union(*(c.only_routers for c in axis)) for axis in axes]
   rows: list[tuple[int, ...]] = []
   plain = ([_ABSENT] if own else range(len(axis)) for axis, own in zip(axes, routers))
@@ -87,7 +87,7 @@ def _chosen(axes: list[list[Choice]], row: tuple[int, ...]) -> list[Choice]:
 
 
 def _refuse_unreached(spec: Spec, found: list[list[Choice]]) -> None:
-  """Rejects a router's option where no point has that router."""
+  """Rejects options of a router that no point has."""
   reached = {field for choices in found for choice in choices for field in choice.fields}
   for field in sorted(varied(spec) - reached):
     router = _router_named(field)
@@ -118,7 +118,7 @@ def _variants(spec: Spec) -> list[Choice]:
 def _budgets(spec: Spec) -> list[list[Choice]]:
   """Returns the axis of budgets, each with its sizes unless the spec has an axis of them.
 
-  At most one axis, since budgets differ in the sizes that can spend them.
+  It is at most one axis, since budgets differ in the sizes that can spend them.
   """
   if not spec.isoflop:
     return []

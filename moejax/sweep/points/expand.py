@@ -1,8 +1,8 @@
-"""From a specification to its points: every combination, resolved and checked.
+"""Expands a specification to its points: every combination, resolved and checked.
 
-A point is what `--config.FIELD=VALUE` for each of its settings would give a single run,
-and is checked by the same functions. Order: variants, the axes, budgets, sizes and seeds,
-the last varying fastest.
+A point is the config that a single run would get from `--config.FIELD=VALUE` for each of
+its settings, and is checked by the same functions. Order: variants, the axes, budgets,
+sizes and seeds, with the last varying fastest.
 """
 
 import collections
@@ -25,10 +25,10 @@ from moejax.sweep.points.combine import Choice, combinations, router_of
 from moejax.sweep.spec import Point, Spec
 
 NOT_IN_DIGEST = ("schema_version", "data.cache_dir", "data.num_workers", "data.prefetch")
-"""Fields that may differ between machines without making it another run."""
+"""Fields that may differ between machines for the same run."""
 
 SEED_MARK = "{seed}"
-"""In `train.init_from`: stands for the point's seed, so that each has its own start."""
+"""Stands in `train.init_from` for the point's seed, so that each has its own start."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -57,20 +57,20 @@ def expand(spec: Spec) -> Expansion:
   """Returns the points of a specification, and those left out.
 
   Raises:
-    ConfigError: the specification is wrong, a point is impossible (unless they are
-      skipped), twice there, or no point is left.
+    ConfigError: the specification is wrong, a point is impossible (unless such points are
+      skipped), a point occurs twice, or no point is left.
   """
   check_spec(spec)
   found: list[Point] = []
   skipped: list[Skipped] = []
   rows = combinations(spec)
-  # The order of names does not depend on which points happen to have an option.
+  # The order of names must not depend on which points happen to have an option.
   names = dict.fromkeys(key for row in rows for c in row for key in c.settings)
   among = [*names, SEED]
   for choices in rows:
     settings = {k: v for choice in choices for k, v in choice.settings.items()}
     config, error = _resolve(spec, choices)
-    # A point is a config with its seed: a condition may give fewer seeds to some.
+    # Conditions apply to configs with a seed, so some points may have fewer seeds.
     seeded = _seeded(spec, config, settings, among)
     kept = [point for point in seeded if _kept(spec, point)]
     if not kept:
@@ -94,7 +94,7 @@ def expand(spec: Spec) -> Expansion:
 
 
 def _refuse_lost_options(spec: Spec, rows: list[list[Choice]]) -> None:
-  """Rejects options in the base config of a router that no point has."""
+  """Rejects options in the base config for a router that no point has."""
   chosen = {router_of(spec, choices) for choices in rows}
   for router, options in spec.base.moe.options.items():
     if router not in chosen and options:
@@ -155,9 +155,9 @@ def _named_apart(found: list[Point]) -> list[Point]:
 def digest(config: Config) -> str:
   """Returns the first 8 hex digits of the SHA-256 of a resolved config.
 
-  Over the fields that are not at their default: a later version of moejax, whose config
-  has more fields, gives the same digest. Where files lie and how they are read is left
-  out, so another machine does too.
+  It covers the fields that are not at their default, so a later version of moejax, with
+  more config fields, gives the same digest. Paths and how files are read are left out, so
+  another machine also gives the same.
   """
   given = given_fields(config)
   values = {name: v for name, v in given.items() if name not in NOT_IN_DIGEST}
@@ -169,9 +169,9 @@ def given_fields(config: Config, base: Config | None = None) -> dict[str, Any]:
   """Returns the fields that differ from a base, by dotted name.
 
   Args:
-    config: any.
-    base: None is the default of every field. Options that the router of `base` does not
-      have are at their default.
+    config: any config.
+    base: None means the default of every field. Options that the router of `base` does
+      not have count as default.
   """
   base = Config() if base is None else base
   then = config_text.leaves(base)
@@ -184,7 +184,7 @@ def given_fields(config: Config, base: Config | None = None) -> dict[str, Any]:
 
 
 def _resolve(spec: Spec, choices: list[Choice]) -> tuple[Config, ConfigError | None]:
-  """Returns the config of a point, as far as it could be solved, and why no further."""
+  """Returns the config of a point, as far as it could be solved, and the error if any."""
   config, reference = copy.deepcopy(spec.base), spec.base
   for choice in choices:
     for field, value in choice.fields.items():
@@ -193,7 +193,7 @@ def _resolve(spec: Spec, choices: list[Choice]) -> tuple[Config, ConfigError | N
   config.moe.options = {r: o for r, o in config.moe.options.items() if r == router}
   flops = next((c.flops for c in choices if c.flops is not None), None)
   size = next((c.size for c in choices if c.size is not None), None)
-  if size is not None:  # Compared with the base config of the same size.
+  if size is not None:  # It is compared with the base config at the same size.
     config, reference = budget.scaled(config, size), budget.scaled(reference, size)
   try:
     if spec.match:

@@ -1,10 +1,10 @@
-"""What a sweep will cost, before it starts: parameters, FLOPs, memory and time.
+"""Predicts the cost of a sweep: parameters, FLOPs, memory and time.
 
 Parameters and FLOPs are exact (moejax/cost). Memory is the lower bound of
-moejax/cost/memory.py. Time is FLOPs over a rate, and says what the rate rests on: steps
-of this sweep that were already taken, else 30% of the chip's peak, else 30% of the speed
-of a matrix product on this machine. It covers training steps only: starting, compiling
-and evaluating come on top.
+moejax/cost/memory.py. Time is FLOPs over a rate, whose basis is given: steps of this
+sweep that were already taken, else 30% of the chip's peak, else 30% of the speed of a
+matrix product on this machine. It covers only training steps, not starting, compiling
+and evaluating.
 """
 
 import dataclasses
@@ -25,12 +25,12 @@ from moejax.sweep.points.axes import SEED
 from moejax.sweep.spec import RUNS, Point
 
 UTILISATION = 0.3
-"""Share of a matrix product's speed that a training step is taken to reach. The default
-config reaches 0.27 to 0.3 of it on two CPU cores; a well-tuned run on a chip, 0.3 to
-0.5."""
+"""Fraction of a matrix product's speed that a training step is assumed to reach. The
+default config reaches 0.27 to 0.3 of it on two CPU cores; a well-tuned run on a chip, 0.3
+to 0.5."""
 
 _LEAST_RECORDS = 2
-"""Log lines that a run needs; the first interval is left out, because it compiles."""
+"""Log lines that a run needs; the first interval is left out, since it compiles."""
 _PRODUCT = 1024
 _ROUNDS = 8
 
@@ -41,37 +41,37 @@ class Rate:
 
   flops_per_second: float
   words: str
-  """What it rests on."""
+  """What it is based on, in words."""
   by_setting: Mapping[str, float] = dataclasses.field(default_factory=dict)
   """Measured speed of settings, by `setting_of`."""
   is_measured: bool = False
-  """Measured in runs of this sweep, beside as many others as ran at the time."""
+  """Whether it was measured in this sweep, with as many runs at once as there were."""
   is_per_device: bool = False
-  """Of one accelerator, not of a machine's cores."""
+  """Whether it is that of one accelerator, not of a machine's cores."""
 
   def of(self, point: Point) -> float:
-    """Returns the speed of a point: its own setting's if that was measured."""
+    """Returns the speed of a point: that of its own setting if measured."""
     return self.by_setting.get(setting_of(point), self.flops_per_second)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Prediction:
-  """What one run costs."""
+  """The cost of one run."""
 
   point: Point
   total_parameters: int
   active_parameters: int
-  """Those that a token uses."""
+  """Parameters that a token uses."""
   flops_per_token: float
-  """Of training."""
+  """Training FLOPs per token."""
   tokens: int
   memory_bytes: int
-  """Least memory of a device."""
+  """Lower bound of a device's memory."""
   seconds: float
 
   @property
   def flops(self) -> float:
-    """C, training FLOPs in all."""
+    """C, total training FLOPs."""
     return self.flops_per_token * self.tokens
 
 
@@ -83,8 +83,8 @@ def predict(
   Args:
     points: of the sweep.
     rate: see `choose_rate`.
-    devices_per_run: of each run; memory is that of one, and a rate per device is
-      multiplied by it.
+    devices_per_run: devices of each run; memory is that of one device, and a rate per
+      device is multiplied by this number.
   """
   scale = devices_per_run if rate.is_per_device else 1
   return [_one(point, rate.of(point) * scale, devices_per_run) for point in points]
@@ -109,7 +109,7 @@ def _one(point: Point, flops_per_second: float, num_devices: int) -> Prediction:
 
 
 def mesh_of(config: Config, num_devices: int) -> dict[str, int]:
-  """Returns devices per axis; the axis of size -1 takes what the others leave."""
+  """Returns devices per axis; the axis of size -1 gets all that the others leave."""
   mesh = config.mesh
   sizes = {axis: getattr(mesh, axis) for axis in ("data", "fsdp", "expert", "tensor")}
   taken = 1
@@ -124,8 +124,8 @@ def sweep_seconds(predictions: Sequence[Prediction], rate: Rate, slots: int) -> 
 
   Args:
     predictions: of its runs.
-    rate: by which they were made.
-    slots: runs at once that do not slow each other; see `slots`.
+    rate: the rate that they were made with.
+    slots: number of runs at once that do not slow each other; see `slots`.
   """
   total = sum(prediction.seconds for prediction in predictions)
   longest = max((prediction.seconds for prediction in predictions), default=0.0)
@@ -135,8 +135,8 @@ def sweep_seconds(predictions: Sequence[Prediction], rate: Rate, slots: int) -> 
 def slots(rate: Rate, jobs: int) -> int:
   """Returns how many runs at once do not slow each other.
 
-  All of them if the rate was measured beside others, or if each has an accelerator of its
-  own; one where they share the cores of a machine.
+  It is all of them if the rate was measured with others running, or if each has its own
+  accelerator; one if they share the cores of a machine.
   """
   return jobs if rate.is_measured or rate.is_per_device else 1
 
@@ -145,10 +145,10 @@ def slots(rate: Rate, jobs: int) -> int:
 
 
 def choose_rate(workdir: Path | None, points: Sequence[Point]) -> Rate:
-  """Returns the best-founded rate: measured, else the chip's, else a calibration.
+  """Returns the most reliable rate: measured, else the chip's, else a calibration.
 
   Args:
-    workdir: of the sweep; None, or a directory without runs, is no error.
+    workdir: of the sweep; None and a directory without runs are allowed.
     points: of the sweep.
   """
   found = measured(workdir, points) if workdir is not None else None
@@ -156,13 +156,13 @@ def choose_rate(workdir: Path | None, points: Sequence[Point]) -> Rate:
 
 
 def setting_of(point: Point) -> str:
-  """Returns what the seeds of one setting share."""
+  """Returns a text that is equal for the seeds of one setting."""
   settings = {key: value for key, value in point.settings.items() if key != SEED}
   return json.dumps(settings)
 
 
 def measured(workdir: Path, points: Sequence[Point]) -> Rate | None:
-  """Returns the rate of the runs that are in a sweep's directory; None without any."""
+  """Returns the rate of the runs in a sweep's directory; None if there are none."""
   speeds: dict[str, list[float]] = {}
   runs = 0
   for point in points:

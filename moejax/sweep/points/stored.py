@@ -1,9 +1,9 @@
-"""A specification and its points as JSON, for `spec.json`, and what changed since.
+"""A specification and its points as JSON, for `spec.json`, and later changes.
 
-The file says what a sweep is: its base config (fields that are not at their default), its
-axes, variants, conditions (as source text), seeds and budgets, every point with what its
-config changes in the base, and the code revision. Points are read back whole; conditions
-are not, since the points that they kept are there.
+The file describes a sweep: its base config (fields that are not at their default), axes,
+variants, conditions (as source text), seeds and budgets, every point with its changes to
+the base, and the code revision. Points are read back completely. Conditions are not,
+since the file has the points that they kept.
 """
 
 import copy
@@ -26,7 +26,7 @@ from moejax.sweep.points.expand import Skipped, digest, given_fields
 from moejax.sweep.spec import SPEC_FILE, Axis, Point, Spec
 
 FORMAT = 1
-"""Incremented when the file changes its meaning."""
+"""Incremented when the meaning of the file changes."""
 
 _SHOWN = 5
 """Number of names in a message."""
@@ -53,7 +53,7 @@ def to_json(
       for axis in spec.axes
     ],
     "variants": {name: dict(settings) for name, settings in spec.variants.items()},
-    # A sorted file would lose the order of variants, which is that of the points.
+    # A sorted file would lose the order of variants, which determines that of points.
     "variant_order": list(spec.variants),
     "conditions": [source(condition) for condition in spec.conditions],
     "seeds": list(spec.seeds),
@@ -75,7 +75,7 @@ def to_json(
 
 
 def _options(base: Config) -> dict[str, Any]:
-  """Returns options of all routers, of which another may be chosen by a point."""
+  """Returns options of all routers, since a point may choose another router."""
   return {
     f"moe.{router}.{name}": value
     for router, options in base.moe.options.items()
@@ -111,7 +111,7 @@ def read(workdir: Path) -> tuple[Spec, list[Point]]:
   _add_routers(path, values)
   try:
     if unknown := _unknown_routers(values):
-      # Nothing is wrong with the file: to move it away would lose the sweep.
+      # The file itself is fine: moving it away would lose the sweep.
       raise UserError(
         f"{path}: the router {unknown[0]} is unknown. {registry.OF_YOUR_OWN}"
       )
@@ -132,7 +132,7 @@ def _damaged(path: Path, error: Exception) -> str:
 
 
 def _add_routers(path: Path, values: Any) -> None:
-  """Makes the routers of one's own known that the sweep was started with.
+  """Registers the user's own routers that the sweep was started with.
 
   Raises:
     UserError: one of their files is gone, or fails.
@@ -163,8 +163,8 @@ def from_json(values: Mapping[str, Any]) -> tuple[Spec, list[Point]]:
   """Returns a specification, without its conditions, and its points.
 
   Raises:
-    ConfigError: of another format, or a config that does not have its digest.
-    LookupError, TypeError, ValueError: it is not what `to_json` returns.
+    ConfigError: another format, or a config that does not match its digest.
+    LookupError, TypeError, ValueError: `values` did not come from `to_json`.
   """
   if values["format"] != FORMAT:
     raise ConfigError(f"it has format {values['format']}, and this moejax reads {FORMAT}")
@@ -214,13 +214,13 @@ def _with_fields(base: Config, fields: Mapping[str, Any]) -> Config:
 
 
 def differences(stored: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-  """Returns in words how a specification differs from the stored one.
+  """Returns lines on how a specification differs from the stored one.
 
-  Title, notes and skipped points do not count: they change no run.
+  Title, notes and skipped points do not count, since they change no run.
 
   Args:
-    stored: what spec.json holds, possibly changed by hand.
-    now: of `to_json`.
+    stored: content of spec.json, possibly changed by hand.
+    now: from `to_json`.
   """
   try:
     return _differences(stored, now)

@@ -1,8 +1,8 @@
-"""Questions to a sweep's settings: effects, capacity, doubling of experts, isoFLOP.
+"""Analyses of a sweep's settings: effects, capacity, doubling of experts, isoFLOP.
 
-Every answer is computed from means over seeds, with an interval from the same quantity
-computed seed by seed. A question that the settings do not carry has no answer: a grid
-with holes, one capacity factor, a minimum on the edge.
+Every result is computed from means over seeds, with an interval from the same quantity
+computed seed by seed. There is no result if the settings do not support one: a grid with
+holes, one capacity factor, a minimum on the edge.
 
 Letters: E experts, K choices, N parameters, C training FLOPs.
 """
@@ -26,14 +26,14 @@ SIZES = frozenset(
     "train.num_steps",
   )
 )
-"""Fields that make a model larger or its training longer at one budget."""
+"""Fields that make a model larger or its training longer at the same budget."""
 
 SAME_BUDGET = 1.03
-"""Runs whose training FLOPs are within this ratio have one budget; each was solved to 1%
-of it."""
+"""Runs whose training FLOPs are within this ratio have the same budget; each was solved
+to 1% of it."""
 
 MIN_SIZES = 3
-"""Sizes that a quadratic needs."""
+"""Number of sizes that a quadratic needs."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -45,7 +45,7 @@ class Effect:
   effect: Interval
   """Nats per token."""
   cells: int
-  """Combinations of the other axes it is averaged over."""
+  """Number of combinations of the other axes that it is averaged over."""
 
 
 def main_effects(found: Sequence[Setting], axes: Sequence[str]) -> list[Effect]:
@@ -53,9 +53,10 @@ def main_effects(found: Sequence[Setting], axes: Sequence[str]) -> list[Effect]:
 
   For each combination of the other axes that has a setting at every level, the effect
   of a level is its loss minus the mean over levels; these are averaged with equal
-  weights. Combinations with a hole are left out, so that no level gains from better
-  company. The interval takes that average seed by seed, over seeds that all of these
-  settings have. An axis without a complete combination has no effects.
+  weights. Combinations with a hole are left out, so that no level benefits from better
+  values of the other axes. The interval is computed from that average seed by seed, over
+  the seeds that all of these settings have. An axis without a complete combination has no
+  effects.
   """
   out = []
   for axis in axes:
@@ -128,7 +129,7 @@ def _common_seeds(found: Iterable[Setting]) -> list[int]:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Doubling:
-  """What twice the experts buy."""
+  """The effect of doubling the number of experts."""
 
   others: Mapping[str, Any]
   experts: int
@@ -136,22 +137,22 @@ class Doubling:
   difference: Interval
   """Loss with 2E minus loss with E; nats per token."""
   step_ms: float | None
-  """The step time at which both were read; None if they are compared as they are."""
+  """The step time at which both are compared; None if they are compared directly."""
   also: Mapping[str, tuple[Any, Any]] = dataclasses.field(default_factory=dict)
-  """What changes with E because it was varied with it or solved for it: field to its
-  values at E and 2E."""
+  """Other fields that change with E, because they were varied with it or solved for it:
+  field to its values at E and 2E."""
   slower: float | None = None
   """Without a common step time: the step time of 2E over that of E, minus 1; None if
   step times are not steady."""
 
 
 def doublings(found: Sequence[Setting], axes: Sequence[str]) -> list[Doubling]:
-  """Returns what doubling E changes, at equal step time where that can be read.
+  """Returns the effects of doubling E, at equal step time if possible.
 
   Along the capacity factors of one E, the loss is interpolated linearly in log step
-  time, seed by seed; E and 2E are read at the geometric middle of the range of step
+  time, seed by seed; E and 2E are compared at the geometric middle of the range of step
   times that both cover. Without such a range, settings that differ only in E are
-  compared as they are, with their difference in step time.
+  compared directly, with their difference in step time.
   """
   if EXPERTS not in axes:
     return []
@@ -203,7 +204,7 @@ def _at_equal_time(
 
 
 def _also(a: Setting, b: Setting, others: Mapping[str, Any]) -> dict[str, Any]:
-  """Returns the fields in which two settings differ, but E, capacity and `others`."""
+  """Returns the fields in which two settings differ, except E, capacity and `others`."""
   known = {EXPERTS, CAPACITY, records.VARIANT, *others}
   return {
     field: (a.values[field], b.values[field])
@@ -253,11 +254,11 @@ class IsoFlop:
   losses: tuple[float, ...]
   """Means over seeds."""
   coefficients: tuple[float, float, float]
-  """Of 1, x and x^2 with x = log10 N."""
+  """Coefficients of 1, x and x^2, with x = log10 N."""
   minimum: Interval | None
   """N of the lowest loss; None if refused."""
   loss: float | None
-  """The quadratic at its minimum."""
+  """Value of the quadratic at its minimum."""
   refused: str
   """Why there is no minimum; empty if there is one."""
 
@@ -267,7 +268,7 @@ def isoflops(found: Sequence[Setting], fields: Sequence[str]) -> list[IsoFlop]:
 
   A curve needs three sizes within `SAME_BUDGET`. Its minimum is refused if the quadratic
   opens downward, if its vertex is not strictly between the sizes, or if the lowest loss
-  was measured at the smallest or largest of them: then the grid is too narrow.
+  was measured at the smallest or largest of them, since the grid is then too narrow.
   """
   groups: dict[Any, list[Setting]] = {}
   for setting in found:
@@ -303,7 +304,7 @@ def _isoflop(others: Mapping[str, Any], same: list[Setting]) -> IsoFlop:
   each = [_vertex(x, values, _quadratic(x, values))[0] for values in by_seed]
   minimum = loss = None
   if vertex is not None:
-    # A seed without a minimum of its own has no place in a mean of minima.
+    # A seed without a minimum cannot be part of a mean of minima.
     known = [v for v in each if v is not None]
     spread = summary.student(known) if known and len(known) == len(each) else None
     low, high = (spread.low, spread.high) if spread else (None, None)
@@ -335,7 +336,7 @@ def _quadratic(x: np.ndarray, y: np.ndarray) -> tuple[float, float, float]:
 def _vertex(
   x: np.ndarray, y: np.ndarray, coefficients: tuple[float, float, float]
 ) -> tuple[float | None, str]:
-  """Returns log10 N of the minimum, or None and why it is refused."""
+  """Returns log10 N of the minimum, or None and the reason why it is refused."""
   _, c1, c2 = coefficients
   best = int(np.argmin(y))
   if best in (0, len(x) - 1):

@@ -1,4 +1,4 @@
-"""Which capacity factor suffices: as good as dropless, for fewer slots."""
+"""The capacity factor that suffices: as good as dropless, with fewer slots."""
 
 import dataclasses
 from collections.abc import Iterable, Mapping, Sequence
@@ -17,14 +17,14 @@ class Capacity:
   dropless: Setting | None
   """None if none was tried."""
   sufficient: Setting | None
-  """With the smallest factor that is within `margin` of dropless, as is every larger
-  one tried; None if none is."""
+  """The setting with the smallest factor that is within `margin` of dropless, like every
+  larger one tried; None if there is none."""
   largest: float
   """The largest factor that was tried."""
   margin: float | None
-  """One standard error of the dropless loss; None with one seed, or without one."""
+  """One standard error of the dropless loss; None with one seed or none."""
   refused: str = ""
-  """Why nothing is said of `sufficient`, or of factors below it; empty if all is."""
+  """Why `sufficient`, or factors below it, could not be judged; empty if they were."""
 
 
 def sufficient(
@@ -32,11 +32,11 @@ def sufficient(
   axes: Sequence[str],
   diverged: Iterable[Mapping[str, Any]] = (),
 ) -> list[Capacity]:
-  """Returns the smallest capacity factor whose loss is within one standard error of
-  dropless over their common seeds, for each combination of the other axes with one.
+  """Returns the sufficient capacity factor for each combination of the other axes.
 
-  A larger factor that fails disqualifies the smaller ones: their loss is then luck. A
-  factor fails too if a seed of it diverged.
+  It is the smallest factor whose loss is within one standard error of dropless, over
+  their common seeds. A larger factor that fails disqualifies the smaller ones, whose loss
+  is then luck. A factor also fails if one of its seeds diverged.
 
   Args:
     found: settings.
@@ -69,9 +69,9 @@ def _sufficient(
 
   Args:
     others: see `Capacity`.
-    dropless: None if no seed of it has a finite loss.
+    dropless: None if none of its seeds has a finite loss.
     bounded: settings by factor.
-    bad: factors of which a seed diverged; None is dropless.
+    bad: factors with a diverged seed; None is dropless.
   """
   factors = sorted({*bounded, *(f for f in bad if f is not None)})
   margin = None if dropless is None or None in bad else dropless.se
@@ -105,7 +105,7 @@ def _smallest(
   sufficient = None
   for factor in reversed(factors):
     if factor in bad:
-      # Below one that suffices it is an answer: this one does not.
+      # Below a sufficient factor, this is an answer: this one does not suffice.
       return sufficient, "" if sufficient else f"a run at {factor:g} diverged"
     gap = summary.paired(dropless, bounded[factor])
     if gap is None:

@@ -1,7 +1,7 @@
-"""What every figure of a report shares: its form, scales, colours and output.
+"""Common parts of a report's figures: form, scales, colours and output.
 
-One chart serves the page (as wide as its place, in the page's colours) and the files
-(PNG and PDF, black on white).
+The same chart is used for the page (as wide as its place, in the page's colours) and for
+the files (PNG and PDF, black on white).
 
 Source of the chart grammar: Satyanarayan et al., "Vega-Lite", IEEE TVCG 23 (2017).
 """
@@ -21,14 +21,14 @@ from moejax.sweep.report.analyses import CAPACITY
 from moejax.sweep.report.summary import Setting
 
 _VEGA_LITE = ".".join(alt.SCHEMA_VERSION.removeprefix("v").split(".")[:2])
-"""The version that Altair writes; vl_convert has several."""
+"""The Vega-Lite version that Altair writes; vl_convert has several."""
 
 _SCALE = 2
 """Pixels of a PNG per pixel of its chart."""
 
 HEIGHT = 300
 SUFFIXES = (".png", ".pdf")
-"""Each figure is written with both."""
+"""Suffixes of the files of each figure."""
 FILE_WIDTH = 520
 """Width of the plot in PNG and PDF, in pixels at scale 1."""
 
@@ -51,7 +51,7 @@ class Figure:
   """How to read it."""
   chart: Any
   small: bool = False
-  """Fits beside others of its kind."""
+  """Whether it is shown next to others of its kind."""
 
 
 def data(rows: Rows) -> Any:
@@ -96,14 +96,14 @@ _CONFIG: dict[str, Any] = {
     "direction": "horizontal",
     "columns": 5,
     "symbolOpacity": 1,
-    # One legend below another: beside each other they do not fit a narrow page.
+    # Legends are stacked, since side by side they do not fit a narrow page.
     "layout": {"bottom": {"anchor": "start", "direction": "vertical"}},
   },
 }
 
 
 def page_spec(figure: Figure) -> dict[str, Any]:
-  """Returns the Vega-Lite of a figure, as wide as its place and in the text's colour."""
+  """Returns a figure's Vega-Lite, as wide as its place and in the text's colour."""
   ink = {"labelColor": _INK, "titleColor": _INK}
   lines = {"gridColor": _INK, "gridOpacity": 0.15, "tickColor": _INK, "domainColor": _INK}
   config: dict[str, Any] = copy.deepcopy(_CONFIG)
@@ -129,5 +129,5 @@ def save(figure: Figure, directory: pathlib.Path) -> None:
 
 def library() -> str:
   """Returns the scripts that draw `page_spec` in a browser, as one text."""
-  # Its stub lacks the default.
+  # The function's type stub lacks the default.
   return vl_convert.javascript_bundle(vl_version=_VEGA_LITE)  # pyright: ignore[reportCallIssue]

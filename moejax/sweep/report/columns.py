@@ -1,7 +1,7 @@
 """The columns of results.csv: name, unit and meaning, in order.
 
-The fields in which the runs differ come first in the file, under their dotted names;
-these columns follow, and after them one pair per evaluation at another capacity factor
+In the file, the fields in which the runs differ come first, under their dotted names.
+These columns follow, and then one pair per evaluation at another capacity factor
 (`evaluation_columns`). The docs print this table, so that the two cannot differ.
 """
 
@@ -18,7 +18,7 @@ class Column:
 
   name: str
   unit: str
-  """Empty for words and plain counts."""
+  """Unit; empty for words and plain counts."""
   meaning: str
 
 

@@ -1,7 +1,7 @@
-"""Settings by another evaluation: another split, or another capacity factor.
+"""Settings ranked by another evaluation: another split, or another capacity factor.
 
-`sweep --evaluate` reads a finished run's checkpoint again. Each such evaluation ranks the
-settings anew, by the same means, intervals and common seeds as the runs' own loss.
+`sweep --evaluate` evaluates a finished run's checkpoint again. Each such evaluation gives
+another ranking, by the same means, intervals and common seeds as the runs' own loss.
 """
 
 import dataclasses
@@ -12,7 +12,7 @@ from moejax.sweep.report.summary import Setting
 
 
 def names(found: Sequence[Setting]) -> list[str]:
-  """Returns the evaluations that say more than the runs' own: `test@1.25` and the like.
+  """Returns the evaluations that differ from the runs' own loss, such as `test@1.25`.
 
   Args:
     found: settings.
@@ -54,7 +54,7 @@ def drops(setting: Setting, name: str) -> float | None:
 
 
 def in_words(found: Sequence[Setting], name: str) -> str:
-  """Returns which setting has the lowest loss, and which may be as good.
+  """Describes which setting has the lowest loss, and which may be equally good.
 
   Args:
     found: settings.

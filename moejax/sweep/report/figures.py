@@ -1,4 +1,4 @@
-"""The figures of a report, as Altair charts: only those that the data carry.
+"""The figures of a report, as Altair charts: only those that the data support.
 
 Error bars are one standard error over seeds unless the caption says otherwise; with one
 seed there are none. Curves and fits are in `trends`.
@@ -20,7 +20,7 @@ from moejax.sweep.report.summary import Setting
 
 _MOST_COMBINATIONS = 4
 _SHAPES = 6
-"""Symbols that are told apart at a glance."""
+"""Number of symbols that can be distinguished at a glance."""
 
 
 def make(records: Records, found: Sequence[Setting], axes: Sequence[str]) -> list[Figure]:
@@ -119,7 +119,7 @@ _HEAT = (
 def heat_maps(
   found: Sequence[Setting], axes: Sequence[str], names: Mapping[str, str]
 ) -> list[Figure]:
-  """Draws loss, drops and step time over two axes: E and capacity where they vary."""
+  """Draws loss, drops and step time over two axes: E and capacity if they vary."""
   if len(axes) < 2:
     return []
   down = EXPERTS if EXPERTS in axes else axes[0]

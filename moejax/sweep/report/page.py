@@ -3,12 +3,12 @@
     results.csv, .json, .parquet   one row per run (`records`)
     report.html                    sentences, figures and tables; no network, any browser
     figures/NAME.png, .pdf         each figure
-    figures/captions.md            what each shows, and what its bars are
+    figures/captions.md            what each figure shows, and the meaning of its bars
     tables/NAME.csv, .tex          each table
 
-What an earlier report wrote there and this one does not make is removed; other files
-stay. Equal runs give an equal page, byte for byte: it holds no date and no random name.
-The libraries that draw it are inside: Vega-Lite for figures, DataTables for tables.
+Files of an earlier report that this one does not make are removed; other files stay.
+Equal runs give an equal page, byte for byte: it contains no date and no random name. The
+page includes the libraries that draw it: Vega-Lite for figures, DataTables for tables.
 """
 
 import importlib.util
@@ -54,12 +54,12 @@ def write(
     workdir: existing directory for the files.
     run_dirs: directories of training runs, in any state.
     title: of the page.
-    notes: paragraphs below it.
+    notes: paragraphs below the title.
     timing: content of timing.json; see `records.read`.
-    axes: the fields that were varied, most important first; empty finds them.
+    axes: the fields that were varied, most important first; if empty, they are found.
     states: the scheduler's word for runs that are not done, by directory name.
     variants: names of settings, by directory name.
-    base: the config that `train` has without flags, for the command to copy.
+    base: the config that `train` uses without flags, for the command to copy.
 
   Returns:
     The page's sentences.
@@ -90,7 +90,7 @@ def checked_axes(records: Records, given: Sequence[str]) -> tuple[str, ...]:
 
 
 class MissingExtraError(UserError):
-  """The results are written; the page needs packages that are not installed."""
+  """The results were written, but the page needs packages that are not installed."""
 
 
 def _check_extra(workdir: pathlib.Path) -> None:
@@ -134,7 +134,7 @@ def draw(
 
 
 def _captioned(captions: pathlib.Path) -> set[str]:
-  """Returns the names of the figures that an earlier report wrote beside its captions."""
+  """Returns the names of the figures that an earlier report wrote with its captions."""
   text = captions.read_text(encoding="utf-8") if captions.is_file() else ""
   return set(re.findall(r"^\*\*(\w+)\*\*: ", text, re.MULTILINE))
 
@@ -207,7 +207,7 @@ def _many(number: int, noun: str) -> str:
 
 
 def _equal(records: Records) -> str:
-  """Returns the columns that have one value in all runs, with it."""
+  """Returns the columns with one value in all runs, and that value."""
   names = ("num_steps", "eval_tokens", "devices", "step_time_source", "dataset")
   out = []
   for name in (*names, "revision"):
@@ -228,7 +228,7 @@ def _sheet(table: Any) -> str:
     "table_id": f"table-{table.name}",
     "display_logo_when_loading": False,
     "showIndex": False,
-    # A click on a header sorts, as one expects.
+    # A click on a header sorts, as expected.
     "text_in_header_can_be_selected": False,
     # No limit: every run is on the page.
     "maxBytes": 0,

@@ -1,14 +1,14 @@
-"""When does a sparse setting reach the loss at which its dense twin ends?
+"""When a sparse setting reaches the final loss of its dense twin.
 
-The question of Switch Transformers (arXiv:2101.03961, section 3.1, figure 5), asked of
-every sweep that has both sides: settings with `moe.dense_twin`, and settings without.
-Each side may be tuned; every sparse setting is compared with the dense twin that ends
-lowest.
+This is the question of Switch Transformers (arXiv:2101.03961, section 3.1, figure 5),
+answered for every sweep that has both sides: settings with `moe.dense_twin`, and settings
+without. Each side may be tuned; every sparse setting is compared with the dense twin with
+the lowest final loss.
 
-Losses are those of the evaluations while training, so that `train.eval_every` is the
-resolution. A learning rate that decays makes every loss before the end higher than that
-of a run which ends there: steps saved by a run that was stopped early need a run of that
-length.
+Losses come from the evaluations during training, so `train.eval_every` is the resolution.
+With a decaying learning rate, every loss before the end is higher than that of a run that
+ends there. So the steps that an early stop would save can only be measured with a run of
+that length.
 """
 
 import dataclasses
@@ -44,7 +44,7 @@ def speedups(found: Sequence[Setting]) -> list[Answer]:
   for setting in comparable(found, baseline):
     slow, fast = pair(baseline, setting)
     steps = laws.to_quality(slow, fast, level=summary.LEVEL)
-    # A cost per step is a constant of a setting, so that it scales ratio and interval.
+    # A cost per step is constant for a setting, so it scales ratio and interval.
     flops = _scaled(steps, _per_step(baseline, setting, "training_flops", "steps"))
     ratio = _per_step(baseline, setting, summary.STEP_TIME, None) if is_steady else None
     time = None if ratio is None else _scaled(steps, ratio)
@@ -56,20 +56,20 @@ def speedups(found: Sequence[Setting]) -> list[Answer]:
 
 
 def best_twin(found: Sequence[Setting]) -> Setting | None:
-  """Returns the dense twin of the lowest final loss that was evaluated while training."""
+  """Returns the dense twin with the lowest final loss of evaluations during training."""
   twins = [s for s in found if is_twin(s) and curves(s)]
   return summary.best(twins) if twins else None
 
 
 def comparable(found: Sequence[Setting], baseline: Setting) -> list[Setting]:
-  """Returns the sparse settings whose curves can be held against the baseline's."""
+  """Returns the sparse settings whose curves can be compared with the baseline's."""
   slow = curves(baseline)
   sparse = [(s, curves(s)) for s in found if not is_twin(s)]
   return [s for s, fast in sparse if fast and _comparable(slow, fast)]
 
 
 def left_out(found: Sequence[Setting]) -> list[Setting]:
-  """Returns the sparse settings whose curves cannot be held against the baseline's."""
+  """Returns the sparse settings whose curves cannot be compared with the baseline's."""
   baseline = best_twin(found)
   if baseline is None:
     return []
@@ -86,8 +86,8 @@ def curves(setting: Setting, seeds: Collection[int] | None = None) -> list[Curve
   """Returns the held-out loss of each seed over steps; empty with one point or none.
 
   Args:
-    setting: equal runs up to their seed.
-    seeds: those wanted; None is all.
+    setting: runs that are equal up to their seed.
+    seeds: seeds to include; None means all.
   """
   found = [
     Curve(
@@ -101,13 +101,13 @@ def curves(setting: Setting, seeds: Collection[int] | None = None) -> list[Curve
 
 
 def pair(a: Setting, b: Setting) -> tuple[list[Curve], list[Curve]]:
-  """Returns the curves of both settings' common seeds; of all if they share none."""
+  """Returns the curves of both settings' common seeds; of all seeds if none is common."""
   seeds = a.losses.keys() & b.losses.keys() or None
   return curves(a, seeds), curves(b, seeds)
 
 
 def in_words(answers: Sequence[Answer]) -> str:
-  """Returns a sentence on the setting that is there in the fewest steps.
+  """Returns a sentence on the setting that reaches the loss in the fewest steps.
 
   Args:
     answers: at least one.
@@ -145,12 +145,12 @@ def _ratio(speedup: Speedup) -> str:
 
 
 def finite(value: float) -> float | None:
-  """Returns a number for a table; None where there is none."""
+  """Returns a number for a table; None if it is not finite."""
   return value if math.isfinite(value) else None
 
 
 def _comparable(slow: Sequence[Curve], fast: Sequence[Curve]) -> bool:
-  """Returns whether each side was evaluated at the same steps for all its seeds."""
+  """Returns whether all seeds of each side were evaluated at the same steps."""
   sides = (slow, fast)
   return all(np.array_equal(side[0].cost, c.cost) for side in sides for c in side)
 
@@ -158,7 +158,7 @@ def _comparable(slow: Sequence[Curve], fast: Sequence[Curve]) -> bool:
 def _per_step(
   baseline: Setting, setting: Setting, cost: str, per: str | None
 ) -> float | None:
-  """Returns the baseline's cost of a step over the setting's."""
+  """Returns the baseline's cost per step over the setting's."""
   values = []
   for side in (baseline, setting):
     total, steps = side.of(cost), 1.0 if per is None else side.of(per)

@@ -13,7 +13,7 @@ from moejax.sweep.report.charts import Figure
 from moejax.sweep.report.summary import Setting
 
 _MOST = 8
-"""Curves in a figure: the dense twin and the best sparse settings."""
+"""Most curves in a figure: the dense twin and the best sparse settings."""
 
 
 def draw(found: Sequence[Setting]) -> list[Figure]:
@@ -67,7 +67,7 @@ def mean_curve(seeds: Sequence[Curve]) -> Curve:
 
 
 def saved_steps(twin: Curve, sparse: Curve) -> list[tuple[float, float]]:
-  """Returns (step of the twin, its steps over those of the sparse setting to its loss).
+  """Returns (step of the twin, that step over the sparse setting's step to equal loss).
 
   Points whose loss the sparse setting never reaches, or had before its first evaluation,
   are left out.

@@ -1,11 +1,12 @@
-"""What is known of each run, read from its directory alone, as one row of results.csv.
+"""Facts about each run, read from its directory alone, as one row of results.csv.
 
-A run needs no sweep: a directory of any training run will do. An unfinished one is a row
-too, without the numbers that only a finished one has. Columns are in `columns`.
+A run need not be part of a sweep: the directory of any training run will do. An
+unfinished run is also a row, without the numbers that only a finished one has. Columns
+are in `columns`.
 
     results.csv       the settings that differ between the runs, then the columns
     results.json      the same, with the columns' units and meanings
-    results.parquet   the same, where pyarrow is installed
+    results.parquet   the same, if pyarrow is installed
 """
 
 import collections
@@ -35,14 +36,14 @@ VARIANT = "variant"
 """Pseudo-field: the name of a setting."""
 
 COPY = "copy"
-"""Pseudo-field that tells runs of one config and seed apart: 1, 2 and so on."""
+"""Pseudo-field that distinguishes runs of one config and seed: 1, 2 and so on."""
 
 _NO_SETTINGS = frozenset(
   name
   for name in workdir_lib.MAY_CHANGE
   if name.startswith(("data.", "train.", "schema_version"))
 ) | {"train.seed"}
-"""Fields that are no result's cause: the seed, and what is logged, saved or cached."""
+"""Fields that do not cause a result: the seed, and what is logged, saved or cached."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -52,7 +53,7 @@ class Record:
   path: pathlib.Path
   config: Config
   values: Mapping[str, Any]
-  """By column; absent if unknown."""
+  """Values by column; absent if unknown."""
   evaluations: Mapping[str, tuple[float, float | None]]
   """`validation@1.25` and the like to loss (nats per token) and dropped fraction."""
   curve: Curve
@@ -81,7 +82,7 @@ class Records:
     return tuple(found)
 
   def rows(self) -> list[dict[str, Any]]:
-    """Returns one dict per run with every field and column; None is unknown."""
+    """Returns one dict per run with every field and column; None means unknown."""
     rows = []
     for run in self.runs:
       row: dict[str, Any] = {name: run.settings.get(name) for name in self.fields}
@@ -106,8 +107,8 @@ def read(
     timing: content of timing.json: entries with `runs` (directory names) and the times
       of their step, which replace those logged while training.
     states: the scheduler's word for a run that is not done, by directory name.
-    variants: names of settings, by directory name; a name stands for the fields that it
-      decides.
+    variants: names of settings, by directory name; a name replaces the fields that it
+      determines.
 
   Raises:
     UserError: a directory has no run, or one of its files is damaged.
@@ -119,7 +120,7 @@ def read(
 def with_settings(
   runs: Sequence[Record], variants: Mapping[str, str] | None = None
 ) -> Records:
-  """Finds the fields in which runs differ, and gives each run its values of them.
+  """Finds the fields in which runs differ, and adds their values to each run.
 
   Args:
     runs: without settings.
@@ -177,13 +178,14 @@ _FIRST = (
 
 
 def _importance(name: str) -> tuple[int, int]:
-  """Sorts what a sweep varies before what follows from it, else as in the schema."""
+  """Returns a sort key: fields that a sweep varies come before those that follow from
+  them, else as in the schema."""
   first = _FIRST.index(name) if name in _FIRST else len(_FIRST)
   return first, int(name in ("moe.hidden", "train.num_steps"))
 
 
 def evaluation_names(runs: Iterable[Record]) -> list[str]:
-  """Returns every evaluation that any run has: by split, ascending, dropless last."""
+  """Returns the evaluations that any run has: by split, ascending, dropless last."""
   found = {name for run in runs for name in run.evaluations}
 
   def key(name: str) -> tuple[str, float]:
@@ -233,7 +235,7 @@ def write(directory: pathlib.Path, records: Records) -> list[pathlib.Path]:
 
 
 def _cell(run: Record, name: str, value: Any) -> Any:
-  """Returns a cell: a setting as on the command line, empty if it does not apply."""
+  """Returns a cell: a setting as on the command line; empty if it does not apply."""
   if name in run.settings:
     return show(value)
   return "" if value is None else value

@@ -1,8 +1,8 @@
-"""What one run's directory says of the run: values by column, evaluations, its curve.
+"""The data in one run's directory: values by column, evaluations, and its curve.
 
-Reads config.json, metrics.jsonl, eval*.json and run.json, and of a sweep's scheduler
-.sweep.json. Nothing is guessed: what is not there is absent. A damaged file is an error
-that names it, except for a last log line that a crash tore.
+Reads config.json, metrics.jsonl, eval*.json, run.json, and .sweep.json of a sweep's
+scheduler. Nothing is guessed: missing values are absent. A damaged file is an error that
+names it, except for a last log line that a crash tore.
 """
 
 import dataclasses
@@ -26,7 +26,7 @@ DONE, UNFINISHED = "done", "unfinished"
 
 _SCHEDULER_FILE = ".sweep.json"
 _WARM_UP = 1
-"""Logged step times dropped at the start: caches and clocks are still warming up."""
+"""Number of first logged step times to drop: caches and clocks are still warming up."""
 
 _REMEDY_EVAL = (
   "Delete it; the run's own command, or `evaluate`, then evaluates and writes it again."
@@ -37,20 +37,20 @@ _REMEDY_LOG = "Restore it from a backup, or delete that line."
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Curve:
-  """What a run logged while training; steps increase."""
+  """Values that a run logged during training; steps increase."""
 
   step: tuple[int, ...] = ()
   loss: tuple[float, ...] = ()
-  """Of the training batch, nats per token; NaN where the loss was not finite."""
+  """Loss of the training batch, nats per token; NaN where it was not finite."""
   eval_step: tuple[int, ...] = ()
-  """Steps of the evaluations while training."""
+  """Steps of the evaluations during training."""
   eval_loss: tuple[float, ...] = ()
-  """Held-out, nats per token; of `train.eval_batches`."""
+  """Held-out loss on `train.eval_batches`, nats per token."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RunValues:
-  """What was found in one directory."""
+  """The data found in one directory."""
 
   values: dict[str, Any]
   """By column; absent if unknown."""
@@ -157,7 +157,7 @@ def _cost(config: Config, path: pathlib.Path, steps: int) -> dict[str, Any]:
 
 
 def _vocab_size(config: Config, path: pathlib.Path) -> int:
-  # A tokenizer trained on little text is smaller than data.vocab_size.
+  # A tokenizer trained on little text may be smaller than data.vocab_size.
   if not config.model.vocab_size and (path / tokenizer_lib.FILE).exists():
     return tokenizer_lib.load_tokenizer(path).vocab_size
   return parameters.resolve_vocab_size(config)
@@ -192,8 +192,8 @@ def _evaluations(
 ) -> dict[str, tuple[float, float | None]]:
   """Returns losses and drops of the last step by split and factor.
 
-  The run's own evaluation, and those of the same text in full or as far as that one
-  went; of two with one name, the one of more tokens.
+  These are the run's own evaluation, and those of the same text, either in full or as far
+  as the run's own. Of two with the same name, the one with more tokens counts.
   """
   best: dict[str, tuple[Any, Any, Any]] = {}
   for file in sorted(path.glob("eval*.json")):
@@ -228,7 +228,7 @@ def _dropped(line: Mapping[str, Any]) -> Any:
 
 
 def _training(lines: Sequence[Mapping[str, Any]], total: int) -> dict[str, Any]:
-  """Returns what the log says of loss, drops and balance."""
+  """Returns loss, drops and balance from the log."""
   lines = [line for line in lines if "loss" in line]
   if not lines:
     return {}
@@ -294,7 +294,7 @@ def _speed(
   if timed and timed.get("step_ms"):
     times, source = list(timed["step_ms"]), "timed"
   else:
-    # A logged rate is that of all steps since the last logged one.
+    # A logged rate covers all steps since the last logged one.
     rates = _finite(lines, lambda line: line.get("tokens_per_second"))
     rates = rates[_WARM_UP:] or rates
     times, source = [1000 * per_step / rate for rate in rates if rate > 0], "logged"
@@ -327,6 +327,6 @@ def _wall_seconds(path: pathlib.Path) -> float | None:
     if isinstance(attempt, dict)
     and all(isinstance(attempt.get(k), int | float) for k in ("start", "end"))
   ]
-  # Below 0: the clock was set back meanwhile.
+  # Negative if the clock was set back meanwhile.
   known = len(spans) == len(attempts) and min(spans) >= 0
   return float(sum(spans)) if known else None

@@ -1,7 +1,7 @@
-"""Sentences made of a sweep's numbers: what it found, and what it cannot say.
+"""Sentences from a sweep's numbers: what it found, and what remains unknown.
 
-A sentence is written only if the data carry it: finished runs, enough seeds, an interval
-that excludes 0. What fails one of these is listed as unknown, with its numbers.
+A sentence is written only if the data support it: finished runs, enough seeds, an
+interval that excludes 0. Otherwise the question is listed as unknown, with its numbers.
 """
 
 import dataclasses
@@ -25,7 +25,7 @@ _NOT_TO_COPY = (
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Finding:
-  """A sentence that the data carry."""
+  """A sentence that the data support."""
 
   topic: str
   text: str
@@ -39,7 +39,7 @@ class Sentences:
 
   findings: tuple[Finding, ...]
   unknown: tuple[str, ...]
-  """What cannot be said, and why."""
+  """Sentences on what remains unknown, and why."""
 
   def show(self) -> None:
     """Prints them."""
@@ -63,8 +63,8 @@ def write(
     records: all runs.
     found: their settings, from `summary.settings`.
     axes: the fields that were varied.
-    base: the config that `train` has without flags; None gives a command that sets
-      every field.
+    base: the config that `train` uses without flags; None gives a command that sets every
+      field.
   """
   names = summary.short_names(records.fields)
   findings = [
@@ -203,7 +203,7 @@ def _best(found: Sequence[Setting], base: Config | None) -> list[Finding]:
 
 
 def _lower(found: Sequence[Setting], best: Setting) -> str:
-  """Names the settings of fewer seeds that are below the best in those they share."""
+  """Names the settings with fewer seeds that beat the best over the seeds they share."""
   gaps = []
   for setting in found:
     gap = summary.paired(best, setting)
@@ -239,7 +239,7 @@ def command(config: Config, base: Config | None = None) -> str:
 
   Args:
     config: of a run.
-    base: what `train` has without flags; None sets every field.
+    base: the config that `train` uses without flags; None sets every field.
   """
   ours = config_text.leaves(config)
   theirs = {} if base is None else config_text.leaves(base)

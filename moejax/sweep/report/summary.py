@@ -1,9 +1,9 @@
-"""Runs that differ only in their seed become one setting: mean, spread, comparisons.
+"""Groups runs that differ only in their seed into settings, and compares settings.
 
-Only finished runs with a finite loss count. The spread is that of seeds and of nothing
-else: the same text, the same held-out tokens, the same code. Two settings are compared
-by seeds that both have, since a seed fixes the order of the data for both; an interval
-is Student's t over those differences, 90%, and needs two seeds.
+Only finished runs with a finite loss count. The spread is that of seeds alone: the text,
+the held-out tokens and the code are the same. Two settings are compared over the seeds
+that both have, since a seed fixes the order of the data for both. An interval is
+Student's t over those differences, at 90%, and needs two seeds.
 
 Source of the intervals: W. S. Gosset, "The probable error of a mean", Biometrika 6
 (1908).
@@ -31,8 +31,8 @@ COSTS = {STEP_TIME: "step time", "training_flops": "training FLOPs"}
 """Columns that a loss is weighed against."""
 
 _STEADY = 1.5
-"""Seeds of one setting do the same work: step times further apart are of a machine that
-was busy with something else, and settings are not compared by them."""
+"""Seeds of one setting do the same work. If their step times differ by more than this
+ratio, the machine was busy with something else, and settings are not compared by them."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -43,7 +43,7 @@ class Interval:
   low: float | None = None
   high: float | None = None
   n: int = 1
-  """Seeds."""
+  """Number of seeds."""
 
   @property
   def certain(self) -> bool:
@@ -208,22 +208,23 @@ def paired(a: Setting, b: Setting) -> Interval | None:
 
 
 def ranked(found: Sequence[Setting]) -> Sequence[Setting]:
-  """Returns the settings that have every seed which any of them has.
+  """Returns the settings that have every seed that any of them has.
 
-  A mean over fewer seeds is a mean over another draw of the data: the spread between
-  seeds can exceed what settings differ by. If no setting has all seeds, all are returned.
+  A mean over fewer seeds is a mean over another draw of the data, and the spread between
+  seeds can exceed the differences between settings. If no setting has all seeds, returns
+  all settings.
   """
   return with_all_seeds(found) or found
 
 
 def with_all_seeds(found: Sequence[Setting]) -> list[Setting]:
-  """Returns the settings that have every seed which any of them has; maybe none."""
+  """Returns the settings that have every seed that any of them has; maybe none."""
   seeds = all_seeds(found)
   return [s for s in found if seeds == s.losses.keys()]
 
 
 def all_seeds(found: Iterable[Setting]) -> frozenset[int]:
-  """Returns the seeds that any setting has a finite loss of."""
+  """Returns the seeds for which any setting has a finite loss."""
   return frozenset[int]().union(*(setting.losses for setting in found))
 
 
@@ -233,7 +234,7 @@ def best(found: Sequence[Setting]) -> Setting:
 
 
 def costs(found: Sequence[Setting]) -> list[str]:
-  """Returns the costs by which these settings can be told apart."""
+  """Returns the costs that differ between these settings."""
   return [
     cost
     for cost in COSTS
@@ -242,7 +243,7 @@ def costs(found: Sequence[Setting]) -> list[str]:
 
 
 def indistinguishable(found: Sequence[Setting], best: Setting) -> list[Setting]:
-  """Returns the settings whose difference to the best has an interval around 0."""
+  """Returns the settings whose difference from the best has an interval around 0."""
   out = []
   for setting in found:
     gap = paired(best, setting) if setting is not best else None
@@ -280,7 +281,8 @@ def pareto(found: Sequence[Setting], cost: str) -> list[Setting]:
     cost: a column, such as `step_ms_p50`.
 
   Returns:
-    Of those `ranked`, ascending in cost, descending in mean loss; all of an exact tie.
+    Settings among those `ranked`, ascending in cost, descending in mean loss; all of an
+    exact tie.
   """
   priced = [(price, s) for s in ranked(found) if (price := s.of(cost)) is not None]
   front: list[tuple[float, Setting]] = []

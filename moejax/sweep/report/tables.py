@@ -1,7 +1,7 @@
 """The tables of a report, as plain rows: settings, runs, effects, capacity, budgets.
 
-On disk each is a CSV file and a LaTeX table in the style of booktabs. results.csv has
-every column of every run; these hold what one would print.
+On disk, each is a CSV file and a LaTeX table in the style of booktabs. results.csv has
+every column of every run; these tables have those worth printing.
 """
 
 import dataclasses
@@ -17,10 +17,10 @@ from moejax.sweep.report.records import Records
 from moejax.sweep.report.summary import Interval, Setting
 
 DIGITS = 4
-"""Significant digits of a printed number that is no loss."""
+"""Significant digits of a printed number other than a loss."""
 
 _LARGE = 1e9
-"""From here on a whole number is rounded too."""
+"""Size from which whole numbers are rounded too."""
 
 _LOSSES = ("loss", "effect", "bits_per_byte", "standard error")
 
@@ -35,7 +35,7 @@ _MEASURED = (
   "step_ms_p50",
   "tokens_per_second",
 )
-"""Columns whose mean over seeds the table of settings shows."""
+"""Columns whose mean over seeds is in the table of settings."""
 
 _OF_A_RUN = ("run", "state", "seed", "steps", "loss", "train_loss", *_MEASURED)
 
@@ -76,7 +76,7 @@ def cell(name: str, value: Any) -> str:
 
   Args:
     name: of the column.
-    value: None is an empty cell.
+    value: None gives an empty cell.
   """
   if value is None:
     return ""
@@ -92,7 +92,7 @@ def cell(name: str, value: Any) -> str:
 def _words(
   values: Mapping[str, Any], names: Mapping[str, str], fields: Sequence[str]
 ) -> dict[str, Any]:
-  """Returns the fields' values as words; None where a field does not apply."""
+  """Returns the fields' values as words; None if a field does not apply."""
   return {names[f]: _setting(f, values[f]) if f in values else None for f in fields}
 
 
@@ -236,7 +236,7 @@ def frame(table: Table) -> Any:
 
 
 def remove_others(directory: pathlib.Path, tables: Sequence[Table]) -> None:
-  """Removes the tables of earlier reports, which are known by their label."""
+  """Removes the tables of earlier reports, recognised by their label."""
   names = {table.name for table in tables}
   for latex in directory.glob("*.tex"):
     if latex.stem not in names and _label(latex.stem) in latex.read_text("utf-8"):

@@ -1,4 +1,4 @@
-"""What a report cannot say, and why: each a sentence with its numbers."""
+"""What a report leaves unknown, and why, as sentences with their numbers."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -9,7 +9,7 @@ from moejax.sweep.report.summary import Setting
 
 
 def write(records: Records, found: Sequence[Setting], axes: Sequence[str]) -> list[str]:
-  """Returns what cannot be said; see `sentences.write`."""
+  """Returns the sentences on what is unknown; see `sentences.write`."""
   names = summary.short_names(records.fields)
   return [
     *_unfinished(records),
@@ -88,7 +88,7 @@ def _seeds(found: Sequence[Setting]) -> list[str]:
 
 
 def _unranked(found: Sequence[Setting]) -> list[str]:
-  """Names the settings whose means are of fewer seeds than the others'."""
+  """Names the settings whose means are over fewer seeds than the others'."""
   seeds = {seed for setting in found for seed in setting.losses}
   short = [setting for setting in found if seeds - setting.losses.keys()]
   if not short:
@@ -107,7 +107,7 @@ def _unranked(found: Sequence[Setting]) -> list[str]:
 
 
 def _close(found: Sequence[Setting]) -> list[str]:
-  """Says which settings cannot be told from the best."""
+  """Names the settings that cannot be distinguished from the best."""
   if len(found) < 2 or not summary.with_all_seeds(found):
     return []
   best = summary.best(found)
@@ -134,7 +134,7 @@ def _uncertain_doublings(
       single.append(f"{what} ({gap.estimate:+.4f} nats/token)")
     elif gap.low == gap.high == 0:
       out.append(f"Whether going {what} changes the loss: {words.difference(gap)}.")
-    # With no other settings than these two, `_close` has said it.
+    # If there are only these two settings, `_close` has already said it.
     elif not gap.certain and not (len(found) == 2 and said is not None):
       out.append(
         f"Whether going {what} changes the loss: {words.difference(gap)} includes 0."
@@ -153,7 +153,7 @@ def _capacities(
   axes: Sequence[str],
   names: Mapping[str, str],
 ) -> list[str]:
-  """Says why no capacity factor is said to suffice; one line for each reason."""
+  """Explains why no capacity factor is reported as sufficient, in a line per reason."""
   diverged = [run.settings for run in summary.diverged(records)]
   reasons: dict[str, list[str]] = {}
   for answer in capacity.sufficient(found, axes, diverged):

@@ -1,4 +1,4 @@
-"""Numbers of a report in words, as its sentences share them."""
+"""Wording of numbers that the sentences of a report share."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -7,11 +7,11 @@ from moejax.sweep.report import analyses, summary
 from moejax.sweep.report.summary import Interval, Setting
 
 _MOST = 8
-"""Settings named in one sentence; the figures and tables have all."""
+"""Most settings named in one sentence; the figures and tables have all."""
 
 
 def listed(items: Sequence[str]) -> str:
-  """Returns the first of some words or settings, and how many more there are."""
+  """Returns the first few words or settings, and how many more there are."""
   more = f"; and {len(items) - _MOST} more" if len(items) > _MOST else ""
   return "; ".join(items[:_MOST]) + more
 
@@ -42,7 +42,7 @@ def where(values: Mapping[str, Any], names: Mapping[str, str]) -> str:
 
 
 def doubling(doubling: analyses.Doubling, names: Mapping[str, str]) -> tuple[str, str]:
-  """Returns what is compared, and what is added about its step time."""
+  """Returns the comparison in words, and an addition about the step time."""
   what = f"from {doubling.experts} to {2 * doubling.experts} experts"
   if doubling.also:
     changed = (
@@ -59,13 +59,13 @@ def doubling(doubling: analyses.Doubling, names: Mapping[str, str]) -> tuple[str
 
 
 def seeds_of(setting: Setting) -> str:
-  """Returns its number of seeds, and how many more ended without a finite loss."""
+  """Returns the number of seeds, and how many more ended without a finite loss."""
   lost = f", {len(setting.diverged)} more diverged" if setting.diverged else ""
   return count(setting.n, "seed") + lost
 
 
 def all_seeds(found: Sequence[Setting]) -> str:
-  """Returns ` with all 3 seeds` if some setting lacks one; empty if none does."""
+  """Returns ` with all 3 seeds` if some setting lacks a seed; empty otherwise."""
   if len(summary.with_all_seeds(found)) == len(found):
     return ""
   return f" with {whole(len(summary.all_seeds(found)))}"
