@@ -44,28 +44,28 @@ class AlarmConfig:
   """The same ratio, from above."""
 
 
-_BELOW_EVEN = "0 is even"
-_ROUNDING = "a float32 softmax is one or zero far below"
+_BELOW_EVEN = "0 means an even load"
+_OFF = "none disables it"
+_ROUNDING = "a float32 softmax is 0 or 1 far below this"
+_LEARNING = "a router that learns can have a ratio of 1"
 
 RANGES: dict[str, Range] = {
-  "alarms.patience": count(1, 2**20, "no run logs as many steps"),
-  "alarms.release": Range(0, 1, low_open=True, why_high="1 is no hysteresis"),
-  "alarms.max_load": Range(0, 1, _BELOW_EVEN, why_high="1 is every token"),
-  "alarms.min_load_entropy": Range(0, 1, "0 is one expert", why_high="1 is even"),
-  "alarms.max_dead_steps": Range(1, 2**31 - 1, "none is off"),
-  "alarms.max_logit": Range(0, 1e6, "none is off", low_open=True, why_high=_ROUNDING),
-  "alarms.max_gate": Range(0, 1, "none is off", low_open=True),
+  "alarms.patience": count(1, 2**20, "no run logs that many steps"),
+  "alarms.release": Range(0, 1, low_open=True, why_high="1 means no hysteresis"),
+  "alarms.max_load": Range(0, 1, _BELOW_EVEN, why_high="1 means every token"),
+  "alarms.min_load_entropy": Range(
+    0, 1, "0 means one expert", why_high="1 means an even load"
+  ),
+  "alarms.max_dead_steps": Range(1, 2**31 - 1, _OFF),
+  "alarms.max_logit": Range(0, 1e6, _OFF, low_open=True, why_high=_ROUNDING),
+  "alarms.max_gate": Range(0, 1, _OFF, low_open=True),
   "alarms.max_bias_span": Range(
-    0, 1e3, "none is off", low_open=True, why_high="scores lie between 0 and 1"
+    0, 1e3, _OFF, low_open=True, why_high="scores lie between 0 and 1"
   ),
-  "alarms.max_drops": Range(0, 1, "0 is any drop"),
+  "alarms.max_drops": Range(0, 1, "0 means any drop"),
   "alarms.max_aux_share": Range(
-    0, 1e6, "none is off", low_open=True, why_high="nothing would be learned"
+    0, 1e6, _OFF, low_open=True, why_high="nothing would be learned"
   ),
-  "alarms.min_gradient": Range(
-    0, 1, "none is off", low_open=True, why_high="a router that learns has as much"
-  ),
-  "alarms.max_gradient": Range(
-    1, 1e9, "a router that learns has as much", why_high="none is off"
-  ),
+  "alarms.min_gradient": Range(0, 1, _OFF, low_open=True, why_high=_LEARNING),
+  "alarms.max_gradient": Range(1, 1e9, _LEARNING, why_high=_OFF),
 }

@@ -68,17 +68,18 @@ def _rotated_entries_are_pairs(c: Config) -> str | None:
     return None
   if model.attention == "latent":
     return (
-      f"{named(c, 'model.rope_head_dim')}: rotary positions turn pairs. Use an even one."
+      f"{named(c, 'model.rope_head_dim')}: rotary positions rotate pairs of entries. Use "
+      "an even number."
     )
   names = ("model.head_dim",) if model.head_dim else ("model.width", "model.num_heads")
   if model.rope_fraction == 1:
     return (
       f"{named(c, *names)} makes heads of width {sizes.query}: rotary positions "
-      "turn pairs, so it must be even."
+      "rotate pairs of entries, so it must be even."
     )
   return (
-    f"{named(c, 'model.rope_fraction', *names)} turns {sizes.rotated} of a head's "
-    f"{sizes.query} entries: rotary positions turn pairs, so it must be even and not 0."
+    f"{named(c, 'model.rope_fraction', *names)} rotates {sizes.rotated} of a head's "
+    f"{sizes.query} entries, in pairs: this number must be even and not 0."
   )
 
 
@@ -98,7 +99,10 @@ def _window_pattern_names_layers(c: Config) -> str | None:
   words = [word.strip() for word in model.window_pattern.split(",")]
   wrong = next((word for word in words if word not in WINDOW_WORDS), None)
   if wrong is not None:
-    return f"{pattern}: {wrong!r} is neither sliding nor full, as in sliding,full."
+    return (
+      f"{pattern}: {wrong!r} is neither sliding nor full. Give, for example, "
+      "sliding,full."
+    )
   if not model.sliding_window:
     return (
       f"{named(c, 'model.window_pattern', 'model.sliding_window')}: there is no window. "
@@ -107,8 +111,8 @@ def _window_pattern_names_layers(c: Config) -> str | None:
   if len(words) > model.num_layers or not any(layer_windows(model)):
     return (
       f"{named(c, 'model.window_pattern', 'model.num_layers')}: the pattern names "
-      f"{len(words)} layers, of which a window must be one that the model has. Shorten "
-      "it, or add layers."
+      f"{len(words)} layers. It must not be longer than the model, and at least one of "
+      "the model's layers must be sliding. Change the pattern, or add layers."
     )
 
 

@@ -121,8 +121,8 @@ def _ranges(config: Config) -> None:
 def _schema(c: Config) -> str | None:
   if c.schema_version != SCHEMA_VERSION:
     return (
-      f"schema_version={c.schema_version} is not this moejax's {SCHEMA_VERSION}. It is "
-      "no setting: leave it out of config files."
+      f"schema_version={c.schema_version} is not the {SCHEMA_VERSION} of this moejax. It "
+      "is not a setting: leave it out of config files."
     )
 
 
@@ -144,7 +144,7 @@ def _text_has_a_path(c: Config) -> str | None:
       "add --config.data.name=text."
     )
   if not c.data.name:
-    return "--config.data.name is empty. --list=datasets shows what there is."
+    return "--config.data.name is empty. --list=datasets shows the choices."
   local = c.data.name in ("text", "python_stdlib", "python_packages")
   if c.data.domains and not local:
     return (
@@ -218,8 +218,9 @@ def _a_norm_is_of_something(c: Config) -> str | None:
     )
   if c.moe.shared_gate and not c.moe.shared_width:
     return (
-      "--config.moe.shared_gate=true weighs shared experts, and "
-      "--config.moe.num_shared=0 has none. Raise it, or leave the gate out."
+      "--config.moe.shared_gate=true weights shared experts, but "
+      "--config.moe.num_shared=0 means that there are none. Raise it, or leave the gate "
+      "out."
     )
 
 
@@ -240,8 +241,8 @@ def _dense_layers_are_layers(c: Config) -> str | None:
     indices = dense_layers(c.moe)
   except ValueError:
     return (
-      f"--config.moe.dense_layers={c.moe.dense_layers} is no list of layers. Give their "
-      "numbers from 0, separated by commas, such as 0,3."
+      f"--config.moe.dense_layers={c.moe.dense_layers} is not a list of layers. Give "
+      "their numbers from 0, separated by commas, such as 0,3."
     )
   outside = [i for i in indices if not 0 <= i < c.model.num_layers]
   if outside:
@@ -269,7 +270,7 @@ def _frozen_is_a_list_of_selectors(c: Config) -> str | None:
 def _slots_travel_with_a_capacity(c: Config) -> str | None:
   if c.moe.exchange == "all_to_all" and c.moe.capacity_factor is None:
     return (
-      f"{named(c, 'moe.exchange', 'moe.capacity_factor')}: all_to_all sends slots, and "
+      f"{named(c, 'moe.exchange', 'moe.capacity_factor')}: all_to_all sends slots, but "
       "dropless has none. Use ragged, ring or auto, or give a capacity factor."
     )
   if c.moe.exchange_buffer is not None and c.moe.exchange not in ("auto", "ragged"):
@@ -286,8 +287,9 @@ def _first_choices_are_not_kept(c: Config) -> str | None:
   if moe.balance_counts == "first":
     names = ("moe.balance_counts", "moe.balance_scope", "train.accumulation")
     return (
-      f"{named(c, *names)}: the loads known of a batch before its last microbatch count "
-      "all choices. Use balance_counts=all, balance_scope=group or accumulation=1."
+      f"{named(c, *names)}: before the last microbatch of a batch, only its loads over "
+      "all choices are known. Use balance_counts=all, balance_scope=group or "
+      "accumulation=1."
     )
 
 

@@ -87,9 +87,9 @@ def _relative_positions_are_biases(c: Config) -> str | None:
   if model.relative_buckets % 4 or model.relative_distance <= model.relative_buckets // 2:
     names = ("model.relative_buckets", "model.relative_distance")
     return (
-      f"{named(c, *names)}: half of the buckets are of single distances and half of "
-      "growing ranges up to relative_distance, in both directions. Use a multiple of 4, "
-      "and a distance of more than half of it."
+      f"{named(c, *names)}: in each direction, half of the buckets hold single distances "
+      "and half growing ranges up to relative_distance. Use a multiple of 4 buckets, and "
+      "a distance of more than half their number."
     )
 
 

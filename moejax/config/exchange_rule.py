@@ -18,9 +18,9 @@ CARRIES = {
 """The dispatchers whose rows each exchange carries."""
 
 _WHY_NOT = {
-  "all_to_all": "it sends slots, and {} has rows of any number",
-  "ragged": "it sends sorted rows, and {} has slots",
-  "gspmd": "it runs on dense weights, which {} has not",
+  "all_to_all": "it sends slots, but {} has any number of rows",
+  "ragged": "it sends sorted rows, but {} has slots",
+  "gspmd": "it runs on dense weights, which {} does not have",
 }
 
 
@@ -80,14 +80,15 @@ def choose(
     kind = _auto_exchange(asked, divided, devices, num_selected, capacity)
   if kind != "gspmd" and not divided:
     raise ConfigError(
-      f"--config.moe.exchange={exchange}: {num_groups} routing groups do not divide over "
-      f"{token_shards} devices. Use gspmd or auto, or another --config.moe.group_size."
+      f"--config.moe.exchange={exchange}: {num_groups} routing groups do not divide "
+      f"evenly over {token_shards} devices. Use gspmd or auto, or another "
+      "--config.moe.group_size."
     )
   if kind != "gspmd" and devices == 1:
     kind = "none"
   if kind == "all_to_all" and not capacity:
     raise ConfigError(
-      "--config.moe.exchange=all_to_all sends slots, and dropless has none. Use ragged, "
+      "--config.moe.exchange=all_to_all sends slots, but dropless has none. Use ragged, "
       "ring or auto, or give --config.moe.capacity_factor."
     )
   if asked == "auto":
@@ -102,7 +103,7 @@ def unmixable(dispatcher: str, mixes: bool) -> str | None:
   if not mixes or dispatcher in ("auto", "einsum"):
     return None
   return (
-    f"--config.moe.dispatcher={dispatcher} moves whole tokens, and this router mixes "
+    f"--config.moe.dispatcher={dispatcher} moves whole tokens, but this router mixes "
     "them into slots. Use einsum or auto."
   )
 

@@ -32,7 +32,7 @@ def mesh_shape(config: MeshConfig, num_devices: int) -> tuple[int, ...]:
     sizes[sizes.index(-1)] = num_devices // known
   if math.prod(sizes) != num_devices:
     raise ConfigError(
-      f"{flags}: {num_devices} device(s) cannot be divided so. The product of the axes "
+      f"{flags}: {num_devices} device(s) cannot be divided this way. The product of axes "
       "must equal the device count; set one axis to -1 to let it take the rest."
     )
   return tuple(sizes)

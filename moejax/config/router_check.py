@@ -38,8 +38,8 @@ def _check_encoder(config: Config) -> None:
   encoder = make_router(encoder_moe(moe))
   if encoder.has_table != router.has_table:
     raise ConfigError(
-      f"{named(config, 'moe.encoder_router', 'moe.router')}: a table by token id is one "
-      "for the whole model. Use the same router in both."
+      f"{named(config, 'moe.encoder_router', 'moe.router')}: a table by token id is "
+      "shared by the whole model. Use the same router in both."
     )
   _check_stack(encoder_config(config))
 
@@ -59,7 +59,7 @@ def _fixed_choices(c: Config, router: Router) -> str | None:
   if fixed is not None and chosen != fixed:
     return (
       f"{named(c, 'moe.router', 'moe.num_selected', 'moe.segments')}: this router "
-      f"chooses {fixed} per token, and num_selected * segments is {chosen}. Change them, "
+      f"chooses {fixed} per token, but num_selected * segments is {chosen}. Change them, "
       "or use --config.moe.router=top_k."
     )
 
@@ -67,17 +67,17 @@ def _fixed_choices(c: Config, router: Router) -> str | None:
 def _dropped_experts_are_in_the_logits(c: Config, router: Router) -> str | None:
   if c.moe.expert_dropout and not router.by_logits:
     return (
-      f"{named(c, 'moe.expert_dropout', 'moe.router')}: this router does not go by "
-      "the logits, which is where experts are taken out. Use "
-      "--config.moe.expert_dropout=0, or another router."
+      f"{named(c, 'moe.expert_dropout', 'moe.router')}: this router does not choose "
+      "by the logits, where experts are dropped. Use --config.moe.expert_dropout=0, or "
+      "another router."
     )
 
 
 def _biases_are_in_the_logits(c: Config, router: Router) -> str | None:
   if c.moe.router_bias and not router.by_logits:
     return (
-      f"{named(c, 'moe.router_bias', 'moe.router')}: this router does not go by the "
-      "logits, which the bias is added to. Leave it out, or use another router."
+      f"{named(c, 'moe.router_bias', 'moe.router')}: this router does not choose by "
+      "the logits, to which the bias is added. Leave it out, or use another router."
     )
 
 
@@ -86,8 +86,8 @@ def _pruned_rows_take_a_part(c: Config, router: Router) -> str | None:
     return None
   if not router.gates_are_probabilities:
     return (
-      f"{named(c, 'moe.pruned_rows', 'moe.router')}: the gates of this router are no "
-      "softmax, so rows without an expert change nothing. Leave it out."
+      f"{named(c, 'moe.pruned_rows', 'moe.router')}: the gates of this router are not "
+      "a softmax, so rows without an expert change nothing. Leave it out."
     )
   if c.moe.renormalize != "none":
     return (
@@ -142,8 +142,8 @@ def _router_policy(config: Config, router: Router) -> None:
   moe = config.moe
   if router.needs_capacity and moe.eval_capacity_factor is None:
     raise ConfigError(
-      f"--config.moe.router={moe.router} needs slots in evaluation too, and "
-      "--config.moe.eval_capacity_factor=none gives no number of them. Give it "
+      f"--config.moe.router={moe.router} needs slots in evaluation too, but "
+      "--config.moe.eval_capacity_factor=none sets no number of them. Set it to "
       f"{moe.capacity_factor or 1.0}, as in training."
     )
   # 1 stands for any capacity: the rules do not depend on the number.

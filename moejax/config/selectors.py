@@ -52,7 +52,7 @@ def _selector(text: str) -> Selector:
     rows = slice(start, stop)
   if not pattern or set(pattern) & set("![] "):
     raise ValueError(
-      f"{text!r} is no selector: give a name with * and ?, then rows such as [0:4] if "
+      f"{text!r} is not a selector: give a name with * and ?, then rows such as [0:4] if "
       "only these are meant"
     )
   return Selector(text=text, pattern=pattern, takes_back=text.startswith("!"), rows=rows)

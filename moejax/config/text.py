@@ -53,7 +53,7 @@ def _options_to_routers(values: dict[str, Any]) -> dict[str, Any]:
   """Migrates schema 1 to 2; drops options that the chosen router did not read."""
   moe = values.get("moe", {})
   if not isinstance(moe, Mapping):
-    raise ConfigError(f"the config's moe is {moe!r}, and must be a group of fields.")
+    raise ConfigError(f"the config's moe is {moe!r}, but must be a group of fields.")
   moe = dict(moe)
   router, options = moe.get("router", "switch"), {}
   for old, (new, routers) in _MOVED_TO_ROUTERS.items():
@@ -280,7 +280,7 @@ def _migrated(values: dict[str, Any]) -> dict[str, Any]:
   version = values.get("schema_version", SCHEMA_VERSION)
   if type(version) is not int or not 1 <= version <= SCHEMA_VERSION:
     raise ConfigError(
-      f"the config has schema_version={version!r}, and this moejax reads 1 to "
+      f"the config has schema_version={version!r}, but this moejax reads 1 to "
       f"{SCHEMA_VERSION}. Use the version of moejax that wrote it, or a later one."
     )
   while version < SCHEMA_VERSION:

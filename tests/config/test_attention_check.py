@@ -32,13 +32,13 @@ REFUSED = [
   (dict(model__attention_scale=-1.0), "--config.model.attention_scale=-1.0"),
   (dict(model__rope_fraction=0.0), "--config.model.rope_fraction=0.0"),
   (dict(model__rope_fraction=1.5), "--config.model.rope_fraction=1.5"),
-  (dict(model__rope_fraction=0.1), "turns 3 of a head's 32 entries"),
-  (dict(model__rope_fraction=0.01), "turns 0 of a head's 32 entries"),
+  (dict(model__rope_fraction=0.1), "rotates 3 of a head's 32 entries"),
+  (dict(model__rope_fraction=0.01), "rotates 0 of a head's 32 entries"),
   (dict(model__window_pattern="sliding,full"), "--config.model.sliding_window=0"),
   (dict(model__window_pattern="slide", model__sliding_window=4), "'slide' is neither"),
   (
     dict(model__window_pattern="full,full", model__sliding_window=4),
-    "a window must be one that the model has",
+    "at least one of the model's layers must be sliding",
   ),
   (
     dict(model__window_pattern="full," * 4 + "sliding", model__sliding_window=4),

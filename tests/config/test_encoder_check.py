@@ -20,7 +20,7 @@ REFUSED = [
   (dict(data__noise_density=0.3), "--config.data.noise_density=0.3"),
   (BOTH | dict(moe__encoder_router="topk"), "Did you mean top_k"),
   (BOTH | dict(moe__router="expert_choice"), "--config.moe.encoder_router=expert_choice"),
-  (BOTH | dict(moe__encoder_router="hash"), "a table by token id is one"),
+  (BOTH | dict(moe__encoder_router="hash"), "a table by token id is shared by"),
   (BOTH | dict(model__sliding_window=8), "encoder-decoders have no windows"),
   (BOTH | dict(moe__group_size=-1), "--config.moe.group_size=-1"),
   (BOTH | dict(moe__group_size=4096), "tokens of the decoder in a microbatch"),

@@ -57,7 +57,7 @@ def test_groups_that_do_not_divide_fall_to_the_compiler():
     ConfigError, match=r"exchange=auto .*\(by gspmd\).*dense weights.*patcher=auto\.$"
   ):
     choose("auto", "grouped", num_selected=2, capacity=True, **apart)
-  with pytest.raises(ConfigError, match="1 routing groups do not divide over 8"):
+  with pytest.raises(ConfigError, match="1 routing groups do not divide evenly over 8"):
     choose("ring", "auto", num_selected=2, capacity=True, **apart)
 
 

@@ -195,7 +195,7 @@ def test_the_count_is_that_of_the_tree(model, moe):
 @pytest.mark.parametrize(
   ("moe", "words"),
   [
-    ({"dense_layers": "a"}, "no list of layers"),
+    ({"dense_layers": "a"}, "is not a list of layers"),
     ({"dense_layers": "0,9"}, "no layer 9"),
     ({"dense_layers": "1"}, "makes no layer an MoE layer"),
     ({"router_bias": True, "router": "hash", "num_selected": 1}, "router_bias"),

@@ -327,7 +327,7 @@ def test_an_exchange_that_cannot_carry_the_routing_is_refused():
   with pytest.raises(ConfigError, match="dropless has none"):
     shell = make("top2", None, exchange="all_to_all")
     compute(shell, None, MESHES["expert 8"], 8)
-  with pytest.raises(ConfigError, match="1 routing groups do not divide over 8"):
+  with pytest.raises(ConfigError, match="1 routing groups do not divide evenly over 8"):
     shell = make("top2", 1.0, exchange="ring", group_size=-1)
     compute(shell, 1.0, MESHES["expert 8"], 8)
 

@@ -316,7 +316,7 @@ def test_a_failed_run_is_named_with_its_log_and_retried_only_when_told(sweeps):
   code, _, err = sweeps.run(workdir, **given)
   assert code == 1
   assert "num_experts=2,seed=0 failed (exit code 2)" in err
-  assert "2 device(s) cannot be divided so" in err and "--retry_failed" in err
+  assert "2 device(s) cannot be divided this way" in err and "--retry_failed" in err
   assert sweeps.run(workdir, **given)[0] == 1
   assert len(slurm.submissions(workdir)) == 1
   given["slurm"] = {}
