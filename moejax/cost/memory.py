@@ -126,8 +126,8 @@ def check(
     f"This run cannot fit: {where} needs at least {_gigabytes(total)} GB ({parts}; "
     f"buffers not counted), and there are {_gigabytes(there)} GB"
     f"{' in all' if on_cpu and len(devices) > 1 else ''}. Lower --config.model.width, "
-    f"--config.moe.num_experts or --config.train.batch_size{more}, or try all the same "
-    "with --ignore_memory."
+    f"--config.moe.num_experts or --config.train.batch_size{more}, or try anyway with "
+    "--ignore_memory."
   )
 
 

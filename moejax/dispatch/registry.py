@@ -14,7 +14,7 @@ DISPATCHERS: Mapping[str, type[Layout]] = {
 }
 SUMMARIES: Mapping[str, str] = {
   "einsum": "dense weights; slow, readable, and the only one for Soft MoE",
-  "gather": "slots by index; batched experts, empty slots cost as full ones",
+  "gather": "slots by index; batched experts, empty slots cost as much as full ones",
   "grouped": "sorted rows; only kept assignments cost; capacity and dropless",
 }
 """One line each, for --list=dispatchers."""

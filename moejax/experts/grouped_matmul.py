@@ -74,15 +74,15 @@ def choose(platform: str) -> str:
     return "ragged_dot"
   if jax.default_backend() != "gpu":
     _logger.warning(
-      "grouped_matmul: jax.lax.ragged_dot, because tokamax chooses its kernels by the "
-      "devices of this machine, and the GPUs compiled for are not here."
+      "grouped_matmul: using jax.lax.ragged_dot, because tokamax chooses its kernels by "
+      "the devices of this machine, which are not the GPUs compiled for."
     )
     return "ragged_dot"
   try:
     import tokamax  # pyright: ignore[reportMissingImports]  # noqa: F401
   except Exception as error:  # Not installed, or incompatible with this jax.
     _logger.warning(
-      "grouped_matmul: jax.lax.ragged_dot on %s, because tokamax does not import "
+      "grouped_matmul: using jax.lax.ragged_dot on %s, because tokamax does not import "
       "(%s: %s); `pip install tokamax` gives faster kernels.",
       platform,
       type(error).__name__,

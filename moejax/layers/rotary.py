@@ -138,7 +138,7 @@ def scaled_frequencies(config: ModelConfig, size: int) -> Float[np.ndarray, "hal
       low, high = _ramp(config, size)
       share = 1 - np.clip((np.arange(half) - low) / (high - low), 0, 1)
     case _:
-      raise ValueError(f"--config.model.rope_scaling={config.rope_scaling!r} scales not")
+      raise ValueError(f"--config.model.rope_scaling={config.rope_scaling!r} is unknown")
   return share * kept + (1 - share) * divided
 
 

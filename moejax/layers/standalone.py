@@ -102,8 +102,8 @@ class MoE(nnx.Module):
     self.layer = moe_lib.MoE(config.model, config.moe, rngs)
     if self.layer.router.router.has_table:
       raise ConfigError(
-        f"--config.moe.router={router} reads a table by token id, which a whole model "
-        "has (moejax.Decoder) and a layer has not. Use another router."
+        f"--config.moe.router={router} reads a table by token id, which only a whole "
+        "model has (moejax.Decoder). Use another router."
       )
 
   def _check(self, x: Array, valid: Array | np.ndarray | None) -> None:

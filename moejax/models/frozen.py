@@ -114,14 +114,14 @@ def _check(
     axis = expert_axis(axes[name])
     if axis is None:
       raise ConfigError(
-        f"{_FLAG}={text}: {selector.text} also matches {name}, which is of no expert and "
-        "has no rows. Narrow the name, for example *.moe.experts.*"
+        f"{_FLAG}={text}: {selector.text} also matches {name}, which belongs to no "
+        "expert and has no rows. Narrow the name, for example *.moe.experts.*"
         f"{selector.text[selector.text.index('[') :]}."
       )
     size = shapes[name].shape[axis]
     if not max(selector.rows.start, (selector.rows.stop or 0) - 1) < size:
       raise ConfigError(
-        f"{_FLAG}={text}: {name} has rows 0 to {size - 1}, and {selector.text} names "
+        f"{_FLAG}={text}: {name} has rows 0 to {size - 1}, but {selector.text} names "
         "others. Lower them."
       )
 

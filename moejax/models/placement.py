@@ -33,7 +33,7 @@ def check_rows(model: Any, mesh: Mesh) -> None:
     if axis is not None and trained % mesh.shape[axis]:
       raise ConfigError(
         f"--config.train.frozen leaves {trained} of {len(entry.trained)} experts of "
-        f"{jax.tree_util.keystr(path, simple=True, separator='.')} to be trained, and "
+        f"{jax.tree_util.keystr(path, simple=True, separator='.')} to be trained, but "
         f"--config.mesh.{axis}={mesh.shape[axis]} cannot share them out evenly. Freeze "
         f"another number of experts, or choose a divisor of {trained}."
       )

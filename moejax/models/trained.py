@@ -155,4 +155,4 @@ def names(mask: Mask, prefix: str = "") -> list[str]:
 
 def _same_keys(params: Params, trained: Mask) -> None:
   if params.keys() != trained.keys():
-    raise ValueError(f"parameters {sorted(params)} under a mask of {sorted(trained)}")
+    raise ValueError(f"parameters {sorted(params)} with a mask for {sorted(trained)}")

@@ -36,7 +36,7 @@ def remat(function: Unit, policy: str, *, in_scan: bool) -> Unit:
       return jax.checkpoint(function, policy=keep, prevent_cse=not in_scan)
     case _:
       raise ValueError(
-        f"--config.model.remat={policy!r} is none of none, full, offload, all, dots"
+        f"--config.model.remat={policy!r} is not one of none, full, offload, all, dots"
       )
 
 

@@ -68,11 +68,13 @@ class Base(Router):
   by_logits = False
 
   sinkhorn_iterations: int = option(
-    30, "at most so many", count(1, 100_000, "a step would take all its time for it")
+    30,
+    "maximum number of iterations",
+    count(1, 100_000, "a step would spend all its time on them"),
   )
   sinkhorn_tolerance: float = option(
     1e-4,
-    "mean change of the columns' factors below which it is balanced",
+    "mean change of the columns' factors at which iterations stop",
     Range(0, 1, low_open=True, why_high="nothing would be balanced"),
   )
 

@@ -85,7 +85,7 @@ class SigmoidBias(GroupedRouter):
   """
 
   name = "sigmoid_bias"
-  summary = "sigmoid scores balanced by a bias that only choosing sees (DeepSeek-V3)"
+  summary = "sigmoid scores balanced by a selection-only bias (DeepSeek-V3)"
   by_sigmoid = True
   balancer = "bias_update_rate"
   selection_bias = BIAS
@@ -117,14 +117,14 @@ class QuantileBias(GroupedRouter):
   """
 
   name = "quantile_bias"
-  summary = "sigmoid_bias whose bias steps towards a quantile's estimate, which balances"
+  summary = "sigmoid_bias whose bias steps towards an estimated balancing quantile"
   by_sigmoid = True
   balancer = "quantile_rate"
   selection_bias = BIAS
 
   quantile_rate: float = option(
     0.2,
-    "what part of the estimated way to balance a step goes",
+    "fraction of the estimated distance to balance per step",
     Range(0, 10, "0 leaves the bias at zero", why_high="1 goes all the way to balance"),
   )
 

@@ -36,8 +36,8 @@ class ExpertChoice(Router):
   def __call__(self, inputs: RouterInputs, policy: SlotPolicy) -> Routing:
     if policy.capacity is None:
       raise ConfigError(
-        "--config.moe.capacity_factor=none cannot go with --config.moe.router="
-        "expert_choice: an expert picks as many tokens as it has slots. Give a number."
+        "--config.moe.capacity_factor=none with --config.moe.router=expert_choice: an "
+        "expert picks as many tokens as it has slots. Give a number."
       )
     probs = softmax(inputs.logits)
     num_tokens, num_experts, capacity = *probs.shape, policy.capacity

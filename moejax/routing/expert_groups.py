@@ -27,18 +27,18 @@ class GroupedRouter(Router):
 
   num_expert_groups: int = option(
     1,
-    "experts stand in so many equal groups; 1 is no limit",
+    "number of equal groups of experts; 1 means no limit",
     count(1, _MOST, _MANY, "at most num_experts"),
   )
   num_selected_groups: int = option(
     1,
-    "a token chooses within so many best groups",
+    "number of best groups a token chooses from",
     count(1, _MOST, _MANY, "at most num_expert_groups"),
   )
   group_best: int = option(
     1,
-    "a group's score sums so many of its best experts: 1 DeepSeek-V2, 2 DeepSeek-V3",
-    count(1, _MOST, _MANY, "at most the experts of a group"),
+    "number of best experts summed to a group's score: 1 DeepSeek-V2, 2 DeepSeek-V3",
+    count(1, _MOST, _MANY, "at most the number of experts in a group"),
   )
 
   def limited(self, scores: Float[Array, "T E"]) -> Float[Array, "T E"]:
@@ -73,8 +73,8 @@ class GroupedRouter(Router):
       )
     if not 0 < selected <= groups:
       raise ConfigError(
-        f"{flag}num_selected_groups={selected} is not in 1..{groups}, the number of "
-        "groups."
+        f"{flag}num_selected_groups={selected} is not in 1..{groups}, where {groups} is "
+        "the number of groups."
       )
     if k > selected * experts // groups:
       raise ConfigError(
@@ -85,7 +85,7 @@ class GroupedRouter(Router):
     if self.group_best > experts // groups:
       raise ConfigError(
         f"{flag}group_best={self.group_best} is more than the {experts // groups} "
-        "experts of a group."
+        "experts of a group. Lower it."
       )
 
 
@@ -111,9 +111,9 @@ class GroupLimited(GroupedRouter):
   summary = "top-k within a token's best groups of experts (DeepSeek-V2)"
   gates_are_probabilities = True
 
-  device_weight: float = option(0.05, "of the balance between groups", weight())
+  device_weight: float = option(0.05, "weight of the balance between groups", weight())
   communication_weight: float = option(
-    0.02, "of the balance of what groups receive", weight()
+    0.02, "weight of the balance of tokens received by groups", weight()
   )
 
   def __call__(self, inputs: RouterInputs, policy: SlotPolicy) -> Routing:

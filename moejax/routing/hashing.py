@@ -63,7 +63,7 @@ def table_damage(table: np.ndarray, num_experts: int) -> str | None:
     f"its hash table is damaged: {np.count_nonzero(wrong.any(axis=1))} of {len(table)} "
     f"token ids have no expert (id {token}: {table[token, choice]:.6g}, experts are 0 to "
     f"{num_experts - 1}). Earlier versions let weight decay move the table, so the run "
-    "was trained with other experts than its table had. Train it again"
+    "was trained with experts other than those of its table. Train it again"
   )
 
 
@@ -100,8 +100,8 @@ class Hash(Router):
   def __call__(self, inputs: RouterInputs, policy: SlotPolicy) -> Routing:
     if inputs.assigned is None:
       raise ConfigError(
-        "--config.moe.router=hash reads the experts out of a table by token id, and no "
-        "token ids reached the layer. Use another router for inputs that are not tokens."
+        "--config.moe.router=hash looks up experts by token id, but no token ids reached "
+        "the layer. Use another router for inputs that are not tokens."
       )
     # Probabilities are only reported (and have a gradient); they decide nothing.
     probs = softmax(inputs.logits)

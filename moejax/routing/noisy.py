@@ -41,11 +41,11 @@ class NoisyTopK(Router):
   )
   noise_std: float = option(
     1.0,
-    "of the fixed noise, times E",
+    "standard deviation of the fixed noise, times E",
     Range(0, 1e4, why_high="the choice would be nothing but noise"),
   )
-  importance_weight: float = option(0.01, "of CV^2 of the summed gates", weight())
-  load_weight: float = option(0.01, "of CV^2 of the smooth load", weight())
+  importance_weight: float = option(0.01, "weight of CV^2 of the summed gates", weight())
+  load_weight: float = option(0.01, "weight of CV^2 of the smooth load", weight())
 
   def parameters(self, sizes: Sizes) -> dict[str, Parameter]:
     if self.noise == "fixed":

@@ -279,12 +279,12 @@ class Router(abc.ABC):
     if constant and not policy.allow_constant_gates:
       raise ConfigError(
         f"{flag}renormalize={policy.renormalize} with one choice per token makes every "
-        f"gate 1 and takes the router its gradient. Use none; {flag}"
-        "allow_constant_gates=true keeps it all the same."
+        f"gate 1 and leaves the router without a gradient. Use none; {flag}"
+        "allow_constant_gates=true allows it anyway."
       )
     if self.needs_capacity and policy.capacity is None:
       raise ConfigError(
-        f"{flag}router={self.name} needs slots, and {flag}capacity_factor=none gives no "
+        f"{flag}router={self.name} needs slots, but {flag}capacity_factor=none sets no "
         "number of them. Give a number, for training and evaluation."
       )
     if policy.overflow == "next_best":
@@ -299,7 +299,7 @@ class Router(abc.ABC):
       )
     if policy.capacity is None:
       raise ConfigError(
-        f"{flag}overflow=next_best has nothing to do with {flag}capacity_factor=none: "
+        f"{flag}overflow=next_best has no effect with {flag}capacity_factor=none: "
         "dropless never overflows. Give a capacity factor, or use overflow=drop."
       )
     if policy.slot_order in ("token_major", "by_gate"):

@@ -52,7 +52,7 @@ class Soft(Router):
     slots = params["slots"].astype(jnp.float32)
     if slots.shape[-1] != policy.capacity:
       raise ConfigError(
-        f"--config.moe.router=soft has {slots.shape[-1]} learned slots per expert, and "
+        f"--config.moe.router=soft has {slots.shape[-1]} learned slots per expert, but "
         f"this group size and capacity factor ask for {policy.capacity}. Keep "
         "--config.moe.group_size, capacity_factor and eval_capacity_factor as trained."
       )

@@ -73,9 +73,9 @@ def over_slices(
   across = AXES.index(config.slice_axis)
   if shape[across] % slices:
     raise ConfigError(
-      f"--config.mesh.{config.slice_axis}={shape[across]} is to cross {slices} slices "
-      f"(--config.mesh.slice_axis={config.slice_axis}), and is no multiple of them. "
-      f"Make it a multiple of {slices}, or choose another slice_axis."
+      f"--config.mesh.{config.slice_axis}={shape[across]} must span {slices} slices "
+      f"(--config.mesh.slice_axis={config.slice_axis}), but is not a multiple of "
+      f"{slices}. Make it a multiple of {slices}, or choose another slice_axis."
     )
   return tuple(slices if i == across else 1 for i in range(len(shape)))
 

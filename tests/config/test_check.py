@@ -101,8 +101,8 @@ REFUSED = [
     dict(moe__num_experts=4, moe__num_selected=5),
     "a token cannot choose an expert twice",
   ),
-  (dict(moe__renormalize="before_drop"), "takes the router its gradient"),
-  (dict(moe__renormalize="after_drop", **TOP_K), "takes the router its gradient"),
+  (dict(moe__renormalize="before_drop"), "leaves the router without a gradient"),
+  (dict(moe__renormalize="after_drop", **TOP_K), "leaves the router without a gradient"),
   (dict(moe__num_selected=2), "--config.moe.router=top_k"),
   (dict(moe__segments=2), "--config.moe.segments=2"),
   (dict(moe__router="top2"), "chooses 2 per token"),
@@ -378,7 +378,7 @@ def test_next_best_needs_a_capacity_in_training_only():
   """Evaluation is dropless by default, and then nothing overflows."""
   config_check.validate(make(moe__overflow="next_best", moe__num_selected=2, **TOP_K))
   config = make(moe__overflow="next_best", moe__capacity_factor=None)
-  assert "nothing to do with --config.moe.capacity_factor=none" in refusal(config)
+  assert "has no effect with --config.moe.capacity_factor=none" in refusal(config)
 
 
 @pytest.mark.parametrize(

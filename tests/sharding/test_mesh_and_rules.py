@@ -88,7 +88,7 @@ class _Sliced:
 def test_an_axis_that_cannot_cross_slices_is_refused():
   """With the axis, its size and both remedies named."""
   devices = [_Sliced(i) for i in range(8)]
-  with pytest.raises(ConfigError, match="mesh.data=1 is to cross 2 slices") as caught:
+  with pytest.raises(ConfigError, match="mesh.data=1 must span 2 slices") as caught:
     meshes.make_mesh(MeshConfig(data=1, fsdp=-1), devices)
   assert "slice_axis" in str(caught.value)
 

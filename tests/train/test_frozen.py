@@ -193,7 +193,7 @@ def test_rows_that_no_mesh_axis_shares_out_are_refused():
   [
     ("*.expert.*", r"no parameter is named \*\.expert\.\*\. The nearest is .*experts"),
     ("unit.1.moe.router.wieght", r"The nearest is unit\.1\.moe\.router\.weight\."),
-    ("*.attention.query[0]", "of no expert and has no rows"),
+    ("*.attention.query[0]", "belongs to no expert and has no rows"),
     ("*.experts.*[2:5]", "rows 0 to 3"),
     ("*.experts.*[4]", "rows 0 to 3"),
     ("*", "nothing is left to train"),
