@@ -194,7 +194,7 @@ class EmergencyCheckpoints:
     if not self._failing:
       self._warn(
         f"emergency checkpoint at step {self._step} could not be saved to "
-        f"{self.directory} ({why}): the run goes on, and tries again every "
+        f"{self.directory} ({why}): the run continues, and tries again every "
         f"{self.every} steps"
       )
     self._failing = True
@@ -318,15 +318,15 @@ class EmergencyCheckpoints:
 
   def _pass_over(self, problem: str, paths: list[Path]) -> None:
     more = f" and {len(paths) - 1} more" if len(paths) > 1 else ""
-    self._warn(f"emergency checkpoint {paths[0]}{more} is passed over: {problem}")
+    self._warn(f"emergency checkpoint {paths[0]}{more} is skipped: {problem}")
 
   def _foreign(self, meta: dict[str, Any], target: Any) -> str:
     """Returns why a step does not belong to this run; empty if it does."""
     if meta.get("run") != self._id:
-      return f"it is of another run than that in {self._workdir}"
+      return f"it belongs to another run than {self._workdir}"
     for name, value in self._metadata.items():
       if meta.get(name) != value:
-        return f"its {name.replace('_', ' ')} is another"
+        return f"its {name.replace('_', ' ')} differs"
     try:
       old = config_text.from_dict(meta["config"])
     except ValueError as error:
@@ -381,6 +381,4 @@ def _read(paths: list[Path], target: Any) -> dict[str, list[np.ndarray]]:
       for name, leaf in fingerprint.named_leaves(target).items()
     }
   except (KeyError, TypeError, AttributeError) as error:
-    raise DamagedCheckpointError(
-      f"its list of parts is not as written: {error}"
-    ) from error
+    raise DamagedCheckpointError(f"its list of parts is invalid: {error}") from error

@@ -82,7 +82,7 @@ def _newest_meta(source: str) -> dict[str, Any]:
     except DamagedCheckpointError as error:
       reasons.append(f"step {step}: {error}")
   raise UserError(
-    f"--init_from={source} has no checkpoint that is whole. {'. '.join(reasons)}. Give "
+    f"--init_from={source} has no intact checkpoint. {'. '.join(reasons)}. Give "
     "another run."
   )
 
@@ -95,8 +95,8 @@ def _vocab_size(source: str, config: Config) -> int:
     stored = tokenizer.load_tokenizer(source)
   except UserError as error:
     raise UserError(
-      f"--init_from={source} holds no tokenizer that can be read, and its parameters "
-      "know no other. Give another run."
+      f"--init_from={source} holds no readable tokenizer, and its parameters fit no "
+      "other. Give another run."
     ) from error
   asked = (config.data.tokenizer, config.data.vocab_size)
   if asked[0] != stored.kind or (stored.kind == "bpe" and asked[1] != stored.vocab_size):

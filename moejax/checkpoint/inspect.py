@@ -41,7 +41,7 @@ def inspect(workdir: RunPath | str, step: int | None = None) -> dict[str, Any]:
   directory = checkpoint_params.checkpoint_directory(workdir)
   steps = list_steps(directory)
   if step is not None and step not in steps:
-    raise UserError(f"--step={step} is not in {directory}: there are {steps}.")
+    raise UserError(f"--step={step} is not in {directory}, which has {steps}.")
   path = directory / str(steps[-1] if step is None else step)
   try:
     meta = checkpoint_read.read_meta(path)

@@ -152,9 +152,9 @@ def _load(name: str, path: Path, entry: Entry) -> np.ndarray:
   try:
     bits = np.load(path / Path(entry["file"]).name, allow_pickle=False)
     if list(bits.shape) != [stop - start for start, stop in entry["index"]]:
-      raise ValueError("it has another shape")
+      raise ValueError("it has the wrong shape")
     if _sum(entry["index"], bits) != entry["sum"]:
-      raise ValueError("it is not as written")
+      raise ValueError("it has changed since it was written")
   except (OSError, ValueError, EOFError) as error:
     raise DamagedCheckpointError(f"{name}, {entry['file']}: {error}") from error
   return bits

@@ -308,7 +308,9 @@ class Checkpointer:
     self.wait()
     steps = self.steps()
     if step is not None and step not in steps:
-      raise UserError(f"{self.directory} has no step {step}, but {steps or 'none'}.")
+      raise UserError(
+        f"{self.directory} has no step {step}. Its steps: {steps or 'none'}."
+      )
     if not steps:
       raise UserError(f"{self.directory} has no checkpoint to restore.")
     damaged: list[tuple[int, str]] = []
@@ -321,8 +323,8 @@ class Checkpointer:
       damaged.append((candidate, problem))
     reasons = "; ".join(f"step {n}: {reason}" for n, reason in damaged)
     raise UserError(
-      f"{self.directory} has no checkpoint that is whole ({reasons}). Restore the "
-      "files from a copy, or start anew in another --workdir."
+      f"{self.directory} has no intact checkpoint ({reasons}). Restore the files "
+      "from a copy, or start anew in another --workdir."
     )
 
   def _try(
@@ -384,9 +386,9 @@ class Checkpointer:
       self._alone = True
       raise UserError(
         f"{what} by process {jax.process_index()} ({why}). The job ends, since all its "
-        "processes must save; started again, it goes on from the newest checkpoint."
+        "processes must save; started again, it continues from the newest checkpoint."
       )
-    self._warn(f"{what} ({why}): the run goes on, {self._last_good()}")
+    self._warn(f"{what} ({why}): the run continues; {self._last_good()}")
 
   def _last_good(self) -> str:
     """Cleans up after a failed save; returns, in words, which checkpoint is left."""
@@ -397,7 +399,7 @@ class Checkpointer:
     except Exception as e:
       if not storage_errors.is_theirs(e):
         raise
-      return "and which checkpoints there are cannot be read now"
+      return "the list of checkpoints cannot be read now"
     if good is None:
       return "there is no checkpoint yet"
     return f"the last good checkpoint is step {good}"

@@ -111,7 +111,7 @@ def damaged_table(params: Params, moe: MoEConfig) -> str | None:
 
 def _none_whole(directory: RunPath, reasons: list[str]) -> UserError:
   return UserError(
-    f"{directory} has no checkpoint that is whole. {'. '.join(reasons)}. "
+    f"{directory} has no intact checkpoint. {'. '.join(reasons)}. "
     "Choose another --step, or train again."
   )
 
@@ -155,7 +155,7 @@ def params_target(meta: dict[str, Any], shardings: Any = None) -> Params:
   try:
     target = _shapes(meta)
   except (AttributeError, TypeError) as e:
-    raise DamagedCheckpointError("its table of arrays is no tree of parameters") from e
+    raise DamagedCheckpointError("its table of arrays is not a tree of parameters") from e
   if shardings is None:
     return target
   if isinstance(shardings, jax.sharding.Sharding):

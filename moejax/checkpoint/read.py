@@ -100,11 +100,11 @@ def read_meta(step_directory: RunPath) -> dict[str, Any]:
   except PermissionError as e:
     raise _not_permitted(path) from e
   except (OSError, ValueError, KeyError, TypeError, RecursionError) as e:
-    raise DamagedCheckpointError(f"{path} is not as written: {_one_line(e)}") from e
+    raise DamagedCheckpointError(f"{path} has changed: {_one_line(e)}") from e
   if meta["format"] > FORMAT:
     raise UserError(
-      f"{step_directory} was written in checkpoint format {meta['format']}, this "
-      f"version reads up to {FORMAT}: use the moejax that wrote it "
+      f"{step_directory} was written in checkpoint format {meta['format']}, but this "
+      f"version reads formats up to {FORMAT}: use the moejax that wrote it "
       f"({meta.get('versions', {}).get('moejax', 'unknown')}) or a later one."
     )
   return meta
@@ -118,7 +118,7 @@ def _check_meta(meta: dict[str, Any]) -> None:
   """
   for name, kind in _META.items():
     if type(meta[name]) is not kind:
-      raise ValueError(f"{name} is no {kind.__name__}")
+      raise ValueError(f"{name} is not of type {kind.__name__}")
   for name, leaf in meta["leaves"].items():
     shape, dtype = leaf["shape"], leaf["dtype"]
     if not all(type(size) is int and 0 <= size < 2**40 for size in shape):
@@ -231,7 +231,7 @@ def read_state(
   if problems and set(target) != {"params"} and _only_parameters(saved):
     workdir = step_directory.parent.parent
     raise ConfigError(
-      f"{step_directory} holds parameters only, no optimizer's state to go on with. "
+      f"{step_directory} holds only parameters, without the optimizer state to continue. "
       f"Start a new run from them: --init_from={workdir} --workdir=NEXT."
     )
   if problems:
@@ -300,7 +300,7 @@ def _is_refused(error: Exception) -> bool:
 
 
 def _not_permitted(path: RunPath) -> UserError:
-  return UserError(f"{path} may not be read by this user. Change its permissions.")
+  return UserError(f"This user may not read {path}. Change its permissions.")
 
 
 def _one_line(error: BaseException, limit: int = 200) -> str:

@@ -64,7 +64,7 @@ def damaged(directory: Path, error: Exception) -> UserError:
   """Returns the error for a damaged cache entry."""
   why = " ".join(str(error).split())[:200] or type(error).__name__
   return UserError(
-    f"{directory}, in the cache, is damaged ({why}). Delete it: it is made again."
+    f"{directory}, in the cache, is damaged ({why}). Delete it; it will be made again."
   )
 
 
@@ -86,7 +86,7 @@ def locked(path: Path, what: str) -> Iterator[None]:
     try:
       fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
-      logging.info("Waiting for another process that prepares %s.", what)
+      logging.info("Waiting for another process to prepare %s.", what)
       fcntl.flock(file, fcntl.LOCK_EX)
     try:
       yield
@@ -117,7 +117,9 @@ def build_once(final: Path, build: Callable[[Path], None], *, what: str) -> Path
       return final
     for stale in final.parent.glob(f"{final.name}.tmp-*"):
       # We hold the lock, so the process that made this is dead.
-      logging.info("Removing what a killed run left of %s: %s", what, stale.name)
+      logging.info(
+        "Removing an unfinished copy of %s, left by a killed run: %s", what, stale.name
+      )
       shutil.rmtree(stale, ignore_errors=True)
     temporary = Path(tempfile.mkdtemp(prefix=f"{final.name}.tmp-", dir=final.parent))
     try:

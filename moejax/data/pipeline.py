@@ -171,8 +171,8 @@ def iterate(
     if found := _LOST_WORKER.search(str(error)):
       raise PeerLostError(
         f"a worker of --config.data.num_workers={num_workers} ended with {found[1]} "
-        "(killed from outside; out of memory, if nobody did). The same command goes on "
-        "from the newest checkpoint; fewer workers, or 0, need less memory."
+        "(killed from outside, or by the system for lack of memory). The same command "
+        "continues from the newest checkpoint; fewer workers, or 0, need less memory."
       ) from error
     raise
   finally:

@@ -341,7 +341,7 @@ def from_json(text: str | bytes) -> Tokenizer:
     raise ValueError(f"it does not have the fields {', '.join(_FIELDS)}")
   kind, size, model, fingerprint = (fields[name] for name in _FIELDS)
   if fingerprint != cache.digest(kind, size, model):
-    raise ValueError("its fingerprint does not fit its content")
+    raise ValueError("its fingerprint does not match its content")
   if kind == "bytes":
     return ByteTokenizer()
   if kind == "hf":
@@ -358,7 +358,7 @@ def from_json(text: str | bytes) -> Tokenizer:
   except Exception as e:  # the library raises nothing narrower
     raise ValueError(str(e) or type(e).__name__) from e
   if not complete:
-    raise ValueError("it does not know all bytes")
+    raise ValueError("it does not cover all bytes")
   return loaded
 
 
@@ -374,7 +374,7 @@ def load_tokenizer(workdir: RunPath | str) -> Tokenizer:
       return from_json(file.read(_MAX_BYTES))
   except OSError as e:
     raise UserError(
-      f"--workdir={str(workdir)!r} holds no tokenizer that can be read ({FILE}: "
+      f"--workdir={str(workdir)!r} holds no readable tokenizer ({FILE}: "
       f"{e.strerror or e}). Is it a run's directory? If a folder without tokenizer.json "
       "was converted into it, convert the folder with that file to a new --workdir."
     ) from e

@@ -91,7 +91,7 @@ class TokenCache:
     except (OSError, ValueError, EOFError) as e:
       raise cache.damaged(self.directory, e) from e
     if len(opened.tokens) != opened.num_places + 1:
-      error = ValueError(f"{split}.tokens has another size")
+      error = ValueError(f"{split}.tokens has the wrong size")
       raise cache.damaged(self.directory, error)
     return opened
 

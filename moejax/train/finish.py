@@ -58,7 +58,7 @@ def already_done(run: Run, reporter: Reporter) -> dict[str, Any]:
   result = results.read(run.workdir / EVAL_FILE)
   if result.get("step") != run.start_step:
     reporter.message(
-      f"{run.workdir} has taken its last step, and its final evaluation was not "
+      f"{run.workdir} has taken its last step, but its final evaluation was not "
       "finished: compiling and evaluating now."
     )
     return finish(run, reporter)
@@ -66,7 +66,8 @@ def already_done(run: Run, reporter: Reporter) -> dict[str, Any]:
   reporter.close()
   reporter.message(
     f"Already done: {run.workdir} is at step {run.start_step} of "
-    f"{run.config.train.num_steps}. A larger --config.train.num_steps goes on from there."
+    f"{run.config.train.num_steps}. A larger --config.train.num_steps continues from "
+    "there."
   )
   reporter.message(summary(run, result, picture))
   return result | {"status": "already_done", "exit_code": 0}

@@ -96,8 +96,8 @@ def _train(run: Run, reporter: Reporter, config_flags: str) -> dict[str, Any]:
       return finish.already_done(run, reporter)
     if run.model.moe_layers and not run.model.router.causal:
       reporter.message(
-        f"Note: router {config.moe.router} lets a token see later ones of its group, so "
-        "this loss is not that of a model that could generate."
+        f"Note: router {config.moe.router} lets tokens see later ones of their group, "
+        "so this loss is not that of a model that could generate."
       )
     if run.resumed:
       reporter.message(f"Resuming {workdir} at step {run.start_step}.")
@@ -112,7 +112,7 @@ def _train(run: Run, reporter: Reporter, config_flags: str) -> dict[str, Any]:
         run.emergency.clear()
       return finish.finish(run, reporter)
     reporter.message(
-      f"Stopped at step {step} of {config.train.num_steps}. The same command goes on "
+      f"Stopped at step {step} of {config.train.num_steps}. The same command continues "
       + ("from the start." if saved is None else f"from checkpoint {saved} in {workdir}.")
     )
     return {"step": step, "status": "stopped", "exit_code": stop.exit_code}
@@ -134,7 +134,7 @@ def _check_saved(run: Run, step: int, saved: int | None) -> None:
   where = "the start" if saved is None else f"checkpoint {saved}"
   raise UserError(
     f"--workdir={run.workdir}: the last checkpoint, of step {step}, could not be saved "
-    f"({why}). Make room, and give the same command again: it goes on from {where}."
+    f"({why}). Make room, and give the same command again: it continues from {where}."
   )
 
 
@@ -151,7 +151,7 @@ def fit(run: Run, reporter: Reporter, stop: StopRequest, config_flags: str = "")
   train_step = wire.watched(train_step, run.config, run.mesh, config_flags)
   train_step = first_call(train_step, "compiling the train step", reporter)
   evaluate = make_evaluate(run, reporter)
-  evaluate = first_call(evaluate, "evaluating for the first time (compiles)", reporter)
+  evaluate = first_call(evaluate, "evaluating for the first time (compiling)", reporter)
   log = StepLog(run, reporter)
   batches = train_batches(run)
   step = start

@@ -195,5 +195,5 @@ class StepLog:
       f"The loss or a gradient was not finite in {in_a_row} steps in a row "
       f"(--config.train.max_bad_steps), up to step {step}. Last good checkpoint: {good}. "
       "Lower --config.optimizer.learning_rate or --config.optimizer.clip_norm and start "
-      "again, in a new --workdir with --init_from if from there."
+      "again in a new --workdir, with --init_from to begin from that checkpoint."
     )

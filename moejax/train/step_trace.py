@@ -88,7 +88,7 @@ class StepTrace:
     except Exception as error:
       self.close()
       reason = (str(error).splitlines() or [type(error).__name__])[0]
-      self._reporter.message(f"Note: no bar of where time goes in report.png: {reason}")
+      self._reporter.message(f"Note: report.png does not show where time goes: {reason}")
 
   def close(self) -> None:
     """Abandons a trace that did not end."""

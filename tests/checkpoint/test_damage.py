@@ -168,7 +168,7 @@ def test_what_may_not_be_read_is_an_error_and_no_damage(run, monkeypatch):
     raise PermissionError(13, "Permission denied")
 
   monkeypatch.setattr(files, "read_json", refuse)
-  with pytest.raises(UserError, match="metadata may not be read by this user"):
+  with pytest.raises(UserError, match="This user may not read .*metadata"):
     restore(workdir, states[1])
   assert (workdir / DIRECTORY / "2").exists()
 
@@ -219,10 +219,10 @@ def test_all_damaged_is_one_clear_error_and_nothing_is_renamed(run):
   workdir, states = run
   for step in (1, 2):
     (workdir / DIRECTORY / str(step) / "meta" / "metadata").unlink()
-  with pytest.raises(UserError, match=r"no checkpoint that is whole \(step 2: .*step 1:"):
+  with pytest.raises(UserError, match=r"no intact checkpoint \(step 2: .*step 1:"):
     restore(workdir, states[1])
   assert sorted(p.name for p in (workdir / DIRECTORY).iterdir()) == ["1", "2"]
-  with pytest.raises(UserError, match="no checkpoint that is whole"):
+  with pytest.raises(UserError, match="no intact checkpoint"):
     restore_params(workdir)
 
 
@@ -269,7 +269,7 @@ def test_a_failing_write_does_not_end_the_run(tmp_path, monkeypatch):
     assert not checkpoints.wait()
   assert checkpoints.failures == [(2, "the disk is full")]
   assert "step 2 could not be saved" in said[0] and "the disk is full" in said[0]
-  assert "the run goes on, the last good checkpoint is step 1" in said[0]
+  assert "the run continues; the last good checkpoint is step 1" in said[0]
   assert [p.name for p in (tmp_path / DIRECTORY).iterdir()] == ["1"]
   assert checkpoints.save(3, state, position={}) and checkpoints.close()
   assert checkpoints.steps() == [3]
@@ -320,7 +320,7 @@ def test_the_run_goes_on_when_the_file_system_refuses(tmp_path):
   lines, names = _run_limited(tmp_path, "limit")
   assert lines[0] == "first True" and lines[2] == "second False"
   assert "step 2 could not be saved" in lines[1]
-  assert "the run goes on, the last good checkpoint is step 1" in lines[1]
+  assert "the run continues; the last good checkpoint is step 1" in lines[1]
   assert lines[3] == "third True [1, 3]" and names == ["1", "3"]
 
 

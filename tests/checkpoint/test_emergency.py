@@ -97,7 +97,7 @@ def test_a_damaged_step_is_passed_over_with_one_line(tmp_path, damage):
   said = []
   restored = open_emergency(tmp_path, said=said).restore(shapes(states[5]))
   assert_identical(restored, states[5])
-  assert len(said) == 1 and "/10 is passed over: " in said[0]
+  assert len(said) == 1 and "/10 is skipped: " in said[0]
 
 
 def test_what_a_killed_save_left_is_no_step_and_goes(tmp_path):
@@ -124,12 +124,12 @@ def test_steps_of_another_run_config_or_text_are_never_restored(tmp_path):
   other = Config()
   other.optimizer.learning_rate = 0.5
   refused("--config.optimizer.learning_rate was", config=other)
-  refused("its dataset fingerprint is another", metadata={"dataset_fingerprint": "x"})
+  refused("its dataset fingerprint differs", metadata={"dataset_fingerprint": "x"})
   other = Config()
   other.train.checkpoint_every += 1  # May change when a run resumes.
   assert open_emergency(tmp_path, config=other).restore(target) is not None
   (tmp_path / "run" / workdir.RUN_FILE).unlink()
-  refused("and 1 more is passed over: it is of another run")
+  refused("and 1 more is skipped: it belongs to another run")
 
 
 def test_a_disk_that_is_full_is_reported_once_and_the_run_goes_on(tmp_path, monkeypatch):

@@ -109,7 +109,7 @@ def test_other_shapes_are_told_by_the_fields_that_differ(source, tmp_path, field
     ),
     (
       lambda path: (path / "checkpoints" / "3").mkdir(parents=True),
-      "has no checkpoint that is whole",
+      "has no intact checkpoint",
     ),
   ],
   ids=["missing", "file", "empty", "other", "damaged"],
@@ -123,7 +123,7 @@ def test_a_run_without_its_tokenizer_is_refused(source, tmp_path):
   """Its parameters know no other ids."""
   for file in source.glob("tokenizer*"):
     file.rename(tmp_path / "elsewhere")
-  assert "no tokenizer" in refusal(source, tiny_config(), tmp_path)
+  assert "no readable tokenizer" in refusal(source, tiny_config(), tmp_path)
 
 
 def test_parameters_alone_are_no_run_to_go_on_with():
@@ -131,7 +131,7 @@ def test_parameters_alone_are_no_run_to_go_on_with():
   leaf = jax.ShapeDtypeStruct((2,), "float32")
   meta = {"leaves": {"params.w": {"shape": [2], "dtype": "float32"}}}
   step = pathlib.Path("/runs/a/checkpoints/0")
-  words = "parameters only, .* --init_from=/runs/a --workdir=NEXT"
+  words = "only parameters, .* --init_from=/runs/a --workdir=NEXT"
   with pytest.raises(UserError, match=words):
     checkpoint_read.read_state(step, meta, {"params": {"w": leaf}, "step": leaf})
   with pytest.raises(UserError, match="another model"):

@@ -122,7 +122,7 @@ def test_a_wrong_expert_is_named_on_any_other_mesh(
   workdir = tmp_path / "run"
   shutil.copytree(saved(source), workdir)
   change(workdir, leaf, how)
-  with pytest.raises(UserError, match="no checkpoint that is whole") as refused:
+  with pytest.raises(UserError, match="no intact checkpoint") as refused:
     layouts.resume(workdir, goal)
   assert f"{leaf} changed" in str(refused.value)
   for words in DAMAGE[how]:

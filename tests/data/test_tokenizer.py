@@ -149,7 +149,7 @@ def test_bpe_evaluation_covers_the_same_bytes(session_cache, small):
 
 def test_a_directory_without_a_tokenizer_is_refused(tmp_path):
   """As is a damaged one."""
-  with pytest.raises(UserError, match="holds no tokenizer"):
+  with pytest.raises(UserError, match="holds no readable tokenizer"):
     load_tokenizer(tmp_path)
   path = tmp_path / FILE
   path.parent.mkdir()

@@ -157,7 +157,7 @@ def test_the_program_converts_there_and_back(tmp_path):
   assert len(prints) == 3
   assert "no tokenizer.json" in done.stdout
   done = convert(f"--workdir={run}", "--prompt=x", program="generate")
-  assert done.returncode == 2 and "holds no tokenizer" in done.stderr
+  assert done.returncode == 2 and "holds no readable tokenizer" in done.stderr
   done = convert(f"--workdir={source}", "--prompt=x", program="generate")
   assert done.returncode == 2 and f"--from_hf={source} --workdir=RUN" in done.stderr
   done = convert(f"--workdir={run}", f"--to_hf={back}")

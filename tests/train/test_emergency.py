@@ -59,7 +59,7 @@ def test_the_newer_of_both_places_wins(config, states, tmp_path, monkeypatch, ca
   [newest] = (tmp_path / "local").glob("run-*/process_0/4")
   (newest / "meta" / "metadata").write_text("{}")
   assert train(config, tmp_path / "run", tmp_path / "local")["start"] == 3
-  assert sum("is passed over" in r.getMessage() for r in caplog.records) == 1
+  assert sum("is skipped" in r.getMessage() for r in caplog.records) == 1
 
 
 def test_lines_that_a_full_disk_refused_come_back_with_the_state(

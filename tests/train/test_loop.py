@@ -361,7 +361,7 @@ def test_sigterm_saves_the_same_command_goes_on_and_a_third_call_says_done(
   first.send_signal(signal.SIGTERM)
   out, _ = first.communicate(timeout=120)
   assert first.returncode == 143
-  assert "The same command goes on from checkpoint" in out
+  assert "The same command continues from checkpoint" in out
   [saved] = [int(p.name) for p in (tmp_path / "checkpoints").iterdir()]
   assert 0 < saved < 400
 

@@ -125,5 +125,5 @@ def test_a_profiler_that_is_busy_costs_the_bar_and_nothing_else(tmp_path):
     trace.close()
   assert list((tmp_path / "other").rglob("*.xplane.pb"))
   [note] = out.getvalue().splitlines()
-  assert note.startswith("Note: no bar of where time goes in report.png: ")
+  assert note.startswith("Note: report.png does not show where time goes: ")
   assert "profile" in note.lower()
