@@ -187,7 +187,7 @@ def specialisation(found: dict[str, Any]) -> Any:
       values = [layer["domains"][name] for layer in here]
       _over_layers(panels[1], here, values, label=label, **style)
     panels[1].set(
-      title="What an expert tells of the domain",
+      title="Information of the expert about the domain",
       xlabel="layer",
       ylabel="information / entropy of domains",
     )
@@ -219,7 +219,11 @@ def saturation(found: dict[str, Any]) -> Any:
     (line,) = panel.plot(steps, values, "o-", label=f"layer {layer['layer']}")
     _chance_of(line, steps, [row["chance"] for row in own])
   _name_chances(panel)
-  panel.set(title="Saturation", xlabel="step", ylabel="choices made at the last step too")
+  panel.set(
+    title="Saturation",
+    xlabel="step",
+    ylabel="share of choices also made at the last step",
+  )
   panel.set_ylim(0, 1.02)
   _whole(panel.xaxis)
   return _finished(figure, [panel])

@@ -179,8 +179,8 @@ class Replay:
     check(model)
     if model.router.has_table and any("num_selected" in setting for setting in asked):
       raise UserError(
-        f"--num_selected: router {model.moe.router} has a table of the experts of every "
-        "word, and it has no further ones. Leave it out."
+        f"--num_selected: the table of router {model.moe.router} has no further experts "
+        "for a word. Leave it out."
       )
     self.settings = list(asked)
     self._moes = [configured(config, setting).moe for setting in asked]

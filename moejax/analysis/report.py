@@ -15,7 +15,7 @@ from moejax.run import results
 FILE, PAGE, FIGURES = "analysis.json", "index.html", "figures"
 
 _CAPTIONS = {
-  "load": "Load of each expert over an even load. Red experts are busy.",
+  "load": "Load of each expert over an even load. Busy experts are red.",
   "drops": "Tokens that no expert computes, under the capacity of training.",
   "replay": "What other capacities and policies would have dropped.",
   "specialisation": "Preferences for words and domains. Only what is clearly above the "
@@ -23,7 +23,7 @@ _CAPTIONS = {
   "coactivation": "Pairs of experts that compute the same tokens, over chance.",
   "flow": "Where an expert's tokens go in the next MoE layer.",
   "saturation": "Choices that earlier checkpoints share with the last one.",
-  "consistency": "How few experts would do for a stretch of text.",
+  "consistency": "How few experts suffice for a stretch of text.",
   "similarity": "Similarity of what experts compute for the same tokens.",
   "knockout": "Change of the loss when one expert is removed, ± two standard errors.",
 }

@@ -191,6 +191,6 @@ def draw(analysis: dict[str, Any], path: pathlib.Path) -> None:
     axis.yaxis.get_major_locator().set_params(integer=True)
     figure.colorbar(image, ax=axis, label="load / even load")
   axes[-1].set_xticks(range(len(shown)), [names[i] for i in shown], rotation=90)
-  axes[0].set_title(f"Who serves which domain ({analysis['split']})")
+  axes[0].set_title(f"Expert load by domain ({analysis['split']})")
   with files.replacing(path) as temporary:
     figure.savefig(temporary, format="png", dpi=100, bbox_inches="tight")

@@ -33,7 +33,7 @@ def left_out(found: dict[str, Any]) -> str:
     many, size = own["duplicates"], own["duplicate_bytes"]
     words.append(f"equal to earlier {what}: {many:,} ({size:,} bytes)")
   if own.get("skipped"):
-    words.append(f"empty or no text: {own['skipped']:,}")
+    words.append(f"empty or not text: {own['skipped']:,}")
   return f"Left out of {found['text']}: {'; '.join(words)}." if words else ""
 
 

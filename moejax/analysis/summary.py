@@ -111,9 +111,9 @@ def summarise(
 
 
 NOT_OF_AN_ENCODER_DECODER = {
-  "experts": "outputs of experts are compared for decoder-only models alone",
-  "knockout": "experts are removed from decoder-only models alone",
-  "text": "the page shows the text of decoder-only models alone",
+  "experts": "outputs of experts are compared only for decoder-only models",
+  "knockout": "experts are removed only from decoder-only models",
+  "text": "the page shows the text only for decoder-only models",
 }
 """Measures missing from the summary of an encoder-decoder, with the reason."""
 

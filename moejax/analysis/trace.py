@@ -63,7 +63,7 @@ def check(model: Decoder, path: pathlib.Path, tokens: int, what: str) -> None:
     raise UserError(f"--trace={path}: {reason}. Leave it out.")
   require()
   if not path.parent.is_dir():
-    raise UserError(f"--trace={path}: {path.parent} is no directory. Make it first.")
+    raise UserError(f"--trace={path}: {path.parent} is not a directory. Create it first.")
   try:
     with tempfile.TemporaryFile(dir=path.parent):
       pass
@@ -74,8 +74,8 @@ def check(model: Decoder, path: pathlib.Path, tokens: int, what: str) -> None:
   free, size = shutil.disk_usage(path.parent).free, num_bytes(model, tokens, what)
   if size > free:
     raise UserError(
-      f"--trace={path} has up to {size / 2**30:.1f} GiB, and {free / 2**30:.1f} GiB are "
-      "free. Give another place, --trace_what=choices, or a smaller --max_batches."
+      f"--trace={path} needs up to {size / 2**30:.1f} GiB, but {free / 2**30:.1f} GiB "
+      "are free. Give another place, --trace_what=choices, or a smaller --max_batches."
     )
 
 
@@ -189,7 +189,7 @@ def read_meta(path: pathlib.Path) -> dict[str, Any]:
   except (OSError, ValueError, KeyError) as error:
     words = " ".join(str(error).split())[:120]
     raise UserError(
-      f"--from_trace={path} is no trace ({words}). Give a file that --trace wrote."
+      f"--from_trace={path} is not a trace ({words}). Give a file that --trace wrote."
     ) from None
   return meta
 
@@ -214,15 +214,15 @@ def check_meta(path: pathlib.Path, meta: dict[str, Any], run: dict[str, Any]) ->
   """
   if meta.get("what") != "logits":
     raise UserError(
-      f"--from_trace={path} has choices only, and a replay needs logits. Record it with "
+      f"--from_trace={path} has only choices, but a replay needs logits. Record it with "
       "--trace_what=logits."
     )
   names = ("router", "layers", "num_experts", "step", "routers")
   for name in names:
     if meta.get(name) != run[name]:
       raise UserError(
-        f"--from_trace={path} is of another model: its {name} is {meta.get(name)}, and "
-        f"that of this run {run[name]}. Record it again with --trace."
+        f"--from_trace={path} belongs to another model: its {name} is {meta.get(name)}, "
+        f"and that of this run is {run[name]}. Record it again with --trace."
       )
 
 

@@ -221,13 +221,13 @@ def check_router(model: Any) -> None:
   router, allowed = model.router, model.moe.allow_future_leak
   if model.moe_layers and router.fixed_slots:
     raise UserError(
-      f"--config.moe.router={router.name} mixes all tokens of a group in a fixed number "
-      "of slots, and cannot generate token by token. Evaluate the run instead."
+      f"--config.moe.router={router.name} mixes all tokens of a group into a fixed "
+      "number of slots, and cannot generate token by token. Evaluate the run instead."
     )
   if model.moe_layers and not router.causal and not allowed:
     raise UserError(
       f"--config.moe.router={router.name} looks at later tokens, which generation does "
-      "not have. Give --config.moe.allow_future_leak=true to sample from it all the same."
+      "not have. Give --config.moe.allow_future_leak=true to sample anyway."
     )
 
 

@@ -82,15 +82,15 @@ class Adapter:
     """
     if run.tokenizer is None:
       raise UserError(
-        "--tasks: this run has no tokenizer, and tasks are texts. Convert the model from "
+        "--tasks: this run has no tokenizer, but tasks are texts. Convert the model from "
         "a folder with a tokenizer.json."
       )
     if batch_size < 1:
       raise UserError(f"--batch_size={batch_size} makes no sense: give 1 or more.")
     if run.model.config.kind == "encoder_decoder":
       raise UserError(
-        "--tasks: an encoder-decoder restores spans of a text, and tasks ask for what "
-        "follows one. Give a run of a decoder."
+        "--tasks: an encoder-decoder restores spans of a text, but tasks need the "
+        "continuation of a text. Give a run of a decoder."
       )
     generation.check_router(run.model)
     self.run, self.tokenizer = run, run.tokenizer
@@ -185,7 +185,7 @@ class Adapter:
     if least <= room:
       remedy = "Give --truncate to leave out the first tokens"
     raise UserError(
-      f"--tasks: a request has {len(ids)} tokens, and the context of {self.max_length} "
+      f"--tasks: a request has {len(ids)} tokens, but the context of {self.max_length} "
       f"has room for {room}. {remedy}, or fewer examples."
     )
 
@@ -283,7 +283,7 @@ def _generation(settings: Mapping[str, Any]) -> dict[str, Any]:
   unknown = sorted(set(settings) - set(_SETTINGS))
   if unknown:
     raise UserError(
-      f"--tasks: generation_kwargs has {', '.join(unknown)}, and only "
+      f"--tasks: generation_kwargs has {', '.join(unknown)}, but only "
       f"{', '.join(_SETTINGS)} are known."
     )
   until = settings.get("until") or []

@@ -71,7 +71,7 @@ class LoadedRun:
       if ids.shape[1] > most:
         raise UserError(
           f"Rows of {ids.shape[1]} tokens: the context of this run holds {most}. To "
-          "extrapolate, first set run.config.model.max_position to as many."
+          f"extrapolate, first set run.config.model.max_position={ids.shape[1]}."
         )
       return self._apply(self.params, ids)
     read = self._checked(tokens)

@@ -59,7 +59,7 @@ def parse_capacity_factors(text: str) -> tuple[float | None, ...]:
     allowed = RANGES["moe.eval_capacity_factor"]
     if factor is not None and factor not in allowed:
       raise UserError(
-        f"--eval_capacity_factor={text}: {word!r} is no capacity factor. Give numbers "
+        f"--eval_capacity_factor={text}: {word!r} is not a capacity factor. Give numbers "
         f"{allowed}, or dropless, separated by commas, for example 1,1.25,2,dropless."
       )
     if factor not in factors:
@@ -104,7 +104,7 @@ def check_params(model: Decoder, params: Params) -> None:
   for name in sorted(theirs | ours):
     if theirs.get(name) != ours.get(name):
       raise ConfigError(
-        f"The flags make another model than the checkpoint holds: {name} is "
+        f"The flags describe a different model from the checkpoint's: {name} is "
         f"{ours.get(name, 'absent')} here and {theirs.get(name, 'absent')} there. Leave "
         "out the --config.model and --config.moe flags that change sizes."
       )

@@ -49,7 +49,7 @@ def encode(tokenizer: Any, prompt: str, max_length: int) -> list[int]:
     ids.append(int(tokenizer.sentinels[0]))
   if len(ids) + 1 > max_length:
     raise UserError(
-      f"The --prompt has {len(ids)} tokens with its sentinels, and the encoder reads "
+      f"The --prompt has {len(ids)} tokens with its sentinels, but the encoder reads "
       f"{max_length - 1}. Shorten it, or train with a larger "
       "--config.data.sequence_length or --config.model.max_position."
     )
@@ -62,7 +62,8 @@ def check_text(prompt: str) -> None:
     prompt.encode()
   except UnicodeEncodeError:  # The shell passed bytes of another encoding.
     raise UserError(
-      f"--prompt={prompt!a} is no UTF-8. Give it as UTF-8, or in a file by --prompt_file."
+      f"--prompt={prompt!a} is not UTF-8. Give it as UTF-8, or in a file with "
+      "--prompt_file."
     ) from None
 
 

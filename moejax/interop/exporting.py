@@ -71,7 +71,7 @@ def choose(
     found = architectures.get(candidate, "--architecture")
     if (found.encoder is None) != (config.model.kind == "decoder"):
       reasons.append(
-        f"--config.model.kind={config.model.kind}, and {candidate} is "
+        f"--config.model.kind={config.model.kind}, but {candidate} is "
         f"{'a decoder' if found.encoder is None else 'an encoder-decoder'}"
       )
       continue
@@ -209,7 +209,7 @@ def _writing(folder: Path) -> Iterator[Path]:
   if folder.exists() and not folder.is_dir():
     raise UserError(f"--to_hf={folder} is a file. Give a new folder.")
   if folder.exists() and any(folder.iterdir()):
-    raise UserError(f"--to_hf={folder} is there and is not empty. Choose a new folder.")
+    raise UserError(f"--to_hf={folder} exists and is not empty. Choose a new folder.")
   folder = folder.resolve()  # "." has no name.
   temporary = folder.with_name(f".{folder.name}.partial")
   try:

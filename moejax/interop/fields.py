@@ -179,13 +179,13 @@ def read_windows(keys: Keys, config: Config, default: Sequence[str]) -> None:
   unknown = [kind for kind in kinds if type(kind) is not str or kind not in words]
   if unknown or len(kinds) != config.model.num_layers:
     raise UserError(
-      f"{keys.path}: layer_types={kinds} is no list of {', '.join(words)} for each of "
-      f"{config.model.num_layers} layers."
+      f"{keys.path}: layer_types={kinds} must be a list of {config.model.num_layers} "
+      f"words, one for each layer: {' or '.join(words)}."
     )
   if "sliding_attention" in kinds and not config.model.sliding_window:
     raise UserError(
-      f"{keys.path}: layer_types has sliding_attention, and no sliding_window is in "
-      "force. Give its size, or make all layers full_attention."
+      f"{keys.path}: layer_types has sliding_attention, but no sliding_window is "
+      "in effect. Give its size, or make all layers full_attention."
     )
   if "sliding_attention" not in kinds:
     config.model.sliding_window = 0

@@ -76,7 +76,7 @@ def make_run(
     _refuse_other_config(path, config)
     return sums(found["leaves"])
   if list_steps(path / DIRECTORY):
-    raise UserError(f"--workdir={path} holds a run already. Choose another directory.")
+    raise UserError(f"--workdir={path} already holds a run. Choose another directory.")
   _refuse_other_source(path, _begun(path), origin)
   _refuse_foreign(path)
   is_new = not path.exists()
@@ -115,8 +115,8 @@ def _refuse_foreign(path: Path) -> None:
   for folder in (path / DIRECTORY, (path / TOKENIZER_FILE).parent):
     if folder.is_dir() and any(folder.iterdir()):
       raise UserError(
-        f"--workdir={path} has no {CONFIG_FILE}, and files in {folder.name}/ that are no "
-        "run's. Choose a new directory."
+        f"--workdir={path} has no {CONFIG_FILE}, and the files in {folder.name}/ are not "
+        "a run's. Choose a new directory."
       )
 
 

@@ -174,12 +174,12 @@ class Loader:
         continue
       if not np.array_equal(self.source.read(name), self.source.read(table)):
         why = (
-          "tie_word_embeddings of config.json makes them one"
+          "tie_word_embeddings of config.json makes them the same"
           if name == architecture.head
-          else "tied tables are one"
+          else "tied tables must be the same"
         )
         raise UserError(
-          f"{self.source.folder}: {name} and {table} hold different numbers, and {why}. "
+          f"{self.source.folder}: {name} and {table} hold different numbers, but {why}. "
           "Correct tie_word_embeddings, or give the model's own files."
         )
       self.left_out[name] = f"the same numbers as {table}"
@@ -225,12 +225,12 @@ class Loader:
         tensor = self.source.tensors[name]
         if tensor.shape != shape:
           raise UserError(
-            f"{tensor.parts[0].file}: {name} has shape {list(tensor.shape)}, and "
+            f"{tensor.parts[0].file}: {name} has shape {list(tensor.shape)}, but "
             f"config.json makes it {list(shape)}. Give the config.json of these weights."
           )
         if tensor.dtype not in allowed:
           raise UserError(
-            f"{tensor.parts[0].file}: {name} is {tensor.dtype}, and the model is "
+            f"{tensor.parts[0].file}: {name} is {tensor.dtype}, but the model is "
             f"{dtype} (the dtype of config.json). Convert the tensor, or correct dtype."
           )
 
@@ -244,7 +244,7 @@ def known_dtype(name: str, path: str) -> str:
   names = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
   if name not in names:
     raise UserError(
-      f"{path}: dtype={name!r} is no dtype of parameters here. Convert the model to "
+      f"{path}: dtype={name!r} is not supported for parameters. Convert the model to "
       f"{', '.join(names)} first."
     )
   assert names[name] in DTYPES

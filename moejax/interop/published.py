@@ -114,9 +114,9 @@ def _refuse_dense(config: Config, path: str) -> None:
     return
   if not any(kinds):
     raise UserError(
-      f"{path}: this model has no MoE layer, as its number of layers and the keys that "
-      "make some of them dense (first_k_dense_replace, mlp_only_layers, "
-      "decoder_sparse_step or the like) have it. Only models with one are imported."
+      f"{path}: this model has no MoE layer, according to its number of layers and the "
+      "keys that make some of them dense (such as first_k_dense_replace, "
+      "mlp_only_layers or decoder_sparse_step). Only models with one are imported."
     )
 
 
@@ -136,7 +136,7 @@ def _about(path: str) -> Iterator[None]:
   try:
     yield
   except ConfigError as e:
-    raise ConfigError(f"{path} makes a model that is refused: {e}") from e
+    raise ConfigError(f"{path} describes an invalid model: {e}") from e
 
 
 def _folder(given: str) -> Path:
@@ -158,21 +158,21 @@ def _config_json(folder: Path) -> dict[str, Any]:
   if not path.exists():
     if has_weights(folder):
       raise UserError(
-        f"--from_hf={folder} has weights and no {CONFIG}, which says what they are. Copy "
-        "it there."
+        f"--from_hf={folder} has weights but no {CONFIG}, which describes them. Copy it "
+        "there."
       )
     held = sorted(p.name for p in folder.iterdir())[:5]
     shown = f"it holds {', '.join(held)}" if held else "it is empty"
     raise UserError(
-      f"--from_hf={folder} is no folder of a published model: {shown}. Give one with "
-      f"{CONFIG} and safetensors."
+      f"--from_hf={folder} is not the folder of a published model: {shown}. Give one "
+      f"with {CONFIG} and safetensors."
     )
   try:
     values = files.read_json(path)
   except (OSError, ValueError) as e:
     raise UserError(f"{path} cannot be read: {e}.") from e
   if not isinstance(values, dict):
-    raise UserError(f"{path} is no JSON object.")
+    raise UserError(f"{path} is not a JSON object.")
   return values
 
 

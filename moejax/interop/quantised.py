@@ -71,7 +71,7 @@ class Fp8(Packing):
       blocks = tuple(-(-size // b) for size, b in zip(about.shape, self.block))
       if len(about.shape) != 2 or stored[scale].shape != blocks:
         raise UserError(
-          f"{about.file}: {scale} is {list(stored[scale].shape)}, and {name} of "
+          f"{about.file}: {scale} is {list(stored[scale].shape)}, but {name} of "
           f"{list(about.shape)} needs {list(blocks)} blocks of {list(self.block)}."
         )
       found[name] = (name, scale)
@@ -106,7 +106,7 @@ class Mxfp4(Packing):
       if not fits or dtype != "U8" or stored[scales].shape != shape[:-1]:
         raise UserError(
           f"{about.file}: {name} ({dtype} {list(shape)}) and {scales} "
-          f"({list(stored[scales].shape)}) are no blocks of {_MX_ROW} 4-bit numbers."
+          f"({list(stored[scales].shape)}) are not blocks of {_MX_ROW} 4-bit numbers."
         )
       found[base] = (name, scales)
     return found

@@ -76,7 +76,7 @@ def read(
     remedy = (
       "has no effect. Remove it."
       if kind == "default"
-      else f"does not go with {kind!r}. Give the config.json that belongs to the weights."
+      else f"cannot be combined with {kind!r}. Give the config.json of these weights."
     )
     raise UserError(
       f"{keys.path}: heads of this architecture rotate as a whole, so that "

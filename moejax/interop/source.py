@@ -95,7 +95,7 @@ class Source:
       where = "" if index is None else f" at index {index}"
       raise UserError(
         f"{tensor.parts[0].file}: {name}{where} has numbers that are not finite (NaN or "
-        "infinity). Get a sound copy of the file."
+        "infinity). Get an intact copy of the file."
       )
     return array
 
@@ -141,7 +141,7 @@ class Source:
     for name, path in placed.items():
       if name and (name not in stored or stored[name].file != path):
         raise UserError(
-          f"{self.folder / INDEX} says that {name} is in {path.name}, and it is not. Get "
+          f"{self.folder / INDEX} says that {name} is in {path.name}, but it is not. Get "
           "both from the same model."
         )
     return stored
@@ -204,7 +204,7 @@ def _header(path: Path) -> dict[str, Stored]:
     raise
   except Exception as e:  # The library raises nothing narrower.
     raise UserError(
-      f"{path} is no whole safetensors file: {_one_line(e)}. Copy it again."
+      f"{path} is not a complete safetensors file: {_one_line(e)}. Copy it again."
     ) from e
   return {
     name: Stored(

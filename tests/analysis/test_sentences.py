@@ -52,7 +52,7 @@ def test_what_is_not_read_of_a_text_is_said():
   assert said == "Left out of a.txt: equal to earlier pieces: 2 (1,234 bytes)."
   own = {"duplicates": 0, "duplicate_bytes": 0, "skipped": 3, "is_cut": False}
   said = sentences.left_out({"text": "a", "left_out": own})
-  assert said == "Left out of a: empty or no text: 3."
+  assert said == "Left out of a: empty or not text: 3."
   assert sentences.left_out({"text": "a", "left_out": own | {"skipped": 0}}) == ""
   assert sentences.left_out({"text": None}) == ""
 

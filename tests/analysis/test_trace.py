@@ -94,17 +94,17 @@ def test_another_model_or_no_logits_is_refused(recorded, tmp_path):
   trace.check_meta(path, meta, _META)
   with pytest.raises(UserError, match="another model: its step is 3"):
     trace.check_meta(path, meta, _META | {"step": 4})
-  with pytest.raises(UserError, match="choices only"):
+  with pytest.raises(UserError, match="only choices"):
     trace.check_meta(path, meta | {"what": "choices"}, _META)
   other = tmp_path / "other.parquet"
   other.write_text(json.dumps({}))
-  with pytest.raises(UserError, match="is no trace"):
+  with pytest.raises(UserError, match="is not a trace"):
     trace.read_meta(other)
 
 
 def test_what_cannot_be_written_is_refused_first(recorded, tmp_path):
   model = recorded[0]
-  with pytest.raises(UserError, match="is no directory"):
+  with pytest.raises(UserError, match="is not a directory"):
     trace.check(model, tmp_path / "none" / "x.parquet", 10, "choices")
   with pytest.raises(UserError, match="--trace=/proc/x cannot be written"):
     trace.check(model, pathlib.Path("/proc/x"), 10, "choices")

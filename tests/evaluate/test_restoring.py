@@ -73,7 +73,7 @@ def test_a_completion_has_the_prompt_with_its_spans_filled(model, params, tokeni
 
 @pytest.mark.parametrize(
   ("prompt", "message"),
-  [("y" * 16, "The --prompt has 17 tokens"), ("\udcff", "is no UTF-8")],
+  [("y" * 16, "The --prompt has 17 tokens"), ("\udcff", "is not UTF-8")],
 )
 def test_a_prompt_that_cannot_be_read_is_refused(
   model, params, tokenizer, prompt, message

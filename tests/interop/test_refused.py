@@ -43,7 +43,7 @@ def refused(folder, *words, read=False):
         "rope_parameters",
         {"rope_type": "linear", "factor": 2.0, "partial_rotary_factor": 0.5},
       ),
-      ("0.5 does not go with 'linear'",),
+      ("0.5 cannot be combined with 'linear'",),
     ),
     (set_key("hidden_act", "relu"), ("hidden_act='relu'",)),
     (set_key("logit_softcapping", 30.0), ("logit_softcapping=30.0", "not understood")),
@@ -108,7 +108,7 @@ def test_a_folder_that_is_none_says_what_it_holds(tmp_path):
   refused(tmp_path / "notes", "a.txt")
   folder = copy("mixtral", tmp_path / "model")
   (folder / "config.json").unlink()
-  refused(folder, "weights and no config.json")
+  refused(folder, "weights but no config.json")
   folder = copy("mixtral", tmp_path / "bin")
   (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
   refused(folder, "no weights", "pytorch_model.bin")
@@ -128,7 +128,7 @@ def test_a_shard_that_is_missing_or_cut_short_is_named(tmp_path):
   files = split(folder)
   data = (folder / files[2]).read_bytes()
   (folder / files[2]).write_bytes(data[: len(data) - 100])
-  refused(folder, files[2], "no whole safetensors file")
+  refused(folder, files[2], "not a complete safetensors file")
   folder = copy("mixtral", tmp_path / "other")
   files = split(folder)
   shutil.copyfile(folder / files[0], folder / files[1])
@@ -283,8 +283,8 @@ def snapshot(folder):
     ("model", "model/run", "is inside --from_hf"),
     ("checkpoints/model", ".", "contains --from_hf"),
     ("model", "other", "holds a published model"),
-    ("model", "notes", r"files in checkpoints/ that are no run's"),
-    ("model", "words", r"files in tokenizer/ that are no run's"),
+    ("model", "notes", r"files in checkpoints/ are not a run's"),
+    ("model", "words", r"files in tokenizer/ are not a run's"),
   ],
 )
 def test_no_import_writes_over_a_model_or_removes_others_files(

@@ -238,7 +238,7 @@ def test_tied_tables_that_differ_are_refused_by_name(tmp_path):
     arrays[STACKS[0]] = arrays["shared.weight"] + 1
 
   folder = copy(NAME, tmp_path / "x", tensors=differ)
-  with pytest.raises(UserError, match=f"{STACKS[0]}.*tied tables are one"):
+  with pytest.raises(UserError, match=f"{STACKS[0]}.*tied tables must be the same"):
     open_folder(folder)
 
 

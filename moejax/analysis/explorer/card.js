@@ -163,7 +163,7 @@ class ExpertCard {
       ],
       [
         `flow${layer}`,
-        `its tokens go on, in layer ${next}, to`,
+        `in layer ${next}, its tokens go to`,
         percent,
         true,
         layer + 1,
@@ -207,7 +207,7 @@ class ExpertCard {
       list.append(this.context(i));
     }
     if (!found.length)
-      list.append(make("p", { cls: "faint" }, "None of the tokens shown is its."));
+      list.append(make("p", { cls: "faint" }, "It computes none of the tokens shown."));
     return make(
       "div",
       { cls: "contexts" },

@@ -54,7 +54,7 @@ class Charts {
       },
       {
         name: "saturation",
-        title: "Choices that the last checkpoint makes too",
+        title: "Choices also made by the last checkpoint",
         caption: "By step of training; chance is for this layer's loads.",
         depends: ["layer"],
         spec: () => this.saturation(),
@@ -63,7 +63,7 @@ class Charts {
         name: "specialisation",
         title: "Preferences, over chance",
         caption:
-          "A word's favourite expert, and what an expert tells of the domain. Only the distance to chance says something.",
+          "A word's favourite expert, and the information of the expert about the domain. Only the distance to chance is meaningful.",
         depends: [],
         spec: () => this.specialisation(),
       },
@@ -91,7 +91,7 @@ class Charts {
       },
       {
         name: "consistency",
-        title: "How few experts would do",
+        title: "How few experts suffice",
         caption: "Best experts of a stretch of text, and a cache of the latest ones.",
         depends: ["layer"],
         spec: () => this.consistency(),
@@ -267,7 +267,7 @@ class Charts {
         rows.push({
           x: own.layer,
           y: own.domainInformation[0],
-          name: "told of the domain",
+          name: "information about the domain",
         });
         rows.push({
           x: own.layer,

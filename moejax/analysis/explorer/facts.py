@@ -65,8 +65,8 @@ def facts(found: dict[str, Any], sample: Sample | None, names: Names) -> Any:
 
 def _note(why: str) -> str:
   return (
-    f"{why[0].upper()}{why[1:]}: shown are the most probable of the experts that compute "
-    "a token, with the router's probability in place of a weight."
+    f"{why[0].upper()}{why[1:]}. This page shows the most probable of the experts that "
+    "compute a token, with the router's probability in place of a weight."
   )
 
 

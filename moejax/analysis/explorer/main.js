@@ -199,8 +199,8 @@ async function main() {
     byId("no-text").hidden = false;
     const why = data.facts.undefined.text;
     byId("no-text").textContent = why
-      ? `No tokens are here: ${why}.`
-      : "No tokens are here: the analysis was made with --explore_tokens=0.";
+      ? `No tokens are shown: ${why}.`
+      : "No tokens are shown: the analysis was made with --explore_tokens=0.";
   }
   if (data.facts.note) {
     byId("notice").hidden = false;
@@ -228,5 +228,5 @@ main().catch((error) => {
   console.error(error);
   byId("notice").hidden = false;
   byId("notice").textContent =
-    `This page could not be opened (${error.message}). It needs a browser of 2023 or later.`;
+    `This page could not be opened (${error.message}). It needs a browser from 2023 or later.`;
 });

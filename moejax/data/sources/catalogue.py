@@ -66,7 +66,7 @@ def find_directory(name: str, root: Path) -> Path | None:
   match = _NAME.fullmatch(name)
   if match is None:
     raise ConfigError(
-      f"--config.data.name={name!r} is no dataset name: write NAME, NAME/CONFIG or"
+      f"--config.data.name={name!r} is not a dataset name: write NAME, NAME/CONFIG or"
       " NAME/CONFIG:VERSION."
     )
   base = root / match["name"] / (match["config"] or "").lstrip("/")
@@ -172,7 +172,7 @@ class TfdsSource:
     texts = sorted(k for k, f in features.items() if isinstance(f, tfds.features.Text))
     if field not in texts:
       raise ConfigError(
-        f"--config.data.text_field={field!r} is no text feature of {flag}."
+        f"--config.data.text_field={field!r} is not a text feature of {flag}."
         f" {did_you_mean(field, texts) if texts else 'It has none.'}"
       )
     if "train" not in self._own:

@@ -26,7 +26,7 @@ def make_source(config: DataConfig, root: Path) -> Source:
   if config.name in _EMBEDDED:
     if config.path:
       raise ConfigError(
-        f"--config.data.path={config.path!r} means nothing to {config.name}. For your"
+        f"--config.data.path={config.path!r} is not read by {config.name}. For your"
         " own text add --config.data.name=text."
       )
     corpus, flag = _EMBEDDED[config.name](), f"--config.data.name={config.name}"

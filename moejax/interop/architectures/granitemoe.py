@@ -61,7 +61,7 @@ def _multiplier(keys: Keys, name: str) -> float:
   value = keys.take(name, float, 1.0, null=0.0)
   if not 0 < value < math.inf:
     raise UserError(
-      f"{keys.path}: {name}={keys.values[name]!r} makes no model that works. Give a "
+      f"{keys.path}: {name}={keys.values[name]!r} makes no working model. Give a "
       "positive number."
     )
   return value

@@ -68,8 +68,8 @@ def write(config: Config) -> dict[str, Any]:
   model, moe = config.model, config.moe
   if not moe.shared_hidden:
     raise UserError(
-      "the model has no shared expert (--config.moe.shared_hidden=0), and qwen2_moe one "
-      "in each MoE layer"
+      "the model has no shared expert (--config.moe.shared_hidden=0), but qwen2_moe has "
+      "one in each MoE layer"
     )
   return (
     fields.write_decoder(config, class_name=_CLASS)

@@ -88,7 +88,9 @@ def read(keys: Keys) -> Config:
   keys.only("router_dtype", "float32")
   keys.only("router_type", "tokens_masked", None)
   if (slots := keys.take("expert_capacity", int, 64)) < 1:
-    raise UserError(f"{keys.path}: expert_capacity={slots} drops every token.")
+    raise UserError(
+      f"{keys.path}: expert_capacity={slots} drops every token. Give a positive number."
+    )
   # Without effect in the class, despite their names.
   keys.skip("router_ignore_padding_tokens", "batch_prioritized_routing")
   keys.skip("dropout_rate", "n_positions", "max_position_embeddings", "add_router_probs")
@@ -190,7 +192,7 @@ def remarks(config: Mapping[str, Any]) -> list[str]:
   return [
     f"expert_capacity={slots}: as in Transformers, an expert computes the first {slots} "
     "of a sequence's tokens that choose it. Give --config.moe.eval_capacity_factor=none "
-    "to the program that uses the run, and none is dropped."
+    "to the program that uses the run to drop none."
   ]
 
 

@@ -103,7 +103,7 @@ def test_max_documents_stops_reading(prepared):
 
 REFUSED = [
   ({"name": "tiny_revews"}, "Did you mean tiny_reviews"),
-  ({"name": "python-stdlib"}, "no dataset name|Did you mean python_stdlib"),
+  ({"name": "python-stdlib"}, "not a dataset name|Did you mean python_stdlib"),
   ({"name": "lm1b"}, r"not prepared in .*moejax\[tfds\].*prepare --name=lm1b"),
   ({"name": "wiki40b/en"}, "not prepared in .*prepare --name=wiki40b/en"),
   ({"name": "tiny_reviews:9.9.9"}, "unknown|not prepared"),
@@ -172,5 +172,5 @@ def test_reading_imports_no_tensorflow(prepared):
 @pytest.mark.parametrize("name", ["x/../../y", "x/..", "x//etc", "x/.hidden", "../x"])
 def test_a_name_does_not_lead_out_of_the_directory(name, tmp_path):
   """A run's config is a file that anyone can have written."""
-  with pytest.raises(ConfigError, match="is no dataset name"):
+  with pytest.raises(ConfigError, match="is not a dataset name"):
     catalogue.find_directory(name, tmp_path)

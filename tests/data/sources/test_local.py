@@ -311,7 +311,7 @@ BAD_FIELDS = [
   ("test_fraction", -0.1, "test_fraction=-0.1"),
   ("num_workers", -1, "num_workers=-1"),
   ("max_documents", -1, "max_documents=-1"),
-  ("name", "python_stdlib", "means nothing to python_stdlib"),
+  ("name", "python_stdlib", "is not read by python_stdlib"),
 ]
 
 
