@@ -175,7 +175,7 @@ def test_the_program_converts_there_and_back(tmp_path):
 def test_another_model_is_refused_before_it_is_checked(run, monkeypatch, field, value):
   """No advice on how to complete a model that would not be exported or imported."""
   monkeypatch.setattr(flags, "_overrides", {field: value})
-  words = f"--config.{field}: the model is as it is stored"
+  words = f"--config.{field}: the stored model fixes this field"
   with pytest.raises(UserError, match=words):
     program.export(run, run.parent / "out")
   with pytest.raises(UserError, match=words):

@@ -261,7 +261,7 @@ def _config_of(words: list[str]) -> Config:
     ),
     (["h100:1x8"], ["h200:3"], False, "--price=h200:3: Did you mean h100"),
     (["h100:1x8"], ["h100=3"], False, "--price=h100=3: give KIND:DOLLARS, .* h100:4.2"),
-    (["h100:1x8"], ["h100:free"], False, "give dollars of a chip hour"),
+    (["h100:1x8"], ["h100:free"], False, "give dollars per chip hour"),
   ],
 )
 def test_bad_input(topology, price, needed, message):
