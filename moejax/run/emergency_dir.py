@@ -41,8 +41,8 @@ def check(directory: str, workdir: RunPath) -> None:
   path = Path(directory).resolve()
   if not in_bucket(workdir) and path.is_relative_to(os.fspath(resolved(workdir))):
     raise UserError(
-      f"{_FLAG}={directory} is --workdir={workdir} or lies in it. Give a directory of "
-      "its own, on a disk of this machine."
+      f"{_FLAG}={directory} is --workdir={workdir} or lies in it. Give a separate "
+      "directory, on a disk of this machine."
     )
   make(path, directory)
 

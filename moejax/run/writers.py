@@ -98,7 +98,7 @@ class JsonlWriter:
     if not found.st_nlink:
       # The whole directory is gone, unless someone is still removing the rest of it.
       what = "was removed while its run was training"
-      then = "starts anew, from step 0, unless you put it back"
+      then = "starts again from step 0, unless you restore it"
       if (self.path.parent / CONFIG_FILE).exists():
         what = f"lost {METRICS_FILE}, which was removed while the run was writing it"
         then = "goes on from the newest checkpoint, or from step 0 if none is left"

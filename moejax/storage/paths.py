@@ -87,9 +87,7 @@ def refuse_url(
   remedy = "Copy it first, with `gcloud storage cp -r`, or mount the bucket."
   if written:
     remedy = "Give a local directory, or a file in one."
-  raise UserError(
-    f"{named}: here only a path on a disk of this machine will do. {remedy}"
-  )
+  raise UserError(f"{named}: this must be a path on a disk of this machine. {remedy}")
 
 
 def split(path: RunPath) -> tuple[str, str]:
@@ -135,7 +133,7 @@ def check_url(text: str, flag: str = "--workdir") -> None:
   """
   if not text.startswith("gs:"):
     raise UserError(
-      f"{flag}={text}: of buckets, only gs:// is supported. Give gs://BUCKET/RUN or a "
+      f"{flag}={text}: only gs:// buckets are supported. Give gs://BUCKET/RUN or a "
       "directory."
     )
   bucket, _, name = text.removeprefix("gs://").partition("/")

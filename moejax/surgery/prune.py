@@ -75,7 +75,8 @@ class Prune(Operation):
   )
 
   denominator: bool = option(
-    False, "raw softmax: keep the logits of pruned experts in it, so that gates stay"
+    False,
+    "raw softmax: keep the logits of pruned experts in it, so that gates stay the same",
   )
 
   @property

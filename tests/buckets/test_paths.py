@@ -60,7 +60,7 @@ def test_a_program_without_buckets_refuses_them_by_name(monkeypatch):
   """Else it would work in a local directory of that name."""
   parser = cli.Parser("x")
   parser.add_argument("--workdir")
-  with pytest.raises(UserError, match="^--workdir=gs://bucket/run: here only a path"):
+  with pytest.raises(UserError, match="^--workdir=gs://bucket/run: this must be a path"):
     parser.parse_args(["--workdir=gs://bucket/run"])
   assert parser.parse_args(["--workdir=runs/a"]).workdir == "runs/a"
 

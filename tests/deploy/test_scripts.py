@@ -250,7 +250,7 @@ def test_shapes_that_are_offered_pass(machine):
   ("machine", "part"),
   [
     ("v5p:3x4x4", "slices of v5p are 2x2x1,"),
-    ("v4:8x4x4", "the smallest first, such as v4:4x4x8"),
+    ("v4:8x4x4", "in ascending order, such as v4:4x4x8"),
     ("v5p:4x4", "3 dimensions"),
     ("v5e:3x4", "slices of v5e are 1x1,"),
     ("v5e:64x64", "slices of v5e are 1x1,"),

@@ -243,7 +243,7 @@ def test_a_model_is_downloaded_by_its_name(tmp_path):
   ("name", "words"),
   [
     ("hf://org/name", "cannot be downloaded"),
-    ("gs://bucket/model", "only a path on a disk of this machine"),
+    ("gs://bucket/model", "must be a path on a disk of this machine"),
   ],
 )
 def test_what_is_not_here_is_one_line(name, words, tmp_path):

@@ -156,7 +156,7 @@ def test_no_mesh_runs_names_the_reason():
 def test_refuses_what_it_has_no_formula_for():
   config = small()
   config.model.kind = "encoder_decoder"
-  with pytest.raises(UserError, match="only decoders are planned"):
+  with pytest.raises(UserError, match="only decoders can be planned"):
     search.search(config, [parse("h100:1x8")])
   with pytest.raises(UserError, match="peak of cpu is unknown"):
     search.search(small(), [parse("cpu:8")])

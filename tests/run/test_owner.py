@@ -98,7 +98,7 @@ def test_evaluation_of_a_foreign_run_touches_no_path_of_its_config(tmp_path):
   done = call("evaluate")
   assert done.returncode == 2 and not theirs.exists()
   (line,) = [x for x in done.stderr.splitlines() if x.startswith("error:")]
-  assert path in line and "no mark of this user's trainings" in line
+  assert path in line and "was not trained by this user" in line
   mine = tmp_path / "mine"
   done = call("evaluate", path, f"--config.data.cache_dir={mine}", "--max_batches=1")
   assert done.returncode == 0, done.stderr
