@@ -347,7 +347,7 @@ AXIS = "--sweep.moe.num_experts=8,16"
     (f"{AXIS} --seeds=x", "--seeds=x: give a number of seeds"),
     (f"{AXIS} --seeds=0,x", "--seeds=0,x: give a number of seeds"),
     (f"{AXIS} --seeds=5,", "A single seed is given by --config.train.seed=5"),
-    (f"{AXIS} --seeds=1,1", "one is there twice"),
+    (f"{AXIS} --seeds=1,1", "one of them is given twice"),
     (f"{AXIS} --match=flops", "--match=flops is unknown. Choose from active_flops."),
     (f"{AXIS} --match_by=moe.hidden", "nothing is matched. Add --match=active_flops."),
     ("--sweep.moe.num_experts=9999 --match=active_flops", "The nearest reachable is 1"),

@@ -259,14 +259,14 @@ def test_the_run_of_another_point_is_refused_and_kept(behaviours, tmp_path):
   shutil.copytree(first, third)
   before = {p: p.read_bytes() for p in third.rglob("*") if p.is_file()}
   with pytest.raises(
-    UserError, match=r"is of another run.* that of num_experts=2,seed=0"
+    UserError, match=r"belongs to another run.* that of num_experts=2,seed=0"
   ):
     sweep(workdir)
   said = io.StringIO()
   assert schedule.status(workdir, stream=said) == 1
   assert "4 runs: 3 done, 1 damaged" in said.getvalue()
   assert "num_experts=4,seed=0  damaged" in said.getvalue()
-  assert f"{third / 'config.json'} is of another run" in said.getvalue()
+  assert f"{third / 'config.json'} belongs to another run" in said.getvalue()
   assert before == {p: p.read_bytes() for p in third.rglob("*") if p.is_file()}
   assert len(trace(workdir)) == 4
   third.rename(tmp_path / "away")
