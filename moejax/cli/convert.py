@@ -85,7 +85,10 @@ def import_(folder: str | None, workdir: str | None, *, dry_run: bool = False) -
   for remark in found.architecture.remarks(found.values):
     print(remark)
   if found.tokenizer is None:
-    print("The folder has no tokenizer.json: programs that read or write text refuse it.")
+    print(
+      "The folder has no tokenizer.json: programs that read or write text will "
+      "refuse the run."
+    )
   _print_summary(found.architecture.name, config)
   print(f"{run_directory}")
   print(

@@ -136,7 +136,7 @@ class Watch:
     if link.index in self._done:
       return
     text = (
-      f"{link} was lost: its connection ended without a word ({_reason(error)}). It was "
+      f"{link} was lost: its connection ended without notice ({_reason(error)}). It was "
       "killed or crashed (kill -9, out of memory, a machine that went down): see its own "
       "output. Starting the job again goes on from the newest checkpoint."
     )

@@ -193,7 +193,7 @@ class _Host:
         return
       caller = self._callers.get(link)
       if caller is None or len(messages) > 1:
-        raise ValueError("it speaks out of turn")
+        raise ValueError("it sent an unexpected message")
       if caller.greeted:
         self._seat(link, messages[0])
       else:

@@ -303,6 +303,6 @@ def _nothing(own: Found, topology: Topology, margin: float) -> tuple[str, str]:
   total = least * topology.num_devices
   return text, (
     f"Parameters, moments and gradients alone are {total / 1e9:,.0f} GB, more than "
-    f"{math.floor(total / room)} devices of {topology.kind} hold: name a larger machine, "
-    "or lower --config.model.num_layers."
+    f"{math.floor(total / room)} devices of {topology.kind} can hold: name a larger "
+    "machine, or lower --config.model.num_layers."
   )

@@ -381,7 +381,7 @@ def _refuse_mesh(path: RunPath, config: Config, mesh: Mapping[str, int] | None) 
       for shape in (begun_with, mesh)
     )
     raise ConfigError(
-      f"--workdir={path} was begun on the mesh {was} and would go on on {now}: with "
+      f"--workdir={path} was begun on the mesh {was} and would continue on {now}: with "
       f"--config.moe.exchange_buffer={config.moe.exchange_buffer} different tokens would "
       "be dropped. Give the same devices and mesh, or another --workdir."
     )

@@ -141,7 +141,7 @@ def check_url(text: str, flag: str = "--workdir") -> None:
   if not text.startswith("gs://") or not bucket or not name:
     raise UserError(f"{flag}={text} names no folder of a bucket: give gs://BUCKET/RUN.")
   if not _BUCKET.fullmatch(bucket):
-    what = "is too short" if len(bucket) < 3 else "is no bucket's"
+    what = "is too short" if len(bucket) < 3 else "is not valid"
     raise UserError(
       f"{flag}={text}: the name {bucket!r} {what}. The name of a bucket has 3 to 222 "
       "characters, which are lowercase letters, digits, -, _ and ., and begins and ends "

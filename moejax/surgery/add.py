@@ -86,7 +86,7 @@ class Add(Operation):
     router = make_router(old.moe)
     if router.fixed_slots:
       raise UserError(
-        f"--config.moe.router={old.moe.router} has learned slots for its experts alone. "
+        f"--config.moe.router={old.moe.router} has learned slots for these experts only. "
         "Change the router first (operation reroute)."
       )
     if router.expert_groups > 1:

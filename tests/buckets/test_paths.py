@@ -33,7 +33,7 @@ def test_a_bucket_keeps_its_name_through_paths(folder):
     ("gs://bucket", "names no folder"),
     ("gs://bucket/", "names no folder"),
     ("gs:///run", "names no folder"),
-    ("gs://UPPER/run", "'UPPER' is no bucket's. .*lowercase"),
+    ("gs://UPPER/run", "'UPPER' is not valid. .*lowercase"),
     ("gs://b/run", "'b' is too short. The name of a bucket has 3"),
     ("gs://bucket/run*", "may not have"),
     ("gs://bucket/a/../b", "may not have"),

@@ -450,7 +450,7 @@ def test_scripts_are_files_and_manifests_follow_each_other(tmp_path, capsys):
     text = pathlib.Path(path).read_text()
     assert program == "sbatch" and text.startswith("#!") and path.endswith(".sbatch")
     assert text.count("#SBATCH --job-name") == 1 and pathlib.Path(path).stem in text
-  assert f"written below {tmp_path}/runs, under that path" in said.err
+  assert f"written to {tmp_path}/runs, at the same path" in said.err
   pods = ("--target=gke-gpu", "--topology=h100:1x2", "--image=IMAGE")
   assert main(*words, *fits, *pods) == 0
   said = capsys.readouterr()
