@@ -138,7 +138,7 @@ class Watch:
     text = (
       f"{link} was lost: its connection ended without notice ({_reason(error)}). It was "
       "killed or crashed (kill -9, out of memory, a machine that went down): see its own "
-      "output. Starting the job again goes on from the newest checkpoint."
+      "output. Starting the job again continues from the newest checkpoint."
     )
     self._note(_failed(PEER_LOST, text, at_once=True), link)
     self._end(PEER_LOST, text)

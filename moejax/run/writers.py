@@ -101,7 +101,7 @@ class JsonlWriter:
       then = "starts again from step 0, unless you restore it"
       if (self.path.parent / CONFIG_FILE).exists():
         what = f"lost {METRICS_FILE}, which was removed while the run was writing it"
-        then = "goes on from the newest checkpoint, or from step 0 if none is left"
+        then = "continues from the newest checkpoint, or from step 0 if none is left"
       raise UserError(f"--workdir={self.path.parent} {what}. The same command {then}.")
     rest = self._late
     try:
@@ -115,7 +115,7 @@ class JsonlWriter:
       os.ftruncate(descriptor, found.st_size)
       if not self._warned:
         logging.warning(
-          "%s cannot be written for now (%s): its lines are kept, and the run goes on.",
+          "%s cannot be written for now (%s): its lines are kept, and the run continues.",
           *(self.path, error.strerror),
         )
         self._warned = True

@@ -85,7 +85,7 @@ def refusal(error: BaseException, path: RunPath) -> str:
   if code == 507 or _has(text, _FULL):
     return (
       f"the bucket {bucket} is full (storage quota). Free some space or ask for more "
-      "quota; the same command goes on from the newest checkpoint."
+      "quota; the same command continues from the newest checkpoint."
     )
   if code == 401 or _has(text, _CREDENTIALS):
     return (
@@ -97,7 +97,7 @@ def refusal(error: BaseException, path: RunPath) -> str:
     return (
       f"the bucket {bucket} refuses more requests, even after retries with growing waits "
       "(429: rate or quota). Ask for more quota, or save and log less often; the same "
-      "command goes on from the newest checkpoint."
+      "command continues from the newest checkpoint."
     )
   if code == 403 or _has(text, _FORBIDDEN):
     return (
@@ -108,7 +108,7 @@ def refusal(error: BaseException, path: RunPath) -> str:
   if (code is not None and code >= 500) or _has(text, _DOWN):
     return (
       f"the bucket {bucket} does not answer, even after retries with growing waits "
-      f"({_short(error)}). Try again later; the same command goes on from the newest "
+      f"({_short(error)}). Try again later; the same command continues from the newest "
       "checkpoint."
     )
   return ""

@@ -75,7 +75,7 @@ def test_a_log_alone_that_was_removed_leaves_the_checkpoints(tmp_path):
   (tmp_path / "config.json").write_text("{}")
   writer = writers.JsonlWriter(tmp_path, resume_step=0)
   (tmp_path / "metrics.jsonl").unlink()
-  with pytest.raises(UserError, match="lost metrics.jsonl.*goes on from the newest"):
+  with pytest.raises(UserError, match="lost metrics.jsonl.*continues from the newest"):
     writer.write(1, {"loss": 1.0})
   with pytest.raises(UserError, match="lost metrics.jsonl"):
     writer.close()

@@ -252,13 +252,13 @@ def _conclude(found: Mapping[str, Status], signal: int | None, options: Options)
   if failed and not options.retry_failed:
     print(f"--retry_failed runs the {failed} failed runs again.", file=sys.stderr)
   if signal is not None:
-    print("Stopped. The same command resumes the sweep.", file=sys.stderr)
+    print("Stopped. The same command continues the sweep.", file=sys.stderr)
     return 128 + signal
   for s in found.values():
     if s.state is State.INTERRUPTED:
       print(
         f"{s.name} was interrupted (exit code {s.exit_code}) at step {s.step}. The same "
-        "command resumes it.",
+        "command continues it.",
         file=sys.stderr,
       )
   return int(any(s.state is not State.DONE for s in found.values()))

@@ -88,7 +88,7 @@ def define_flags() -> None:
   """Defines --slurm.NAME for each option."""
   text, number = flags.DEFINE_string, flags.DEFINE_integer
   text("slurm.partition", "", "With --executor=slurm: partition; default: Slurm's own.")
-  text("slurm.time", "1:00:00", "Time limit of a job; runs go on in a new one.")
+  text("slurm.time", "1:00:00", "Time limit of a job; runs continue in a new one.")
   number("slurm.nodes", 1, "Nodes per run.")
   number("slurm.tasks_per_node", 1, "Processes of each run per node; one per GPU.")
   number("slurm.gpus_per_node", None, "GPUs of each run per node.")

@@ -349,7 +349,7 @@ def test_ctrl_c_stops_and_saves_the_runs_and_the_same_call_goes_on(behaviours, t
     process.send_signal(signal.SIGINT)
     out, err = process.communicate(timeout=60)
   assert process.returncode == 130, err
-  assert "saving every run" in err and "The same command resumes the sweep" in err
+  assert "saving every run" in err and "The same command continues the sweep" in err
   assert started(tmp_path / "s") == [FIRST]
   assert found(tmp_path / "s")[FIRST] is State.INTERRUPTED
   assert f"{FIRST}: interrupted" in out
