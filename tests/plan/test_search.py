@@ -132,7 +132,7 @@ def test_nothing_fits_names_the_nearest():
   config.model.width, config.model.num_layers = 16_384, 64
   config.moe.hidden = config.model.hidden = 65_536
   with pytest.raises(
-    UserError, match=r"Nothing fits on h100:1x2.*Nearest is .*more than"
+    UserError, match=r"Nothing fits on h100:1x2.*The nearest is .*more than"
   ):
     search.search(config, [parse("h100:1x2")])
 
