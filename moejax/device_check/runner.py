@@ -200,7 +200,7 @@ def run_all(
         worker.end()
         if limit < longest and left() <= 0:
           row = dataclasses.replace(
-            row, status=NOT_RUN, detail=("cut off: time was used up")
+            row, status=NOT_RUN, detail="cut off: time was used up"
           )
         elif index + 1 < len(names):
           worker = _Worker(make_checks, options, left())

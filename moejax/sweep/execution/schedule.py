@@ -250,7 +250,7 @@ def _conclude(found: Mapping[str, Status], signal: int | None, options: Options)
       print(s.damage, file=sys.stderr)
   failed = sum(s.state is State.FAILED for s in found.values())
   if failed and not options.retry_failed:
-    print(f"--retry_failed runs the {failed} failed runs again.", file=sys.stderr)
+    print(f"--retry_failed runs the failed ones ({failed}) again.", file=sys.stderr)
   if signal is not None:
     print("Stopped. The same command continues the sweep.", file=sys.stderr)
     return 128 + signal
