@@ -65,7 +65,7 @@ def numbers(row: Any, digits: int = 2) -> str:
 
 
 show(
-  "tokens [G, T, D], a group a device",
+  "tokens [G, T, D], one group per device",
   [
     f"device {g}, token {t}: {numbers(TOKENS[g, i])}"
     for g, group in enumerate(ORDER)
@@ -162,7 +162,7 @@ show(
 )
 sent = slots[0, 1]
 show(
-  "all that device 0 sends to device 1, [2 experts, C, D]",
+  "everything that device 0 sends to device 1, [2 experts, C, D]",
   [
     f"expert {2 + e}, slot {c}: {numbers(sent[e, c])}" for e in range(2) for c in range(C)
   ],

@@ -28,7 +28,7 @@ class Tempered(Router):
   summary = "top-k, a learned temperature per expert, a boost where load is low"
 
   rate: float = option(0.001, "how far a step moves each boost", Range(0, 1))
-  spread_weight: float = option(0.01, "of the temperatures' variance", weight())
+  spread_weight: float = option(0.01, "weight of the temperatures' variance", weight())
 
   def parameters(self, sizes):
     each = Parameter(shape=(sizes.num_experts,), axes=("router_expert",))

@@ -2,7 +2,7 @@
 
   JAX_NUM_CPU_DEVICES=8 python -m examples.sharded_layer
 
-Without eight devices of another kind, eight fake ones of a CPU do.
+Eight fake CPU devices are enough if there are no eight real ones.
 """
 
 import os
@@ -56,7 +56,7 @@ def main() -> float:
   print(f"{text.count(' all-to-all(')} all-to-alls; the experts' first matrix:")
   print(placed.layer.experts.w_in[...].sharding)
   error = float(jnp.max(jnp.abs(np.asarray(spread) - np.asarray(alone))))
-  print(f"largest difference to one device: {error:.1e}")
+  print(f"largest difference from one device: {error:.1e}")
   return error
 
 

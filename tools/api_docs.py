@@ -47,7 +47,7 @@ def _modules(path: Iterable[str]) -> list[str]:
 
 def main(argv: list[str] | None = None) -> int:
   parser = cli.Parser(__doc__)
-  parser.add_argument("--out", default="site", help="a folder; made if missing")
+  parser.add_argument("--out", default="site", help="output folder; created if missing")
   args = parser.parse_args(argv)
   out = pathlib.Path(args.out)
   try:

@@ -7,7 +7,7 @@
   replay       one batch of `evaluate` over one setting's decisions, for each setting
   knock-out    all experts of a layer, in evaluations per expert, for each MoE layer
 
-Calls alternate, so that whatever else the machine does meets all of them; medians of
+Calls alternate, so that other work on the machine affects all of them; medians of
 rounds are printed. Compilation is not counted.
 """
 
@@ -67,7 +67,7 @@ def main() -> None:
   shares = []
   for layer in model.moe_layers:
     shares.append(seconds[f"layer {layer}"] / plain / model.moe.fine_experts)
-    print(f"knock-out   {shares[-1]:.2f} evaluations an expert, layer {layer}")
+    print(f"knock-out   {shares[-1]:.2f} evaluations per expert, layer {layer}")
   print(f"knock-out   {statistics.mean(shares):.2f} on average over MoE layers")
 
 

@@ -22,21 +22,23 @@ _SECONDS = flags.DEFINE_float(
   "seconds", 1.0, "Length of one round.", lower_bound=0, upper_bound=86_400
 )
 _ROUNDS = flags.DEFINE_integer(
-  "rounds", 5, "Rounds of each setting.", lower_bound=2, upper_bound=100_000
+  "rounds", 5, "Rounds per setting.", lower_bound=2, upper_bound=100_000
 )
 _WORKERS = flags.DEFINE_list("workers", ["0"], "Settings of --config.data.num_workers.")
 _MODEL = flags.DEFINE_float(
   "model_tokens_per_second",
   0.0,
-  "What the model consumes; 0 reads --run.",
+  "Tokens per second that the model consumes; 0 reads them from --run.",
   lower_bound=0,
   upper_bound=1e15,
 )
-_RUN = flags.DEFINE_string("run", "", "A run's directory: its median tokens_per_second.")
+_RUN = flags.DEFINE_string(
+  "run", "", "Directory of a run, whose median tokens_per_second is used."
+)
 _AT_LEAST = flags.DEFINE_float(
   "at_least",
   0.0,
-  "Fail below this multiple of the model.",
+  "Fail below this multiple of the model's speed.",
   lower_bound=0,
   upper_bound=1e9,
 )
@@ -123,7 +125,7 @@ def main() -> int:
     if not model:
       raise UserError("--at_least needs --model_tokens_per_second or --run.")
     slowest = min(r["tokens_per_second"] for r in rows) / model
-    print(f"{slowest:.1f} times the model; at least {_AT_LEAST.value:g} wanted")
+    print(f"{slowest:.1f} times the model's speed; at least {_AT_LEAST.value:g} wanted")
     return 0 if slowest >= _AT_LEAST.value else 1
   return 0
 

@@ -32,10 +32,10 @@ VARIANTS: dict[str, tuple[str, float | None]] = {
 
 def parse(argv: list[str]) -> argparse.Namespace:
   parser = cli.Parser(__doc__)
-  parser.add_argument("--shapes", default="A,B,C,D", help="of A,B,C,D")
+  parser.add_argument("--shapes", default="A,B,C,D", help="shapes to measure, of A,B,C,D")
   parser.add_argument("--variants", default=",".join(VARIANTS))
   parser.add_argument(
-    "--seconds", type=arguments.at_least(0.0), default=15.0, help="per shape"
+    "--seconds", type=arguments.at_least(0.0), default=15.0, help="seconds per shape"
   )
   parser.add_argument("--json", default="", help="write the rows to this file")
   args = parser.parse_args(argv)

@@ -4,9 +4,9 @@
 
 PYTHON has torch and transformers (extra hf-test). A model with random weights (12 layers,
 D 512, 32 experts of width 256, 4 per token, float32) is exported as Qwen3-MoE and loaded
-by both. Each round asks one, then the other, for one new token (prefill), and for all of
-them; the difference is the time of the steps. Both sides are timed around the whole call,
-greedy, with a cache, and their tokens/s are compared round by round.
+by both. In each round, one and then the other generates one new token (prefill), then all
+of them; the difference is the time of the steps. Both sides are timed around the whole
+call, greedy, with a cache, and their tokens/s are compared round by round.
 """
 
 import argparse
@@ -31,7 +31,11 @@ PEER = pathlib.Path(__file__).parent / "transformers_generate.py"
 
 def parse(argv: list[str]) -> argparse.Namespace:
   parser = cli.Parser(__doc__)
-  parser.add_argument("--python", default=sys.executable, help="has transformers")
+  parser.add_argument(
+    "--python",
+    default=sys.executable,
+    help="interpreter that has torch and transformers",
+  )
   parser.add_argument("--rows", default="1,8", help="batch sizes")
   parser.add_argument("--prompt", type=arguments.at_least(2), default=128)
   parser.add_argument("--new", type=arguments.at_least(2), default=128)
@@ -129,7 +133,7 @@ class Theirs:
     assert self.process.stdout is not None
     line = self.process.stdout.readline()
     if not line:
-      raise UserError("The process of Transformers ended; its last words are above.")
+      raise UserError("The process of Transformers ended; its last output is above.")
     return line
 
 
@@ -149,7 +153,7 @@ def check_peer(python: str) -> None:
     last = (done.stderr.strip().splitlines() or ["it failed"])[-1]
     raise UserError(
       f"--python={python} cannot import torch and transformers ({last}). Install them "
-      "with `pip install 'moejax[hf-test]'` there, or name a Python that has them."
+      "with `pip install 'moejax[hf-test]'` there, or give a Python that has them."
     )
 
 
@@ -220,7 +224,7 @@ def arguments_of(text: str) -> list[int]:
   """
   words = [word.strip() for word in text.split(",")]
   if not all(word.isdigit() and int(word) > 0 for word in words):
-    raise UserError(f"--rows={text} is no list of batch sizes, such as 1,8.")
+    raise UserError(f"--rows={text} is not a list of batch sizes, such as 1,8.")
   return [int(word) for word in words]
 
 

@@ -43,20 +43,30 @@ VARIANTS: dict[str, tuple[str, float | None]] = {
 
 def parse(argv: list[str]) -> argparse.Namespace:
   parser = cli.Parser(__doc__)
-  parser.add_argument("--shapes", default="A,B,C,D", help="of A,B,C,D; empty is none")
+  parser.add_argument(
+    "--shapes", default="A,B,C,D", help="shapes to measure, of A,B,C,D; empty: none"
+  )
   parser.add_argument("--variants", default="dropless,capacity,gather,einsum")
   parser.add_argument(
-    "--cores", type=arguments.at_least(0), default=1, help="cores to use; 0 is all"
+    "--cores", type=arguments.at_least(0), default=1, help="cores to use; 0: all"
   )
   parser.add_argument(
-    "--seconds", type=arguments.at_least(0.0), default=10.0, help="per shape"
+    "--seconds", type=arguments.at_least(0.0), default=10.0, help="seconds per shape"
   )
   parser.add_argument("--dtype", default="auto", help="float32; auto: bfloat16 on a GPU")
   parser.add_argument("--activation", default="gelu", help="relu, gelu or swiglu")
-  parser.add_argument("--growth", action="store_true", help="add E from 8 to 512")
-  parser.add_argument("--skew", action="store_true", help="add half to one expert")
-  parser.add_argument("--routers", action="store_true", help="add each router alone")
-  parser.add_argument("--all", action="store_true", help="growth, skew and routers too")
+  parser.add_argument(
+    "--growth", action="store_true", help="also measure E from 8 to 512"
+  )
+  parser.add_argument(
+    "--skew", action="store_true", help="also send half of the tokens to one expert"
+  )
+  parser.add_argument(
+    "--routers", action="store_true", help="also measure each router alone"
+  )
+  parser.add_argument(
+    "--all", action="store_true", help="same as --growth --skew --routers"
+  )
   parser.add_argument("--json", default="", help="write the rows to this file")
   args = parser.parse_args(argv)
   arguments.split_names(parser, args, shapes=SHAPES, variants=VARIANTS)

@@ -97,7 +97,11 @@ def make_table(rows: list[dict[str, Any]]) -> Table:
 
 def main() -> int:
   parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-  parser.add_argument("--compile", default="", help="names, separated by commas, or all")
+  parser.add_argument(
+    "--compile",
+    default="",
+    help="programs to compile again, separated by commas, or all",
+  )
   parser.add_argument("--json", action="store_true", help="print JSON")
   args = parser.parse_args()
   names = [program.name for program in PROGRAMS]

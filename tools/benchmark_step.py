@@ -26,11 +26,13 @@ def parse(argv: list[str]) -> argparse.Namespace:
   parser = cli.Parser(__doc__)
   parser.add_argument("--config", default="configs/default.py", help="a config file")
   parser.add_argument(
-    "--cores", type=arguments.at_least(0), default=2, help="cores to use; 0 is all"
+    "--cores", type=arguments.at_least(0), default=2, help="cores to use; 0: all"
   )
   parser.add_argument("--seconds", type=arguments.at_least(0.0), default=20.0)
   parser.add_argument("--baseline", choices=("dense", "no_alarms"), default="dense")
-  parser.add_argument("--dispatcher", default="", help="instead of the config's")
+  parser.add_argument(
+    "--dispatcher", default="", help="dispatcher to use instead of the config's"
+  )
   parser.add_argument("--json", default="", help="write the result to this file")
   return parser.parse_args(argv)
 

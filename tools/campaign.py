@@ -7,9 +7,9 @@ Trains once undisturbed, by one process and, if asked for, by two. Then runs of 
 config are disturbed, in turn on a disk, in an emulated bucket and by two processes, and
 are started again with the same command whenever they end: kills, stops, shifted clocks,
 damaged checkpoints, removed directories, and refused, late, lost or cut requests. Each
-run that comes to its end must have the state and the logged losses of the undisturbed
-one, bit for bit, must have ended with the documented exit codes on the way, and must not
-have printed a traceback.
+run that completes must have the state and the logged losses of the undisturbed one, bit
+for bit, must have exited with the documented codes on the way, and must not have printed
+a traceback.
 
 Prints one line per fault, and at the end a table: how often each kind was inflicted, and
 how long the run took to its next complete checkpoint. Exit code 1 if a run differs.
@@ -257,7 +257,7 @@ def main() -> int:
   places = [place.strip() for place in values["where"]]
   if not places or not set(places) <= set(FAULTS):
     raise UserError(
-      f"--where={','.join(places)}: give one or several of {', '.join(FAULTS)}."
+      f"--where={','.join(places)}: give one or more of {', '.join(FAULTS)}."
     )
   given = values["workdir"]
   root = pathlib.Path(given or tempfile.mkdtemp(prefix="campaign_")).resolve()
@@ -281,14 +281,18 @@ def main() -> int:
 def define_flags() -> None:
   cli.define_config()
   flags.DEFINE_integer(
-    "faults", 30, "How many to inflict.", lower_bound=1, upper_bound=100_000
+    "faults", 30, "Number of faults to inflict.", lower_bound=1, upper_bound=100_000
   )
   flags.DEFINE_float(
-    "minutes", 1e6, "After which no further fault is inflicted.", lower_bound=0
+    "minutes", 1e6, "Minutes after which no further fault is inflicted.", lower_bound=0
   )
-  flags.DEFINE_integer("seed", 0, "Of the moments.", lower_bound=0, upper_bound=2**31 - 1)
-  flags.DEFINE_list("where", list(FAULTS), "Places: disk, bucket, processes.")
-  flags.DEFINE_bool("small", True, "A small model on a small generated text.")
+  flags.DEFINE_integer(
+    "seed", 0, "Random seed of the moments.", lower_bound=0, upper_bound=2**31 - 1
+  )
+  flags.DEFINE_list(
+    "where", list(FAULTS), "Where to inflict them: disk, bucket, processes."
+  )
+  flags.DEFINE_bool("small", True, "Use a small model on a small generated text.")
 
 
 if __name__ == "__main__":

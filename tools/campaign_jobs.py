@@ -127,7 +127,7 @@ class Job:
       except subprocess.TimeoutExpired:
         self.close()
         raise UserError(
-          f"{self.name}: still runs after {_END_SECONDS:.0f} s:\n{self.log()[-3000:]}"
+          f"{self.name}: still running after {_END_SECONDS:.0f} s:\n{self.log()[-3000:]}"
         ) from None
     return [process.returncode for process in self.processes]
 

@@ -1,4 +1,4 @@
-"""Draws who holds which part of every array of an MoE layer, while it runs.
+"""Draws which device holds which part of every array of an MoE layer, while it runs.
 
   python -m tools.draw_sharding [--out=docs/sharding] \\
       [--config.mesh.fsdp=2 --config.mesh.expert=2 --config.mesh.tensor=2]
@@ -193,7 +193,7 @@ def draw_layer(recording: Recording, path: pathlib.Path) -> None:
   figure = new_figure(15, 11)
   figure.suptitle(
     f"An MoE layer on {mesh_name(recording)}: who holds what. White lines are cuts; "
-    "mixed colours are devices that have the same part (or, with +, an addend of it).",
+    "mixed colours mark devices that have the same part (or, with +, an addend of it).",
     fontsize=13,
   )
   grid = figure.subplots(3, 3)

@@ -10,8 +10,8 @@ checkpoint is being written. At the end parameters, optimizer state, random key 
 counters of the two runs must have the same SHA-256, and every logged step the same
 loss. Exit code 1 if not, or if the run ended before it was killed often enough.
 
-Unless --nosmall is given, a small model is trained on a small generated text; what
-the command line says wins. --workdir keeps both runs for a closer look.
+Unless --nosmall is given, a small model is trained on a small generated text; fields set
+on the command line take precedence. --workdir keeps both runs for a closer look.
 """
 
 import dataclasses
@@ -214,10 +214,12 @@ def train_arguments(root: Path) -> list[str]:
 def define_flags() -> None:
   cli.define_config()
   flags.DEFINE_integer(
-    "kills", 12, "How often to kill.", lower_bound=1, upper_bound=100_000
+    "kills", 12, "Number of kills.", lower_bound=1, upper_bound=100_000
   )
-  flags.DEFINE_integer("seed", 0, "Of the moments.", lower_bound=0, upper_bound=2**31 - 1)
-  flags.DEFINE_bool("small", True, "A small model on a small generated text.")
+  flags.DEFINE_integer(
+    "seed", 0, "Random seed of the moments.", lower_bound=0, upper_bound=2**31 - 1
+  )
+  flags.DEFINE_bool("small", True, "Use a small model on a small generated text.")
 
 
 def main() -> int:

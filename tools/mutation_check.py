@@ -81,8 +81,8 @@ def edit(path: pathlib.Path, mutant: Mutant) -> None:
   text = path.read_text("utf-8")
   if text.count(mutant.old) != 1:
     raise ValueError(
-      f"{mutant.file} has {text.count(mutant.old)} times {mutant.old!r}, and not once: "
-      "bring tools/mutants.py up to date."
+      f"{mutant.file} contains {mutant.old!r} {text.count(mutant.old)} times instead of "
+      "once: bring tools/mutants.py up to date."
     )
   path.write_text(text.replace(mutant.old, mutant.new), "utf-8")
 
@@ -90,15 +90,17 @@ def edit(path: pathlib.Path, mutant: Mutant) -> None:
 def main() -> int:
   parser = cli.Parser(__doc__)
   parser.add_argument(
-    "--jobs", type=arguments.at_least(1), default=2, help="tests at a time"
+    "--jobs", type=arguments.at_least(1), default=2, help="mutants tested at a time"
   )
-  parser.add_argument("--only", default="", help="mutants whose name contains this")
+  parser.add_argument(
+    "--only", default="", help="run only mutants whose name contains this"
+  )
   args = parser.parse_args()
   mutants = [m for m in MUTANTS if args.only in m.name]
   with tempfile.TemporaryDirectory() as cache:
     status, why = check(None, cache) if not args.only else ("missed", "")
     if status != "missed":
-      print(f"The tests fail as they are ({status}): {why}")
+      print(f"The tests fail without any edit ({status}): {why}")
       return 1
     caught = 0
     break_and_test = functools.partial(check, cache=cache)

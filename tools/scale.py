@@ -117,7 +117,7 @@ def complaints(rows: list[dict[str, Any]]) -> list[str]:
       result.append(f"{name}: all-to-all bytes are {100 * off:.1f}% off the formula")
     if row["unintended"]:
       kinds = ", ".join(sorted({r["kind"] for r in row["unintended"]}))
-      result.append(f"{name}: {kinds} that nothing asks for")
+      result.append(f"{name}: unintended {kinds}")
     if row["flops_per_device"] and first["flops_per_device"]:
       change = abs(row["flops_per_device"] / first["flops_per_device"] - 1)
       if change > MAX_FLOPS_CHANGE:
@@ -156,14 +156,18 @@ def make_table(rows: list[dict[str, Any]]) -> Table:
 
 def parse(argv: list[str]) -> argparse.Namespace:
   parser = cli.Parser(__doc__)
-  parser.add_argument("--devices", default="8,16,32,64,128,256", help="numbers of them")
-  parser.add_argument("--json", action="store_true", help="instead of a table")
+  parser.add_argument(
+    "--devices", default="8,16,32,64,128,256", help="numbers of devices"
+  )
+  parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
   parser.add_argument("--compile", type=int, default=0, help=argparse.SUPPRESS)
   args = parser.parse_args(argv)
   try:
     args.devices = [int(number) for number in args.devices.split(",")]
   except ValueError:
-    parser.error(f"--devices={args.devices}: numbers joined by commas, as 8,16")
+    parser.error(
+      f"--devices={args.devices}: give numbers separated by commas, such as 8,16"
+    )
   if not 2 <= min(args.devices) <= max(args.devices) <= _MOST_DEVICES:
     parser.error(f"--devices={args.devices}: at least 2, at most {_MOST_DEVICES:,}")
   return args

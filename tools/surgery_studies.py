@@ -2,10 +2,10 @@
 
   python -m tools.surgery_studies upcycle runs/upcycle
 
-Takes results.csv of the study's sweep, and what other runs of the study say, to
-experiments/STUDY, with tables and figures made of them. Without the last argument it only
-makes those anew. In a sweep's own results a run begins at its first step, whatever was
-spent on its start.
+Copies results.csv of the study's sweep, with results of the study's other runs, to
+experiments/STUDY, and makes tables and figures from them. Without the last argument it
+only remakes the tables and figures. In a sweep's own results a run begins at its first
+step, whatever was spent on its start.
 
 Intervals are 90%, of Student's t over seeds; differences are paired by seed.
 """
@@ -294,7 +294,9 @@ if __name__ == "__main__":
     description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
   )
   parser.add_argument("study", choices=list(DRAWN))
-  parser.add_argument("workdir", nargs="?", type=pathlib.Path, help="of its runs")
+  parser.add_argument(
+    "workdir", nargs="?", type=pathlib.Path, help="directory of the study's runs"
+  )
   given = parser.parse_args()
   try:
     main(given.study, given.workdir)

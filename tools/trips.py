@@ -3,7 +3,7 @@
   python -m tools.trips token    one token through an MoE layer under all_to_all
   python -m tools.trips batch    one batch from text to a checkpoint
 
-Runs the thing, tiny, and records every function of moejax that is called. Left out are
+Runs a tiny case and records every function of moejax that is called. Left out are
 files that only describe: configs, types, errors, registries, names of parts.
 docs/architecture.md shows both lists, and a test keeps them true.
 """

@@ -1,17 +1,17 @@
-"""Are experts that were trained apart worth as much as one model trained on everything?
+"""Are experts trained apart as good as one model trained on everything?
 
   bash experiments/apart/run.sh
 
-Branch-Train-MiX (arXiv:2403.07816): a dense seed model is copied, each copy is trained on
-one of four domains without any communication, their feed-forwards become the experts of
-one model, with a random router or one of domain means, and that is trained a little on
-all domains. Against it, with the same total of training FLOPs: the seed model trained on
-all domains, dense or upcycled first, and the sparse model from scratch. FLOPs of the seed
-model and of all branches count. The joined model is also trained for four times as long,
-with more FLOPs than all others.
+Branch-Train-MiX (arXiv:2403.07816): a dense seed model is copied, and each copy is
+trained on one of four domains without any communication. Their feed-forward layers become
+the experts of one model, whose router is random or made of domain means. This joined
+model is trained briefly on all domains. It is compared, at the same total of training
+FLOPs, with the seed model trained on all domains, dense or upcycled first, and with the
+sparse model from scratch. The FLOPs of the seed model and of all branches are included.
+The joined model is also trained for four times as long, with more FLOPs than all others.
 
-Learning rates are tuned with seed 0, those of the branches too; a router of means has the
-rate of a random one.
+Learning rates are tuned with seed 0, including those of the branches; a router of means
+has the rate of a random one.
 """
 
 from typing import Any

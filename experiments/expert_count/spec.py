@@ -1,16 +1,16 @@
-"""How many experts, and how many slots for each?
+"""How many experts, and how many slots per expert?
 
   python -m experiments.sweep --spec=experiments/expert_count/spec.py \
     --workdir=runs/expert_count --jobs=2
 
-Step times: the same, afterwards, with --jobs=1 --time_steps=20: a step has all cores.
+Step times: afterwards, the same with --jobs=1 --time_steps=20, so a step has all cores.
 
 Every setting has the same active FLOPs per token: a token visits one expert of the same
-width, whatever their number. Only the router, a matrix of D x E, grows with E.
+width, whatever the number of experts. Only the router, a D x E matrix, grows with E.
 
 200 steps of 8 sequences of 128 tokens (205k tokens), three seeds: a first look at the
-trends, far from convergence. Experts that see few tokens in so short a run have learned
-little, which counts against large E.
+trends, far from convergence. In so short a run, experts that see few tokens learn little,
+which counts against large E.
 """
 
 from moejax.config import Config

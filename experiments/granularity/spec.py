@@ -3,7 +3,7 @@
   python -m experiments.sweep --spec=experiments/granularity/spec.py \
     --workdir=runs/granularity --jobs=2
 
-Step times: the same, afterwards, with --jobs=1 --time_steps=20: a step has all cores.
+Step times: afterwards, the same with --jobs=1 --time_steps=20, so a step has all cores.
 
 Each of 8 experts is split into m of an m-th of its width, and a token visits m of the 8m
 (DeepSeekMoE, arXiv:2401.06066, section 3.1): parameters and FLOPs outside the router stay

@@ -1,16 +1,16 @@
-"""Which experts can go, and what does a little training repair?
+"""Which experts can be pruned, and how much does a little training recover?
 
   bash experiments/prune/run.sh
 
-Of a model of eight experts, of which a token visits two, a quarter or half are left out
-by each criterion that `tools.surgery prune` has; `random` is the control. Then each is
-trained for 10% of the steps that the whole model had, with its own warmup and decay, and
-so is the whole model. Beside them is a model that had half of the experts from the start,
-with all the steps.
+From a model with eight experts, of which a token visits two, a quarter or half are pruned
+by each criterion of `tools.surgery prune`; `random` is the control. Each pruned model,
+and the whole model, is then trained for 10% of the whole model's steps, with its own
+warmup and decay. They are compared with a model that has half of the experts from the
+start and is trained for all the steps.
 
-Rates after pruning are tried with seed 0 on the whole model and on what `reap` leaves of
-it, for each number of experts; README.md says how near the best they are. The model from
-the start has the rate that the whole model had.
+Learning rates after pruning are tried with seed 0 on the whole model and on what `reap`
+leaves of it, for each number of experts; README.md says how close to the best they are.
+The model with half of the experts from the start has the rate of the whole model.
 """
 
 from typing import Any

@@ -1,14 +1,14 @@
-"""Which router learns best for the same work? All causal ones.
+"""Which router learns best at equal FLOPs? All causal routers.
 
   python -m experiments.sweep --spec=experiments/routers/spec.py \
     --workdir=runs/routers --jobs=2
 
-Step times: the same, afterwards, with --jobs=1 --time_steps=20: a step has all cores.
+Step times: afterwards, the same with --jobs=1 --time_steps=20, so a step has all cores.
 
 All variants have the same active FLOPs outside the router and, except for the dense twin,
 the same number of expert parameters, since K > 1 cuts each expert into K parts
-(`moe.segments`). Every causal router is there but `dense`, which cannot have the same
-FLOPs. Three seeds of 200 steps of 8 sequences.
+(`moe.segments`). Every causal router is included except `dense`, which cannot have the
+same FLOPs. Three seeds of 200 steps of 8 sequences.
 
 To study a router of your own, register it and add a line to `VARIANTS`.
 """

@@ -3,19 +3,19 @@
   python -m experiments.sweep --spec=experiments/speedup/spec.py \
     --workdir=runs/speedup --jobs=2
 
-Step times: the same, afterwards, with --jobs=1 --time_steps=20: a step has all cores.
+Step times: afterwards, the same with --jobs=1 --time_steps=20, so a step has all cores.
 
 Switch Transformers (arXiv:2101.03961, section 3.1, figure 5) reports up to 7x in steps.
-Here the active part is small and the text long for it: width 32, four layers, 8.2M tokens
-for the dense twin. Every layer is an MoE layer without capacity; all settings have the
-same active FLOPs outside the router and see the same text in the same order. A sparse
-setting gets half as many steps as the twin or a third, and its own decay of the learning
-rate over them: it does not stop early.
+Here the active part is small, and the text is long for its size: width 32, four layers,
+8.2M tokens for the dense twin. Every layer is an MoE layer without capacity; all settings
+have the same active FLOPs outside the router and see the same text in the same order. A
+sparse setting is trained for half or a third of the twin's steps, with its own learning
+rate decay over them: it does not stop early.
 
-Each side is tuned with seed 0, and its best learning rate runs with three seeds, but for
-1024 experts, which have one. (The two with most experts, which take longest, have two
-rates instead of three, and the learned router is best at the highest: both can only count
-against the sparse side.)
+Each side is tuned with seed 0, and its best learning rate runs with three seeds, except
+for 1024 experts, which have one. (The two settings with the most experts, which take
+longest, try two rates instead of three, and the learned router is best at the highest
+one: both can only count against the sparse side.)
 """
 
 from typing import Any

@@ -1,17 +1,17 @@
-"""Does it pay to upcycle a dense model, or to train the sparse one from scratch?
+"""Is it better to upcycle a dense model or to train the sparse one from scratch?
 
   bash experiments/upcycle/run.sh
 
 Sparse Upcycling (arXiv:2212.05055) starts the experts as copies of a trained dense layer.
-Here every side gets the same training FLOPs, and those of the dense model are on
-upcycle's side: what upcycles a dense model of 400 steps within the FLOPs of 1,600 dense
-steps is trained with the rest. Beside it are the sparse model from scratch and the dense
-model, both with all of it. Each run has its own warmup and cosine decay over its own
-steps; so had the dense models that are upcycled.
+Here every side gets the same training FLOPs, and the upcycled side includes those of its
+dense model: within the FLOPs of 1,600 dense steps, a model upcycled from a dense one of
+400 steps is trained with the rest. It is compared with the sparse model from scratch and
+with the dense model, which both get all the FLOPs. Each run has its own warmup and cosine
+decay over its own steps; so had the dense models that are upcycled.
 
 Copies are cut into four parts with equal router rows (virtual groups, arXiv:2410.07524),
-so the first loss is the dense model's. They read the text in another order than the dense
-model before (`base.FIRST_DENSE_SEED`).
+so the first loss is the dense model's. Upcycled models read the text in a different order
+from their dense models (`base.FIRST_DENSE_SEED`).
 
 Each side's learning rate is tuned with seed 0 at 800 steps.
 """

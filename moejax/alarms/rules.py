@@ -94,12 +94,14 @@ def _slower_bias(moe: MoEConfig, router: Router) -> str:
 RULES: tuple[Rule, ...] = (
   Rule(
     name="max_load",
-    says="the load of the busiest expert is {:.2f}, where 0 is even and 1 every token",
+    says=(
+      "the load of the busiest expert is {:.2f}, where 0 is even and 1 means all tokens"
+    ),
     remedy=_balance,
   ),
   Rule(
     name="min_load_entropy",
-    says="the entropy of the load is {:.2f} of an even one's",
+    says="the entropy of the load is {:.2f} of that of an even load",
     remedy=_balance,
   ),
   Rule(
@@ -111,7 +113,7 @@ RULES: tuple[Rule, ...] = (
   Rule(name="max_logit", says="the largest logit of a token is {:.1f}", remedy=_calm),
   Rule(
     name="max_gate",
-    says="the largest score of a token is {:.4f}, and at 1 it has no gradient",
+    says="the largest score of a token is {:.4f}; at 1 it has no gradient",
     remedy=_soften,
   ),
   Rule(

@@ -81,8 +81,8 @@ def _check(run: restored.Run, asked: restored.Asked, settings: list[Any]) -> Non
       replay.configured(run.config, setting)
   if asked.confirm > len(settings):
     raise UserError(
-      f"--confirm={asked.confirm}: there are {len(settings)} combinations. Give at most "
-      "so many."
+      f"--confirm={asked.confirm}: there are only {len(settings)} combinations. Give at "
+      "most that many."
     )
   if asked.from_trace:
     trace.read_meta(asked.from_trace)
@@ -91,7 +91,8 @@ def _check(run: restored.Run, asked: restored.Asked, settings: list[Any]) -> Non
     if wrong := [layer for layer in layers if layer not in model.moe_layers]:
       there = ", ".join(map(str, model.moe_layers))
       raise UserError(
-        f"--knockout={wrong[0]}: that is no MoE layer of this model. Choose from {there}."
+        f"--knockout={wrong[0]}: this is not an MoE layer of the model. Choose from "
+        f"{there}."
       )
     largest = 2 if asked.knockout_pairs else 1
     knockout.check(model, asked.knockout_tokens, largest)

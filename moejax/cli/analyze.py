@@ -30,7 +30,7 @@ _LISTS = {
   "overflow": "drop,next_best.",
   "priority": "arrival,gate.",
   "slot_order": "choice_major,token_major,by_gate,batch_priority.",
-  "group_size": "Tokens per routing group; 0 is a sequence.",
+  "group_size": "Tokens per routing group; 0 means one sequence.",
   "num_selected": "Choices per token.",
   "renormalize": "none,before_drop,after_drop.",
 }
@@ -63,7 +63,7 @@ class _KnockoutFlag(flags.Flag):
       serializer=None,
       name="knockout",
       default=None,
-      help_string="Remove each expert in turn: of all MoE layers, or of these.",
+      help_string="Remove each expert in turn, in all MoE layers or in these.",
       boolean=True,
     )
 
@@ -72,10 +72,10 @@ _STEPS = flags.DEFINE_string(
   "steps",
   None,
   "Checkpoints: all, or numbers; the last one is analyzed, the others are compared with "
-  "it. Default the newest.",
+  "it. Default: the newest.",
 )
 _SPLIT = flags.DEFINE_enum(
-  "split", "validation", ["train", "validation", "test"], "Which documents."
+  "split", "validation", ["train", "validation", "test"], "Split to read."
 )
 _TEXT = flags.DEFINE_string(
   "text", None, "A file or folder of text to read instead of the run's dataset."
@@ -86,12 +86,12 @@ _OUT = flags.DEFINE_string(
 _BATCH = flags.DEFINE_integer(
   "batch_size",
   None,
-  "Sequences per step, raised to whole routing groups; changes no result.",
+  "Sequences per step, rounded up to whole routing groups; results do not depend on it.",
   lower_bound=1,
   upper_bound=2**31 - 1,
 )
 _LIMIT = flags.DEFINE_integer(
-  "max_batches", 0, "Only so many batches; 0 is all.", lower_bound=0
+  "max_batches", 0, "Maximum number of batches; 0 means all.", lower_bound=0
 )
 _REPLAY = flags.DEFINE_bool(
   "replay", False, "Decide all combinations of the following options from the logits:"
@@ -129,7 +129,7 @@ _FROM = flags.DEFINE_string(
 _EXPLORE = flags.DEFINE_integer(
   "explore_tokens",
   restored.EXPLORE_TOKENS,
-  "Tokens that the page shows with all choices; 0 makes a page without text.",
+  "Number of tokens that the page shows with all their choices; 0 omits the text.",
   lower_bound=0,
   upper_bound=1_000_000,
 )
@@ -183,7 +183,7 @@ def _asked(workdir: RunPath) -> Asked:
   out = pathlib.Path(_OUT.value) if _OUT.value else workdir / restored.ANALYSIS
   if not isinstance(out, pathlib.Path):
     raise UserError(
-      f"--workdir={workdir}: results are not written to a bucket. Give --out=DIR."
+      f"--workdir={workdir}: results cannot be written to a bucket. Give --out=DIR."
     )
   return Asked(
     out=arguments.writable(out),

@@ -5,10 +5,10 @@
 Every kernel, dispatcher, attention, router and exchange, and fifty steps of training, in
 float32 and bfloat16, values and gradients, against the CPU of the same machine
 (tolerances: moejax/device_check/compare.py). Then MoE layers of published shapes as
-a share of the measured rate of a matrix product, with torch's grouped product beside them
-where torch is installed. A check that raises, hangs or kills its process is a
-row of the table, and the rest go on. Exit code 1 if any failed. docs/speed.md says what
-the rows mean.
+a share of the measured rate of a matrix product, compared with torch's grouped product
+where torch is installed. A check that raises, hangs or kills its process is reported in
+its row of the table, and the others go on. Exit code 1 if any failed. docs/speed.md says
+what the rows mean.
 """
 
 import argparse
@@ -49,7 +49,10 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
   parser = cli.Parser(__doc__)
   parser.add_argument("--output", default="", help="write the rows to this JSON file")
   parser.add_argument(
-    "--minutes", type=float, default=10.0, help="for everything; the rest is not run"
+    "--minutes",
+    type=float,
+    default=10.0,
+    help="minutes for all checks; the rest are not run",
   )
   parser.add_argument(
     "--only", default=",".join(GROUPS), help=f"of {','.join(GROUPS)}; default: all"
@@ -59,7 +62,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
   )
   args = parser.parse_args(argv)
   if not args.minutes > 0:
-    parser.error(f"--minutes={args.minutes:g} is no time at all: give a number above 0.")
+    parser.error(f"--minutes={args.minutes:g} must be above 0.")
   folder = pathlib.Path(args.output).absolute().parent
   if args.output and not folder.is_dir():
     parser.error(f"--output={args.output}: make the directory {folder} first.")

@@ -1,12 +1,12 @@
-"""What a train step sends over the wire, on a mesh that need not exist.
+"""What a train step sends between devices, on a mesh that need not exist.
 
   python -m tools.collectives --config=configs/default.py --devices=8 \\
       --config.mesh.expert=4 [--json]
 
-Compiles the train step for so many fake CPU devices, without data or parameters, and
+Compiles the train step for that many fake CPU devices, without data or parameters, and
 prints each collective: how often it runs in a step, the mesh axes, its buffer and what a
 device sends, the line of moejax it comes from, and what it is for. Exit code 1 if the
-program holds one that nothing asks for.
+program has an unintended one.
 """
 
 import json
@@ -19,7 +19,7 @@ from moejax.cli.collective_table import make_table
 from moejax.config import Config
 
 _DEVICES = flags.DEFINE_integer(
-  "devices", 8, "Fake devices.", lower_bound=1, upper_bound=4096
+  "devices", 8, "Number of fake devices.", lower_bound=1, upper_bound=4096
 )
 _JSON = flags.DEFINE_bool("json", False, "Print JSON instead of a table.")
 

@@ -2,10 +2,10 @@
 
   python -m tools.compare RUN RUN ... [--by=moe.router] [--out=DIR] [--title=TEXT]
 
-Each RUN is the directory of a training run, finished or not; no sweep need have made it.
-A directory with a folder `runs` in it, such as that of a sweep, stands for all runs
-below. Runs that differ only in their seed become one setting with a mean and a spread.
-Prints what the runs say and what they cannot say yet (docs/sweeps.md).
+Each RUN is the directory of a training run, finished or not; it need not come from a
+sweep. A directory with a folder `runs` in it, such as that of a sweep, stands for all
+runs below. Runs that differ only in their seed become one setting with a mean and a
+spread. Prints what the runs show and what they do not show yet (docs/sweeps.md).
 
 --by names the fields that the figures are drawn over, the most important first; without
 it, they are those in which the runs differ.
@@ -62,7 +62,7 @@ def _parser() -> cli.Parser:
   parser.add_argument("runs", nargs="+", metavar="RUN", help="directory of a run")
   parser.add_argument("--by", help="fields to draw over, such as moe.router,moe.hidden")
   parser.add_argument("--out", default="comparison", help="directory for the files")
-  parser.add_argument("--title", help="of the page")
+  parser.add_argument("--title", help="title of the page")
   return parser
 
 
@@ -118,7 +118,9 @@ def _timing(given: Sequence[str]) -> dict[str, Any]:
     except FileNotFoundError:
       continue
     except (OSError, ValueError) as e:
-      raise UserError(f"{path} cannot be read ({e}). Delete it to do without.") from e
+      raise UserError(
+        f"{path} cannot be read ({e}). Delete it to go on without it."
+      ) from e
     if isinstance(found, dict):
       shapes |= {f"{word}/{k}": v for k, v in found.items()}
   return shapes

@@ -28,7 +28,7 @@ from moejax.plan.units import quantity
 
 _TOPOLOGY = flags.DEFINE_string("topology", "cpu:8", "KIND:SHAPE, such as v5p:4x4x8.")
 _SLICES = flags.DEFINE_integer(
-  "slices", 1, "TPU slices of that shape.", lower_bound=1, upper_bound=4096
+  "slices", 1, "Number of TPU slices of that shape.", lower_bound=1, upper_bound=4096
 )
 _JSON = flags.DEFINE_bool("json", False, "Print JSON instead of tables.")
 _HLO = flags.DEFINE_string("hlo", None, "Write the optimised program to this file.")

@@ -7,8 +7,8 @@
 Import reads config.json, safetensors (sharded or not, bfloat16, FP8 or MXFP4) and
 tokenizer.json, if there is one, and writes a run that the other programs take like any
 other. Parameters are read one tensor at a time; with --config.mesh.expert=4 or another
-mesh, straight into its shards. A conversion that was killed is started again by the same
-command. Export writes what `AutoModelForCausalLM.from_pretrained` loads, or says what
+mesh, straight into its shards. If a conversion is killed, run the same command again.
+Export writes what `AutoModelForCausalLM.from_pretrained` loads, or says what
 Transformers cannot represent.
 
 Both print the architecture, the number of parameters (total and active) and a
@@ -33,10 +33,10 @@ def define_flags() -> None:
   text("to_hf", None, "New folder to write a run's model to.")
   flags.DEFINE_bool("dry_run", False, "Only print what would be done, by tensor.")
   text(
-    "architecture", None, "--to_hf: the model_type to write; default the one that fits."
+    "architecture", None, "--to_hf: the model_type to write; default: the one that fits."
   )
   flags.DEFINE_integer(
-    "step", None, "--to_hf: which checkpoint; default the newest.", lower_bound=0
+    "step", None, "--to_hf: which checkpoint; default: the newest.", lower_bound=0
   )
 
 
@@ -85,7 +85,10 @@ def import_(folder: str | None, workdir: str | None, *, dry_run: bool = False) -
   for remark in found.architecture.remarks(found.values):
     print(remark)
   if found.tokenizer is None:
-    print("The folder has no tokenizer.json: programs that read or write text refuse it.")
+    print(
+      "The folder has no tokenizer.json: programs that read or write text will "
+      "refuse the run."
+    )
   _print_summary(found.architecture.name, config)
   print(f"{run_directory}")
   print(
@@ -175,7 +178,7 @@ def _refuse(changes: list[tuple[str, Any, Any]], allowed: tuple[str, ...]) -> No
   for name, _, _ in changes:
     if name not in allowed:
       raise ConfigError(
-        f"--config.{name}: the model is as it is stored. Leave it out; a conversion "
+        f"--config.{name}: the stored model fixes this field. Leave it out: a conversion "
         "changes where and how it runs, not what it computes."
       )
 

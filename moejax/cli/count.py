@@ -26,7 +26,9 @@ from moejax.models.frozen_count import count_frozen
 
 _JSON = flags.DEFINE_bool("json", False, "Print one JSON object instead of a table.")
 _CAUSAL = flags.DEFINE_bool(
-  "causal", False, "Count the attention pairs a causal mask leaves, not the square."
+  "causal",
+  False,
+  "Count only the attention pairs that a causal mask keeps, not the full square.",
 )
 
 _PARTS = (
@@ -122,8 +124,8 @@ def main() -> None:
   pairs = "causal pairs only" if _CAUSAL.value else "the full square, as in PaLM"
   if frozen := counted["frozen"]:
     console.print(
-      f"{frozen:,} parameters are frozen: the optimizer keeps moments of the other "
-      f"{counted['total'] - frozen:,} alone. FLOPs are counted as if all were trained."
+      f"{frozen:,} parameters are frozen: the optimizer keeps moments only for the other "
+      f"{counted['total'] - frozen:,}. FLOPs are counted as if all were trained."
     )
   console.print(
     f"Training (3x forward), sequence {counted['sequence_length']}, vocabulary "

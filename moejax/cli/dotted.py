@@ -74,8 +74,8 @@ def split(argv: list[str]) -> tuple[list[str], list[Given]]:
       continue
     if prefix != CONFIG and dotted == "workdir":
       raise ConfigError(
-        f"--{prefix}.workdir: where runs lie is no setting of them. Leave it out: each "
-        "has a directory of its own below --workdir."
+        f"--{prefix}.workdir: a run's directory is not a setting. Leave it out: each run "
+        "has its own directory below --workdir."
       )
     config_text.check_name(dotted, f"--{prefix}.", _without.get(prefix, ()))
     kind = config_text.field_types().get(dotted, (str, False))[0]

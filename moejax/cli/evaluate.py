@@ -5,7 +5,7 @@
 
 Needs only the run's directory: the config is the checkpoint's, and --config.data...
 overrides it (another text, a longer sequence). A run trained with a capacity is evaluated
-under moe.eval_capacity_factor and under that of training. Prints tables and writes
+with moe.eval_capacity_factor and with the factor of training. Prints tables and writes
 DIR/eval_STEP_SPLIT.json; other capacities, a part of the split and an override each
 extend that name. DIR/eval.json, the run's own evaluation, is left unchanged; a note is
 printed if this evaluation contradicts it (docs/evaluation.md).
@@ -49,33 +49,35 @@ _TRAINING_ONLY = (
 """Fields that evaluation does not read."""
 
 _STEP = flags.DEFINE_integer(
-  "step", None, "Which checkpoint; default the newest.", lower_bound=0
+  "step", None, "Which checkpoint; default: the newest.", lower_bound=0
 )
 _SPLIT = flags.DEFINE_enum(
-  "split", "validation", ["train", "validation", "test"], "Which documents."
+  "split", "validation", ["train", "validation", "test"], "Split to read."
 )
 _FACTORS = flags.DEFINE_string(
   "eval_capacity_factor",
   None,
-  "Capacity factors to compare, e.g. 1,1.25,2,dropless; default the config's, then that "
+  "Capacity factors to compare, e.g. 1,1.25,2,dropless; default: the config's, then that "
   "of training.",
 )
 _BATCH = flags.DEFINE_integer(
   "batch_size",
   None,
-  "Sequences per step, raised to whole routing groups on every device; changes no "
-  "result; default a microbatch of training.",
+  "Sequences per step, rounded up to whole routing groups on every device; results do "
+  "not depend on it; default: a microbatch of training.",
   lower_bound=1,
   upper_bound=2**31 - 1,
 )
 _LIMIT = flags.DEFINE_integer(
-  "max_batches", 0, "Only so many batches; 0 is all.", lower_bound=0
+  "max_batches", 0, "Maximum number of batches; 0 means all.", lower_bound=0
 )
 _ROUTING = flags.DEFINE_bool(
-  "routing", False, "Also write routing_STEP_SPLIT.json and .png: who serves what."
+  "routing",
+  False,
+  "Also write routing_STEP_SPLIT.json and .png: which experts serve which tokens.",
 )
 _OUTPUT = flags.DEFINE_string(
-  "output", None, "Directory for the files, if not the run's."
+  "output", None, "Directory for the files; default: the run's."
 )
 _TASKS = flags.DEFINE_string(
   "tasks",
@@ -89,7 +91,7 @@ _TRUNCATE = flags.DEFINE_bool(
   "With --tasks: leave out the first tokens of a text that is too long.",
 )
 _TASK_LIMIT = flags.DEFINE_integer(
-  "task_limit", None, "With --tasks: most documents of a task.", lower_bound=1
+  "task_limit", None, "With --tasks: maximum number of documents per task.", lower_bound=1
 )
 
 
@@ -113,7 +115,7 @@ def main() -> None:
 
     if cli.overrides():
       raise UserError(
-        "--tasks asks the run as it was trained: leave out --config flags "
+        "--tasks evaluates the run as it was trained: leave out --config flags "
         f"({', '.join(sorted(cli.overrides()))})."
       )
     with distributed.joined(facts=facts):
@@ -134,7 +136,7 @@ def _refuse_unread(overrides: Iterable[str]) -> None:
     if any(fnmatch.fnmatch(name, pattern) for pattern in _TRAINING_ONLY):
       raise UserError(
         f"--config.{name}: only training reads it, so it would change nothing here. "
-        "Leave it out (--batch_size and --eval_capacity_factor are flags of their own)."
+        "Leave it out (--batch_size and --eval_capacity_factor are separate flags)."
       )
 
 
@@ -209,12 +211,12 @@ def _check(model: Any, dataset: Any, factors: tuple[float | None, ...]) -> None:
     raise UserError("--routing: this model has no MoE layer, so nothing is routed.")
   if _ROUTING.value and model.config.kind == "encoder_decoder":
     raise UserError(
-      "--routing: an encoder-decoder routes two texts, and only that of a decoder can be "
-      "shown yet. Leave it out; the loads of all layers are in the evaluation."
+      "--routing: an encoder-decoder routes two texts, and only a decoder's routing can "
+      "be shown. Leave it out; the loads of all layers are in the evaluation."
     )
   if model.moe_layers and model.router.needs_capacity and None in factors:
     raise UserError(
-      f"--eval_capacity_factor={_FACTORS.value}: experts of router {router} have a "
+      f"--eval_capacity_factor={_FACTORS.value}: experts of router {router} have a fixed "
       "number of slots, so it cannot be evaluated dropless. Give numbers."
     )
   if (
@@ -318,7 +320,9 @@ def _analyse_routing(
 def _local(output: RunPath, flag: str) -> pathlib.Path:
   """Returns a local directory; refuses a bucket for the output of a flag."""
   if not isinstance(output, pathlib.Path):
-    raise UserError(f"{flag}: its files are not written to {output}. Give --output=DIR.")
+    raise UserError(
+      f"{flag}: its files cannot be written to {output}. Give --output=DIR."
+    )
   return output
 
 
@@ -329,7 +333,7 @@ def _writable(directory: RunPath) -> RunPath:
     return directory
   if not directory.is_dir() or not os.access(directory, os.W_OK):
     raise UserError(
-      f"{directory} is not a directory one can write to. Give another with --output=DIR."
+      f"{directory} is not a writable directory. Give another with --output=DIR."
     )
   return directory
 

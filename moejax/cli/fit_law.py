@@ -47,12 +47,18 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
   parser.add_argument("--columns", default="", help="other columns: letter=column,...")
   parser.add_argument("--loss", default="loss", help="column of the loss, nats per token")
   parser.add_argument(
-    "--evaluation", default="", help="of the loss, with --law=power; default its column"
+    "--evaluation",
+    default="",
+    help="evaluation that gave the loss, with --law=power; default: the name of --loss",
   )
-  parser.add_argument("--level", type=float, default=0.9, help="of the intervals")
+  parser.add_argument("--level", type=float, default=0.9, help="level of the intervals")
   parser.add_argument("--draws", type=int, default=400, help="bootstrap samples; 0: none")
-  parser.add_argument("--delta", type=float, default=0.01, help="Huber's, in log loss")
-  parser.add_argument("--seed", type=int, default=0, help="of the bootstrap and folds")
+  parser.add_argument(
+    "--delta", type=float, default=0.01, help="threshold of the Huber loss, in log loss"
+  )
+  parser.add_argument(
+    "--seed", type=int, default=0, help="random seed of the bootstrap and folds"
+  )
   parser.add_argument("--json", action="store_true", help="print one JSON object")
   return parser.parse_args(argv)
 
@@ -118,7 +124,7 @@ def _constants(given: str) -> dict[str, float]:
 def main(argv: Sequence[str] | None = None) -> None:
   args = parse(sys.argv[1:] if argv is None else argv)
   if args.draws < 0 or args.seed < 0:
-    raise UserError("--draws and --seed are counts from 0.")
+    raise UserError("--draws and --seed must be at least 0.")
   from moejax.sweep.laws import fit
   from moejax.sweep.laws import published as laws
 

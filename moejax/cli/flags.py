@@ -65,7 +65,7 @@ def define_config(default: str | None = DEFAULT_CONFIG, *, workdir: bool = True)
     ),
     "workdir": lambda name: flags.DEFINE_string(name, None, "Directory of the run."),
     "list": lambda name: flags.DEFINE_enum(
-      name, None, listing.LISTS, "Print what there is, and exit."
+      name, None, listing.LISTS, "Print the available choices, and exit."
     ),
   }
   # Tests import several programs into one process, where redefining is an error.
@@ -271,7 +271,7 @@ class Parser(argparse.ArgumentParser):
     return found
 
   def error(self, message: str) -> NoReturn:
-    print(f"error: {message.rstrip('.')}. --help lists what there is.", file=sys.stderr)
+    print(f"error: {message.rstrip('.')}. --help lists all flags.", file=sys.stderr)
     sys.exit(UserError.exit_code)
 
 
@@ -347,7 +347,7 @@ def parse(argv: list[str], program: str = "__main__") -> list[str]:
     raise UserError(_plain(str(error))) from None
   if len(positional) > 1:
     raise UserError(
-      f"{positional[1]!r} is no flag: every argument has the form --name=value."
+      f"{positional[1]!r} is not a flag: every argument has the form --name=value."
     )
   return positional
 
@@ -392,5 +392,5 @@ def _unknown_flag(name: str) -> str:
   names = [n for n in flags.FLAGS if len(n) > 1]
   names += [f"{p}.{f}" for p in ("config", *dotted_flags.prefixes()) for f in fields]
   near = nearest(name, names)
-  remedy = f"Did you mean --{near}?" if near else "--help lists what there is."
+  remedy = f"Did you mean --{near}?" if near else "--help lists all flags."
   return f"--{name}: there is no such flag. {remedy}"

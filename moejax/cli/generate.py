@@ -23,25 +23,37 @@ from moejax.run import compilation_cache
 _PROMPT = flags.DEFINE_multi_string("prompt", None, "Text to continue; repeatable.")
 _PROMPT_FILE = flags.DEFINE_string("prompt_file", None, "Read the prompt from a file.")
 _STEP = flags.DEFINE_integer(
-  "step", None, "Which checkpoint; default the newest.", lower_bound=0
+  "step", None, "Which checkpoint; default: the newest.", lower_bound=0
 )
 _MAX_TOKENS = flags.DEFINE_integer(
-  "max_tokens", 200, "Most tokens of a sample.", lower_bound=1, upper_bound=2**31 - 1
+  "max_tokens", 200, "Maximum tokens per sample.", lower_bound=1, upper_bound=2**31 - 1
 )
 _TEMPERATURE = flags.DEFINE_float(
-  "temperature", 0.8, "0 is greedy.", lower_bound=0, upper_bound=1e6
+  "temperature",
+  0.8,
+  "Sampling temperature; 0 means greedy.",
+  lower_bound=0,
+  upper_bound=1e6,
 )
 _TOP_K = flags.DEFINE_integer(
-  "top_k", 0, "Only the k most probable; 0 is off.", lower_bound=0, upper_bound=2**31 - 1
+  "top_k",
+  0,
+  "Sample from the k most probable tokens; 0 means all.",
+  lower_bound=0,
+  upper_bound=2**31 - 1,
 )
 _TOP_P = flags.DEFINE_float(
-  "top_p", 1.0, "Only the most probable mass p; 1 is off.", lower_bound=0, upper_bound=1
+  "top_p",
+  1.0,
+  "Sample from the most probable tokens, up to total probability p; 1 means all.",
+  lower_bound=0,
+  upper_bound=1,
 )
 _SEED = flags.DEFINE_integer(
   "seed", 0, "Same seed, same samples.", lower_bound=0, upper_bound=2**31 - 1
 )
 _NUM_SAMPLES = flags.DEFINE_integer(
-  "num_samples", 1, "Samples of each prompt.", lower_bound=1, upper_bound=65_536
+  "num_samples", 1, "Samples per prompt.", lower_bound=1, upper_bound=65_536
 )
 
 

@@ -6,7 +6,7 @@ Prints every array with shape, dtype and the sharding it was saved with; for eac
 one fingerprint per expert, over all its matrices, equal for equal experts at any
 position; and a line `sha256 <hex>` over all parameters and optimizer state in a fixed
 order, equal exactly when they are bit-identical. Also verifies the arrays: exit code 1
-if they are not what was saved.
+if they differ from what was saved.
 """
 
 import json

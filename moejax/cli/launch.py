@@ -4,7 +4,7 @@
     --config=mixtral_8x7b --workdir=/runs/first [--config.SECTION.FIELD=VALUE] [--submit]
 
 Targets are gke-tpu and gke-gpu (a JobSet), slurm (a batch script) and tpu-vm (a shell
-script with gcloud). The mesh and the least memory are checked against the machine first.
+script with gcloud). First checks the mesh and the minimum memory against the machine.
 The text is printed, or written to --output; nothing is sent anywhere without --submit.
 docs/launching.md says what each target needs. On one machine: tools.launch_local.
 """
@@ -69,17 +69,23 @@ def define_flags() -> None:
   adopts this module's key flags.
   """
   text, number = flags.DEFINE_string, flags.DEFINE_integer
-  flags.DEFINE_enum("target", None, _TARGETS, "Where the job is to run.")
+  flags.DEFINE_enum("target", None, _TARGETS, "Where the job will run.")
   text("topology", None, "The machine: v5p:4x4x8, v5e:4x4, h100:2x8 (nodes x GPUs).")
-  number("slices", 1, "TPU slices of that shape.", 1, 4096)
-  text("name", None, "Name of the job; made of --config and --workdir, if not given.")
+  number("slices", 1, "Number of TPU slices of that shape.", 1, 4096)
+  text("name", None, "Name of the job; default: made from --config and --workdir.")
   text("image", "", "Kubernetes: container image.")
-  text("claim", "moejax-runs", "Kubernetes: claim of the shared disk with --workdir.")
-  text("namespace", "", "Kubernetes: namespace; default that of kubectl's context.")
-  text("secret", "", "Kubernetes: Secret with the key `secret`, by which processes meet.")
-  number("max_restarts", 100, "Kubernetes, Slurm: most restarts of a job.", 0, 1_000_000)
+  text(
+    "claim", "moejax-runs", "Kubernetes: claim of the shared disk that holds --workdir."
+  )
+  text("namespace", "", "Kubernetes: namespace; default: that of kubectl's context.")
+  text(
+    "secret", "", "Kubernetes: Secret with the key `secret`, with which processes meet."
+  )
+  number(
+    "max_restarts", 100, "Kubernetes, Slurm: maximum restarts of a job.", 0, 1_000_000
+  )
   number("grace_seconds", 300, "Kubernetes: time to save when preempted.", 1, 86_400)
-  flags.DEFINE_bool("spot", False, "Use machines that may be taken away at any time.")
+  flags.DEFINE_bool("spot", False, "Use machines that may be reclaimed at any time.")
   text("zone", "", "tpu-vm: zone of Google Cloud.")
   text("share", "", "tpu-vm: NFS export of the shared disk, ADDRESS:/PATH.")
 
@@ -196,8 +202,8 @@ def main() -> int:
     print(text, end="")
   if given.submit:
     return submit(given.target, text)
-  written = f"{given.output} is written. " if given.output else ""
-  print(f"{written}Nothing is submitted (--submit does that).", file=sys.stderr)
+  written = f"Wrote {given.output}. " if given.output else ""
+  print(f"{written}Nothing was submitted (--submit does that).", file=sys.stderr)
   return 0
 
 
@@ -253,7 +259,7 @@ def _define_passed_on() -> None:
     f"{text}directory of frequent checkpoints, on each machine's own disk.",
   )
   flags.DEFINE_integer(
-    "emergency_every", None, f"{text}steps between those.", 0, 2**31 - 1
+    "emergency_every", None, f"{text}steps between them.", 0, 2**31 - 1
   )
   flags.DEFINE_float(
     "join_timeout", None, f"{text}seconds to wait for other processes.", 0, 30 * 86_400

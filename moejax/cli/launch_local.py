@@ -137,7 +137,7 @@ def _report(failed: tuple[int, int], logs: pathlib.Path) -> None:
   how = f"exit code {code}" if code > 0 else f"signal {signal.Signals(-code).name}"
   if -code == signal.SIGKILL:
     # The kernel reports this only in its own log.
-    how += " (killed from outside; out of memory, if nobody did)"
+    how += " (killed from outside, probably out of memory)"
   print(f"launch_local: process {index} ended with {how}.", file=sys.stderr)
   log = logs / f"process_{index}.log"
   if log.exists():

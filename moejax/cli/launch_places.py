@@ -66,11 +66,11 @@ def notes(job: Job, config: Config, target: str) -> Iterator[str]:
     what = "the image" if target.startswith("gke") else "the machine"
     yield (
       f"--config.data.path={path} is not sent from here: the job reads it there, where "
-      f"only {only}{what}'s own files are."
+      f"only {only}{what}'s own files exist."
     )
   if job.spot and target.startswith("gke") and job.grace_seconds > _SPOT_SECONDS:
     yield (
-      f"--spot: GKE gives a pod about {_SPOT_SECONDS} seconds when a Spot machine goes, "
-      f"not --grace_seconds={job.grace_seconds}. What takes longer is not saved: lower "
-      "--config.train.checkpoint_every."
+      f"--spot: GKE gives a pod about {_SPOT_SECONDS} seconds when a Spot machine is "
+      f"reclaimed, not --grace_seconds={job.grace_seconds}. A save that takes longer is "
+      "lost: lower --config.train.checkpoint_every."
     )

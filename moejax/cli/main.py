@@ -62,7 +62,7 @@ def overview() -> str:
   """Returns one line per program, without importing them."""
   rows = [f"  {name:20}{_summary(module)}" for name, module in PROGRAMS.items()]
   lines = ["moejax PROGRAM --flag=value ...", "", *rows, ""]
-  return "\n".join([*lines, "moejax PROGRAM --help says what each takes."])
+  return "\n".join([*lines, "moejax PROGRAM --help shows its flags."])
 
 
 def _summary(module: str) -> str:

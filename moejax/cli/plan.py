@@ -7,7 +7,8 @@
 Tries meshes, microbatches, recomputation and exchanges; leaves out what a run would
 refuse; predicts memory, FLOPs, traffic and time by formulas (docs/planning.md), in
 seconds and without a compiler. --confirm compiles the best few. The global batch stays
-that of the config. Exit code 2 if nothing fits, with the nearest and what it lacks.
+that of the config. Exit code 2 if nothing fits; then it prints the nearest plan and how
+much it lacks.
 """
 
 import json
@@ -39,22 +40,28 @@ def define_flags() -> None:
     "topology", None, "Machines to compare: v5p:4x4x8, h100:8x8 (nodes x GPUs), ..."
   )
   flags.DEFINE_integer(
-    "slices", 1, "TPU slices of that shape.", lower_bound=1, upper_bound=4096
+    "slices", 1, "Number of TPU slices of that shape.", lower_bound=1, upper_bound=4096
   )
   flags.DEFINE_float(
-    "tokens", None, "Training tokens; default those of the config's steps.", lower_bound=1
+    "tokens",
+    None,
+    "Training tokens; default: those of the config's steps.",
+    lower_bound=1,
   )
   flags.DEFINE_enum(
-    "objective", "throughput", ("throughput", "cost"), "What the best plan is best at."
+    "objective", "throughput", ("throughput", "cost"), "What plans are ranked by."
   )
   flags.DEFINE_list(
-    "price", [], "Dollars of a chip hour by kind of chip: v5p:4.2,h100:3."
+    "price", [], "Dollars per chip hour, by kind of chip: v5p:4.2,h100:3."
   )
   flags.DEFINE_integer(
-    "top", 10, "Plans to print, one per mesh; and each machine's best.", lower_bound=1
+    "top",
+    10,
+    "Number of plans to print, one per mesh; also each machine's best.",
+    lower_bound=1,
   )
   flags.DEFINE_integer(
-    "confirm", 0, "Compile so many of the best plans, and compare.", lower_bound=0
+    "confirm", 0, "Compile this many of the best plans, and compare.", lower_bound=0
   )
   flags.DEFINE_float("margin", 0.1, "Fraction of memory that must stay free.", 0.0, 0.9)
   flags.DEFINE_float(
@@ -116,7 +123,7 @@ def prices(
     except ValueError:
       found[kind] = 0.0
     if not 0 < found[kind] < float("inf"):
-      raise UserError(f"--price={item}: give dollars of a chip hour, such as {kind}:4.2.")
+      raise UserError(f"--price={item}: give dollars per chip hour, such as {kind}:4.2.")
   missing = sorted(kinds - found.keys())
   if needed and missing:
     raise UserError(

@@ -12,7 +12,9 @@ from moejax.errors import UserError, did_you_mean
 
 _NAME = flags.DEFINE_string("name", None, "NAME or NAME/CONFIG of the TFDS catalogue.")
 _DATA_DIR = flags.DEFINE_string(
-  "data_dir", "", "Where to; empty is $TFDS_DATA_DIR or ~/tensorflow_datasets."
+  "data_dir",
+  "",
+  "Directory to write to; default: $TFDS_DATA_DIR or ~/tensorflow_datasets.",
 )
 
 

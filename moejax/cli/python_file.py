@@ -85,6 +85,8 @@ def _failure(error: BaseException, file: pathlib.Path) -> str:
   own = [frame.lineno for frame in frames if frame.filename == str(file)]
   where = f"{file}:{own[-1]}" if own else str(file)
   if isinstance(error, SystemExit):
-    return f"leaves the program at {where} ({error.code!r}). Such a file only describes."
+    return (
+      f"exits at {where} ({error.code!r}). Such a file must only return a description."
+    )
   words = " ".join(str(error).split())
   return f"fails at {where}: {type(error).__name__}{f': {words}' if words else ''}"

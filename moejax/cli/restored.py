@@ -192,8 +192,8 @@ def check_tokenizer(kind: str, workdir: RunPath) -> None:
 
   if kind == "hf" and not (workdir / FILE).exists():
     raise UserError(
-      f"--workdir={workdir} has no tokenizer, which text is read with. Convert the model "
-      "to a new --workdir from a folder with a tokenizer.json."
+      f"--workdir={workdir} has no tokenizer, which is needed to read text. Convert the "
+      "model to a new --workdir from a folder with a tokenizer.json."
     )
 
 

@@ -4,9 +4,10 @@
     [--optimizer=reset|keep|broadcast] [--config.SECTION.FIELD=VALUE] [options]
   python -m tools.surgery lineage --workdir=RUN
 
-Makes a new run's directory, which every other program takes; the source is only read.
+Makes the directory of a new run, which every other program accepts; the source is only
+read.
 Prints, layer by layer, what the experts are made of, and the loss on the validation split
-before and after, with what is expected of it: equal, close, or lower performance until
+before and after, with what is expected of it: equal, close, or worse until
 trained. --dry_run prints what would change and writes nothing.
 
 With --optimizer=reset the new run holds parameters only, and training starts with
@@ -44,10 +45,10 @@ _chosen: list[str] = []
 
 def define_flags(name: str) -> None:
   """Defines the flags of an operation."""
-  flags.DEFINE_integer("step", None, "Checkpoint; default the newest.", lower_bound=0)
+  flags.DEFINE_integer("step", None, "Checkpoint; default: the newest.", lower_bound=0)
   if name == LINEAGE:
     return
-  flags.DEFINE_string("output", None, "New directory of the new run.")
+  flags.DEFINE_string("output", None, "New directory for the new run.")
   flags.DEFINE_bool("dry_run", False, "Print what would change and write nothing.")
   flags.DEFINE_enum(
     "optimizer",
@@ -55,25 +56,25 @@ def define_flags(name: str) -> None:
     ["reset", "keep", "broadcast"],
     "The optimizer's state: none, kept, or also copied to experts made of dense layers.",
   )
-  flags.DEFINE_integer("seed", 0, "Of everything that is drawn.", lower_bound=0)
+  flags.DEFINE_integer("seed", 0, "Random seed of the operation.", lower_bound=0)
   flags.DEFINE_bool("evaluate", True, "Print the loss before and after.")
   flags.DEFINE_enum(
     "split",
     "validation",
     ["train", "validation", "test"],
-    "Documents that the loss is measured on.",
+    "Split on which the loss is measured.",
   )
   flags.DEFINE_enum(
     "measure_split",
     "train",
     ["train", "validation", "test"],
-    "Documents that experts are measured on, where the operation needs it.",
+    "Split on which experts are measured, where the operation needs it.",
   )
   flags.DEFINE_integer(
-    "max_batches", 16, "Batches of each measurement; 0 is all.", lower_bound=0
+    "max_batches", 16, "Batches per measurement; 0 means all.", lower_bound=0
   )
   flags.DEFINE_integer(
-    "batch_size", None, "Sequences per batch; default a microbatch.", lower_bound=1
+    "batch_size", None, "Sequences per batch; default: a microbatch.", lower_bound=1
   )
   for option, about in options_of(registry.operation(name)).items():
     words = f" One of {', '.join(about.choices)}." if about.choices else ""
@@ -184,7 +185,7 @@ def _operation() -> str:
   if name not in names:
     if name.startswith("-"):
       known = ", ".join(names)
-      problem = f"the operation comes first, before all flags. It is one of {known}."
+      problem = f"give the operation first, before all flags. It is one of {known}."
     else:
       problem = f"{name}: there is no such operation. {did_you_mean(name, names)}"
     print(f"error: {problem}", file=sys.stderr)

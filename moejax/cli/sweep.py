@@ -57,13 +57,13 @@ def define_flags() -> None:
 def _define_what() -> None:
   flags.DEFINE_string("spec", None, "Python file that describes the sweep.")
   flags.DEFINE_string(
-    "seeds", None, "N: seeds 0 to N-1 of each point; or a list, 0,1,5. Default one seed."
+    "seeds", None, "N: seeds 0 to N-1 of each point; or a list, 0,1,5. Default: one seed."
   )
   flags.DEFINE_string(
     "match", None, "active_flops: every point costs as much per token as the base config."
   )
   flags.DEFINE_string(
-    "match_by", None, "The field that is solved for --match; default moe.hidden."
+    "match_by", None, "The field that --match solves for; default: moe.hidden."
   )
   flags.DEFINE_string(
     "isoflop", None, "Training budgets in FLOPs, such as 1e13,3e13; solves the steps."
@@ -77,14 +77,17 @@ def _define_what() -> None:
 
 
 def _define_how() -> None:
-  flags.DEFINE_integer("jobs", 1, "Runs at once.", 1, 4096)
+  flags.DEFINE_integer("jobs", 1, "Number of runs at once.", 1, 4096)
   flags.DEFINE_enum(
-    "executor", "local", EXECUTORS, "Where runs start; print only prints commands."
+    "executor",
+    "local",
+    EXECUTORS,
+    "Where runs are started; print only prints their commands.",
   )
   flags.DEFINE_integer(
     "devices_per_run",
     None,
-    "GPUs of each run, default 1; without one, simulated CPU devices.",
+    "GPUs per run, default: 1; without a GPU, simulated CPU devices.",
     1,
     65_536,
   )
@@ -94,12 +97,12 @@ def _define_how() -> None:
     "allow_changes", False, "Go on although the sweep or the code has changed."
   )
   flags.DEFINE_bool("evaluate", False, "Evaluate finished runs instead of training.")
-  flags.DEFINE_enum("split", "validation", _SPLITS, "With --evaluate: which documents.")
+  flags.DEFINE_enum("split", "validation", _SPLITS, "With --evaluate: split to read.")
   flags.DEFINE_string(
     "eval_capacity_factor", None, "With --evaluate: capacity factors, e.g. 1,1.25,none."
   )
   flags.DEFINE_integer(
-    "time_steps", 0, "Afterwards time so many steps of each shape, alone.", 0, 100_000
+    "time_steps", 0, "Afterwards, time this many steps of each shape, alone.", 0, 100_000
   )
   slurm_options.define_flags()
   launch.define_flags()
@@ -295,7 +298,7 @@ def _status(workdir: pathlib.Path) -> int:
     same_code = {"revision": before.get("revision")}
     if changes := stored.differences(before, now | same_code):
       raise ConfigError(
-        f"--status: --workdir={workdir} holds another sweep than these flags: "
+        f"--status: --workdir={workdir} holds a different sweep from these flags: "
         f"{'; '.join(changes[:_SHOWN])}. Leave them out, or give those of the sweep."
       )
   return schedule.status(workdir, num_jobs=flags.FLAGS.jobs)

@@ -60,7 +60,8 @@ def seeds(text: str) -> tuple[int, ...]:
     return tuple(range(found[0]))
   raise ConfigError(
     f"--seeds={text}: give a number of seeds from 1 to {_MOST_SEEDS:,} (3 is 0, 1, "
-    "2), or a list of two or more, such as 0,1,5. One alone is --config.train.seed=5."
+    "2), or a list of two or more, such as 0,1,5. A single seed is given by "
+    "--config.train.seed=5."
   )
 
 

@@ -79,8 +79,8 @@ def renderer(points: Sequence[Point]) -> Callable[[Job], str]:
 def _place(target: str, job: "Rendered") -> str:
   """Returns where the jobs look for their configs, which were written here."""
   text = (
-    f"the jobs read the configs that this command has just written below "
-    f"{job.workdir.rpartition('/')[0]}, under that path."
+    "the jobs read the configs that this command has just written to "
+    f"{job.workdir.rpartition('/')[0]}, at the same path."
   )
   if target.startswith("gke"):
     return (

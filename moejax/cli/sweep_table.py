@@ -95,7 +95,7 @@ def summary(
   lines = [
     f"{beside}{len(predictions)} run{'s' * (len(predictions) != 1)} in "
     f"{duration(seconds)}, at a rate {rate.words}. Training steps only; starting, "
-    "compiling and evaluating come on top.",
+    "compiling and evaluating are extra.",
     "FLOPs are of training, by the conventions of moejax/cost/flops.py. Memory is the "
     "least that a device needs (the last row: the largest); a run needs more.",
   ]
@@ -120,7 +120,7 @@ def missing_starts(starts: Sequence[str]) -> list[str]:
   more = f" and {others} more" if others else ""
   return [
     f"{len(missing)} of the runs start from directories that do not exist yet "
-    f"(--config.train.init_from={missing[0]}{more}). Make these first: until then such "
+    f"(--config.train.init_from={missing[0]}{more}). Create these first: until then such "
     "a run fails."
   ]
 

@@ -35,45 +35,47 @@ _INIT_FROM = flags.DEFINE_string(
   "init_from", "", "Directory of a run whose parameters a new run starts from."
 )
 _ADDRESS = flags.DEFINE_string(
-  "coordinator_address", "", "Of several processes: host:port of process 0."
+  "coordinator_address", "", "With several processes: host:port of process 0."
 )
 _COUNT = flags.DEFINE_integer(
   "num_processes",
   None,
-  "Of several processes: how many.",
+  "With several processes: their number.",
   lower_bound=1,
   upper_bound=65_536,
 )
 _INDEX = flags.DEFINE_integer(
   "process_id",
   None,
-  "Of several processes: which one.",
+  "With several processes: the index of this one.",
   lower_bound=0,
   upper_bound=65_535,
 )
 _JOIN = flags.DEFINE_float(
   "join_timeout",
   meeting.JOIN_SECONDS,
-  "Of several processes: seconds to wait for the others.",
+  "With several processes: seconds to wait for the others.",
   lower_bound=0,
   upper_bound=_DAYS,
 )
 _HANG = flags.DEFINE_float(
   "hang_timeout",
   None,
-  "Seconds without a step after which all stacks are written; 0 never. "
-  "Default: 600 with several processes, else never.",
+  "Seconds without a step after which all stacks are written; 0 means never. Default: "
+  "600 with several processes, else never.",
   lower_bound=0,
   upper_bound=_DAYS,
 )
 _IGNORE_MEMORY = flags.DEFINE_bool(
-  "ignore_memory", False, "Start even if the run cannot fit into memory by its shapes."
+  "ignore_memory",
+  False,
+  "Start even if the run's shapes show that it cannot fit into memory.",
 )
 _EMERGENCY_DIR = flags.DEFINE_string(
   "emergency_local_dir",
   "",
   "Directory on a disk of this machine for frequent checkpoints between those of "
-  "--workdir; a restart takes the newest of both.",
+  "--workdir; a restart uses the newest of the two.",
 )
 _EMERGENCY_EVERY = flags.DEFINE_integer(
   "emergency_every",
@@ -99,7 +101,7 @@ def main() -> int:
     storage_errors.reach(run_path(_INIT_FROM.value, "--init_from"), "--init_from")
   if _ANALYZE.value and in_bucket(workdir):
     raise UserError(
-      f"--analyze: results are not written to a bucket ({workdir}). Leave it out."
+      f"--analyze: results cannot be written to a bucket ({workdir}). Leave it out."
     )
   emergency = _emergency(workdir)
 

@@ -91,7 +91,7 @@ def _check(job: Job, family: str, known: Any) -> None:
       "builds one."
     )
   if re.search(r"\s", job.image):
-    raise UserError(f"--image={job.image!r}: the name of an image has no spaces.")
+    raise UserError(f"--image={job.image!r}: the name of an image cannot contain spaces.")
   local = job.emergency_local_dir
   if local and (not local.startswith("/") or local.rstrip("/") in ("", CACHE, job.mount)):
     raise UserError(

@@ -115,9 +115,9 @@ def fit(config: Config, topology: Topology) -> Fit:
     parts = ", ".join(f"{kind} {size / 1e9:.1f}" for kind, size in need.items())
     raise UserError(
       f"--topology={topology}: a device needs at least {total / 1e9:.1f} GB ({parts}; "
-      f"buffers not counted) and has {there / 1e9:.1f} GB. Cut the model over more "
+      f"buffers not counted) and has {there / 1e9:.1f} GB. Shard the model over more "
       "devices with --config.mesh.fsdp or expert, lower --config.train.batch_size, or "
-      "take a larger machine."
+      "use a larger machine."
     )
   return Fit(devices=devices, mesh=mesh, least_bytes=total, device_bytes=there)
 

@@ -101,7 +101,7 @@ def check_shape(topology: Topology) -> None:
   if TPUS[kind].dimensions == 3 and text not in _SMALL and not (cubes and in_order):
     raise UserError(
       f"--topology={topology}: slices of {kind} are {', '.join(_SMALL)}, or have sides "
-      f"that 4 divides, the smallest first, such as {kind}:4x4x8."
+      f"divisible by 4, in ascending order, such as {kind}:4x4x8."
     )
 
 

@@ -22,7 +22,7 @@ def script(job: Job) -> str:
   if CHIPS[kind].family == "tpu":
     raise UserError(
       f"--target=slurm --topology={job.topology}: give GPUs, such as h100:2x8, or "
-      "cpu:4. TPUs are reached by --target=gke-tpu or tpu-vm."
+      "cpu:4. For TPUs, use --target=gke-tpu or tpu-vm."
     )
   is_cpu = CHIPS[kind].family == "cpu"
   nodes, tasks = (1, job.topology.shape[0]) if is_cpu else job.topology.shape

@@ -66,6 +66,6 @@ def submit(target: str, text: str) -> int:
     if shutil.which(name) is None:
       raise UserError(
         f"--submit: {name} is not on the PATH. Install it, or leave --submit out and "
-        f"give the text to {' '.join(command)} where it is."
+        f"give the text to {' '.join(command)} where it is installed."
       )
   return subprocess.run(command, input=text, text=True, check=False).returncode

@@ -24,8 +24,8 @@ def script(job: Job) -> str:
     )
   if topology.slices > 1:
     raise UserError(
-      f"--target=tpu-vm --slices={topology.slices}: one slice; use --target=gke-tpu for "
-      "several."
+      f"--target=tpu-vm --slices={topology.slices}: only one slice is possible; use "
+      "--target=gke-tpu for several."
     )
   if not job.zone:
     raise UserError("--target=tpu-vm: --zone=ZONE is missing, such as us-east5-a.")
@@ -45,7 +45,7 @@ def script(job: Job) -> str:
   return f"""#!/bin/bash
 # {topology}: {kind}, {hosts} machine(s). Run it in a clone of moejax.
 set -euo pipefail
-{{ # Read to its end before it starts: ssh reads standard input, and so may bash, this.
+{{ # bash reads this block before it runs it, as ssh would read the rest of the script.
 
 {_check_clone(job)}
 # Run again after a fault, it goes on with the machines that it has made.
@@ -59,7 +59,7 @@ until state=$({queued} describe {name} --zone={zone} \\
   sleep 30
 done
 
-# Before anything is sent: without a Python of its age moejax cannot be installed.
+# Before anything is sent: without a recent Python moejax cannot be installed.
 {ssh} --worker=all --command={shlex.quote(_PYTHON)}
 gcloud compute tpus tpu-vm scp "$sent/moejax.tar.gz" {name}: --worker=all --zone={zone}
 {ssh} --worker=all --command={shlex.quote(_install(job))}

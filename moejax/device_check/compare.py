@@ -108,6 +108,6 @@ def agree(got: Any, want: Any, dtype: str) -> Outcome:
   if worst > tolerance:
     hint = ""
     if dtype == "float32" and worst < 20 * tolerance:
-      hint = "; as of products in TF32 or bfloat16"
+      hint = "; typical of products in TF32 or bfloat16"
     raise Mismatch(f"{detail} in {where}{hint}", error=worst, tolerance=tolerance)
   return Outcome(detail, {"error": worst, "tolerance": tolerance})

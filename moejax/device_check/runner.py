@@ -189,17 +189,19 @@ def run_all(
       add(Row("devices", "start", FAILED, worker.error, {}))
     for index, name in enumerate(names):
       if left() <= 0:
-        add(Row(*name, NOT_RUN, f"the {seconds / 60:.3g} minutes were spent"))
+        add(Row(*name, NOT_RUN, f"the {seconds / 60:.3g} minutes were used up"))
         continue
       if worker.error:
-        add(Row(*name, NOT_RUN, f"the devices did not come back: {worker.error}"))
+        add(Row(*name, NOT_RUN, f"the devices did not recover: {worker.error}"))
         continue
       limit = min(longest, left())
       row = worker.run(index, limit)
       if row.fatal:
         worker.end()
         if limit < longest and left() <= 0:
-          row = dataclasses.replace(row, status=NOT_RUN, detail="cut off: time was spent")
+          row = dataclasses.replace(
+            row, status=NOT_RUN, detail="cut off: time was used up"
+          )
         elif index + 1 < len(names):
           worker = _Worker(make_checks, options, left())
       add(row)

@@ -112,7 +112,7 @@ def axis_of(
   """Returns the axes of an instruction's groups and the size of the largest group."""
   found = groups_of(rest)
   if found is None and (written := re.search(r"replica_groups=\S+", rest)):
-    raise ValueError(f"device groups in a spelling that is not known: {written[0]}")
+    raise ValueError(f"device groups in an unknown format: {written[0]}")
   if not found:  # Without groups, all devices are one group.
     found = [tuple(range(num_devices))]
   key = frozenset(frozenset(group) for group in found)

@@ -77,5 +77,5 @@ def complaint(rows: Sequence[Row], command: str) -> str:
     f"{row['source'] or 'line unknown'}"
     for row in stray
   ]
-  lines.append(f"All of it, and what it is for: {command} (docs/collectives.md).")
+  lines.append(f"All traffic, and its purpose: {command} (docs/collectives.md).")
   return "\n".join(lines)

@@ -39,8 +39,8 @@ def missing(count: int, present: Iterable[int], waited: float, address: str) -> 
   """Returns the error about processes that never connected."""
   absent = sorted(set(range(count)) - set(present))
   return (
-    f"{processes(absent)} of {count} did not come within {waited:g} s "
-    f"(--join_timeout). Look at their own output, and whether they reach {address}."
+    f"{processes(absent)} of {count} did not connect within {waited:g} s "
+    f"(--join_timeout). Look at their own output, and check whether they reach {address}."
   )
 
 

@@ -157,12 +157,13 @@ def _rank(values: list[str], names: list[str]) -> Rank:
   ]
   if missing:
     raise UserError(
-      f"{' '.join(missing)}: missing or no number. Give all of {', '.join(names)}, "
-      "or none of them for a single process."
+      f"{' '.join(missing)}: missing or not a number. Give all of {', '.join(names)}, or "
+      "none of them for a single process."
     )
   if int(index) >= int(count):
     raise UserError(
-      f"{names[2]}={index} is not below {names[1]}={count}: they are numbered from 0."
+      f"{names[2]}={index} is not below {names[1]}={count}: processes are numbered from "
+      "0."
     )
   listening.split_address(address, names[0])
   return Rank(address=address, count=int(count), index=int(index))
@@ -182,7 +183,7 @@ def _ask_launcher() -> Rank:
   except (ImportError, AttributeError, TypeError) as error:
     # Not a public part of jax. Training works without it, with worse errors.
     logging.warning(
-      "jax %s does not tell how %s placed this process (%s): the processes are neither "
+      "jax %s does not report how %s placed this process (%s): the processes are neither "
       "compared nor watched.",
       jax.__version__,
       launcher(),

@@ -83,7 +83,7 @@ class _Hang:
   def _report(self, waited: float) -> None:
     self._say(
       f"has not finished a step for {waited:.0f} s (--hang_timeout={self._seconds:g}). "
-      "It goes on waiting. What its threads do:"
+      "It keeps waiting. Its threads:"
     )
     faulthandler.dump_traceback(file=sys.stderr, all_threads=True)
 

@@ -93,7 +93,7 @@ class Link:
       raise ConnectionResetError("closed by the other side")
     *lines, self._received = (self._received + data).split(b"\n")
     if any(len(line) > self._limit for line in (*lines, self._received)):
-      raise ValueError("too long a message")
+      raise ValueError("the message is too long")
     return [self._message(line) for line in lines]
 
   def close(self) -> None:

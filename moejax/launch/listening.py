@@ -71,8 +71,8 @@ def listen(address: str) -> socket.socket:
       if time.monotonic() > deadline:
         raise UserError(
           f"{name}={bound or address}: process 0 cannot listen at port {port} "
-          f"({error.strerror}). Choose another port, or end the process that has it: "
-          "a second one with --process_id=0?"
+          f"({error.strerror}). Choose another port, or end the process that uses it (a "
+          "second one with --process_id=0?)."
         ) from error
     time.sleep(_RETRY_SECONDS)
 

@@ -136,9 +136,9 @@ class Watch:
     if link.index in self._done:
       return
     text = (
-      f"{link} was lost: its connection ended without a word ({_reason(error)}). It was "
+      f"{link} was lost: its connection ended without notice ({_reason(error)}). It was "
       "killed or crashed (kill -9, out of memory, a machine that went down): see its own "
-      "output. Starting the job again goes on from the newest checkpoint."
+      "output. Starting the job again continues from the newest checkpoint."
     )
     self._note(_failed(PEER_LOST, text, at_once=True), link)
     self._end(PEER_LOST, text)

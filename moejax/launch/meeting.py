@@ -193,7 +193,7 @@ class _Host:
         return
       caller = self._callers.get(link)
       if caller is None or len(messages) > 1:
-        raise ValueError("it speaks out of turn")
+        raise ValueError("it sent an unexpected message")
       if caller.greeted:
         self._seat(link, messages[0])
       else:
@@ -299,7 +299,7 @@ def _join(
       raise PeerLostError(
         f"--coordinator_address={host}:{port}: process 0 did not answer within "
         f"{timeout:g} s (--join_timeout); last: {reason}. Look at process 0's own "
-        "output, and whether this machine reaches that port."
+        "output, and check whether this machine reaches that port."
       )
     time.sleep(_RETRY_SECONDS)
   if not verdict["error"]:
@@ -354,7 +354,9 @@ def _greet_host(link: Link, shared: bytes | None) -> None:
     key = secret.session_key(shared, nonce, theirs)
     proof = secret.code(key, _PROOF).hex()
     if not hmac.compare_digest(proof.encode(), field(reply, "proof", str).encode()):
-      raise ValueError(f"who listens there does not know this job's {secret.ENV}")
+      raise ValueError(
+        f"the process that listens there does not know this job's {secret.ENV}"
+      )
   link.greeted(key, is_host=False)
 
 

@@ -18,7 +18,7 @@ FILE_ENV = "MOEJAX_JOB_SECRET_FILE"
 _LEAST = 16
 _MOST = 4096
 _REMEDY = (
-  "Make one with `openssl rand -hex 32`, and give it to every process of the job alone."
+  "Make one with `openssl rand -hex 32`, and give it only to the processes of this job."
 )
 
 

@@ -101,8 +101,8 @@ def detail(plan: Plan) -> list[str]:
     f"GB sent: {traffic or 'nothing'}.",
     f"TFLOPs executed: {flops}.",
     f"Seconds: compute {fixed(time.compute, 2)}, hbm {fixed(time.hbm, 2)}{networks}, all "
-    f"at the same time, then {fixed(time.exposed, 2)} of wire that nothing overlaps "
-    "with.",
+    f"at the same time, then {fixed(time.exposed, 2)} of communication that nothing "
+    "overlaps.",
   ]
 
 

@@ -144,13 +144,13 @@ def refuse_unplanned(config: Config, topologies: Sequence[Topology]) -> None:
 
   if config.model.kind != "decoder":
     raise UserError(
-      f"--config.model.kind={config.model.kind}: only decoders are planned. Ask the "
-      "compiler about a mesh of your own: tools.compile_for."
+      f"--config.model.kind={config.model.kind}: only decoders can be planned. Compile a "
+      "mesh of your own with tools.compile_for."
     )
   if make_router(config.moe).mixes:
     raise UserError(
-      f"--config.moe.router={config.moe.router} mixes tokens, which is not planned. Ask "
-      "the compiler about a mesh of your own: tools.compile_for."
+      f"--config.moe.router={config.moe.router} mixes tokens, which cannot be planned. "
+      "Compile a mesh of your own with tools.compile_for."
     )
   for topology in topologies:
     if not candidates_lib.chip_of(topology).flops:
@@ -286,9 +286,9 @@ def _nothing(own: Found, topology: Topology, margin: float) -> tuple[str, str]:
   kinds = sorted(nearest.memory.kinds.items(), key=lambda item: -item[1])[:3]
   parts = ", ".join(f"{kind} {size / 1e9:.1f}" for kind, size in kinds)
   text = (
-    f"Nothing fits on {topology.name}, of {own.considered:,} ways. Nearest is "
-    f"{mesh_text(candidate)} with --config.train.accumulation="
-    f"{candidate.settings['train.accumulation']} "
+    f"Nothing fits on {topology.name}, of {own.considered:,} ways. The nearest is "
+    f"{mesh_text(candidate)} with "
+    f"--config.train.accumulation={candidate.settings['train.accumulation']} "
     f"--config.model.remat={candidate.settings['model.remat']}: {need / 1e9:.1f} GB per "
     f"device ({parts}), {(need - room) / 1e9:.1f} more than the {room / 1e9:.1f} that "
     f"--margin={margin:g} leaves."
@@ -303,6 +303,6 @@ def _nothing(own: Found, topology: Topology, margin: float) -> tuple[str, str]:
   total = least * topology.num_devices
   return text, (
     f"Parameters, moments and gradients alone are {total / 1e9:,.0f} GB, more than "
-    f"{math.floor(total / room)} devices of {topology.kind} hold: name a larger machine, "
-    "or lower --config.model.num_layers."
+    f"{math.floor(total / room)} devices of {topology.kind} can hold: name a larger "
+    "machine, or lower --config.model.num_layers."
   )

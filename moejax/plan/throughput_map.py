@@ -76,4 +76,4 @@ def _draw_one(
   axis.set_yticks(range(len(rows)), [str(n) for n in rows])
   axis.set_xlabel("fsdp")
   axis.set_ylabel("expert x tensor")
-  axis.set_title(f"{name}: Mtok/s; grey does not fit, by its GB", fontsize=9)
+  axis.set_title(f"{name}: Mtok/s; grey: does not fit, with its GB", fontsize=9)

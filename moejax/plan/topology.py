@@ -68,7 +68,7 @@ def parse(text: str, slices: int = 1) -> Topology:
   if len(shape) not in dimensions or 0 in shape:
     example = {"tpu": "4x4x8", "gpu": "4x8 (nodes x GPUs)", "cpu": "8"}
     raise ConfigError(
-      f"--topology={text}: {sides!r} is no shape of {kind}; give one such as "
+      f"--topology={text}: {sides!r} is not a shape of {kind}; give one such as "
       f"{kind}:{example[CHIPS[kind].family]}."
     )
   if slices > 1 and CHIPS[kind].family != "tpu":
@@ -143,7 +143,7 @@ def devices_of(topology: Topology) -> list[Any]:
   except Exception as error:
     reason = str(error).splitlines()[0]
     raise ConfigError(
-      f"--topology={topology}: the compiler knows no such machine: {reason}"
+      f"--topology={topology}: the compiler does not know this machine: {reason}"
     ) from error
   return list(described.devices)
 

@@ -85,7 +85,7 @@ def lock(path: RunPath, holder: str = "run", wait_seconds: float | None = None) 
       if e.errno not in _BUSY:
         # Some network file systems lack such locks: better to run without one.
         logging.warning(
-          "%s cannot be locked (%s): start one %s in it only.", path, e, holder
+          "%s cannot be locked (%s): start only one %s in it.", path, e, holder
         )
         break
       if time.monotonic() > deadline:

@@ -40,8 +40,8 @@ def define_flag() -> None:
     flags.DEFINE_string(
       FLAG,
       None,
-      "Directory of compiled programs, or none. Default: with the prepared data; of "
-      "several processes none.",
+      "Directory of compiled programs, or none. Default: with the prepared data; with "
+      "several processes, none.",
     )
 
 
@@ -74,8 +74,8 @@ def enable(data_cache_dir: str) -> pathlib.Path | None:
   except (OSError, UserError) as error:
     reason = getattr(error, "strerror", None) or str(error)
     logging.warning(
-      "Compiled programs are not kept (%s). --%s=DIR chooses another directory, none is "
-      "silent.",
+      "Compiled programs are not kept (%s). --%s=DIR chooses another directory; none "
+      "turns this warning off.",
       reason,
       FLAG,
     )

@@ -45,10 +45,10 @@ def foresee(
   there = _stored(pathlib.Path(workdir))
   if _COMPRESSED * need > usage.free + there:
     raise UserError(
-      f"--workdir={workdir} will hold up to {size(need)} ({parts}, one of them while it "
-      f"replaces another, and {size(logs)} of logs), and {size(usage.free)} are free"
-      f"{f' beside the {size(there)} it holds' if there else ''}. Free some, lower "
-      f"--config.train.keep_last={config.train.keep_last} or "
+      f"--workdir={workdir} will hold up to {size(need)} ({parts}, one of them only "
+      f"while it replaces another, and {size(logs)} of logs), and {size(usage.free)} are "
+      f"free{f', in addition to the {size(there)} it already uses' if there else ''}. "
+      f"Free some space, lower --config.train.keep_last={config.train.keep_last} or "
       f"--config.train.keep_best={config.train.keep_best}, or choose another disk."
     )
   return f"{text}; {size(usage.free)} are free."

@@ -35,14 +35,14 @@ def check(directory: str, workdir: RunPath) -> None:
   """
   if is_url(directory) or "://" in directory:
     raise UserError(
-      f"{_FLAG}={directory} is not on a disk of this machine, where a checkpoint takes "
-      "little time. Give a local directory; --workdir may be in a bucket."
+      f"{_FLAG}={directory} is not on a disk of this machine, where saving is fast. Give "
+      "a local directory; --workdir may be in a bucket."
     )
   path = Path(directory).resolve()
   if not in_bucket(workdir) and path.is_relative_to(os.fspath(resolved(workdir))):
     raise UserError(
-      f"{_FLAG}={directory} is --workdir={workdir} or lies in it. Give a directory of "
-      "its own, on a disk of this machine."
+      f"{_FLAG}={directory} is --workdir={workdir} or lies in it. Give a separate "
+      "directory, on a disk of this machine."
     )
   make(path, directory)
 

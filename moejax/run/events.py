@@ -70,7 +70,7 @@ class EventFile:
 
   def _give_up(self, error: OSError) -> None:
     logging.warning(
-      "%s: TensorBoard's file cannot be written (%s): nothing more is added to it before "
+      "%s: TensorBoard's file cannot be written (%s): nothing more is added to it until "
       "the next start.",
       *(self._directory, error.strerror),
     )

@@ -73,9 +73,10 @@ def own_paths(
     return config
   if data.path and "data.path" not in given:
     raise UserError(
-      f"--workdir={workdir} has no mark of this user's trainings ({key_file()}), and its "
-      f"config reads --config.data.path={data.path!r}. If that is what shall be read, "
-      f"give --config.data.path={data.path} yourself; or give another path."
+      f"--workdir={workdir} was not trained by this user (it is not signed with "
+      f"{key_file()}), and its config reads --config.data.path={data.path!r}. If that is "
+      f"the intended text, set --config.data.path={data.path} explicitly; otherwise give "
+      "another path."
     )
   if data.cache_dir and "data.cache_dir" not in given:
     logging.info(

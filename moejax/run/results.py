@@ -104,7 +104,7 @@ def disagreement(own: dict[str, Any], evaluation: dict[str, Any]) -> str:
     if loss is not None and abs(loss - theirs) > _SAME_LOSS * abs(theirs):
       return (
         f"Note: {EVAL_FILE} has {theirs:.4f} nats/token for the same step, text and "
-        f"capacity ({_factor(factor)}), and this is {loss:.4f}. {EVAL_FILE} stays as the "
-        "run wrote it."
+        f"capacity ({_factor(factor)}), and this evaluation gives {loss:.4f}. "
+        f"{EVAL_FILE} stays as the run wrote it."
       )
   return ""

@@ -61,5 +61,5 @@ class StopRequest:
     self.signal = number
     # No print here, since a handler may interrupt one.
     name = signal.Signals(number).name
-    text = f"\n{name}: saving {self._when}, then leaving. Ctrl-C aborts.\n"
+    text = f"\n{name}: saving {self._when}, then exiting. Ctrl-C aborts.\n"
     os.write(2, text.encode())

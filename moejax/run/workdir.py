@@ -230,8 +230,8 @@ def still_there(workdir: RunPath | str) -> Iterator[None]:
 def _removed(path: RunPath) -> UserError:
   return UserError(
     f"--workdir={path} was removed, or is no longer reachable, while its run was "
-    f"training: there is no {CONFIG_FILE} any more. Put it back to go on; else the same "
-    "command starts anew, from step 0."
+    f"training: there is no {CONFIG_FILE} any more. Restore it to go on; otherwise the "
+    "same command starts again from step 0."
   )
 
 
@@ -328,14 +328,14 @@ def _refuse_foreign(path: RunPath) -> None:
   if others:
     more = f" and {len(others) - 5} more" if len(others) > 5 else ""
     raise UserError(
-      f"--workdir={path} is no run's directory (it has no {CONFIG_FILE}) and is not "
+      f"--workdir={path} is not a run's directory (it has no {CONFIG_FILE}) and is not "
       f"empty: it holds {', '.join(others[:5])}{more}. Choose a new directory."
     )
   steps = list_steps(path / DIRECTORY)
   if steps:
     raise UserError(
       f"--workdir={path} holds checkpoints (newest: step {steps[-1]}) but no "
-      f"{CONFIG_FILE} that says of what. Put it back, or choose a new directory and "
+      f"{CONFIG_FILE} that describes them. Restore it, or choose a new directory and "
       f"--init_from={path}."
     )
 
@@ -381,9 +381,9 @@ def _refuse_mesh(path: RunPath, config: Config, mesh: Mapping[str, int] | None) 
       for shape in (begun_with, mesh)
     )
     raise ConfigError(
-      f"--workdir={path} was begun on the mesh {was} and would go on on {now}: with "
-      f"--config.moe.exchange_buffer={config.moe.exchange_buffer} other tokens would be "
-      "lost on the way. Give the same devices and mesh, or another --workdir."
+      f"--workdir={path} was begun on the mesh {was} and would continue on {now}: with "
+      f"--config.moe.exchange_buffer={config.moe.exchange_buffer} different tokens would "
+      "be dropped. Give the same devices and mesh, or another --workdir."
     )
 
 

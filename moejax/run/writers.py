@@ -98,10 +98,10 @@ class JsonlWriter:
     if not found.st_nlink:
       # The whole directory is gone, unless someone is still removing the rest of it.
       what = "was removed while its run was training"
-      then = "starts anew, from step 0, unless you put it back"
+      then = "starts again from step 0, unless you restore it"
       if (self.path.parent / CONFIG_FILE).exists():
         what = f"lost {METRICS_FILE}, which was removed while the run was writing it"
-        then = "goes on from the newest checkpoint, or from step 0 if none is left"
+        then = "continues from the newest checkpoint, or from step 0 if none is left"
       raise UserError(f"--workdir={self.path.parent} {what}. The same command {then}.")
     rest = self._late
     try:
@@ -115,7 +115,7 @@ class JsonlWriter:
       os.ftruncate(descriptor, found.st_size)
       if not self._warned:
         logging.warning(
-          "%s cannot be written for now (%s): its lines are kept, and the run goes on.",
+          "%s cannot be written for now (%s): its lines are kept, and the run continues.",
           *(self.path, error.strerror),
         )
         self._warned = True

@@ -84,8 +84,8 @@ def refusal(error: BaseException, path: RunPath) -> str:
   code, text = _code(error), _text(error)
   if code == 507 or _has(text, _FULL):
     return (
-      f"the bucket {bucket} is full (quota of storage). Free some or ask for more quota; "
-      "the same command goes on from the newest checkpoint."
+      f"the bucket {bucket} is full (storage quota). Free some space or ask for more "
+      "quota; the same command continues from the newest checkpoint."
     )
   if code == 401 or _has(text, _CREDENTIALS):
     return (
@@ -95,19 +95,20 @@ def refusal(error: BaseException, path: RunPath) -> str:
     )
   if code == 429 or _has(text, _BUSY):
     return (
-      f"the bucket {bucket} refuses more requests, also after retries with growing waits "
+      f"the bucket {bucket} refuses more requests, even after retries with growing waits "
       "(429: rate or quota). Ask for more quota, or save and log less often; the same "
-      "command goes on from the newest checkpoint."
+      "command continues from the newest checkpoint."
     )
   if code == 403 or _has(text, _FORBIDDEN):
     return (
-      f"this account may not use the bucket {bucket} so (403). It needs to list, read, "
-      "write and delete objects: the role roles/storage.objectUser. Is billing on?"
+      f"this account may not use the bucket {bucket} in this way (403). It needs to "
+      "list, read, write and delete objects: the role roles/storage.objectUser. Is "
+      "billing on?"
     )
   if (code is not None and code >= 500) or _has(text, _DOWN):
     return (
-      f"the bucket {bucket} does not answer, also after retries with growing waits "
-      f"({_short(error)}). Try again later; the same command goes on from the newest "
+      f"the bucket {bucket} does not answer, even after retries with growing waits "
+      f"({_short(error)}). Try again later; the same command continues from the newest "
       "checkpoint."
     )
   return ""

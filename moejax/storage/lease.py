@@ -116,7 +116,7 @@ class Lease:
     else:
       what = (
         "was removed while its run was training: its lease is gone. The same command "
-        "starts anew, from step 0."
+        "starts again from step 0."
       )
     print(f"error: --workdir={self._path} {what}", file=sys.stderr, flush=True)
     os._exit(UserError.exit_code)
@@ -171,7 +171,7 @@ def acquire(path: RunPath, holder: str = "run") -> Lease:
         continue
       if seen is None:
         logging.info(
-          "%s: waiting up to %.0f s for a sign of life of %s.",
+          "%s: waiting up to %.0f s for a sign of life from %s.",
           *(path, LEASE_SECONDS - age, _holder(found.record)),
         )
         seen = found
@@ -229,7 +229,7 @@ def _read(bucket: Any, path: RunPath) -> _Found:
         return _Found(generation=0, record={}, updated=None)
       continue  # renewed in between
     return _Found(generation=blob.generation, record=_parsed(text), updated=blob.updated)
-  raise UserError(f"--workdir={path}: its lease changes all the time. Try again.")
+  raise UserError(f"--workdir={path}: its lease keeps changing. Try again.")
 
 
 def _write(bucket: Any, path: RunPath, record: dict[str, Any], generation: int) -> int:

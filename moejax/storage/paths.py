@@ -87,9 +87,7 @@ def refuse_url(
   remedy = "Copy it first, with `gcloud storage cp -r`, or mount the bucket."
   if written:
     remedy = "Give a local directory, or a file in one."
-  raise UserError(
-    f"{named}: here only a path on a disk of this machine will do. {remedy}"
-  )
+  raise UserError(f"{named}: this must be a path on a disk of this machine. {remedy}")
 
 
 def split(path: RunPath) -> tuple[str, str]:
@@ -135,7 +133,7 @@ def check_url(text: str, flag: str = "--workdir") -> None:
   """
   if not text.startswith("gs:"):
     raise UserError(
-      f"{flag}={text}: of buckets, only gs:// is supported. Give gs://BUCKET/RUN or a "
+      f"{flag}={text}: only gs:// buckets are supported. Give gs://BUCKET/RUN or a "
       "directory."
     )
   bucket, _, name = text.removeprefix("gs://").partition("/")
@@ -143,7 +141,7 @@ def check_url(text: str, flag: str = "--workdir") -> None:
   if not text.startswith("gs://") or not bucket or not name:
     raise UserError(f"{flag}={text} names no folder of a bucket: give gs://BUCKET/RUN.")
   if not _BUCKET.fullmatch(bucket):
-    what = "is too short" if len(bucket) < 3 else "is no bucket's"
+    what = "is too short" if len(bucket) < 3 else "is not valid"
     raise UserError(
       f"{flag}={text}: the name {bucket!r} {what}. The name of a bucket has 3 to 222 "
       "characters, which are lowercase letters, digits, -, _ and ., and begins and ends "

@@ -58,7 +58,7 @@ class Add(Operation):
 
   number: int = option(0, "how many", count(1, 65_536, "they must fit into memory"))
   init: Literal["random", "copy", "run"] = option(
-    "random", "drawn at random, copies of experts there are, or of another run's"
+    "random", "drawn at random, copies of existing experts, or of another run's"
   )
   of: str = option("", "init=copy or run: indices of their originals: 0,3")
   from_run: str = option("", "init=run: directory of the other run")
@@ -86,14 +86,14 @@ class Add(Operation):
     router = make_router(old.moe)
     if router.fixed_slots:
       raise UserError(
-        f"--config.moe.router={old.moe.router} has learned slots for its experts alone. "
+        f"--config.moe.router={old.moe.router} has learned slots for these experts only. "
         "Change the router first (operation reroute)."
       )
     if router.expert_groups > 1:
       equal_groups(old.moe, self.number, f"--number={self.number}")
       raise UserError(
         f"--config.moe.router={old.moe.router} has groups of experts, and experts are "
-        "added behind the last. Use operation clone."
+        "added after the last. Use operation clone."
       )
     if self.row == "copy" and self.init == "random":
       raise UserError("--row=copy: random experts have no original. Use --row=random.")

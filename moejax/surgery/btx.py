@@ -78,7 +78,9 @@ class Btx(Operation):
     "", "directories of the other dense runs, or patterns of them, separated by commas"
   )
   weights: str = option(
-    "", "of the runs in the average of all else, --workdir's first: 2,1,1; empty is equal"
+    "",
+    "weights of the runs in the average of all other parameters, --workdir's first: "
+    "2,1,1; empty is equal",
   )
   router: Literal["random", "zero", "means"] = option(
     "random", "router rows: initialised anew, zero, or mean inputs of each run's text"
@@ -90,7 +92,7 @@ class Btx(Operation):
     True, "scale outputs so that equal experts compute what one of them did"
   )
   frozen: bool = option(
-    False, "write into the config that the expert of --workdir is not trained"
+    False, "record in the config that the expert of --workdir is not trained"
   )
   first: Opened | None = None
   """The run of --workdir."""
@@ -291,7 +293,7 @@ def _warn_of_repeats(directories: Sequence[Path]) -> None:
   if repeated := [f"{path} {n} times" for path, n in times.items() if n > 1]:
     logging.warning(
       "--workdir and --runs name %s: each time makes an expert and counts in the "
-      "average. Name a run once if that is not meant.",
+      "average. Name a run once if that is not intended.",
       ", ".join(repeated),
     )
 
@@ -345,12 +347,12 @@ def _refuse_seeds(seeds: dict[Path, Path | None]) -> None:
     other, second = next(item for item in rest if item[1] != first)
     raise UserError(
       f"{one} started from {first} and {other} from {second}: an average of parameters "
-      "means nothing then. Give runs that started from one with --init_from."
+      "is then meaningless. Give runs that started from one with --init_from."
     )
   unknown = [run for run in seeds if run not in known and run not in known.values()]
   if unknown and len(seeds) > 1:
     logging.warning(
-      "%s does not record that it started from the same run as the others: an average "
-      "of parameters means little then.",
+      "%s does not record that it started from the same run as the others: an average of "
+      "parameters then means little.",
       unknown[0],
     )

@@ -148,7 +148,7 @@ class Change:
     if sizes[0] != sizes[1]:
       raise ConfigError(
         f"{name} is {sizes[0]} in the run and would be {sizes[1]}: the operation "
-        f"{self.operation.name} leaves it as it is. Leave out the --config flags that "
+        f"{self.operation.name} does not change it. Leave out the --config flags that "
         "change the model."
       )
 

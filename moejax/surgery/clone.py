@@ -43,15 +43,17 @@ class Clone(Operation):
   """Makes m E experts from E: copies, with copies of their router rows."""
 
   name = "clone"
-  summary = "more experts in the middle of training: copies of those there are"
+  summary = "more experts in the middle of training: copies of existing ones"
 
   factor: int = option(
-    2, "m: E experts become m E", count(2, 1024, "a copy for every token is no model")
+    2,
+    "m: E experts become m E",
+    count(2, 1024, "a separate copy for every token makes no sense"),
   )
   by: Literal["uniform", "load", "reap", "gradient"] = option(
     "uniform",
-    "who gets copies: all alike, or more for a higher load, gate-weighted output norm or "
-    "gradient",
+    "which experts get copies: all equally, or more for a higher load, gate-weighted "
+    "output norm or gradient",
   )
   selected: Literal["same", "all"] = option(
     "same", "choices per token: K as before, or m K, every copy, which changes nothing"

@@ -93,11 +93,13 @@ class Measured:
   @property
   def text(self) -> Text:
     if self._text is None:
-      raise UserError("This operation measures something over a text, and has none.")
+      raise UserError(
+        "This operation measures something over a text, and none was given."
+      )
     if self._text.model.config.kind == "encoder_decoder":
       raise UserError(
         "An encoder-decoder routes two texts, and experts can be measured on a decoder "
-        "only. Choose by something that needs no text."
+        "only. Use a criterion that needs no text."
       )
     return self._text
 
@@ -163,7 +165,7 @@ class Measured:
     if (number := math.comb(experts, keep)) > MOST_SUBSETS:
       raise UserError(
         f"--by=subset: there are {number:,} subsets of {keep} of {experts} experts, and "
-        f"at most {MOST_SUBSETS:,} are tried. Use --by=reap."
+        f"at most {MOST_SUBSETS:,} can be tried. Use --by=reap."
       )
     knockout.check(text.model, "next_best", experts - keep)
     subsets = list(itertools.combinations(range(experts), keep))

@@ -33,7 +33,7 @@ EXPERTS, ROUTER, SHARED = "moe.experts.", "moe.router.", "moe.shared."
 OUTPUTS = (f"{EXPERTS}w_out", f"{EXPERTS}out_bias")
 """The arrays in which an expert's output is linear."""
 
-EQUAL, CLOSE, DROP = "equal", "close", "will drop until trained"
+EQUAL, CLOSE, DROP = "equal", "close", "worse until trained"
 """What is expected of the loss: the same function; nearly the same; worse at first."""
 
 _EXPERT_AXES = ("expert", "router_expert")

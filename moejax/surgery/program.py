@@ -124,7 +124,7 @@ def _change(
   if operation.needs_moe and not has_experts:
     raise UserError(
       f"--workdir={asked.workdir}: this model has no MoE layer. Operation upcycle makes "
-      "experts of a dense model."
+      "experts from a dense model."
     )
   operation.check(old)
   # These fields belong to the old run: what is frozen, and what it was initialised from.

@@ -75,7 +75,8 @@ class Prune(Operation):
   )
 
   denominator: bool = option(
-    False, "raw softmax: keep the logits of pruned experts in it, so that gates stay"
+    False,
+    "raw softmax: keep the logits of pruned experts in it, so that gates stay the same",
   )
 
   @property
@@ -190,7 +191,9 @@ def refuse_count(old: Config, experts: int, what: str) -> None:
   """
   flag, there = f"--experts={experts}", old.moe.fine_experts
   if not experts:
-    raise UserError(f"--experts=N is missing: give the experts that {what} leaves.")
+    raise UserError(
+      f"--experts=N is missing: give the number of experts that {what} leaves."
+    )
   router = make_router(old.moe)
   if router.fixed_slots:
     raise UserError(
@@ -199,7 +202,7 @@ def refuse_count(old: Config, experts: int, what: str) -> None:
       "(operation reroute)."
     )
   if experts >= there:
-    raise UserError(f"{flag} is not fewer than the {there} experts that there are.")
+    raise UserError(f"{flag} is not fewer than the {there} existing experts.")
   selected = router.selected(experts, old.moe.fine_selected)
   refuse_below(selected, experts, flag)
 

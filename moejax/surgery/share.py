@@ -67,8 +67,8 @@ class Share(Operation):
     equal_groups(old.moe, max(left, 0), flag)
     if router.has_table or router.fixed_slots:
       raise UserError(
-        f"--config.moe.router={old.moe.router} does not let a single expert of a layer "
-        "go. Change the router first (operation reroute)."
+        f"--config.moe.router={old.moe.router} cannot lose a single expert of a layer. "
+        "Change the router first (operation reroute)."
       )
     if self.selected == "less" and router.fixed_selected is not None:
       raise UserError(
@@ -106,8 +106,8 @@ class Share(Operation):
     if make_router(moe).token_choice:
       raise UserError(
         "--selected=less leaves one choice per token, and --config.moe.renormalize="
-        f"{moe.renormalize} makes its gate 1, which takes the router its gradient. Use "
-        "--selected=same, or --config.moe.renormalize=none."
+        f"{moe.renormalize} makes its gate 1, which leaves the router without a "
+        "gradient. Use --selected=same, or --config.moe.renormalize=none."
       )
 
   def choose(self, source: Source) -> dict[int, Choice]:

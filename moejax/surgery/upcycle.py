@@ -134,7 +134,7 @@ class Upcycle(Operation):
       if len(kinds) > 1:
         found = " and ".join(f"{width} ({name})" for width, name in sorted(kinds))
         raise UserError(
-          f"The layers that {what} have hidden widths {found}, and a model has one. "
+          f"The layers that {what} have hidden widths {found}, and a model has only one. "
           "Choose others with --config.moe.every, offset and dense_prefix."
         )
     (hidden, activation) = next(iter(sparse))

@@ -33,7 +33,7 @@ def test_a_bucket_keeps_its_name_through_paths(folder):
     ("gs://bucket", "names no folder"),
     ("gs://bucket/", "names no folder"),
     ("gs:///run", "names no folder"),
-    ("gs://UPPER/run", "'UPPER' is no bucket's. .*lowercase"),
+    ("gs://UPPER/run", "'UPPER' is not valid. .*lowercase"),
     ("gs://b/run", "'b' is too short. The name of a bucket has 3"),
     ("gs://bucket/run*", "may not have"),
     ("gs://bucket/a/../b", "may not have"),
@@ -60,7 +60,7 @@ def test_a_program_without_buckets_refuses_them_by_name(monkeypatch):
   """Else it would work in a local directory of that name."""
   parser = cli.Parser("x")
   parser.add_argument("--workdir")
-  with pytest.raises(UserError, match="^--workdir=gs://bucket/run: here only a path"):
+  with pytest.raises(UserError, match="^--workdir=gs://bucket/run: this must be a path"):
     parser.parse_args(["--workdir=gs://bucket/run"])
   assert parser.parse_args(["--workdir=runs/a"]).workdir == "runs/a"
 

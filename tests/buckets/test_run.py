@@ -128,14 +128,14 @@ def command(name, *flags):
   ("program", "flags", "words"),
   [
     ("train", ["--workdir=gs://missing/run"], "there is no bucket missing"),
-    ("train", ["--workdir=s3://bucket/run"], "only gs:// is supported"),
+    ("train", ["--workdir=s3://bucket/run"], "only gs:// buckets are supported"),
     ("analyze", ["--workdir=gs://bucket/nothing", "--out=o"], "does not exist"),
-    ("profile", ["--workdir=gs://bucket/run"], "only a path on a disk"),
+    ("profile", ["--workdir=gs://bucket/run"], "must be a path on a disk"),
     ("generate", ["--workdir=gs://bucket/nothing"], "does not exist"),
     (
       "train",
       ["--workdir=gs://bucket/run", "--config.data.cache_dir=gs://bucket/cache"],
-      "only a path on a disk",
+      "must be a path on a disk",
     ),
   ],
 )

@@ -160,7 +160,7 @@ def test_overrides_in_a_flagfile(tmp_path):
     ("--cofig.moe.num_experts=16", "Did you mean --config.moe.num_experts?"),
     ("--workdr=x", "Did you mean --workdir?"),
     ("--confg=x", "Did you mean --config?"),
-    ("--zzzzzz=x", "--help lists what there is."),
+    ("--zzzzzz=x", "--help lists all flags."),
     ("--config.moe.num_experts=many", "=many: expected a whole number"),
     ("--config.moe.num_experts=8.5", "=8.5: expected a whole number"),
     ("--config.moe.num_experts=none", "=none: expected a whole number"),
@@ -182,7 +182,7 @@ def test_overrides_in_a_flagfile(tmp_path):
     ("--config=configs", "is a directory"),
     ("--list=everything", "--list=everything"),
     ("--flagfile=/no/such/file", "/no/such/file"),
-    ("moe.num_experts=16", "is no flag"),
+    ("moe.num_experts=16", "is not a flag"),
   ],
 )
 def test_refused(argument, part):
@@ -200,7 +200,7 @@ def test_refused(argument, part):
       "x = 1\ndef get_config(:\n",
       "mine.py:2: SyntaxError: invalid syntax: def get_config(",
     ),
-    ("import sys\nsys.exit(3)\n", "leaves the program at "),
+    ("import sys\nsys.exit(3)\n", "exits at "),
     ("def get_config():\n  exit()\n", "mine.py:2"),
     ("def get_config():\n  raise SystemExit('bye')\n", "mine.py:2 ('bye')"),
     ("import json\ndef get_config():\n  json.loads('{')\n", "mine.py:3: JSONDecodeError"),

@@ -230,7 +230,7 @@ def test_status_beside_flags_of_another_sweep_is_refused(tmp_path, capsys):
   assert main(where, "--status", AXIS) == 1
   assert "2 runs: 2 waiting" in capsys.readouterr().out
   words = refused(where, "--status", AXIS, "--config.train.num_steps=7")
-  assert "holds another sweep than these flags" in words
+  assert "holds a different sweep from these flags" in words
   assert "--config.train.num_steps was" in words
 
 
@@ -346,8 +346,8 @@ AXIS = "--sweep.moe.num_experts=8,16"
     (f"{AXIS} --seeds=0", "--seeds"),
     (f"{AXIS} --seeds=x", "--seeds=x: give a number of seeds"),
     (f"{AXIS} --seeds=0,x", "--seeds=0,x: give a number of seeds"),
-    (f"{AXIS} --seeds=5,", "One alone is --config.train.seed=5"),
-    (f"{AXIS} --seeds=1,1", "one is there twice"),
+    (f"{AXIS} --seeds=5,", "A single seed is given by --config.train.seed=5"),
+    (f"{AXIS} --seeds=1,1", "one of them is given twice"),
     (f"{AXIS} --match=flops", "--match=flops is unknown. Choose from active_flops."),
     (f"{AXIS} --match_by=moe.hidden", "nothing is matched. Add --match=active_flops."),
     ("--sweep.moe.num_experts=9999 --match=active_flops", "The nearest reachable is 1"),
@@ -367,7 +367,7 @@ AXIS = "--sweep.moe.num_experts=8,16"
       f"{AXIS} --eval_capacity_factor=1,2",
       "--eval_capacity_factor=1,2 is only read with --evaluate.",
     ),
-    ("--sweep.workdir=a,b", "--sweep.workdir: where runs lie is no setting of them."),
+    ("--sweep.workdir=a,b", "--sweep.workdir: a run's directory is not a setting."),
     ("--zip.schema_versio=1,2", "Write SECTION.FIELD, such as --zip.moe.num_experts."),
     (f"{AXIS} --devices_per_run=0", "--devices_per_run"),
     ("--config.moe.num_experts=0", "--config.moe.num_experts=0 must be at least 1"),
@@ -450,7 +450,7 @@ def test_scripts_are_files_and_manifests_follow_each_other(tmp_path, capsys):
     text = pathlib.Path(path).read_text()
     assert program == "sbatch" and text.startswith("#!") and path.endswith(".sbatch")
     assert text.count("#SBATCH --job-name") == 1 and pathlib.Path(path).stem in text
-  assert f"written below {tmp_path}/runs, under that path" in said.err
+  assert f"written to {tmp_path}/runs, at the same path" in said.err
   pods = ("--target=gke-gpu", "--topology=h100:1x2", "--image=IMAGE")
   assert main(*words, *fits, *pods) == 0
   said = capsys.readouterr()

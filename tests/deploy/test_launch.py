@@ -54,7 +54,7 @@ def test_the_files_in_docs_are_what_the_page_says_renders_them(file):
   done = call(*words)
   assert done.returncode == 0, done.stderr
   assert done.stdout == (ROOT / "docs" / "launching" / file).read_text()
-  assert "Nothing is submitted" in done.stderr
+  assert "Nothing was submitted" in done.stderr
   config = cli.load_config("default")
   for setting in re.findall(r"--config\.([\w.]+=[^\s'\"]+)", done.stdout):
     name, _, value = setting.partition("=")

@@ -250,7 +250,7 @@ def test_shapes_that_are_offered_pass(machine):
   ("machine", "part"),
   [
     ("v5p:3x4x4", "slices of v5p are 2x2x1,"),
-    ("v4:8x4x4", "the smallest first, such as v4:4x4x8"),
+    ("v4:8x4x4", "in ascending order, such as v4:4x4x8"),
     ("v5p:4x4", "3 dimensions"),
     ("v5e:3x4", "slices of v5e are 1x1,"),
     ("v5e:64x64", "slices of v5e are 1x1,"),
@@ -270,7 +270,7 @@ def test_shapes_that_nobody_offers_are_refused(machine, part):
     (slurm.script, "v5p:2x2x1", {}, "--topology=v5p:2x2x1: give GPUs"),
     (tpu_vm.script, "h100:1x8", {}, "--topology=h100:1x8: give a TPU slice"),
     (tpu_vm.script, "tpu7x:2x2x1", {}, "offered with v4, v5e, v5p, v6e"),
-    (tpu_vm.script, "v5p:2x2x1", {"slices": 2}, "--slices=2: one slice"),
+    (tpu_vm.script, "v5p:2x2x1", {"slices": 2}, "--slices=2: only one slice is possible"),
     (tpu_vm.script, "v5p:2x2x1", {"zone": ""}, "--zone=ZONE is missing"),
     (tpu_vm.script, "v5p:2x2x2", {"share": ""}, "--share="),
   ],

@@ -199,7 +199,7 @@ def test_the_share_is_flops_over_time_over_rate():
 @pytest.mark.parametrize(
   ("flag", "says"),
   [
-    ("--minutes=0", "--minutes=0 is no time at all"),
+    ("--minutes=0", "--minutes=0 must be above 0"),
     ("--output=/nowhere/at/all.json", "make the directory /nowhere/at first"),
     ("--only=kernel", "unknown ['kernel']"),
   ],

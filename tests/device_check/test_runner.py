@@ -38,7 +38,7 @@ def test_what_the_time_does_not_hold_is_named_as_not_run():
   """The check that time ran out on is ended and no failure; nor are those behind it."""
   cut, behind = rows_of("hanging", "fine", seconds=8.0)
   assert cut.status == behind.status == "not run"
-  assert "cut off" in cut.detail and "minutes were spent" in behind.detail
+  assert "cut off" in cut.detail and "minutes were used up" in behind.detail
 
 
 def test_devices_that_cannot_be_listed_are_a_failure():

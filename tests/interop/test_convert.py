@@ -175,7 +175,7 @@ def test_the_program_converts_there_and_back(tmp_path):
 def test_another_model_is_refused_before_it_is_checked(run, monkeypatch, field, value):
   """No advice on how to complete a model that would not be exported or imported."""
   monkeypatch.setattr(flags, "_overrides", {field: value})
-  words = f"--config.{field}: the model is as it is stored"
+  words = f"--config.{field}: the stored model fixes this field"
   with pytest.raises(UserError, match=words):
     program.export(run, run.parent / "out")
   with pytest.raises(UserError, match=words):
@@ -243,7 +243,7 @@ def test_a_model_is_downloaded_by_its_name(tmp_path):
   ("name", "words"),
   [
     ("hf://org/name", "cannot be downloaded"),
-    ("gs://bucket/model", "only a path on a disk of this machine"),
+    ("gs://bucket/model", "must be a path on a disk of this machine"),
   ],
 )
 def test_what_is_not_here_is_one_line(name, words, tmp_path):

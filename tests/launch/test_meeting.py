@@ -62,8 +62,8 @@ def test_a_single_process_opens_nothing_and_starts_nothing(monkeypatch):
 @pytest.mark.parametrize(
   ("rank", "words"),
   [
-    (("", 2, None), "--coordinator_address --process_id: missing or no number"),
-    (("a:1", -2, 0), "--num_processes: missing or no number"),
+    (("", 2, None), "--coordinator_address --process_id: missing or not a number"),
+    (("a:1", -2, 0), "--num_processes: missing or not a number"),
     (("a:1", 2, 2), "--process_id=2 is not below --num_processes=2"),
     (("a:1", 0, 0), "--process_id=0 is not below --num_processes=0"),
     (("a", 2, 0), "--coordinator_address=a: not of the form HOST:PORT"),
@@ -147,7 +147,7 @@ def test_who_never_came_is_named_on_all_that_did():
   errors = meet([(4, 0, CONFIG), (4, 2, CONFIG)], timeout=1.5)
   assert all(isinstance(e, PeerLostError) for e in errors)
   assert str(errors[0]) == str(errors[1])
-  assert "processes 1, 3 of 4 did not come within 1.5 s" in str(errors[0])
+  assert "processes 1, 3 of 4 did not connect within 1.5 s" in str(errors[0])
 
 
 def test_a_coordinator_that_is_not_there_is_given_up():

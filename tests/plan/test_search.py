@@ -132,7 +132,7 @@ def test_nothing_fits_names_the_nearest():
   config.model.width, config.model.num_layers = 16_384, 64
   config.moe.hidden = config.model.hidden = 65_536
   with pytest.raises(
-    UserError, match=r"Nothing fits on h100:1x2.*Nearest is .*more than"
+    UserError, match=r"Nothing fits on h100:1x2.*The nearest is .*more than"
   ):
     search.search(config, [parse("h100:1x2")])
 
@@ -156,7 +156,7 @@ def test_no_mesh_runs_names_the_reason():
 def test_refuses_what_it_has_no_formula_for():
   config = small()
   config.model.kind = "encoder_decoder"
-  with pytest.raises(UserError, match="only decoders are planned"):
+  with pytest.raises(UserError, match="only decoders can be planned"):
     search.search(config, [parse("h100:1x8")])
   with pytest.raises(UserError, match="peak of cpu is unknown"):
     search.search(small(), [parse("cpu:8")])
@@ -261,7 +261,7 @@ def _config_of(words: list[str]) -> Config:
     ),
     (["h100:1x8"], ["h200:3"], False, "--price=h200:3: Did you mean h100"),
     (["h100:1x8"], ["h100=3"], False, "--price=h100=3: give KIND:DOLLARS, .* h100:4.2"),
-    (["h100:1x8"], ["h100:free"], False, "give dollars of a chip hour"),
+    (["h100:1x8"], ["h100:free"], False, "give dollars per chip hour"),
   ],
 )
 def test_bad_input(topology, price, needed, message):

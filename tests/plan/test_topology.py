@@ -19,12 +19,12 @@ def test_names():
   ("text", "slices", "said"),
   [
     ("v5q:4x4", 1, "v5q"),
-    ("v5p:4", 1, "no shape of v5p"),
-    ("v5p:4x0x4", 1, "no shape of v5p"),
-    ("v5p", 1, "no shape of v5p"),
+    ("v5p:4", 1, "not a shape of v5p"),
+    ("v5p:4x0x4", 1, "not a shape of v5p"),
+    ("v5p", 1, "not a shape of v5p"),
     ("h100:4x4x8", 1, "nodes x GPUs"),
     ("h100:4x8", 2, "--slices=2"),
-    ("cpu:x", 1, "no shape of cpu"),
+    ("cpu:x", 1, "not a shape of cpu"),
   ],
 )
 def test_what_is_no_machine(text, slices, said):

@@ -64,7 +64,7 @@ def test_a_log_that_was_removed_ends_the_run(tmp_path):
   writer = writers.JsonlWriter(tmp_path / "run", resume_step=0)
   writer.write(1, {"loss": 1.0})
   shutil.rmtree(tmp_path / "run")
-  with pytest.raises(UserError, match=r"--workdir=.*run was removed .*starts anew"):
+  with pytest.raises(UserError, match=r"--workdir=.*run was removed .*starts again"):
     writer.write(2, {"loss": 1.0})
   with pytest.raises(UserError, match="was removed"):
     writer.close()
@@ -75,7 +75,7 @@ def test_a_log_alone_that_was_removed_leaves_the_checkpoints(tmp_path):
   (tmp_path / "config.json").write_text("{}")
   writer = writers.JsonlWriter(tmp_path, resume_step=0)
   (tmp_path / "metrics.jsonl").unlink()
-  with pytest.raises(UserError, match="lost metrics.jsonl.*goes on from the newest"):
+  with pytest.raises(UserError, match="lost metrics.jsonl.*continues from the newest"):
     writer.write(1, {"loss": 1.0})
   with pytest.raises(UserError, match="lost metrics.jsonl"):
     writer.close()

@@ -47,7 +47,7 @@ def test_a_mark_is_of_these_paths_and_of_this_user(changed, monkeypatch, tmp_pat
 
 def test_paths_of_a_run_from_elsewhere_must_be_given():
   """The text is refused by name; the cache is one's own; what is given is used."""
-  with pytest.raises(UserError, match="--config.data.path='text'.* give .*path=text you"):
+  with pytest.raises(UserError, match="--config.data.path='text'.* set .*path=text expl"):
     owner.own_paths(config(), None, (), "run")
   used = owner.own_paths(config(), None, ("data.path",), "run")
   assert (used.data.path, used.data.cache_dir) == ("text", "")
@@ -98,7 +98,7 @@ def test_evaluation_of_a_foreign_run_touches_no_path_of_its_config(tmp_path):
   done = call("evaluate")
   assert done.returncode == 2 and not theirs.exists()
   (line,) = [x for x in done.stderr.splitlines() if x.startswith("error:")]
-  assert path in line and "no mark of this user's trainings" in line
+  assert path in line and "was not trained by this user" in line
   mine = tmp_path / "mine"
   done = call("evaluate", path, f"--config.data.cache_dir={mine}", "--max_batches=1")
   assert done.returncode == 0, done.stderr

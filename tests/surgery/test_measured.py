@@ -69,7 +69,7 @@ def test_sums_are_those_of_loops_over_tokens():
 
 
 def test_without_a_text_nothing_can_be_measured():
-  with pytest.raises(UserError, match="over a text, and has none"):
+  with pytest.raises(UserError, match="over a text, and none was given"):
     _ = Measured().sums
 
 

@@ -369,7 +369,7 @@ def test_an_optimizer_without_moments_of_each_parameter_is_refused(tmp_path):
   [
     ([], None),
     (["clown"], "Did you mean clone?"),
-    (["--workdir=x"], "the operation comes first"),
+    (["--workdir=x"], "give the operation first"),
     (["prune", "--workdir=nowhere", "--output=x"], "does not exist"),
     (["clone", "--factor=many", "--workdir=."], "--output=DIR is missing"),
   ],

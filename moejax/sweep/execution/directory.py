@@ -104,7 +104,7 @@ def read_spec(workdir: Path) -> dict[str, Any] | None:
   """
   path = workdir / SPEC_FILE
   remedy = (
-    "Restore it, or move it away: the same command then writes it anew and keeps the "
+    "Restore it, or move it away: the same command then writes it again and keeps the "
     "runs whose configs have not changed."
   )
   try:
@@ -114,7 +114,9 @@ def read_spec(workdir: Path) -> dict[str, Any] | None:
   except (OSError, ValueError) as error:
     raise UserError(f"{path} cannot be read ({error}). {remedy}") from error
   if not isinstance(found, dict):
-    raise UserError(f"{path} is no sweep's specification: it is no object. {remedy}")
+    raise UserError(
+      f"{path} is not a sweep's specification: it is not an object. {remedy}"
+    )
   return found
 
 
@@ -148,8 +150,8 @@ def _refuse_foreign(workdir: Path) -> None:
   if foreign:
     more = f" and {len(foreign) - _SHOWN} more" if len(foreign) > _SHOWN else ""
     raise UserError(
-      f"--workdir={workdir} is no sweep's directory (it has no {SPEC_FILE}) and is not "
-      f"empty: it holds {', '.join(foreign[:_SHOWN])}{more}. Choose a new directory."
+      f"--workdir={workdir} is not a sweep's directory (it has no {SPEC_FILE}) and is "
+      f"not empty: it holds {', '.join(foreign[:_SHOWN])}{more}. Choose a new directory."
     )
 
 

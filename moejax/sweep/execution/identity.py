@@ -59,13 +59,13 @@ def _trouble(path: Path, *stamps: Any) -> str:
   """Does the work of `trouble`; cached by the files' stamps, as it runs every second."""
   del stamps
   remedy = (
-    f"Move {path} away, and the same command trains the point anew; or put back the "
+    f"Move {path} away, and the same command trains the point again; or restore the "
     "point's own run."
   )
   try:
     values = files.read_json(path / CONFIG_FILE)
     if not isinstance(values, dict):
-      raise ValueError("it holds no JSON object")
+      raise ValueError("it does not contain a JSON object")
   except (OSError, ValueError) as error:
     return f"{path / CONFIG_FILE} cannot be read ({error}). {remedy}"
   try:
@@ -73,7 +73,7 @@ def _trouble(path: Path, *stamps: Any) -> str:
   except ConfigError:  # A router that this process does not know, or a later version's.
     return ""
   what = _difference(path, config)
-  return f"{path / CONFIG_FILE} is of another run: {what}. {remedy}" if what else ""
+  return f"{path / CONFIG_FILE} belongs to another run: {what}. {remedy}" if what else ""
 
 
 def _difference(path: Path, config: Config) -> str:

@@ -118,7 +118,7 @@ def status(workdir: Path, *, num_jobs: int = 1, stream: Any = None) -> int:
   try:
     found = slurm.examine(Path(workdir), runs)
   except UserError as error:
-    print(f"By the directories alone: {error}", file=sys.stderr)
+    print(f"Judging by the directories alone: {error}", file=sys.stderr)
     found = {name: states.examine(path) for name, path in runs.items()}
   view_lib.print_table(list(found.values()), num_jobs, stream)
   if trouble:
@@ -250,15 +250,15 @@ def _conclude(found: Mapping[str, Status], signal: int | None, options: Options)
       print(s.damage, file=sys.stderr)
   failed = sum(s.state is State.FAILED for s in found.values())
   if failed and not options.retry_failed:
-    print(f"--retry_failed runs the {failed} failed again.", file=sys.stderr)
+    print(f"--retry_failed runs the failed ones ({failed}) again.", file=sys.stderr)
   if signal is not None:
-    print("Stopped. The same command goes on.", file=sys.stderr)
+    print("Stopped. The same command continues the sweep.", file=sys.stderr)
     return 128 + signal
   for s in found.values():
     if s.state is State.INTERRUPTED:
       print(
         f"{s.name} was interrupted (exit code {s.exit_code}) at step {s.step}. The same "
-        "command goes on.",
+        "command continues it.",
         file=sys.stderr,
       )
   return int(any(s.state is not State.DONE for s in found.values()))

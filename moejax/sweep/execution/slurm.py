@@ -330,7 +330,7 @@ def _queued(
     jobs = slurm_queue.jobs({s.name for s, _ in newest.values()})
   except slurm_queue.QueueError as error:
     raise slurm_queue.QueueError(
-      f"{error} If Slurm surely has no job of this sweep any more, delete "
+      f"{error} If you are sure that Slurm has no more jobs of this sweep, delete "
       f"{workdir / FOLDER}."
     ) from error
   found = {(job.name, job.index): job for job in jobs}

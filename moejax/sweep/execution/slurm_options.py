@@ -87,28 +87,28 @@ def minutes(text: str) -> int:
 def define_flags() -> None:
   """Defines --slurm.NAME for each option."""
   text, number = flags.DEFINE_string, flags.DEFINE_integer
-  text("slurm.partition", "", "With --executor=slurm: partition; default Slurm's own.")
-  text("slurm.time", "1:00:00", "Time limit of a job; runs go on in a new one.")
-  number("slurm.nodes", 1, "Nodes of each run.")
-  number("slurm.tasks_per_node", 1, "Processes of each run on a node; one per GPU.")
-  number("slurm.gpus_per_node", None, "GPUs of each run on a node.")
-  number("slurm.cpus_per_task", None, "Cores of each process.")
-  text("slurm.mem", "", "Memory of each run on a node, such as 4G.")
-  number("slurm.array_parallelism", 256, "Most runs at once.")
-  text("slurm.account", "", "Account that is charged.")
+  text("slurm.partition", "", "With --executor=slurm: partition; default: Slurm's own.")
+  text("slurm.time", "1:00:00", "Time limit of a job; runs continue in a new one.")
+  number("slurm.nodes", 1, "Nodes per run.")
+  number("slurm.tasks_per_node", 1, "Processes of each run per node; one per GPU.")
+  number("slurm.gpus_per_node", None, "GPUs of each run per node.")
+  number("slurm.cpus_per_task", None, "Cores per process.")
+  text("slurm.mem", "", "Memory of each run per node, such as 4G.")
+  number("slurm.array_parallelism", 256, "Maximum number of runs at once.")
+  text("slurm.account", "", "Account to charge.")
   text("slurm.qos", "", "Quality of service.")
   text("slurm.constraint", "", "Features that the nodes must have.")
   flags.DEFINE_multi_string(
-    "slurm.setup", [], "Shell line before each run; may be given several times."
+    "slurm.setup", [], "Shell line to run before each run; may be given several times."
   )
   number(
     "slurm.signal_seconds",
     None,
-    f"Seconds before the time limit at which runs save; default {MAX_SIGNAL_SECONDS}, "
+    f"Seconds before the time limit at which runs save; default: {MAX_SIGNAL_SECONDS}, "
     "at most a third of the limit.",
   )
   flags.DEFINE_bool(
-    "slurm.wait", True, "Show the runs until they end; otherwise leave after submitting."
+    "slurm.wait", True, "Show the runs until they end; otherwise exit after submitting."
   )
 
 

@@ -109,7 +109,7 @@ def check(options: SlurmOptions) -> None:
     if limit is not None and options.minutes > minutes(limit):
       raise UserError(
         f"--slurm.time={options.time}: the partition {name} allows at most {limit} "
-        "(sinfo). Give less: a run that reaches the limit is requeued and goes on."
+        "(sinfo). Give less: a run that reaches the limit is requeued and continues."
       )
 
 

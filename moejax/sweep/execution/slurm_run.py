@@ -269,4 +269,4 @@ def _tell(made: Sequence[slurm.Submission], view: view_lib.View) -> None:
 
 def _tell_how_to_cancel(ids: Iterable[str]) -> None:
   command = slurm.cancel_command(ids)
-  print(f"The jobs go on. To cancel them: {command}", file=sys.stderr)
+  print(f"The jobs keep running. To cancel them: {command}", file=sys.stderr)

@@ -243,13 +243,13 @@ def read_record(path: Path) -> dict[str, Any]:
   Raises:
     DamagedError: it cannot be read.
   """
-  remedy = "Delete it: the run's own files say how far it came."
+  remedy = "Delete it: the run's own files show how far it got."
   found = _read(path / RECORD_FILE, remedy)
   workload, attempts = found.get("plan", {}), found.get("attempts", [])
   if not (
     _is_workload(workload) and isinstance(attempts, list) and all(map(_is_try, attempts))
   ):
-    raise DamagedError(f"{path / RECORD_FILE} is no record of a sweep's run. {remedy}")
+    raise DamagedError(f"{path / RECORD_FILE} is not a record of a sweep's run. {remedy}")
   return found
 
 
@@ -318,7 +318,9 @@ def _read_final(path: Path) -> dict[str, Any]:
   remedy = "Delete it: the run then evaluates its last checkpoint again."
   found = _read(path / EVAL_FILE, remedy)
   if found and not isinstance(found.get("step"), int):
-    raise DamagedError(f"{path / EVAL_FILE} has no whole number as its step. {remedy}")
+    raise DamagedError(
+      f"{path / EVAL_FILE} does not have a whole number as its step. {remedy}"
+    )
   return found
 
 
@@ -330,7 +332,7 @@ def _read(path: Path, remedy: str) -> dict[str, Any]:
   except (OSError, ValueError) as error:
     raise DamagedError(f"{path} cannot be read ({error}). {remedy}") from error
   if not isinstance(found, dict):
-    raise DamagedError(f"{path} holds no JSON object. {remedy}")
+    raise DamagedError(f"{path} does not contain a JSON object. {remedy}")
   return found
 
 

@@ -100,7 +100,7 @@ def read(workdir: Path) -> dict[str, dict[str, Any]]:
     UserError: it cannot be read.
   """
   path = workdir / directory.TIMING_FILE
-  remedy = "Delete it, and --time_steps measures again."
+  remedy = "Delete it, and --time_steps measures them again."
   try:
     found = files.read_json(path)
   except FileNotFoundError:

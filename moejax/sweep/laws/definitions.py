@@ -64,7 +64,7 @@ def _clark(config: Config, vocab: int) -> dict[str, float]:
   if d.num_selected != 1 or d.shared_hidden:
     raise ConfigError(
       f"--config.moe.num_selected={moe.num_selected}, segments={moe.segments}, "
-      f"num_shared={moe.num_shared}: Clark's law is of one chosen expert and no shared "
+      f"num_shared={moe.num_shared}: Clark's law assumes one chosen expert and no shared "
       "one. Use ludziejewski or abnar."
     )
   _, active = parameters.count_parameters(config, vocab)

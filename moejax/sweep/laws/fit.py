@@ -232,6 +232,6 @@ def _refuse_no_trend(compute: Floats, loss: Floats) -> None:
     raise UserError(f"The loss does not fall with compute ({spread}): no alpha. {remedy}")
   if p > _CHANCE and len(loss) > _TESTABLE:
     raise UserError(
-      f"The loss is not told to fall with compute ({spread}; Kendall's tau {tau:.2f}, "
-      f"and chance gives as much with p={p:.2f}): no alpha. {remedy}"
+      f"The loss does not fall significantly with compute ({spread}; Kendall's tau "
+      f"{tau:.2f}, p={p:.2f}): no alpha. {remedy}"
     )

@@ -219,8 +219,8 @@ def _minimum(budget: float, x: Floats, y: Floats) -> Minimum | Refused:
   if t < needed:
     return Refused(
       budget=budget,
-      why=f"the curvature is not told from the scatter of the losses (t={t:.2g}, and "
-      f"{needed:.2g} is needed): add sizes further away, or seeds",
+      why="the curvature cannot be distinguished from the scatter of the losses "
+      f"(t={t:.2g}, and {needed:.2g} is needed): add sizes further away, or seeds",
     )
   return Minimum(
     budget=budget,

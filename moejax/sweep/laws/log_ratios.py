@@ -87,7 +87,7 @@ def in_words(samples: Sequence[Sequence[LogRatio]]) -> list[str]:
   every = [r for sample in samples for r in sample]
   kinds = (
     ("never", "never reach the target: no lower bound"),
-    ("early", "are there before their first evaluation: no upper bound"),
+    ("early", "reach the target before their first evaluation: no upper bound"),
     ("lost", "of the baseline never reach the target: no upper bound"),
   )
   counts = [(sum(getattr(r, kind) for r in every), words) for kind, words in kinds]

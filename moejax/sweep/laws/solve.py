@@ -59,7 +59,9 @@ class Problem:
         raise UserError(f"fixed: {law.__name__} has no constant {name}. {remedy}")
     free = tuple(name for name in names if name not in fixed)
     if not free:
-      raise UserError(f"fixed: all constants of {law.__name__} are; leave some free.")
+      raise UserError(
+        f"fixed: all constants of {law.__name__} are fixed; leave some free."
+      )
     if not delta > 0:
       raise UserError(f"delta={delta:g}: the Huber loss needs a threshold above 0.")
     return cls(law=law(**fixed, **settings), free=free, delta=delta, published=published)
@@ -156,7 +158,7 @@ class Problem:
     flat = right[singular < _FLAT * singular[0]]
     if len(flat):
       names = np.array(self.free)[kept][np.linalg.norm(flat, axis=0) > _PART]
-      notes.append(f"the runs do not tell {', '.join(names)} apart: fix some")
+      notes.append(f"the runs do not distinguish {', '.join(names)}: fix some")
     return notes
 
   def _starts(self) -> Floats:

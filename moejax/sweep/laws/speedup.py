@@ -209,7 +209,7 @@ def against_baseline(
       f"{c.min():.3g} to {c.max():.3g}"
     )
   if not math.isfinite(high):
-    notes.append("the baseline's slope is not told from 0: no upper bound")
+    notes.append("the baseline's slope cannot be distinguished from 0: no upper bound")
   return Speedup(
     ratio=math.exp(needed - own),
     low=math.exp(low - own),

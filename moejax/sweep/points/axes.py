@@ -31,13 +31,13 @@ _WRITES = "it changes what a run writes, not what it learns"
 _MEASURES = "runs that are evaluated on different text cannot be compared"
 _READS = "it changes how batches are read, not what is in them"
 FIXED: Mapping[str, str] = {
-  "schema_version": "it is no setting",
+  "schema_version": "it is not a setting",
   "data.cache_dir": "it is a place for files, and all runs share it",
   "data.num_workers": _READS,
   "data.prefetch": _READS,
   "moe.allow_future_leak": "only generation reads it",
   "model.max_position": "only generation reads it",
-  "train.seed": "seeds are no axis; use --seeds=N, or --seeds=0,1,5 for a list",
+  "train.seed": "seeds are not an axis; use --seeds=N, or --seeds=0,1,5 for a list",
   "train.log_every": _WRITES,
   "train.eval_every": _WRITES,
   "train.eval_batches": _MEASURES,

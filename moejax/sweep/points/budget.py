@@ -44,7 +44,7 @@ SCALED_FIELDS = (
 _SHAPES = ("model", "moe", "data")
 """Sections whose fields can change the FLOPs of a token."""
 _NO_GROWTH = (
-  "--match_by={field}: FLOPs per token do not grow with it, so it cannot be solved. "
+  "--match_by={field}: FLOPs per token do not grow with it, so it cannot be solved for. "
   "Choose another, such as moe.hidden."
 )
 
@@ -111,9 +111,9 @@ def check_match(match: str, field: str) -> None:
   types = config_text.field_types()
   counts = [name for name, (kind, _) in types.items() if kind is int and name in RANGES]
   if field not in counts:
-    near = did_you_mean(field, counts) if field not in types else "It is no size."
+    near = did_you_mean(field, counts) if field not in types else "It is not a size."
     raise ConfigError(
-      f"--match_by={field}: no field that can be solved. {near} The default is "
+      f"--match_by={field}: not a field that can be solved for. {near} The default is "
       "moe.hidden."
     )
   if field.partition(".")[0] not in _SHAPES:
@@ -206,7 +206,9 @@ def check_budget(flops: float) -> None:
   """
   if not (isinstance(flops, int | float) and 0 < flops < math.inf):
     said = number(flops) if isinstance(flops, int | float) else show(flops)
-    raise ConfigError(f"--isoflop={said}: a budget is a number of FLOPs above 0: 1e13.")
+    raise ConfigError(
+      f"--isoflop={said}: a budget is a number of FLOPs above 0, such as 1e13."
+    )
 
 
 def spend(config: Config, flops: float) -> None:
@@ -270,7 +272,7 @@ def ladder(base: Config, flops: float) -> list[Size]:
     remedy = f"The nearest reachable budget is {near:g} FLOPs"
     raise ConfigError(
       f"--isoflop={flops:g}: {len(fit)} of the sizes around the base config can spend "
-      f"it, and a curve needs {_LEAST_SIZES}. {remedy}; or give sizes of your own, by "
+      f"it, and a curve needs {_LEAST_SIZES}. {remedy}; or set the sizes yourself, by "
       "--sweep.model.width or --sweep.model.num_layers, or a smaller base config."
     )
   here = _step_flops(base)

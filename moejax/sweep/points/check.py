@@ -80,11 +80,13 @@ def _check_variants(spec: Spec) -> None:
 
 def _check_numbers(spec: Spec) -> None:
   if not spec.seeds:
-    raise ConfigError("--seeds: there is none. Give at least 1.")
+    raise ConfigError("--seeds: no seed is given. Give at least 1.")
   for seed in spec.seeds:
     axes_lib.check_value("--seeds", SEED, seed)
   if len(set(spec.seeds)) != len(spec.seeds):
-    raise ConfigError(f"seeds {', '.join(map(str, spec.seeds))}: one is there twice.")
+    raise ConfigError(
+      f"seeds {', '.join(map(str, spec.seeds))}: one of them is given twice."
+    )
   for flops in spec.isoflop:
     budget.check_budget(flops)
 

@@ -214,7 +214,7 @@ def _kept(spec: Spec, point: Point) -> bool:
       words = " ".join(str(error).split())
       raise UserError(
         f"a condition fails at point {point.name}: {type(error).__name__}: {words}. It "
-        "gets a moejax.config.Config and returns whether the point is kept."
+        "must take a moejax.config.Config and return whether the point is kept."
       ) from error
   return True
 

@@ -145,8 +145,8 @@ def _add_routers(path: Path, values: Any) -> None:
       continue
     if not Path(str(file)).is_file():
       raise UserError(
-        f"{path}: this sweep has a router of {file}, which is gone. Put it back, or give "
-        f"its new place as {registry.ENV}=FILE and the sweep's flags again."
+        f"{path}: this sweep uses a router from {file}, which no longer exists. Restore "
+        f"it, or give its new path as {registry.ENV}=FILE and the sweep's flags again."
       )
     known.append(str(file))
   if known:
@@ -225,7 +225,7 @@ def differences(stored: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
   try:
     return _differences(stored, now)
   except (AttributeError, LookupError, TypeError, ValueError):
-    return [f"{SPEC_FILE} holds no specification of this moejax"]
+    return [f"{SPEC_FILE} does not contain a specification of this moejax"]
 
 
 def _differences(stored: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:

@@ -79,7 +79,7 @@ def _sufficient(
   if None in bad:
     refused = "a dropless run diverged"
   elif dropless is None:
-    refused = "no dropless run (capacity_factor none) is there to compare with"
+    refused = "there is no dropless run (capacity_factor none) to compare with"
   elif margin is None:
     refused = "dropless has one seed, and so no standard error"
   else:

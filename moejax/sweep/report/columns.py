@@ -28,10 +28,10 @@ def _table(*rows: tuple[str, str, str]) -> tuple[Column, ...]:
 
 COLUMNS = _table(
   ("run", "", "name of the run's directory"),
-  ("state", "", "done, unfinished, or the sweep's word, as in --status"),
+  ("state", "", "done, unfinished, or the state that --status shows"),
   ("seed", "", "train.seed"),
   ("steps", "", "optimizer steps taken: those logged, or all if done"),
-  ("num_steps", "", "optimizer steps asked for"),
+  ("num_steps", "", "optimizer steps requested"),
   ("parameters", "", "N_total: all parameters, embedding included"),
   ("active_parameters", "", "N_active: those a token uses, embedding included"),
   (
@@ -41,7 +41,7 @@ COLUMNS = _table(
   ),
   ("router_flops_per_token", "FLOP", "the routers' part of it"),
   ("expert_flops_per_token", "FLOP", "the routed and shared experts' part of it"),
-  ("tokens", "", "trained on: steps x batch size x sequence length"),
+  ("tokens", "", "training tokens: steps x batch size x sequence length"),
   ("training_flops", "FLOP", "C: flops_per_token x tokens"),
   ("loss", "nats/token", "held-out cross-entropy of the run's own final evaluation"),
   ("bits_per_byte", "bits/byte", "the same per byte of text"),

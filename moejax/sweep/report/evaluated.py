@@ -73,9 +73,9 @@ def in_words(found: Sequence[Setting], name: str) -> str:
     gap = summary.paired(best, setting)
     assert gap is not None
     near.append(f"{setting.label}, {words.difference(gap)}")
-  rest = f"Not told from it: {words.listed(near)}." if near else ""
+  rest = f"Not distinguishable from it: {words.listed(near)}." if near else ""
   if not near and len(ranked) == len(own):
-    rest = f"Every other is higher, with {summary.LEVEL:.0%} intervals above 0."
+    rest = f"Every other setting is higher, with {summary.LEVEL:.0%} intervals above 0."
   return (
     f"Of {len(ranked)} settings{words.all_seeds(own)}, {best.label} has the lowest mean "
     f"loss: {words.spread(best)} nats/token ({words.count(best.n, 'seed')}). {rest}"

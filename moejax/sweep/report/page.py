@@ -97,8 +97,8 @@ def _check_extra(workdir: pathlib.Path) -> None:
   missing = [name for name in _NEEDS if importlib.util.find_spec(name) is None]
   if missing:
     raise MissingExtraError(
-      f"{workdir / records_lib.CSV_FILE} is written, but not the page and the figures: "
-      f"they need {', '.join(missing)}. Install them with: pip install 'moejax[report]'."
+      f"Wrote {workdir / records_lib.CSV_FILE}, but not the page and the figures: they "
+      f"need {', '.join(missing)}. Install them with: pip install 'moejax[report]'."
     )
 
 

@@ -138,7 +138,7 @@ def _diverged(answer: Answer) -> str:
 def _ratio(speedup: Speedup) -> str:
   ratio = f"{speedup.bound} {speedup.ratio:.2f}x".lstrip()
   if speedup.bound:
-    return f"{ratio} (a side was there at its first evaluation: evaluate more often)"
+    return f"{ratio} (a side reached it before its first evaluation: evaluate more often)"
   if math.isnan(speedup.low):
     return f"{ratio} (one seed)"
   return f"{ratio} ({speedup.level:.0%} interval {speedup.low:.2f} to {speedup.high:.2f})"

@@ -108,9 +108,10 @@ def _saved(rows: charts.Rows, colour: alt.Color, most: str) -> Figure:
   return Figure(
     name="steps_saved",
     title="Steps saved over training",
-    caption="How many times fewer steps a sparse setting needs to the loss that the "
-    "dense twin has at a step, over the seeds that both have; above the dashed line it "
-    "learns in fewer steps. A line ends where the setting does not reach the twin's "
-    f"loss. Both sides decay their learning rates over the whole run.{most}",
+    caption="How many times fewer steps a sparse setting needs to reach the loss that "
+    "the dense twin has at a step, over the seeds that both have; above the "
+    "dashed line it learns in fewer steps. A line ends where the setting does "
+    "not reach the twin's loss. Both sides decay their learning rates over the "
+    f"whole run.{most}",
     chart=alt.layer(lines, even.encode(y="ratio:Q")).properties(height=charts.HEIGHT),
   )

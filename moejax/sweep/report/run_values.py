@@ -113,7 +113,9 @@ def _json(path: pathlib.Path, remedy: str) -> dict[str, Any]:
     words = " ".join(str(e).split())
     raise UserError(f"{path} cannot be read ({words}). {remedy}") from e
   if not isinstance(found, dict):
-    raise UserError(f"{path} cannot be read (it holds no JSON object). {remedy}")
+    raise UserError(
+      f"{path} cannot be read (it does not contain a JSON object). {remedy}"
+    )
   return found
 
 

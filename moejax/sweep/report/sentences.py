@@ -132,7 +132,7 @@ def _capacity(
     if answer.sufficient is None:
       text = (
         f"The largest capacity factor tried, {answer.largest:g}, has a loss more than "
-        f"one standard error above {than}, so that no smaller one is taken to suffice."
+        f"one standard error above {than}, so no smaller one is considered sufficient."
       )
     else:
       factor = answer.sufficient.values[analyses.CAPACITY]
@@ -143,8 +143,8 @@ def _capacity(
       )
       gap = summary.paired(answer.dropless, answer.sufficient)
       if gap is not None and gap.certain:
-        text += f" Seed by seed it differs all the same: {words.difference(gap)}."
-    out.append(Finding(topic="Capacity that suffices", text=text))
+        text += f" Seed by seed, it still differs: {words.difference(gap)}."
+    out.append(Finding(topic="Sufficient capacity", text=text))
   return out
 
 
@@ -210,7 +210,7 @@ def _lower(found: Sequence[Setting], best: Setting) -> str:
     if gap is not None and gap.estimate < 0 and setting.n < best.n:
       gaps.append(f"{setting.label} by {words.difference(gap)}")
   listed = words.listed(gaps)
-  return f"Lower in the seeds that it shares with it: {listed}." if gaps else ""
+  return f"Lower over the seeds they share: {listed}." if gaps else ""
 
 
 def _cheaper(found: Sequence[Setting], best: Setting) -> str:
@@ -229,8 +229,8 @@ def _cheaper(found: Sequence[Setting], best: Setting) -> str:
   gap = summary.paired(best, setting)
   assert gap is not None
   return (
-    f" {setting.label} cannot be told from it, {words.difference(gap)}, and takes "
-    f"{1 - cost / own:.0%} less time per step."
+    f" {setting.label} cannot be distinguished from it, {words.difference(gap)}, and "
+    f"takes {1 - cost / own:.0%} less time per step."
   )
 
 

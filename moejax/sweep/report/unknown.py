@@ -32,7 +32,7 @@ def _unfinished(records: Records) -> list[str]:
     named = "; ".join(f"{r.values['run']}: {r.values['state']}" for r in open_runs[:5])
     more = f"; and {len(open_runs) - 5} more" if len(open_runs) > 5 else ""
     out.append(
-      f"{len(open_runs)} of {len(records.runs)} runs are not finished and count in no "
+      f"{len(open_runs)} of {len(records.runs)} runs are not finished and are in no "
       f"figure or sentence. {named}{more}."
     )
   lost = [run.values["run"] for run in summary.diverged(records)]
@@ -57,11 +57,11 @@ def _incomparable(records: Records) -> list[str]:
   if len(tokens := distinct("eval_tokens")) > 1:
     out.append(
       f"Losses are of different held-out tokens ({tokens[0]:,} to {tokens[-1]:,}) and "
-      "compare only roughly. Evaluate every run on the same ones, or train with "
+      "are only roughly comparable. Evaluate every run on the same ones, or train with "
       "--config.train.final_eval_tokens=0."
     )
   if len(distinct("dataset")) > 1:
-    out.append("The runs read different texts: their losses do not compare.")
+    out.append("The runs read different texts: their losses are not comparable.")
   if len(distinct("revision")) > 1:
     out.append(f"The runs are of {len(distinct('revision'))} revisions of the code.")
   if len(distinct("num_steps")) > 1 and len(distinct("dropped_tail")) > 1:
@@ -82,7 +82,7 @@ def _seeds(found: Sequence[Setting]) -> list[str]:
     which = "Every setting has"
   advice = "Add seeds with --seeds=3." if len(single) == len(found) else ""
   return [
-    f"{which} one seed: nothing is known of the spread between seeds there, and a "
+    f"{which} one seed: nothing is known about the spread between seeds there, and a "
     f"difference may be chance. {advice}".rstrip()
   ]
 
@@ -96,13 +96,13 @@ def _unranked(found: Sequence[Setting]) -> list[str]:
   if len(short) == len(found):
     return [
       f"Which setting is best: none has {words.whole(len(seeds))}, and means over "
-      "different seeds compare only roughly, since a seed orders the text for every "
-      "setting alike."
+      "different seeds are only roughly comparable, since a seed orders the text for "
+      "every setting alike."
     ]
   named = words.listed([f"{s.label} ({words.seeds_of(s)})" for s in short])
   return [
     f"How settings with fewer than {len(seeds)} seeds rank, since a mean over other "
-    f"seeds is of another draw: {named}. Differences are taken over common seeds."
+    f"seeds is another draw: {named}. Differences are taken over common seeds."
   ]
 
 
@@ -219,6 +219,6 @@ def _sources(records: Records, found: Sequence[Setting]) -> list[str]:
     return []
   some = "Some step" if "timed" in sources else "Step"
   return [
-    f"{some} times were logged while training: runs beside each other slow each other. "
-    "A separate pass, --time_steps, times each shape alone."
+    f"{some} times were logged while training: runs on the same machine slow each other "
+    "down. A separate pass, --time_steps, times each shape alone."
   ]

@@ -259,14 +259,14 @@ def test_the_run_of_another_point_is_refused_and_kept(behaviours, tmp_path):
   shutil.copytree(first, third)
   before = {p: p.read_bytes() for p in third.rglob("*") if p.is_file()}
   with pytest.raises(
-    UserError, match=r"is of another run.* that of num_experts=2,seed=0"
+    UserError, match=r"belongs to another run.* that of num_experts=2,seed=0"
   ):
     sweep(workdir)
   said = io.StringIO()
   assert schedule.status(workdir, stream=said) == 1
   assert "4 runs: 3 done, 1 damaged" in said.getvalue()
   assert "num_experts=4,seed=0  damaged" in said.getvalue()
-  assert f"{third / 'config.json'} is of another run" in said.getvalue()
+  assert f"{third / 'config.json'} belongs to another run" in said.getvalue()
   assert before == {p: p.read_bytes() for p in third.rglob("*") if p.is_file()}
   assert len(trace(workdir)) == 4
   third.rename(tmp_path / "away")
@@ -349,7 +349,7 @@ def test_ctrl_c_stops_and_saves_the_runs_and_the_same_call_goes_on(behaviours, t
     process.send_signal(signal.SIGINT)
     out, err = process.communicate(timeout=60)
   assert process.returncode == 130, err
-  assert "saving every run" in err and "The same command goes on" in err
+  assert "saving every run" in err and "The same command continues the sweep" in err
   assert started(tmp_path / "s") == [FIRST]
   assert found(tmp_path / "s")[FIRST] is State.INTERRUPTED
   assert f"{FIRST}: interrupted" in out

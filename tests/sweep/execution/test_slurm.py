@@ -144,7 +144,7 @@ def test_status_without_slurm_shows_the_directories(programs, workdir, capsys):
   (programs / "squeue").write_text("#!/bin/sh\nexit 1")
   assert schedule.status(workdir) == 1
   said = capsys.readouterr()
-  assert "By the directories alone: squeue fails" in said.err
+  assert "Judging by the directories alone: squeue fails" in said.err
   assert "2 runs: 2 waiting" in said.out
 
 

@@ -233,7 +233,7 @@ def test_another_configs_run_is_not_done(run, has_own):
     directory.write_config(run, "a=1", CONFIG)
   found = states.examine(run)
   assert found.state is State.DAMAGED and "\n" not in found.damage
-  assert f"{run / 'config.json'} is of another run: " in found.damage
+  assert f"{run / 'config.json'} belongs to another run: " in found.damage
   assert f"Move {run} away" in found.damage
   named = (
     "its moe.num_experts is 8 and the point's 4; its train.seed is 3 and the point's"

@@ -218,7 +218,7 @@ def test_a_target_that_is_passed_before_the_first_point_gives_a_bound():
   result = speedup.to_quality(slow, [curve([2, 1.5], [10, 20])] * 2)
   assert (result.ratio, result.bound) == (10, speedup.AT_LEAST)
   assert (result.low, result.high) == (10, math.inf)
-  assert "2 of 2 seeds are there before their first evaluation" in result.notes[-1]
+  assert "2 of 2 seeds reach the target before their first evaluation" in result.notes[-1]
   # Exactly there at the first point is no bound.
   assert not speedup.to_quality(slow, [curve([3, 2], [10, 20])] * 2).bound
   rises = [curve([2, 3, 4], [10, 50, 100])]

@@ -84,10 +84,10 @@ def test_all_zips_are_one_axis_at_the_place_of_the_first():
     ),
     (
       "sweep.train.seed=1,2",
-      "seeds are no axis; use --seeds=N, or --seeds=0,1,5 for a list.",
+      "seeds are not an axis; use --seeds=N, or --seeds=0,1,5 for a list.",
     ),
     ("sweep.data.cache_dir=a,b", "may not vary within a sweep: it is a place for files"),
-    ("sweep.schema_version=1,2", "it is no setting."),
+    ("sweep.schema_version=1,2", "it is not a setting."),
   ],
 )
 def test_a_mistake_is_one_line_with_the_flag_and_a_remedy(line, part):

@@ -155,7 +155,7 @@ def test_the_solution_is_the_nearest_one():
       "moe.num_experts",
       (64,),
       "moe.jitter",
-      "--match_by=moe.jitter: no field that can be",
+      "--match_by=moe.jitter: not a field that can be",
     ),
     ("moe.hidden", (64, 512), "moe.hidden", "--match=active_flops solves this field"),
   ],

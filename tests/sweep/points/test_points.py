@@ -256,9 +256,9 @@ def test_variants_are_an_axis_by_their_names():
       {"variants": {"a": {}, "b": {}}},
       "twice: variant=a,seed=0 and variant=b,seed=0",
     ),
-    ((), {"seeds": ()}, "--seeds: there is none"),
+    ((), {"seeds": ()}, "--seeds: no seed is given"),
     ((), {"seeds": (-1,)}, "--seeds=-1 must be at least 0"),
-    ((), {"seeds": (1, 1)}, "seeds 1, 1: one is there twice"),
+    ((), {"seeds": (1, 1)}, "seeds 1, 1: one of them is given twice"),
     (
       (axes.product("moe.hidden", *range(1, 101)),),
       {"seeds": range(1001)},

@@ -205,7 +205,9 @@ def test_a_router_of_ones_own_is_found_again(tmp_path, monkeypatch):
     del registry.ROUTERS["mine"]
     monkeypatch.setenv(registry.ENV, "")
     file.unlink()
-    with pytest.raises(UserError, match=r"has a router of .*mine\.py, which is gone"):
+    with pytest.raises(
+      UserError, match=r"router from .*mine\.py, which no longer exists"
+    ):
       stored.read(tmp_path)
     # Written before such files were stored.
     (tmp_path / SPEC_FILE).write_text(json.dumps(values | {"routers": []}))

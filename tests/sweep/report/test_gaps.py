@@ -64,7 +64,7 @@ def test_factors_without_a_common_seed_are_not_compared():
   largest = cases.record(3.2, seed=2, moe__capacity_factor=2.0)
   runs = [*capacity(1.0, 3.0), largest, *capacity(None, 2.99, (0.0, 0.1))]
   said = write(runs)
-  assert topic(said, "Capacity that suffices") == []
+  assert topic(said, "Sufficient capacity") == []
   why = "Which capacity factor suffices: 2 and dropless have no seed in common."
   assert why in said.unknown
 
@@ -77,12 +77,12 @@ def test_a_factor_that_diverged_does_not_suffice():
     [*capacity(2.0, 2.9, (0.0, 0.1)), lost(2, moe__capacity_factor=2.0)],
   ):
     said = write([*rest, *bad])
-    assert topic(said, "Capacity that suffices") == []
+    assert topic(said, "Sufficient capacity") == []
     assert "Which capacity factor suffices: a run at 2 diverged." in said.unknown
   said = write(
     [*capacity(2.0, 3.0), *capacity(None, 3.0), lost(0, moe__capacity_factor=1.0)]
   )
-  (text,) = topic(said, "Capacity that suffices")
+  (text,) = topic(said, "Sufficient capacity")
   assert text.startswith("From 2 on")
 
 
@@ -94,7 +94,7 @@ def test_without_dropless_or_its_error_no_factor_suffices():
   )
   said = write([*bounded, cases.record(2.9, moe__capacity_factor=None)])
   assert any("dropless has one seed" in text for text in said.unknown)
-  assert topic(said, "Capacity that suffices") == []
+  assert topic(said, "Sufficient capacity") == []
 
 
 def test_a_doubling_with_one_seed_is_unknown():
@@ -112,7 +112,7 @@ def test_the_best_of_those_with_all_seeds_is_not_the_best_of_all():
   said = write([*dense, *sparse])
   assert topic(said, "Lowest loss") == [
     "Only dense_twin=true has all 3 seeds, with a mean loss of 3.1000 ± 0.0577 "
-    "nats/token. Lower in the seeds that it shares with it: dense_twin=false by -0.2000 "
+    "nats/token. Lower over the seeds they share: dense_twin=false by -0.2000 "
     "nats/token (90% interval -0.2000 to -0.2000, 2 seeds)."
   ]
   assert not any(finding.command for finding in said.findings)
@@ -123,7 +123,7 @@ def test_the_best_of_several_with_all_seeds_says_so():
   runs = [*experts(4, 3.0), *experts(8, 2.8, (0.0, 0.1)), *experts(16, 2.95)]
   (text,) = topic(write(runs), "Lowest loss")
   assert text.startswith("Of 2 settings with all 3 seeds, num_experts=16 has the lowest")
-  assert "Lower in the seeds that it shares with it: num_experts=8 by -0.1500" in text
+  assert "Lower over the seeds they share: num_experts=8 by -0.1500" in text
   (front,) = topic(
     write([*runs, *experts(32, 2.9, step_ms=30)]), "Loss against step time"
   )
@@ -202,7 +202,7 @@ def test_other_evaluations_have_a_sentence_and_a_table():
   said = write(runs)
   assert topic(said, "Evaluated on test@1.25") == [
     "Of 2 settings, num_experts=8 has the lowest mean loss: 2.0500 ± 0.0577 nats/token "
-    "(3 seeds). Every other is higher, with 90% intervals above 0."
+    "(3 seeds). Every other setting is higher, with 90% intervals above 0."
   ]
   found = cases.of(runs)
   settings = summary.settings(found)

@@ -128,7 +128,7 @@ def test_a_loss_passed_before_the_first_evaluation_is_a_bound():
   """The setting begins below the twin's end: 4x is the least that it can be."""
   found = cases.of([*sweep()[:2], *runs((2.0, 1.9, 1.8, 1.7), twin=False)])
   (answer,) = quality.speedups(summary.settings(found))
-  assert "with at least 4.00x (a side was there" in quality.in_words([answer])
+  assert "with at least 4.00x (a side reached it before" in quality.in_words([answer])
 
 
 def test_nobody_gets_there():

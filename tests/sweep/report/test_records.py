@@ -182,7 +182,7 @@ def test_csv_and_json_hold_the_same_rows(tmp_path):
   ("name", "content", "says"),
   [
     ("eval.json", "{", "eval.json cannot be read"),
-    ("eval.json", "[]", "holds no JSON object"),
+    ("eval.json", "[]", "does not contain a JSON object"),
     ("eval.json", '{"step": 20, "loss": "low"}', "loss is 'low'"),
     ("eval_20_test.json", "nonsense", "eval_20_test.json cannot be read"),
     ("config.json", "{", "config.json cannot be read"),

@@ -103,7 +103,7 @@ def test_a_difference_that_may_be_nothing_is_unknown():
   # It has the lowest mean all the same, and the cheaper one may be as good.
   (best,) = topic(said, "Lowest loss")
   assert best.startswith("num_experts=8 has the lowest mean loss: 2.9500 ± 0.1500")
-  assert "num_experts=4 cannot be told from it, +0.0500" in best
+  assert "num_experts=4 cannot be distinguished from it, +0.0500" in best
   assert best.endswith("and takes 33% less time per step.")
 
 
@@ -144,7 +144,7 @@ def test_one_seed_claims_no_difference():
   """What is left is the order of the means, and the advice to add seeds."""
   said = write(cases.grid(num_seeds=1))
   assert topic(said, "Doubling the experts") == []
-  assert topic(said, "Capacity that suffices") == []
+  assert topic(said, "Sufficient capacity") == []
   assert any(
     text.startswith("Every setting has one seed") and "--seeds=3" in text
     for text in said.unknown
@@ -158,14 +158,13 @@ def test_capacity_is_said_per_expert_count():
     both = {"moe__num_experts": e}
     runs += cases.seeds(2.0, (-0.1, 0.1), moe__capacity_factor=None, **both)
     runs += cases.seeds(loss, (-0.1, 0.1), moe__capacity_factor=1.25, **both)
-  assert topic(write(runs), "Capacity that suffices") == [
+  assert topic(write(runs), "Sufficient capacity") == [
     "From 1.25 on, every capacity factor tried has a loss (2.0500 at 1.25) within one "
-    "standard error of dropless (2.0000 ± 0.1000), with num_experts=4. Seed by seed it "
-    "differs all the same: +0.0500 nats/token (90% interval +0.0500 to +0.0500, 2 "
-    "seeds).",
+    "standard error of dropless (2.0000 ± 0.1000), with num_experts=4. Seed by seed, it "
+    "still differs: +0.0500 nats/token (90% interval +0.0500 to +0.0500, 2 seeds).",
     "The largest capacity factor tried, 1.25, has a loss more than one standard error "
-    "above dropless (2.0000 ± 0.1000), with num_experts=8, so that no smaller one is "
-    "taken to suffice.",
+    "above dropless (2.0000 ± 0.1000), with num_experts=8, so no smaller one is "
+    "considered sufficient.",
   ]
 
 
