@@ -143,7 +143,7 @@ def test_a_model_that_transformers_lacks_is_refused_with_the_nearest(change, wor
       {},
       "switch_transformers",
       "--architecture=switch_transformers cannot represent this model: "
-      "--config.model.kind=decoder, and switch_transformers is an encoder-decoder. Leave "
+      "--config.model.kind=decoder, but switch_transformers is an encoder-decoder. Leave "
       "the flag out to see the nearest one.",
     ),
     ({}, "mixtrall", "--architecture=mixtrall is unknown. Did you mean"),
