@@ -243,10 +243,9 @@ class EncoderDecoder(Decoder):
     if cache is None:
       x, auxes, _ = self.stack.run(own, x, inputs, key, told)
       return x, auxes, None
+    assert cache.memory is not None
     x, auxes, layers = self.stack.run(
-      *(own, x, inputs, key, told),
-      cache=cache.layers,
-      remembered=None if cache.memory is None else cache.memory.layers,
+      *(own, x, inputs, key, told), cache=cache.layers, remembered=cache.memory.layers
     )
     return x, auxes, dataclasses.replace(cache, layers=layers)
 
