@@ -245,7 +245,8 @@ def test_a_run_whose_directory_is_removed_ends_with_one_line(config, tmp_path, s
         shutil.rmtree(workdir)
       return super().write(text)
 
-  with pytest.raises(UserError, match=f"--workdir={workdir} was removed.*again from step 0"):
+  gone = f"--workdir={workdir} was removed.*again from step 0"
+  with pytest.raises(UserError, match=gone):
     loop.train(config, workdir, devices=jax.devices()[:1], stream=Remover())
   assert not states
   for _ in range(2):

@@ -95,7 +95,7 @@ def num_resumed(workdir) -> int:
 
 
 def storm(workdir, cache, rng) -> tuple[int, int | None]:
-  """Starts a sweep until it is done, and disturbs it: (times it was killed, exit code)."""
+  """Starts a sweep until it is done and disturbs it: (times it was killed, exit code)."""
   kills, code = 0, None
   for attempt in range(40):
     how = ("scheduler", "kill", "term")[attempt % 3]
