@@ -39,8 +39,8 @@ def seen(placement: Placement, first: jax.Array, count: int) -> Placement:
 def test_a_window_is_a_slice_of_the_dense_weights(name):
   """For every first expert, also where windows overlap; and it keeps the contract."""
   placement = placements()[name]
-  send = jax.vmap(lambda group: group.dispatch_weights())
-  back = jax.vmap(lambda group: group.combine_weights())
+  send = jax.jit(jax.vmap(lambda group: group.dispatch_weights()))
+  back = jax.jit(jax.vmap(lambda group: group.combine_weights()))
   for first in range(E - WINDOW + 1):
     part = seen(placement, jnp.int32(first), WINDOW)
     here = slice(first, first + WINDOW)
@@ -66,10 +66,10 @@ def test_windows_add_up_to_the_whole(name, dispatcher):
   groups = placement.num_groups
   x = jax.random.normal(jax.random.key(3), (groups, T, D))
   weights = make_weights(jax.random.key(4), E, D, 6, "gelu")
+  run = jax.jit(lambda part, own: layout.of(part).run(x, own, activation="gelu"))
   total = jnp.zeros_like(x)
   for first in range(0, E, WINDOW):
     own = jax.tree.map(lambda w, first=first: w[first : first + WINDOW], weights)
-    part = layout.of(seen(placement, jnp.int32(first), WINDOW))
-    total += part.run(x, own, activation="gelu")
-  whole = layout.of(placement).run(x, weights, activation="gelu")
+    total += run(seen(placement, jnp.int32(first), WINDOW), own)
+  whole = run(placement, weights)
   np.testing.assert_allclose(total, whole, rtol=1e-5, atol=1e-5)

@@ -66,8 +66,8 @@ def test_attention(window):
       out = jax.nn.dot_product_attention(q, k, v, mask=mask)
     return jnp.sum(out * weights), out
 
-  got, got_out = jax.grad(fused, argnums=(0, 1, 2), has_aux=True)(q, k, v)
-  want, want_out = jax.grad(plain, argnums=(0, 1, 2), has_aux=True)(q, k, v)
+  got, got_out = jax.jit(jax.grad(fused, (0, 1, 2), has_aux=True))(q, k, v)
+  want, want_out = jax.jit(jax.grad(plain, (0, 1, 2), has_aux=True))(q, k, v)
   np.testing.assert_allclose(got_out, want_out, atol=2e-5)
   for a, b in zip(got, want, strict=True):
     np.testing.assert_allclose(a, b, atol=2e-4)

@@ -104,24 +104,32 @@ def run(name: str, logits, options: dict, valid=None, key=None, **extra):
   if "bias" in extra:
     extra["params"] = {"bias": extra.pop("bias")}
   valid = jnp.ones(logits.shape[:2], bool) if valid is None else valid
-  parts = [
-    router(
-      RouterInputs(logits=logits[g], valid=valid[g], key=key, **extra),
-      SlotPolicy(**options),
-    )
-    for g in range(logits.shape[0])
-  ]
-  return jax.tree.map(lambda *leaves: jnp.stack(leaves), *parts)
+
+  @jax.jit
+  def groups(logits, valid, key, extra):
+    parts = [
+      router(
+        RouterInputs(logits=logits[g], valid=valid[g], key=key, **extra),
+        SlotPolicy(**options),
+      )
+      for g in range(logits.shape[0])
+    ]
+    return jax.tree.map(lambda *leaves: jnp.stack(leaves), *parts)
+
+  return groups(logits, valid, key, extra)
 
 
+@jax.jit
 def combine(routing: Routing) -> jax.Array:
   return jax.vmap(lambda group: group.combine_weights())(routing.placement)
 
 
+@jax.jit
 def mask(routing: Routing) -> jax.Array:
   return jax.vmap(lambda group: group.dispatch_mask())(routing.assignments)
 
 
+@functools.partial(jax.jit, static_argnames="first")
 def balance(routing: Routing, valid=None, *, first=False, chosen=None) -> jax.Array:
   """Mean over groups of the balance loss."""
   shape = routing.probs.shape[:2]
@@ -133,6 +141,7 @@ def balance(routing: Routing, valid=None, *, first=False, chosen=None) -> jax.Ar
   return jnp.mean(jax.vmap(losses.balance_loss)(routing.probs, chosen, valid))
 
 
+@jax.jit
 def z(logits, valid=None) -> jax.Array:
   """Mean over groups of the z-loss."""
   valid = jnp.ones(logits.shape[:2], bool) if valid is None else valid
@@ -171,6 +180,6 @@ def check_gradients(g: Golden, route, first: bool, valid=None) -> None:
   def aux(logits):
     return balance(route(logits), valid, first=first)
 
-  g.near("grad_logits_combine", jax.grad(combined)(logits), 1e-5)
+  g.near("grad_logits_combine", jax.jit(jax.grad(combined))(logits), 1e-5)
   if "grad_logits_aux" in g:
-    g.near("grad_logits_aux", jax.grad(aux)(logits), 1e-5)
+    g.near("grad_logits_aux", jax.jit(jax.grad(aux))(logits), 1e-5)

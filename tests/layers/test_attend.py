@@ -54,7 +54,8 @@ def test_values(with_sinks, value_width):
   query, key, value, sinks = draw(value_width)
   sinks = sinks if with_sinks else None
   context = make_context(window=3)
-  got = attend(query, key, value, context, scale=0.7, sinks=sinks)
+  run = jax.jit(lambda q, k, v: attend(q, k, v, context, scale=0.7, sinks=sinks))
+  got = run(query, key, value)
   want = reference(query, key, value, context.mask, 0.7, sinks)
   np.testing.assert_allclose(got, want, atol=1e-5)
 
@@ -110,7 +111,7 @@ def test_the_kernel_for_tpus_has_sinks_scales_and_narrower_values(window):
     return jnp.sum(out * weights.astype(out.dtype)[None, None, None]), out
 
   both = [
-    jax.grad(functools.partial(loss, f), argnums=(0, 1, 2, 3), has_aux=True)(*args)
+    jax.jit(jax.grad(functools.partial(loss, f), (0, 1, 2, 3), has_aux=True))(*args)
     for f in (fused, plain)
   ]
   for got, want in zip(*(jax.tree.leaves(b) for b in both), strict=True):

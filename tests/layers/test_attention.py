@@ -49,7 +49,9 @@ def test_bias_then_norm_then_clip_then_attention(scope, clip):
   context = Context(
     positions=jnp.zeros((B, S), jnp.int32), mask=mask, segment_ids=segments
   )
-  got = shell.merge(params)(jnp.asarray(x, jnp.float32), context, None)[0]
+  got = jax.jit(lambda params, x: shell.merge(params)(x, context, None)[0])(
+    params, jnp.asarray(x, jnp.float32)
+  )
 
   p = jax.tree.map(lambda a: np.asarray(a, np.float64), params)
 

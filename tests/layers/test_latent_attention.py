@@ -50,7 +50,7 @@ def test_equations_of_the_paper():
   """Equations 37 to 47 in float64, with the norms of the released code, by head."""
   _, shell, params = make(q_rank=7, rope_interleaved=True, attention_bias=True)
   context = make_context()
-  got = shell.merge(params)(X, context, None)[0]
+  got = jax.jit(lambda params: shell.merge(params)(X, context, None)[0])(params)
   p = jax.tree.map(lambda a: np.asarray(a, np.float64), params)
   x = np.asarray(X, np.float64)
 

@@ -32,9 +32,14 @@ def make(moe: MoEConfig, model: ModelConfig = MODEL):
 def call(shell, params, x, valid=None, *, train=True, capacity_factor=None, key=None):
   valid = jnp.ones(x.shape[:2], bool) if valid is None else valid
   ids = jnp.zeros(x.shape[:2], jnp.int32)
-  return shell.merge(params)(
-    x, valid, ids, key=key, train=train, capacity_factor=capacity_factor
-  )
+
+  @jax.jit
+  def run(params, x, valid, ids, key):
+    return shell.merge(params)(
+      x, valid, ids, key=key, train=train, capacity_factor=capacity_factor
+    )
+
+  return run(params, x, valid, ids, key)
 
 
 def inputs(seed=0, dtype=jnp.float32):

@@ -86,13 +86,10 @@ def test_the_layer_gives_every_router_what_it_needs(name):
   k = E if name == "dense" else config(name).num_selected
   options = SlotPolicy(num_experts=E, num_selected=k, capacity=S * k // E)
   made = inputs_by_hand(params["router"], x, valid, assigned)
-  routing = jax.vmap(lambda group: ROUTERS[name]()(group, options))(made)
-  send = np.asarray(
-    jax.vmap(lambda r: r.dispatch_weights())(routing.placement), np.float64
-  )
-  back = np.asarray(
-    jax.vmap(lambda r: r.combine_weights())(routing.placement), np.float64
-  )
+  route = jax.jit(jax.vmap(lambda group: ROUTERS[name]()(group, options)))
+  routing = route(made)
+  dense = jax.jit(jax.vmap(lambda r: (r.dispatch_weights(), r.combine_weights())))
+  send, back = (np.asarray(w, np.float64) for w in dense(routing.placement))
   w = {k: np.asarray(v, np.float64) for k, v in params["experts"].items()}
   rows = np.einsum("gtec,gtd->gecd", send, np.asarray(x, np.float64))
   hidden = np.einsum("gecd,edf->gecf", rows, w["w_in"])

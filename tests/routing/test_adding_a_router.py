@@ -63,7 +63,7 @@ def test_its_choice_is_that_of_numpy(config):
     params={k: jnp.asarray(v, jnp.float32) for k, v in params.items()},
   )
   router, policy = ROUTERS["tempered"](), SlotPolicy(num_experts=E, num_selected=K)
-  got = router(inputs, policy)
+  got = jax.jit(lambda inputs: router(inputs, policy))(inputs)
   hot = logits.astype(np.float64) * np.exp(temperature)
   probs = np.stack([reference.softmax(row) for row in hot])
   best = np.argsort(-(probs + boost), axis=1)[:, :K]

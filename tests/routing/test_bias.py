@@ -12,6 +12,8 @@ from moejax.routing import bias as bias_lib
 from moejax.routing.base import RouterInputs, RouterStats, SlotPolicy
 from moejax.routing.registry import ROUTERS
 
+quantile_step = jax.jit(bias_lib.quantile_step, static_argnames="rate")
+
 
 def stats_of(chosen, num_valid, mean, spread) -> RouterStats:
   """Of one layer, whose experts' scores have these moments."""
@@ -34,7 +36,7 @@ def test_the_step_is_the_distance_of_two_normal_quantiles():
   """Three experts, K=1, 100 tokens: shares 0.6, 0.3, 0.1, wanted 1/3 each."""
   spread = np.array([0.1, 0.2, 0.05])
   stats = stats_of([60, 30, 10], 100, [0.5, 0.4, 0.6], spread)
-  got = bias_lib.quantile_step(jnp.zeros(3), stats, 0.5)
+  got = quantile_step(jnp.zeros(3), stats, 0.5)
   z = statistics.NormalDist().inv_cdf
   expected = 0.5 * spread * np.array([z(1 / 3) - z(f) for f in (0.6, 0.3, 0.1)])
   np.testing.assert_allclose(got, expected - expected.mean(), rtol=2e-4)
@@ -59,7 +61,7 @@ def test_a_step_is_up_exactly_for_experts_below_their_share(counts, k):
   tokens = max(1, int(counts.sum()) // k, int(counts.max()))
   same = np.ones(len(counts))
   stats = stats_of(counts, tokens, 0.5 * same, 0.1 * same)
-  step = np.asarray(bias_lib.quantile_step(jnp.zeros(len(counts)), stats, 0.2))
+  step = np.asarray(quantile_step(jnp.zeros(len(counts)), stats, 0.2))
   assert np.isfinite(step).all() and abs(step.mean()) < 1e-6
   order = np.argsort(counts, kind="stable")
   assert (np.diff(step[order]) <= 1e-6).all()
@@ -70,7 +72,7 @@ def test_a_step_is_up_exactly_for_experts_below_their_share(counts, k):
 def test_a_batch_of_padding_moves_nothing():
   before = jnp.asarray([0.3, -0.1, 0.0])
   stats = stats_of([0, 0, 0], 0, [0, 0, 0], [0, 0, 0])
-  got = bias_lib.quantile_step(before, stats, 0.2)
+  got = quantile_step(before, stats, 0.2)
   np.testing.assert_array_equal(got, before)
 
 
@@ -109,6 +111,7 @@ def test_moments_are_sums_over_tokens_that_are_not_padding():
   logits = np.random.default_rng(1).normal(size=(10, 4)).astype(np.float32)
   inputs = RouterInputs(logits=jnp.asarray(logits), valid=jnp.arange(10) < 7)
   options = SlotPolicy(num_experts=4, num_selected=2)
-  moments = ROUTERS["quantile_bias"]()(inputs, options).stats.extra["moments"]
+  route = jax.jit(lambda inputs: ROUTERS["quantile_bias"]()(inputs, options).stats)
+  moments = route(inputs).extra["moments"]
   scores = 1 / (1 + np.exp(-logits[:7].astype(np.float64)))
   np.testing.assert_allclose(moments, [scores.sum(0), (scores**2).sum(0)], rtol=1e-5)

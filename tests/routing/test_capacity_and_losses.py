@@ -85,11 +85,13 @@ def test_losses_equal_the_oracle_in_value_and_gradient():
   def balance(logits):
     return balance_loss(jax.nn.softmax(logits), jnp.float32(counts), jnp.asarray(valid))
 
-  value, grad = jax.value_and_grad(balance)(jnp.asarray(logits))
+  value, grad = jax.jit(jax.value_and_grad(balance))(jnp.asarray(logits))
   np.testing.assert_allclose(value, reference.balance_loss(probs, counts, valid), 1e-5)
   want = reference.balance_loss_backward(probs, counts, valid)
   np.testing.assert_allclose(grad, want, rtol=1e-4, atol=1e-7)
-  value, grad = jax.value_and_grad(z_loss)(jnp.asarray(logits), jnp.asarray(valid))
+  value, grad = jax.jit(jax.value_and_grad(z_loss))(
+    jnp.asarray(logits), jnp.asarray(valid)
+  )
   np.testing.assert_allclose(value, reference.z_loss(logits, valid), rtol=1e-5)
   want = reference.z_loss_backward(logits, valid)
   np.testing.assert_allclose(grad, want, rtol=1e-4, atol=1e-7)

@@ -1,6 +1,7 @@
 """Quantile Balancing: the bias is the quantile, by numpy, over the whole batch."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -30,6 +31,7 @@ def spread_logits(seed: int, groups: int = 1) -> np.ndarray:
   return rng.normal(centres, 1.0, (groups, T, E)).astype(np.float32)
 
 
+@functools.partial(jax.jit, static_argnames="options")
 def stats_of(logits, valid, bias, options=OPTIONS, **extra) -> RouterStats:
   """Of all groups together, as training has them."""
   router = QuantileBalancing()

@@ -119,7 +119,7 @@ def test_an_absent_expert_takes_nobody(name):
     features={"noise_logits": jnp.zeros((64, 8))},
     present=present,
   )
-  routing = router(inputs, policy)
+  routing = jax.jit(lambda inputs: router(inputs, policy))(inputs)
   np.testing.assert_array_equal(
     np.asarray(routing.assignments.load)[~np.asarray(present)], 0
   )
@@ -180,6 +180,6 @@ def test_first_choices_are_counted_before_overflow_moves_them():
   logits = jnp.tile(jnp.asarray([[3.0, 2.0, 1.0]]), (6, 1))
   options = SlotPolicy(num_experts=3, capacity=2, overflow="next_best")
   inputs = RouterInputs(logits=logits, valid=jnp.ones(6, bool))
-  routing = ROUTERS["switch"]()(inputs, options)
+  routing = jax.jit(lambda inputs: ROUTERS["switch"]()(inputs, options))(inputs)
   np.testing.assert_array_equal(routing.assignments.load, [2, 2, 2])
   np.testing.assert_array_equal(first_choices(routing, inputs.valid), [6, 0, 0])

@@ -290,7 +290,7 @@ def test_switch_gate_reaches_the_router():
     inputs = RouterInputs(logits=logits, valid=jnp.ones(T, bool))
     return jnp.sum(ROUTERS["switch"]()(inputs, opts).assignments.gate)
 
-  assert float(jnp.linalg.norm(jax.grad(total)(logits))) > 0.1
+  assert float(jnp.linalg.norm(jax.jit(jax.grad(total))(logits))) > 0.1
 
 
 def test_groups_do_not_see_each_other():
