@@ -1,8 +1,8 @@
 # Two commands do everything: `make train` and `make test`. Each sets up .venv itself.
 #
 #   make train [ARGS="--config.moe.num_experts=16"] [WORKDIR=runs/mine]
-#   make test | test-thorough | test-core | test-all | test-browser | test-slurm |
-#     test-lm-eval | test-matrix | lint | docs | benchmark | clean
+#   make test | test-thorough | test-core | test-all | test-bucket | test-browser |
+#     test-slurm | test-hf | test-lm-eval | test-matrix | lint | docs | benchmark | clean
 #
 # PYTHON=3.12, or the path of an interpreter, says what to make .venv with; without it,
 # the newest one that is supported and found on the PATH. VENV=.venv-3.12 puts it
@@ -10,6 +10,7 @@
 
 SHELL := /bin/bash
 VENV := .venv
+HF_VENV := .venv-hf
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 WORKDIR ?= runs/default
@@ -28,13 +29,13 @@ CORE := tests/routing tests/experts tests/dispatch tests/layers tests/models \
   tests/train/test_optimizer.py tests/checkpoint/test_manager.py tests/evaluate \
   tests/cli tests/config/test_check.py tests/config/test_text.py \
   tests/test_packaging.py
-ANYWHERE := not browser and not slurm and not lm_eval
+ANYWHERE := not browser and not slurm and not lm_eval and not hf
 FAST := not slow and not thorough and $(ANYWHERE)
 THOROUGH := thorough and not slow and $(ANYWHERE)
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help setup train test test-thorough test-core test-all test-browser test-slurm \
-  test-lm-eval test-matrix lint format docs benchmark clean
+.PHONY: help setup train test test-thorough test-core test-all test-bucket test-browser \
+  test-slurm test-hf test-lm-eval test-matrix lint format docs benchmark clean
 
 help:
 	@sed -n '3,5s/^# *//p' Makefile
@@ -76,11 +77,22 @@ test-matrix:
 
 # Then the targets that need more than Python; what is missing is named.
 test-all: $(STAMP)
-	$(BIN)/python -m pytest -q $(SPREAD) -m "$(ANYWHERE)" $(ARGS)
+	$(BIN)/python -m pytest -q $(SPREAD) -m "$(ANYWHERE) and not bucket" $(ARGS)
+	$(MAKE) test-bucket
 	@if command -v "$${CHROMIUM:-chromium}" > /dev/null; then $(MAKE) test-browser; \
 	else echo "Not run: make test-browser (chromium is not on the PATH)."; fi
 	@if command -v sbatch > /dev/null && [ "$$(id -u)" = 0 ]; then $(MAKE) test-slurm; \
 	else echo "Not run: make test-slurm (needs Slurm and root)."; fi
+	@if [ -x $(HF_VENV)/bin/python ]; then $(MAKE) test-hf; \
+	else echo "Not run: make test-hf (installs torch and transformers in $(HF_VENV))."; fi
+	@if $(BIN)/python -c "import lm_eval" 2> /dev/null; then $(MAKE) test-lm-eval; \
+	else echo "Not run: make test-lm-eval (installs lm_eval in $(VENV))."; fi
+
+# Runs in a bucket: an emulated one, through which faults are sent. The quick ones are
+# in `make test`, too.
+test-bucket: $(STAMP)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[test]"
+	CI=1 $(BIN)/python -m pytest -q $(SPREAD) -m bucket tests/buckets $(ARGS)
 
 # The pages of reports and analyses in Chromium, which must be installed: chromium on the
 # PATH, or CHROMIUM=its path.
@@ -99,6 +111,15 @@ test-slurm: $(STAMP)
 	  echo "error: make test-slurm must run as root: it starts Slurm's daemons." >&2; \
 	  exit 1; }
 	$(BIN)/python -m pytest -q -m slurm tests/sweep tests/deploy $(ARGS)
+
+# Published models against Transformers and the evaluation harness's own model. In an
+# environment of their own: torch is large, and other tests run without it.
+test-hf: $(STAMP)
+	@[ -x $(HF_VENV)/bin/python ] || $(BIN)/python -m venv $(HF_VENV)
+	$(HF_VENV)/bin/python -m pip install --quiet --constraint constraints.txt \
+	  --editable ".[hf-test]"
+	MOEJAX_TRANSFORMERS_PYTHON=$(HF_VENV)/bin/python $(BIN)/python -m pytest -q -m hf \
+	  tests/interop/test_transformers.py tests/evaluate/test_lm_eval_hf.py $(ARGS)
 
 # A run on tasks of the real lm-evaluation-harness, from files; fails where the extra
 # cannot be installed.
@@ -125,5 +146,5 @@ benchmark: $(STAMP)
 
 # Runs are results and stay; `rm -r runs` is yours to type.
 clean:
-	rm -rf $(VENV) .venv-3.* build dist site *.egg-info .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(HF_VENV) .venv-3.* build dist site *.egg-info .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -not -path './.venv*/*' -prune -exec rm -rf {} +

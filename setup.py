@@ -97,11 +97,11 @@ CUDA = ["jax[cuda12]", "tokamax>=0.0.12"]
 # Published models; from a folder, safetensors is enough.
 HF = ["huggingface_hub>=0.30", "safetensors>=0.5"]
 
-# For tests that ask Transformers itself; in an environment of their own, if need be.
-HF_TEST = [*HF, "torch>=2.6", "transformers>=5"]
-
 # Tasks of lm-evaluation-harness on a run.
 LM_EVAL = ["lm_eval>=0.4.13"]
+
+# For tests that ask Transformers itself: `make test-hf`.
+HF_TEST = [*HF, *LM_EVAL, "accelerate>=1", "torch>=2.6", "transformers>=5"]
 
 # Preparing a TFDS set from its catalogue; reading a prepared one needs none of this.
 TFDS = ["apache-beam>=2.60"]

@@ -196,7 +196,7 @@ class Cloud:
   def __init__(self, root: pathlib.Path):
     if emulator.binary() is None:
       raise UserError(
-        f"--where=bucket needs {emulator.PACKAGE}: pip install -e '.[gcs-test]'."
+        f"--where=bucket needs {emulator.PACKAGE}: pip install -e '.[test]'."
       )
     self.objects, self.faults = root / "objects", proxy.Faults()
     self.objects.mkdir()

@@ -12,6 +12,17 @@ from tests.train.conftest import cache_dir, compilation_cache, states
 __all__ = ["cache_dir", "compilation_cache", "states"]
 
 
+HERE = pathlib.Path(__file__).parent
+
+
+# Before pytest selects by markers.
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items):
+  for item in items:  # Of the whole suite.
+    if HERE in item.path.parents:
+      item.add_marker(pytest.mark.bucket)
+
+
 @pytest.fixture(scope="session")
 def root(tmp_path_factory) -> pathlib.Path:
   """Where the emulator keeps its objects, as files."""
@@ -22,7 +33,7 @@ def root(tmp_path_factory) -> pathlib.Path:
 def server(root):
   """URL of the emulator, which this process then reaches as Google Cloud Storage."""
   if emulator.binary() is None and not os.environ.get("CI"):
-    pytest.skip(f"{emulator.PACKAGE} is not installed (extra gcs-test)")
+    pytest.skip(f"{emulator.PACKAGE} is not installed (extra test)")
   with emulator.started(root) as url:
     before = emulator.use(url)
     yield url

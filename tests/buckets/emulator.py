@@ -17,7 +17,7 @@ BUCKET = "bucket"
 
 
 def binary() -> pathlib.Path | None:
-  """Returns the emulator's program; None without the extra `gcs-test`."""
+  """Returns the emulator's program; None without the extra `test`."""
   found = importlib.util.find_spec(PACKAGE)
   if found is None or found.origin is None:
     return None

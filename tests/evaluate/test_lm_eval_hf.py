@@ -1,8 +1,7 @@
 """Our answers against those of the harness's own `hf` model, on an imported model.
 
-Needs torch and `lm_eval[hf]`, in this Python or in another one:
-
-  MOEJAX_TRANSFORMERS_PYTHON=PYTHON pytest tests/evaluate/test_lm_eval_hf.py
+`make test-hf` runs these. They need torch, transformers and lm_eval (extra hf-test), in
+this Python or in another one, MOEJAX_TRANSFORMERS_PYTHON.
 """
 
 import json
@@ -24,7 +23,7 @@ from tests.interop import folders
 ROOT = pathlib.Path(__file__).parents[2]
 PYTHON = os.environ.get("MOEJAX_TRANSFORMERS_PYTHON", sys.executable)
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.hf, pytest.mark.slow]
 
 GREEDY = {"max_gen_toks": 8, "do_sample": False, "until": ["q"]}
 REQUESTS = {
@@ -70,7 +69,7 @@ def folder(tmp_path_factory) -> pathlib.Path:
 def theirs(folder):
   check = "import lm_eval.models.huggingface"
   if subprocess.run([PYTHON, "-P", "-c", check], capture_output=True).returncode:
-    pytest.skip(f"{PYTHON} lacks torch or lm_eval[hf]")
+    pytest.fail(f"{PYTHON} lacks torch or lm_eval (extra hf-test)")
   offline = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
   done = subprocess.run(
     [PYTHON, "-m", "tests.evaluate.lm_eval_script", str(folder)],

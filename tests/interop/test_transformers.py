@@ -1,8 +1,7 @@
 """Against Transformers itself, in many variants of each architecture.
 
-Needs torch and transformers (extra hf-test), in this Python or in another one:
-
-  MOEJAX_TRANSFORMERS_PYTHON=PYTHON pytest tests/interop/test_transformers.py
+`make test-hf` runs these. They need torch and transformers (extra hf-test), in this
+Python or in another one, MOEJAX_TRANSFORMERS_PYTHON.
 """
 
 import os
@@ -25,7 +24,7 @@ from tests.interop.transformers_script import VARIANTS
 ROOT = pathlib.Path(__file__).parents[2]
 PYTHON = os.environ.get("MOEJAX_TRANSFORMERS_PYTHON", sys.executable)
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.hf, pytest.mark.slow]
 
 
 def script(command: str, folder: pathlib.Path, *kinds: str) -> None:
@@ -42,7 +41,7 @@ def script(command: str, folder: pathlib.Path, *kinds: str) -> None:
 def transformers() -> None:
   check = "import torch, transformers"
   if subprocess.run([PYTHON, "-c", check], capture_output=True).returncode:
-    pytest.skip(f"{PYTHON} has no torch and transformers")
+    pytest.fail(f"{PYTHON} has no torch and transformers (extra hf-test)")
 
 
 @pytest.fixture(scope="module")
