@@ -49,14 +49,14 @@ def test_a_step_logged_twice_must_agree_with_itself(tmp_path):
 
 
 @pytest.mark.slow
-def test_a_run_killed_three_times_ends_bit_identical():
+def test_a_run_killed_three_times_ends_bit_identical(tmp_path):
   """After a checkpoint, during a save, and at a random moment."""
   done = subprocess.run(
     [sys.executable, "-m", "tools.kill_loop", "--kills=3", "--config.train.num_steps=60"],
     capture_output=True,
     text=True,
     cwd=ROOT,
-    env=os.environ | {"JAX_PLATFORMS": "cpu"},
+    env=os.environ | {"JAX_PLATFORMS": "cpu", "JAX_COMPILATION_CACHE_DIR": str(tmp_path)},
   )
   assert done.returncode == 0, done.stdout + done.stderr[-3000:]
   assert "identical after 3 kills" in done.stdout

@@ -13,7 +13,7 @@ from moejax.analysis.explorer import pack
 from moejax.cli import analysis_passes, restored, train
 from moejax.config import Config
 from moejax.errors import UserError
-from tests.experiments.test_command_lines import TINY, call
+from tests.experiments.test_command_lines import QUICK, call
 from tests.models.test_encoder_decoder import small
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -118,7 +118,7 @@ def workdir(tmp_path_factory) -> str:
     f"--workdir={directory}",
     "--analyze",
     f"--config.data.cache_dir={tmp_path_factory.mktemp('cache')}",
-    *(f"--config.{setting}" for setting in TINY),
+    *(f"--config.{setting}" for setting in QUICK),
   )
   return str(directory)
 

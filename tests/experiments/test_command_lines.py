@@ -28,6 +28,8 @@ TINY = (
   "train.eval_every=2",
   "train.checkpoint_every=2",
 )
+QUICK = (*TINY, "train.sample=false", "train.report=false")
+"""For tests that look at neither the sample nor report.png."""
 
 
 def call(program: str, *args: str, code: int = 0) -> str:
@@ -220,7 +222,7 @@ def test_a_warm_start_ends_as_a_cold_one(tmp_path, monkeypatch):
       f"--workdir={folder}",
       f"--config.data.cache_dir={tmp_path / 'data'}",
       f"--compilation_cache={cache if cache == 'none' else tmp_path / cache}",
-      *(f"--config.{setting}" for setting in TINY),
+      *(f"--config.{setting}" for setting in QUICK),
     )
     first = printed.splitlines()[0]
     assert first.startswith(

@@ -12,7 +12,7 @@ from moejax.config import Config
 from moejax.errors import UserError
 from moejax.parts import PARTS
 from moejax.run import progress
-from tests.experiments.test_command_lines import TINY, call
+from tests.experiments.test_command_lines import QUICK, call
 
 
 def test_a_directory_that_cannot_be_written_is_one_line(tmp_path):
@@ -53,7 +53,7 @@ def workdir(tmp_path_factory) -> pathlib.Path:
     "experiments.train",
     f"--workdir={directory}",
     f"--config.data.cache_dir={tmp_path_factory.mktemp('cache')}",
-    *(f"--config.{setting}" for setting in TINY),
+    *(f"--config.{setting}" for setting in QUICK),
   )
   return directory
 
@@ -103,7 +103,7 @@ def test_each_device_of_a_mesh_has_a_table_and_sends(tmp_path, monkeypatch):
     f"--config.data.cache_dir={tmp_path / 'cache'}",
     "--config.mesh.data=1",
     "--config.mesh.expert=2",
-    *(f"--config.{setting}" for setting in TINY),
+    *(f"--config.{setting}" for setting in QUICK),
   )
   found = json.loads((tmp_path / "out" / "profile.json").read_text())
   assert [device["index"] for device in found["devices"]] == [0, 1]

@@ -80,8 +80,9 @@ def test_documents_packed_in_a_row_get_the_logits_they_get_alone(tokens):
   decoder, params = make()
   segments = jnp.asarray([[1] * 4 + [2] * 6, [1] * S], jnp.int32)
   positions = jnp.asarray([[0, 1, 2, 3, 0, 1, 2, 3, 4, 5], list(range(S))], jnp.int32)
-  packed = decoder(params, tokens, segment_ids=segments, positions=positions).logits
-  alone = decoder(params, tokens[:1, 4:]).logits
+  run = jax.jit(decoder)
+  packed = run(params, tokens, segment_ids=segments, positions=positions).logits
+  alone = run(params, tokens[:1, 4:]).logits
   np.testing.assert_allclose(packed[:1, 4:], alone, atol=2e-5)
 
 
@@ -184,7 +185,7 @@ def test_bfloat16_trains(tokens):
   # jax's own attention mixes dtypes in its backward pass; see layers/attention.py.
   with jax.numpy_dtype_promotion("standard"):
     _, gradient = loss_and_gradient(decoder, params, tokens)
-  assert decoder(params, tokens).logits.dtype == jnp.float32
+  assert jax.eval_shape(decoder, params, tokens).logits.dtype == jnp.float32
   for leaf in jax.tree.leaves(gradient):
     assert leaf.dtype == jnp.float32 and bool(jnp.isfinite(leaf).all())
 

@@ -130,11 +130,12 @@ def test_a_padded_vocabulary_changes_no_prediction():
   np.testing.assert_allclose(
     table[:V], wanted_grads["embedding"]["table"], atol=1e-6, rtol=1e-4
   )
-  logits = padded(params, IDS).logits
+  logits = jax.jit(padded)(params, IDS).logits
   assert logits.shape[-1] == 24 and bool(jnp.all(logits[..., V:] == -jnp.inf))
   positions = jnp.broadcast_to(jnp.arange(S, dtype=jnp.int32), IDS.shape)
-  last, _ = decoding._prefill(
-    padded, params, IDS, positions, decoding._empty_cache(padded, 2, S)
+  cache = decoding._empty_cache(padded, 2, S)
+  last, _ = jax.eval_shape(
+    lambda p, c: decoding._prefill(padded, p, IDS, positions, c), params, cache
   )
   assert last.shape == (2, V)
 

@@ -14,7 +14,7 @@ import pytest
 
 from moejax.cli import launch_local
 from moejax.launch import hang
-from tests.experiments.test_command_lines import TINY
+from tests.experiments.test_command_lines import QUICK
 
 ROOT = pathlib.Path(__file__).parents[2]
 
@@ -261,7 +261,7 @@ def test_progress_keeps_a_run_from_being_reported(capfd):
 def train(directory: pathlib.Path, *extra: str, per_process=None) -> Job:
   """Two processes of experiments.train, experts over both."""
   settings = [
-    f"--config.{s}" for s in (*TINY, "mesh.expert=2", "train.tensorboard=false")
+    f"--config.{s}" for s in (*QUICK, "mesh.expert=2", "train.tensorboard=false")
   ]
   settings += [f"--config.data.cache_dir={directory / 'cache'}"]
   settings += [f"--workdir={directory / 'run'}"]

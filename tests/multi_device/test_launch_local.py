@@ -11,7 +11,7 @@ import pytest
 
 from moejax.cli import launch_local
 from moejax.launch import secret
-from tests.experiments.test_command_lines import TINY
+from tests.experiments.test_command_lines import QUICK
 
 ROOT = pathlib.Path(__file__).parents[2]
 
@@ -108,7 +108,7 @@ def test_two_processes_train_as_one(tmp_path):
 
   Four steps: losses to float32 rounding of sums in another order, the same drops.
   """
-  settings = [f"--config.{setting}" for setting in (*TINY, "train.log_every=1")]
+  settings = [f"--config.{setting}" for setting in (*QUICK, "train.log_every=1")]
   settings.append(f"--config.data.cache_dir={tmp_path / 'cache'}")
 
   def train(name: str, *prefix: str, extra: tuple[str, ...] = ()) -> list[dict]:

@@ -23,7 +23,12 @@ from tests.experiments.test_command_lines import TINY
 pytestmark = pytest.mark.slow
 
 ROOT = pathlib.Path(__file__).parents[2]
-SETTINGS = (*TINY, "train.log_every=1", "optimizer.schedule=inverse_sqrt")
+SETTINGS = (
+  *TINY,
+  "train.log_every=1",
+  "train.sample=false",
+  "optimizer.schedule=inverse_sqrt",
+)
 LINES = (
   *("loss", "bits_per_byte", "balance_loss", "z_loss", "grad_norm", "learning_rate"),
   *(

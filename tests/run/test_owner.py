@@ -11,7 +11,7 @@ from moejax.checkpoint.read import pack_meta, read_meta
 from moejax.config import Config
 from moejax.errors import UserError
 from moejax.run import owner
-from tests.experiments.test_command_lines import TINY
+from tests.experiments.test_command_lines import QUICK
 
 
 @pytest.fixture(autouse=True)
@@ -84,7 +84,7 @@ def test_evaluation_of_a_foreign_run_touches_no_path_of_its_config(tmp_path):
     command = [sys.executable, "-m", f"experiments.{program}", f"--workdir={run}", *args]
     return subprocess.run(command, capture_output=True, text=True, timeout=600)
 
-  settings = [f"--config.{setting}" for setting in TINY]
+  settings = [f"--config.{setting}" for setting in QUICK]
   path = next(s for s in settings if s.startswith("--config.data.path="))
   done = call("train", *settings, f"--config.data.cache_dir={cache}")
   assert done.returncode == 0, done.stderr
