@@ -1,6 +1,10 @@
 """The same layer in a Linen model, through Flax's bridge.
 
-python -m examples.linen_model
+  python -m examples.linen_model
+
+Routers with a bias that no gradient moves (sigmoid_bias, quantile_bias,
+quantile_balancing) are for NNX models: after each step their rule must be applied with
+`update_router`, which a Linen model cannot call.
 """
 
 from typing import Any, cast

@@ -22,6 +22,7 @@ FLOORS = (
     "options",
     "parts",
     "platform",
+    "shipped",
     "splitmix",
     "storage",
     "version",

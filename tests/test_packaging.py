@@ -98,14 +98,17 @@ def test_the_wheel_is_moejax_alone_and_works_outside_the_checkout(tmp_path):
   assert here == found
   assert (inside / "moejax" / "py.typed").exists()
 
-  def call(*arguments: str) -> str:
+  environment = {"PATH": "/usr/bin:/bin", "JAX_PLATFORMS": "cpu"}
+  environment["PYTHONPATH"] = str(inside)
+
+  def call(*arguments: str, **variables: str) -> str:
     # The working directory keeps the checkout off the path.
     result = subprocess.run(
       [sys.executable, "-m", "moejax.cli.main", *arguments],
       capture_output=True,
       text=True,
       cwd=tmp_path,
-      env={"PYTHONPATH": str(inside), "PATH": "/usr/bin:/bin", "JAX_PLATFORMS": "cpu"},
+      env=environment | variables,
     )
     assert result.returncode == 0, result.stderr
     return result.stdout
@@ -118,3 +121,10 @@ def test_the_wheel_is_moejax_alone_and_works_outside_the_checkout(tmp_path):
     "from configs import mixtral_8x7b\nget_config = mixtral_8x7b.get_config"
   )
   assert "46,70" in call("count", f"--config={mine}")
+  # So may a file that adds a router, wherever it is named.
+  router = tmp_path / "router.py"
+  router.write_text((ROOT / "examples" / "my_router.py").read_text())
+  listed = "tempered  top-k, a learned temperature"
+  assert listed in " ".join(call("train", "--list=routers", f"--config={router}").split())
+  shown = call("train", "--list=routers", MOEJAX_ROUTERS=str(router))
+  assert listed in " ".join(shown.split())

@@ -243,3 +243,49 @@ def test_what_makes_no_sense_is_refused_by_name():
     moejax.MoE(router="hash", **make)
   with pytest.raises(ConfigError, match="sigmoid_bias.rate: there is no such option"):
     moejax.MoE(router="sigmoid_bias", router_options={"rate": 1}, **make)
+
+
+@pytest.mark.parametrize("axes", [{"data": 8}, {"data": 4, "model": 2}])
+def test_on_somebodys_mesh_without_an_expert_axis_it_is_the_same_layer(axes):
+  """Left to the compiler, like any layer of their model; under jit and without."""
+  layer = moejax.MoE(width=D, num_experts=E, hidden=F, rngs=nnx.Rngs(0))
+  x = jnp.asarray(np.random.default_rng(1).normal(size=(8, S, D)), jnp.float32)
+  graph, state = nnx.split(layer)
+  run = jax.jit(lambda state, x: nnx.merge(graph, state)(x)[0])
+  alone = run(state, x)
+  types = (jax.sharding.AxisType.Auto,) * len(axes)
+  mesh = jax.make_mesh(tuple(axes.values()), tuple(axes), axis_types=types)
+  spec = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("data"))
+  with jax.set_mesh(mesh):
+    np.testing.assert_allclose(run(state, jax.device_put(x, spec)), alone, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+  ("axes", "kind", "part"),
+  [
+    (("data", "expert"), "Auto", "also needs fsdp, tensor"),
+    (("expert",), "Auto", "also needs data, fsdp, tensor"),
+    (("data",), "Explicit", r"type Explicit \(data\)"),
+    (("data", "fsdp", "expert", "tensor"), "Explicit", "AxisType.Auto,\\) \\* 4"),
+  ],
+)
+def test_a_mesh_that_experts_cannot_use_is_one_line(axes, kind, part):
+  layer = moejax.MoE(width=D, num_experts=E, hidden=F, rngs=nnx.Rngs(0))
+  shape = (8,) + (1,) * (len(axes) - 1)
+  types = (getattr(jax.sharding.AxisType, kind),) * len(axes)
+  mesh = jax.make_mesh(shape, axes, axis_types=types)
+  with jax.set_mesh(mesh), pytest.raises(ConfigError, match=part):
+    jax.eval_shape(layer, jnp.zeros((8, S, D), jnp.float32))
+
+
+@pytest.mark.parametrize(
+  ("given", "part"),
+  [
+    ({"options": {"top_k": {}}}, "no argument options. .*router_options"),
+    ({"dense_after": True}, "dense_after is for whole models"),
+    ({"dtype": "bfloat16"}, "the dtype is that of x"),
+  ],
+)
+def test_an_argument_that_does_nothing_is_refused(given, part):
+  with pytest.raises(TypeError, match=part):
+    moejax.MoE(**{"width": D, "num_experts": E, "hidden": F, "rngs": nnx.Rngs(0)} | given)

@@ -117,6 +117,8 @@ def _laid_over(base: Config | None) -> Config:
   for dotted, value in _overrides.items():
     if not config_text.is_router_option(dotted):
       config_text.set_field(config, dotted, value)
+  if config.moe.router != base.moe.router:
+    config.moe.options.pop(base.moe.router, None)  # Those of the router given up.
   return config
 
 
@@ -292,6 +294,9 @@ def _main_or_list(main: Callable[[], int | None], buckets: Collection[str]) -> i
   command_name.set_kernel_process_name(name)
   what = flags.FLAGS["list"].value if "list" in flags.FLAGS else None
   if what:
+    file = flags.FLAGS["config"].value if "config" in flags.FLAGS else None
+    if file:
+      load_config(file)  # It may add a router.
     print(listing.describe(what), end="")
     return None
   _refuse_buckets(buckets)

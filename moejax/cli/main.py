@@ -13,6 +13,7 @@ import importlib.util
 import sys
 from pathlib import Path
 
+from moejax.cli.guard import guarded
 from moejax.errors import UserError, did_you_mean
 from moejax.version import __version__
 
@@ -45,7 +46,7 @@ def main() -> None:
   """Runs the program named by the first argument."""
   name, *rest = sys.argv[1:] or ["help"]
   if name in _HELP:
-    print(overview())
+    guarded(lambda: print(overview(), flush=True))
     return
   if name == "--version":
     print(__version__)

@@ -4,8 +4,6 @@ A file may import anything and fail in any way; the error is one line that names
 and the line in it.
 """
 
-import contextlib
-import importlib
 import importlib.util
 import pathlib
 import sys
@@ -14,6 +12,7 @@ import types
 from typing import TypeVar
 
 from moejax.errors import ConfigError
+from moejax.shipped import find_configs
 
 _T = TypeVar("_T")
 
@@ -37,7 +36,7 @@ def load(
   spec = importlib.util.spec_from_file_location(name, file)
   if spec is None or spec.loader is None:
     raise ConfigError(f"{flag}: not a Python file (its name must end in .py).")
-  _find_configs()
+  find_configs()
   module = importlib.util.module_from_spec(spec)
   sys.modules[name] = module  # A class looks here for the file that it comes from.
   try:
@@ -57,16 +56,6 @@ def load(
       + f". See {example}."
     )
   return found, module
-
-
-def _find_configs() -> None:
-  """Makes `from configs import default` work if only the wheel is installed.
-
-  The wheel ships configs/ as data of moejax, under another name.
-  """
-  if importlib.util.find_spec("configs") is None:
-    with contextlib.suppress(ModuleNotFoundError):
-      sys.modules["configs"] = importlib.import_module("moejax.shipped_configs")
 
 
 def _public_name(kind: type) -> str:

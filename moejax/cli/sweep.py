@@ -178,12 +178,21 @@ def _points() -> tuple[list, list, dict]:
     from moejax.sweep.points import stored
     from moejax.sweep.points.expand import expand
 
-    found = expand(spec)
+    found = expand(spec, _devices_of_a_run())
     return found.points, found.skipped, stored.to_json(spec, found.points, found.skipped)
   from moejax.sweep.points import stored
 
   _, points = stored.read(_workdir())
   return points, [], _stored_values()
+
+
+def _devices_of_a_run() -> int | None:
+  """Returns how many devices a run here will see, if that was said."""
+  given = flags.FLAGS
+  if given.executor != "local":
+    return None
+  said = given.devices_per_run or os.environ.get("JAX_NUM_CPU_DEVICES", "")
+  return int(said) if said and str(said).isdecimal() else None
 
 
 def _stored_values() -> dict:

@@ -271,7 +271,7 @@ def _slots_travel_with_a_capacity(c: Config) -> str | None:
   if c.moe.exchange == "all_to_all" and c.moe.capacity_factor is None:
     return (
       f"{named(c, 'moe.exchange', 'moe.capacity_factor')}: all_to_all sends slots, but "
-      "dropless has none. Use ragged, ring or auto, or give a capacity factor."
+      "dropless has none. Use exchange=auto, or give a capacity factor."
     )
   if c.moe.exchange_buffer is not None and c.moe.exchange not in ("auto", "ragged"):
     return (

@@ -88,8 +88,8 @@ def choose(
     kind = "none"
   if kind == "all_to_all" and not capacity:
     raise ConfigError(
-      "--config.moe.exchange=all_to_all sends slots, but dropless has none. Use ragged, "
-      "ring or auto, or give --config.moe.capacity_factor."
+      "--config.moe.exchange=all_to_all sends slots, but dropless has none. Use auto, or "
+      "give --config.moe.capacity_factor."
     )
   if asked == "auto":
     return kind, _auto_dispatcher(kind, platform, capacity)

@@ -144,7 +144,11 @@ def _router_policy(config: Config, router: Router) -> None:
     raise ConfigError(
       f"--config.moe.router={moe.router} needs slots in evaluation too, but "
       "--config.moe.eval_capacity_factor=none sets no number of them. Set it to "
-      f"{moe.capacity_factor or 1.0}, as in training."
+      + (
+        f"{moe.capacity_factor}, as in training."
+        if moe.capacity_factor
+        else "1.0, and --config.moe.capacity_factor too."
+      )
     )
   # 1 stands for any capacity: the rules do not depend on the number.
   slots = None if moe.capacity_factor is None else 1

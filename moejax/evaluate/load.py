@@ -74,8 +74,13 @@ class LoadedRun:
           f"extrapolate, first set run.config.model.max_position={ids.shape[1]}."
         )
       return self._apply(self.params, ids)
-    read = self._checked(tokens)
-    return self._apply(self.params, self._checked(decoder_tokens), encoder_tokens=read)
+    read, ids = self._checked(tokens), self._checked(decoder_tokens)
+    if len(read) != len(ids):
+      raise UserError(
+        f"{len(read)} rows of tokens and {len(ids)} of decoder_tokens: give one of each "
+        "per sequence."
+      )
+    return self._apply(self.params, ids, encoder_tokens=read)
 
   def _checked(self, tokens: Any) -> Int[Array, "B S"]:
     """Returns ids as an array; raises as `logits`."""

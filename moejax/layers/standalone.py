@@ -26,8 +26,11 @@ from moejax.layers import moe as moe_lib
 from moejax.routing.base import RouterStats
 from moejax.types import pytree
 
-_SET_HERE = ("every", "offset", "dense_prefix", "dense_layers", "dense_twin", "router")
-"""Fields that choose the layers with experts, or that another argument sets."""
+_SET_HERE = (
+  *("every", "offset", "dense_prefix", "dense_layers", "dense_twin", "dense_after"),
+  *("encoder_every", "encoder_router"),
+)
+"""Fields that choose the layers with experts."""
 
 
 @pytree
@@ -81,6 +84,8 @@ class MoE(nnx.Module):
       TypeError: an argument that does not exist; names the nearest.
     """
     _check_names(moe)
+    if not isinstance(rngs, nnx.Rngs):
+      raise TypeError(f"MoE(): rngs={rngs!r}: give nnx.Rngs(SEED).")
     moe.setdefault("eval_capacity_factor", capacity_factor)
     config = Config(
       model=ModelConfig(num_layers=1, width=width, head_dim=2, activation=activation),
@@ -209,13 +214,15 @@ def is_trained(path: Any, value: Any) -> bool:
 
 def _check_names(moe: dict[str, Any]) -> None:
   """Rejects arguments that are not fields of `MoEConfig`, or not of a single layer."""
-  known = {f.name for f in dataclasses.fields(MoEConfig)} - set(_SET_HERE)
+  # The layer's own `router` and `router_options` set these two.
+  known = {f.name for f in dataclasses.fields(MoEConfig)}
+  known -= {*_SET_HERE, "options", "router"}
   for name in moe:
     if name in _SET_HERE:
       raise TypeError(f"MoE(): {name} is for whole models; a layer alone has none.")
     if name not in known:
-      own = ("width", "num_experts", "num_selected", "hidden", "router_options")
+      known |= {"width", "router", "router_options", "activation", "rngs"}
       raise TypeError(
-        f"MoE(): there is no argument {name}. {did_you_mean(name, [*own, *known])} A "
-        "router's own options go into router_options."
+        f"MoE(): there is no argument {name}. {did_you_mean(name, sorted(known))} A "
+        "router's own options go into router_options; the dtype is that of x."
       )

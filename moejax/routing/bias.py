@@ -22,7 +22,7 @@ from moejax.routing.capacity import assign
 from moejax.routing.expert_groups import GroupedRouter, present_choices
 from moejax.routing.losses import mean_load, updated_bias
 from moejax.routing.router import Parameter, Params, Sizes
-from moejax.routing.scores import choose, pick, present
+from moejax.routing.scores import TINY, choose, pick, present, ratio, softmax
 
 _LEAST_SPREAD = 1e-4
 """Lower bound on the std of an expert's scores: equal scores still move a bias."""
@@ -58,10 +58,13 @@ def route_biased(
   """Routes to the K best experts by biased score; gates are the unbiased scores.
 
   `probs` are the scores divided by their sum over all experts, as in DeepSeek-V3's
-  sequence-wise loss.
+  sequence-wise loss. Of logits far below zero, sigmoids are exponentials, and probs a
+  softmax.
   """
   expert = choose(biased, policy.num_selected)
-  probs = scores / jnp.sum(scores, axis=-1, keepdims=True)
+  total = jnp.sum(scores, axis=-1, keepdims=True)
+  far = jnp.broadcast_to(total < TINY, scores.shape)
+  probs = jnp.where(far, softmax(inputs.logits), ratio(scores, total))
   return assign(
     expert,
     pick(scores, expert),

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from moejax.routing.base import Routing, entropy
+from moejax.routing.scores import ratio
 
 
 def _mean_over_valid(
@@ -76,7 +77,7 @@ def squared_variation(values: Float[Array, "E"], *, ddof: int = 0) -> Float[Arra
   """
   mean = jnp.mean(values)
   variance = jnp.sum(jnp.square(values - mean)) / max(values.shape[0] - ddof, 1)
-  return variance / jnp.maximum(jnp.square(mean), 1e-20)
+  return ratio(variance, jnp.maximum(jnp.square(mean), 1e-20))
 
 
 def importance_loss(
@@ -101,9 +102,12 @@ def load_probability(
   """Returns the probability that new noise puts the expert among the token's K best.
 
   Phi((clean - threshold) / scale). The threshold of Shazeer et al. (equation 9) is
-  the K-th largest of the OTHER experts' noisy logits; in V-MoE and Tutel
-  (`excluding=False`) it is the K-th largest of all.
+  the K-th largest of the OTHER experts' noisy logits, so that of K experts each is sure
+  to be among the best; in V-MoE and Tutel (`excluding=False`) it is the K-th largest of
+  all.
   """
+  if excluding and num_selected >= noisy.shape[-1]:
+    return jnp.ones_like(noisy)
   k = min(num_selected + 1, noisy.shape[-1])
   best = jax.lax.top_k(noisy, k)[0]
   inside = best[:, num_selected - 1 : num_selected]
@@ -112,7 +116,8 @@ def load_probability(
     threshold = jnp.where(noisy >= inside, best[:, num_selected:], inside)
   else:
     threshold = jnp.broadcast_to(inside, noisy.shape)
-  return jax.scipy.stats.norm.cdf((clean - threshold) / scale)
+  # Noise that can no longer change a choice: the square of its scale would underflow.
+  return jax.scipy.stats.norm.cdf((clean - threshold) / jnp.maximum(scale, 1e-6))
 
 
 def load_loss(

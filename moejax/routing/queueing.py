@@ -12,6 +12,7 @@ from jaxtyping import Array, Float, Int, Key
 
 from moejax.errors import ConfigError
 from moejax.routing.base import SlotPolicy
+from moejax.routing.scores import ratio
 
 _PACKED_BITS = 31
 """Bits of an int32 without the sign."""
@@ -155,4 +156,4 @@ def normalize(gate: Float[Array, "T K"], norm: float = 1.0) -> Float[Array, "T K
     powers = jnp.sum(jnp.power(gate / top, norm), axis=-1, keepdims=True)
     # Rows of zeros are replaced before the root, whose slope at zero is infinite.
     total = top * jnp.where(powers > 0, powers, 1.0) ** (1.0 / norm)
-  return gate / jnp.where(total > 0, total, 1.0)
+  return ratio(gate, total)

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from moejax.errors import ConfigError, did_you_mean
 from moejax.options import Option, options_of
+from moejax.shipped import find_configs
 
 if TYPE_CHECKING:
   from moejax.routing.router import Router
@@ -87,10 +88,15 @@ class _Routers(MutableMapping[str, "type[Router]"]):
 
   def files(self) -> list[str]:
     """Returns the files of the classes that were added, for MOEJAX_ROUTERS."""
-    added = [cls for cls in self._known().values() if not isinstance(cls, str)]
+    return sorted(set(self.added().values()))
+
+  def added(self) -> dict[str, str]:
+    """Returns the file of each router that was added, by the router's name."""
+    known = self._known().items()
+    classes = {name: cls for name, cls in known if not isinstance(cls, str)}
+    files = {n: pathlib.Path(inspect.getfile(c)).resolve() for n, c in classes.items()}
     own = pathlib.Path(__file__).parent
-    paths = [pathlib.Path(inspect.getfile(cls)).resolve() for cls in added]
-    return sorted({str(path) for path in paths if path.parent != own})
+    return {name: str(file) for name, file in files.items() if file.parent != own}
 
 
 def _import(file: str) -> None:
@@ -104,6 +110,7 @@ def _import(file: str) -> None:
   if spec is None or spec.loader is None or not pathlib.Path(file).is_file():
     raise ConfigError(f"{ENV}={file}: no such Python file. Correct or unset it.")
   module = importlib.util.module_from_spec(spec)
+  find_configs()
   sys.modules[name] = module  # For `inspect.getfile` of its classes.
   try:
     spec.loader.exec_module(module)
@@ -137,6 +144,11 @@ def make(name: str, options: Mapping[str, Any]) -> "Router":
       f"{OF_YOUR_OWN}"
     )
   known = options_by_name(name)
+  if not isinstance(options, Mapping):
+    raise ConfigError(
+      f"--config.moe.options: {name!r}: {options!r} is not a dict of options. In Python, "
+      f'call config.moe.use_router("{name}", OPTION=VALUE).'
+    )
   for option, value in options.items():
     flag = f"--config.moe.{name}.{option}"
     if option not in known:

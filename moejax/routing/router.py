@@ -4,7 +4,8 @@ A router is a frozen dataclass. Its fields are its options, each a flag
 (`--config.moe.<router>.<option>`). It declares its inputs other than the logits, its
 losses, how a step updates its untrained parameters, its properties and its cost. It is
 called on one group of tokens. One line in `moejax.routing.registry` (or
-`registry.ROUTERS[name] = cls` in a config file) registers it; nothing else names it.
+`registry.ROUTERS[name] = cls` in a config file) registers it; nothing else on a token's
+way names it.
 
 Letters: G groups, T tokens of a group, D width, E experts, K choices per token, C slots
 per expert and group, V vocabulary, l any leading axes of layers.

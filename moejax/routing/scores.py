@@ -18,6 +18,9 @@ ABSENT = -1e9
 """Logit of an expert that is out for this step (expert dropout): finite, so that
 nothing becomes NaN."""
 
+TINY = 1e-18
+"""The square of anything smaller is no normal float32."""
+
 _OUT_OF_GROUP = -100.0
 """Score of an absent expert within its group's score; real scores are below ten."""
 
@@ -40,6 +43,19 @@ def jitter(
 def softmax(logits: Float[Array, "... E"]) -> Float[Array, "... E"]:
   """Returns probabilities over experts, in float32 for any input dtype."""
   return jax.nn.softmax(logits.astype(jnp.float32), axis=-1)
+
+
+def ratio(part: Float[Array, "*a"], whole: Float[Array, "*b"]) -> Float[Array, "..."]:
+  """Returns part / whole, 0 where the whole is 0.
+
+  Below `TINY` it has no gradient: float32 holds no reciprocal of the whole's square, and
+  infinity times zero would make every parameter NaN.
+  """
+  is_tiny = whole < TINY
+  still = jax.lax.stop_gradient((part, whole))
+  whole = jnp.where(is_tiny, still[1], whole)
+  part = jnp.where(jnp.broadcast_to(is_tiny, part.shape), still[0], part)
+  return part / jnp.where(whole > 0, whole, 1.0)
 
 
 def choose(scores: Float[Array, "T E"], num_selected: int) -> Int[Array, "T K"]:

@@ -89,9 +89,39 @@ NEWTON_SCHULZ = "moejax_newton_schulz"
 
 
 def mesh_in_scope() -> AbstractMesh | None:
-  """Returns the mesh of `jax.set_mesh`, or None if it has only one device."""
+  """Returns the mesh of `jax.set_mesh`, or None if it has only one device.
+
+  None, too, for somebody's own mesh without an `expert` axis: what runs there is left to
+  the compiler, like any other layer.
+
+  Raises:
+    ConfigError: a mesh that experts cannot be spread over.
+  """
   mesh = jax.sharding.get_abstract_mesh()
-  return None if mesh.empty or mesh.size == 1 else mesh
+  return mesh if not mesh.empty and mesh.size > 1 and _is_ours(mesh) else None
+
+
+def _is_ours(mesh: AbstractMesh) -> bool:
+  """Returns whether the mesh has an axis for experts; raises as `mesh_in_scope`."""
+  explicit = [
+    name
+    for name, kind in zip(mesh.axis_names, mesh.axis_types, strict=True)
+    if kind == AxisType.Explicit
+  ]
+  if explicit:
+    raise ConfigError(
+      f"The mesh in scope has axes of type Explicit ({', '.join(explicit)}), and moejax "
+      "leaves shardings between its layers to the compiler. Give jax.make_mesh or Mesh "
+      f"axis_types=(jax.sharding.AxisType.Auto,) * {len(mesh.axis_names)}."
+    )
+  missing = [axis for axis in AXES if axis not in mesh.shape]
+  if missing and "expert" not in missing:
+    raise ConfigError(
+      f"The mesh in scope has the axes {', '.join(mesh.axis_names)}: spreading experts "
+      f"over `expert` also needs {', '.join(missing)}, which may have size 1. Add them, "
+      "or use moejax.sharding.mesh.make_mesh(MeshConfig(...))."
+    )
+  return not missing
 
 
 def shard_map(function: Callable[..., Any], **specs: Any) -> Callable[..., Any]:
@@ -113,7 +143,7 @@ def on_tokens(x: Float[Array, "B *rest"]) -> Float[Array, "B *rest"]:
   activations instead of gathering weights.
   """
   mesh = jax.sharding.get_abstract_mesh()
-  if mesh.empty or x.shape[0] % num_token_shards(mesh):
+  if mesh.empty or not _is_ours(mesh) or x.shape[0] % num_token_shards(mesh):
     return x
   return jax.lax.with_sharding_constraint(x, TOKENS)
 

@@ -65,6 +65,11 @@ def test_an_option_of_another_router_is_refused_where_a_person_gave_it(tmp_path)
     "  return config\n"
   )
   assert "moe.quantile_bias.quantile_rate=0.5" in refused(f"--config={file}")
+  text = file.read_text().replace("  config.moe.router = 'switch'\n", "")
+  file.write_text(text)
+  assert get(f"--config={file}").moe.router_options == chosen
+  other = get(f"--config={file}", "--config.moe.router=top_k")  # They go with the router.
+  assert (other.moe.router, other.moe.options) == ("top_k", {})
   stored = Config()
   stored.moe.options = {"quantile_bias": chosen}
   cli.parse(["program"])

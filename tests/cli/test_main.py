@@ -46,6 +46,15 @@ def test_the_overview_names_every_program_and_imports_none():
   assert all(len(row) > 4 for row in rows)
 
 
+@pytest.mark.parametrize("argument", ["", "--help"])
+def test_a_reader_may_leave_early(argument):
+  """As `| head -1` does: no traceback."""
+  command = f"{sys.executable} -m moejax.cli.main {argument} | true"
+  shell = ["bash", "-c", command]
+  done = subprocess.run(shell, capture_output=True, text=True, cwd=ROOT, timeout=60)
+  assert (done.stdout, done.stderr) == ("", "")
+
+
 def test_an_unknown_program_is_one_line():
   done = call("moejax.cli.main", "trian", "--workdir=x")
   assert (done.returncode, done.stdout) == (2, "")

@@ -15,6 +15,7 @@ from moejax.layers.router import RouterLayer
 from moejax.models.shell import Shell
 from moejax.routing.base import RouterInputs, SlotPolicy
 from moejax.routing.registry import ROUTERS
+from moejax.routing.router import Parameter, Sizes
 
 B, S, D, E = 2, 12, 8, 4
 MODEL = ModelConfig(num_layers=2, width=D, num_heads=2, hidden=16)
@@ -57,17 +58,25 @@ def batch():
   return x, valid, jnp.concatenate([assigned, (assigned + 1) % E], axis=-1)
 
 
-def inputs_by_hand(params, x, valid, assigned) -> RouterInputs:
+def own_parameters(name: str) -> dict[str, Parameter]:
+  """What a router declares."""
+  k = ROUTERS[name].fixed_selected or 2
+  sizes = Sizes(width=D, num_experts=E, num_selected=k, num_tokens=S, capacity=S * k // E)
+  return dict(ROUTERS[name]().parameters(sizes))
+
+
+def inputs_by_hand(name, params, x, valid, assigned) -> RouterInputs:
   """What `Router` promises its subclasses, made in numpy."""
   x = np.asarray(x, np.float64)
   weights = {name: np.asarray(value, np.float64) for name, value in params.items()}
   project = lambda w: jnp.asarray(x @ w, jnp.float32)  # noqa: E731
   made = RouterInputs(logits=project(weights["weight"]), valid=valid, assigned=assigned)
+  # A router's own parameters are the same for every group.
+  given = {n: params[n] for n, p in own_parameters(name).items() if p.by_group}
+  groups = {n: jnp.broadcast_to(v, (len(x), *v.shape)) for n, v in given.items()}
+  made = dataclasses.replace(made, params=groups)
   if "noise" in weights:
     made = dataclasses.replace(made, features={"noise_logits": project(weights["noise"])})
-  if "bias" in weights:
-    bias = jnp.broadcast_to(params["bias"], (x.shape[0], E))
-    made = dataclasses.replace(made, params={"bias": bias})
   if "slots" in weights:
     unit = weights["slots"] / np.linalg.norm(weights["slots"], axis=0)
     tokens = x / np.linalg.norm(x, axis=-1, keepdims=True)
@@ -85,7 +94,7 @@ def test_the_layer_gives_every_router_what_it_needs(name):
   y, aux = jax.jit(call)(params, x)
   k = E if name == "dense" else config(name).num_selected
   options = SlotPolicy(num_experts=E, num_selected=k, capacity=S * k // E)
-  made = inputs_by_hand(params["router"], x, valid, assigned)
+  made = inputs_by_hand(name, params["router"], x, valid, assigned)
   route = jax.jit(jax.vmap(lambda group: ROUTERS[name]()(group, options)))
   routing = route(made)
   dense = jax.jit(jax.vmap(lambda r: (r.dispatch_weights(), r.combine_weights())))
@@ -106,13 +115,8 @@ def test_the_layer_gives_every_router_what_it_needs(name):
     np.testing.assert_allclose(aux.losses[term], total, rtol=1e-4)
 
 
-UNTRAINED = {
-  "hash": {"weight"},
-  "sigmoid_bias": {"bias"},
-  "quantile_bias": {"bias"},
-  "quantile_balancing": {"bias"},
-}
-"""Leaves without a gradient: a table decides, or the train step moves them."""
+DECIDED_OTHERWISE = {"hash", "soft"}
+"""Routers whose [D, E] weight gets no gradient: a table decides, or other scores."""
 
 
 @pytest.mark.parametrize("name", ROUTERS)
@@ -130,8 +134,9 @@ def test_gradients_reach_what_is_learned_and_nothing_else(name):
     return jax.grad(total)(params)
 
   grads = gradient(params)["router"]
-  # Soft MoE scores slots; its plain logits are for the statistics alone.
-  without = UNTRAINED.get(name, {"weight"} if name == "soft" else set())
+  without = {n for n, p in own_parameters(name).items() if not p.trained}
+  if name in DECIDED_OTHERWISE:
+    without.add("weight")
   for leaf, grad in grads.items():
     assert (float(jnp.max(jnp.abs(grad))) > 1e-4) == (leaf not in without), leaf
 

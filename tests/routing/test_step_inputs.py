@@ -15,6 +15,7 @@ from moejax.routing.bias import SigmoidBias
 from moejax.routing.expert_groups import GroupedRouter
 from moejax.routing.losses import first_choices
 from moejax.routing.registry import ROUTERS
+from moejax.routing.router import Sizes
 from moejax.routing.token_choice import TopK
 from moejax.train import step as step_lib
 
@@ -115,13 +116,21 @@ def test_an_absent_expert_takes_nobody(name):
   groups = issubclass(ROUTERS[name], GroupedRouter)
   router = registry.make(name, {"num_expert_groups": 4} if groups else {})
   policy = SlotPolicy(num_experts=8, num_selected=router.fixed_selected or 2)
+  sizes = Sizes(
+    width=4,
+    num_experts=8,
+    num_selected=policy.num_selected,
+    num_tokens=64,
+    capacity=None,
+  )
+  own = router.parameters(sizes).items()
   present = jnp.asarray([False, True, True, False, True, True, False, True])
   logits = np.random.default_rng(0).normal(size=(64, 8)).astype(np.float32)
   inputs = RouterInputs(
     logits=jnp.where(present, jnp.asarray(logits), -1e9),
     valid=jnp.ones(64, bool),
     key=jax.random.key(0),
-    params={"bias": jnp.zeros(8)},
+    params={n: jnp.full(p.shape, p.value) for n, p in own if p.by_group},
     features={"noise_logits": jnp.zeros((64, 8))},
     present=present,
   )

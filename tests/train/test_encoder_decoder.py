@@ -60,3 +60,5 @@ def test_a_run_stopped_half_way_ends_bit_for_bit_where_an_uninterrupted_one_does
   assert one.logits(read, decoder_tokens=ids).shape == (1, 2, 264 + 8)
   with pytest.raises(UserError, match="needs decoder_tokens too"):
     one.logits(read)
+  with pytest.raises(UserError, match="1 rows of tokens and 2 of decoder_tokens"):
+    one.logits(read, decoder_tokens=ids * 2)

@@ -14,12 +14,13 @@ from moejax.models import trained as trained_lib
 from moejax.models.decoder import Decoder
 from moejax.routing import hashing
 from moejax.routing.registry import ROUTERS
+from moejax.routing.router import Router
 from moejax.train import setup as setup_lib
 from moejax.train import step as step_lib
 from moejax.train.optimizer import make_optimizer
 from tests.train.conftest import VOCAB, make_batch, make_setup, tiny_config
 
-BY_RULE = {"sigmoid_bias", "quantile_bias", "quantile_balancing"}
+BY_RULE = {name for name in ROUTERS if ROUTERS[name].update is not Router.update}
 """Routers with a leaf that the train step moves by a rule of its own."""
 
 

@@ -10,12 +10,15 @@ import copy
 import dataclasses
 import hashlib
 import json
+import math
 from collections.abc import Iterator, Mapping
 from typing import Any
 
 from moejax.config import Config
 from moejax.config import text as config_text
 from moejax.config.check import refuse_unread, validate
+from moejax.config.devices import validate_devices
+from moejax.config.mesh import AXES
 from moejax.errors import ConfigError, UserError
 from moejax.sweep.points import axes as axes_lib
 from moejax.sweep.points import budget
@@ -53,8 +56,13 @@ def points(spec: Spec) -> list[Point]:
   return expand(spec).points
 
 
-def expand(spec: Spec) -> Expansion:
+def expand(spec: Spec, num_devices: int | None = None) -> Expansion:
   """Returns the points of a specification, and those left out.
+
+  Args:
+    spec: the specification.
+    num_devices: of each run, if known: points must fit them. Without it, those whose
+      mesh has no free axis must fit that mesh.
 
   Raises:
     ConfigError: the specification is wrong, a point is impossible (unless such points are
@@ -78,7 +86,7 @@ def expand(spec: Spec) -> Expansion:
     try:
       if error is not None:
         raise error
-      _check(config, settings, choices)
+      _check(config, choices, num_devices)
     except ConfigError as reason:
       skipped.append(Skipped(name=axes_lib.name_of(settings, among), reason=str(reason)))
       continue
@@ -219,8 +227,13 @@ def _kept(spec: Spec, point: Point) -> bool:
   return True
 
 
-def _check(config: Config, settings: Mapping[str, Any], choices: list[Choice]) -> None:
+def _check(config: Config, choices: list[Choice], num_devices: int | None) -> None:
   """Runs the checks of a single run."""
   validate(config)
+  sizes = [getattr(config.mesh, axis) for axis in AXES]
+  if num_devices is None and -1 not in sizes:
+    num_devices = math.prod(sizes)
+  if num_devices is not None:
+    validate_devices(config, num_devices)
   mine = [field for choice in choices for field in choice.fields]
   refuse_unread(config, dict.fromkeys([*mine, *given_fields(config)]))

@@ -5,6 +5,7 @@ interval that excludes 0. Otherwise the question is listed as unknown, with its 
 """
 
 import dataclasses
+import os
 import shlex
 from collections.abc import Mapping, Sequence
 
@@ -12,6 +13,7 @@ from moejax.config import Config
 from moejax.config import text as config_text
 from moejax.errors import program
 from moejax.options import show
+from moejax.routing.registry import ENV, ROUTERS
 from moejax.sweep.report import analyses, capacity, evaluated, quality, summary, words
 from moejax.sweep.report import unknown as unknown_lib
 from moejax.sweep.report.records import Records
@@ -248,6 +250,8 @@ def command(config: Config, base: Config | None = None) -> str:
     for name, value in ours.items()
     if name not in _NOT_TO_COPY and (name not in theirs or theirs[name] != value)
   ]
-  return f"{program('train', 'experiments.train')} --workdir=runs/best " + " ".join(
-    shlex.quote(flag) for flag in flags
-  )
+  # A router of one's own is not known to the program without the file that adds it.
+  added = os.pathsep.join(ROUTERS.files()) if config.moe.router in ROUTERS.added() else ""
+  start = f"{ENV}={shlex.quote(added)} " if added else ""
+  start += f"{program('train', 'experiments.train')} --workdir=runs/best "
+  return start + " ".join(shlex.quote(flag) for flag in flags)

@@ -160,6 +160,20 @@ def test_a_field_that_a_router_does_not_read_makes_a_point_impossible():
   assert "router=hash,jitter" in text and "this router does not read it" in text
 
 
+@pytest.mark.parametrize("told", [False, True])
+def test_a_point_that_its_devices_cannot_run_is_impossible(told):
+  """By the mesh alone, if it has no free axis, or by the number of devices."""
+  base = default.get_config()
+  base.mesh.expert, base.moe.group_size = 4, 256
+  base.mesh.data = -1 if told else 2
+  on = (axes.product("moe.exchange", "ragged"), axes.product("moe.dispatcher", "einsum"))
+  spec = make(*on, base=base)
+  with pytest.raises(UserError, match="sends sorted rows, but einsum has slots"):
+    expand(spec, 8 if told else None)
+  if told:
+    assert len(expand(spec).points) == 1
+
+
 def test_impossible_points_can_be_left_out():
   """Each is listed with its reason; the others are there."""
   expansion = expand(make(TOP_K, EXPERTS, TOO_MANY, skip_impossible=True))
