@@ -123,7 +123,9 @@ def check_type(flag: str, value: Any, kind: type, expected: str) -> None:
   """
   # bool is a subclass of int, but `True` for a number is a mistake.
   if type(value) is not kind and not (kind is float and type(value) is int):
-    raise ConfigError(f"{flag}={show(value)}: {expected}.")
+    # From Python: "4" is not 4, nor is a number of numpy's.
+    odd = type(value) is str or type(value).__module__ != "builtins"
+    raise ConfigError(f"{flag}={repr(value) if odd else show(value)}: {expected}.")
 
 
 def check_choice(flag: str, value: Any, choices: Collection[str]) -> None:

@@ -3,6 +3,7 @@
 import dataclasses
 import math
 
+import numpy as np
 import pytest
 
 from moejax.config import Config, MoEConfig
@@ -55,6 +56,11 @@ REFUSED = [
   (dict(data__name="lm1b", data__domains="a"), "a TFDS dataset has no domains"),
   (dict(moe__num_experts=8.0), "--config.moe.num_experts=8.0: expected a whole number"),
   (dict(moe__num_experts=None), "--config.moe.num_experts=none: expected a whole number"),
+  (dict(moe__num_experts="4"), "--config.moe.num_experts='4': expected a whole number"),
+  (
+    dict(moe__num_experts=np.int32(4)),
+    "--config.moe.num_experts=np.int32(4): expected a",
+  ),
   (dict(moe__capacity_factor=0.0), "--config.moe.capacity_factor=0.0 must be above 0"),
   (dict(moe__capacity_factor=-1.0), "--config.moe.capacity_factor=-1.0"),
   (dict(moe__eval_capacity_factor=0.0), "--config.moe.eval_capacity_factor=0.0"),

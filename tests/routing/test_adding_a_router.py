@@ -2,6 +2,7 @@
 
 import dataclasses
 from pathlib import Path
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +17,7 @@ from moejax.config import text as config_text
 from moejax.cost.parameters import count_parameters
 from moejax.errors import ConfigError
 from moejax.models.decoder import Decoder
+from moejax.routing import registry
 from moejax.routing.base import RouterInputs, SlotPolicy
 from moejax.routing.registry import ROUTERS
 from moejax.run import writers
@@ -140,3 +142,9 @@ def test_it_trains_and_resumes_under_every_dispatcher_and_on_a_mesh(
   assert all(np.isfinite(line["spread_loss"]) for line in lines)
   assert lines[0]["spread_loss"] == 0 and lines[-1]["spread_loss"] > 0
   assert make_mesh(config.mesh, devices).size == data * expert
+
+
+def test_options_that_are_no_dict_are_one_line():
+  """As in a config file that sets `moe.options` by hand."""
+  with pytest.raises(ConfigError, match=r"'top_k': 0.2 is not a dict of options. In Pyt"):
+    registry.make("top_k", cast(Any, 0.2))

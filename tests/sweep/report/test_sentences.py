@@ -6,6 +6,8 @@ import pytest
 
 from moejax.config import Config
 from moejax.config import text as config_text
+from moejax.routing.registry import ROUTERS
+from moejax.routing.token_choice import TopK
 from moejax.sweep.report import sentences, summary
 from tests.sweep.report import report_cases as cases
 
@@ -200,6 +202,25 @@ def test_the_command_gives_the_best_config(base):
     # moe.hidden is 64 there and 512 here; sequence length, for one, is no flag.
     assert "--config.moe.hidden=512" in flags
     assert not any("sequence_length" in flag for flag in flags)
+
+
+def test_the_command_names_the_file_of_a_router_of_ones_own(monkeypatch):
+  """`train` would not know it otherwise."""
+
+  class Mine(TopK):
+    name = "mine"
+
+  monkeypatch.setitem(ROUTERS, "mine", Mine)
+  worse, best = cases.record(3.0, seed=1), cases.record(2.0, seed=1, moe__router="mine")
+  for runs, start in (
+    ([worse, best], f"MOEJAX_ROUTERS={__file__} python -m experiments.train "),
+    (
+      [cases.record(1.0, seed=1, moe__num_experts=8), best],
+      "python -m experiments.train ",
+    ),
+  ):
+    (finding,) = [f for f in write(runs).findings if f.command]
+    assert finding.command.startswith(start)
 
 
 def test_what_makes_losses_incomparable_is_said():
