@@ -13,6 +13,7 @@ another process was lost, 4 the processes were started differently.
 """
 
 import pathlib
+import signal
 import sys
 from typing import Any
 
@@ -179,7 +180,10 @@ def train(
         config_flags=cli.config_flags(),
         emergency=emergency,
       )
-      if _ANALYZE.value and not result["exit_code"]:
+      if result["exit_code"]:
+        # Another SIGTERM, of a launcher beside the scheduler, must not replace the code.
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+      elif _ANALYZE.value:
         _analyze(config, workdir, result)
   except step_log.TrainingStopped as error:
     print(f"error: {error}", file=sys.stderr)
