@@ -17,6 +17,8 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 # The key by which evaluation knows the tests' runs is none of the user's.
 os.environ["XDG_CONFIG_HOME"] = tempfile.mkdtemp(prefix="moejax_tests_")
+# The programs that tests start write bytecode, as they do at a user's.
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 # Tests compile far more than they compute: two to three times faster so.
 os.environ["XLA_FLAGS"] = " ".join(
   (os.environ.get("XLA_FLAGS", ""), "--xla_backend_optimization_level=0")

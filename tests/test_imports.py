@@ -17,12 +17,12 @@ ROOT = pathlib.Path(__file__).parents[1]
 FLOORS = (
   (
     "types",
+    "user_file",
     "errors",
     "files",
     "options",
     "parts",
     "platform",
-    "shipped",
     "splitmix",
     "storage",
     "version",

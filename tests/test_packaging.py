@@ -124,7 +124,7 @@ def test_the_wheel_is_moejax_alone_and_works_outside_the_checkout(tmp_path):
   # So may a file that adds a router, wherever it is named.
   router = tmp_path / "router.py"
   router.write_text((ROOT / "examples" / "my_router.py").read_text())
-  listed = "tempered  top-k, a learned temperature"
+  listed = "tempered top-k, a learned temperature"
   assert listed in " ".join(call("train", "--list=routers", f"--config={router}").split())
   shown = call("train", "--list=routers", MOEJAX_ROUTERS=str(router))
   assert listed in " ".join(shown.split())

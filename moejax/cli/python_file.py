@@ -6,13 +6,12 @@ and the line in it.
 
 import importlib.util
 import pathlib
-import sys
 import traceback
 import types
 from typing import TypeVar
 
 from moejax.errors import ConfigError
-from moejax.shipped import find_configs
+from moejax.user_file import execute
 
 _T = TypeVar("_T")
 
@@ -36,11 +35,9 @@ def load(
   spec = importlib.util.spec_from_file_location(name, file)
   if spec is None or spec.loader is None:
     raise ConfigError(f"{flag}: not a Python file (its name must end in .py).")
-  find_configs()
   module = importlib.util.module_from_spec(spec)
-  sys.modules[name] = module  # A class looks here for the file that it comes from.
   try:
-    spec.loader.exec_module(module)
+    execute(module)
     make = getattr(module, function, None)
     found = make() if callable(make) else None
   except (ConfigError, KeyboardInterrupt):

@@ -10,13 +10,12 @@ import importlib.util
 import inspect
 import os
 import pathlib
-import sys
 from collections.abc import Iterator, Mapping, MutableMapping
 from typing import TYPE_CHECKING, Any
 
 from moejax.errors import ConfigError, did_you_mean
 from moejax.options import Option, options_of
-from moejax.shipped import find_configs
+from moejax.user_file import execute
 
 if TYPE_CHECKING:
   from moejax.routing.router import Router
@@ -110,10 +109,8 @@ def _import(file: str) -> None:
   if spec is None or spec.loader is None or not pathlib.Path(file).is_file():
     raise ConfigError(f"{ENV}={file}: no such Python file. Correct or unset it.")
   module = importlib.util.module_from_spec(spec)
-  find_configs()
-  sys.modules[name] = module  # For `inspect.getfile` of its classes.
   try:
-    spec.loader.exec_module(module)
+    execute(module)
   except Exception as error:
     words = " ".join(str(error).split())
     raise ConfigError(f"{ENV}={file} fails: {type(error).__name__}: {words}") from error

@@ -49,6 +49,7 @@ OURS = (
   "report*",
   ".*",
   "*.log",
+  "__pycache__",
 )
 """Files allowed in a directory without a config.json: what a run writes, and logs
 that a launcher opened there."""

@@ -3,6 +3,8 @@
 Here parsing, in this process; what a shell sees is in test_programs.py.
 """
 
+import sys
+
 import pytest
 from absl import flags
 from absl.testing import flagsaver
@@ -270,13 +272,16 @@ def test_a_json_file_that_is_no_stored_config_is_refused(tmp_path, text):
   assert "cannot be read as a stored config" in said and "convert" in said
 
 
-def test_a_config_file_of_ones_own_is_read(tmp_path):
+def test_a_config_file_of_ones_own_is_read(tmp_path, monkeypatch):
+  """And nothing is left beside it: a sweep keeps one in each run's directory."""
+  monkeypatch.setattr(sys, "dont_write_bytecode", False)
   file = tmp_path / "mine.py"
   file.write_text(
     "from moejax.config import Config, TrainConfig\n\n"
     "def get_config():\n  return Config(train=TrainConfig(seed=3))\n"
   )
   assert get(f"--config={file}").train.seed == 3
+  assert list(tmp_path.iterdir()) == [file] and not sys.dont_write_bytecode
 
 
 @pytest.mark.parametrize("name", ["default", "default.py", "configs/default.py"])
