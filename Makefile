@@ -1,8 +1,9 @@
 # Two commands do everything: `make train` and `make test`. Each sets up .venv itself.
 #
 #   make train [ARGS="--config.moe.num_experts=16"] [WORKDIR=runs/mine]
-#   make test | test-thorough | test-core | test-all | test-bucket | test-browser |
-#     test-slurm | test-hf | test-lm-eval | test-matrix | lint | docs | benchmark | clean
+#   make test | test-thorough | test-core | test-all | test-matrix | test-bucket |
+#     test-browser | test-slurm | test-hf | test-lm-eval | test-image | lint | docs |
+#     benchmark | clean
 #
 # PYTHON=3.12, or the path of an interpreter, says what to make .venv with; without it,
 # the newest one that is supported and found on the PATH. VENV=.venv-3.12 puts it
@@ -29,16 +30,16 @@ CORE := tests/routing tests/experts tests/dispatch tests/layers tests/models \
   tests/train/test_optimizer.py tests/checkpoint/test_manager.py tests/evaluate \
   tests/cli tests/config/test_check.py tests/config/test_text.py \
   tests/test_packaging.py
-ANYWHERE := not browser and not slurm and not lm_eval and not hf
+ANYWHERE := not browser and not slurm and not lm_eval and not hf and not image
 FAST := not slow and not thorough and $(ANYWHERE)
 THOROUGH := thorough and not slow and $(ANYWHERE)
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .PHONY: help setup train test test-thorough test-core test-all test-bucket test-browser \
-  test-slurm test-hf test-lm-eval test-matrix lint format docs benchmark clean
+  test-slurm test-hf test-lm-eval test-image test-matrix lint format docs benchmark clean
 
 help:
-	@sed -n '3,5s/^# *//p' Makefile
+	@sed -n '3,6s/^# *//p' Makefile
 
 setup: $(STAMP)
 
@@ -87,6 +88,9 @@ test-all: $(STAMP)
 	else echo "Not run: make test-hf (installs torch and transformers in $(HF_VENV))."; fi
 	@if $(BIN)/python -c "import lm_eval" 2> /dev/null; then $(MAKE) test-lm-eval; \
 	else echo "Not run: make test-lm-eval (installs lm_eval in $(VENV))."; fi
+	@if $(BIN)/python -m pip download --quiet --no-deps --dest "$$(mktemp -d)" absl-py; \
+	then $(MAKE) test-image; \
+	else echo "Not run: make test-image (pip reaches no index)."; fi
 
 # Runs in a bucket: an emulated one, through which faults are sent. The quick ones are
 # in `make test`, too.
@@ -127,6 +131,11 @@ test-lm-eval: $(STAMP)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[lm-eval]"
 	@$(BIN)/python -c "import lm_eval"  # Without it, all would be skipped.
 	$(BIN)/python -m pytest -q -m lm_eval tests/evaluate/test_lm_eval.py $(ARGS)
+
+# What docs/launching/Dockerfile makes: by docker where its daemon is reached, else its
+# steps, in a new environment and directory.
+test-image: $(STAMP)
+	$(BIN)/python -m pytest -q -m image tests/deploy/test_image.py $(ARGS)
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

@@ -6,10 +6,12 @@ hide mistakes that a large run pays for; and every jaxtyping signature of
 `moejax` is checked at run time, shapes included.
 """
 
+import atexit
 import gc
 import importlib.metadata
 import os
 import pathlib
+import shutil
 import tempfile
 
 # The fake devices share few cores: one thread each is fastest and most even.
@@ -29,8 +31,14 @@ os.environ["XLA_FLAGS"] += " --xla_cpu_parallel_codegen_split_count=1"
 if importlib.metadata.version("jaxlib").startswith("0.10."):
   os.environ["XLA_FLAGS"] += " --xla_cpu_use_fusion_emitters=false"
 
-# What tests start leaves no compiled programs in the user's home.
-os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", "")
+# A program that one test compiled is loaded by the others, by what they start, and by
+# the other test processes, which inherit the name of the directory.
+if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+  compiled = tempfile.mkdtemp(prefix="moejax_tests_xla_")
+  atexit.register(shutil.rmtree, compiled, ignore_errors=True)
+  os.environ["JAX_COMPILATION_CACHE_DIR"] = compiled
+  os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = os.environ.get("MINC", "0.3")
+  os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
 
 import jax
 import pytest

@@ -32,7 +32,7 @@ from moejax.layers.routes import Routes
 from moejax.models.decoder import Decoder
 from moejax.models.loss import token_losses
 from moejax.models.placement import param_shardings
-from moejax.routing.base import entropy
+from moejax.routing.scores import entropy
 from moejax.sharding import rules
 from moejax.types import Params
 

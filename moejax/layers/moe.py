@@ -32,7 +32,7 @@ from moejax.layers.feed_forward import FeedForward
 from moejax.layers.router import RouterLayer, project
 from moejax.layers.routes import Routes, routes_of
 from moejax.routing import losses
-from moejax.routing.base import RouterStats, Routing, sum_groups
+from moejax.routing.base import RouterStats, Routing
 from moejax.types import Constant, pytree
 
 WHOLE_BATCH = -1
@@ -242,7 +242,8 @@ class MoE(nnx.Module):
       served = jax.vmap(lambda group: group.served())(routing.placement)
       served = served.reshape(*x.shape[:2], self.num_experts)
     routes = routes_of(logits, routing, *x.shape[:2]) if return_routes else None
-    stats = _without(sum_groups(routing.stats), lost)
+    stats = jax.tree.map(lambda leaf: jnp.sum(leaf, axis=0), routing.stats)
+    stats = _without(stats, lost)
     return y, MoEAux(losses=aux, stats=stats, served=served, routes=routes)
 
   @parts.of_part(parts.FEED_FORWARD)

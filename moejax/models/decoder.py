@@ -205,17 +205,14 @@ class Decoder:
 
   def shapes(self) -> Params:
     """Returns the shape and dtype of every parameter, without allocating it."""
-    return jax.eval_shape(lambda: self.init(jax.random.key(0)))
+    table = jax.eval_shape(self._table) if self._has_table else None
+    shapes = self._collected(self._embedding.shapes, Stack.shapes, table)
+    # In the order of a tree that jax returns.
+    return jax.tree.map(lambda leaf: leaf, shapes)
 
   def logical_axes(self) -> Params:
     """Returns the dimension names of every parameter, for `moejax.sharding.rules`."""
-
-    axes: Params = {"embedding": self._embedding.axes}
-    for name, stack in self.stacks.items():
-      axes |= _under(name, stack.logical_axes())
-    if self._has_table:
-      axes[TABLE] = (None, None)
-    return axes
+    return self._collected(self._embedding.axes, Stack.logical_axes, (None, None))
 
   def trained(self) -> Params:
     """Returns which parameters have gradients and are optimized, as a mask."""
@@ -235,12 +232,18 @@ class Decoder:
 
   def _declared(self) -> Params:
     """Returns which parameters are trained if nothing is frozen."""
-    mask: Params = {"embedding": self._embedding.trained}
+    return self._collected(self._embedding.trained, Stack.trained, False)
+
+  def _collected(
+    self, embedding: Params, of_stack: Callable[[Stack], Params], table: Any
+  ) -> Params:
+    """Returns a tree like the parameters' from what each part says of its own."""
+    found: Params = {"embedding": embedding}
     for name, stack in self.stacks.items():
-      mask |= _under(name, stack.trained())
+      found |= _under(name, of_stack(stack))
     if self._has_table:
-      mask[TABLE] = False
-    return mask
+      found[TABLE] = table
+    return found
 
   def init_cache(self, batch: int, length: int) -> Cache:
     """Returns an empty cache for `batch` rows of at most `length` tokens."""

@@ -20,6 +20,7 @@ class Shell:
     self._graphdef = nnx.graphdef(abstract)
     self.axes = parameter.logical_axes(abstract)
     self.trained = parameter.trained(abstract)
+    self.shapes: Params = nnx.to_pure_dict(nnx.state(abstract))
 
   def init(self, key: Key[Array, ""]) -> Params:
     return nnx.to_pure_dict(nnx.state(self._make(key)))

@@ -15,7 +15,7 @@ Letters: B batch, S sequence, D width, H heads, R repeats, E experts, L layers.
 """
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -86,7 +86,7 @@ class Stack:
 
       return Shell(make)
 
-    self._blocks = {is_moe: block(is_moe) for is_moe in (False, True)}
+    self._blocks = {is_moe: block(is_moe) for is_moe in set(self.pattern.is_moe)}
     self._others: dict[str, Shell] = {}
     if model.positions == "relative":
       self._others["relative_bias"] = Shell(
@@ -151,28 +151,40 @@ class Stack:
     key = jax.random.fold_in(part_keys[0], 2**31 - 1)
     return params | {name: shell.init(key) for name, shell in self._others.items()}
 
+  def shapes(self) -> Params:
+    """Returns the shape and dtype of every parameter: what `init` would allocate."""
+
+    def stacked(leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+      return jax.ShapeDtypeStruct((self.pattern.repeats, *leaf.shape), leaf.dtype)
+
+    return self._collected(
+      lambda shell: shell.shapes, lambda block: jax.tree.map(stacked, block)
+    )
+
   def logical_axes(self) -> Params:
     """Returns the dimension names of every parameter."""
 
     def stacked(block: Params) -> Params:
       return jax.tree.map(lambda names: ("layer", *names), block, is_leaf=is_axes)
 
-    axes: Params = {}
-    for part in PARTS:
-      blocks = [self._blocks[is_moe].axes for is_moe in getattr(self.pattern, part)]
-      axes[part] = {
-        str(i): stacked(block) if part == "unit" else block
-        for i, block in enumerate(blocks)
-      }
-    return axes | {name: shell.axes for name, shell in self._others.items()}
+    return self._collected(lambda shell: shell.axes, stacked)
 
   def trained(self) -> Params:
     """Returns which parameters are optimized, as a tree of bools."""
-    mask: Params = {}
+    return self._collected(lambda shell: shell.trained, lambda block: block)
+
+  def _collected(
+    self, of: Callable[[Shell], Params], stacked: Callable[[Params], Params]
+  ) -> Params:
+    """Returns what `of` says of each module; `stacked`, for the repeats of the unit."""
+    found: Params = {}
     for part in PARTS:
-      kinds = getattr(self.pattern, part)
-      mask[part] = {str(i): self._blocks[kind].trained for i, kind in enumerate(kinds)}
-    return mask | {name: shell.trained for name, shell in self._others.items()}
+      blocks = [of(self._blocks[is_moe]) for is_moe in getattr(self.pattern, part)]
+      found[part] = {
+        str(i): stacked(block) if part == "unit" else block
+        for i, block in enumerate(blocks)
+      }
+    return found | {name: of(shell) for name, shell in self._others.items()}
 
   def update_routers(self, params: Params, stats: RouterStats) -> Params:
     """Updates the untrained router parameters; see `Decoder.update_routers`."""

@@ -13,8 +13,6 @@ expert, N assignments (T*K for token choice, E*C for expert choice).
 import dataclasses
 from typing import Literal
 
-import jax
-import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Key
 
 from moejax.routing.placement import Assignments, Placement
@@ -141,14 +139,3 @@ class SlotPolicy:
   ranking: Literal["sort", "count"] = "sort"
   """How assignments are sorted by expert; the result is the same. Counting suits
   TPUs, see `queueing.line_up`."""
-
-
-def entropy(probs: Float[Array, "... E"]) -> Float[Array, "..."]:
-  """Returns the entropy in nats; 0 log 0 = 0, with a finite gradient."""
-  safe = jnp.where(probs > 0, probs, 1.0)
-  return -jnp.sum(probs * jnp.log(safe), axis=-1)
-
-
-def sum_groups(stats: RouterStats) -> RouterStats:
-  """Sums every field over the leading group axis."""
-  return jax.tree.map(lambda a: jnp.sum(a, axis=0), stats)

@@ -18,11 +18,11 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Key
 
 from moejax.errors import ConfigError
-from moejax.routing.base import RouterStats, Routing, SlotPolicy, entropy
+from moejax.routing.base import RouterStats, Routing, SlotPolicy
 from moejax.routing.overflow import place
 from moejax.routing.placement import Assignments
 from moejax.routing.queueing import Queue, invert, line_up, make_queue, normalize
-from moejax.routing.scores import pick
+from moejax.routing.scores import entropy, pick
 
 
 def capacity_of(

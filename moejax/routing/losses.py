@@ -15,8 +15,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from moejax.routing.base import Routing, entropy
-from moejax.routing.scores import ratio
+from moejax.routing.base import Routing
+from moejax.routing.scores import entropy, ratio
 
 
 def _mean_over_valid(

@@ -143,3 +143,9 @@ def limit_to_groups(
   index = jnp.arange(num_groups, dtype=jnp.int32)[None, None, :]
   allowed = jnp.any(groups[:, :, None] == index, axis=1)
   return jnp.where(jnp.repeat(allowed, size, axis=-1), scores, -jnp.inf)
+
+
+def entropy(probs: Float[Array, "... E"]) -> Float[Array, "..."]:
+  """Returns the entropy in nats; 0 log 0 = 0, with a finite gradient."""
+  safe = jnp.where(probs > 0, probs, 1.0)
+  return -jnp.sum(probs * jnp.log(safe), axis=-1)

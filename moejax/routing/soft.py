@@ -12,9 +12,10 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from moejax.errors import ConfigError
-from moejax.routing.base import RouterInputs, RouterStats, Routing, SlotPolicy, entropy
+from moejax.routing.base import RouterInputs, RouterStats, Routing, SlotPolicy
 from moejax.routing.placement import Mixture
 from moejax.routing.router import Parameter, Params, Router, Sizes, Tokens
+from moejax.routing.scores import entropy
 
 
 class Soft(Router):

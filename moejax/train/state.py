@@ -42,12 +42,15 @@ class State(TypedDict):
 def initial_state(model: Any, optimizer: Optimizer, key: Key[Array, ""]) -> State:
   """Returns the state before the first step. Pure: jit it with the state's shardings."""
   init_key, run_key = jax.random.split(key)
-  params = model.init(init_key)
+  return _state_of(model.init(init_key), optimizer, run_key)
+
+
+def _state_of(params: Params, optimizer: Optimizer, key: Key[Array, ""]) -> State:
   return {
     "step": jnp.zeros((), jnp.int32),
     "params": params,
     "opt_state": optimizer.init(params),
-    "key": run_key,
+    "key": key,
     "bad_steps": {
       "total": jnp.zeros((), jnp.int32),
       "in_a_row": jnp.zeros((), jnp.int32),
@@ -60,7 +63,9 @@ def state_shapes(model: Any, optimizer: Optimizer, mesh: Mesh) -> State:
   check_rows(model, mesh)
   with jax.set_mesh(mesh):
     # The key is made inside eval_shape: described devices cannot hold an array.
-    shapes = jax.eval_shape(lambda: initial_state(model, optimizer, jax.random.key(0)))
+    shapes = jax.eval_shape(
+      lambda params: _state_of(params, optimizer, jax.random.key(0)), model.shapes()
+    )
   params = param_shardings(model, mesh)
   everywhere = rules.replicated(mesh)
   shardings = jax.tree.map(lambda _: everywhere, shapes)

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from moejax.routing import registry
-from moejax.routing.base import RouterInputs, RouterStats, SlotPolicy, sum_groups
+from moejax.routing.base import RouterInputs, RouterStats, SlotPolicy
 from moejax.routing.quantile_balancing import QuantileBalancing, quantile_balance
 
 T, E, K = 400, 8, 2
@@ -46,7 +46,8 @@ def stats_of(logits, valid, bias, options=OPTIONS, **extra) -> RouterStats:
     )
     return router(inputs, options).stats
 
-  return sum_groups(jax.vmap(group)(jnp.asarray(logits), jnp.asarray(valid)))
+  stats = jax.vmap(group)(jnp.asarray(logits), jnp.asarray(valid))
+  return jax.tree.map(lambda leaf: leaf.sum(axis=0), stats)
 
 
 @pytest.mark.parametrize("groups", [pytest.param(1, marks=pytest.mark.slow), 5])
