@@ -84,6 +84,8 @@ def test_a_run_gives_the_logits_of_its_own_model(
     run.logits(longer)
   run.config.model.max_position = longer.size
   assert run.logits(longer).shape[1] == longer.size
+  with pytest.raises(UserError, match="the directory is empty text"):
+    moejax.load_run("")
   with pytest.raises(UserError, match="step=7"):
     moejax.load_run(tmp_path, step=7)
   with pytest.raises(UserError, match="dtype=half: give float32 or bfloat16"):
@@ -223,6 +225,20 @@ def test_what_a_layer_cannot_read_is_one_line(x, call, part):
     layer._check(jnp.asarray(x), call.get("valid"))
 
 
+def test_padding_may_be_marked_by_a_list_and_keys_be_old_ones():
+  layer: Any = moejax.MoE(
+    width=D, num_experts=E, hidden=F, capacity_factor=1.0, jitter=0.1, rngs=nnx.Rngs(0)
+  )
+  layer._check_options(True, jax.random.PRNGKey(0), np.float32(2))
+  for key in (0, "a", np.zeros(2)):
+    with pytest.raises(ValueError, match="give a PRNG key"):
+      layer._check_options(True, key, None)
+  with pytest.raises(ValueError, match="capacity_factor='2': give a number"):
+    layer._check_options(False, None, "2")
+  with pytest.raises(TypeError, match="got Aux: give aux.stats"):
+    layer.update_router.__wrapped__(layer, layer(np.ones((1, 3, D), np.float32))[1])
+
+
 def test_arguments_that_do_not_exist_name_the_nearest():
   make: Any = dict(width=D, num_experts=E, hidden=F, rngs=nnx.Rngs(0))
   with pytest.raises(TypeError, match="num_slected. Did you mean num_selected"):
@@ -231,6 +247,8 @@ def test_arguments_that_do_not_exist_name_the_nearest():
     moejax.MoE(router="sigmoid_bias", bias_update_rate=0.1, **make)
   with pytest.raises(TypeError, match="dense_twin is for whole models"):
     moejax.MoE(dense_twin=True, **make)
+  with pytest.raises(ConfigError, match="moe.group_size=4.0: expected a whole number"):
+    moejax.MoE(group_size=4.0, **make)
 
 
 def test_what_makes_no_sense_is_refused_by_name():

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import os
 from collections.abc import Sequence
 from typing import Any
 
@@ -129,9 +130,11 @@ def load_run(
     dtype: to compute in, instead of the run's `model.dtype`. Parameters stay as stored.
 
   Raises:
-    UserError: there is no checkpoint (the message lists what is there), no such step or
-      dtype, or all checkpoints are damaged.
+    UserError: no directory, no checkpoint in it (the message lists what is there), no
+      such step or dtype, or all checkpoints are damaged.
   """
+  if not os.fspath(workdir):
+    raise UserError("load_run: the directory is empty text: give a training run's.")
   if dtype not in (None, *CHOICES["model.dtype"]):
     known = " or ".join(CHOICES["model.dtype"])
     raise UserError(f"load_run: dtype={dtype}: give {known}, or none for the run's own.")

@@ -10,6 +10,8 @@ argument `num_selected`.
 """
 
 import dataclasses
+import numbers
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -56,7 +58,7 @@ class MoE(nnx.Module):
     hidden: int,
     num_selected: int = 1,
     router: str = "top_k",
-    router_options: dict[str, Any] | None = None,
+    router_options: Mapping[str, Any] | None = None,
     activation: str = "gelu",
     capacity_factor: float | None = None,
     rngs: nnx.Rngs,
@@ -86,6 +88,8 @@ class MoE(nnx.Module):
     _check_names(moe)
     if not isinstance(rngs, nnx.Rngs):
       raise TypeError(f"MoE(): rngs={rngs!r}: give nnx.Rngs(SEED).")
+    if not isinstance(router_options or {}, Mapping):
+      raise TypeError(f"MoE(): router_options={router_options!r}: give a dict or None.")
     moe.setdefault("eval_capacity_factor", capacity_factor)
     config = Config(
       model=ModelConfig(num_layers=1, width=width, head_dim=2, activation=activation),
@@ -100,7 +104,7 @@ class MoE(nnx.Module):
       ),
     )
     config.moe.use_router(router, **(router_options or {}))
-    if config.moe.group_size > 0:
+    if isinstance(config.moe.group_size, int) and config.moe.group_size > 0:
       # The group size must divide this; the tokens of a call are checked in the call.
       config.data.sequence_length = config.moe.group_size
     validate(config)
@@ -125,7 +129,18 @@ class MoE(nnx.Module):
         "one for each token of x."
       )
 
-  def _check_key(self) -> None:
+  def _check_options(self, train: bool, key: Any, capacity_factor: Any) -> None:
+    """Rejects a factor that is no number and a key that is none, or missing."""
+    configured = capacity_factor is CONFIGURED
+    if not configured and not isinstance(capacity_factor, numbers.Real | None):
+      raise ValueError(f"capacity_factor={capacity_factor!r}: give a number or None.")
+    if key is not None:
+      dtype = getattr(key, "dtype", np.dtype(object))
+      # Old keys, of jax.random.PRNGKey, are integers.
+      if not jnp.issubdtype(dtype, jax.dtypes.prng_key) and dtype != jnp.uint32:
+        raise ValueError(f"key is {key!r}: give a PRNG key, such as jax.random.key(0).")
+    if key is not None or not train:
+      return
     moe, router = self.layer.config, self.layer.router.router
     users = {
       f"router {moe.router}": router.needs_key,
@@ -163,17 +178,18 @@ class MoE(nnx.Module):
       step: optimizer steps taken, for routers that anneal.
 
     Raises:
-      ValueError: x or valid has the wrong shape or dtype, or the key is missing.
+      ValueError: x or valid has the wrong shape or dtype, the key is missing or no key,
+        or the capacity factor no number.
     """
     x = jnp.asarray(x)
+    valid = None if valid is None else jnp.asarray(valid)
     self._check(x, valid)
-    if train and key is None:
-      self._check_key()
+    self._check_options(train, key, capacity_factor)
     shape = x.shape
     x = x.reshape(-1, *shape[-2:])
     if valid is None:
       valid = jnp.ones(shape[:-1], bool)
-    valid = jnp.asarray(valid).reshape(x.shape[:-1])
+    valid = valid.reshape(x.shape[:-1])
     y, aux = self.layer(
       x,
       valid,
@@ -194,7 +210,12 @@ class MoE(nnx.Module):
 
     Args:
       stats: statistics of the whole batch, from `Aux`.
+
+    Raises:
+      TypeError: they are something else.
     """
+    if not isinstance(stats, RouterStats):
+      raise TypeError(f"update_router(): got {type(stats).__name__}: give aux.stats.")
     module = self.layer.router
     params = {name: getattr(module, name)[...] for name in module.parameter_names}
     for name, value in module.router.update(params, stats).items():
