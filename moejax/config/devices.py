@@ -115,7 +115,7 @@ def _check_dispatcher(config: Config, num_devices: int) -> None:
 
 def _share(config: Config, counts: Sequence[int]) -> int | None:
   """Returns the most devices per process that fit; None without a free axis or a fit."""
-  if not _has_free_axis(config):
+  if not has_free_axis(config):
     return None
   fitting = (
     share
@@ -125,7 +125,8 @@ def _share(config: Config, counts: Sequence[int]) -> int | None:
   return next(fitting, None)
 
 
-def _has_free_axis(config: Config) -> bool:
+def has_free_axis(config: Config) -> bool:
+  """Returns whether an axis of the mesh takes what devices the others leave."""
   return any(getattr(config.mesh, axis) == -1 for axis in AXES)
 
 
@@ -260,7 +261,7 @@ def _changed(config: Config, change: dict[str, Any]) -> Config | None:
 
 def _changes(config: Config, num_devices: int) -> Iterator[dict[str, Any]]:
   """Yields changes that may help, the smallest first; `_runs` checks them."""
-  if not _has_free_axis(config):
+  if not has_free_axis(config):
     yield from ({f"mesh.{axis}": -1} for axis in AXES)
   for axis, _, extent in _cuts(config):
     # Sizes that divide the extent, those nearest to the given one first; larger ones only

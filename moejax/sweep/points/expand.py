@@ -17,7 +17,7 @@ from typing import Any
 from moejax.config import Config
 from moejax.config import text as config_text
 from moejax.config.check import refuse_unread, validate
-from moejax.config.devices import validate_devices
+from moejax.config.devices import has_free_axis, validate_devices
 from moejax.config.mesh import AXES
 from moejax.errors import ConfigError, UserError
 from moejax.sweep.points import axes as axes_lib
@@ -230,9 +230,8 @@ def _kept(spec: Spec, point: Point) -> bool:
 def _check(config: Config, choices: list[Choice], num_devices: int | None) -> None:
   """Runs the checks of a single run."""
   validate(config)
-  sizes = [getattr(config.mesh, axis) for axis in AXES]
-  if num_devices is None and -1 not in sizes:
-    num_devices = math.prod(sizes)
+  if num_devices is None and not has_free_axis(config):
+    num_devices = math.prod(getattr(config.mesh, axis) for axis in AXES)
   if num_devices is not None:
     validate_devices(config, num_devices)
   mine = [field for choice in choices for field in choice.fields]
