@@ -25,7 +25,7 @@ WATCHED = """
 import os, pathlib, signal, sys, time
 from moejax.errors import UserError
 from moejax.launch import hang, liveness, meeting
-liveness.GRACE_SECONDS = 1.0
+liveness.GRACE_SECONDS, liveness._LAST_SECONDS = 1.0, {last}
 index, count = (int(os.environ[n]) for n in ("JAX_PROCESS_ID", "JAX_NUM_PROCESSES"))
 links = meeting.meet(os.environ["JAX_COORDINATOR_ADDRESS"], count, index, {}, 60)
 with liveness.Watch(index, links):
@@ -77,8 +77,11 @@ class Job:
     return [process.wait(timeout=seconds) for process in self.processes]
 
 
-def watched(directory: pathlib.Path, body: str, count: int = 3) -> Job:
-  script = WATCHED + textwrap.indent(textwrap.dedent(body), "  ")
+def watched(
+  directory: pathlib.Path, body: str, count: int = 3, last: float = 20.0
+) -> Job:
+  script = WATCHED.replace("{last}", str(last))
+  script += textwrap.indent(textwrap.dedent(body), "  ")
   return Job(directory, [sys.executable, "-c", script], count)
 
 
@@ -188,12 +191,11 @@ def test_a_peer_that_talks_nonsense_is_lost_and_does_not_stop_the_watch(
 ):
   """Code 3 and its name; the thread that watches does not die of it in silence."""
   body = f"""
-    liveness._LAST_SECONDS = 1.0
     if index == 1:
       links[0].socket.sendall(b'{message}' + bytes([10]))
     time.sleep(300)
   """
-  with watched(tmp_path, body) as job:
+  with watched(tmp_path, body, last=1.0) as job:
     assert job.codes() == [3, 3, 3]
   assert "process 1" in job.log(0) and "was lost" in job.log(0)
 
@@ -395,7 +397,7 @@ def test_a_save_that_fails_in_one_process_ends_the_job(tmp_path, undisturbed):
 @pytest.mark.slow
 def test_a_stopped_process_of_a_run_is_reported_and_the_run_finishes(tmp_path):
   """Its peer hangs in a collective and says where; both report, neither leaves."""
-  with train(tmp_path, *LONG, "--hang_timeout=20") as job:
+  with train(tmp_path, *LONG, "--hang_timeout=8") as job:
     job.wait_for(lambda: steps(job) >= 3, 300)
     # On a busy machine the first compile is reported too: only what comes now counts.
     before = [len(job.log(i)) for i in range(2)]
