@@ -182,6 +182,27 @@ def test_generation_uses_the_experts_of_evaluation(name):
   np.testing.assert_allclose(jnp.concatenate(steps, axis=1), whole, rtol=2e-4, atol=2e-5)
 
 
+@pytest.mark.parametrize("name", ["random", "forced_balance"])
+def test_in_evaluation_the_position_in_the_document_decides(name):
+  """Two documents in one group: the second gets the experts of the first again, and
+  positions differ, or perfect balance would be one expert for all."""
+
+  def experts(positions):
+    inputs = RouterInputs(
+      logits=jnp.zeros((len(positions), 4)),
+      valid=jnp.ones(len(positions), bool),
+      positions=jnp.asarray(positions, jnp.int32),
+    )
+    return ROUTERS[name]()(inputs, SlotPolicy(num_experts=4)).assignments.expert
+
+  first = experts(range(8))
+  np.testing.assert_array_equal(experts([*range(8), *range(5)]), [*first, *first[:5]])
+  if name == "forced_balance":
+    np.testing.assert_array_equal(first, [0, 1, 2, 3] * 2)
+  else:
+    assert len({*first.tolist()}) > 1
+
+
 def test_dense_has_room_for_every_token_at_every_expert():
   """Its K is E, whatever num_selected says: a capacity factor of 1 drops nothing."""
   model, params = decoder(router="dense", num_selected=1, capacity_factor=1.0)
