@@ -88,7 +88,7 @@ test-all: $(STAMP)
 	else echo "Not run: make test-hf (installs torch and transformers in $(HF_VENV))."; fi
 	@if $(BIN)/python -c "import lm_eval" 2> /dev/null; then $(MAKE) test-lm-eval; \
 	else echo "Not run: make test-lm-eval (installs lm_eval in $(VENV))."; fi
-	@if $(BIN)/python -m pip download --quiet --no-deps --dest "$$(mktemp -d)" absl-py; \
+	@if $(BIN)/python -m pip install --quiet --dry-run --ignore-installed --no-deps absl-py; \
 	then $(MAKE) test-image; \
 	else echo "Not run: make test-image (pip reaches no index)."; fi
 

@@ -226,9 +226,13 @@ def test_what_a_layer_cannot_read_is_one_line(x, call, part):
 
 
 def test_padding_may_be_marked_by_a_list_and_keys_be_old_ones():
+  """Other types are one line; past the check of types that tests have."""
   layer: Any = moejax.MoE(
     width=D, num_experts=E, hidden=F, capacity_factor=1.0, jitter=0.1, rngs=nnx.Rngs(0)
   )
+  x, valid = np.ones((1, 3, D), np.float32), [[True, True, False]]
+  call: Any = moejax.MoE.__call__
+  assert call.__wrapped__(layer, x, valid)[1].stats.num_valid == 2
   layer._check_options(True, jax.random.PRNGKey(0), np.float32(2))
   for key in (0, "a", np.zeros(2)):
     with pytest.raises(ValueError, match="give a PRNG key"):
@@ -236,7 +240,7 @@ def test_padding_may_be_marked_by_a_list_and_keys_be_old_ones():
   with pytest.raises(ValueError, match="capacity_factor='2': give a number"):
     layer._check_options(False, None, "2")
   with pytest.raises(TypeError, match="got Aux: give aux.stats"):
-    layer.update_router.__wrapped__(layer, layer(np.ones((1, 3, D), np.float32))[1])
+    layer.update_router.__wrapped__(layer, layer(x)[1])
 
 
 def test_arguments_that_do_not_exist_name_the_nearest():
